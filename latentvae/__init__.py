@@ -1,0 +1,28 @@
+"""latentvae: train, measure and ship the autoencoder of a latent generative model.
+
+import latentvae
+
+export = latentvae.train(latentvae.load_preset("kl_small"))     # or train/train_kl.py
+model = latentvae.load("runs/first/export")
+z = model.encode(photo)
+photo = model.decode(z, size=photo.size[::-1], output_type="pil")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentvae.autoencoder import Autoencoder, load
+    from latentvae.training import TrainConfig, load_preset, train
+
+__version__ = "0.1.0"
+__all__ = ["Autoencoder", "TrainConfig", "__version__", "load", "load_preset", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the parts when they are first used: `import latentvae` alone loads no torch."""
+    from importlib import import_module
+
+    homes = {"Autoencoder": "autoencoder", "load": "autoencoder"}
+    if name not in __all__:
+        raise AttributeError(f"module 'latentvae' has no attribute '{name}'")
+    return getattr(import_module(f"latentvae.{homes.get(name, 'training')}"), name)

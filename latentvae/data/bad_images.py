@@ -1,0 +1,41 @@
+"""The count of unreadable files, and the point where there are too many."""
+
+from collections.abc import Iterable
+
+from latentvae.errors import UserError
+
+
+class BadImages:
+    """The unreadable files met in a run, by name.
+
+    Example:
+        bad = BadImages()
+        for name, reason in bad.update(batch.bad):
+            print(f"skipped {name}: {reason}")
+        bad.check(total=len(dataset), max_share=0.05)
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def update(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Add (name, reason) pairs; return those whose name is new."""
+        fresh: dict[str, str] = {}
+        for name, reason in bad:
+            if name not in self.reasons:
+                fresh.setdefault(name, reason)
+        self.reasons.update(fresh)
+        return list(fresh.items())
+
+    def check(self, total: int, max_share: float) -> None:
+        """Raise UserError if more than ``max_share`` (0 to 1) of ``total`` images are bad."""
+        if len(self) <= max_share * total:
+            return
+        first = ", ".join(f"'{name}' ({reason})" for name, reason in list(self.reasons.items())[:3])
+        raise UserError(
+            f"{len(self)} of {total} images ({len(self) / total:.1%}) cannot be read, more than "
+            f"the {max_share:.1%} allowed; the first are {first}"
+        )

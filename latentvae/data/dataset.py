@@ -1,0 +1,162 @@
+"""Batches of images: for training endless and augmented, for validation each image exactly once."""
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentvae.data.bad_images import BadImages
+from latentvae.data.folder import ImageSource
+from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.reading import UnreadableImage
+from latentvae.data.sampler import IndexSampler
+from latentvae.data.transforms import EvalTransform, TrainTransform
+from latentvae.data.workers import leave_signals_to_the_trainer
+
+MAX_ATTEMPTS = 20  # images tried for one place in a batch
+
+logger = logging.getLogger(__name__)
+
+
+class TrainItem(TypedDict):
+    """One image (3, R, R), its index, and the unreadable files (name, reason) met before it."""
+
+    image: Tensor
+    index: int
+    bad: list[tuple[str, str]]
+
+
+class Batch(NamedTuple):
+    """One micro-step of one rank.
+
+    Attributes:
+        images: (B, 3, R, R), float32 in [-1, 1].
+        indices: (B,), int64: the images that are in it (a replaced one counts, not the bad one).
+        bad: the unreadable files met, as (name, reason).
+    """
+
+    images: Tensor
+    indices: Tensor
+    bad: list[tuple[str, str]]
+
+
+class TrainImages(Dataset[TrainItem]):
+    """Augmented images by (epoch, index); what comes back depends on these and the seed alone.
+
+    An unreadable file is replaced by another image, drawn from (seed, epoch, index, attempt).
+
+    Args:
+        source: the images.
+        transform: the augmentation.
+        seed: of augmentation and replacement, 0 or above.
+    """
+
+    def __init__(self, source: ImageSource, transform: TrainTransform, *, seed: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainItem:
+        window = self.transform.draw(counter_rng(Stream.AUGMENT, self.seed, *key))
+        at_least = self.transform.needed_side(window)
+        bad: list[tuple[str, str]] = []
+        for index in self._candidates(key):
+            try:
+                image = self.source.read(index, at_least=at_least)
+            except UnreadableImage as error:
+                bad.append((self.source.name(index), error.reason))
+                continue
+            return TrainItem(image=self.transform.apply(image, window), index=index, bad=bad)
+        name, reason = bad[0]
+        raise UnreadableImage(
+            name, f"{reason} (nor could any of {MAX_ATTEMPTS - 1} others be read in its place)"
+        )
+
+    def _candidates(self, key: tuple[int, int]) -> Iterator[int]:
+        yield key[1]
+        for attempt in range(1, MAX_ATTEMPTS):
+            yield int(counter_rng(Stream.REPLACE, self.seed, *key, attempt).integers(len(self)))
+
+
+def collate(items: list[TrainItem]) -> Batch:
+    """Join the items of one micro-step."""
+    return Batch(
+        images=torch.stack([item["image"] for item in items]),  # (B, 3, R, R)
+        indices=torch.tensor([item["index"] for item in items]),
+        bad=[entry for item in items for entry in item["bad"]],
+    )
+
+
+def train_loader(
+    dataset: TrainImages, sampler: IndexSampler, *, num_workers: int
+) -> DataLoader[TrainItem]:
+    """Endless batches (``Batch``), the same for any number of workers.
+
+    The global random generators are not touched.
+
+    Args:
+        dataset: the images.
+        sampler: their order, from its ``start_step`` on.
+        num_workers: processes that decode beside this one; 0 decodes in this one.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # else every iter() draws from the global generator
+    )
+
+
+def validation_batches(
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    bad: BadImages | None = None,
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield (images (b, 3, R, R), names), b up to ``batch_size``: each image once over all ranks.
+
+    Rank r has the images r, r + W, r + 2W...: ranks may have unequal numbers of batches, or none,
+    so reduce sums over ranks at the end only.
+
+    Args:
+        source: the images.
+        transform: to one size.
+        batch_size: images per batch, at most.
+        rank: this process.
+        world_size: W, number of processes.
+        bad: takes the unreadable files, which are left out; without it they are logged as warnings.
+    """
+    images: list[Tensor] = []
+    names: list[str] = []
+    for index in range(rank, len(source), world_size):
+        try:
+            images.append(transform(source.read(index)))
+        except UnreadableImage as error:
+            _report(bad, source.name(index), error)
+            continue
+        names.append(source.name(index))
+        if len(images) == batch_size:
+            yield torch.stack(images), names
+            images, names = [], []
+    if images:
+        yield torch.stack(images), names
+
+
+def _report(bad: BadImages | None, name: str, error: UnreadableImage) -> None:
+    if bad is None:
+        logger.warning("left out of validation: %s", error)
+    else:
+        bad.update([(name, error.reason)])

@@ -1,0 +1,144 @@
+"""Where images come from: a folder of files, or the photos that come with scikit-image."""
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from PIL import Image
+
+from latentvae.data.reading import read_image
+from latentvae.errors import UserError, nearest
+
+SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
+    ".pfm .avif .jp2 .j2k .jpx .qoi"
+).split()
+
+SAMPLES = "samples"
+# Photographs only; both views of the motorcycle on one side, so that no scene is in both splits.
+SAMPLE_PHOTOS = {
+    "train": (
+        "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg "
+        "ihc.png moon.png motorcycle_left.png motorcycle_right.png page.png retina.jpg text.png"
+    ).split(),
+    "validation": ["chelsea.png", "coffee.png", "rocket.jpg"],
+}
+
+
+class ImageSource(Protocol):
+    """Images by number. ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str: ...
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image: ...
+
+
+class ImageFolder:
+    """The image files below a folder, sorted by relative path.
+
+    Hidden files and folders are left out. Links are followed; a folder reached twice counts once.
+
+    Args:
+        root: the folder (``~`` allowed).
+        names: take only these relative paths (posix), as they are listed.
+
+    Example:
+        folder = ImageFolder("photos")
+        folder.name(0), folder.read(0).size  # ("2021/a.jpg", (4032, 3024))
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, names: Iterable[str] | None = None) -> None:
+        self.root = Path(root).expanduser()
+        self.names = _image_names(self.root) if names is None else list(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int, /) -> str:
+        """The path relative to the folder, with ``/`` on every system."""
+        return self.names[index]
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        return read_image(self.root / self.names[index], at_least=at_least)
+
+
+class SamplePhotos:
+    """Photos from scikit-image's wheel (nothing is downloaded), kept decoded in memory.
+
+    Args:
+        split: ``"train"`` (14 photos) or ``"validation"`` (3 colour photos of other scenes).
+    """
+
+    def __init__(self, split: str) -> None:
+        if split not in SAMPLE_PHOTOS:
+            near = nearest(split, SAMPLE_PHOTOS)
+            raise UserError(
+                f"the sample photos have no split '{split}', only train and validation{near}"
+            )
+        spec = importlib.util.find_spec("skimage")  # finds the files without importing the library
+        if spec is None or spec.origin is None:
+            raise UserError(
+                "the sample photos come with scikit-image: run `pip install scikit-image`"
+            )
+        self.root = Path(spec.origin).parent / "data"
+        self.names = list(SAMPLE_PHOTOS[split])
+        self._decoded: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int, /) -> str:
+        return self.names[index]
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        """The photo at full size, whatever ``at_least`` allows."""
+        if index not in self._decoded:
+            self._decoded[index] = read_image(self.root / self.names[index])
+        return self._decoded[index]
+
+
+def _image_names(root: Path) -> list[str]:
+    _check_folder(root)
+    try:
+        files = list(_walk(root, PurePosixPath(), seen=set()))
+    except OSError as error:
+        raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
+    names = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
+    if not names:
+        others = Counter(file.suffix.lower() for file in files if file.suffix).most_common(1)
+        found = f"; most files there end in {others[0][0]}" if others else ""
+        raise UserError(f"no images in '{root}' or below: {', '.join(SUFFIXES)} are read{found}")
+    return names
+
+
+def _check_folder(root: Path) -> None:
+    if root.is_dir():
+        return
+    if root.exists():
+        raise UserError(f"'{root}' is a file; a folder of images is needed")
+    parent = root.absolute().parent
+    siblings = (
+        [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    )
+    near = nearest(root.name, siblings) or f"; a folder of images or '{SAMPLES}' is needed"
+    raise UserError(f"there is no folder '{root}'{near}")
+
+
+def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PurePosixPath]:
+    folder = os.path.realpath(root / below)
+    if folder in seen:
+        return
+    seen.add(folder)
+    with os.scandir(root / below) as entries:
+        visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk(root, below / entry.name, seen=seen)
+        # A dead link is kept, so that reading it is reported.
+        elif entry.is_file() or entry.is_symlink():
+            yield below / entry.name

@@ -1,0 +1,16 @@
+"""Out of training: folders that other programs load, compared with the trained network."""
+
+from latentvae.export.card import ModelCard
+from latentvae.export.diffusers import export_autoencoder
+from latentvae.export.half_precision import HalfPrecision, check_half_precision
+from latentvae.export.report import PROFILES, ExportReport, Profile
+
+__all__ = [
+    "PROFILES",
+    "ExportReport",
+    "HalfPrecision",
+    "ModelCard",
+    "Profile",
+    "check_half_precision",
+    "export_autoencoder",
+]

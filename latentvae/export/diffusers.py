@@ -1,0 +1,227 @@
+"""Write a trained autoencoder as diffusers reads it, load it back, and compare.
+
+    trained net -> temporary folder -> AutoencoderKL.from_pretrained -> equal? -> renamed into place
+
+The config's values follow from how the pipelines read them: Stable Diffusion, SDXL, DiT and LDM
+divide by `scaling_factor` and ignore `shift_factor`; SD3 and FLUX add `shift_factor` and fail if
+it is null; SDXL uses `latents_mean` and `latents_std` where they are set (4 channels alone).
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.errors import UserError, nearest
+from latentvae.export.card import ModelCard, write_card
+from latentvae.export.half_precision import check_half_precision
+from latentvae.export.report import PROFILES, ExportReport, Profile
+from latentvae.latents import LatentStatistics
+
+
+def export_autoencoder(
+    net: AutoencoderKL,
+    out: Path,
+    *,
+    statistics: LatentStatistics,
+    sample_size: int,
+    probe: Tensor,
+    profile: Profile = "sd",
+    card: ModelCard | None = None,
+    frozen_encoder: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Export `net` to the folder `out`; nothing appears there unless it equals the trained network.
+
+    Args:
+        net: the trained network (the averaged weights, where there are such); it is not changed.
+        statistics: of posterior samples of this network, see `latentvae.latents`.
+        sample_size: side of the training images in pixels; diffusers' tiling goes by it.
+        probe: real images (B, C, H, W) in [-1, 1] for the float16 check; the
+            first is compared, at its size and at an odd one.
+        profile: `"sd"` serves every pipeline; `"sd3"` (FLUX too) writes the measured shift;
+            `"sdxl"` writes mean and std per channel.
+        frozen_encoder: the latents are the base model's, so its scale and shift are kept.
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: an option that cannot be, or a folder that is in the way.
+        RuntimeError: what diffusers loads back is not what was trained.
+    """
+    _check_options(net, out, profile=profile, overwrite=overwrite)
+    trained = _on_cpu(net)
+    probe = probe.to("cpu", torch.float32)
+    half = check_half_precision(trained, probe)
+    identity = not half.safe and trained.post_quant_conv is None
+    config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
+    config |= {"sample_size": int(sample_size), "force_upcast": not half.safe}
+    report = ExportReport(
+        path=out,
+        profile=profile,
+        num_images=statistics.num_images,
+        old_scaling_factor=net.config["scaling_factor"],
+        old_shift_factor=net.config["shift_factor"],
+        measured_scaling_factor=statistics.scaling_factor,
+        scaling_factor=config["scaling_factor"],
+        shift_factor=config["shift_factor"],
+        half_precision=half,
+        identity_post_quant_conv=identity,
+        compared_sizes=tuple((p.shape[2], p.shape[3]) for p in _probes(probe)),
+    )
+    with _written_whole(out) as folder:
+        _build(trained, config, identity=identity).save_pretrained(folder)
+        _compare(trained, _load_back(folder), probe)
+        write_card(card or ModelCard(name=out.name), folder, config=config, report=report)
+    return report
+
+
+def _on_cpu(net: nn.Module) -> AutoencoderKL:
+    """A float32 copy, contiguous (as a file is) and without tiling."""
+    net = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
+    assert isinstance(net, AutoencoderKL)
+    net.disable_tiling()
+    return net.eval()
+
+
+def _check_options(net: AutoencoderKL, out: Path, *, profile: str, overwrite: bool) -> None:
+    if profile not in PROFILES:
+        hint = nearest(profile, PROFILES)
+        raise UserError(f"no export profile '{profile}': it must be sd, sd3 or sdxl{hint}")
+    if profile == "sdxl" and net.config["latent_channels"] != 4:
+        channels = net.config["latent_channels"]
+        raise UserError(f"export profile 'sdxl' needs 4 latent channels, not {channels}; take 'sd'")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_export(out):
+        raise UserError(f"'{out}' exists and is not an export; name another folder")
+    if not overwrite:
+        raise UserError(f"'{out}' holds an export; name another folder, or ask to overwrite it")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder's config.json says `AutoencoderKL`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
+
+
+def _exported_config(
+    net: AutoencoderKL, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
+) -> dict[str, Any]:
+    """The network's own config (without private keys, which hold paths), and the scale."""
+    config = {key: value for key, value in net.config.items() if not key.startswith("_")}
+    if frozen_encoder:
+        return config | {"shift_factor": config["shift_factor"] or 0.0}
+    return config | _scale(statistics, profile=profile)
+
+
+def _scale(statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
+    scale = {
+        "scaling_factor": statistics.scaling_factor,
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+    if profile == "sd3":
+        return scale | {"shift_factor": statistics.shift_factor}
+    if profile == "sdxl":
+        mean, std = statistics.channel_mean.tolist(), statistics.channel_std.tolist()
+        return scale | {"scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
+    return scale
+
+
+def _build(trained: AutoencoderKL, config: Mapping[str, Any], *, identity: bool) -> AutoencoderKL:
+    """The same weights under the exported config; no random numbers are drawn on the way."""
+    weights = trained.state_dict()
+    if identity:
+        d = config["latent_channels"]
+        weights["post_quant_conv.weight"] = torch.eye(d)[:, :, None, None]  # (d, d, 1, 1)
+        weights["post_quant_conv.bias"] = torch.zeros(d)
+        config = {**config, "use_post_quant_conv": True}
+    with torch.device("meta"):
+        net = AutoencoderKL.from_config(dict(config))
+    assert isinstance(net, AutoencoderKL)
+    net.load_state_dict(weights, assign=True)
+    return net.eval()
+
+
+def _load_back(folder: Path) -> AutoencoderKL:
+    loaded: Any = AutoencoderKL.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    net, info = loaded
+    problems = {kind: keys for kind, keys in info.items() if keys}
+    if problems:
+        raise RuntimeError(f"diffusers does not load the export whole: {problems}")
+    return copy.deepcopy(net)  # out of the file's memory map, whose alignment can change sums
+
+
+@torch.no_grad()
+def _compare(trained: Any, loaded: Any, probe: Tensor) -> None:
+    for images in _probes(probe):
+        ours, theirs = trained.encode(images).latent_dist, loaded.encode(images).latent_dist
+        if not torch.equal(ours.parameters, theirs.parameters):
+            raise RuntimeError(_difference("encoder", images, ours.parameters, theirs.parameters))
+        ours, theirs = trained.decode(ours.mode()).sample, loaded.decode(ours.mode()).sample
+        if not torch.equal(ours, theirs):
+            raise RuntimeError(_difference("decoder", images, ours, theirs))
+
+
+def _difference(part: str, images: Tensor, ours: Tensor, theirs: Tensor) -> str:
+    size = " x ".join(map(str, images.shape[2:]))
+    largest = (ours - theirs).abs().max().item()
+    return f"the exported {part} differs from the trained one at {size} pixels by up to {largest:g}"
+
+
+def _probes(probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The first image, and it at a size that f does not divide."""
+    return probe[:1], F.pad(probe[:1], (0, 3, 0, 1), mode="replicate")
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place at the end, or disappears."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.writing-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()  # by the umask, unlike tempfile's
+    try:
+        yield folder
+        _settle(folder)
+        _swap(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Give every file the umask's mode (safetensors writes 0600) and bring it to the disk."""
+    mode = (folder / "README.md").stat().st_mode & 0o777
+    for file in folder.iterdir():
+        file.chmod(mode)
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an earlier `out` goes only when the new one stands."""
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Named loss terms, their weights, and the critic."""

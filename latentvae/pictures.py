@@ -1,0 +1,136 @@
+"""Pictures as people hold them (Pillow, NumPy, PyTorch) to tensors and back.
+
+    PIL image, list of PIL images    any mode, 8-bit RGB out
+    NumPy (H, W, 3), (B, H, W, 3)    uint8, or float in [0, 1]
+    torch (B, C, H, W)               float in [-1, 1]; C is the network's
+
+Inside the package images are float32 in [-1, 1], (B, C, H, W).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentvae.errors import UserError, nearest
+
+Images = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
+OutputType = Literal["pt", "np", "pil"]
+OUTPUT_TYPES: tuple[OutputType, ...] = get_args(OutputType)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a user gave images, so that they can be given back alike.
+
+    Args:
+        single: one picture, without a batch around it.
+        tensor_dtype, array_dtype: of a tensor or an array.
+    """
+
+    output_type: OutputType
+    single: bool = False
+    tensor_dtype: torch.dtype | None = None
+    array_dtype: np.dtype | None = None
+
+    def restore(self, images: Tensor) -> Images:
+        """`images` (B, C, H, W) in this form."""
+        if self.output_type == "pt":
+            return images.to(self.tensor_dtype)
+        if self.output_type == "pil":
+            pictures = to_pil(images)
+            return pictures[0] if self.single else pictures
+        array = to_uint8(images) if self.array_dtype == np.uint8 else to_unit_array(images)
+        array = array.astype(self.array_dtype, copy=False)
+        return array[0] if self.single else array
+
+
+def read_pictures(images: Images) -> tuple[Tensor, Kind]:
+    """The images as float32 (B, C, H, W) in [-1, 1], and the form they came in."""
+    if isinstance(images, Tensor):
+        return _from_tensor(images), Kind("pt", tensor_dtype=images.dtype)
+    if isinstance(images, np.ndarray):
+        kind = Kind("np", single=images.ndim == 3, array_dtype=images.dtype)
+        return _from_array(images), kind
+    if isinstance(images, Image.Image):
+        return _from_pil([images]), Kind("pil", single=True)
+    if not isinstance(images, Sequence) or not all(isinstance(i, Image.Image) for i in images):
+        raise UserError(
+            f"images are PIL images, a NumPy array or a tensor, not {type(images).__name__}"
+        )
+    return _from_pil(images), Kind("pil")
+
+
+def convert(images: Tensor, output_type: OutputType) -> Images:
+    """(B, C, H, W) in [-1, 1] to a tensor as it is, float32 arrays in [0, 1], or PIL images."""
+    if output_type not in OUTPUT_TYPES:
+        hint = nearest(output_type, OUTPUT_TYPES)
+        raise UserError(f"no output_type '{output_type}': it must be pt, np or pil{hint}")
+    if output_type == "pt":
+        return images
+    return to_pil(images) if output_type == "pil" else to_unit_array(images)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, C, H, W) in [-1, 1] to 8-bit pictures; C is 1 (grey) or 3."""
+    arrays = to_uint8(images)
+    return [
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels) for pixels in arrays
+    ]
+
+
+def to_unit_array(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in [0, 1], float32."""
+    return (images.float().permute(0, 2, 3, 1).clamp(-1, 1) / 2 + 0.5).cpu().numpy()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..255, rounded to the nearest."""
+    levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _from_tensor(images: Tensor) -> Tensor:
+    if images.ndim != 4 or images.numel() == 0:
+        raise UserError(f"a tensor of images is (B, C, H, W), not {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise UserError(f"a tensor of images is float in [-1, 1], not {images.dtype}")
+    low, high = (value.item() for value in images.aminmax())
+    if not -2.0 <= low <= high <= 2.0:
+        raise UserError(f"a tensor of images lies in [-1, 1], not in [{low:g}, {high:g}]")
+    return images.float()
+
+
+def _from_array(images: np.ndarray) -> Tensor:
+    if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.size == 0:
+        raise UserError(
+            f"an array of images is (H, W, 3) or (B, H, W, 3), not {tuple(images.shape)}"
+        )
+    if images.dtype == np.uint8:
+        unit = images.astype(np.float32) / 127.5 - 1
+    elif np.issubdtype(images.dtype, np.floating):
+        low, high = images.min(), images.max()
+        if not -1e-3 <= low <= high <= 1 + 1e-3:
+            raise UserError(f"a float array of images lies in [0, 1], not in [{low:g}, {high:g}]")
+        unit = images.astype(np.float32) * 2 - 1
+    else:
+        raise UserError(f"an array of images is uint8 or float in [0, 1], not {images.dtype}")
+    batch = torch.from_numpy(unit).reshape(-1, *images.shape[-3:])
+    return batch.permute(0, 3, 1, 2).contiguous()
+
+
+def _from_pil(images: Sequence[Image.Image]) -> Tensor:
+    from latentvae.data import to_tensor
+    from latentvae.data.reading import _to_rgb
+
+    if not images:
+        raise UserError("the list of images is empty")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
+        raise UserError(f"the images of one batch have one size, not {shown}: give them one by one")
+    return torch.stack([to_tensor(_to_rgb(image)) for image in images])

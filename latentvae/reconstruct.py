@@ -1,0 +1,205 @@
+"""Run pictures through an autoencoder and show what it keeps: pictures side by side and a table.
+
+    reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
+    latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
+
+Each picture is measured at its own size, after rounding to 8 bits.
+"""
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.autoencoder import Autoencoder, load
+from latentvae.data import ImageFolder, UnreadableImage, read_image, to_tensor
+from latentvae.errors import UserError, nearest
+from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
+from latentvae.metrics import psnr, ssim, to_8bit
+from latentvae.metrics.image import SSIM_MIN_SIZE
+from latentvae.pictures import to_pil
+
+DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large
+GAP = 8  # white pixels between the pictures
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture in the table; a metric that its size does not allow is None."""
+
+    image: str
+    width: int
+    height: int
+    psnr: float
+    ssim: float | None
+    lpips_alex: float | None
+    picture: str
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What was done: a row for each picture, and (path, reason) for each that cannot be read."""
+
+    rows: tuple[Row, ...]
+    unreadable: tuple[tuple[str, str], ...]
+
+
+def reconstruct(
+    model: Autoencoder | str | Path,
+    inputs: Sequence[str | Path],
+    *,
+    out: str | Path,
+    max_side: int | None = None,
+) -> Reconstructions:
+    """Write a PNG per picture (original, reconstruction, difference), and table.csv; print it.
+
+    Args:
+        model: an autoencoder, or the folder of one (it then runs on the GPU, if there is one).
+        inputs: image files, and folders that are searched with all below them.
+        out: a folder; pictures of the same name there are replaced.
+        max_side: shrink pictures whose longer side has more pixels; None keeps every size.
+
+    Raises:
+        UserError: a path that is not there, or not one picture that can be read.
+    """
+    out = Path(out)
+    targets = list(_name_pictures(_find_files(inputs, out=out)))
+    if not isinstance(model, Autoencoder):
+        model = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
+    rows: list[Row] = []
+    unreadable: list[tuple[str, str]] = []
+    for path, picture in tqdm(targets, desc=model.name, unit="image", leave=False):
+        try:
+            image = _shrink(read_image(path), max_side)
+        except UnreadableImage as error:
+            unreadable.append((str(path), error.reason))
+            continue
+        images = to_tensor(image)[None].to(model.net.device)  # (1, 3, H, W)
+        recon = to_8bit(model.reconstruct(images))
+        _save(out / picture, images, recon)
+        rows.append(_measure(images, recon, lpips=lpips, image=str(path), picture=picture))
+    _finish(rows, unreadable, out=out, name=model.name)
+    return Reconstructions(tuple(rows), tuple(unreadable))
+
+
+def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Every image file, and its path below the input it came from; none that we wrote."""
+    for given in map(Path, inputs):
+        if given.is_dir():
+            names = [Path(name) for name in ImageFolder(given).names]
+            written = out.resolve()
+            yield from (
+                (given / name, name)
+                for name in names
+                if not (given / name).resolve().is_relative_to(written)
+            )
+        elif given.exists():
+            yield given, Path(given.name)
+        else:
+            siblings = given.parent.iterdir() if given.parent.is_dir() else ()
+            hint = nearest(given.name, (sibling.name for sibling in siblings))
+            raise UserError(f"there is no image or folder '{given}'{hint}")
+
+
+def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
+    """A PNG's name for each file; a number tells those apart that would have the same."""
+    taken: set[str] = set()
+    for path, below in files:
+        name, number = below.with_suffix(".png"), 1
+        while name.as_posix() in taken:
+            number += 1
+            name = below.with_name(f"{below.stem}-{number}.png")
+        taken.add(name.as_posix())
+        yield path, name.as_posix()
+
+
+def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is None or max(image.size) <= max_side:
+        return image
+    scale = max_side / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _save(path: Path, images: Tensor, recon: Tensor) -> None:
+    """Original, reconstruction and difference (mid-grey is none) from left to right."""
+    difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
+    gap = torch.ones_like(images[..., :1]).expand(-1, -1, -1, GAP)
+    sheet = torch.cat([images, gap, recon, gap, difference], dim=-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(sheet)[0].save(path)
+
+
+def _measure(
+    images: Tensor, recon: Tensor, *, lpips: PerceptualLoss, image: str, picture: str
+) -> Row:
+    height, width = images.shape[2:]
+
+    def value(metric: Callable[[Tensor, Tensor], Tensor], minimum: int) -> float | None:
+        return metric(images, recon).item() if min(height, width) >= minimum else None
+
+    with torch.inference_mode():
+        return Row(
+            image=image,
+            width=width,
+            height=height,
+            psnr=psnr(images, recon).item(),
+            ssim=value(ssim, SSIM_MIN_SIZE),
+            lpips_alex=value(lpips, MIN_SIZE["alex"]),
+            picture=picture,
+        )
+
+
+def _finish(
+    rows: Sequence[Row], unreadable: Sequence[tuple[str, str]], *, out: Path, name: str
+) -> None:
+    console = Console()
+    for path, reason in unreadable:
+        console.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if not rows:
+        raise UserError(f"not one of {len(unreadable)} pictures can be read")
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    console.print(_table(rows, name))
+    skipped = f", {len(unreadable)} unreadable skipped" if unreadable else ""
+    text = f"{len(rows)} pictures and table.csv in {out}{skipped}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[Row], name: str) -> Table:
+    table = Table("image", "size", "PSNR dB", "SSIM", "LPIPS alex", title=name)
+    for row in rows:
+        table.add_row(row.image, f"{row.width} x {row.height}", *_cells([row]))
+    table.add_section()
+    table.add_row(f"mean of {len(rows)}", "", *_cells(rows))
+    return table
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    columns = [
+        ([row.psnr for row in rows], ".2f"),
+        ([row.ssim for row in rows], ".4f"),
+        ([row.lpips_alex for row in rows], ".4f"),
+    ]
+    return [_mean(values, digits) for values, digits in columns]
+
+
+def _mean(values: Iterable[float | None], digits: str) -> str:
+    """The mean of those that are there; equal pictures have infinite PSNR, which stays."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "n/a"
+    mean = math.inf if math.inf in known else statistics.fmean(known)
+    return format(mean, digits)

@@ -1,0 +1,65 @@
+"""Image codecs to stand beside the models, through Pillow; their rate is that of real files."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, features
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One codec with fixed options and the qualities to sweep.
+
+    Args:
+        format: Pillow's name of the file format.
+        qualities: Pillow's `quality` for each point of the curve, rising.
+        options: All other options of the encoder.
+    """
+
+    format: str
+    qualities: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, image: Image.Image, *, quality: int) -> bytes:
+        """The whole file, headers included."""
+        buffer = io.BytesIO()
+        image.save(buffer, format=self.format, quality=quality, **self.options)
+        return buffer.getvalue()
+
+    def decode(self, content: bytes) -> Image.Image:
+        with Image.open(io.BytesIO(content), formats=[self.format]) as image:
+            return image.convert("RGB")
+
+    def describe(self) -> dict[str, Any]:
+        """For the protocol: encoder library, options, qualities."""
+        library = {"JPEG": "jpg", "WEBP": "webp"}[self.format]
+        return {
+            "library": f"{library} {features.version(library)}",
+            "options": dict(self.options),
+            "qualities": list(self.qualities),
+        }
+
+
+_QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+
+CODECS: dict[str, Codec] = {
+    "jpeg": Codec("JPEG", _QUALITIES, {"optimize": True, "subsampling": "4:2:0"}),
+    "webp": Codec("WEBP", _QUALITIES, {"method": 4}),
+}
+
+
+def bits_per_pixel(content: bytes, image: Image.Image) -> float:
+    return 8 * len(content) / (image.width * image.height)
+
+
+def encode_at_rate(codec: Codec, image: Image.Image, *, bpp: float) -> tuple[bytes, int]:
+    """The smallest file of at least `bpp`, with its quality; the largest file if none is."""
+    files = [(codec.encode(image, quality=quality), quality) for quality in range(1, 101)]
+    enough = [file for file in files if bits_per_pixel(file[0], image) >= bpp]
+    return min(enough, key=_size) if enough else max(files, key=_size)
+
+
+def _size(file: tuple[bytes, int]) -> int:
+    return len(file[0])

@@ -1,0 +1,93 @@
+"""Pictures of a report: rate against quality, and reconstructions side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image, ImageDraw, ImageFont
+
+from latentvae.report.schema import Point, Report
+
+PANELS = (("psnr", "PSNR (dB), higher is better"), ("lpips_alex", "LPIPS (alex), lower is better"))
+TICKS = (0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8, 16)
+
+CROP = 320  # pixels a side of what a sheet shows of a picture, at one to one
+MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
+
+
+def rate_figure(report: Report, path: Path) -> None:
+    """Two panels over bits per pixel (log scale): codecs as curves, models as points.
+
+    A model's point stands at its raw rate; its true points, where measured, make a dashed curve.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
+    for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        _draw_panel(axes, report, metric)
+        axes.set(xscale="log", xlabel="bits per pixel", ylabel=label)
+        axes.set_xticks([tick for tick in TICKS if _within(tick, axes.get_xlim())])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    figure.suptitle(f"{report.data['num_images']} images; models at raw latent bits")
+    figure.savefig(path)
+
+
+def _within(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]
+
+
+def _draw_panel(axes: Axes, report: Report, metric: str) -> None:
+    for name, points in report.codecs.items():
+        axes.plot(*_curve(points, metric), marker=".", label=name)
+    for name, model in report.models.items():
+        mean = getattr(model.metrics, metric)
+        value = float("nan") if mean is None else mean.mean
+        color = axes.plot(model.rate.raw_bpp, value, "*", markersize=14, label=name)[0].get_color()
+        if model.rate.points:
+            axes.plot(*_curve(model.rate.points, metric), "--", color=color)
+
+
+def _curve(points: Sequence[Point], metric: str) -> tuple[list[float], list[float]]:
+    found = [(p.bpp, value) for p in points if (value := getattr(p, metric)) is not None]
+    return [bpp for bpp, _ in found], [value for _, value in found]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a sheet and the one or two lines above it."""
+
+    picture: Image.Image
+    caption: str
+
+
+def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
+    """Rows of pictures, each the middle of its picture, whole pixels: cut at 320, enlarged below.
+
+    All tiles of a row show the same part.
+    """
+    tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
+    width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN
+    heights = [max(picture.height for picture, _ in row) + CAPTION_HEIGHT for row in tiles]
+    canvas = Image.new("RGB", (width, sum(heights) + MARGIN), "white")
+    draw, font, top = ImageDraw.Draw(canvas), ImageFont.load_default(size=13), 0
+    for row, height in zip(tiles, heights, strict=True):
+        left = MARGIN
+        for picture, caption in row:
+            draw.multiline_text((left, top + 4), caption, fill="black", font=font)
+            canvas.paste(picture, (left, top + CAPTION_HEIGHT))
+            left += picture.width + MARGIN
+        top += height
+    canvas.save(path)
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    width, height = min(picture.width, CROP), min(picture.height, CROP)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    part = picture.crop((left, top, left + width, top + height))
+    factor = max(CROP // max(width, height), 1)
+    return part.resize((width * factor, height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,163 @@
+"""Checkpoints: a folder is complete or it is not there.
+
+    checkpoint-<update>/  *.safetensors (model, ema, critic, optimisers)  state.json  manifest.json
+
+Everything is written to a temporary folder, the manifest (sha256 and size of each file) last; files
+and folder are fsynced and the folder renamed. Readers take only folders whose manifest verifies.
+Older ones are deleted only after that. No pickle: tensors are safetensors, the rest JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentvae.errors import UserError
+
+PREFIX = "checkpoint-"
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds: tensors by file and name, and plain values."""
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
+    """Write ``checkpoint-<update>`` into the folder ``run``, then delete all but the newest
+    ``keep``."""
+    final = run / f"{PREFIX}{update}"
+    temporary = run / f"{PREFIX}{update}.tmp-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    for name, tensors in snapshot.tensors.items():
+        path = temporary / f"{name}.safetensors"
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    (temporary / "state.json").write_text(json.dumps(snapshot.values, indent=1))
+    manifest = {
+        "update": update,
+        "files": {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())},
+    }
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    follow_umask(temporary)
+    for path in (*temporary.iterdir(), temporary):
+        _fsync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _fsync(run)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint whose files are what its manifest says.
+
+    Raises:
+        UserError: incomplete or damaged; names the file.
+    """
+    fault = _fault(folder)
+    if fault:
+        raise UserError(f"checkpoint '{folder}' cannot be used: {fault}")
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return Snapshot(tensors=tensors, values=json.loads((folder / "state.json").read_text()))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first (by update, not by name)."""
+    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
+    faults = []
+    for folder in reversed(checkpoints(run)):
+        fault = _fault(folder)
+        if not fault:
+            return folder, faults
+        faults.append(f"{folder.name} is passed over: {fault}")
+    return None, faults
+
+
+def sweep_temporary(run: Path) -> None:
+    """Delete what a killed save left behind."""
+    for path in run.glob(f"{PREFIX}*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """An optimiser's state as ``<parameter name>|<key>`` -> tensor; settings and learning rates are
+    the config's."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    state = {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            state[f"{names[parameter]}|{key}"] = torch.as_tensor(value)
+    return state
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """The reverse of `optimizer_tensors`."""
+    parameters = dict(module.named_parameters())
+    for joined, value in tensors.items():
+        name, key = joined.rsplit("|", 1)
+        parameter = parameters[name]
+        # A moment keeps its parameter's memory format, which the fused update relies on and a file
+        # does not hold.
+        like = (
+            torch.empty_like(parameter)
+            if value.shape == parameter.shape
+            else torch.empty_like(value)
+        )
+        optimizer.state[parameter][key] = like.to(parameter.device).copy_(value)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files the modes the umask asks for; safetensors leaves them readable by their owner
+    alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _fault(folder: Path) -> str:
+    """Why a checkpoint cannot be used, or an empty string."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name, expected in files.items():
+            if _fingerprint(folder / name) != expected:
+                return f"{name} is not what was saved (size or sha256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return ""
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

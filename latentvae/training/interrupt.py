@@ -1,0 +1,43 @@
+"""Stop cleanly: SIGTERM and SIGINT let the update finish, the loop then saves; a second signal ends
+at once."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """Context manager that notes the first signal and restores the handlers when left.
+
+    ``accelerate launch`` does not pass SIGTERM on to a single training process, so losing that
+    launcher counts as SIGTERM as well.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            sys.exit(128 + number)
+        self.signal = number
+
+    @property
+    def requested(self) -> int:
+        """The number of the signal that asked to stop, or 0."""
+        if self.signal is None and self._launcher is not None and os.getppid() != self._launcher:
+            self.signal = signal.SIGTERM
+        return self.signal or 0

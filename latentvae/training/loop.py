@@ -1,0 +1,342 @@
+"""The training loop: one forward per micro-step, straight down, then the critic; the same for any
+number of ranks."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentvae.data import BadImages, Batch, IndexSampler, TrainImages, train_loader
+from latentvae.distributed import all_reduce_max, barrier, gather_objects, is_main, rank, world_size
+from latentvae.training.checkpoint import load_checkpoint, save_checkpoint
+from latentvae.training.config import TrainConfig, flat
+from latentvae.training.exporting import averaged_weights, export_run
+from latentvae.training.interrupt import Interrupt
+from latentvae.training.log import MeanWindow, RunLog
+from latentvae.training.plan import plan
+from latentvae.training.randomness import seed_everything
+from latentvae.training.resume import prepare_folder
+from latentvae.training.run import (
+    Run,
+    build_run,
+    check_paths,
+    eval_transform,
+    open_data,
+    start_accelerator,
+    train_transform,
+)
+from latentvae.training.schedule import adversarial_factor, learning_rate
+from latentvae.training.state import Progress, check_same_run, restore, take_snapshot
+from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
+from latentvae.training.validate import save_grid, validate
+
+
+class Stopped(Exception):
+    """A signal told the run to stop; it finished the update and saved."""
+
+    def __init__(self, signal: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped by signal {signal} and saved {checkpoint}; the same command goes on "
+            "from there"
+        )
+        self.signal = signal
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, validate and export; returns the export's folder. The same call again goes on where
+    the last one ended.
+
+    Raises:
+        UserError: a wrong option, path or image folder; before any work.
+        Stopped: after SIGTERM or SIGINT, with everything saved.
+    """
+    folder = check_paths(config)
+    data = open_data(config)
+    accelerator = start_accelerator(config, folder)
+    IndexSampler(
+        len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
+    )
+    checkpoint = prepare_folder(config, folder)
+    run = build_run(config, folder=folder, accelerator=accelerator, data=data)
+    progress = Progress()
+    if checkpoint is not None:
+        snapshot = load_checkpoint(checkpoint)
+        check_same_run(snapshot.values, run.train_images)
+        progress = restore(run, snapshot)
+    if progress.update >= config.run.max_train_steps:
+        accelerator.print(f"the run in '{folder}' has made all its updates ({progress.update:,})")
+        export = folder / "export"
+        if export.is_dir():
+            return export
+    else:
+        _train(run, progress)
+    return export_run(run)
+
+
+def _train(run: Run, progress: Progress) -> None:
+    options = run.config.run
+    sampler = IndexSampler(
+        len(run.train_images),
+        options.train_batch_size,
+        seed=options.seed,
+        rank=rank(),
+        world_size=world_size(),
+        start_step=progress.micro_step,
+    )
+    dataset = TrainImages(run.train_images, train_transform(run.config), seed=options.seed)
+    loader = train_loader(dataset, sampler, num_workers=run.config.data.dataloader_num_workers)
+    run.accelerator.print(plan(run, steps_per_epoch=sampler.steps_per_epoch, start=progress.update))
+    _start_tracker(run)
+    log = RunLog(
+        run.folder,
+        run.accelerator,
+        start=progress.update,
+        total=options.max_train_steps,
+        images_per_update=run.images_per_update,
+    )
+    with Interrupt() as interrupt, contextlib.closing(log):
+        _Loop(run, progress, log=log, interrupt=interrupt).go(iter(loader))
+    run.accelerator.end_training()
+
+
+def _start_tracker(run: Run) -> None:
+    if run.config.run.report_to != "none":
+        options = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in flat(run.config).items()
+        }
+        run.accelerator.init_trackers(run.config.run.tracker_project_name, config=options)
+
+
+class _Loop:
+    """Updates until the end or a signal, with what happens between them."""
+
+    def __init__(self, run: Run, progress: Progress, *, log: RunLog, interrupt: Interrupt) -> None:
+        self.run = run
+        self.progress = progress
+        self.log = log
+        self.interrupt = interrupt
+        self.window = MeanWindow(progress.window)
+        self.bad = BadImages()
+        self.unnamed: list[tuple[str, str]] = []
+
+    def go(self, batches: Iterator[Batch]) -> None:
+        options, progress = self.run.config.run, self.progress
+        while progress.update < options.max_train_steps:
+            signal = self._update(batches)
+            last = progress.update == options.max_train_steps
+            self.log.step()
+            if progress.update % options.log_steps == 0 or last:
+                self._row()
+            if progress.update % options.validation_steps == 0 or last:
+                self._validate()
+            if progress.update % options.checkpointing_steps == 0 or last or signal:
+                checkpoint = self._save()
+                if signal and not last:
+                    raise Stopped(signal, checkpoint)
+
+    def _update(self, batches: Iterator[Batch]) -> int:
+        """One update of the model and, once it has started, of the critic; returns the signal to
+        stop, or 0."""
+        run, progress = self.run, self.progress
+        self._set_learning_rates()
+        adversary = self._adversary()
+        micro_steps = run.config.run.gradient_accumulation_steps
+        for i in range(micro_steps):
+            batch = next(batches)
+            self.unnamed += batch.bad
+            with self._synchronised(i == micro_steps - 1):
+                self.window.add(self._micro_step(batch, adversary))
+            progress.micro_step += 1
+        norms = {
+            "grad/model": clip_gradients(
+                run.wrapper.parameters(), run.config.optimizer.max_grad_norm
+            )
+        }
+        if adversary is not None:
+            norms["grad/critic"] = clip_gradients(
+                adversary.critic.parameters(), run.config.optimizer.max_grad_norm
+            )
+        finite, signal = self._verdict(norms)
+        if finite:
+            self.window.add(norms)
+            self._step(adversary)
+        self._count_skipped(finite)
+        run.optimizer.zero_grad()
+        if run.critic_optimizer is not None:
+            run.critic_optimizer.zero_grad()
+        progress.update += 1
+        return signal
+
+    def _micro_step(self, batch: Batch, adversary: Adversary | None) -> dict[str, Tensor]:
+        """Add the gradients of one batch; returns what to log."""
+        run, options = self.run, self.run.config.run
+        seed_everything(options.seed, self.progress.micro_step, rank())
+        images = batch.images.to(run.accelerator.device, non_blocking=True)
+        out = run.prepared(images, sample=not options.deterministic_posterior)
+        logged = backward_model(
+            images,
+            out,
+            objective=run.objective,
+            last_layer=run.wrapper.last_layer,
+            adversary=adversary,
+            divide_by=options.gradient_accumulation_steps,
+        )
+        if adversary is not None:
+            logged |= backward_critic(
+                images,
+                out.recon,
+                adversary=adversary,
+                divide_by=options.gradient_accumulation_steps,
+            )
+        nats = out.kl.detach().mean()
+        return logged | {
+            "latent/kl_nats": nats,
+            "latent/kl_bits_per_element": nats / (math.log(2.0) * out.z[0].numel()),
+            "latent/rms": out.z.detach().square().mean().sqrt(),
+            "objective/output_logvar": out.output_logvar.detach(),
+        }
+
+    def _adversary(self) -> Adversary | None:
+        run, options = self.run, self.run.config.critic
+        factor = adversarial_factor(
+            self.progress.update, start=run.config.critic_start, critic=options
+        )
+        if factor is None or run.critic is None or run.critic_prepared is None:
+            return None
+        return Adversary(
+            critic=run.critic,
+            prepared=run.critic_prepared,
+            factor=factor,
+            adaptive=options.disc_adaptive_weight,
+            cap=options.disc_weight_cap,
+        )
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Reduce gradients over ranks in the last micro-step only."""
+        with contextlib.ExitStack() as stack:
+            if not last:
+                stack.enter_context(self.run.accelerator.no_sync(self.run.prepared))
+                if self.run.critic_prepared is not None:
+                    stack.enter_context(self.run.accelerator.no_sync(self.run.critic_prepared))
+            yield
+
+    def _set_learning_rates(self) -> None:
+        config = self.run.config
+        for optimizer, peak in (
+            (self.run.optimizer, config.optimizer.learning_rate),
+            (self.run.critic_optimizer, config.critic.disc_learning_rate),
+        ):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = learning_rate(self.progress.update, peak=peak, config=config)
+
+    def _verdict(self, norms: dict[str, Tensor]) -> tuple[bool, int]:
+        """Whether all gradients on all ranks are finite, and the signal any rank has had: the
+        update's one host sync."""
+        finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
+        signal = torch.full_like(finite, self.interrupt.requested, dtype=torch.float32)
+        not_finite, signal = all_reduce_max(torch.stack([(~finite).float(), signal])).tolist()
+        return not_finite == 0, int(signal)
+
+    def _step(self, adversary: Adversary | None) -> None:
+        run = self.run
+        run.optimizer.step()
+        if adversary is not None and run.critic_optimizer is not None:
+            run.critic_optimizer.step()
+        if run.ema is not None:
+            run.ema.step(run.net.parameters())
+
+    def _count_skipped(self, finite: bool) -> None:
+        progress, allowed = self.progress, self.run.config.optimizer.max_skipped_updates
+        if finite:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.log.say(
+            f"update {progress.update + 1} skipped: its gradient is not finite "
+            f"({progress.skipped} skipped so far)"
+        )
+        if progress.skipped_in_a_row >= allowed:
+            raise RuntimeError(
+                f"{allowed} updates in a row had gradients that are not finite, the last is "
+                f"{progress.update + 1}; the checkpoints are "
+                "untouched. Try a lower learning_rate, --mixed_precision no, or a later disc_start"
+            )
+
+    def _row(self) -> None:
+        config, progress = self.run.config, self.progress
+        self._name_bad_images()
+        rate = learning_rate(
+            progress.update - 1, peak=config.optimizer.learning_rate, config=config
+        )
+        means = self.window.means()
+        self.log.row(
+            progress.update,
+            {
+                **means,
+                "optimizer/learning_rate": rate,
+                "data/bad_images": len(self.bad),
+                "optimizer/skipped": progress.skipped,
+            },
+        )
+
+    def _name_bad_images(self) -> None:
+        """Name each unreadable file once, over all ranks; stop if there are too many."""
+        for found in gather_objects(self.unnamed):
+            for name, reason in self.bad.update(found):
+                self.log.say(f"cannot read {name} ({reason}); another image takes its place")
+        self.unnamed = []
+        self.bad.check(len(self.run.train_images), self.run.config.data.max_bad_share)
+
+    def _validate(self) -> None:
+        """Measure the averaged weights and draw the grid."""
+        run, config = self.run, self.run.config
+        transform, device = eval_transform(config), run.accelerator.device
+        with averaged_weights(run.net, run.ema):
+            values = validate(
+                run.net,
+                run.validation_images,
+                transform=transform,
+                perceptual=run.metric,
+                batch_size=config.run.eval_batch_size,
+                limit=config.data.max_validation_images,
+                device=device,
+            )
+            if is_main():
+                path = run.folder / "samples" / f"update-{self.progress.update:06d}.png"
+                save_grid(
+                    run.net,
+                    run.validation_images,
+                    path,
+                    transform=transform,
+                    count=config.run.num_sample_images,
+                    device=device,
+                )
+        self.log.write(self.progress.update, values)
+        self.log.say(
+            f"update {self.progress.update:,}: PSNR {values['validation/psnr']:.2f} dB, "
+            f"SSIM {values['validation/ssim']:.3f}, "
+            f"LPIPS {values['validation/lpips']:.3f} on {values['validation/images']:.0f} images"
+        )
+        self.log.pause()
+
+    def _save(self) -> Path:
+        options, progress = self.run.config.run, self.progress
+        progress.window = self.window.state()
+        snapshot = take_snapshot(self.run, progress)
+        path = self.run.folder / f"checkpoint-{progress.update}"
+        if is_main():
+            path = save_checkpoint(
+                self.run.folder,
+                snapshot,
+                update=progress.update,
+                keep=options.checkpoints_total_limit,
+            )
+        barrier()
+        self.log.pause()
+        return path

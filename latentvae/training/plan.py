@@ -1,0 +1,94 @@
+"""What a run is about to do, said before its first update."""
+
+from torch import nn
+
+from latentvae.training.run import Run
+
+
+def plan(run: Run, *, steps_per_epoch: int, start: int) -> str:
+    """A table of the facts that decide what the run costs and gives.
+
+    Args:
+        steps_per_epoch: micro-steps in which every training image comes once.
+        start: updates done already.
+    """
+    rows = {
+        "model": _model(run),
+        "latent": _latent(run),
+        "images": (
+            f"{len(run.train_images):,} to train, {len(run.validation_images):,} to validate, "
+            f"at {run.config.data.resolution} px"
+        ),
+        "batch": _batch(run),
+        "updates": _updates(run, steps_per_epoch, start),
+        "learning rate": _learning_rate(run),
+        "objective": _objective(run),
+        "critic": _critic(run),
+        "precision": _precision(run),
+        "folder": str(run.folder),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _model(run: Run) -> str:
+    model = run.config.model
+    size = _millions(run.net)
+    return f"AutoencoderKL, {size} M parameters, f = {model.f}, d = {model.latent_channels}"
+
+
+def _latent(run: Run) -> str:
+    side, d = run.config.data.resolution // run.config.model.f, run.config.model.latent_channels
+    ratio = 3 * run.config.model.f**2 / d
+    return f"{d} x {side} x {side} per image, {ratio:g} times fewer numbers than pixels"
+
+
+def _batch(run: Run) -> str:
+    options, processes = run.config.run, run.accelerator.num_processes
+    return (
+        f"{run.images_per_update} = {options.train_batch_size} images x "
+        f"{options.gradient_accumulation_steps} micro-steps x {processes} processes"
+    )
+
+
+def _updates(run: Run, steps_per_epoch: int, start: int) -> str:
+    options = run.config.run
+    epochs = options.max_train_steps * options.gradient_accumulation_steps / steps_per_epoch
+    images = steps_per_epoch * options.train_batch_size * run.accelerator.num_processes
+    resumed = f", from {start:,} on" if start else ""
+    return f"{options.max_train_steps:,} ({epochs:,.1f} epochs of {images:,} images){resumed}"
+
+
+def _learning_rate(run: Run) -> str:
+    options = run.config.optimizer
+    return f"{options.learning_rate:g}, {options.lr_scheduler} after {options.lr_warmup_steps:,}"
+
+
+def _objective(run: Run) -> str:
+    options = run.config.objective
+    scale, net = options.perceptual_scale, options.lpips_net
+    lpips = f" + {scale:g} LPIPS-{net}" if scale else ""
+    learned = ", learned log-variance" if options.learn_logvar else ""
+    return f"{options.rec_loss}{lpips} + {options.kl_scale:g} KL{learned}"
+
+
+def _critic(run: Run) -> str:
+    if run.critic is None:
+        return "none"
+    start, total = run.config.critic_start, run.config.run.max_train_steps
+    if start >= total:
+        return f"never: it would start after update {start:,}, and the run has {total:,}"
+    full = start + run.config.critic.disc_ramp_steps
+    return (
+        f"PatchGAN, {_millions(run.critic)} M parameters, starts after update {start:,}, "
+        f"full weight {run.config.critic.disc_scale:g} after {full:,}"
+    )
+
+
+def _precision(run: Run) -> str:
+    kind, device = run.accelerator.mixed_precision, run.accelerator.device
+    return f"float32 on {device}" if kind == "no" else f"{kind} over float32 weights on {device}"
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"

@@ -1,0 +1,85 @@
+"""From YAML and nested values to a checked configuration; every fault is one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from latentvae.errors import UserError, nearest
+from latentvae.training.config import TrainConfig, option_names
+
+
+def presets_folder() -> Path:
+    """Where the presets lie: inside an installed package, or `train/configs` of a checkout."""
+    installed = Path(__file__).parents[1] / "presets"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+def load_preset(name_or_path: str) -> TrainConfig:
+    """The configuration in a YAML file, or in the preset of that name.
+
+    Raises:
+        UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
+            range.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = presets_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = preset_names()
+        raise UserError(
+            f"config '{name_or_path}' is neither a file nor a preset "
+            f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"config '{path}' is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config '{path}' must hold sections ({', '.join(sections())}), not a "
+            f"{type(values).__name__}"
+        )
+    return parse(values | {"config": name_or_path}, source=str(path))
+
+
+def sections() -> list[str]:
+    return [name for name, field in TrainConfig.model_fields.items() if name != "config"]
+
+
+def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
+    """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: {'; '.join(_sentence(fault) for fault in error.errors())}"
+        ) from error
+
+
+def _sentence(fault: Any) -> str:
+    """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return (
+            "unknown option "
+            f"'{where}'{nearest(str(fault['loc'][-1]), [*option_names(), *sections()])}"
+        )
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    close = (
+        nearest(str(fault["input"]), fault["ctx"]["expected"].split("'"))
+        if fault["type"] == "literal_error"
+        else ""
+    )
+    return (
+        f"{fault['loc'][-1] if fault['loc'] else where} is {fault['input']!r}, but "
+        f"{fault['msg'].removeprefix('Input ')}{close}"
+    )

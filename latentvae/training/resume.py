@@ -1,0 +1,84 @@
+"""Where a run starts: anew, or from the newest checkpoint that verifies. "Resume" is the same
+command again."""
+
+import shutil
+from pathlib import Path
+
+from latentvae.distributed import from_main, is_main
+from latentvae.errors import UserError, nearest
+from latentvae.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_usable,
+    sweep_temporary,
+)
+from latentvae.training.config import TrainConfig
+from latentvae.training.state import check_same_config, read_config, write_config
+
+CONFIG_NAME = "config.yaml"
+
+
+def prepare_folder(config: TrainConfig, folder: Path) -> Path | None:
+    """Make the run's folder and find the checkpoint to go on from, if any.
+
+    Rank 0 looks and touches; every rank gets its result or its error.
+    """
+    result: Path | UserError | None = None
+    if is_main():
+        try:
+            result = _find_start(config, folder)
+        except UserError as error:
+            result = error
+    result = from_main(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _find_start(config: TrainConfig, folder: Path) -> Path | None:
+    saved = folder / CONFIG_NAME
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir '{folder}' is a file; give a folder")
+    if config.run.overwrite_output_dir:
+        _delete_run(folder)
+    if saved.is_file():
+        check_same_config(config, read_config(saved))
+    checkpoint = _checkpoint(config.run.resume_from_checkpoint, folder)
+    print(f"going on from {checkpoint}" if checkpoint else f"starting anew in {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, saved)
+    except OSError as error:
+        raise UserError(f"output_dir '{folder}' cannot be written: {error.strerror}") from error
+    return checkpoint
+
+
+def _checkpoint(wanted: str, folder: Path) -> Path | None:
+    """`latest` may be none; a named one must be there and whole."""
+    if wanted == "latest":
+        sweep_temporary(folder)
+        checkpoint, faults = newest_usable(folder)
+        for fault in faults:
+            print(fault)
+        return checkpoint
+    path = folder / Path(wanted).name
+    if not path.is_dir():
+        names = [found.name for found in checkpoints(folder)]
+        raise UserError(
+            f"resume_from_checkpoint '{wanted}' is not a checkpoint of '{folder}', which "
+            f"has {', '.join(names) or 'none'}{nearest(path.name, names)}"
+        )
+    load_checkpoint(path)
+    return path
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete a run; anything else that lies in the way is left alone."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(
+            f"output_dir '{folder}' holds files but no run ({CONFIG_NAME} is missing), so "
+            "--overwrite_output_dir does not delete it"
+        )
+    shutil.rmtree(folder)

@@ -1,0 +1,210 @@
+"""What a run is made of: everything is checked and built here, before the first update."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from latentvae.data import EvalTransform, ImageSource, TrainTransform, open_images
+from latentvae.errors import UserError
+from latentvae.losses.discriminators import PatchGAN
+from latentvae.losses.objective import Objective
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.training.config import TrainConfig
+from latentvae.training.log import check_tracker
+from latentvae.training.randomness import seed_everything
+
+_DTYPES = {"no": None, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run. ``wrapper`` and ``critic`` are bare; their ``prepared`` twins are what is
+    called in training."""
+
+    config: TrainConfig
+    folder: Path
+    accelerator: Accelerator
+    train_images: ImageSource
+    validation_images: ImageSource
+    wrapper: KLTrainingWrapper
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    critic: PatchGAN | None
+    critic_prepared: nn.Module | None
+    critic_optimizer: torch.optim.Optimizer | None
+    ema: EMAModel | None
+    objective: Objective
+    metric: PerceptualLoss
+
+    @property
+    def net(self) -> AutoencoderKL:
+        return self.wrapper.net
+
+    @property
+    def images_per_update(self) -> int:
+        run = self.config.run
+        return (
+            run.train_batch_size * run.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+
+
+def check_paths(config: TrainConfig) -> Path:
+    """The run's folder; refuses what is missing without touching a file."""
+    if config.data.train_data_dir is None:
+        raise UserError(
+            "train_data_dir is missing: give a folder of images, or `samples` for the "
+            "photos that come with scikit-image"
+        )
+    if config.run.output_dir is None:
+        raise UserError(
+            "output_dir is missing: give the folder to write the run to, such as runs/first"
+        )
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "
+            "processes and started one; on CPUs launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    check_tracker(config.run.report_to)
+    return Path(config.run.output_dir)
+
+
+def open_data(config: TrainConfig) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images."""
+    data = config.data
+    assert data.train_data_dir is not None
+    return open_images(
+        data.train_data_dir,
+        validation_data_dir=data.validation_data_dir,
+        split_share=data.validation_share,
+        seed=config.run.seed,
+    )
+
+
+def train_transform(config: TrainConfig) -> TrainTransform:
+    data = config.data
+    return TrainTransform(
+        data.resolution,
+        crop=data.crop,
+        crop_scale=(data.crop_min_side, 1.0),
+        random_flip=data.random_flip,
+        interpolation=data.image_interpolation_mode,
+    )
+
+
+def eval_transform(config: TrainConfig) -> EvalTransform:
+    return EvalTransform(config.data.resolution, interpolation=config.data.image_interpolation_mode)
+
+
+def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Join the other ranks; precision as configured, or as the launcher was told."""
+    accelerator = Accelerator(
+        mixed_precision=config.run.mixed_precision,
+        log_with=None if config.run.report_to == "none" else config.run.report_to,
+        project_dir=folder,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(static_graph=False, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.ddp_timeout)),
+        ],
+    )
+    if accelerator.mixed_precision not in _DTYPES:
+        raise UserError(
+            f"the launcher asks for mixed precision {accelerator.mixed_precision}, which "
+            "two optimisers on one gradient scaler get wrong; "
+            "allowed are bf16 and no"
+        )
+    return accelerator
+
+
+def build_run(
+    config: TrainConfig,
+    *,
+    folder: Path,
+    accelerator: Accelerator,
+    data: tuple[ImageSource, ImageSource],
+) -> Run:
+    """Networks, optimisers and losses, freshly initialised from the seed and the same on every
+    rank."""
+    metric, objective = _losses(config, accelerator)
+    seed_everything(config.run.seed)
+    net = build_net(config)
+    if config.run.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    wrapper = KLTrainingWrapper(
+        net,
+        output_logvar=config.objective.output_logvar,
+        learn_logvar=config.objective.learn_logvar,
+    )
+    critic = None
+    if config.critic.disc_scale > 0:
+        critic = PatchGAN(
+            channels=config.critic.disc_channels, num_layers=config.critic.disc_layers
+        )
+    prepared = accelerator.prepare(wrapper)
+    critic_prepared = accelerator.prepare(critic) if critic is not None else None
+    return Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        train_images=data[0],
+        validation_images=data[1],
+        wrapper=wrapper,
+        prepared=prepared,
+        optimizer=_adamw(wrapper, config, rate=config.optimizer.learning_rate),
+        critic=critic,
+        critic_prepared=critic_prepared,
+        critic_optimizer=None
+        if critic is None
+        else _adamw(critic, config, rate=config.critic.disc_learning_rate),
+        ema=_ema(net, config),
+        objective=objective,
+        metric=metric,
+    )
+
+
+def build_net(config: TrainConfig) -> AutoencoderKL:
+    return build_autoencoder_kl(**config.model.model_dump(), sample_size=config.data.resolution)
+
+
+def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLoss, Objective]:
+    """LPIPS to validate with (always float32) and the objective, whose LPIPS may be the same
+    network."""
+    options = config.objective
+    metric = PerceptualLoss(load_lpips(options.lpips_net, weights=options.lpips_weights)).to(
+        accelerator.device
+    )
+    objective = Objective(
+        rec_loss=options.rec_loss,
+        perceptual=metric if options.perceptual_scale > 0 else None,
+        perceptual_scale=options.perceptual_scale,
+        kl_scale=options.kl_scale,
+        autocast_dtype=_DTYPES[accelerator.mixed_precision],
+    )
+    return metric, objective
+
+
+def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.optim.AdamW:
+    options = config.optimizer
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def _ema(net: AutoencoderKL, config: TrainConfig) -> EMAModel | None:
+    if not config.optimizer.use_ema:
+        return None
+    return EMAModel(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)

@@ -1,0 +1,150 @@
+"""What a checkpoint of a run holds, and whether a run may go on from one.
+
+Randomness is counted, not stored (see `randomness`), and the data position is the number of
+micro-steps done: one checkpoint, written by rank 0, serves all ranks.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+
+from latentvae.data import ImageSource
+from latentvae.distributed import gather_objects, rank, world_size
+from latentvae.errors import UserError
+from latentvae.training.checkpoint import Snapshot, load_optimizer_tensors, optimizer_tensors
+from latentvae.training.config import TrainConfig, flat
+from latentvae.training.presets import parse
+from latentvae.training.run import Run
+
+# What may differ between a run and its continuation: everything else changes the result.
+RESUME_MAY_CHANGE = frozenset(
+    "config max_train_steps eval_batch_size resume_from_checkpoint "
+    "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
+    "num_sample_images log_steps report_to tracker_project_name "
+    "output_dir dataloader_num_workers ddp_timeout export_profile "
+    "max_bad_share max_validation_images".split()
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        update: updates done.
+        micro_step: micro-steps done, which is also the data position.
+        skipped: non-finite updates skipped so far; `skipped_in_a_row` of them just now.
+        window: sums of logged values since the last row, for this rank.
+    """
+
+    update: int = 0
+    micro_step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
+
+
+def take_snapshot(run: Run, progress: Progress) -> Snapshot:
+    """Everything the rest of the run depends on. All ranks call it; tensors are not copied."""
+    tensors = {
+        "model": run.wrapper.state_dict(),
+        "optimizer": optimizer_tensors(run.optimizer, run.wrapper),
+    }
+    if run.critic is not None and run.critic_optimizer is not None:
+        tensors["critic"] = run.critic.state_dict()
+        tensors["critic_optimizer"] = optimizer_tensors(run.critic_optimizer, run.critic)
+    values: dict[str, Any] = {
+        "update": progress.update,
+        "micro_step": progress.micro_step,
+        "skipped": progress.skipped,
+        "skipped_in_a_row": progress.skipped_in_a_row,
+        "windows": gather_objects(progress.window),
+        "world_size": world_size(),
+        "data": data_identity(run.train_images),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    if run.ema is not None:
+        names = [name for name, _ in run.net.named_parameters()]
+        tensors["ema"] = dict(zip(names, run.ema.shadow_params, strict=True))
+        values["ema_steps"] = run.ema.optimization_step
+    return Snapshot(tensors=tensors, values=values)
+
+
+def restore(run: Run, snapshot: Snapshot) -> Progress:
+    """Put a snapshot into a freshly built run; returns where it stood."""
+    tensors, values = snapshot.tensors, snapshot.values
+    run.wrapper.load_state_dict(tensors["model"])
+    load_optimizer_tensors(run.optimizer, run.wrapper, tensors["optimizer"])
+    if run.critic is not None and run.critic_optimizer is not None:
+        run.critic.load_state_dict(tensors["critic"])
+        load_optimizer_tensors(run.critic_optimizer, run.critic, tensors["critic_optimizer"])
+    if run.ema is not None:
+        for (name, _), shadow in zip(
+            run.net.named_parameters(), run.ema.shadow_params, strict=True
+        ):
+            shadow.copy_(tensors["ema"][name])
+        run.ema.optimization_step = values["ema_steps"]
+    return Progress(
+        update=values["update"],
+        micro_step=values["micro_step"],
+        skipped=values["skipped"],
+        skipped_in_a_row=values["skipped_in_a_row"],
+        window=values["windows"][rank()],
+    )
+
+
+def data_identity(images: ImageSource) -> dict[str, Any]:
+    """Number and names of the training images, hashed: their order must not change under a run."""
+    digest = hashlib.sha256()
+    for i in range(len(images)):
+        digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
+    return {"images": len(images), "names_sha256": digest.hexdigest()}
+
+
+def check_same_run(values: dict[str, Any], run_images: ImageSource) -> None:
+    """Refuse to go on with another number of processes or other images."""
+    if values["world_size"] != world_size():
+        raise UserError(
+            f"the run was started with {values['world_size']} processes and cannot go on "
+            f"with {world_size()}; launch it with {values['world_size']}"
+        )
+    now = data_identity(run_images)
+    if values["data"] != now:
+        raise UserError(
+            "the training images are not those the run was started with "
+            f"({values['data']['images']:,} then, {now['images']:,} now); "
+            "restore them, or start anew in another output_dir"
+        )
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        UserError: not a run's folder, or an unreadable file.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
+    return parse(yaml.safe_load(path.read_text()) or {}, source=str(path))
+
+
+def check_same_config(now: TrainConfig, then: TrainConfig) -> None:
+    """Refuse to go on with options that change the result; names them."""
+    new, old = flat(now), flat(then)
+    changed = [name for name in new if new[name] != old[name] and name not in RESUME_MAY_CHANGE]
+    if changed:
+        listed = ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in changed)
+        raise UserError(
+            f"the run in '{then.run.output_dir}' was started with other options: {listed}; "
+            "give the old ones, "
+            "another output_dir, or --overwrite_output_dir to delete it and start anew"
+        )

@@ -1,0 +1,107 @@
+"""Validation: PSNR, SSIM and LPIPS of the averaged weights on whole, unaugmented images, and a grid
+to look at."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from latentvae.data import EvalTransform, ImageSource, validation_batches
+from latentvae.distributed import all_reduce_sum, rank, world_size
+from latentvae.errors import UserError
+from latentvae.metrics import psnr, ssim, to_8bit
+
+DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
+
+
+class First:
+    """The first images of a source."""
+
+    def __init__(self, source: ImageSource, limit: int) -> None:
+        self.source = source
+        self.limit = limit
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.source))
+
+    def name(self, index: int, /) -> str:
+        return self.source.name(index)
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        return self.source.read(index, at_least=at_least)
+
+
+@torch.inference_mode()
+def validate(
+    net: AutoencoderKL,
+    source: ImageSource,
+    *,
+    transform: EvalTransform,
+    perceptual: nn.Module,
+    batch_size: int,
+    limit: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over the first ``limit`` images, each measured once over all ranks, at the posterior's
+    mode after rounding to 8 bits.
+
+    Returns:
+        `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
+        `validation/images`.
+    """
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "psnr": psnr,
+        "ssim": ssim,
+        "lpips": perceptual,
+    }
+    sums = torch.zeros(len(measures) + 1, dtype=torch.float64, device=device)
+    shown = First(source, limit)
+    for images, _ in validation_batches(
+        shown, transform, batch_size=batch_size, rank=rank(), world_size=world_size()
+    ):
+        images = images.to(device)
+        recon = to_8bit(reconstruct_mode(net, images))
+        sums[-1] += len(images)
+        for i, measure in enumerate(measures.values()):
+            sums[i] += measure(images, recon).double().sum()
+    *totals, count = all_reduce_sum(sums).tolist()
+    if count == 0:
+        raise UserError("not one validation image can be read")
+    means = {
+        f"validation/{name}": total / count for name, total in zip(measures, totals, strict=True)
+    }
+    return means | {"validation/images": count}
+
+
+def reconstruct_mode(net: AutoencoderKL, images: Tensor) -> Tensor:
+    """Decode the posterior's mode; (B, C, H, W) to the same, clamped to [-1, 1]."""
+    coder: Any = net  # diffusers types its calls as returning tuples
+    return coder.decode(coder.encode(images).latent_dist.mode()).sample.clamp(-1.0, 1.0)
+
+
+@torch.inference_mode()
+def save_grid(
+    net: AutoencoderKL,
+    source: ImageSource,
+    path: Path,
+    *,
+    transform: EvalTransform,
+    count: int,
+    device: torch.device,
+) -> None:
+    """Write a PNG with a column per image: original, reconstruction, difference (mid-grey is
+    none)."""
+    batches = validation_batches(First(source, count), transform, batch_size=count)
+    images = next(batches)[0].to(device)
+    recon = reconstruct_mode(net, images)
+    difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
+    rows = [
+        torch.cat(list(row), dim=2) for row in (images, recon, difference)
+    ]  # each (3, R, count * R)
+    pixels = ((torch.cat(rows, dim=1) + 1.0) * 127.5).round().to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)

@@ -1,0 +1,31 @@
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from latentvae.bottlenecks import gaussian_bottleneck
+
+
+def test_kl_of_the_prior_is_zero() -> None:
+    _, kl = gaussian_bottleneck(torch.zeros(2, 8, 3, 3))
+    assert kl.tolist() == [0.0, 0.0]
+
+
+def test_kl_is_torch_distributions_sum_over_latent_elements() -> None:
+    mean, logvar = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    _, kl = gaussian_bottleneck(torch.cat([mean, logvar], dim=1))
+    expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(kl, expected)
+
+
+def test_mode_temperature_and_sample() -> None:
+    moments = torch.randn(1, 4, 2, 2)
+    mean, logvar = moments.chunk(2, dim=1)
+    assert torch.equal(gaussian_bottleneck(moments, sample=False)[0], mean)
+    torch.testing.assert_close(gaussian_bottleneck(moments, temperature=0.0)[0], mean)
+    many = gaussian_bottleneck(moments.expand(20_000, -1, -1, -1), temperature=0.5)[0]
+    torch.testing.assert_close(many.mean(0), mean[0], atol=0.03, rtol=0.0)
+    torch.testing.assert_close(many.std(0), 0.5 * (logvar[0] / 2).exp(), atol=0.03, rtol=0.03)
+
+
+def test_half_precision_moments_are_handled_in_float32() -> None:
+    z, kl = gaussian_bottleneck(torch.randn(1, 4, 2, 2).bfloat16())
+    assert z.dtype == kl.dtype == torch.float32

@@ -1,0 +1,251 @@
+"""Loading any AutoencoderKL folder; images of any size and kind in and out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from PIL import Image
+from skimage import data
+
+import latentvae
+from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
+from latentvae.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def net() -> AutoencoderKL:
+    torch.manual_seed(0)
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    return net.eval()
+
+
+@pytest.fixture
+def folder(net: AutoencoderKL, tmp_path: Path) -> Path:
+    net.save_pretrained(tmp_path / "first" / "export")
+    return tmp_path / "first" / "export"
+
+
+@pytest.fixture
+def model(net: AutoencoderKL) -> Autoencoder:
+    return Autoencoder(net, name="first")
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.fromarray(data.astronaut()).resize((45, 30), Image.Resampling.LANCZOS)
+
+
+def tensor(height: int, width: int, count: int = 1) -> torch.Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_loads_a_folder(folder: Path, net: AutoencoderKL) -> None:
+    model = latentvae.load(folder)
+    assert (model.name, model.f, model.latent_channels) == ("first", 4, 4)
+    assert (model.scaling_factor, model.shift_factor) == (0.5, 0.25)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in model.net.state_dict().items())
+    assert not model.net.training
+    assert not any(value.requires_grad for value in model.net.parameters())
+    assert load(str(folder), dtype=torch.bfloat16).net.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_equals_stock_calls_where_f_divides(model: Autoencoder, net: AutoencoderKL) -> None:
+    images = tensor(16, 24, count=2)
+    z = net.encode(images).latent_dist.mode()
+    assert torch.equal(model.encode(images), z)
+    assert torch.equal(model.decode(z), net.decode(z).sample.clamp(-1, 1))
+    drawn = net.encode(images).latent_dist.sample(torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(model.encode(images, sample=True, generator=generator), drawn)
+
+
+def test_scaled_latents_are_what_sd3_pipelines_see(model: Autoencoder) -> None:
+    images = tensor(16, 16)
+    z, scaled = model.encode(images), model.encode(images, scaled=True)
+    torch.testing.assert_close(scaled, (z - 0.25) * 0.5)
+    torch.testing.assert_close(model.decode(scaled, scaled=True), model.decode(z))
+
+
+def test_scaled_latents_per_channel_are_what_sdxl_sees(net: AutoencoderKL, tmp_path: Path) -> None:
+    net.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    mean, std = [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 2.0, 4.0]
+    config |= {"latents_mean": mean, "latents_std": std, "scaling_factor": 1.0}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "m")
+    z, scaled = (model.encode(tensor(8, 8), scaled=scaled) for scaled in (False, True))
+    std, mean = (torch.tensor(values).view(1, 4, 1, 1) for values in (std, mean))
+    torch.testing.assert_close(scaled * std / 1.0 + mean, z)  # pipeline_stable_diffusion_xl.py
+    torch.testing.assert_close(model.decode(scaled, scaled=True), model.decode(z))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (1, 1), (2, 50), (5, 3)])
+def test_any_size_comes_back(model: Autoencoder, size: tuple[int, int]) -> None:
+    images = tensor(*size)
+    z = model.encode(images)
+    assert z.shape == (1, 4, -(-size[0] // 4), -(-size[1] // 4))
+    assert model.decode(z, size=size).shape == images.shape
+    assert torch.equal(model.decode(z, size=size), model.reconstruct(images))
+
+
+def test_padding_reflects_where_it_can() -> None:
+    row = torch.arange(5.0).view(1, 1, 1, 5)
+    assert pad_to_multiple(row.expand(1, 1, 5, 5), 4)[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 3, 2, 1]
+    assert pad_to_multiple(row, 4).shape == (1, 1, 4, 8)
+    assert pad_to_multiple(row, 4)[0, 0, 3].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert pad_to_multiple(row, 5)[0, 0, 4].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_every_kind_gives_the_same_latents(model: Autoencoder, photo: Image.Image) -> None:
+    pixels = np.array(photo)  # (30, 45, 3)
+    exact = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    z = model.encode(exact)
+    assert z.shape == (1, 4, 8, 12)
+    for images in (photo, [photo], pixels, pixels[None], pixels / 255.0):
+        torch.testing.assert_close(model.encode(images), z, rtol=0, atol=1e-5)
+
+
+def test_reconstruct_gives_the_kind_it_was_given(model: Autoencoder, photo: Image.Image) -> None:
+    pixels = np.array(photo)
+    expected = np.array(model.reconstruct(photo))
+    assert expected.shape == pixels.shape
+    assert np.array_equal(model.reconstruct(pixels), expected)
+    assert np.array_equal(model.reconstruct(pixels[None]), expected[None])
+    for dtype, atol in ((np.float32, 1e-3), (np.float64, 1e-3)):
+        recon = model.reconstruct((pixels / 255).astype(dtype))
+        assert recon.dtype == dtype
+        assert np.abs(recon * 255 - expected).max() <= 0.5 + atol
+    half = model.reconstruct(tensor(9, 9).half())
+    assert half.dtype == torch.float16
+    assert model.reconstruct([photo])[0].size == photo.size
+
+
+def test_a_list_may_hold_different_sizes(model: Autoencoder, photo: Image.Image) -> None:
+    others = [photo, photo.rotate(90, expand=True), photo.crop((0, 0, 7, 5))]
+    recons = model.reconstruct(others)
+    assert [recon.size for recon in recons] == [(45, 30), (30, 45), (7, 5)]
+    assert recons[1].tobytes() == model.reconstruct(others[1]).tobytes()
+    with pytest.raises(UserError, match="one size"):
+        model.encode(others)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_every_pil_mode_is_taken(model: Autoencoder, photo: Image.Image, mode: str) -> None:
+    image = photo.convert("L").convert(mode) if mode in ("LA", "I;16") else photo.convert(mode)
+    recon = model.reconstruct(image)
+    assert (recon.mode, recon.size) == ("RGB", photo.size)
+
+
+def test_output_types(model: Autoencoder) -> None:
+    z = model.encode(tensor(8, 12))
+    images, array = model.decode(z), model.decode(z, output_type="np")
+    picture = model.decode(z, output_type="pil")[0]
+    assert (array.shape, array.dtype) == ((1, 8, 12, 3), np.float32)
+    np.testing.assert_allclose(array, images.permute(0, 2, 3, 1) / 2 + 0.5, atol=1e-6)
+    assert picture.size == (12, 8)
+    assert np.array_equal(np.array(picture), (array[0] * 255).round().astype(np.uint8))
+    with pytest.raises(UserError, match="pt, np or pil"):
+        model.decode(z, output_type="pill")  # pyright: ignore[reportArgumentType]
+
+
+def test_latents_can_be_trained_on(model: Autoencoder) -> None:
+    z = model.encode(tensor(8, 8))
+    weight = torch.ones(4, 1, 1, requires_grad=True)
+    (weight * z).sum().backward()
+    assert weight.grad is not None
+    assert not z.requires_grad
+    assert not model.decode(z).is_inference()
+
+
+def test_bfloat16_works_from_every_kind(folder: Path, photo: Image.Image) -> None:
+    model = load(folder, dtype=torch.bfloat16)
+    assert model.encode(photo).dtype == torch.bfloat16
+    exact = np.array(load(folder).reconstruct(photo), dtype=float)
+    assert np.abs(np.array(model.reconstruct(photo), dtype=float) - exact).mean() < 2
+
+
+def test_overflow_is_an_error_and_not_a_black_picture(folder: Path) -> None:
+    model = load(folder, dtype=torch.float16)
+    with torch.no_grad():
+        model.net.decoder.conv_in.weight.fill_(6e4)
+    with pytest.raises(RuntimeError, match="overflows in"):
+        model.reconstruct(tensor(8, 8))
+
+
+def test_wrong_images_are_refused(model: Autoencoder) -> None:
+    wrong = [
+        (tensor(8, 8)[0], r"\(B, C, H, W\), not \(3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "float in"),
+        (torch.full((1, 3, 8, 8), 255.0), r"not in \[255, 255\]"),
+        (torch.full((1, 3, 8, 8), float("nan")), "nan"),
+        (torch.zeros(1, 1, 8, 8), "3-channel images, not 1"),
+        (np.zeros((1, 3, 8, 8), np.uint8), r"\(H, W, 3\) or \(B, H, W, 3\)"),
+        (np.full((8, 8, 3), 255.0), r"\[0, 1\], not in \[255, 255\]"),
+        (np.zeros((8, 8, 3), np.int64), "uint8 or float"),
+        (np.zeros((0, 8, 3), np.uint8), "not"),
+        ([], "empty"),
+        ("photo.jpg", "not str"),
+    ]
+    for images, message in wrong:
+        with pytest.raises(UserError, match=message):
+            model.encode(images)  # pyright: ignore[reportArgumentType]
+
+
+def test_wrong_latents_and_sizes_are_refused(model: Autoencoder) -> None:
+    with pytest.raises(UserError, match=r"\(B, 4, h, w\), not \(1, 3, 2, 2\)"):
+        model.decode(torch.zeros(1, 3, 2, 2))
+    with pytest.raises(UserError, match="decode to 8 x 8 pixels, not to 9 x 8"):
+        model.decode(torch.zeros(1, 4, 2, 2), size=(9, 8))
+
+
+def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = folder / "config.json"
+    text, weights = config.read_text(), folder / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match="did you mean 'export'"):
+        load(folder.with_name("exprot"))
+    with pytest.raises(UserError, match=r"did you mean '.*first/export'"):
+        load(folder.parent)
+    with pytest.raises(UserError, match="is a file"):
+        load(weights)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load(tmp_path)
+    config.write_text(text.replace("AutoencoderKL", AutoencoderDC.__name__))
+    with pytest.raises(UserError, match="holds a AutoencoderDC"):
+        load(folder)
+    for broken in ("{", "[]", "{}"):
+        config.write_text(broken)
+        with pytest.raises(UserError, match="not the config"):
+            load(folder)
+    config.write_text(text.replace('"latent_channels": 4', '"latent_channels": 8'))
+    with pytest.raises(UserError):
+        load(folder)
+    config.write_text(text)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load(folder)
+
+
+def test_info_tells_models_apart(folder: Path, model: Autoencoder) -> None:
+    info = load(folder).info()
+    assert info == model.info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["num_parameters"] == sum(v.numel() for v in model.net.parameters())
+    loaded = load(folder)
+    with torch.no_grad():
+        loaded.net.decoder.conv_out.bias[0] += 1e-3
+    assert loaded.info()["weights_sha256"] != info["weights_sha256"]
+    assert load(folder, dtype=torch.bfloat16).info()["dtype"] == "bfloat16"

@@ -1,0 +1,100 @@
+"""Side-by-side pictures and the table, against the metrics computed from the saved files."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.errors import UserError
+from latentvae.reconstruct import GAP, reconstruct
+
+
+@pytest.fixture(scope="module")
+def model() -> Autoencoder:
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    net = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks)
+    return Autoencoder(net, name="tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(data.astronaut()).resize((61, 47)).save(folder / "a.png")
+    Image.fromarray(data.coffee()).resize((40, 33)).save(folder / "a.jpg")
+    Image.fromarray(data.chelsea()).resize((9, 8)).save(folder / "sub" / "small.png")
+    (folder / "bad.jpg").write_bytes(b"<html>")
+    return folder
+
+
+def rows(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "table.csv").open(newline="") as file:
+        return {row["picture"]: row for row in csv.DictReader(file)}
+
+
+def test_pictures_and_table_agree(model: Autoencoder, photos: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    result = reconstruct(model, [photos], out=out)
+    table = rows(out)
+    assert set(table) == {"a.png", "a-2.png", "sub/small.png"}
+    assert {row.picture for row in result.rows} == set(table)
+    assert [Path(path).name for path, _ in result.unreadable] == ["bad.jpg"]
+
+    for name, row in table.items():
+        width, height = int(row["width"]), int(row["height"])
+        sheet = np.array(Image.open(out / name))
+        assert sheet.shape == (height, 3 * width + 2 * GAP, 3)
+        original, recon = sheet[:, :width], sheet[:, width + GAP : 2 * width + GAP]
+        assert np.array_equal(original, np.array(Image.open(row["image"])))
+        assert np.array_equal(recon, np.array(model.reconstruct(Image.open(row["image"]))))
+        psnr = peak_signal_noise_ratio(original, recon, data_range=255)
+        assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3)
+        difference = sheet[:, 2 * (width + GAP) :].astype(float) - 127.5
+        expected = (4 * (recon.astype(float) - original) / 2).clip(-127.5, 127.5)
+        assert np.abs(difference - expected).max() <= 0.51
+
+    assert table["a.png"]["lpips_alex"] != ""
+    assert table["sub/small.png"]["ssim"] == table["sub/small.png"]["lpips_alex"] == ""
+    screen = capsys.readouterr().out
+    assert "bad.jpg" in screen
+    assert "mean of 3" in screen
+    assert "1 unreadable skipped" in screen
+
+
+def test_files_and_a_model_folder(model: Autoencoder, photos: Path, tmp_path: Path) -> None:
+    model.net.save_pretrained(tmp_path / "m")
+    result = reconstruct(tmp_path / "m", [photos / "a.png", photos / "sub"], out=tmp_path / "out")
+    assert [row.picture for row in result.rows] == ["a.png", "small.png"]
+
+
+def test_large_pictures_are_shrunk_when_asked(model: Autoencoder, photos: Path) -> None:
+    result = reconstruct(model, [photos / "a.png"], out=photos.parent / "out", max_side=40)
+    assert (result.rows[0].width, result.rows[0].height) == (40, 31)
+
+
+def test_a_second_run_does_not_take_its_own_pictures(model: Autoencoder, photos: Path) -> None:
+    out = photos / "out"
+    first, second = (reconstruct(model, [photos], out=out) for _ in range(2))
+    assert [row.picture for row in first.rows] == [row.picture for row in second.rows]
+
+
+def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="did you mean 'photos'"):
+        reconstruct(model, [tmp_path / "fotos"], out=out)
+    with pytest.raises(UserError, match="not one of 1 pictures"):
+        reconstruct(model, [photos / "bad.jpg"], out=out)
+    with pytest.raises(UserError, match="no such model folder"):
+        reconstruct(tmp_path / "nothing", [photos], out=out)
+    assert not out.exists()

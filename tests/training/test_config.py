@@ -1,0 +1,148 @@
+"""Wrong options fail before any work, in one sentence that names the value and the nearest valid
+one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentvae.errors import UserError
+from latentvae.models import build_autoencoder_kl
+from latentvae.training.command_line import config_from_arguments
+from latentvae.training.config import TrainConfig, flat
+from latentvae.training.presets import load_preset, preset_names
+
+PRESETS = {
+    "kl_f4": (4, 3),
+    "kl_f8": (8, 4),
+    "kl_f8_d16": (8, 16),
+    "kl_f16": (16, 16),
+    "kl_small": (8, 4),
+}
+
+
+def test_the_presets_are_those_the_help_names() -> None:
+    assert set(preset_names()) == set(PRESETS)
+    text = TrainConfig.model_fields["config"].description or ""
+    assert all(name in text for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_its_shape_and_an_origin(name: str) -> None:
+    config = load_preset(name)
+    assert (config.model.f, config.model.latent_channels) == PRESETS[name]
+    from latentvae.training.presets import presets_folder
+
+    assert (presets_folder() / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_kl_f8_has_stable_diffusions_parameters() -> None:
+    """83,653,863: the parameter count of Stable Diffusion 1.x's autoencoder."""
+    config = load_preset("kl_f8")
+    net = build_autoencoder_kl(**config.model.model_dump())
+    assert sum(p.numel() for p in net.parameters()) == 83_653_863
+    assert net.config["latent_channels"] == 4
+
+
+def test_kl_f8_d16_has_the_shape_of_sd3s_autoencoder() -> None:
+    """83,819,683: the parameter count of SD3's and FLUX.1's autoencoder."""
+    net = build_autoencoder_kl(**load_preset("kl_f8_d16").model.model_dump())
+    assert sum(p.numel() for p in net.parameters()) == 83_819_683
+    assert net.quant_conv is None and net.post_quant_conv is None
+
+
+def test_leaf_names_are_unique() -> None:
+    names = [
+        leaf
+        for field in TrainConfig.model_fields.values()
+        for leaf in getattr(field.annotation, "model_fields", {})
+    ]
+    assert len(names) == len(set(names)) == len(flat(TrainConfig())) - 1
+
+
+def test_flags_override_the_preset_and_both_spellings_work() -> None:
+    config = config_from_arguments(
+        [
+            "--config",
+            "kl_f8",
+            "--train-batch-size",
+            "3",
+            "--no-random_flip",
+            "--block_out_channels",
+            "32",
+            "64",
+        ],
+        description="",
+    )
+    assert (config.run.train_batch_size, config.data.random_flip, config.model.f) == (3, False, 2)
+    assert config.optimizer.adam_beta1 == 0.5
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"data": {"resolution": 32}}))
+    assert config_from_arguments(["--config", str(path)], description="").data.resolution == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resolutoin", "64"], "unknown option '--resolutoin'; did you mean '--resolution'?"),
+        (["--zzz"], "unknown option '--zzz'; `--help` lists them all"),
+        (["--config", "kl_f9"], "did you mean 'kl_f8'?"),
+        (["--config", "nowhere/kl_f8.yml"], "neither a file nor a preset"),
+        (["--rec_loss", "l3"], "rec_loss is 'l3', but should be 'l1' or 'l2'"),
+        (["--crop", "centre"], "did you mean 'center'?"),
+        (
+            ["--resolution", "60"],
+            "resolution 60 is not a multiple of the model's f = 8; the nearest that is: 64",
+        ),
+        (["--resolution", "big"], "--resolution"),
+        (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
+        (["--max_train_steps", "0"], "max_train_steps is 0"),
+        (["--mixed_precision", "fp16"], "fp16 is refused"),
+        (["--norm_num_groups", "24"], "norm_num_groups 24 does not divide the width 32"),
+        (["--attention_levels", "7"], "attention_levels names level 7"),
+        (
+            ["--export_profile", "sdxl", "--latent_channels", "8"],
+            "export_profile sdxl needs latent_channels 4",
+        ),
+        (["stray"], "stray"),
+        (["--seed"], "--seed"),
+        (["--learn_logvar", "maybe"], "maybe"),
+        (["--disc_channels", "12"], "disc_channels is 12"),
+        (["--validation_share", "1"], "validation_share is 1.0"),
+    ],
+)
+def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_arguments(arguments, description="")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {resolutoin: 64}", "unknown option 'data.resolutoin'; did you mean 'resolution'?"),
+        ("dta: {resolution: 64}", "unknown option 'dta'; did you mean 'data'?"),
+        ("data: [1, 2]", "data"),
+        ("- 1", "must hold sections"),
+        ("a: b: c", "not valid YAML"),
+        ("run: {seed: !!python/object/apply:os.system [true]}", "not valid YAML"),
+    ],
+)
+def test_wrong_files_are_told_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_preset(str(path))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        config_from_arguments(["--help"], description="Train.")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in flat(TrainConfig()))

@@ -1,0 +1,233 @@
+"""A run that ends anywhere and starts again equals one that never ended: every tensor, every logged
+number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentvae.errors import UserError
+from latentvae.training.checkpoint import checkpoints
+from latentvae.training.loop import Stopped, _Loop, train
+from tests.training.small import small_config
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing may catch it."""
+
+
+def kill_in_update(monkeypatch: pytest.MonkeyPatch, update: int, *, micro_step: int = 0) -> None:
+    """End the process's work inside update ``update`` (from 1), before its micro-step
+    ``micro_step``."""
+    original, calls = _Loop._micro_step, {"now": -1, "micro": 0}
+
+    def killing(self: _Loop, *args: Any) -> Any:
+        number = self.progress.update + 1
+        calls["micro"] = calls["micro"] + 1 if number == calls["now"] else 0
+        calls["now"] = number
+        if (number, calls["micro"]) == (update, micro_step):
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(_Loop, "_micro_step", killing)
+
+
+def run_to_the_end(folder: Path, **changes: Any) -> Path:
+    return train(small_config(folder, **changes))
+
+
+def killed_and_resumed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, update: int, micro_step: int, **changes: Any
+) -> Path:
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, update, micro_step=micro_step)
+        with pytest.raises(Killed):
+            run_to_the_end(folder, **changes)
+    return run_to_the_end(folder, **changes)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.stem}/{name}": value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    read = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")} for row in read
+    ]
+
+
+def assert_same_run(straight: Path, resumed: Path) -> None:
+    for part in ("export", "checkpoint-6"):
+        left, right = tensors(straight / part), tensors(resumed / part)
+        assert left.keys() == right.keys() and left
+        for name in left:
+            assert torch.equal(left[name], right[name]), name
+    assert rows(straight) == rows(resumed)
+    states = [
+        json.loads((run / "checkpoint-6" / "state.json").read_text()) for run in (straight, resumed)
+    ]
+    assert states[0] == states[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_to_the_end(folder)
+    return folder
+
+
+# After the save of update 2: at the next update's start, inside its accumulation, at the critic's
+# start, past an epoch's edge.
+@pytest.mark.parametrize(("update", "micro_step"), [(1, 1), (3, 0), (3, 1), (4, 1), (6, 1)])
+def test_killed_anywhere(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int, micro_step: int
+) -> None:
+    resumed = tmp_path / "resumed"
+    killed_and_resumed(resumed, monkeypatch, update=update, micro_step=micro_step)
+    assert_same_run(straight, resumed)
+
+
+def test_with_workers_reading_the_images(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = tmp_path / "resumed"
+    killed_and_resumed(resumed, monkeypatch, update=5, micro_step=1, dataloader_num_workers=2)
+    assert_same_run(straight, resumed)
+
+
+def test_with_gradient_checkpointing(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointed, resumed = tmp_path / "checkpointed", tmp_path / "resumed"
+    run_to_the_end(checkpointed, gradient_checkpointing=True)
+    killed_and_resumed(resumed, monkeypatch, update=4, micro_step=0, gradient_checkpointing=True)
+    assert_same_run(checkpointed, resumed)
+    for name, value in tensors(straight / "export").items():
+        torch.testing.assert_close(
+            tensors(checkpointed / "export")[name], value, rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_the_update_and_saves(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str
+) -> None:
+    import os
+    import signal
+
+    number = getattr(signal, signal_name)
+    original = _Loop._micro_step
+
+    def signalling(self: _Loop, *args: Any) -> Any:
+        if self.progress.micro_step == 5:  # in the middle of update 3
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_micro_step", signalling)
+        with pytest.raises(Stopped, match="checkpoint-3") as stopped:
+            run_to_the_end(tmp_path)
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    run_to_the_end(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, 6)
+        with pytest.raises(Killed):
+            run_to_the_end(tmp_path)
+    damaged = tmp_path / "checkpoint-4" / "critic_optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    run_to_the_end(tmp_path)
+    assert "checkpoint-4 is passed over: critic_optimizer.safetensors" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in straight.rglob("*")
+        if path.is_file() and path.name != "config.yaml"
+    }
+    assert run_to_the_end(straight) == straight / "export"
+    assert "has made all its updates" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_more_updates_go_on_from_the_end(straight: Path, tmp_path: Path) -> None:
+    import shutil
+
+    longer = tmp_path / "longer"
+    shutil.copytree(straight, longer)
+    run_to_the_end(longer, max_train_steps=7)
+    assert rows(longer)[-1]["update"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"learning_rate": 5e-4, "train_batch_size": 2},
+            "train_batch_size (4 then, 2 now), .*|learning_rate",
+        ),
+        ({"resolution": 64}, "resolution (32 then, 64 now)"),
+        (
+            {"resume_from_checkpoint": "checkpoint-5"},
+            "which has checkpoint-2, checkpoint-4, checkpoint-6; did you mean",
+        ),
+    ],
+)
+def test_what_would_change_the_result_is_refused(
+    straight: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        run_to_the_end(straight, **changes)
+    assert any(part.strip(" .*") in str(error.value) for part in said.split("|"))
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.new("RGB", (40, 40), (40 * i, 90, 10)).save(images / f"{i}.png")
+    options = {
+        "train_data_dir": str(images),
+        "validation_data_dir": "samples",
+        "max_train_steps": 2,
+        "validation_steps": 2,
+    }
+    run_to_the_end(tmp_path / "run", **options)
+    (images / "3.png").unlink()
+    with pytest.raises(UserError, match="6 then, 5 now"):
+        run_to_the_end(tmp_path / "run", **(options | {"max_train_steps": 3}))
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "dear.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds files but no run"):
+        run_to_the_end(other, overwrite_output_dir=True)
+    assert (other / "dear.txt").read_text() == "keep"
