@@ -125,7 +125,7 @@ def _from_array(images: np.ndarray) -> Tensor:
 
 def _from_pil(images: Sequence[Image.Image]) -> Tensor:
     from latentvae.data import to_tensor
-    from latentvae.data.reading import _to_rgb
+    from latentvae.data.reading import to_rgb
 
     if not images:
         raise UserError("the list of images is empty")
@@ -133,4 +133,4 @@ def _from_pil(images: Sequence[Image.Image]) -> Tensor:
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
         raise UserError(f"the images of one batch have one size, not {shown}: give them one by one")
-    return torch.stack([to_tensor(_to_rgb(image)) for image in images])
+    return torch.stack([to_tensor(to_rgb(image)) for image in images])

@@ -80,10 +80,11 @@ def _decode(file: str | os.PathLike[str] | io.BytesIO, at_least: int | None) -> 
         ImageOps.exif_transpose(image, in_place=True)
         if min(image.size) < 1:
             raise UnreadableImage("", "it has no pixels")
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image of any mode; transparency is composited over white, 16 bits scaled."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)
     if image.has_transparency_data:

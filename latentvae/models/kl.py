@@ -37,11 +37,12 @@ def build_autoencoder_kl(
             FLUX no).
         sample_size: side of the training images in pixels; diffusers' tiling reads it.
     """
+    widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
     levels = range(len(block_out_channels))
-    down = [
+    down: Any = [
         "AttnDownEncoderBlock2D" if i in attention_levels else "DownEncoderBlock2D" for i in levels
     ]
-    up = [
+    up: Any = [
         "AttnUpDecoderBlock2D" if i in attention_levels else "UpDecoderBlock2D"
         for i in reversed(levels)
     ]

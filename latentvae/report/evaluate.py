@@ -2,14 +2,16 @@
 
 Each picture is brought to the protocol's size, coded and rebuilt by every model and codec, rounded
 to 8 bits, and compared with the original. One picture is in memory at a time; what is kept of it is
-one row of numbers for each model and each quality of each codec.
+a few numbers for each model and each quality of each codec.
 
-    report = measure({"mine": model}, images)  # images: (name, PIL picture) pairs
+    lpips = {"alex": PerceptualLoss(load_lpips("alex"))}
+    report = measure({"mine": model}, images, lpips=lpips)  # images: (name, PIL picture) pairs
 """
 
 import math
 import statistics
-from collections import defaultdict
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -100,7 +102,8 @@ class Evaluation:
         self.models, self.codecs, self.resolution = dict(models), dict(codecs), resolution
         self.device = torch.device(device)
         self.lpips = {net: loss.to(self.device) for net, loss in lpips.items()}
-        self._rows: dict[tuple[str, int | None], list[Row]] = defaultdict(list)
+        self._columns: dict[tuple[str, int | None, str], array[float]] = defaultdict(_column)
+        self._sizes: Counter[str] = Counter()
         self._prepare = to_tensor if resolution is None else EvalTransform(resolution)
 
     def prepare(self, picture: Image.Image) -> Tensor:
@@ -115,18 +118,21 @@ class Evaluation:
         source = to_picture(original.images)
         for codec in self.codecs:
             rows += [self._codec_row(original, source, codec, q) for q in self._qualities(codec)]
+        self._sizes[f"{source.width}x{source.height}"] += 1
         for row in rows:
-            self._rows[row.coder, row.quality].append(row)
+            for column in ("bpp", *METRICS):
+                if (value := getattr(row, column)) is not None:
+                    self._columns[row.coder, row.quality, column].append(value)
         return rows
 
     def report(self, *, data: Mapping[str, Any]) -> Report:
         """The means so far; `data` says what the pictures are and is kept as it is."""
-        if not self._rows:
+        if not self._sizes:
             raise UserError("there is nothing to report: no picture was measured")
-        some = next(iter(self._rows.values()))
+        sizes = dict(self._sizes.most_common(10))
         return Report(
             protocol=self._protocol(),
-            data={**data, "num_images": len(some), "sizes": _sizes(some)},
+            data={**data, "num_images": self._sizes.total(), "commonest_sizes": sizes},
             models={name: self._model_report(name) for name in self.models},
             codecs={name: self._curve(name) for name in self.codecs},
         )
@@ -184,17 +190,20 @@ class Evaluation:
         return found
 
     def _model_report(self, name: str) -> ModelReport:
-        rows = self._rows[name, None]
-        columns = {m: [v for row in rows if (v := getattr(row, m)) is not None] for m in METRICS}
+        columns = {metric: self._columns[name, None, metric] for metric in METRICS}
         means = {m: Mean.model_validate(mean_and_ci95(v)) for m, v in columns.items() if v}
         return ModelReport(
             metrics=Metrics(**means),
-            rate=Rate(raw_bpp=statistics.fmean(row.bpp for row in rows)),
+            rate=Rate(raw_bpp=statistics.fmean(self._columns[name, None, "bpp"])),
             info=self.models[name].info(),
         )
 
     def _curve(self, name: str) -> list[Point]:
-        return [_point(self._rows[name, quality], quality) for quality in self._qualities(name)]
+        return [self._point(name, quality) for quality in self._qualities(name)]
+
+    def _point(self, codec: str, quality: int) -> Point:
+        columns = {m: self._columns[codec, quality, m] for m in ("bpp", "psnr", "lpips_alex")}
+        return Point(quality=quality, **{m: statistics.fmean(v) for m, v in columns.items() if v})
 
     def _protocol(self) -> dict[str, Any]:
         size = "own size, padded to a multiple of f inside the model and cropped back"
@@ -254,19 +263,5 @@ def _item(value: Tensor | None) -> float | None:
     return None if value is None else value.item()
 
 
-def _point(rows: list[Row], quality: int) -> Point:
-    distances = [row.lpips_alex for row in rows if row.lpips_alex is not None]
-    return Point(
-        bpp=statistics.fmean(row.bpp for row in rows),
-        psnr=statistics.fmean(row.psnr for row in rows),
-        lpips_alex=statistics.fmean(distances) if distances else None,
-        quality=quality,
-    )
-
-
-def _sizes(rows: list[Row]) -> dict[str, int]:
-    """How many pictures of each size, as measured; the ten commonest."""
-    counts: dict[str, int] = defaultdict(int)
-    for row in rows:
-        counts[f"{row.width}x{row.height}"] += 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1])[:10])
+def _column() -> "array[float]":
+    return array("d")

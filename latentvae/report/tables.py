@@ -30,7 +30,7 @@ def models_table(report: Report) -> Table:
 
 def codecs_table(report: Report) -> Table:
     """The codecs beside each model: of each codec, the point nearest in rate that is not below."""
-    title = "Codecs at the nearest rate not below each model's (the whole curves: report.json)"
+    title = "Codecs at the nearest rate not below each model's, else at their highest"
     table = Table("beside", "codec", "quality", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex"):
         table.add_column(heading, justify="right")

@@ -23,7 +23,7 @@ from latentvae.training.state import read_config
 from latentvae.training.validate import First
 
 STATISTICS_IMAGES = 1024
-PROBE_IMAGES = 4
+PROBE_IMAGES = 2
 CARD_METRICS = {
     "validation/psnr": "PSNR (dB)",
     "validation/ssim": "SSIM",

@@ -113,7 +113,7 @@ def test_resolution_is_shorter_side_and_centre(lpips: dict[str, PerceptualLoss])
         {"m": Shift()}, pictures, lpips=lpips, codecs=FEW, resolution=32, on_rows=rows.extend
     )
     assert {(row.width, row.height) for row in rows} == {(32, 32)}
-    assert "32" in report.protocol["size"] and report.data["sizes"] == {"32x32": 1}
+    assert "32" in report.protocol["size"] and report.data["commonest_sizes"] == {"32x32": 1}
 
 
 def test_report_survives_its_file_and_leaves_out_absent_parts(

@@ -53,7 +53,7 @@ def main(out: Path, batch_size: int, adaptive: bool) -> None:
         disc_start=0,
         disc_ramp_steps=1,
         validation_steps=100,
-        learning_rate=1e-6,  # the second update starts from nearly equal weights, whatever AdamW made of rounding
+        learning_rate=1e-6,  # whatever AdamW makes of rounding, the second update starts alike
         disc_learning_rate=1e-6,
     )
     try:
