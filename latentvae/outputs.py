@@ -25,7 +25,8 @@ class AutoencoderOutput(BaseOutput):
             fixed.
     """
 
-    recon: Tensor
-    z: Tensor
-    kl: Tensor
-    output_logvar: Tensor
+    # The defaults let `type(output)({...})` work, by which Accelerate rebuilds it in another dtype.
+    recon: Tensor = None  # type: ignore[assignment]
+    z: Tensor = None  # type: ignore[assignment]
+    kl: Tensor = None  # type: ignore[assignment]
+    output_logvar: Tensor = None  # type: ignore[assignment]
