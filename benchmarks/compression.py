@@ -18,6 +18,7 @@ from rich.console import Console
 from latentvae.autoencoder import load
 from latentvae.data import open_source
 from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.report import Reconstructor, compare, unique_names
 from latentvae.report.tables import codecs_table, models_table
@@ -91,14 +92,12 @@ def _usable(device: str) -> torch.device:
         raise UserError(f"the device '{device}' cannot be used ({reason}); try 'cpu'") from error
 
 
-def main() -> int:
+def main() -> None:
     try:
-        run(tyro.cli(Options, description=__doc__, use_underscores=True))
+        run(parse_options(Options, sys.argv[1:], prog="compression.py", description=__doc__))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        exit_with(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

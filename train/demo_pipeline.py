@@ -1,4 +1,5 @@
-"""Run an exported autoencoder inside diffusers' Stable Diffusion, whose other parts are tiny and random.
+"""Run an exported autoencoder inside diffusers' Stable Diffusion, whose other parts are tiny and
+random.
 
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
@@ -65,7 +66,7 @@ def call(pipeline: Any, **options: Any) -> Any:
 
 
 def main(export: Path, out: Path) -> None:
-    vae: Any = AutoencoderKL.from_pretrained(export)
+    vae: Any = AutoencoderKL.from_pretrained(export, use_safetensors=True)
     text_to_image = random_pipeline(vae)
     size: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}
     picture = call(text_to_image, **size, output_type="np")

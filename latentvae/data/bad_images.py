@@ -31,8 +31,9 @@ class BadImages:
         return list(fresh.items())
 
     def check(self, total: int, max_share: float) -> None:
-        """Raise UserError if more than ``max_share`` (0 to 1) of ``total`` images are bad."""
-        if len(self) <= max_share * total:
+        """Raise UserError if more than ``max_share`` (0 to 1) of ``total`` images, and not only
+        one, are bad."""
+        if len(self) <= max(max_share * total, 1):
             return
         first = ", ".join(f"'{name}' ({reason})" for name, reason in list(self.reasons.items())[:3])
         raise UserError(

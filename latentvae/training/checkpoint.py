@@ -54,7 +54,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
         shutil.rmtree(final)
     temporary.rename(final)
     _fsync(run)
-    for old in checkpoints(run)[:-keep]:
+    for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -75,7 +75,24 @@ def load_checkpoint(folder: Path) -> Snapshot:
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first (by update, not by name)."""
     found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=update_of)
+
+
+def update_of(checkpoint: Path) -> int:
+    """The updates done when it was saved."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def set_aside(run: Path, *, after: int) -> list[Path]:
+    """Rename the checkpoints after an update, from which the run does not go on; gives the new
+    names."""
+    renamed = []
+    for path in checkpoints(run):
+        if update_of(path) > after:
+            aside = run / f"aside-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            renamed.append(path.rename(aside))
+    return renamed
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:

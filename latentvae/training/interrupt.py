@@ -4,6 +4,7 @@ at once."""
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,8 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets only the main thread handle signals
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 

@@ -1,12 +1,15 @@
 """What a run tells: a progress bar, rows in log.jsonl, and a tracker when asked."""
 
+import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,25 +33,25 @@ def check_tracker(name: str) -> None:
 class MeanWindow:
     """Running means of device scalars between two rows of the log; no host sync until `means`."""
 
-    def __init__(self, saved: Mapping[str, list[float]] | None = None) -> None:
-        self.sums: dict[str, Any] = {name: total for name, (total, _) in (saved or {}).items()}
-        self.counts = {name: int(count) for name, (_, count) in (saved or {}).items()}
+    def __init__(
+        self, device: torch.device, *, saved: Mapping[str, list[float]] | None = None
+    ) -> None:
+        saved = saved or {}
+        self.sums = {name: torch.tensor(total, device=device) for name, (total, _) in saved.items()}
+        self.counts = {name: int(count) for name, (_, count) in saved.items()}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
         """Means over updates and ranks; empties the window."""
-        if not self.sums:
-            return {}
-        import torch
-
         names = sorted(self.sums)
-        local = torch.stack(
-            [torch.as_tensor(self.sums[n] / self.counts[n]).double() for n in names]
-        )
+        if not names:
+            return {}
+        local = torch.stack([self.sums[name] / self.counts[name] for name in names])
         self.sums, self.counts = {}, {}
         return dict(zip(names, all_reduce_mean(local).tolist(), strict=True))
 
@@ -79,13 +82,18 @@ class RunLog:
         self.accelerator = accelerator
         self.active = accelerator.is_main_process
         self.path = folder / "log.jsonl"
+        self.total = total
         self.images_per_update = images_per_update
-        self.bar = tqdm(
-            total=total, initial=start, unit="update", desc="training", disable=not self.active
-        )
+        # None: no bar where there is no terminal; `row` prints lines instead.
+        hidden = None if self.active else True
+        self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
         self._mark = (time.perf_counter(), start)
+        self.has_validation = False
         if self.active:
-            _drop_rows_after(self.path, start)
+            rows = _keep_rows_up_to(self.path, start)
+            self.has_validation = any(
+                "validation/psnr" in row and row["update"] == start for row in rows
+            )
 
     def step(self) -> None:
         self.bar.update(1)
@@ -101,14 +109,17 @@ class RunLog:
             name.split("/")[1]: f"{values[name]:.3g}"
             for name in ("loss/rec", "loss/lpips")
             if name in values
-        }
-        self.bar.set_postfix({**shown, "images/s": f"{speed:.1f}"})
+        } | {"images/s": f"{speed:.1f}"}
+        self.bar.set_postfix(shown)
+        if self.active and self.bar.disable:
+            left = timedelta(seconds=round((self.total - update) * self.images_per_update / speed))
+            told = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"update {update:,} of {self.total:,}: {told}, {left} left", flush=True)
 
     def write(self, update: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"update": update, **values}) + "\n")
+        append_row(self.path, {"update": update, **values})
         self.accelerator.log(dict(values), step=update)
 
     def say(self, text: str) -> None:
@@ -116,26 +127,36 @@ class RunLog:
         if self.active:
             self.bar.write(text)
 
-    def pause(self) -> None:
-        """Leave out of the speed what was not training since the last row."""
-        self._mark = (time.perf_counter(), self.bar.n)
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what is done inside out of the speed: it is not training."""
+        start = time.perf_counter()
+        yield
+        then, done = self._mark
+        self._mark = (then + time.perf_counter() - start, done)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def _drop_rows_after(path: Path, update: int) -> None:
-    """Keep the rows up to ``update``; a last line cut short by a kill is dropped as well."""
-    if not path.is_file():
-        return
-    kept = [line for line in path.read_text().splitlines() if _update_of(line) <= update]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without a last one that a kill cut short."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_row(path: Path, values: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
+    """Drop the rows of later updates, which are made again; returns the rows that stay."""
+    kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     temporary.replace(path)
-
-
-def _update_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["update"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+    return kept

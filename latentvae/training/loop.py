@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from latentvae.data import BadImages, Batch, IndexSampler, TrainImages, train_loader
-from latentvae.distributed import all_reduce_max, barrier, gather_objects, is_main, rank, world_size
-from latentvae.training.checkpoint import load_checkpoint, save_checkpoint
+from latentvae.distributed import (
+    all_reduce_max,
+    barrier,
+    from_main,
+    gather_objects,
+    is_main,
+    rank,
+    world_size,
+)
+from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
-from latentvae.training.exporting import averaged_weights, export_run
+from latentvae.training.exporting import averaged_weights, export_run, is_exported
 from latentvae.training.interrupt import Interrupt
 from latentvae.training.log import MeanWindow, RunLog
 from latentvae.training.plan import plan
-from latentvae.training.randomness import seed_everything
+from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.resume import prepare_folder
 from latentvae.training.run import (
     Run,
@@ -29,9 +37,9 @@ from latentvae.training.run import (
     train_transform,
 )
 from latentvae.training.schedule import adversarial_factor, learning_rate
-from latentvae.training.state import Progress, check_same_run, restore, take_snapshot
+from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
-from latentvae.training.validate import save_grid, validate
+from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
 
 
 class Stopped(Exception):
@@ -61,19 +69,18 @@ def train(config: TrainConfig) -> Path:
     )
     checkpoint = prepare_folder(config, folder)
     run = build_run(config, folder=folder, accelerator=accelerator, data=data)
-    progress = Progress()
+    progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
-        snapshot = load_checkpoint(checkpoint)
-        check_same_run(snapshot.values, run.train_images)
-        progress = restore(run, snapshot)
-    if progress.update >= config.run.max_train_steps:
-        accelerator.print(f"the run in '{folder}' has made all its updates ({progress.update:,})")
-        export = folder / "export"
-        if export.is_dir():
-            return export
-    else:
+        progress = restore(run, load_checkpoint(checkpoint))
+    try:
+        if progress.update >= config.run.max_train_steps:
+            accelerator.print(f"the run in '{folder}' has made all its {progress.update:,} updates")
+            if from_main(is_exported(folder, progress.update)):
+                return folder / "export"
         _train(run, progress)
-    return export_run(run)
+        return export_run(run, update=progress.update)
+    finally:
+        accelerator.end_training()  # closes trackers and the process group, so it comes last
 
 
 def _train(run: Run, progress: Progress) -> None:
@@ -86,6 +93,7 @@ def _train(run: Run, progress: Progress) -> None:
         world_size=world_size(),
         start_step=progress.micro_step,
     )
+    first_readable(run.validation_images, eval_transform(run.config), count=1)
     dataset = TrainImages(run.train_images, train_transform(run.config), seed=options.seed)
     loader = train_loader(dataset, sampler, num_workers=run.config.data.dataloader_num_workers)
     run.accelerator.print(plan(run, steps_per_epoch=sampler.steps_per_epoch, start=progress.update))
@@ -98,8 +106,9 @@ def _train(run: Run, progress: Progress) -> None:
         images_per_update=run.images_per_update,
     )
     with Interrupt() as interrupt, contextlib.closing(log):
-        _Loop(run, progress, log=log, interrupt=interrupt).go(iter(loader))
-    run.accelerator.end_training()
+        loop = _Loop(run, progress, log=log, interrupt=interrupt)
+        loop.catch_up()
+        loop.go(iter(loader))
 
 
 def _start_tracker(run: Run) -> None:
@@ -119,9 +128,11 @@ class _Loop:
         self.progress = progress
         self.log = log
         self.interrupt = interrupt
-        self.window = MeanWindow(progress.window)
+        self.window = MeanWindow(run.accelerator.device, saved=progress.window)
         self.bad = BadImages()
+        self.bad.update(progress.bad_images)
         self.unnamed: list[tuple[str, str]] = []
+        self.bad_validation = BadImages()
 
     def go(self, batches: Iterator[Batch]) -> None:
         options, progress = self.run.config.run, self.progress
@@ -131,12 +142,23 @@ class _Loop:
             self.log.step()
             if progress.update % options.log_steps == 0 or last:
                 self._row()
-            if progress.update % options.validation_steps == 0 or last:
-                self._validate()
             if progress.update % options.checkpointing_steps == 0 or last or signal:
                 checkpoint = self._save()
                 if signal and not last:
                     raise Stopped(signal, checkpoint)
+            if self._validation_is_due():
+                self._validate()
+
+    def catch_up(self) -> None:
+        """Make up for a validation that a kill or a signal came before."""
+        if from_main(self._validation_is_due() and not self.log.has_validation):
+            self._validate()
+
+    def _validation_is_due(self) -> bool:
+        options, update = self.run.config.run, self.progress.update
+        return update > 0 and (
+            update % options.validation_steps == 0 or update == options.max_train_steps
+        )
 
     def _update(self, batches: Iterator[Batch]) -> int:
         """One update of the model and, once it has started, of the critic; returns the signal to
@@ -145,11 +167,12 @@ class _Loop:
         self._set_learning_rates()
         adversary = self._adversary()
         micro_steps = run.config.run.gradient_accumulation_steps
+        logged: list[dict[str, Tensor]] = []
         for i in range(micro_steps):
             batch = next(batches)
             self.unnamed += batch.bad
             with self._synchronised(i == micro_steps - 1):
-                self.window.add(self._micro_step(batch, adversary))
+                logged.append(self._micro_step(batch, adversary))
             progress.micro_step += 1
         norms = {
             "grad/model": clip_gradients(
@@ -162,7 +185,8 @@ class _Loop:
             )
         finite, signal = self._verdict(norms)
         if finite:
-            self.window.add(norms)
+            for values in (*logged, norms):
+                self.window.add(values)
             self._step(adversary)
         self._count_skipped(finite)
         run.optimizer.zero_grad()
@@ -174,7 +198,7 @@ class _Loop:
     def _micro_step(self, batch: Batch, adversary: Adversary | None) -> dict[str, Tensor]:
         """Add the gradients of one batch; returns what to log."""
         run, options = self.run, self.run.config.run
-        seed_everything(options.seed, self.progress.micro_step, rank())
+        seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
         images = batch.images.to(run.accelerator.device, non_blocking=True)
         out = run.prepared(images, sample=not options.deterministic_posterior)
         logged = backward_model(
@@ -203,7 +227,7 @@ class _Loop:
     def _adversary(self) -> Adversary | None:
         run, options = self.run, self.run.config.critic
         factor = adversarial_factor(
-            self.progress.update, start=run.config.critic_start, critic=options
+            self.progress.update, start=self.progress.critic_start, critic=options
         )
         if factor is None or run.critic is None or run.critic_prepared is None:
             return None
@@ -297,7 +321,7 @@ class _Loop:
         """Measure the averaged weights and draw the grid."""
         run, config = self.run, self.run.config
         transform, device = eval_transform(config), run.accelerator.device
-        with averaged_weights(run.net, run.ema):
+        with self.log.pause(), averaged_weights(run.net, run.ema):
             values = validate(
                 run.net,
                 run.validation_images,
@@ -306,13 +330,13 @@ class _Loop:
                 batch_size=config.run.eval_batch_size,
                 limit=config.data.max_validation_images,
                 device=device,
+                bad=self.bad_validation,
             )
             if is_main():
-                path = run.folder / "samples" / f"update-{self.progress.update:06d}.png"
                 save_grid(
                     run.net,
                     run.validation_images,
-                    path,
+                    sample_grid_path(run.folder, self.progress.update),
                     transform=transform,
                     count=config.run.num_sample_images,
                     device=device,
@@ -320,23 +344,23 @@ class _Loop:
         self.log.write(self.progress.update, values)
         self.log.say(
             f"update {self.progress.update:,}: PSNR {values['validation/psnr']:.2f} dB, "
-            f"SSIM {values['validation/ssim']:.3f}, "
-            f"LPIPS {values['validation/lpips']:.3f} on {values['validation/images']:.0f} images"
+            f"SSIM {values['validation/ssim']:.3f}, LPIPS {values['validation/lpips']:.3f} on "
+            f"{values['validation/images']:,} unseen images"
         )
-        self.log.pause()
 
     def _save(self) -> Path:
         options, progress = self.run.config.run, self.progress
-        progress.window = self.window.state()
-        snapshot = take_snapshot(self.run, progress)
-        path = self.run.folder / f"checkpoint-{progress.update}"
-        if is_main():
-            path = save_checkpoint(
-                self.run.folder,
-                snapshot,
-                update=progress.update,
-                keep=options.checkpoints_total_limit,
-            )
-        barrier()
-        self.log.pause()
+        with self.log.pause():
+            progress.window = self.window.state()
+            progress.bad_images = list(self.bad.reasons.items())
+            snapshot = take_snapshot(self.run, progress)
+            path = self.run.folder / f"{PREFIX}{progress.update}"
+            if is_main():
+                save_checkpoint(
+                    self.run.folder,
+                    snapshot,
+                    update=progress.update,
+                    keep=options.checkpoints_total_limit,
+                )
+            barrier()
         return path

@@ -1,16 +1,26 @@
 """Counter-based randomness: each micro-step seeds the global generators anew, so no generator state
-is ever saved."""
+is
+ever saved."""
 
 import random
+from enum import IntEnum
 
 import numpy as np
 import torch
 
 
-def seed_everything(seed: int, *counters: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from ``seed`` and counters such as (micro_step,
+class Stream(IntEnum):
+    """What is drawn; streams share no numbers."""
+
+    WEIGHTS = 1
+    MICRO_STEP = 2
+    EXPORT = 3
+
+
+def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
+    """Seed Python, NumPy and torch (all devices), e.g. from (MICRO_STEP, seed, micro_step,
     rank)."""
-    mixed = np.random.SeedSequence([seed, *counters]).generate_state(2, np.uint64)
+    mixed = np.random.SeedSequence([stream, seed, *counters]).generate_state(2, np.uint64)
     random.seed(int(mixed[0]))
     np.random.seed(int(mixed[0] % 2**32))
     torch.manual_seed(int(mixed[1] >> np.uint64(1)))

@@ -10,12 +10,15 @@ from latentvae.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_usable,
+    set_aside,
     sweep_temporary,
+    update_of,
 )
 from latentvae.training.config import TrainConfig
 from latentvae.training.state import check_same_config, read_config, write_config
 
 CONFIG_NAME = "config.yaml"
+RUN_FILES = (CONFIG_NAME, "log.jsonl", "samples", "checkpoint-*", "aside-checkpoint-*", "export")
 
 
 def prepare_folder(config: TrainConfig, folder: Path) -> Path | None:
@@ -41,9 +44,12 @@ def _find_start(config: TrainConfig, folder: Path) -> Path | None:
         raise UserError(f"output_dir '{folder}' is a file; give a folder")
     if config.run.overwrite_output_dir:
         _delete_run(folder)
-    if saved.is_file():
-        check_same_config(config, read_config(saved))
+    sweep_temporary(folder)
     checkpoint = _checkpoint(config.run.resume_from_checkpoint, folder)
+    if checkpoint is not None:
+        check_same_config(config, read_config(saved))
+    for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
+        print(f"{aside.name.removeprefix('aside-')} is not gone on from: it is now {aside.name}")
     print(f"going on from {checkpoint}" if checkpoint else f"starting anew in {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +62,13 @@ def _find_start(config: TrainConfig, folder: Path) -> Path | None:
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
     """`latest` may be none; a named one must be there and whole."""
     if wanted == "latest":
-        sweep_temporary(folder)
         checkpoint, faults = newest_usable(folder)
         for fault in faults:
             print(fault)
         return checkpoint
     path = folder / Path(wanted).name
-    if not path.is_dir():
+    elsewhere = Path(wanted).name != wanted and Path(wanted).resolve() != path.resolve()
+    if elsewhere or path not in checkpoints(folder):
         names = [found.name for found in checkpoints(folder)]
         raise UserError(
             f"resume_from_checkpoint '{wanted}' is not a checkpoint of '{folder}', which "
@@ -73,12 +79,11 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
 
 
 def _delete_run(folder: Path) -> None:
-    """Delete a run; anything else that lies in the way is left alone."""
+    """Delete what a run writes; all else in the folder stays, and a folder without a run is
+    refused."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(
-            f"output_dir '{folder}' holds files but no run ({CONFIG_NAME} is missing), so "
-            "--overwrite_output_dir does not delete it"
-        )
-    shutil.rmtree(folder)
+    read_config(folder / CONFIG_NAME)
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

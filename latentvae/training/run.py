@@ -1,12 +1,15 @@
 """What a run is made of: everything is checked and built here, before the first update."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
@@ -16,11 +19,12 @@ from latentvae.data import EvalTransform, ImageSource, TrainTransform, open_imag
 from latentvae.errors import UserError
 from latentvae.losses.discriminators import PatchGAN
 from latentvae.losses.objective import Objective
-from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
+from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
 from latentvae.training.config import TrainConfig
 from latentvae.training.log import check_tracker
-from latentvae.training.randomness import seed_everything
+from latentvae.training.randomness import Stream, seed_everything
 
 _DTYPES = {"no": None, "bf16": torch.bfloat16}
 
@@ -44,6 +48,7 @@ class Run:
     ema: EMAModel | None
     objective: Objective
     metric: PerceptualLoss
+    data_identity: dict[str, Any]
 
     @property
     def net(self) -> AutoencoderKL:
@@ -74,8 +79,24 @@ def check_paths(config: TrainConfig) -> Path:
             "processes and started one; on CPUs launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
+    _check_resolution(config)
     check_tracker(config.run.report_to)
     return Path(config.run.output_dir)
+
+
+def _check_resolution(config: TrainConfig) -> None:
+    """Every part of the run must have something to look at."""
+    net, layers = config.objective.lpips_net, config.critic.disc_layers
+    needs = {
+        "SSIM": SSIM_MIN_SIZE,
+        f"LPIPS-{net}": MIN_SIZE[net],
+        f"a critic of {layers} layers": 3 * 2**layers if config.critic.disc_scale else 0,
+    }
+    part, least = max(needs.items(), key=lambda need: need[1])
+    if config.data.resolution < least:
+        raise UserError(
+            f"resolution {config.data.resolution} is too small: {part} needs at least {least} px"
+        )
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource, ImageSource]:
@@ -107,6 +128,7 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Join the other ranks; precision as configured, or as the launcher was told."""
+    AcceleratorState._reset_state()  # else the precision of an earlier run in this process stays
     accelerator = Accelerator(
         mixed_precision=config.run.mixed_precision,
         log_with=None if config.run.report_to == "none" else config.run.report_to,
@@ -135,7 +157,7 @@ def build_run(
     """Networks, optimisers and losses, freshly initialised from the seed and the same on every
     rank."""
     metric, objective = _losses(config, accelerator)
-    seed_everything(config.run.seed)
+    seed_everything(Stream.WEIGHTS, config.run.seed)
     net = build_net(config)
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
@@ -168,7 +190,16 @@ def build_run(
         ema=_ema(net, config),
         objective=objective,
         metric=metric,
+        data_identity=data_identity(data[0]),
     )
+
+
+def data_identity(images: ImageSource) -> dict[str, Any]:
+    """Number and names of the training images, hashed: their order must not change under a run."""
+    digest = hashlib.sha256()
+    for i in range(len(images)):
+        digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
+    return {"images": len(images), "names_sha256": digest.hexdigest()}
 
 
 def build_net(config: TrainConfig) -> AutoencoderKL:
@@ -179,9 +210,13 @@ def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLo
     """LPIPS to validate with (always float32) and the objective, whose LPIPS may be the same
     network."""
     options = config.objective
-    metric = PerceptualLoss(load_lpips(options.lpips_net, weights=options.lpips_weights)).to(
-        accelerator.device
-    )
+    metric = PerceptualLoss(
+        load_lpips(
+            options.lpips_net,
+            weights=options.lpips_weights,
+            allow_download=options.download_lpips,
+        )
+    ).to(accelerator.device)
     objective = Objective(
         rec_loss=options.rec_loss,
         perceptual=metric if options.perceptual_scale > 0 else None,

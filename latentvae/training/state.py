@@ -4,7 +4,6 @@ Randomness is counted, not stored (see `randomness`), and the data position is t
 micro-steps done: one checkpoint, written by rank 0, serves all ranks.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import diffusers
 import torch
 import yaml
 
-from latentvae.data import ImageSource
 from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
 from latentvae.training.checkpoint import Snapshot, load_optimizer_tensors, optimizer_tensors
@@ -23,7 +21,8 @@ from latentvae.training.run import Run
 
 # What may differ between a run and its continuation: everything else changes the result.
 RESUME_MAY_CHANGE = frozenset(
-    "config max_train_steps eval_batch_size resume_from_checkpoint "
+    "config train_data_dir validation_data_dir lpips_weights download_lpips "
+    "max_train_steps eval_batch_size resume_from_checkpoint "
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name "
     "output_dir dataloader_num_workers ddp_timeout export_profile "
@@ -40,6 +39,9 @@ class Progress:
         micro_step: micro-steps done, which is also the data position.
         skipped: non-finite updates skipped so far; `skipped_in_a_row` of them just now.
         window: sums of logged values since the last row, for this rank.
+        bad_images: unreadable files met so far, by name and reason.
+        critic_start: the update (from 0) in which the critic starts; it stays when a run with a
+            running critic is made longer.
     """
 
     update: int = 0
@@ -47,6 +49,8 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    critic_start: int = 0
 
 
 def take_snapshot(run: Run, progress: Progress) -> Snapshot:
@@ -64,8 +68,11 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
         "skipped": progress.skipped,
         "skipped_in_a_row": progress.skipped_in_a_row,
         "windows": gather_objects(progress.window),
+        "bad_images": progress.bad_images,
+        "critic_start": progress.critic_start,
         "world_size": world_size(),
-        "data": data_identity(run.train_images),
+        "mixed_precision": run.accelerator.mixed_precision,
+        "data": run.data_identity,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
     if run.ema is not None:
@@ -76,8 +83,14 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
 
 
 def restore(run: Run, snapshot: Snapshot) -> Progress:
-    """Put a snapshot into a freshly built run; returns where it stood."""
+    """Put a snapshot into a freshly built run; returns where it stood.
+
+    Raises:
+        UserError: the run was started with other processes, precision or images.
+    """
     tensors, values = snapshot.tensors, snapshot.values
+    _check_same_circumstances(values, run)
+    started = values["critic_start"] <= values["update"]
     run.wrapper.load_state_dict(tensors["model"])
     load_optimizer_tensors(run.optimizer, run.wrapper, tensors["optimizer"])
     if run.critic is not None and run.critic_optimizer is not None:
@@ -95,46 +108,55 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         skipped=values["skipped"],
         skipped_in_a_row=values["skipped_in_a_row"],
         window=values["windows"][rank()],
+        bad_images=[(name, reason) for name, reason in values["bad_images"]],
+        critic_start=values["critic_start"] if started else run.config.critic_start,
     )
 
 
-def data_identity(images: ImageSource) -> dict[str, Any]:
-    """Number and names of the training images, hashed: their order must not change under a run."""
-    digest = hashlib.sha256()
-    for i in range(len(images)):
-        digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
-    return {"images": len(images), "names_sha256": digest.hexdigest()}
-
-
-def check_same_run(values: dict[str, Any], run_images: ImageSource) -> None:
-    """Refuse to go on with another number of processes or other images."""
+def _check_same_circumstances(values: dict[str, Any], run: Run) -> None:
+    """Refuse what the configuration does not show: processes, the launcher's precision, the
+    images."""
     if values["world_size"] != world_size():
         raise UserError(
-            f"the run was started with {values['world_size']} processes and cannot go on "
-            f"with {world_size()}; launch it with {values['world_size']}"
+            f"the run was started with {values['world_size']} processes and cannot go on with "
+            f"{world_size()}; launch it with {values['world_size']}"
         )
-    now = data_identity(run_images)
-    if values["data"] != now:
+    precision = run.accelerator.mixed_precision
+    if values["mixed_precision"] != precision:
         raise UserError(
-            "the training images are not those the run was started with "
-            f"({values['data']['images']:,} then, {now['images']:,} now); "
-            "restore them, or start anew in another output_dir"
+            f"the run was started in mixed precision {values['mixed_precision']} and cannot go on "
+            f"in {precision}; give --mixed_precision {values['mixed_precision']}"
+        )
+    now, then = run.data_identity["images"], values["data"]["images"]
+    if values["data"] != run.data_identity:
+        raise UserError(
+            f"the training images are not those the run was started with ({then:,} then, {now:,} "
+            "now); restore them, or start anew in another output_dir"
         )
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write the whole file or nothing."""
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.replace(path)
 
 
 def read_config(path: Path) -> TrainConfig:
     """The configuration that a run was started with.
 
     Raises:
-        UserError: not a run's folder, or an unreadable file.
+        UserError: not a run's folder, or not a run's configuration.
     """
     if not path.is_file():
         raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
-    return parse(yaml.safe_load(path.read_text()) or {}, source=str(path))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not the configuration of a run: no valid YAML") from error
+    if not isinstance(values, dict) or not values.keys() >= set(TrainConfig.model_fields):
+        raise UserError(f"'{path}' is not the configuration of a run")
+    return parse(values, source=str(path))
 
 
 def check_same_config(now: TrainConfig, then: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Validation: PSNR, SSIM and LPIPS of the averaged weights on whole, unaugmented images, and a grid
 to look at."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from latentvae.data import EvalTransform, ImageSource, validation_batches
-from latentvae.distributed import all_reduce_sum, rank, world_size
+from latentvae.data import (
+    BadImages,
+    EvalTransform,
+    ImageSource,
+    UnreadableImage,
+    validation_batches,
+)
+from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
 from latentvae.metrics import psnr, ssim, to_8bit
 
@@ -45,6 +52,7 @@ def validate(
     batch_size: int,
     limit: int,
     device: torch.device,
+    bad: BadImages,
 ) -> dict[str, float]:
     """Means over the first ``limit`` images, each measured once over all ranks, at the posterior's
     mode after rounding to 8 bits.
@@ -58,29 +66,55 @@ def validate(
         "ssim": ssim,
         "lpips": perceptual,
     }
-    sums = torch.zeros(len(measures) + 1, dtype=torch.float64, device=device)
-    shown = First(source, limit)
-    for images, _ in validation_batches(
-        shown, transform, batch_size=batch_size, rank=rank(), world_size=world_size()
-    ):
+    sums, count = dict.fromkeys(measures, 0.0), 0
+    shard = validation_batches(
+        First(source, limit),
+        transform,
+        batch_size=batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        bad=bad,
+    )
+    for images, _ in shard:
         images = images.to(device)
         recon = to_8bit(reconstruct_mode(net, images))
-        sums[-1] += len(images)
-        for i, measure in enumerate(measures.values()):
-            sums[i] += measure(images, recon).double().sum()
-    *totals, count = all_reduce_sum(sums).tolist()
-    if count == 0:
-        raise UserError("not one validation image can be read")
+        count += len(images)
+        for name, measure in measures.items():
+            sums[name] += measure(images, recon).double().cpu().sum().item()
+    ranks = gather_objects((sums, count))
+    total = sum(counted for _, counted in ranks)
     means = {
-        f"validation/{name}": total / count for name, total in zip(measures, totals, strict=True)
+        f"validation/{name}": sum(part[name] for part, _ in ranks) / total for name in measures
     }
-    return means | {"validation/images": count}
+    return means | {"validation/images": total}
+
+
+def first_readable(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
+    """The first ``count`` images that can be read, (count or fewer, 3, R, R).
+
+    Raises:
+        UserError: there is none.
+    """
+    images: list[Tensor] = []
+    for i in range(len(source)):
+        if len(images) == count:
+            break
+        with contextlib.suppress(UnreadableImage):
+            images.append(transform(source.read(i)))
+    if not images:
+        raise UserError(f"not one of the {len(source):,} validation images can be read")
+    return torch.stack(images)
 
 
 def reconstruct_mode(net: AutoencoderKL, images: Tensor) -> Tensor:
     """Decode the posterior's mode; (B, C, H, W) to the same, clamped to [-1, 1]."""
     coder: Any = net  # diffusers types its calls as returning tuples
     return coder.decode(coder.encode(images).latent_dist.mode()).sample.clamp(-1.0, 1.0)
+
+
+def sample_grid_path(folder: Path, update: int) -> Path:
+    """Where a run keeps the sample grid of an update."""
+    return folder / "samples" / f"update-{update:06d}.png"
 
 
 @torch.inference_mode()
@@ -95,8 +129,7 @@ def save_grid(
 ) -> None:
     """Write a PNG with a column per image: original, reconstruction, difference (mid-grey is
     none)."""
-    batches = validation_batches(First(source, count), transform, batch_size=count)
-    images = next(batches)[0].to(device)
+    images = first_readable(source, transform, count=count).to(device)
     recon = reconstruct_mode(net, images)
     difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
     rows = [

@@ -53,7 +53,8 @@ def command(
 ) -> int | str | None:
     monkeypatch.setattr("sys.argv", ["compression.py", *map(str, arguments)])
     try:
-        return script.main()
+        script.main()
+        return 0
     except SystemExit as stop:  # of the option parser
         return stop.code
 

@@ -83,6 +83,6 @@ def test_sample_photos_are_all_there_and_the_splits_are_apart():
     for photos in (train, validation):
         for index in range(len(photos)):
             assert min(photos.read(index).size) >= 170
-    assert train.name(0) == "astronaut.png" and train.read(0).size == (512, 512)
+    assert train.name(0) == "brick.png" and train.read(0).size == (512, 512)
     with pytest.raises(UserError, match="did you mean 'train'"):
         SamplePhotos("trian")

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,14 +86,20 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
 
 
 def kill_after(process: subprocess.Popen[str], file: Path, delay: float) -> None:
-    """SIGKILL the whole process group some time after ``file`` is there."""
+    """SIGKILL the launcher and all its workers some time after ``file`` is there."""
     deadline = time.monotonic() + 240
     while not file.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    family = [*launcher.children(recursive=True), launcher]  # workers have sessions of their own
+    for member in family:
+        member.send_signal(signal.SIGSTOP)
+    for member in family:
+        member.kill()
     process.wait()
+    psutil.wait_procs(family, timeout=30)
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
         if path.is_file() and path.name != "config.yaml"
     }
     assert run_to_the_end(straight) == straight / "export"
-    assert "has made all its updates" in capsys.readouterr().out
+    assert "has made all its 6 updates" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -224,10 +224,149 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
         run_to_the_end(tmp_path / "run", **(options | {"max_train_steps": 3}))
 
 
-def test_overwriting_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
-    other = tmp_path / "photos"
-    other.mkdir()
-    (other / "dear.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds files but no run"):
-        run_to_the_end(other, overwrite_output_dir=True)
-    assert (other / "dear.txt").read_text() == "keep"
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_to_the_end(run, max_train_steps=1)
+    (run / "notes.txt").write_text("keep")
+    run_to_the_end(run, max_train_steps=1, seed=1, overwrite_output_dir=True)
+    assert (run / "notes.txt").read_text() == "keep" and len(rows(run)) == 3
+
+
+@pytest.mark.parametrize("config", [None, "name: my photos", "a: b: c"])
+def test_overwriting_refuses_a_folder_that_is_no_run(tmp_path: Path, config: str | None) -> None:
+    (tmp_path / "dear.txt").write_text("keep")
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(UserError, match=r"is not a run|is not the configuration of a run"):
+        run_to_the_end(tmp_path, overwrite_output_dir=True)
+    assert (tmp_path / "dear.txt").read_text() == "keep"
+
+
+def kill(folder: Path, monkeypatch: pytest.MonkeyPatch, *, update: int, **changes: Any) -> None:
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, update)
+        with pytest.raises(Killed):
+            run_to_the_end(folder, **changes)
+
+
+def test_a_damaged_newer_checkpoint_never_costs_the_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(tmp_path, monkeypatch, update=5, checkpoints_total_limit=2)
+    (tmp_path / "checkpoint-4" / "state.json").write_text("{}")
+    kill(tmp_path, monkeypatch, update=4, checkpoints_total_limit=1)
+    kill(tmp_path, monkeypatch, update=6, checkpoints_total_limit=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert (tmp_path / "aside-checkpoint-4").is_dir()
+    run_to_the_end(tmp_path, checkpoints_total_limit=1)
+
+
+def test_going_on_from_an_older_checkpoint_leaves_the_newer_branch(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_to_the_end(tmp_path, checkpoints_total_limit=3)
+    kill(
+        tmp_path,
+        monkeypatch,
+        update=5,
+        checkpoints_total_limit=1,
+        resume_from_checkpoint="checkpoint-2",
+    )
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    run_to_the_end(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_longer_run_never_hands_out_the_old_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_to_the_end(tmp_path, max_train_steps=2)
+    old = tensors(tmp_path / "export")
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise Killed
+
+        patch.setattr("latentvae.training.loop.export_run", killed)
+        with pytest.raises(Killed):
+            run_to_the_end(tmp_path, max_train_steps=4)
+    new = tensors(run_to_the_end(tmp_path, max_train_steps=4))
+    assert any(not torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_running_critic_goes_on_in_a_longer_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+    original = _Loop._adversary
+
+    def noting(self: _Loop) -> Any:
+        starts.append(self.progress.critic_start)
+        return original(self)
+
+    monkeypatch.setattr(_Loop, "_adversary", noting)
+    run_to_the_end(tmp_path, max_train_steps=4, disc_start=0.5)
+    run_to_the_end(tmp_path, max_train_steps=8, disc_start=0.5)
+    assert starts == [2] * 8
+
+
+def test_a_validation_that_a_signal_came_before_is_made_up_for(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise Killed
+
+        patch.setattr(_Loop, "_validate", killed)
+        with pytest.raises(Killed):
+            run_to_the_end(tmp_path, checkpointing_steps=3)
+    run_to_the_end(tmp_path, checkpointing_steps=3)
+    assert rows(straight) == rows(tmp_path)
+
+
+def test_another_precision_is_refused(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = json.loads((straight / "checkpoint-6" / "state.json").read_text())
+    assert state["mixed_precision"] == "no"
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "bf16")
+    with pytest.raises(UserError, match="started in mixed precision no and cannot go on in bf16"):
+        run_to_the_end(straight)
+
+
+def test_a_changed_batch_is_welcome_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(tmp_path, monkeypatch, update=1)
+    run_to_the_end(tmp_path, train_batch_size=2, max_train_steps=1)
+
+
+def test_unreadable_validation_images_are_found_before_the_first_update(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = tmp_path / "validation"
+    images.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (images / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match="not one of the 3 validation images can be read"):
+        run_to_the_end(tmp_path / "run", validation_data_dir=str(images))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    Image.new("RGB", (40, 40), (200, 90, 10)).save(images / "d.png")
+    run_to_the_end(tmp_path / "run", validation_data_dir=str(images), max_train_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"resolution": 8, "disc_scale": 0.0, "perceptual_scale": 0.0},
+            "LPIPS-alex needs at least 31",
+        ),
+        ({"disc_layers": 4}, "a critic of 4 layers needs at least 48 px"),
+    ],
+)
+def test_a_resolution_too_small_for_a_part_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        run_to_the_end(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,91 @@
+"""Command lines that tell every fault in one sentence and exit with 2; tyro does the parsing."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from latentvae.errors import UserError, nearest
+
+Options = TypeVar("Options", bound=Any)
+
+
+def parse_options(
+    options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
+) -> Options:
+    """Read flags into a dataclass.
+
+    Raises:
+        UserError: an unknown, missing or wrong option, in one sentence.
+        SystemExit: after `--help`.
+    """
+    arguments = list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        arguments, context = ["--help"], contextlib.nullcontext()
+    else:
+        check_names(arguments, [field.name for field in dataclasses.fields(options)])
+        context = one_sentence_errors()
+    with context:
+        return tyro.cli(
+            options, args=arguments, prog=prog, description=description, use_underscores=True
+        )
+
+
+def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse unknown flags, naming the nearest one.
+
+    Args:
+        names: options without their dashes, with underscores.
+    """
+    names = list(names)
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        name = flag[2:].replace("-", "_")
+        if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
+            close = nearest(name, names).replace("'", "'--", 1)
+            raise UserError(f"unknown option '{flag}'{close or '; `--help` lists them all'}")
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Turn what tyro prints in a box, before it exits, into a UserError."""
+    printed = _Captured()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            yield
+    except SystemExit as error:
+        raise UserError(printed.sentence()) from error
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Print the one sentence and exit with 2."""
+    say_once(f"error: {error}")
+    raise SystemExit(2)
+
+
+def say_once(text: str) -> None:
+    """Print to stderr from one rank only; launchers set LOCAL_RANK before ranks know each other."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+class _Captured(io.StringIO):
+    """What tyro prints in a box."""
+
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def sentence(self) -> str:
+        """The message without frame, heading and the help below it."""
+        message: list[str] = []
+        for line in self.getvalue().splitlines():
+            text = line.strip("│| ").strip()
+            if text.startswith("──") or text.startswith("--- "):
+                break
+            if not text.startswith("╭"):
+                message.append(text)
+        return " ".join(message) or self.getvalue()

@@ -1,0 +1,148 @@
+"""The command `latentvae`, on a run of one update."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from skimage import data
+
+import latentvae
+from latentvae.cli import main
+from latentvae.training.loop import train
+from tests.training.small import small_config
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    train(small_config(folder, max_train_steps=1, gradient_accumulation_steps=1))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(data.astronaut()).resize((61, 47)).save(folder / "astronaut.png")
+    (folder / "broken.jpg").write_bytes(b"<html>")
+    return folder
+
+
+def test_export_writes_the_same_model_as_the_end_of_the_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sub" / "out"
+    main(["export", str(run), "--out", str(out)])
+    ours, theirs = load_file(out / WEIGHTS), load_file(run / "export" / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (out / "config.json").read_text() == (run / "export" / "config.json").read_text()
+    assert latentvae.load(out).f == 4
+
+
+def test_export_replaces_only_when_asked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["export", str(run), "--out", str(out)])
+    before = (out / "config.json").stat().st_ino
+    assert "--overwrite" in refusal(["export", str(run), "--out", str(out)], capsys)
+    assert (out / "config.json").stat().st_ino == before
+    main(["export", str(run), "--out", str(out), "--overwrite"])
+    assert (out / "config.json").stat().st_ino != before
+
+
+def test_reconstruct_writes_pictures_and_a_table(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["reconstruct", str(run / "export"), str(photos), "--out", str(out)])
+    with (out / "table.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["width"], row["height"]) == ("61", "47") and float(row["psnr"]) > 5
+    assert Image.open(out / row["picture"]).height == 47
+    assert "broken.jpg" in capsys.readouterr().out
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which the command refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1, said
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["exprt"],
+            "there is no command 'exprt', only reconstruct, export; did you mean 'export'?",
+        ),
+        (["export", "{}/rn", "--out", "{}/out"], "rn"),
+        (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),
+        (["reconstruct", "{}/photo", "{}/photos", "--out", "{}/out"], "did you mean 'photos'?"),
+        (["reconstruct", "{}/photos", "{}/photos", "--out", "{}/out"], "holds no config.json"),
+        (["reconstruct", "{}/photos", "{}/photo", "--out", "{}/out"], "no image or folder"),
+    ],
+)
+def test_wrong_commands_and_paths_are_one_sentence(
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    assert said in refusal([text.format(tmp_path) for text in arguments], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "export"),
+        (["--verison"], "--verison"),
+        (["export", "run"], "--out"),
+        (["export", "run", "--ot", "x"], "did you mean '--out'?"),
+        (["export", "run", "--out", "x", "--overwrit"], "did you mean '--overwrite'?"),
+        (["export", "run", "--out"], "--out"),
+        (["export", "--out", "x"], "run"),
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert said.lower() in refusal(arguments, capsys).lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], ["reconstruct", "export"]),
+        (["export", "--help"], ["--out", "--overwrite"]),
+        (["reconstruct", "-h"], ["--out", "AutoencoderKL"]),
+    ],
+)
+def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in text for word in said)
+
+
+def test_help_of_the_installed_command_loads_no_torch() -> None:
+    code = (
+        "import sys, latentvae.cli\n"
+        "try: latentvae.cli.main(['--help'])\n"
+        "except SystemExit as ended: print('torch' in sys.modules, ended.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False 0\n")

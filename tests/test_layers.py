@@ -1,0 +1,126 @@
+"""Imports point downwards only. Read from the source, so that imports inside functions count."""
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+import latentvae
+
+PACKAGE = Path(latentvae.__file__).parent
+ROOT = PACKAGE.parent
+
+# What each part of the package may import of it. `latentvae` itself is the door: it names what it
+# offers, and loads it when first used.
+BASE = {"errors", "distributed", "outputs"}
+ALLOWED = {
+    "errors": set[str](),
+    "distributed": set[str](),
+    "outputs": set[str](),
+    "bottlenecks": BASE,
+    "models": BASE | {"bottlenecks"},
+    "losses": BASE,
+    "metrics": BASE,
+    "data": BASE,
+    "pictures": BASE | {"data"},
+    "latents": BASE | {"bottlenecks", "models"},
+    "export": BASE | {"bottlenecks", "models", "latents"},
+    "autoencoder": BASE | {"models", "pictures"},
+    "report": BASE | {"losses", "metrics", "data"},
+    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
+    "training": BASE
+    | {"flags", "models", "losses", "metrics", "data", "pictures", "latents", "export"},
+    "flags": BASE,
+    "cli": BASE | {"flags", "reconstruct", "training"},
+    "__init__": {"autoencoder", "training"},
+}
+ACCELERATE = {"training"}
+NEVER = {"train", "benchmarks", "tests"}  # top-level folders of the checkout
+
+
+def part_of(module: str) -> str:
+    """``latentvae.training.loop`` -> ``training``; ``latentvae`` -> ``__init__``."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports(source: str, *, module: str) -> Iterable[str]:
+    """Full names that ``source``, which is ``module``, imports anywhere; relative ones resolved."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(source: str, *, module: str) -> list[str]:
+    """Each import that breaks the layering, as a sentence."""
+    part, found = part_of(module), []
+    for name in imports(source, module=module):
+        top, other = name.split(".")[0], part_of(name)
+        if top in NEVER:
+            found.append(f"{module} imports {top}")
+        elif top == "accelerate" and part not in ACCELERATE:
+            found.append(f"{module} imports accelerate")
+        elif top == "latentvae" and other != part and not (ALLOWED[part] & {other}):
+            found.append(f"{module} imports latentvae.{other}")
+    return found
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ("latentvae", *path.relative_to(PACKAGE).with_suffix("").parts)
+        found[".".join(parts)] = path
+    return found
+
+
+def test_every_part_has_its_place() -> None:
+    assert {part_of(module) for module in modules()} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_downwards(module: str) -> None:
+    assert violations(modules()[module].read_text(), module=module) == []
+
+
+def test_the_layers_have_an_order() -> None:
+    """No part may reach itself, whatever is written into the table."""
+    placed: set[str] = set()
+    while len(placed) < len(ALLOWED):
+        ready = {part for part, below in ALLOWED.items() if below <= placed} - placed
+        assert ready, f"a circle among {set(ALLOWED) - placed}"
+        placed |= ready
+    free = {"losses", "data", "metrics"}
+    for part in free:
+        assert not ALLOWED[part] & {"models", "training"}
+    assert not ALLOWED["models"] & free
+    assert not any("cli" in below for below in ALLOWED.values())
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "said"),
+    [
+        ("latentvae.models.kl", "from latentvae.training import train", "latentvae.training"),
+        ("latentvae.models.kl", "import latentvae.losses.objective as o", "latentvae.losses"),
+        ("latentvae.models.kl", "from latentvae import cli", "latentvae.cli"),
+        ("latentvae.models.kl", "from ..losses import objective", "latentvae.losses"),
+        ("latentvae.models.kl", "from .. import training", "latentvae.training"),
+        ("latentvae.losses.objective", "def f():\n    import latentvae.models", "latentvae.models"),
+        ("latentvae.data.dataset", "from accelerate import Accelerator", "accelerate"),
+        ("latentvae.export.card", "import accelerate.utils", "accelerate"),
+        ("latentvae.training.loop", "from train.train_kl import main", "train"),
+        ("latentvae.report.tables", "from benchmarks import compression", "benchmarks"),
+        ("latentvae.training.loop", "from latentvae.cli import main", "latentvae.cli"),
+        ("latentvae.errors", "import latentvae", "latentvae.__init__"),
+    ],
+)
+def test_the_checker_catches(module: str, source: str, said: str) -> None:
+    assert violations(source, module=module) == [f"{module} imports {said}"]
+
+
+def test_the_checker_lets_pass() -> None:
+    source = "import torch\nfrom latentvae.errors import nearest\nfrom .schedule import x"
+    assert violations(source, module="latentvae.training.loop") == []
