@@ -21,10 +21,10 @@ SAMPLES = "samples"
 # Photographs only; both views of the motorcycle on one side, so that no scene is in both splits.
 SAMPLE_PHOTOS = {
     "train": (
-        "brick.png camera.png chelsea.png coffee.png grass.png gravel.png hubble_deep_field.jpg "
-        "ihc.png moon.png motorcycle_left.png motorcycle_right.png page.png retina.jpg rocket.jpg"
+        "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg "
+        "ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg"
     ).split(),
-    "validation": ["astronaut.png", "coins.png"],
+    "validation": ["chelsea.png", "coffee.png"],
 }
 
 
@@ -71,7 +71,7 @@ class SamplePhotos:
     """Photos from scikit-image's wheel (nothing is downloaded), kept decoded in memory.
 
     Args:
-        split: ``"train"`` (14 photos) or ``"validation"`` (2 photos of other scenes).
+        split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
     """
 
     def __init__(self, split: str) -> None:

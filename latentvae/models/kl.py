@@ -25,6 +25,7 @@ def build_autoencoder_kl(
     attention_levels: Sequence[int] = (),
     mid_block_add_attention: bool = True,
     use_quant_conv: bool = True,
+    initial_posterior_logvar: float = 0.0,
     sample_size: int = 256,
 ) -> AutoencoderKL:
     """A freshly initialised `AutoencoderKL` with f = 2 ** (len(block_out_channels) - 1).
@@ -35,6 +36,8 @@ def build_autoencoder_kl(
             self-attention.
         use_quant_conv: 1x1 convolutions on both sides of the latent (Stable Diffusion yes, SD3 and
             FLUX no).
+        initial_posterior_logvar: added to the log-variance's bias. At 0 the posterior starts as
+            wide as the prior, and the decoder sees mostly noise until the encoder has outgrown it.
         sample_size: side of the training images in pixels; diffusers' tiling reads it.
     """
     widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
@@ -46,7 +49,7 @@ def build_autoencoder_kl(
         "AttnUpDecoderBlock2D" if i in attention_levels else "UpDecoderBlock2D"
         for i in reversed(levels)
     ]
-    return AutoencoderKL(
+    net = AutoencoderKL(
         down_block_types=tuple(down),
         up_block_types=tuple(up),
         block_out_channels=widths,
@@ -58,6 +61,10 @@ def build_autoencoder_kl(
         use_post_quant_conv=use_quant_conv,
         sample_size=sample_size,
     )
+    last = net.quant_conv if use_quant_conv else net.encoder.conv_out
+    with torch.no_grad():
+        last.bias[latent_channels:] += initial_posterior_logvar
+    return net
 
 
 def downsampling_factor(net: AutoencoderKL) -> int:

@@ -50,6 +50,14 @@ class ModelConfig(Section):
         default=True, description="1x1 convolutions around the latent (SD: yes; SD3 and FLUX: no)."
     )
 
+    initial_posterior_logvar: float = Field(
+        default=0.0,
+        description=(
+            "Log-variance that the posterior starts with; below 0 the decoder sees less noise at "
+            "first and learns sooner."
+        ),
+    )
+
     @property
     def f(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)

@@ -350,6 +350,7 @@ class _Loop:
 
     def _save(self) -> Path:
         options, progress = self.run.config.run, self.progress
+        self._name_bad_images()
         with self.log.pause():
             progress.window = self.window.state()
             progress.bad_images = list(self.bad.reasons.items())
