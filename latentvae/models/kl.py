@@ -61,7 +61,7 @@ def build_autoencoder_kl(
         use_post_quant_conv=use_quant_conv,
         sample_size=sample_size,
     )
-    last = net.quant_conv if use_quant_conv else net.encoder.conv_out
+    last: Any = net.quant_conv if use_quant_conv else net.encoder.conv_out
     with torch.no_grad():
         last.bias[latent_channels:] += initial_posterior_logvar
     return net

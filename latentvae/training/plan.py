@@ -1,5 +1,8 @@
 """What a run is about to do, said before its first update."""
 
+import os
+
+import torch
 from torch import nn
 
 from latentvae.training.run import Run
@@ -87,7 +90,17 @@ def _critic(run: Run) -> str:
 
 def _precision(run: Run) -> str:
     kind, device = run.accelerator.mixed_precision, run.accelerator.device
-    return f"float32 on {device}" if kind == "no" else f"{kind} over float32 weights on {device}"
+    precision = "float32" if kind == "no" else f"{kind} over float32 weights"
+    return f"{precision} on {device}{_threads(run) if device.type == 'cpu' else ''}"
+
+
+def _threads(run: Run) -> str:
+    """Launchers give each process one thread unless told otherwise, which few know."""
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    told = f", {threads} thread{'s' if threads > 1 else ''} per process"
+    if threads * run.accelerator.num_processes < cores:
+        told += f" of {cores} cores (more: accelerate launch --num_cpu_threads_per_process N)"
+    return told
 
 
 def _millions(module: nn.Module) -> str:
