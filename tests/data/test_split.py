@@ -75,7 +75,7 @@ def test_samples(tmp_path):
     assert (len(train), len(validation)) == (13, 2)
     fill(tmp_path, 3)
     train, validation = open_images("samples", validation_data_dir=tmp_path)
-    assert (len(train), len(validation)) == (13, 2)
+    assert (len(train), len(validation)) == (13, 3)
     train, validation = open_images(tmp_path, validation_data_dir="samples")
     assert isinstance(validation, SamplePhotos) and validation.name(0) == "chelsea.png"
     assert open_source("samples").name(0) == "chelsea.png" and len(open_source(tmp_path)) == 3

@@ -139,6 +139,7 @@ def test_sigterm_finishes_the_update_saves_and_ends(
         "checkpointing_steps": 400,
         "validation_steps": 400,
         "log_steps": 1,
+        "dataloader_num_workers": 1 if to == "group" else 0,
     }
     process = launch(train_flags(tmp_path, **options), processes=processes)
     deadline = time.monotonic() + 240
