@@ -64,7 +64,8 @@ def _updates(run: Run, steps_per_epoch: int, start: int) -> str:
 
 def _learning_rate(run: Run) -> str:
     options = run.config.optimizer
-    return f"{options.learning_rate:g}, {options.lr_scheduler} after {options.lr_warmup_steps:,}"
+    warmup = f"{options.lr_warmup_steps:,} updates of warm-up"
+    return f"{options.learning_rate:g}, {options.lr_scheduler} after {warmup}"
 
 
 def _objective(run: Run) -> str:

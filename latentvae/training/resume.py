@@ -18,7 +18,15 @@ from latentvae.training.config import TrainConfig
 from latentvae.training.state import check_same_config, read_config, write_config
 
 CONFIG_NAME = "config.yaml"
-RUN_FILES = (CONFIG_NAME, "log.jsonl", "samples", "checkpoint-*", "aside-checkpoint-*", "export")
+RUN_FILES = (
+    CONFIG_NAME,
+    "log.jsonl",
+    "samples",
+    "logs",
+    "checkpoint-*",
+    "aside-checkpoint-*",
+    "export",
+)
 
 
 def prepare_folder(config: TrainConfig, folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -132,7 +137,7 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.run.mixed_precision,
         log_with=None if config.run.report_to == "none" else config.run.report_to,
-        project_dir=folder,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(static_graph=False, broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.ddp_timeout)),
@@ -171,8 +176,10 @@ def build_run(
         critic = PatchGAN(
             channels=config.critic.disc_channels, num_layers=config.critic.disc_layers
         )
-    prepared = accelerator.prepare(wrapper)
-    critic_prepared = accelerator.prepare(critic) if critic is not None else None
+    with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+        prepared = accelerator.prepare(wrapper)
+        critic_prepared = accelerator.prepare(critic) if critic is not None else None
     return Run(
         config=config,
         folder=folder,

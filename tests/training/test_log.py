@@ -77,7 +77,7 @@ def test_tensorboard_gets_every_number_of_the_log(folder: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "latentvae"))
+    events = EventAccumulator(str(folder / "logs" / "latentvae"))
     events.Reload()
     for key in ("loss/rec", "optimizer/learning_rate", "validation/psnr", "critic/loss"):
         logged = [(row["update"], row[key]) for row in rows(folder, key)]
