@@ -36,11 +36,11 @@ class LatentStatistics:
         """Take in a batch of latents, (B, d, h, w)."""
         if z.ndim != 4 or z.numel() == 0:
             raise ValueError(f"latents are (B, d, h, w), not {tuple(z.shape)}")
-        values = z.detach().to(torch.float64).transpose(0, 1).flatten(1)  # (d, B * h * w)
+        values = z.detach().cpu().double().transpose(0, 1).flatten(1)  # (d, B * h * w)
         batch = LatentStatistics()
         batch.num_images, batch._count = len(z), values.shape[1]
-        batch._mean = values.mean(dim=1).cpu()
-        batch._squares = values.var(dim=1, correction=0).cpu() * batch._count
+        batch._mean = values.mean(dim=1)
+        batch._squares = values.var(dim=1, correction=0) * batch._count
         if not batch._squares.isfinite().all():
             raise ValueError("latents hold values that are not finite: nothing can be measured")
         self.merge(batch)
