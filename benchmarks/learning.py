@@ -4,20 +4,23 @@
     python benchmarks/learning.py --data photos --validation_data unseen --out learning --minutes 45
 
 The same network (`kl_small`), loss weights, batch, peak learning rate and schedule. Each arm's
-speed is measured first, in turns; each then makes as many updates as fit into the time, and is
-measured on unseen images at twice the training resolution. Prints a table and writes learning.json.
+speed is measured first, in turns, on an idle machine; each then makes as many updates as fit into
+the time, and is measured on unseen images at twice the training resolution. As the number of
+updates is fixed by then, the runs themselves may share the machine with other work. Prints a table
+and writes learning.json. The same command again keeps speeds and networks that are there and goes
+on with what is missing, so arms and seeds may also be trained by several commands at a time
+(`--arms`, `--seeds`).
 """
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from reference import KL_SCALE, PERCEPTUAL_SCALE, train_reference
+from reference import KL_SCALE, PERCEPTUAL_SCALE, Trained, train_reference
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +37,7 @@ from latentvae.training.presets import parse
 
 PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
+Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
 
 
@@ -65,6 +69,12 @@ class Options:
     speed_updates: int = 30
     """Updates in each measurement of the speed; two for each arm, in turns."""
 
+    arms: tuple[Arm, ...] = ("latentvae", "reference")
+    """Which to train in this command; a seed is measured once both of its networks are there."""
+
+    run_threads: int | None = None
+    """CPU threads of the runs, where not those that the speed counts for."""
+
 
 class Arms:
     """The two ways to train, on the same images with the same options."""
@@ -74,9 +84,41 @@ class Arms:
         self.source: ImageSource = open_source(options.data, split="train")
         self.perceptual = PerceptualLoss(load_lpips("vgg"))
 
-    def ours(self, updates: int, *, seed: int, out: Path) -> tuple[float, dict[str, Autoencoder]]:
-        """Seconds per update and the export's network."""
-        torch.set_num_threads(self.options.threads)
+    def speed(self, arm: Arm) -> float:
+        """Seconds per update, of a few."""
+        n, threads = self.options.speed_updates, self.options.threads
+        if arm == "reference":
+            return self._reference(n, seed=0, threads=threads).seconds / n
+        out = self.options.out / "speed"
+        self._train(n, seed=0, out=out, overwrite=True, threads=threads)
+        rows = [row for row in read_rows(out / "log.jsonl") if "time/images_per_second" in row]
+        return BATCH / median(row["time/images_per_second"] for row in rows[1:])
+
+    def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
+        """Train one network, unless it is there; a run of train_kl.py goes on where it was."""
+        out, threads = self.options.out / f"seed{seed}", self.options.run_threads
+        threads = threads or self.options.threads
+        if arm == "latentvae":
+            self._train(updates, seed=seed, out=out / arm, overwrite=False, threads=threads)
+        elif not (out / "reference, averaged").exists():
+            trained = self._reference(updates, seed=seed, threads=threads)
+            trained.raw.save_pretrained(out / "reference")
+            trained.averaged.save_pretrained(out / "reference, averaged")
+
+    def networks(self, seed: int) -> dict[str, Autoencoder]:
+        """Those of a seed; empty unless all are there."""
+        out = self.options.out / f"seed{seed}"
+        paths = {
+            "latentvae": out / "latentvae/export",
+            "reference": out / "reference",
+            "reference, averaged": out / "reference, averaged",
+        }
+        if not all(path.exists() for path in paths.values()):
+            return {}
+        return {name: load(path) for name, path in paths.items()}
+
+    def _train(self, updates: int, *, seed: int, out: Path, overwrite: bool, threads: int) -> None:
+        torch.set_num_threads(threads)
         values: dict[str, dict[str, Any]] = {
             "data": {
                 "train_data_dir": self.options.data,
@@ -92,7 +134,7 @@ class Arms:
             "critic": {"disc_scale": 0.0},
             "run": {
                 "output_dir": str(out),
-                "overwrite_output_dir": True,
+                "overwrite_output_dir": overwrite,
                 "seed": seed,
                 "max_train_steps": updates,
                 "validation_steps": updates,
@@ -102,19 +144,15 @@ class Arms:
         }
         preset = PRESET.model_dump()
         changed = {name: preset[name] | section for name, section in values.items()}
-        export = train(parse(preset | changed, source="learning.py"))
-        rows = [row for row in read_rows(out / "log.jsonl") if "time/images_per_second" in row]
-        speed = median(row["time/images_per_second"] for row in rows[1:])
-        return BATCH / speed, {"latentvae": load(export)}
+        train(parse(preset | changed, source="learning.py"))
 
-    def reference(self, updates: int, *, seed: int) -> tuple[float, dict[str, Autoencoder]]:
-        """Seconds per update and the network with raw and with averaged weights."""
-        torch.set_num_threads(self.options.threads)
+    def _reference(self, updates: int, *, seed: int, threads: int) -> Trained:
+        torch.set_num_threads(threads)
         torch.manual_seed(seed)
         shape: dict[str, Any] = PRESET.model.model_dump() | {
             "initial_posterior_logvar": 0.0
         }  # as diffusers starts
-        trained = train_reference(
+        return train_reference(
             build_autoencoder_kl(**shape),
             self.source,
             self.perceptual,
@@ -125,8 +163,6 @@ class Arms:
             warmup=WARMUP,
             seed=seed,
         )
-        nets = {"reference": trained.raw, "reference, averaged": trained.averaged}
-        return trained.seconds / updates, {k: Autoencoder(net, name=k) for k, net in nets.items()}
 
 
 def measured(models: dict[str, Autoencoder], options: Options) -> dict[str, dict[str, float]]:
@@ -148,12 +184,12 @@ def measured(models: dict[str, Autoencoder], options: Options) -> dict[str, dict
 
 
 def run(options: Options) -> None:
-    arms, n = Arms(options), options.speed_updates
-    speeds: dict[str, list[float]] = {"latentvae": [], "reference": []}
-    for _ in range(2):
-        speeds["latentvae"].append(arms.ours(n, seed=0, out=options.out / "speed")[0])
-        speeds["reference"].append(arms.reference(n, seed=0)[0])
+    arms = Arms(options)
+    speeds = _speeds(arms, options)
     updates = {arm: int(60 * options.minutes / min(seconds)) for arm, seconds in speeds.items()}
+    for seed in options.seeds:
+        for arm in options.arms:
+            arms.finish(arm, updates[arm], seed=seed)
     result: dict[str, Any] = {
         "minutes": options.minutes,
         "threads": options.threads,
@@ -163,13 +199,25 @@ def run(options: Options) -> None:
         "seeds": {},
     }
     for seed in options.seeds:
-        started = time.perf_counter()
-        models = arms.ours(updates["latentvae"], seed=seed, out=options.out / f"seed{seed}")[1]
-        models |= arms.reference(updates["reference"], seed=seed)[1]
-        result["seeds"][seed] = measured(models, options)
-        (options.out / "learning.json").write_text(json.dumps(result, indent=1))
+        if not (networks := arms.networks(seed)):
+            print(f"seed {seed}: not measured yet, its other arm is still to be trained")
+            continue
+        result["seeds"][seed] = measured(networks, options)
         Console().print(_table(result, seed))
-        print(f"seed {seed}: {(time.perf_counter() - started) / 60:.0f} minutes in all")
+        (options.out / "learning.json").write_text(json.dumps(result, indent=1))
+
+
+def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
+    """Seconds per update of both arms, measured twice in turns, or as an earlier command found."""
+    path = options.out / "speed.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    speeds: dict[Arm, list[float]] = {"latentvae": [], "reference": []}
+    for _ in range(2):
+        for arm, seconds in speeds.items():
+            seconds.append(arms.speed(arm))
+    path.write_text(json.dumps(speeds))
+    return speeds
 
 
 def _table(result: dict[str, Any], seed: int) -> Table:
