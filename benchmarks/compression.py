@@ -15,10 +15,10 @@ import torch
 import tyro
 from rich.console import Console
 
-from latentvae.autoencoder import load
 from latentvae.data import open_source
 from latentvae.errors import UserError
 from latentvae.flags import exit_with, parse_options
+from latentvae.loading import load
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.report import Reconstructor, compare, unique_names
 from latentvae.report.tables import codecs_table, models_table

@@ -24,10 +24,11 @@ from reference import KL_SCALE, PERCEPTUAL_SCALE, Trained, train_reference
 from rich.console import Console
 from rich.table import Table
 
-from latentvae.autoencoder import Autoencoder, load
+from latentvae.autoencoder import Autoencoder
 from latentvae.data import ImageSource, open_source
 from latentvae.errors import UserError
 from latentvae.flags import exit_with, parse_options
+from latentvae.loading import load
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
 from latentvae.report import measure

@@ -2,17 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderRAE,
+    AutoencoderTiny,
+    VQModel,
+)
 from PIL import Image
 from skimage import data
 
 import latentvae
-from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
+from latentvae.autoencoder import Autoencoder, pad_to_multiple
 from latentvae.errors import UserError
+from latentvae.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +230,15 @@ def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         load(weights)
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
-    config.write_text(text.replace("AutoencoderKL", AutoencoderDC.__name__))
-    with pytest.raises(UserError, match="holds a AutoencoderDC"):
-        load(folder)
+    for name, message in (
+        ("AutoencoderKI", "this diffusers does not know"),
+        ("os.system", "this diffusers does not know"),
+        ("UNet2DModel", "has encode and decode"),
+        ("AutoencoderKLWan", "cannot load the weights|does not encode and decode images"),
+    ):
+        config.write_text(text.replace("AutoencoderKL", name))
+        with pytest.raises(UserError, match=message):
+            load(folder)
     for broken in ("{", "[]", "{}"):
         config.write_text(broken)
         with pytest.raises(UserError, match="not the config"):
@@ -249,3 +265,163 @@ def test_info_tells_models_apart(folder: Path, model: Autoencoder) -> None:
         loaded.net.decoder.conv_out.bias[0] += 1e-3
     assert loaded.info()["weights_sha256"] != info["weights_sha256"]
     assert load(folder, dtype=torch.bfloat16).info()["dtype"] == "bfloat16"
+
+
+KL_BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (8, 8, 8),
+    "norm_num_groups": 4,
+}
+RAE: dict[str, Any] = {
+    "encoder_type": "mae",
+    "encoder_hidden_size": 64,
+    "encoder_patch_size": 8,
+    "encoder_num_hidden_layers": 1,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "patch_size": 4,
+    "encoder_input_size": 32,
+    "image_size": 16,
+}
+DC: dict[str, Any] = {
+    "latent_channels": 4,
+    "attention_head_dim": 2,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 1),
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+}
+TINY: dict[str, Any] = {
+    "encoder_block_out_channels": (8, 8, 8),
+    "decoder_block_out_channels": (8, 8, 8),
+    "num_encoder_blocks": (1, 1, 1),
+    "num_decoder_blocks": (1, 1, 1),
+}
+VQ: dict[str, Any] = KL_BLOCKS | {"latent_channels": 4, "num_vq_embeddings": 16, "vq_embed_dim": 2}
+CLASSES = {  # class, config, f, d
+    "kl": (AutoencoderKL, KL_BLOCKS, 4, 4),
+    "asymmetric": (
+        AsymmetricAutoencoderKL,
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "down_block_out_channels": (8, 8),
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "up_block_out_channels": (8, 16),
+            "norm_num_groups": 4,
+        },
+        2,
+        4,
+    ),
+    "tiny": (AutoencoderTiny, TINY, 4, 4),
+    "dc": (AutoencoderDC, DC, 2, 4),
+    "vq": (VQModel, VQ, 4, 2),
+    "amused": (VQModel, VQ | {"lookup_from_codebook": True}, 4, 2),
+    "flux2": (AutoencoderKLFlux2, KL_BLOCKS | {"latent_channels": 8}, 4, 8),
+    "rae": (AutoencoderRAE, RAE, 4, 64),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_every_class_of_diffusers_has_the_same_calls(name: str, tmp_path: Path) -> None:
+    cls, config, f, channels = CLASSES[name]
+    net: Any = cls(**config).eval()
+    net.save_pretrained(tmp_path / "a" / name)
+    model = load(tmp_path / "a" / name)
+    assert (type(model.net), model.f, model.latent_channels) == (cls, f, channels)
+    images = tensor(16, 16)
+    z = model.encode(images)
+    assert z.shape == (1, channels, 16 // f, 16 // f)
+    given = (images + 1) / 2 if name in ("amused", "rae") else images
+    expected = net.decode(_latent(net.encode(given))).sample
+    expected = expected * 2 - 1 if name in ("amused", "rae") else expected
+    recon = model.reconstruct(images)
+    torch.testing.assert_close(recon, expected.clamp(-1, 1))
+    scaled = model.encode(images, scaled=True)
+    torch.testing.assert_close(model.decode(scaled, scaled=True), recon, atol=1e-4, rtol=0)
+    assert model.info()["class"] == cls.__name__
+    if name == "rae":
+        assert model.fixed_size == 16
+        with pytest.raises(UserError, match="makes 16 x 16 images alone, not 16 x 20"):
+            model.encode(tensor(16, 20))
+    else:
+        assert model.reconstruct(tensor(11, 14)).shape == (1, 3, 11, 14)
+
+
+def _latent(output: Any) -> torch.Tensor:
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.mode()
+    return output.latents if hasattr(output, "latents") else output.latent
+
+
+@torch.no_grad()
+def test_tokens_are_the_nearest_codes_and_decode_as_the_latents_do() -> None:
+    for lookup in (False, True):
+        model = Autoencoder(VQModel(**VQ, lookup_from_codebook=lookup), name="vq")
+        images = tensor(9, 14, count=2)
+        z, indices = model.encode(images), model.encode_tokens(images)
+        codebook = model.net.quantize.embedding.weight  # (K, D)
+        distances = torch.cdist(z.flatten(2).transpose(1, 2), codebook[None])
+        assert model.num_codes == 16
+        assert torch.equal(indices.flatten(1), distances.argmin(-1))
+        recon = model.decode_tokens(indices, size=(9, 14))
+        torch.testing.assert_close(recon, model.reconstruct(images))
+    with pytest.raises(UserError, match="no tokenizer"):
+        Autoencoder(AutoencoderTiny(**TINY), name="tiny").encode_tokens(images)
+
+
+@torch.no_grad()
+def test_posterior_is_that_of_the_network(model: Autoencoder, net: AutoencoderKL) -> None:
+    images = tensor(16, 16)
+    mean, logvar = model.encode_posterior(images)
+    posterior = net.encode(images).latent_dist
+    assert logvar is not None
+    assert torch.equal(mean, posterior.mean) and torch.equal(logvar, posterior.logvar)
+    assert Autoencoder(AutoencoderTiny(**TINY), name="t").encode_posterior(images)[1] is None
+
+
+@torch.no_grad()
+def test_flux2_latents_scale_as_its_pipeline_scales_them() -> None:
+    net: Any = AutoencoderKLFlux2(**KL_BLOCKS, latent_channels=8).eval()
+    net.bn.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    net.bn.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    model = Autoencoder(net, name="flux2")
+    images = tensor(16, 24)
+    z, scaled = model.encode(images), model.encode(images, scaled=True)
+    folded = z.view(1, 8, 2, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 32, 2, 3)
+    torch.testing.assert_close(scaled, net.bn(folded))
+    torch.testing.assert_close(model.decode(scaled, scaled=True), model.reconstruct(images))
+    assert model.reconstruct(tensor(13, 9)).shape == (1, 3, 13, 9)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing/vae"])
+def test_a_name_on_the_hub_is_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load_config(repository: str, *, subfolder: str | None = None) -> None:
+        asked.append((repository, subfolder))
+        raise OSError("offline")
+
+    monkeypatch.setattr("latentvae.loading.AutoencoderKL.load_config", load_config)
+    with pytest.raises(UserError, match=f"no folder '{name}'.*offline"):
+        load(name)
+    assert asked == [("nobody/nothing", "vae" if name.endswith("vae") else None)]
+
+
+def test_a_name_on_the_hub_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's files are put where it would download them to."""
+    real = AutoencoderKL.from_pretrained, AutoencoderKL.load_config
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda _, **k: real[0](folder, **k))
+    monkeypatch.setattr(AutoencoderKL, "load_config", lambda _, **k: real[1](folder, **k))
+    assert load("somebody/something").name == "something"

@@ -27,13 +27,16 @@ ALLOWED = {
     "latents": BASE | {"bottlenecks", "models"},
     "export": BASE | {"bottlenecks", "models", "latents"},
     "autoencoder": BASE | {"models", "pictures"},
-    "report": BASE | {"losses", "metrics", "data"},
-    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
+    "loading": BASE | {"models", "autoencoder"},
+    "report": BASE
+    | {"losses", "metrics", "data", "pictures", "models", "latents", "export", "autoencoder"}
+    | {"loading"},
+    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder", "loading"},
     "training": BASE
     | {"flags", "models", "losses", "metrics", "data", "pictures", "latents", "export"},
     "flags": BASE,
-    "cli": BASE | {"flags", "reconstruct", "training"},
-    "__init__": {"autoencoder", "training"},
+    "cli": BASE | {"flags", "reconstruct", "report", "training"},
+    "__init__": {"autoencoder", "loading", "training"},
 }
 ACCELERATE = {"training"}
 NEVER = {"train", "benchmarks", "tests"}  # top-level folders of the checkout

@@ -1,0 +1,65 @@
+"""How pipelines bring a network's latents to about unit variance, read from its config.
+
+Most subtract `shift_factor` and multiply by `scaling_factor`; SDXL-type configs give
+`latents_mean` and `latents_std` per channel; FLUX.2 folds 2 x 2 positions into channels and takes
+the statistics of a batch norm (diffusers, pipeline_flux2.py); AutoencoderRAE has done it already.
+
+`B` batch, `d` latent channels, `h w` latent positions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LatentNormalization:
+    """(z - mean) * scale, after folding `fold` x `fold` positions into channels.
+
+    Args:
+        scaling_factor, shift_factor: as pipelines read them, for a report.
+        mean, scale: (C,) per channel of the folded latents, or (1,) for all.
+        fold: positions on a side that become channels; 1 folds none.
+    """
+
+    scaling_factor: float
+    shift_factor: float
+    mean: Tensor
+    scale: Tensor
+    fold: int = 1
+
+    def apply(self, z: Tensor) -> Tensor:
+        """(B, d, h, w) to (B, d * fold ** 2, h / fold, w / fold)."""
+        z = F.pixel_unshuffle(z, self.fold)
+        return (z - self._like(self.mean, z)) * self._like(self.scale, z)
+
+    def invert(self, z: Tensor) -> Tensor:
+        """What `apply` was given."""
+        return F.pixel_shuffle(z / self._like(self.scale, z) + self._like(self.mean, z), self.fold)
+
+    def _like(self, values: Tensor, z: Tensor) -> Tensor:
+        return values.to(z.device, z.dtype).view(1, -1, 1, 1)
+
+
+def read_normalization(net: Any) -> LatentNormalization:
+    """From the config, or FLUX.2's batch norm; keys that a class does not have count as 1 and 0."""
+    if type(net).__name__ == "AutoencoderRAE":
+        return _pooled(1.0, 0.0)
+    if isinstance(norm := getattr(net, "bn", None), torch.nn.BatchNorm2d):
+        assert norm.running_mean is not None and norm.running_var is not None
+        std = (norm.running_var + net.config["batch_norm_eps"]).sqrt()
+        return LatentNormalization(
+            1.0, 0.0, norm.running_mean, 1 / std, net.config["patch_size"][0]
+        )
+    scale, shift = net.config.get("scaling_factor") or 1.0, net.config.get("shift_factor") or 0.0
+    mean, std = net.config.get("latents_mean"), net.config.get("latents_std")
+    if mean is None or std is None:
+        return _pooled(scale, shift)
+    return LatentNormalization(scale, shift, torch.tensor(mean), scale / torch.tensor(std))
+
+
+def _pooled(scale: float, shift: float) -> LatentNormalization:
+    return LatentNormalization(scale, shift, torch.tensor([shift]), torch.tensor([scale]))
