@@ -1,0 +1,77 @@
+"""The container of coded latents and tokens: a header of numbers and a range coder's words.
+
+    file = magic and version (4 bytes) | crc32 (4) | count (1) | that many varints | 32-bit words
+
+The coder is constriction's (Bamler 2022, https://arxiv.org/abs/2201.01741).
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+from numpy.typing import NDArray
+
+from latentvae.errors import UserError
+
+Integers = NDArray[np.int64]
+
+
+def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
+    """A file of at most 255 header numbers (not negative) and what a range coder has encoded."""
+    head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))
+    body = head + coder.get_compressed().astype("<u4").tobytes()
+    return magic + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
+    """Header numbers and range decoder of a file of `pack`; UserError if it is none."""
+    if content[:3] != magic[:3]:
+        raise UserError(f"a file that starts with {magic[:3]!r} is needed, not {content[:3]!r}")
+    if content[3:4] != magic[3:]:
+        raise UserError(f"version {magic[3]} of the format is read, not {list(content[3:4])}")
+    body = content[8:]
+    require(len(body) > 0 and zlib.crc32(body).to_bytes(4, "little") == content[4:8])
+    numbers, position = [], 1
+    for _ in range(body[0]):
+        number, position = _read_varint(body, position)
+        numbers.append(number)
+    require((len(body) - position) % 4 == 0)
+    words = np.frombuffer(body, "<u4", offset=position).astype(np.uint32)
+    return numbers, stream.queue.RangeDecoder(words)
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    assert number >= 0
+    groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+
+def _read_varint(body: bytes, start: int) -> tuple[int, int]:
+    """The number at `start`, below 2**35, and where the next one starts."""
+    number = 0
+    for i, byte in enumerate(body[start : start + 5]):
+        number |= (byte & 127) << 7 * i
+        if byte < 128:
+            return number, start + i + 1
+    raise damaged()
+
+
+def decode_symbols(coder: Any, model: Any, count: int) -> Integers:
+    """The next symbols; UserError where the words are none that the encoder makes."""
+    try:
+        return coder.decode(model, count).astype(np.int64)
+    except AssertionError as error:  # constriction's word for it
+        raise damaged() from error
+
+
+def require(holds: bool) -> None:
+    if not holds:
+        raise damaged()
+
+
+def damaged() -> UserError:
+    """What to raise for bytes that no encoder wrote."""
+    return UserError("the file is damaged or cut short; encode it again")
