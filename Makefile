@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow style check bench wheel clean
+.PHONY: help setup demo test test-slow style check bench schema wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, 
 	$(LAUNCH) train/train_kl.py --config kl_small --train_data_dir samples --output_dir runs/demo \
 	    --max_train_steps 700 --disc_scale 0 --crop_min_side 0.15 --validation_steps 100 --seed 0
 	$(BIN)/python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
-	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report
+	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report --overwrite
 	@echo "model:    runs/demo/export (loads with diffusers.AutoencoderKL.from_pretrained)"
 	@echo "pictures: runs/demo/samples/*.png, runs/demo/pipeline.png, runs/demo/report/sheet.png, runs/demo/report/rate.png"
 	@echo "report:   runs/demo/report/report.json"
@@ -46,8 +46,11 @@ check: $(STAMP)  ## Lint, format and type checks, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## Compare the demo's model with JPEG and WebP
-	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report
+bench: $(STAMP)  ## Compare the demo's model with JPEG, WebP and AVIF
+	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report --overwrite
+
+schema: $(STAMP)  ## Write the JSON Schema of report.json anew
+	$(BIN)/python -c "from latentvae.report import schema; schema.SCHEMA_FILE.write_text(schema.json_schema())"
 
 wheel: $(STAMP)  ## Build the wheel in dist/
 	$(BIN)/python -m build --wheel

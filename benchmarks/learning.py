@@ -14,7 +14,7 @@ on with what is missing, so arms and seeds may also be trained by several comman
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from latentvae.flags import exit_with, parse_options
 from latentvae.loading import load
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
-from latentvae.report import measure
+from latentvae.report import METRICS_ONLY, evaluate
 from latentvae.training import load_preset, train
 from latentvae.training.log import read_rows
 from latentvae.training.presets import parse
@@ -166,16 +166,17 @@ class Arms:
         )
 
 
-def measured(models: dict[str, Autoencoder], options: Options) -> dict[str, dict[str, float]]:
+def measured(
+    models: dict[str, Autoencoder], options: Options, *, out: Path
+) -> dict[str, dict[str, float]]:
     """PSNR, SSIM and LPIPS of each, means over the unseen images at twice the resolution."""
-    source = open_source(options.validation_data)
-    lpips = {net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")}
-    report = measure(
+    report = evaluate(
         models,
-        ((source.name(i), source.read(i)) for i in range(len(source))),
-        lpips=lpips,
-        codecs={},
-        resolution=2 * PRESET.data.resolution,
+        open_source(options.validation_data),
+        out,
+        data_name=options.validation_data,
+        lpips={net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")},
+        plan=replace(METRICS_ONLY, resolution=2 * PRESET.data.resolution),
     ).to_dict()
     metrics = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
     return {
@@ -203,7 +204,9 @@ def run(options: Options) -> None:
         if not (networks := arms.networks(seed)):
             print(f"seed {seed}: not measured yet, its other arm is still to be trained")
             continue
-        result["seeds"][seed] = measured(networks, options)
+        result["seeds"][seed] = measured(
+            networks, options, out=options.out / f"seed{seed}" / "report"
+        )
         Console().print(_table(result, seed))
         (options.out / "learning.json").write_text(json.dumps(result, indent=1))
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -17,7 +17,7 @@ class Reconstruct:
     """Run images through an autoencoder: side-by-side pictures and a table."""
 
     model: Positional[str]
-    """Folder of a diffusers AutoencoderKL, such as a run's export."""
+    """Folder or Hub id of a diffusers autoencoder, such as a run's export."""
 
     inputs: Annotated[tuple[str, ...], Positional]
     """Images and folders of images, of any sizes."""
@@ -32,6 +32,82 @@ class Reconstruct:
         from latentvae.reconstruct import reconstruct
 
         reconstruct(self.model, self.inputs, out=self.out, max_side=self.max_side)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure autoencoders on images: distortion, perception, true bits, latents, precision, speed.
+
+    Any autoencoder of images that diffusers knows, beside JPEG, WebP and AVIF on the same images.
+    Writes report.json, per_image.csv, rate.png and sheet.png, and prints the tables. The same
+    command again goes on where it was stopped.
+    """
+
+    models: Annotated[tuple[str, ...], Positional]
+    """Folders of autoencoders, such as runs' exports, or Hub ids (owner/name/folder)."""
+
+    data: str
+    """Folder of images, or `samples`: the photos that come with scikit-image."""
+
+    out: Path
+    """Folder for the report; made if it is not there."""
+
+    quick: bool = False
+    """Fewer points, no VGG (LPIPS vgg and distribution distances), speed at 256 px alone."""
+
+    max_images: int | None = None
+    """Measure so many images, evenly spread over the folder in the order of their names."""
+
+    resolution: int | None = None
+    """Resize the shorter side to it and crop the centre; left out, each image at its own size."""
+
+    latent: Literal["mode", "sample"] = "mode"
+    """Decode the posterior's mode, or a draw from it; bitstreams are always of the mode."""
+
+    inception_weights: Path | None = None
+    """weights-inception-2015-12-05-6726825d.pth of torch-fidelity, for rfid and kid."""
+
+    allow_download: bool = False
+    """Fetch those weights, and LPIPS' trunks, where they are not on this machine."""
+
+    sheet_images: int = 4
+    """How many images sheet.png shows."""
+
+    overwrite: bool = False
+    """Forget the evaluation that is in `out`."""
+
+    device: str | None = None
+    """Torch device of models and metrics; left out, the GPU, if there is one."""
+
+    def run(self) -> None:
+        from latentvae.report.command import evaluate_command
+
+        evaluate_command(**vars(self))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Put reports beside one another; refuses those that were not measured alike."""
+
+    reports: Annotated[tuple[Path, ...], Positional]
+    """report.json files, or the folders they are in."""
+
+    force: bool = False
+    """Compare whatever differs; the table says so."""
+
+    markdown: bool = False
+    """Print the table as Markdown, for a model card."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from latentvae.report import compare, markdown
+
+        table = compare(self.reports, force=self.force)
+        if self.markdown:
+            print(markdown(table))
+        else:
+            Console().print(table)
 
 
 @dataclass(frozen=True)
@@ -53,8 +129,12 @@ class Export:
         export_folder(self.folder, out=self.out, overwrite=self.overwrite)
 
 
-COMMANDS: dict[str, type[Reconstruct] | type[Export]] = {
+Command = type[Reconstruct] | type[Evaluate] | type[Compare] | type[Export]
+
+COMMANDS: dict[str, Command] = {
     "reconstruct": Reconstruct,
+    "evaluate": Evaluate,
+    "compare": Compare,
     "export": Export,
 }
 
@@ -72,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_with(error)
 
 
-def _command(arguments: Sequence[str]) -> type[Reconstruct] | type[Export]:
+def _command(arguments: Sequence[str]) -> Command:
     names = ", ".join(COMMANDS)
     if not arguments:
         raise UserError(f"a command is missing: {names}; `latentvae --help` explains them")
@@ -83,7 +163,8 @@ def _command(arguments: Sequence[str]) -> type[Reconstruct] | type[Export]:
 
 
 def _overview() -> str:
-    lines = [f"  latentvae {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
+    first = {name: (command.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
+    lines = [f"  latentvae {name:<12} {text}" for name, text in first.items()]
     train = "  train/train_kl.py       Train an autoencoder (a script, for `accelerate launch`)."
     return "\n".join(["Commands (each has --help):", *lines, train])
 

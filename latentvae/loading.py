@@ -97,7 +97,7 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
 
 def _class_of(config: dict[str, Any], path: str | Path) -> Any:
     """The class that the config names, if it is a network of diffusers with the calls."""
-    name = config.get("_class_name")
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise UserError(f"'{path}/config.json' is not the config of a diffusers model")
     cls = getattr(diffusers, name, None) if name.isidentifier() else None

@@ -69,6 +69,26 @@ def test_reconstruct_writes_pictures_and_a_table(
     assert "broken.jpg" in capsys.readouterr().out
 
 
+def test_evaluate_and_compare(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One model twice, on its own and on the same images: the report is the same."""
+    for name in ("a", "b"):
+        command = ["evaluate", str(run / "export"), "--data", str(photos), "--quick"]
+        main([*command, "--out", str(tmp_path / name), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "PSNR (dB)" in said.out
+    assert "left out: cannot read image" in said.err and "broken.jpg'" in said.err
+    names = {path.name for path in (tmp_path / "a").iterdir() if path.name[0] != "."}
+    assert names == {"report.json", "per_image.csv", "rate.png", "sheet.png"}
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| model | raw bpp | PSNR (dB) |")
+    assert lines[2].removeprefix("| a ") == lines[3].removeprefix("| b ")
+    main([*command, "--out", str(tmp_path / "a"), "--device", "cpu"])
+    assert "measured already" in capsys.readouterr().err
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the command refuses."""
     capsys.readouterr()
@@ -85,13 +105,17 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["exprt"],
-            "there is no command 'exprt', only reconstruct, export; did you mean 'export'?",
+            "there is no command 'exprt', only reconstruct, evaluate, compare, export; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),
         (["reconstruct", "{}/photo", "{}/photos", "--out", "{}/out"], "did you mean 'photos'?"),
         (["reconstruct", "{}/photos", "{}/photos", "--out", "{}/out"], "holds no config.json"),
         (["reconstruct", "{}/photos", "{}/photo", "--out", "{}/out"], "no image or folder"),
+        (["evaluate", "{}/m", "--data", "{}/photos", "--out", "{}/out"], "no such model folder"),
+        (["evaluate", "{}/m", "--data", "{}/photo", "--out", "{}/out"], "did you mean 'photos'?"),
+        (["compare", "{}/photos"], "two or more reports are compared, not 1"),
+        (["compare", "{}/photos", "{}/photo"], "cannot read the report"),
     ],
 )
 def test_wrong_commands_and_paths_are_one_sentence(
@@ -115,6 +139,10 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["export", "run", "--out", "x", "--overwrit"], "did you mean '--overwrite'?"),
         (["export", "run", "--out"], "--out"),
         (["export", "--out", "x"], "run"),
+        (["evaluate", "m", "--data", "d"], "--out"),
+        (["evaluate", "m", "--data", "d", "--out", "x", "--latent", "mean"], "mode"),
+        (["evaluate", "m", "--data", "d", "--out", "x", "--quik"], "did you mean '--quick'?"),
+        (["compare", "a", "b", "--markdwn"], "did you mean '--markdown'?"),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -126,9 +154,10 @@ def test_wrong_options_are_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], ["reconstruct", "export"]),
+        (["--help"], ["reconstruct", "evaluate", "compare", "export"]),
+        (["evaluate", "--help"], ["--quick", "--inception_weights", "JPEG, WebP and AVIF"]),
         (["export", "--help"], ["--out", "--overwrite"]),
-        (["reconstruct", "-h"], ["--out", "AutoencoderKL"]),
+        (["reconstruct", "-h"], ["--out", "Hub id"]),
     ],
 )
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:

@@ -1,95 +1,200 @@
-"""Does an autoencoder survive float16? Measured, because diffusers' `force_upcast` asks for it.
+"""Does an autoencoder survive 16 bits? Measured, because diffusers' `force_upcast` asks for it.
 
 Stable Diffusion XL's autoencoder overflows in float16 and gives black pictures
-(https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). Float16 is emulated: weights and the output
-of every module are rounded to it, sums are kept in float32, as GPUs do. That takes about the time
-of float32 and gives the same answer on every machine; real float16 is a hundred times slower on
-most CPUs.
+(https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
+precision. Both are emulated: weights and the output of every module are rounded, also where a
+network computes in float32 by itself; sums are kept in float32, as GPUs do. That takes about the
+time of float32 and gives the same answer on every machine; real float16 is a hundred times slower
+on most CPUs.
 
 `B` batch, `C` channels, `H W` space.
 """
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils import _pytree as pytree  # diffusers and transformers register their outputs there
+
+from latentvae.models.calls import decode, encode
 
 FLOAT16_MAX = 65504.0
 MARGIN = 4.0  # the largest activation stays this far below the maximum: other images go higher
 MIN_PSNR = 40.0  # dB, float16 against float32
 
+# dB that bfloat16 may take from the PSNR against the originals. Its error adds to the network's
+# own, so their ratio counts, not a distance to float32: 0.1 dB is 2 % of the error (a network of
+# 29 dB then stays 45 dB from its float32 reconstructions), the last digit of published tables.
+MAX_COST = 0.1
+
+LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # beside the names of modules
+Hook = Callable[[str, Any], Any]  # (name, output) to what goes on instead
+
 
 @dataclass(frozen=True)
 class HalfPrecision:
-    """What float16 does to an autoencoder on some images.
+    """What a 16-bit type does to an autoencoder on some images.
 
     Args:
-        max_activation: largest absolute value of any module's output, in float32.
-        psnr: of the float16 reconstruction against the float32 one, dB, peak 2; NaN if it is not
-            finite, infinity if both are equal.
+        max_activation: largest absolute value of any of `layers`.
+        psnr: of the 16-bit reconstruction against the float32 one, over all images together, dB,
+            peak 2; NaN if it is not finite, infinity if both are equal.
+        psnr_cost: PSNR of the float32 reconstruction against the images minus that of the 16-bit
+            one, dB, of 8-bit pictures; NaN if it was not measured or the latter is not finite.
+        dtype: torch.float16 or torch.bfloat16.
+        layers: largest absolute output in float32 by module name, in the order they ran (a block
+            comes after its parts), and of the latents and the reconstruction.
     """
 
     max_activation: float
     psnr: float
+    psnr_cost: float = math.nan
+    dtype: torch.dtype = torch.float16
+    layers: dict[str, float] = field(default_factory=dict)
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may run it in float16: `force_upcast` is the opposite."""
+        """Whether pipelines may run it so; for float16 `force_upcast` is the opposite."""
+        if self.dtype == torch.bfloat16:
+            return self.psnr_cost <= MAX_COST
         return self.max_activation * MARGIN <= FLOAT16_MAX and self.psnr >= MIN_PSNR
+
+    @property
+    def largest_layer(self) -> str:
+        """The module with the largest output: of a block and its last part, the part."""
+        return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
         close = "not finite" if math.isnan(self.psnr) else f"{self.psnr:.1f} dB from float32's"
         return f"largest activation {self.max_activation:.4g}, reconstruction {close}"
 
 
+def check_half_precision(
+    net: Any, images: Tensor | Sequence[Tensor], *, dtype: torch.dtype = torch.float16
+) -> HalfPrecision:
+    """Reconstruct `images` in float32 and in `dtype`, see `check_precisions`."""
+    return check_precisions(net, images, dtypes=(dtype,))[0]
+
+
 @torch.no_grad()
-def check_half_precision(net: AutoencoderKL, images: Tensor) -> HalfPrecision:
-    """Reconstruct `images` in both precisions, from the posterior's mode.
+def check_precisions(
+    net: Any, images: Tensor | Sequence[Tensor], *, dtypes: Sequence[torch.dtype]
+) -> list[HalfPrecision]:
+    """Reconstruct `images` in float32 and in each of `dtypes`, from the posterior's mode.
 
     Args:
-        net: float32; it is not changed.
-        images: (B, C, H, W) in [-1, 1], float32, on the network's device.
+        net: any diffusers autoencoder, float32; it is not changed.
+        images: (B, C, H, W) in [-1, 1], float32, on the network's device; or several of these, of
+            different sizes.
+
+    Raises:
+        ValueError: the float32 reconstructions are not finite, or there are no images.
     """
-    peaks: list[Tensor] = []
-
-    def record(output: Tensor) -> Tensor:
-        peaks.append(output.abs().amax())
-        return output
-
-    exact = _reconstruct(copy.deepcopy(net), images, record)
-    rounded_net = copy.deepcopy(net)
-    for value in rounded_net.parameters():
-        value.copy_(_to_half(value))
-    rounded = _reconstruct(rounded_net, _to_half(images), _to_half)
-    if not exact.isfinite().all():
+    batches = [images] if isinstance(images, Tensor) else list(images)
+    if not batches:
+        raise ValueError("the precision check needs at least one image")
+    copied = copy.deepcopy(net).eval()  # the only one: large networks must fit
+    peaks: dict[str, Tensor] = {}
+    with _after_every_module(copied, partial(_record, peaks)):
+        exact = [_reconstruct(copied, batch, partial(_record, peaks)) for batch in batches]
+    if not all(recon.isfinite().all() for recon in exact):
         raise ValueError("the network's float32 reconstructions are not finite")
-    return HalfPrecision(max(peak.item() for peak in peaks), _psnr(exact, rounded))
+    layers = {name: peak.item() for name, peak in peaks.items()}
+    results = []
+    for dtype in dtypes:
+        rounded = _reconstruct_rounded(copied, net, batches, dtype)
+        psnr, cost = _psnr(exact, rounded), _psnr_cost(batches, exact, rounded)
+        results.append(HalfPrecision(max(layers.values()), psnr, cost, dtype, layers))
+    return results
 
 
-def _reconstruct(net: Any, images: Tensor, watch: Callable[[Tensor], Tensor]) -> Tensor:
-    """Encode and decode with `watch` in the way of every module's output."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        return watch(output) if isinstance(output, Tensor) else output
-
-    net.eval()
-    for module in net.modules():
-        module.register_forward_hook(hook)
-    z = net.encode(images).latent_dist.mode()
-    return net.decode(z).sample
+def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
+    for values in pytree.tree_leaves(output):
+        # Scalars are losses (a quantiser's), not activations.
+        if isinstance(values, Tensor) and values.is_floating_point() and values.ndim:
+            peak = values.abs().amax().nan_to_num(math.inf, posinf=math.inf)
+            peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+    return output
 
 
-def _to_half(values: Tensor) -> Tensor:
-    return values.to(torch.float16).to(torch.float32)
+def _reconstruct_rounded(
+    copied: Any, net: Any, batches: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """With the weights of `net`, rounded, in `copied`."""
+    weights = chain(copied.parameters(), copied.buffers())
+    originals = chain(net.parameters(), net.buffers())
+    for value, original in zip(weights, originals, strict=True):
+        value.copy_(_rounded(original, dtype))
+
+    def hook(_name: str, output: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda values: _rounded(values, dtype), output)
+
+    with _after_every_module(copied, hook):
+        return [_reconstruct(copied, _rounded(batch, dtype), hook) for batch in batches]
 
 
-def _psnr(exact: Tensor, rounded: Tensor) -> float:
-    error = (rounded - exact).square().mean(dtype=torch.float64).item()
+def _reconstruct(net: Any, images: Tensor, hook: Hook) -> Tensor:
+    """What is computed outside of modules also passes `hook`."""
+    z = hook(LATENTS, encode(net, images))
+    return hook(RECONSTRUCTION, decode(net, z))
+
+
+@contextmanager
+def _after_every_module(net: Any, hook: Hook) -> Iterator[None]:
+    """`hook` in the way of each module's output."""
+
+    def register(name: str, module: Any) -> Any:
+        return module.register_forward_hook(lambda _module, _inputs, output: hook(name, output))
+
+    handles = [register(name, module) for name, module in net.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).to(values.dtype) if values.is_floating_point() else values
+
+
+def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
+    error = _mean_square(exact, rounded)
     if not math.isfinite(error):
         return math.nan
     return 10 * math.log10(4 / error) if error else math.inf
+
+
+def _psnr_cost(
+    images: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor]
+) -> float:
+    """A difference of two PSNR is the ratio of their errors, which may be 0."""
+    if not all(recon.isfinite().all() for recon in rounded):
+        return math.nan
+    images, exact, rounded = ([_levels(t) for t in part] for part in (images, exact, rounded))
+    before, after = _mean_square(images, exact), _mean_square(images, rounded)
+    if before == after:
+        return 0.0
+    return (
+        10 * math.log10(after / before) if before and after else (math.inf if after else -math.inf)
+    )
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Of an 8-bit picture, 0..255."""
+    return (images.clamp(-1, 1) + 1).mul(127.5).round()
+
+
+def _mean_square(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Of the differences, over the elements of all pairs together."""
+    squares = sum(
+        (y - x).square().sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True)
+    )
+    return squares / sum(x.numel() for x in a)

@@ -7,7 +7,7 @@ the statistics of a batch norm (diffusers, pipeline_flux2.py); AutoencoderRAE ha
 `B` batch, `d` latent channels, `h w` latent positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class LatentNormalization:
         scaling_factor, shift_factor: as pipelines read them, for a report.
         mean, scale: (C,) per channel of the folded latents, or (1,) for all.
         fold: positions on a side that become channels; 1 folds none.
+        applied: the network does it itself, and these values are 1 and 0.
     """
 
     scaling_factor: float
@@ -30,6 +31,7 @@ class LatentNormalization:
     mean: Tensor
     scale: Tensor
     fold: int = 1
+    applied: bool = False
 
     def apply(self, z: Tensor) -> Tensor:
         """(B, d, h, w) to (B, d * fold ** 2, h / fold, w / fold)."""
@@ -47,7 +49,7 @@ class LatentNormalization:
 def read_normalization(net: Any) -> LatentNormalization:
     """From the config, or FLUX.2's batch norm; keys that a class does not have count as 1 and 0."""
     if type(net).__name__ == "AutoencoderRAE":
-        return _pooled(1.0, 0.0)
+        return replace(_pooled(1.0, 0.0), applied=True)
     if isinstance(norm := getattr(net, "bn", None), torch.nn.BatchNorm2d):
         assert norm.running_mean is not None and norm.running_var is not None
         std = (norm.running_var + net.config["batch_norm_eps"]).sqrt()

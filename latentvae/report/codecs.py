@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image, features
@@ -34,7 +34,7 @@ class Codec:
 
     def describe(self) -> dict[str, Any]:
         """For the protocol: encoder library, options, qualities."""
-        library = {"JPEG": "jpg", "WEBP": "webp"}[self.format]
+        library = _LIBRARIES[self.format]
         return {
             "library": f"{library} {features.version(library)}",
             "options": dict(self.options),
@@ -42,12 +42,23 @@ class Codec:
         }
 
 
-_QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+_LIBRARIES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}  # Pillow's names
+_QUALITIES = (1, 5, 10, 20, 35, 50, 70, 85, 95)
 
 CODECS: dict[str, Codec] = {
     "jpeg": Codec("JPEG", _QUALITIES, {"optimize": True, "subsampling": "4:2:0"}),
     "webp": Codec("WEBP", _QUALITIES, {"method": 4}),
+    "avif": Codec("AVIF", _QUALITIES, {"speed": 6, "subsampling": "4:2:0"}),
 }
+
+
+def available_codecs(qualities: tuple[int, ...] = _QUALITIES) -> dict[str, Codec]:
+    """Those that this build of Pillow can write, at some qualities."""
+    return {
+        name: replace(codec, qualities=qualities)
+        for name, codec in CODECS.items()
+        if features.check(_LIBRARIES[codec.format])
+    }
 
 
 def bits_per_pixel(content: bytes, image: Image.Image) -> float:

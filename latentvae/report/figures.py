@@ -1,14 +1,23 @@
 """Pictures of a report: rate against quality, and reconstructions side by side."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
+from latentvae.autoencoder import Autoencoder
+from latentvae.data import to_tensor
+from latentvae.metrics import psnr, to_8bit
+from latentvae.report.codecs import CODECS, bits_per_pixel, encode_at_rate
+from latentvae.report.model import raw_bits
+from latentvae.report.pictures import to_picture
 from latentvae.report.schema import Point, Report
 
 PANELS = (("psnr", "PSNR (dB), higher is better"), ("lpips_alex", "LPIPS (alex), lower is better"))
@@ -19,9 +28,10 @@ MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 
 
 def rate_figure(report: Report, path: Path) -> None:
-    """Two panels over bits per pixel (log scale): codecs as curves, models as points.
+    """Two panels over bits per pixel (log scale): every curve of real files, and models' raw rates.
 
-    A model's point stands at its raw rate; its true points, where measured, make a dashed curve.
+    A model's star stands at the raw bits of its latent, its dashed curve at those of its files. An
+    exact copy, of infinite PSNR, is not drawn.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
     for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
@@ -33,7 +43,9 @@ def rate_figure(report: Report, path: Path) -> None:
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
-    figure.suptitle(f"{report.data['num_images']} images; models at raw latent bits")
+    figure.suptitle(
+        f"{report.data['num_images']} images; stars: raw latent bits, dashed: coded latents"
+    )
     figure.savefig(path)
 
 
@@ -46,15 +58,41 @@ def _draw_panel(axes: Axes, report: Report, metric: str) -> None:
         axes.plot(*_curve(points, metric), marker=".", label=name)
     for name, model in report.models.items():
         mean = getattr(model.metrics, metric)
-        value = float("nan") if mean is None else mean.mean
+        value = mean.mean if mean is not None and math.isfinite(mean.mean) else math.nan
         color = axes.plot(model.rate.raw_bpp, value, "*", markersize=14, label=name)[0].get_color()
         if model.rate.points:
-            axes.plot(*_curve(model.rate.points, metric), "--", color=color)
+            axes.plot(*_curve(model.rate.points, metric), "--", marker=".", color=color)
 
 
 def _curve(points: Sequence[Point], metric: str) -> tuple[list[float], list[float]]:
-    found = [(p.bpp, value) for p in points if (value := getattr(p, metric)) is not None]
+    values = [(point.bpp, getattr(point, metric)) for point in points]
+    found = [(bpp, value) for bpp, value in values if value is not None and math.isfinite(value)]
     return [bpp for bpp, _ in found], [value for _, value in found]
+
+
+def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> list["Tile"]:
+    """The original, each model, and JPEG at the nearest rate not below each model's.
+
+    Args:
+        images: (1, 3, H, W) on the 8-bit grid.
+    """
+    source = to_picture(images)
+    tiles, rates = [Tile(source, f"{Path(name).name}\n{source.width} x {source.height}")], set()
+    for label, model in models.items():
+        z = model.encode(images)
+        decoded: Any = model.decode(z, size=(source.height, source.width))
+        recon = to_8bit(decoded)
+        bpp = raw_bits(model, z) / (source.width * source.height)
+        caption = f"{label}\n{bpp:.2f} bpp raw, {psnr(images, recon.to(images)).item():.1f} dB"
+        tiles.append(Tile(to_picture(recon), caption))
+        rates.add(bpp)
+    for rate in sorted(rates):
+        content, quality = encode_at_rate(CODECS["jpeg"], source, bpp=rate)
+        decoded = CODECS["jpeg"].decode(content)
+        decibel = psnr(images.cpu(), to_tensor(decoded)[None]).item()
+        caption = f"JPEG, quality {quality}\n{bits_per_pixel(content, source):.2f} bpp, "
+        tiles.append(Tile(decoded, f"{caption}{decibel:.1f} dB"))
+    return tiles
 
 
 @dataclass(frozen=True)

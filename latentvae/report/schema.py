@@ -1,33 +1,53 @@
-"""report.json: what a benchmark measured and how. A part that was not measured is absent.
+"""report.json: what was measured and how. A part that was not measured is absent.
 
 Means are over images. `bpp` is bits per pixel of the source image, of real files; `raw_bpp` counts
-the latent's elements at a stated width instead, with no entropy coding.
+the latent's elements at a stated width instead, with no entropy coding. PSNR is in dB; that of
+equal images is infinite, which JSON writes as the string "Infinity".
+
+`report.schema.json` in this folder is the JSON Schema of it; `make schema` writes it anew.
 """
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from latentvae.errors import UserError
 
 SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+Unbounded = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
+"""A float that may be infinite."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Mean(_Part):
-    """A mean over `images` images with its 95 % bootstrap interval (low, high)."""
+    """A mean over `images` images with its 95 % bootstrap interval (low, high).
 
-    mean: float
-    ci95: tuple[float, float]
+    `infinite` of the images have an infinite value (PSNR of an exact copy) and are not in the mean,
+    unless they all are.
+    """
+
+    mean: Unbounded
+    ci95: tuple[Unbounded, Unbounded]
     images: int = Field(ge=1)
+    infinite: int = Field(default=0, ge=0)
 
 
 class Metrics(_Part):
-    """Distortion and perception; PSNR in dB. Absent where no image was large enough."""
+    """Distortion and perception. Absent where no image was large enough.
+
+    `psnr` is the mean of the images' own values, `psnr_pooled` that of the squared error over the
+    pixels of all images.
+    """
 
     psnr: Mean | None = None
+    psnr_pooled: Unbounded | None = None
     ssim: Mean | None = None
     ms_ssim: Mean | None = None
     lpips_alex: Mean | None = None
@@ -35,12 +55,17 @@ class Metrics(_Part):
 
 
 class Point(_Part):
-    """One point of a rate curve: means over all images at one setting of the coder."""
+    """One point of a rate curve: means over all images at one setting of the coder.
+
+    The setting is a codec's `quality`, or for latents the `noise_psnr`: what the decoder's error
+    would be, in dB, if it came from the quantised latent alone. Tokens have none.
+    """
 
     bpp: float = Field(ge=0)
-    psnr: float
+    psnr: Unbounded
     lpips_alex: float | None = None
     quality: int | None = None
+    noise_psnr: float | None = None
 
 
 class Rate(_Part):
@@ -50,34 +75,76 @@ class Rate(_Part):
     points: list[Point] = []
 
 
+class Distribution(_Part):
+    """Distances between the sets of originals and reconstructions; 0 for a perfect copy.
+
+    `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16;
+    `rfid` and `kid` are the same on the true Inception network. Frechet distances are given from
+    2,000 images on.
+    """
+
+    images: int = Field(ge=1)
+    fd_vgg: float | None = None
+    kd_vgg: float | None = None
+    rfid: float | None = None
+    kid: float | None = None
+
+
 class ModelReport(_Part):
     """All that was measured of one model; `info` is what the model says about itself."""
 
     metrics: Metrics
     rate: Rate
+    distribution: Distribution | None = None
     info: dict[str, Any] = {}
     latent: dict[str, Any] | None = None
     tokens: dict[str, Any] | None = None
     passport: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    warnings: list[str] = []
+
+
+class BDRate(_Part):
+    """Percent of JPEG's bits needed more (negative: fewer) at equal quality; see `metrics.rate`."""
+
+    psnr: float | None = None
+    lpips_alex: float | None = None
 
 
 class Report(_Part):
-    """The whole of report.json."""
+    """The whole of report.json. `bd_rate` is beside JPEG, by the names of models and codecs."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     protocol: dict[str, Any]
     data: dict[str, Any]
     models: dict[str, ModelReport]
     codecs: dict[str, list[Point]]
+    bd_rate: dict[str, BDRate] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the absent parts."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return json.loads(self.to_json())
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_none=True, indent=2)
 
     def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(exclude_none=True, indent=2) + "\n", encoding="utf-8")
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Raises UserError where the file cannot be read or is no report of this version."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the report '{path}': {error.strerror}") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            lines = str(error).splitlines()
+            reason = " ".join(line.strip() for line in lines[1:3]) or lines[0]
+            raise UserError(f"'{path}' is no report of latentvae: {reason}") from error
+
+
+def json_schema() -> str:
+    """The JSON Schema of report.json (draft 2020-12)."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(schema | Report.model_json_schema(), indent=2) + "\n"

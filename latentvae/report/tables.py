@@ -1,10 +1,14 @@
 """A report as tables on the screen."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from latentvae.report.schema import Mean, Point, Report
+from latentvae.report.schema import Mean, ModelReport, Point, Report
 
 HEADINGS = {
     "psnr": "PSNR (dB)",
@@ -13,7 +17,22 @@ HEADINGS = {
     "lpips_alex": "LPIPS alex",
     "lpips_vgg": "LPIPS vgg",
 }
+DISTANCES = ("rfid", "kid", "fd_vgg", "kd_vgg")
 ABSENT = "n/a"
+
+
+def summary(report: Report) -> Group:
+    """All tables, and every warning as a line."""
+    tables: list[Table | Text] = [models_table(report)]
+    if report.codecs:
+        tables.append(codecs_table(report))
+    if any(model.rate.points for model in report.models.values()):
+        tables.append(bits_table(report))
+    if any(model.passport for model in report.models.values()):
+        tables.append(passport_table(report))
+    for name, model in report.models.items():
+        tables += [Text(f"warning: {name}: {text}", "yellow") for text in model.warnings]
+    return Group(*tables)
 
 
 def models_table(report: Report) -> Table:
@@ -22,24 +41,54 @@ def models_table(report: Report) -> Table:
     table = Table("model", "raw bpp", title=title, title_justify="left")
     for heading in HEADINGS.values():
         table.add_column(heading, justify="right")
+    distances = [d for d in DISTANCES if any(_distance(m, d) for m in report.models.values())]
+    for distance in distances:
+        table.add_column(distance, justify="right")
     for name, model in report.models.items():
         cells = [_cell(getattr(model.metrics, m), digits=_digits(m)) for m in HEADINGS]
+        cells += [_distance(model, distance) or ABSENT for distance in distances]
         table.add_row(name, f"{model.rate.raw_bpp:.3f}", *cells)
     return table
 
 
 def codecs_table(report: Report) -> Table:
     """The codecs beside each model: of each codec, the point nearest in rate that is not below."""
-    title = "Codecs at the nearest rate not below each model's, else at their highest"
+    title = "Codecs at the nearest rate not below each model's raw one, else at their highest"
     table = Table("beside", "codec", "quality", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex"):
         table.add_column(heading, justify="right")
     for name, model in report.models.items():
         for codec, points in report.codecs.items():
             point = point_at_rate(points, model.rate.raw_bpp)
-            lpips = ABSENT if point.lpips_alex is None else f"{point.lpips_alex:.4f}"
-            row = (name, codec, str(point.quality), f"{point.bpp:.3f}", f"{point.psnr:.2f}", lpips)
-            table.add_row(*row)
+            table.add_row(name, codec, str(point.quality), *_point_cells(point))
+    return table
+
+
+def bits_table(report: Report) -> Table:
+    """Every point of the models' coded latents, and how many bits they need beside JPEG."""
+    title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
+    table = Table("model", "bpp", title=title, title_justify="left")
+    for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
+        table.add_column(heading, justify="right")
+    for name, model in report.models.items():
+        for number, point in enumerate(model.rate.points):
+            rates = _bd_cells(report, name) if number == 0 else ("", "")
+            table.add_row(name if number == 0 else "", *_point_cells(point), *rates)
+    for name in report.bd_rate.keys() - report.models.keys():
+        table.add_row(name, "", "", "", *_bd_cells(report, name))
+    return table
+
+
+def passport_table(report: Report) -> Table:
+    """What happens to each model in half precision and in tiles, and how fast it is."""
+    table = Table("model", title="Passport", title_justify="left")
+    for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
+        table.add_column(heading)
+    for name, model in report.models.items():
+        passport = model.passport or {}
+        precision = passport.get("precision", {})
+        cells = [_precision(precision.get(dtype)) for dtype in ("float16", "bfloat16")]
+        table.add_row(name, *cells, _tiling(passport.get("tiling")), "\n".join(_speeds(model)))
     return table
 
 
@@ -51,6 +100,55 @@ def point_at_rate(points: Sequence[Point], bpp: float) -> Point:
     return min(enough, key=lambda point: point.bpp)
 
 
+def _point_cells(point: Point) -> tuple[str, str, str]:
+    lpips = ABSENT if point.lpips_alex is None else f"{point.lpips_alex:.4f}"
+    return f"{point.bpp:.3f}", f"{point.psnr:.2f}", lpips
+
+
+def _bd_cells(report: Report, name: str) -> tuple[str, str]:
+    rate = report.bd_rate.get(name)
+    values = (None, None) if rate is None else (rate.psnr, rate.lpips_alex)
+    psnr, lpips = (ABSENT if value is None else f"{value:+.0f} %" for value in values)
+    return psnr, lpips
+
+
+def _distance(model: ModelReport, name: str) -> str | None:
+    value = model.distribution and getattr(model.distribution, name)
+    return None if value is None else f"{value:.4g}"
+
+
+def _precision(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return ABSENT
+    if not verdict["finite"]:
+        return "overflows"
+    close = f"{float(verdict['psnr']):.1f} dB from float32's"
+    return f"{'safe' if verdict['safe'] else 'not safe'}, {close}"
+
+
+def _tiling(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return ABSENT
+    if "seam" not in check:
+        return "not measured" if check["supported"] else "not supported"
+    seam = "visible seams" if check["seam_visible"] else "no visible seam"
+    return f"{seam}, jump {check['seam']:.1f}, differs by {check['max_difference']:.0f} of 255"
+
+
+def _speeds(model: ModelReport) -> Iterator[str]:
+    """A line for each size: images per second, and MiB."""
+    points = (model.speed or {}).get("points", [])
+    for size in sorted({point["size"] for point in points}):
+        found = {point["call"]: point for point in points if point["size"] == size}
+        yield f"{size}: " + ", ".join(_speed(found.get(call)) for call in ("encode", "decode"))
+
+
+def _speed(point: dict[str, Any] | None) -> str:
+    if point is None or "skipped" in point:
+        return "skipped"
+    return f"{point['images_per_second']:.3g}/s {point['peak_mib']:.0f} MiB"
+
+
 def _digits(metric: str) -> int:
     return 2 if metric == "psnr" else 4
 
@@ -58,5 +156,8 @@ def _digits(metric: str) -> int:
 def _cell(mean: Mean | None, *, digits: int) -> str:
     if mean is None:
         return ABSENT
+    if math.isinf(mean.mean):
+        return "exact"
     half = (mean.ci95[1] - mean.ci95[0]) / 2
-    return f"{mean.mean:.{digits}f} \u00b1{half:.{digits}f}"
+    exact = f" ({mean.infinite} exact)" if mean.infinite else ""
+    return f"{mean.mean:.{digits}f} \u00b1{half:.{digits}f}{exact}"

@@ -1,12 +1,19 @@
-"""The float16 check: its emulation against real float16, and what it calls safe."""
+"""The 16-bit check: its emulation against real 16-bit networks, and what it calls safe."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
 
 from latentvae.export import HalfPrecision, check_half_precision
+from latentvae.export.half_precision import check_precisions
+from latentvae.models.calls import decode, encode
+
+BFLOAT16 = torch.bfloat16
 
 
 @pytest.fixture
@@ -72,9 +79,150 @@ def test_a_broken_network_is_an_error(net, images) -> None:
         check_half_precision(net, images)
 
 
+def test_bfloat16_errs_as_much_as_real_bfloat16(net, images) -> None:
+    emulated = check_half_precision(net, images, dtype=BFLOAT16)
+    exact = reconstruct(net, images)
+    error = reconstruct(net.to(BFLOAT16), images.to(BFLOAT16)).float() - exact
+    real = 10 * math.log10(4 / error.square().mean().item())
+    assert emulated.psnr == pytest.approx(real, abs=3.0)
+    assert emulated.psnr < check_half_precision(net.float(), images).psnr - 10
+
+
+def test_bfloat16_has_the_range(net, images) -> None:
+    with torch.no_grad():
+        net.decoder.conv_in.weight.mul_(1e7)
+    float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, BFLOAT16))
+    assert bfloat16 == check_half_precision(net, images, dtype=BFLOAT16)  # no trace of float16
+    assert math.isnan(float16.psnr_cost)
+    assert bfloat16.max_activation == float16.max_activation
+    assert bfloat16.psnr > 20
+    assert bfloat16.safe
+
+
+def test_every_layer_has_its_peak(net, images) -> None:
+    with torch.no_grad():
+        net.decoder.conv_in.weight.mul_(1e7)
+        z = net.encode(images).latent_dist.mode()
+        expected = net.decoder.conv_in(net.post_quant_conv(z)).abs().max().item()
+    result = check_half_precision(net, images)
+    assert result.layers["decoder.conv_in"] == expected
+    assert result.layers["latents"] == z.abs().max().item()
+    assert result.layers["encoder.conv_in"] < 100
+    assert result.layers[result.largest_layer] == result.max_activation
+    assert result.largest_layer.startswith("decoder.mid_block.")
+
+
+def test_images_of_different_sizes_count_by_their_pixels(net, images) -> None:
+    small = images[:1, :, :8]
+    both = check_half_precision(net, [images, small])
+    parts = [check_half_precision(net, part) for part in (images, small)]
+    errors = [4 * 10 ** (-part.psnr / 10) * n for part, n in zip(parts, (4, 1), strict=True)]
+    assert both.psnr == pytest.approx(10 * math.log10(4 / (sum(errors) / 5)))
+    assert both.max_activation == max(part.max_activation for part in parts)
+    with pytest.raises(ValueError, match="at least one image"):
+        check_half_precision(net, [])
+
+
+class Output(BaseOutput):
+    sample: Tensor
+
+
+class Bias(nn.Module):
+    """Adds `value` and returns it in a structure, beside what is not an activation."""
+
+    def __init__(self, value: float, structure: Any) -> None:
+        super().__init__()
+        self.value, self.structure = nn.Parameter(torch.tensor(value)), structure
+
+    def forward(self, x: Tensor) -> Any:
+        return self.structure(x + self.value)
+
+
+class Pair(nn.Module):
+    """A decoder of two such modules."""
+
+    def __init__(self, first: float, second: float) -> None:
+        super().__init__()
+        indices, loss = torch.arange(3), torch.tensor(1e9)
+        self.first = Bias(first, lambda x: (x, None, indices, loss))
+        self.second = Bias(second, lambda x: Output(sample=x))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x, _, indices, _ = self.first(z)
+        assert indices.dtype == torch.int64
+        return self.second(x).sample
+
+
+@pytest.fixture
+def pair() -> Any:
+    """The decoder adds 1/3 and takes 0.3 away; its latents are the images."""
+    net = AutoencoderTiny(
+        encoder_block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,),
+        latent_channels=3,
+    )
+    net.encoder, net.decoder = nn.Identity(), Pair(1 / 3, -0.3)
+    return net.eval()
+
+
+def test_rounds_at_every_step_also_in_structures(pair, images) -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().float()
+
+    def levels(x: Tensor) -> Tensor:
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().double()
+
+    first, second = rounded(torch.tensor(1 / 3)), rounded(torch.tensor(-0.3))
+    half = rounded(rounded(rounded(images) + first) + second)
+    exact = images + 1 / 3 - 0.3
+    psnr = 10 * math.log10(4 / (half - exact).double().square().mean().item())
+    before, after = ((levels(x) - levels(images)).square().mean().item() for x in (exact, half))
+    result = check_half_precision(pair, images, dtype=BFLOAT16)
+    assert result.psnr == pytest.approx(psnr, abs=1e-3)
+    assert result.psnr_cost == pytest.approx(10 * math.log10(after / before))
+    assert result.max_activation == pytest.approx((images + 1 / 3).max().item())
+    assert result.largest_layer == "decoder.first"
+
+
+def test_an_exact_copy_costs_nothing(pair) -> None:
+    """Its PSNR against the images is infinite in both precisions."""
+    pair.decoder = Pair(0.0, 0.0)
+    images = (torch.arange(256.0) / 127.5 - 1).view(1, 1, 16, 16)  # all levels
+    result = check_half_precision(pair, images.expand(1, 3, -1, -1), dtype=BFLOAT16)
+    assert result.psnr > 50
+    assert result.psnr_cost == 0.0
+    coarse = check_half_precision(pair, torch.ones(1, 3, 8, 8), dtype=BFLOAT16)
+    assert (coarse.psnr, coarse.psnr_cost, coarse.safe) == (math.inf, 0.0, True)
+
+
+def test_an_exact_copy_that_is_lost_costs_infinitely(pair, images) -> None:
+    pair.decoder = Pair(1e4, -1e4)
+    images = images.mul(64).round() / 64  # exact beside 1e4 in float32, lost in bfloat16
+    result = check_half_precision(pair, images, dtype=BFLOAT16)
+    assert result.psnr_cost == math.inf
+    assert not result.safe
+
+
+def test_a_tokenizer(images) -> None:
+    torch.manual_seed(0)
+    net = VQModel(norm_num_groups=4, block_out_channels=(8,), num_vq_embeddings=16).eval()
+    with torch.no_grad():
+        expected = decode(net, encode(net, images)).abs().max().item()
+    result = check_half_precision(net, images)
+    assert result.layers["reconstruction"] == expected
+    assert result.psnr > 30
+
+
 @pytest.mark.parametrize(
     ("max_activation", "psnr", "safe"),
     [(16376.0, 40.0, True), (16377.0, 60.0, False), (10.0, 39.9, False), (10.0, math.nan, False)],
 )
 def test_limits(max_activation: float, psnr: float, safe: bool) -> None:
     assert HalfPrecision(max_activation, psnr).safe is safe
+
+
+@pytest.mark.parametrize(("cost", "safe"), [(0.1, True), (0.11, False), (math.nan, False)])
+def test_limits_of_bfloat16(cost: float, safe: bool) -> None:
+    assert HalfPrecision(1e6, 30.0, cost, BFLOAT16).safe is safe

@@ -20,7 +20,11 @@ def test_half_the_bits_everywhere_is_minus_50_percent() -> None:
 
 def test_agrees_with_the_bjontegaard_package() -> None:
     expected = bjontegaard.bd_rate(
-        *np.array(JPEG).T, *np.array(WEBP).T, method="pchip", require_matching_points=False, min_overlap=0
+        *np.array(JPEG).T,
+        *np.array(WEBP).T,
+        method="pchip",
+        require_matching_points=False,
+        min_overlap=0,
     )
     assert bd_rate(JPEG, WEBP) == pytest.approx(expected, rel=1e-6)
 

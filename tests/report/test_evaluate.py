@@ -1,162 +1,232 @@
-"""The report of models that are known exactly, and the codecs beside them."""
+"""The report of models that are known exactly."""
 
-import io
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny, VQModel
 from PIL import Image
-from skimage import data
-from torch import Tensor
 
+from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.metrics import ssim
-from latentvae.report import CODECS, Codec, Report, measure
-from latentvae.report.codecs import bits_per_pixel, encode_at_rate
-from latentvae.report.evaluate import Row, raw_bpp, to_picture
+from latentvae.report import METRICS_ONLY, Plan, Report, evaluate
+from latentvae.report.schema import SCHEMA_FILE, json_schema
+from tests.report.conftest import Photos, photo
+from tests.report.nets import Fault, Pixels, pixels
 
-FEW = {"jpeg": Codec("JPEG", (20, 90))}
-
-
-class Shift:
-    """A "model" that adds a constant: its PSNR is known."""
-
-    def __init__(self, offset: float = 0.0, *, f: int = 8, latent_channels: int = 4) -> None:
-        self.offset, self.f, self.latent_channels = offset, f, latent_channels
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return images + self.offset
-
-    def info(self) -> dict[str, Any]:
-        return {"offset": self.offset}
+METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
+SMALL = replace(METRICS, qualities=(20, 90), noise_psnr=(20, 40), prior_images=2, gain_images=1)
+PHOTOS = Photos(photo(), photo(96, 40, left=20), photo(50, 50, left=200), photo(left=150))
+TINY: dict[str, Any] = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
 
 
-@pytest.fixture(scope="module")
-def lpips() -> dict[str, PerceptualLoss]:
-    return {"alex": PerceptualLoss(load_lpips("alex"))}
+@pytest.fixture
+def run(tmp_path: Path, lpips: dict[str, PerceptualLoss]) -> Any:
+    def evaluation(
+        model: Autoencoder, *pictures: Image.Image | None, plan: Plan = METRICS, **options: Any
+    ) -> Report:
+        source, name = Photos(*pictures) if pictures else PHOTOS, "photos"
+        models = {"m": model}
+        options = {"data_name": name, "lpips": lpips, "overwrite": True} | options
+        return evaluate(models, source, tmp_path / "report", plan=plan, **options)
+
+    return evaluation
 
 
-def photo(width: int = 64, height: int = 48) -> Image.Image:
-    """A photograph without black or white, so that a shift is not clamped."""
-    part = data.chelsea()[100 : 100 + height, 100 : 100 + width]
-    return Image.fromarray(np.clip(part, 40, 215))
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "per_image.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_psnr_of_a_shift_by_three_levels_is_exact(lpips: dict[str, PerceptualLoss]) -> None:
-    models = {"shift": Shift(3 * 2 / 255)}
-    report = measure(models, [("a", photo())], lpips=lpips, codecs={})
-    metrics = report.models["shift"].metrics
-    assert metrics.psnr is not None
+def test_psnr_of_a_shift_by_three_levels_is_exact(run: Any) -> None:
+    report = run(pixels(Fault(offset=3 * 2 / 255)))
+    metrics = report.models["m"].metrics
     assert metrics.psnr.mean == pytest.approx(20 * np.log10(255 / 3), rel=1e-4)
+    assert metrics.psnr_pooled == pytest.approx(20 * np.log10(255 / 3), rel=1e-4)
     assert metrics.ms_ssim is None and metrics.lpips_vgg is None
-    assert report.models["shift"].info == {"offset": 6 / 255}
+    assert report.models["m"].rate.raw_bpp == 3 * 16
+    assert report.models["m"].info["class"] == "Pixels"
 
 
-def test_values_are_those_of_the_rounded_picture(lpips: dict[str, PerceptualLoss]) -> None:
-    report = measure({"a": Shift(0.3 * 2 / 255)}, [("a", photo())], lpips=lpips, codecs={})
-    assert report.models["a"].metrics.psnr is not None
-    assert report.models["a"].metrics.psnr.mean == 100.0  # a third of a level rounds to none
+def test_pooled_psnr_is_of_all_pixels_together(run: Any) -> None:
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderTiny(**TINY), name="tiny")
+    report = run(model, photo(), photo(16, 96))
+    squares, pixels_seen = 0.0, 0
+    for picture in (photo(), photo(16, 96)):
+        recon = np.asarray(model.reconstruct(picture), dtype=float)
+        squares += np.square(recon - np.asarray(picture, dtype=float)).sum()
+        pixels_seen += recon.size
+    expected = 10 * np.log10(255**2 * pixels_seen / squares)
+    metrics = report.models["m"].metrics
+    assert metrics.psnr_pooled == pytest.approx(expected, rel=1e-5)
+    assert metrics.psnr.mean != pytest.approx(expected, rel=1e-4)
 
 
-def test_means_are_over_images(lpips: dict[str, PerceptualLoss]) -> None:
-    pictures = [("a", photo()), ("b", photo(96, 40))]
-    rows: list[Row] = []
-    report = measure({"m": Shift(0.1)}, pictures, lpips=lpips, codecs=FEW, on_rows=rows.extend)
-    of_model = [row for row in rows if row.coder == "m"]
-    assert [(row.image, row.width, row.height) for row in of_model] == [
-        ("a", 64, 48),
-        ("b", 96, 40),
-    ]
-    metrics, point = report.models["m"].metrics, report.codecs["jpeg"][1]
-    assert metrics.ssim is not None and metrics.ssim.images == 2
-    assert metrics.ssim.mean == pytest.approx(np.mean([row.ssim or 0.0 for row in of_model]))
-    at_90 = [row for row in rows if row.quality == 90]
-    assert point.bpp == pytest.approx(np.mean([row.bpp for row in at_90]))
-    assert point.lpips_alex == pytest.approx(np.mean([row.lpips_alex or 0.0 for row in at_90]))
+def test_a_perfect_copy(run: Any, tmp_path: Path) -> None:
+    perceptual = {net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")}
+    plan = replace(METRICS, lpips_nets=("alex", "vgg"))
+    report = run(pixels(Fault(offset=0.3 * 2 / 255)), plan=plan, lpips=perceptual)  # rounds away
+    model = report.models["m"]
+    assert model.metrics.psnr.mean == model.metrics.psnr_pooled == float("inf")
+    assert model.metrics.psnr.infinite == len(PHOTOS)
+    assert model.metrics.ssim.mean == pytest.approx(1.0, abs=1e-6)
+    assert model.metrics.lpips_alex.mean == model.metrics.lpips_vgg.mean == 0.0
+    assert model.distribution.kd_vgg == 0.0 and model.distribution.fd_vgg is None
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["models"]["m"]["metrics"]["psnr"]["mean"] == "Infinity"
+    assert Report.read(tmp_path / "report" / "report.json") == report
 
 
-def test_codec_rows_are_of_real_files(lpips: dict[str, PerceptualLoss]) -> None:
-    rows: list[Row] = []
-    measure({}, [("a", photo())], lpips=lpips, codecs=FEW, on_rows=rows.extend)
-    buffer = io.BytesIO()
-    photo().save(buffer, format="JPEG", quality=20)
-    decoded = np.asarray(Image.open(buffer), dtype=np.float64)
-    error = np.mean((decoded - np.asarray(photo(), dtype=np.float64)) ** 2)
-    assert rows[0].bpp == 8 * len(buffer.getvalue()) / (64 * 48)
-    assert rows[0].psnr == pytest.approx(10 * np.log10(255**2 / error), rel=1e-4)
+def test_the_rate_curve_rises_to_the_models_own_quality(run: Any) -> None:
+    model = run(pixels(), plan=SMALL).models["m"]
+    low, high = model.rate.points
+    assert low.bpp < high.bpp < 3 * 8  # less than the pixels themselves
+    assert low.psnr < high.psnr
+    # Quantised pixels are the whole error, so it is what the steps were chosen for; wide steps
+    # make less of it.
+    assert high.psnr == pytest.approx(40, abs=0.5)
+    assert low.psnr > 20 - 0.5
+    assert low.lpips_alex > high.lpips_alex > 0
+    assert [point.noise_psnr for point in model.rate.points] == [20, 40]
 
 
-@pytest.mark.parametrize(
-    ("size", "f", "channels", "bpp"),
-    [((256, 256), 8, 4, 1.0), ((256, 256), 8, 16, 4.0), ((9, 16), 8, 4, 4 * 2 * 2 * 16 / (9 * 16))],
-)
-def test_raw_bpp(size: tuple[int, int], f: int, channels: int, bpp: float) -> None:
-    assert raw_bpp(Shift(f=f, latent_channels=channels), *size) == bpp
+def test_a_latent_is_coded_with_what_other_images_taught(run: Any) -> None:
+    grey = Image.new("RGB", (64, 48), (128, 128, 128))
+    alone = run(pixels(), photo(), plan=SMALL).models["m"].rate.points[1].bpp
+    model = run(pixels(), grey, photo(), plan=SMALL).models["m"]
+    # The photo's other half knows grey alone, so the photo costs much more than when it knows it.
+    assert 2 * model.rate.points[1].bpp > 1.5 * alone
 
 
-def test_small_images_leave_out_what_they_do_not_allow(lpips: dict[str, PerceptualLoss]) -> None:
-    pictures = [("tiny", photo(8, 8)), ("small", photo(40, 40))]
-    metrics = measure({"m": Shift(0.1)}, pictures, lpips=lpips, codecs=FEW).models["m"].metrics
-    assert metrics.psnr is not None and metrics.psnr.images == 2
-    assert metrics.ssim is not None and metrics.ssim.images == 1
-    assert metrics.lpips_alex is not None and metrics.lpips_alex.images == 1
+def test_rows_are_of_every_image_and_means_are_over_images(run: Any, tmp_path: Path) -> None:
+    report = run(pixels(Fault(offset=0.1)), plan=SMALL)
+    table = rows(tmp_path / "report")
+    kinds = [(row["kind"], row["setting"]) for row in table if row["image"] == "1.png"]
+    assert kinds[:3] == [("model", ""), ("bitstream", "20"), ("bitstream", "40")]
+    assert len(kinds) == 3 + 2 * len(report.codecs)
+    assert {(r["width"], r["height"]) for r in table if r["image"] == "1.png"} == {("96", "40")}
+    at_90 = [float(r["bpp"]) for r in table if (r["coder"], r["setting"]) == ("jpeg", "90")]
+    assert report.codecs["jpeg"][1].bpp == pytest.approx(np.mean(at_90))
+    ssims = [float(r["ssim"]) for r in table if r["kind"] == "model"]
+    assert report.models["m"].metrics.ssim.mean == pytest.approx(np.mean(ssims))
+    assert report.models["m"].metrics.ssim.images == len(PHOTOS)
 
 
-def test_resolution_is_shorter_side_and_centre(lpips: dict[str, PerceptualLoss]) -> None:
-    rows: list[Row] = []
-    pictures = [("a", photo(96, 48))]
-    report = measure(
-        {"m": Shift()}, pictures, lpips=lpips, codecs=FEW, resolution=32, on_rows=rows.extend
-    )
-    assert {(row.width, row.height) for row in rows} == {(32, 32)}
+def test_bd_rates_are_beside_jpeg(run: Any) -> None:
+    plan = replace(SMALL, qualities=(5, 30, 60, 95))
+    report = run(pixels(), photo(160, 120), photo(160, 120, left=200), plan=plan)
+    assert set(report.bd_rate) == {"webp", "avif", "m"}
+    assert -80 < report.bd_rate["avif"].psnr < 0
+    assert report.bd_rate["m"].psnr > 100  # pixels, entropy-coded one by one
+
+
+def test_small_images_leave_out_what_they_do_not_allow(run: Any) -> None:
+    metrics = run(pixels(), photo(8, 8), photo(40, 40)).models["m"].metrics
+    counts = [m.images for m in (metrics.psnr, metrics.ssim, metrics.lpips_alex)]
+    assert counts == [2, 1, 1]
+
+
+def test_resolution_is_shorter_side_and_centre(run: Any, tmp_path: Path) -> None:
+    report = run(pixels(), photo(96, 48), plan=replace(METRICS, resolution=32))
+    assert {(row["width"], row["height"]) for row in rows(tmp_path / "report")} == {("32", "32")}
     assert "32" in report.protocol["size"] and report.data["commonest_sizes"] == {"32x32": 1}
 
 
-def test_report_survives_its_file_and_leaves_out_absent_parts(
-    tmp_path: Path, lpips: dict[str, PerceptualLoss]
-) -> None:
-    report = measure({"m": Shift(0.1)}, [("a", photo())], lpips=lpips, codecs=FEW)
-    report.write(tmp_path / "report.json")
-    assert Report.read(tmp_path / "report.json") == report
-    raw = json.loads((tmp_path / "report.json").read_text())
-    assert list(raw) == ["schema_version", "protocol", "data", "models", "codecs"]
-    assert raw["schema_version"] == 1 and raw == report.to_dict()
-    assert set(raw["models"]["m"]["metrics"]) == {"psnr", "ssim", "lpips_alex"}
-    assert set(raw["models"]["m"]["metrics"]["psnr"]) == {"mean", "ci95", "images"}
-    assert set(raw["codecs"]["jpeg"][0]) == {"bpp", "psnr", "lpips_alex", "quality"}
+def test_samples_are_drawn_where_asked_and_the_same_each_time(run: Any) -> None:
+    noisy = pixels(Fault(logvar=float(np.log(0.01))))
+    plan = replace(METRICS, latent="sample")
+    first, second = (run(noisy, plan=plan).models["m"].metrics.psnr.mean for _ in range(2))
+    assert first == second == pytest.approx(10 * np.log10(4 / 0.01), abs=0.5)
+    assert run(noisy).models["m"].metrics.psnr.mean == float("inf")
 
 
-def test_nothing_measured_is_an_error(lpips: dict[str, PerceptualLoss]) -> None:
-    with pytest.raises(UserError, match="no picture"):
-        measure({"m": Shift()}, [], lpips=lpips)
+def test_latent_faults_are_warned_of_and_sound_latents_are_not(run: Any) -> None:
+    std = np.concatenate([np.asarray(p).ravel() for p in PHOTOS.pictures if p]).std() / 127.5
+    mean = np.concatenate([np.asarray(p).ravel() for p in PHOTOS.pictures if p]).mean() / 127.5 - 1
+    sound = Autoencoder(Pixels(scaling_factor=1 / std, shift_factor=mean), name="sound")
+    assert not any("scal" in text for text in run(sound).models["m"].warnings)
+    (warning,) = [w for w in run(pixels(scaling_factor=20)).models["m"].warnings if "20" in w]
+    assert f"{1 / std:.3g}" in warning
+    dead = run(pixels(Fault(dead=(3, 7)))).models["m"]
+    assert any("Dead channels" in text and "3, 7 of 12" in text for text in dead.warnings)
+    assert dead.latent["dead_channels"] == [3, 7]
 
 
-@pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
-def test_more_quality_costs_more_and_is_closer(codec: Codec) -> None:
-    source = np.asarray(photo(), dtype=float)
-    files = [codec.encode(photo(), quality=quality) for quality in (5, 50, 95)]
-    errors = [
-        np.square(np.asarray(codec.decode(file), dtype=float) - source).mean() for file in files
-    ]
-    assert [len(file) for file in files] == sorted(len(file) for file in files)
-    assert errors == sorted(errors, reverse=True)
+def test_tokens_are_counted_and_coded(run: Any) -> None:
+    torch.manual_seed(0)
+    net = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=16,
+    )
+    model = Autoencoder(net, name="vq")
+    found = run(model, plan=SMALL).models["m"]
+    indices = [model.encode_tokens(picture).flatten() for picture in PHOTOS.pictures if picture]
+    counts = torch.cat(indices).bincount(minlength=16).double()
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * share.log2()).sum().item()
+    assert found.tokens["entropy_bits"] == pytest.approx(entropy)
+    assert found.tokens["usage"] == (counts > 0).double().mean().item()
+    assert found.latent is None
+    (point,) = found.rate.points
+    assert point.psnr == pytest.approx(found.metrics.psnr.mean)  # the very same picture
+    assert found.rate.raw_bpp == pytest.approx(4 / 4, rel=0.05)  # 4 bits on 2 x 2 pixels, padded
+    assert point.bpp < found.rate.raw_bpp + 0.15
 
 
-def test_encode_at_rate_takes_the_smallest_file_that_is_large_enough() -> None:
-    codec, picture = CODECS["jpeg"], photo()
-    content, quality = encode_at_rate(codec, picture, bpp=3.0)
-    assert bits_per_pixel(content, picture) >= 3.0
-    assert bits_per_pixel(codec.encode(picture, quality=quality - 1), picture) < 3.0
-    largest = max(len(codec.encode(picture, quality=q)) for q in range(1, 101))
-    assert len(encode_at_rate(codec, picture, bpp=1000.0)[0]) == largest
+def test_an_unreadable_image_is_named_and_left_out(run: Any, capfd: Any) -> None:
+    report = run(pixels(), None, photo(), photo(48, 64), plan=SMALL)
+    assert report.data["unreadable"] == ["0.png"] and report.data["num_images"] == 2
+    assert "left out: cannot read image '0.png'" in capfd.readouterr().err
+    with pytest.raises(UserError, match="not one"):
+        run(pixels(), None, None)
 
 
-def test_to_picture_keeps_the_pixels() -> None:
-    pixels = np.asarray(photo())
-    images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    assert np.array_equal(np.asarray(to_picture(images)), pixels)
-    assert ssim(images, images).item() == pytest.approx(1.0)
+def test_the_hash_is_of_the_pixels_in_any_order(run: Any) -> None:
+    def digest(*pictures: Image.Image) -> str:
+        return run(pixels(), *pictures).data["pixels_sha256_sum"]
+
+    a, b = photo(), photo(left=101)
+    assert digest(a, b) == digest(b, a) != digest(a, a)
+
+
+def test_a_model_of_one_size_needs_that_resolution(run: Any) -> None:
+    model = pixels()
+    model.fixed_size = 32
+    with pytest.raises(UserError, match="32 x 32 images alone: measure with resolution 32"):
+        run(model)
+    assert run(model, plan=replace(METRICS, resolution=32)).data["num_images"] == len(PHOTOS)
+
+
+def test_the_report_fits_its_schema(run: Any, tmp_path: Path) -> None:
+    run(pixels(), plan=SMALL)
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    schema = json.loads(SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(written, schema)
+    assert set(written) >= {"schema_version", "protocol", "data", "models", "codecs"}
+    assert set(written["models"]["m"]) >= {"metrics", "rate", "latent"}
+    assert set(written["models"]["m"]["metrics"]["psnr"]) >= {"mean", "ci95"}
+    broken = written | {"schema_version": 2}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+
+
+def test_the_schema_file_is_up_to_date() -> None:
+    assert SCHEMA_FILE.read_text() == json_schema(), "run `make schema`"

@@ -1,0 +1,368 @@
+"""What latents are like: moments, information, dead and doubled channels, scale; use of codes.
+
+Sums are kept in float64 and joined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
+https://doi.org/10.2172/1028931). Active units are Burda et al. 2016's
+(https://arxiv.org/abs/1509.00519, section 5.4), with a channel over all images and positions as
+the unit. A channel is dead where the decoder learns next to nothing from it.
+
+`B` batch, `d` latent channels, `h w` latent space, `K` codes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentvae.metrics.distribution import RunningCovariance
+
+ACTIVE_VARIANCE = 0.01  # of the posterior mean, Burda et al. 2016
+DEAD_SIGNAL_TO_NOISE = 0.01  # variance of the posterior mean / mean posterior variance
+DEAD_RELATIVE_STD = 1e-3  # of the channels' median, where there is no posterior
+CONSTANT_STD = 1e-8  # pooled, below which no scale can be measured
+SCALE_TOLERANCE = 0.2  # of the scaled latents' standard deviation, from 1
+SHIFT_TOLERANCE = 0.25  # of the shifted latents' mean from 0, in their standard deviations
+STD_RATIO = 4.0
+HIGH_CORRELATION = 0.9
+
+
+class Correlation(TypedDict):
+    value: float
+    channels: list[int]
+
+
+class LatentScale(TypedDict):
+    """The scale that latents have beside the one their config gives them.
+
+    `measured_*` are 1 / std and mean of all latents together, of posterior samples where there is
+    a posterior; `scaled_mean` and `scaled_std` are those of latents normalised as the config says.
+    """
+
+    config_scaling_factor: float | None
+    config_shift_factor: float | None
+    measured_scaling_factor: float | None  # None: the latents are constant
+    measured_shift_factor: float
+    scaled_mean: float | None  # None: the config gives no scaling_factor
+    scaled_std: float | None
+
+
+class LatentReport(TypedDict):
+    """Per channel unless said; of the posterior's mean where there is a posterior."""
+
+    images: int
+    mean: list[float]
+    std: list[float]
+    sample_std: list[float]  # of posterior samples; `std` without a posterior
+    minimum: list[float]
+    maximum: list[float]
+    kurtosis: list[float | None]  # excess: 0 for a Gaussian; None for a constant channel
+    kl_nats: list[float] | None  # mean per latent element, from N(0, 1)
+    kl_bits: list[float] | None
+    active_units: int | None  # how many channels are active; None without a posterior
+    active: list[bool] | None
+    dead_channels: list[int]
+    correlation: list[list[float]]  # (d, d); 0 where a channel is constant
+    largest_correlation: Correlation | None  # in size, of two channels that are not dead
+    scale: LatentScale
+    warnings: list[str]
+
+
+class LatentHealth:
+    """Collects what `LatentReport` says, over any number of batches.
+
+    health = LatentHealth(num_channels=4)
+    health.update(posterior.mean, logvar=posterior.logvar)  # (B, d, h, w) each
+    health.result(scaling_factor=0.18215, shift_factor=None)["warnings"]
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        self._images = 0
+        self._moments = RunningCovariance(num_channels)  # of the rows of all positions
+        zeros = torch.zeros(num_channels, dtype=torch.float64)
+        self._sums = {
+            "third": zeros.clone(),  # powers about the mean
+            "fourth": zeros.clone(),
+            "minimum": zeros + math.inf,
+            "maximum": zeros - math.inf,
+            "kl": zeros.clone(),
+            "variance": zeros.clone(),  # of the posteriors
+        }
+        self._posterior: bool | None = None  # None: nothing seen
+
+    def update(self, mean: Tensor, *, logvar: Tensor | None = None) -> None:
+        """Take in a batch of latents, (B, d, h, w).
+
+        Args:
+            mean: of the posteriors, or the latents themselves where there are none.
+            logvar: log-variances of the posteriors; given always or never.
+        """
+        rows = self._rows(mean)
+        if self._posterior not in (None, logvar is not None):
+            raise ValueError("log-variances come with every batch of latents or with none")
+        if logvar is not None and logvar.shape != mean.shape:
+            shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
+            raise ValueError(f"means and log-variances have one shape, not {shapes}")
+        if logvar is not None:
+            self._add_posterior(rows, self._rows(logvar))
+        self._posterior = logvar is not None
+        self._add_higher_moments(rows)  # before the lower ones, which it reads as they were
+        self._moments.update(rows)
+        self._images += len(mean)
+
+    def result(
+        self,
+        *,
+        scaling_factor: float | None,
+        shift_factor: float | None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> LatentReport:
+        """Everything as plain, finite numbers.
+
+        Args:
+            scaling_factor: of the model's config; None if it has none, and nothing is compared.
+            shift_factor: of the config; None is 0, as the pipelines take it.
+            latents_mean: per channel, of the config; with `latents_std` it replaces the shift.
+            latents_std: per channel, of the config. Pipelines ignore one without the other.
+        """
+        covariance = self._moments.covariance()
+        noise = self._sums["variance"] / self._moments.count
+        dead = self._dead(covariance.diagonal(), noise)
+        correlation = self._correlation(covariance)
+        largest = _largest_correlation(correlation, dead)
+        sample_std = (covariance.diagonal() + noise).sqrt()
+        norm = self._channel_norm(latents_mean, latents_std)
+        scale = self._scale(scaling_factor, shift_factor, norm)
+        active = covariance.diagonal() > ACTIVE_VARIANCE
+        kl = self._sums["kl"] / self._moments.count
+        return {
+            "images": self._images,
+            "mean": self._moments.mean.tolist(),
+            "std": covariance.diagonal().sqrt().tolist(),
+            "sample_std": sample_std.tolist(),
+            "minimum": self._sums["minimum"].tolist(),
+            "maximum": self._sums["maximum"].tolist(),
+            "kurtosis": self._kurtosis(),
+            "kl_nats": kl.tolist() if self._posterior else None,
+            "kl_bits": (kl / math.log(2)).tolist() if self._posterior else None,
+            "active_units": int(active.sum()) if self._posterior else None,
+            "active": active.tolist() if self._posterior else None,
+            "dead_channels": dead,
+            "correlation": correlation.tolist(),
+            "largest_correlation": largest,
+            "scale": scale,
+            "warnings": [
+                *_scale_warnings(scale),
+                *_channel_warnings(dead, sample_std.tolist(), largest),
+            ],
+        }
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        posterior = -1 if self._posterior is None else int(self._posterior)
+        return {
+            "images": np.asarray(self._images),
+            "posterior": np.asarray(posterior),
+            **{name: value.numpy().copy() for name, value in self._sums.items()},
+            **self._moments.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._images, posterior = int(state["images"]), int(state["posterior"])
+        self._posterior = None if posterior < 0 else bool(posterior)
+        self._sums = {name: torch.from_numpy(state[name].copy()) for name in self._sums}
+        self._moments.load_state_dict(state)
+
+    def _rows(self, z: Tensor) -> Tensor:
+        """(B, d, h, w) -> (B * h * w, d), float64 on the CPU."""
+        channels = len(self._moments.mean)
+        if z.ndim != 4 or z.shape[1] != channels or z.numel() == 0:
+            raise ValueError(f"latents are (B, {channels}, h, w), not {tuple(z.shape)}")
+        rows = z.detach().cpu().double().movedim(1, -1).flatten(0, 2)
+        if not rows.isfinite().all():
+            raise ValueError("latents hold values that are not finite: nothing can be measured")
+        return rows
+
+    def _add_posterior(self, mean: Tensor, logvar: Tensor) -> None:
+        variance = logvar.exp()
+        self._sums["variance"] += variance.sum(dim=0)
+        self._sums["kl"] += 0.5 * (mean.square() + variance - 1 - logvar).sum(dim=0)
+
+    def _add_higher_moments(self, rows: Tensor) -> None:
+        """Third and fourth powers and the range; `a` is what was seen, `b` the batch."""
+        sums, n = self._sums, self._moments.count + len(rows)
+        a, b = self._moments.count / n, len(rows) / n
+        center = rows.mean(dim=0)
+        delta, centered = center - self._moments.mean, rows - center
+        a2, a3 = self._moments.scatter.diagonal(), sums["third"]
+        b2, b3, b4 = (centered.pow(power).sum(dim=0) for power in (2, 3, 4))
+        sums["fourth"] += b4 + delta**4 * (n * a * b * (a * a - a * b + b * b))
+        sums["fourth"] += 6 * delta**2 * (a * a * b2 + b * b * a2) + 4 * delta * (a * b3 - b * a3)
+        sums["third"] += b3 + delta**3 * (n * a * b * (a - b)) + 3 * delta * (a * b2 - b * a2)
+        sums["minimum"] = torch.minimum(sums["minimum"], rows.amin(dim=0))
+        sums["maximum"] = torch.maximum(sums["maximum"], rows.amax(dim=0))
+
+    def _constant(self) -> Tensor:
+        """(d,) bool; exact, where a variance may hold rounding noise."""
+        return self._sums["minimum"] == self._sums["maximum"]
+
+    def _kurtosis(self) -> list[float | None]:
+        squares = self._moments.scatter.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        excess = self._moments.count * (self._sums["fourth"] / squares / squares) - 3
+        rows = zip(excess.tolist(), self._constant().tolist(), strict=True)
+        return [None if constant else value for value, constant in rows]
+
+    def _dead(self, variance: Tensor, noise: Tensor) -> list[int]:
+        if self._posterior:
+            dead = variance <= DEAD_SIGNAL_TO_NOISE * noise
+        else:
+            std = variance.sqrt()
+            dead = std <= DEAD_RELATIVE_STD * std.quantile(0.5)
+        return dead.nonzero().flatten().tolist()
+
+    def _correlation(self, covariance: Tensor) -> Tensor:
+        std = covariance.diagonal().sqrt().masked_fill(self._constant(), math.inf)
+        return (covariance / std / std[:, None]).clamp(-1, 1)
+
+    def _channel_norm(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if mean is None or std is None:
+            return None
+        if not len(mean) == len(std) == len(self._moments.mean):
+            lengths, channels = f"{len(mean)} and {len(std)}", len(self._moments.mean)
+            raise ValueError(f"latents_mean and latents_std have {channels} values, not {lengths}")
+        return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+    def _scale(
+        self,
+        scaling_factor: float | None,
+        shift_factor: float | None,
+        channel_norm: tuple[Tensor, Tensor] | None,
+    ) -> LatentScale:
+        mean, std = self._pooled(0.0, 1.0)
+        scaled: tuple[float | None, float | None] = (None, None)
+        if scaling_factor is not None:
+            center, width = channel_norm or (shift_factor or 0.0, 1.0)
+            scaled = self._pooled(center, scaling_factor / width)
+        return {
+            "config_scaling_factor": scaling_factor,
+            "config_shift_factor": shift_factor,
+            "measured_scaling_factor": 1 / std if std >= CONSTANT_STD else None,
+            "measured_shift_factor": mean,
+            "scaled_mean": scaled[0],
+            "scaled_std": scaled[1],
+        }
+
+    def _pooled(self, shift: Tensor | float, factor: Tensor | float) -> tuple[float, float]:
+        """Mean and std of (latents - shift) * factor over all channels together.
+
+        As `latents.LatentStatistics` measures posterior samples: about the pooled mean, with the
+        divisor n - 1; the samples' noise enters by its expectation.
+        """
+        count, channels = self._moments.count, len(self._moments.mean)
+        means = (self._moments.mean - shift) * factor
+        within = (self._moments.scatter.diagonal() * factor**2).sum()
+        between = (means - means.mean()).square().sum() * count
+        noise = (self._sums["variance"] * factor**2).sum() / (count * channels)
+        variance = (within + between) / (count * channels - 1) + noise
+        return means.mean().item(), variance.sqrt().item()
+
+
+class TokenReport(TypedDict):
+    tokens: int
+    num_codes_used: int
+    usage: float  # share of the K codes
+    perplexity: float  # 1 to K: how many codes, used equally, have this entropy
+    entropy_bits: float  # per token; too low where tokens are not many times K
+    raw_bits: float  # per token, log2 K
+
+
+class TokenUsage:
+    """How evenly the codes of a codebook are used, over any number of batches.
+
+    usage = TokenUsage(num_codes=8192)
+    usage.update(indices)  # any shape
+    """
+
+    def __init__(self, num_codes: int) -> None:
+        self._counts = torch.zeros(num_codes, dtype=torch.int64)
+
+    def update(self, indices: Tensor) -> None:
+        """Take in integer indices in 0..K - 1, of any shape."""
+        flat, num_codes = indices.detach().cpu().flatten(), len(self._counts)
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
+            seen = f"{int(flat.min())}..{int(flat.max())}"
+            raise ValueError(f"indices are in 0..{num_codes - 1}, not {seen}")
+        self._counts += torch.bincount(flat, minlength=num_codes)
+
+    def result(self) -> TokenReport:
+        tokens, used = int(self._counts.sum()), self._counts[self._counts > 0]
+        if tokens == 0:
+            raise ValueError("no tokens were seen")
+        share = used.double() / tokens
+        nats = -(share * share.log()).sum().item()
+        return {
+            "tokens": tokens,
+            "num_codes_used": len(used),
+            "usage": len(used) / len(self._counts),
+            "perplexity": math.exp(nats),
+            "entropy_bits": max(0.0, nats / math.log(2)),
+            "raw_bits": math.log2(len(self._counts)),
+        }
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"counts": self._counts.numpy().copy()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._counts = torch.from_numpy(state["counts"].copy())
+
+
+def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | None:
+    size = correlation.abs().triu(diagonal=1)
+    size[dead], size[:, dead] = 0, 0  # what is left of a dead channel correlates by chance
+    if not size.any():
+        return None
+    i, j = divmod(int(size.argmax()), len(size))
+    return {"value": correlation[i, j].item(), "channels": [i, j]}
+
+
+def _scale_warnings(scale: LatentScale) -> list[str]:
+    if scale["measured_scaling_factor"] is None:
+        return ["The latents are constant, so no scale can be measured."]
+    mean, std = scale["scaled_mean"], scale["scaled_std"]
+    if mean is None or std is None:
+        return []
+    warnings = []
+    if abs(std - 1) > SCALE_TOLERANCE:
+        config = scale["config_scaling_factor"] or 1.0
+        warnings.append(
+            f"With the config's scaling_factor {config:.4g} latents of these images have a "
+            f"standard deviation of {std:.3g}, not 1: {config / std:.4g} would give 1."
+        )
+    if abs(mean) > SHIFT_TOLERANCE * std:
+        warnings.append(
+            f"Latents scaled as the config says have their mean {mean / std:+.2f} standard "
+            f"deviations from 0: before scaling it is {scale['measured_shift_factor']:.4g} "
+            f"(shift_factor {scale['config_shift_factor'] or 0:.4g})."
+        )
+    return warnings
+
+
+def _channel_warnings(dead: list[int], std: list[float], largest: Correlation | None) -> list[str]:
+    warnings = []
+    if dead:
+        names = ", ".join(map(str, dead))
+        warnings.append(f"Dead channels, which carry next to nothing: {names} of {len(std)}.")
+    alive = sorted((value, c) for c, value in enumerate(std) if c not in dead)
+    if alive and alive[-1][0] > STD_RATIO * alive[0][0]:
+        (low, narrow), (high, wide) = alive[0], alive[-1]
+        warnings.append(
+            f"Channel {wide} has a standard deviation {high / low:.1f} times that of channel "
+            f"{narrow}: normalise each channel by its own."
+        )
+    if largest and abs(largest["value"]) > HIGH_CORRELATION:
+        i, j = largest["channels"]
+        warnings.append(f"Channels {i} and {j} are correlated by {largest['value']:+.2f}.")
+    return warnings

@@ -1,0 +1,141 @@
+"""Reports beside one another, if they were measured alike.
+
+latentvae compare a/report.json b/report.json --markdown
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from latentvae.errors import UserError
+from latentvae.report.protocol import INCIDENTAL
+from latentvae.report.schema import Mean, ModelReport, Report
+from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS
+
+SHOWN = 80  # characters of a value that differs
+
+
+def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
+    """Reports, or the folders they are in, by the names to show."""
+    files = [path / "report.json" if path.is_dir() else path for path in paths]
+    if len({file.resolve() for file in files}) < len(files):
+        raise UserError("a report is given twice")
+    return {_name(file): Report.read(file) for file in files}
+
+
+def differences(reports: Mapping[str, Report]) -> list[str]:
+    """What keeps the numbers from being compared, a sentence each.
+
+    Parts that one report lacks (as VGG after `--quick`) do not count; versions, devices and the
+    settings of codecs and bitstreams do not either.
+    """
+    (first_name, first), *others = reports.items()
+    found = []
+    for name, report in others:
+        facts = (_facts(first), _facts(report))
+        for key in facts[0].keys() & facts[1].keys():
+            a, b = (fact[key] for fact in facts)
+            if a != b:
+                found.append(f"{key}: {_shown(a)} in {first_name}, {_shown(b)} in {name}")
+    return sorted(found)
+
+
+def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
+    """One line for each model of each report.
+
+    Raises:
+        UserError: not two reports, or unlike protocols or images without `force`.
+    """
+    if len(paths) < 2:
+        raise UserError(f"two or more reports are compared, not {len(paths)}")
+    reports = read_reports(paths)
+    unlike = differences(reports)
+    if unlike and not force:
+        raise UserError(
+            f"these reports were not measured alike ({'; '.join(unlike)}); measure again, or "
+            "--force"
+        )
+    rows = [
+        (name if len(report.models) == 1 else f"{name}: {model}", report, model)
+        for name, report in reports.items()
+        for model in report.models
+    ]
+    columns = _columns([report.models[model] for _, report, model in rows])
+    if not _same_rates(list(reports.values())):
+        columns.pop("BD-rate", None)
+    table = Table("model", *columns, title="not measured alike" if unlike else None)
+    for label, report, model in rows:
+        table.add_row(label, *(_cell(report, model, column) for column in columns))
+    return table
+
+
+def markdown(table: Table) -> str:
+    """The table for a model card, numbers to the right."""
+    headings = [str(column.header) for column in table.columns]
+    cells = [[str(cell).replace("|", "\\|") for cell in column.cells] for column in table.columns]
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    lines = [headings, rule, *zip(*cells, strict=True)]
+    note = [f"{table.title}", ""] if table.title else []
+    return "\n".join(note + [f"| {' | '.join(line)} |" for line in lines])
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    """What must be equal, by name; extractors one by one, as some reports have fewer."""
+    facts = {key: value for key, value in report.protocol.items() if key not in INCIDENTAL}
+    for part in ("lpips", "distribution"):
+        facts |= {f"{part} {net}": value for net, value in facts.pop(part, {}).items()}
+    pixels = report.data.get("pixels_sha256_sum")
+    return facts | ({"images": f"{report.data['num_images']} of sum {pixels}"} if pixels else {})
+
+
+def _same_rates(reports: Sequence[Report]) -> bool:
+    """Whether points and anchor of the curves were measured with the same settings."""
+    first, *others = ([r.protocol.get(key) for key in ("bitstream", "codecs")] for r in reports)
+    return all(other == first for other in others)
+
+
+def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
+    """Headings of what at least one model has, and the part of the report it is."""
+    found = {"raw bpp": "raw_bpp"}
+    found |= {
+        heading: metric
+        for metric, heading in HEADINGS.items()
+        if any(getattr(model.metrics, metric) for model in models)
+    }
+    found |= {
+        distance: distance
+        for distance in DISTANCES
+        if any(m.distribution and getattr(m.distribution, distance) is not None for m in models)
+    }
+    return found | ({"BD-rate": "bd_rate"} if any(m.rate.points for m in models) else {})
+
+
+def _cell(report: Report, name: str, heading: str) -> str:
+    model = report.models[name]
+    if heading == "raw bpp":
+        return f"{model.rate.raw_bpp:.3f}"
+    if heading == "BD-rate":
+        rate = report.bd_rate.get(name)
+        return ABSENT if rate is None or rate.psnr is None else f"{rate.psnr:+.0f} %"
+    if heading in DISTANCES:
+        value = model.distribution and getattr(model.distribution, heading)
+        return ABSENT if value is None else f"{value:.4g}"
+    metric = next(metric for metric, text in HEADINGS.items() if text == heading)
+    mean: Mean | None = getattr(model.metrics, metric)
+    if mean is None:
+        return ABSENT
+    return "exact" if math.isinf(mean.mean) else f"{mean.mean:.{2 if metric == 'psnr' else 4}f}"
+
+
+def _name(file: Path) -> str:
+    """The folder's, or the file's where it has another name than report.json."""
+    return file.resolve().parent.name if file.name == "report.json" else file.stem
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

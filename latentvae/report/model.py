@@ -1,0 +1,183 @@
+"""All that is measured of one model, picture by picture."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.latents.codec import channel_steps, decode_latent, encode_latent
+from latentvae.latents.token_codec import decode_tokens, encode_tokens
+from latentvae.metrics import to_8bit
+from latentvae.metrics.distribution import FrechetDistance, KernelDistance
+from latentvae.metrics.latent import LatentHealth, TokenUsage
+from latentvae.models import calls
+from latentvae.report.measures import Judge, Means, Original, PooledError, Row, row
+from latentvae.report.plan import Plan
+from latentvae.report.priors import Priors
+from latentvae.report.protocol import LATENT_BITS
+from latentvae.report.resume import Accumulator
+from latentvae.report.schema import Distribution, Metrics, ModelReport, Rate
+
+MIN_FRECHET_IMAGES = 2000  # below, the covariance of 2,048 features is rank-deficient
+DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}  # Frechet, kernel
+
+
+class ModelMeasures:
+    """Takes pictures one by one, and gives the model's part of the report.
+
+    Args:
+        name: the report's name for it.
+        priors: for the bitstream of a continuous latent; None where it is not measured.
+    """
+
+    def __init__(
+        self, name: str, model: Autoencoder, *, judge: Judge, plan: Plan, priors: Priors | None
+    ) -> None:
+        self.name, self.model, self.judge, self.plan = name, model, judge, plan
+        self.priors = priors
+        self.means, self.pooled = Means(), PooledError()
+        self.distances: dict[str, FrechetDistance | KernelDistance] = {}
+        for extractor, width in judge.extractors.items():
+            frechet, kernel = DISTANCES[extractor]
+            self.distances |= {frechet: FrechetDistance(width), kernel: KernelDistance()}
+        self.latent = None if model.num_codes else LatentHealth(model.latent_channels)
+        self.tokens = TokenUsage(model.num_codes) if model.num_codes else None
+
+    def parts(self) -> dict[str, Accumulator]:
+        """What is saved so that an evaluation can go on."""
+        kept = {
+            "means": self.means,
+            "pooled": self.pooled,
+            "latent": self.latent,
+            "tokens": self.tokens,
+            **self.distances,
+        }
+        return {name: part for name, part in kept.items() if part is not None}
+
+    @torch.no_grad()
+    def update(self, original: Original) -> list[Row]:
+        """Measure one picture; gives its rows."""
+        mean, logvar = self.model.encode_posterior(original.images)
+        z = mean if logvar is None else self._latent(mean, logvar, original.position)
+        recon = self._decode(z, original)
+        compared = self.judge.compare(original, recon)
+        bpp = raw_bits(self.model, z) / original.pixels
+        rows = [row(original, "model", self.name, bpp=bpp, **compared.metrics)]
+        if self.tokens is not None:
+            rows.append(self._token_row(original, z))
+        elif self.priors is not None:
+            rows += self._bitstream_rows(original, mean, self.priors)
+        if self.latent is not None:
+            self.latent.update(mean, logvar=logvar)
+        self.pooled.update(original.images, recon)
+        features = self.judge.features_of(original)
+        for extractor, values in compared.features.items():
+            for distance in DISTANCES[extractor]:
+                self.distances[distance].update(features[extractor], values)
+        self.means.update(rows, position=original.position)
+        return rows
+
+    def report(self, *, passport: Mapping[str, Any] | None, speed: Any | None) -> ModelReport:
+        metrics = {name: self._mean(name) for name in Metrics.model_fields if name != "psnr_pooled"}
+        latent = tokens = None
+        warnings: list[str] = []
+        if self.latent is not None:
+            latent = self._latent_report()
+            warnings += latent.pop("warnings")
+        if self.tokens is not None:
+            tokens = dict(self.tokens.result())
+        if passport is not None:
+            passport = dict(passport)
+            warnings += passport.pop("warnings")
+        return ModelReport(
+            metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
+            rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points()),
+            distribution=self._distribution(),
+            info=self.model.info(),
+            latent=latent,
+            tokens=tokens,
+            passport=passport,
+            speed=speed,
+            warnings=warnings,
+        )
+
+    def _latent(self, mean: Tensor, logvar: Tensor, position: int) -> Tensor:
+        if self.plan.latent == "mode":
+            return mean
+        generator = torch.Generator().manual_seed(position)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return mean + (0.5 * logvar).exp() * noise
+
+    def _decode(self, z: Tensor, original: Original) -> Tensor:
+        height, width = original.images.shape[2:]
+        images: Any = self.model.decode(z, size=(height, width))
+        return to_8bit(images).to(original.images.device)
+
+    def _token_row(self, original: Original, z: Tensor) -> Row:
+        """Through the bytes and back; what is decoded is measured."""
+        assert self.tokens is not None and self.model.num_codes is not None
+        indices = calls.tokenize(self.model.net, z)
+        self.tokens.update(indices)
+        content = encode_tokens(indices.cpu().numpy(), num_codes=self.model.num_codes)
+        decoded = torch.from_numpy(decode_tokens(content)).to(z.device)
+        recon = self._decode(calls.codes_of(self.model.net, decoded), original)
+        return self._bitstream_row(original, content, recon, setting=None)
+
+    def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
+        half, rows = priors.other(original.position), []
+        for level in self.plan.noise_psnr:
+            steps = channel_steps(half.gains, noise_psnr=level, f=self.model.f)
+            content = encode_latent(mean[0].float().cpu(), prior=half.prior, steps=steps)
+            recon = self._decode(decode_latent(content)[None], original)
+            rows.append(self._bitstream_row(original, content, recon, setting=level))
+        return rows
+
+    def _bitstream_row(
+        self, original: Original, content: bytes, recon: Tensor, *, setting: float | None
+    ) -> Row:
+        bpp = 8 * len(content) / original.pixels
+        metrics = self.judge.compare_point(original, recon)
+        return row(original, "bitstream", self.name, setting=setting, bpp=bpp, **metrics)
+
+    def _mean(self, column: str) -> Any:
+        return self.means.mean("model", self.name, column)
+
+    def _points(self) -> list[Any]:
+        if self.tokens is not None:
+            return self.means.points("bitstream", self.name, [None])
+        levels = self.plan.noise_psnr if self.priors is not None else ()
+        return self.means.points("bitstream", self.name, levels)
+
+    def _distribution(self) -> Distribution | None:
+        """Frechet distances only where their covariances have full rank."""
+        seen = {name: part for name, part in self.distances.items() if part.num_images > 1}
+        if not seen:
+            return None
+        images = min(part.num_images for part in seen.values())
+        frechet = {names[0] for names in DISTANCES.values()}
+        enough = {n: p for n, p in seen.items() if n not in frechet or images >= MIN_FRECHET_IMAGES}
+        return Distribution(images=images, **{name: part.result() for name, part in enough.items()})
+
+    def _latent_report(self) -> dict[str, Any]:
+        assert self.latent is not None
+        config, normalization = self.model.net.config, self.model.normalization
+        known = normalization.fold == 1 and "scaling_factor" in config
+        per_channel = {} if normalization.applied else config
+        return dict(
+            self.latent.result(
+                scaling_factor=normalization.scaling_factor if known else None,
+                shift_factor=normalization.shift_factor,
+                latents_mean=per_channel.get("latents_mean"),
+                latents_std=per_channel.get("latents_std"),
+            )
+        )
+
+
+def raw_bits(model: Autoencoder, z: Tensor) -> float:
+    """Of one image's latent (1, d, h, w), or of its tokens, with no entropy coding."""
+    if model.num_codes is None:
+        return LATENT_BITS * z.numel()
+    return math.log2(model.num_codes) * z.shape[2] * z.shape[3]

@@ -1,0 +1,145 @@
+"""The pictures of a source that an evaluation goes through, and what is known of them after."""
+
+import hashlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.data import EvalTransform, ImageSource, UnreadableImage, to_tensor
+from latentvae.errors import UserError
+from latentvae.metrics import to_8bit
+from latentvae.pictures import to_pil, to_uint8
+
+_MODULUS = 1 << 256
+
+
+class Pictures:
+    """Some images of a source, in order, brought to the protocol's size: (1, 3, H, W), 8-bit grid.
+
+    Args:
+        indices: which of the source, in this order.
+        resolution: pixels a side (shorter side resized, then centre crop), or None for own size.
+    """
+
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int], *, resolution: int | None
+    ) -> None:
+        self.source, self.indices = source, list(indices)
+        self._prepare = to_tensor if resolution is None else EvalTransform(resolution)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, position: int) -> str:
+        return self.source.name(self.indices[position])
+
+    def read(self, position: int) -> Tensor:
+        """Raises UnreadableImage."""
+        picture = self.source.read(self.indices[position]).convert("RGB")
+        return to_8bit(self._prepare(picture))[None]
+
+    def some(
+        self, at_most: int, *, positions: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Up to `at_most` pictures, evenly spread; others in the place of unreadable ones.
+
+        Args:
+            positions: among which; None is all.
+        """
+        positions = range(len(self)) if positions is None else positions
+        chosen = [positions[i] for i in spread(len(positions), at_most)]
+        others = (position for position in positions if position not in chosen)
+        found = 0
+        for position in itertools.chain(chosen, others):
+            if found == at_most:
+                return
+            try:
+                images = self.read(position)
+            except UnreadableImage:
+                continue
+            found += 1
+            yield position, images
+
+
+class Seen:
+    """What was measured so far: counts, sizes, a hash of all pixels, and what could not be read.
+
+    The hash is the sum of the images' own sha256 modulo 2 ** 256, so that it needs no order and
+    can be continued from a saved state.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._hash = 0, 0
+        self.sizes: Counter[str] = Counter()
+        self.unreadable: list[str] = []
+
+    def add(self, images: Tensor) -> None:
+        """(1, 3, H, W) on the 8-bit grid."""
+        pixels = to_uint8(images)[0]  # (H, W, 3)
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        digest = hashlib.sha256(size.encode() + pixels.tobytes()).digest()
+        self._hash = (self._hash + int.from_bytes(digest)) % _MODULUS
+        self.sizes[size] += 1
+        self.count += 1
+
+    def leave_out(self, name: str, error: UnreadableImage) -> None:
+        self.unreadable.append(name)
+        tqdm.write(f"left out: {error}", file=sys.stderr)
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "num_images": self.count,
+            "pixels_sha256_sum": f"{self._hash:064x}",
+            "commonest_sizes": dict(self.sizes.most_common(10)),
+            "unreadable": self.unreadable,
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "count": self.count,
+            "hash": f"{self._hash:x}",
+            "sizes": dict(self.sizes),
+            "unreadable": self.unreadable,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.count, self._hash = state["count"], int(state["hash"], 16)
+        self.sizes, self.unreadable = Counter(state["sizes"]), list(state["unreadable"])
+
+
+def spread(total: int, at_most: int | None) -> list[int]:
+    """Up to `at_most` of the numbers below `total`, evenly spaced, from 0."""
+    if at_most is None or at_most >= total:
+        return list(range(total))
+    if at_most < 1:
+        raise UserError(f"the number of images is {at_most}; at least 1 is needed")
+    return [i * total // at_most for i in range(at_most)]
+
+
+def to_picture(images: Tensor) -> Image.Image:
+    """(1, 3, H, W) in [-1, 1] to an 8-bit picture."""
+    return to_pil(images)[0]
+
+
+def center_square(images: Tensor, *, side: int, multiple: int) -> Tensor:
+    """The middle of (1, 3, H, W), at most `side` a side and divided by `multiple`.
+
+    Smaller pictures than `multiple` are enlarged.
+    """
+    height, width = images.shape[2:]
+    if min(height, width) < multiple:
+        scale = multiple / min(height, width)
+        size = (max(round(height * scale), multiple), max(round(width * scale), multiple))
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear")
+        height, width = size
+    rows, columns = (min(length, side) // multiple * multiple for length in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return images[:, :, top : top + rows, left : left + columns]

@@ -1,0 +1,58 @@
+"""What an evaluation measures, and how finely."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latentvae.errors import UserError
+from latentvae.losses.lpips_weights import Net
+
+LatentKind = Literal["mode", "sample"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sections and their steps; an empty tuple or 0 leaves a section out.
+
+    Args:
+        lpips_nets: trunks of LPIPS; `"vgg"` also serves the distribution distances.
+        qualities: of each image codec.
+        noise_psnr: points of a continuous latent's rate curve, see `latents.codec`.
+        prior_images: images that each half's model of the latents is fitted on.
+        gain_images: of these, how many the decoder's gains are measured on.
+        passport_images: images of the precision and tiling checks.
+        speed_sizes: pixels a side.
+        speed_budget: seconds; a size that would take longer is skipped.
+        latent: the posterior's mode, or a draw from it.
+        resolution: pixels a side after resizing and centre crop; None keeps each image's size.
+    """
+
+    lpips_nets: tuple[Net, ...] = ("alex", "vgg")
+    qualities: tuple[int, ...] = (1, 5, 10, 20, 35, 50, 70, 85, 95)
+    noise_psnr: tuple[float, ...] = (10, 15, 20, 25, 30, 36)
+    prior_images: int = 16
+    gain_images: int = 2
+    passport_images: int = 2
+    speed_sizes: tuple[int, ...] = (256, 512, 1024)
+    speed_budget: float = 60.0
+    latent: LatentKind = "mode"
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent not in ("mode", "sample"):
+            raise UserError(f"the latent is 'mode' or 'sample', not '{self.latent}'")
+        if self.resolution is not None and self.resolution < 1:
+            raise UserError(f"the resolution must be above 0, not {self.resolution}")
+
+
+FULL = Plan()
+QUICK = Plan(
+    lpips_nets=("alex",),
+    qualities=(5, 20, 50, 80, 95),
+    noise_psnr=(12, 18, 24, 32),
+    prior_images=4,
+    gain_images=1,
+    passport_images=1,
+    speed_sizes=(256,),
+    speed_budget=10.0,
+)
+METRICS_ONLY = Plan(qualities=(), noise_psnr=(), passport_images=0, speed_sizes=())

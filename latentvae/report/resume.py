@@ -1,0 +1,131 @@
+"""An evaluation's place on disk: a second start of the same one goes on where it was.
+
+    OUT/.progress/state.json    what is evaluated and how, how far it is, values
+    OUT/.progress/<n>.npz       sums, numbers alone
+
+`state.json` is replaced in one step and names its sums, so that a kill at any time leaves a whole
+state.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+
+from latentvae.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+class Accumulator(Protocol):
+    """Something that grows with every image, and can be saved and continued."""
+
+    def state_dict(self) -> Arrays: ...
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray], /) -> None: ...
+
+
+class Progress:
+    """Where an evaluation in `out` stands.
+
+    Args:
+        out: the report's folder; made if it is not there.
+        task: JSON values of all that the numbers depend on; another task in the same folder is
+            refused, and the keys that differ are named.
+        overwrite: forget what is there.
+
+    Attributes:
+        done: images that are through.
+        values: JSON values as last saved.
+        finished: whether the report is written.
+    """
+
+    def __init__(self, out: Path, task: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = out / ".progress"
+        self.task: dict[str, Any] = json.loads(json.dumps(task))
+        self.done, self.finished = 0, False
+        self.values: dict[str, Any] = {}
+        self._arrays: Arrays = {}
+        self._saves = 0  # a state never overwrites the sums of the one before
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder '{out}': {error.strerror}") from error
+        if overwrite:
+            (self.folder / "state.json").unlink(missing_ok=True)
+        elif (self.folder / "state.json").exists():
+            self._read(out)
+        elif (out / "report.json").exists():
+            raise UserError(f"'{out}' holds a report already; give another folder or --overwrite")
+
+    def save(self, done: int, values: Mapping[str, Any], parts: Mapping[str, Accumulator]) -> None:
+        """Put all of it on disk."""
+        arrays = {
+            f"{name}/{key}": array
+            for name, part in parts.items()
+            for key, array in part.state_dict().items()
+        }
+        self._saves += 1
+        path = self.folder / f"{self._saves}.npz"
+        with path.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            file.flush()
+            os.fsync(file.fileno())
+        self.done, self.values = done, dict(values)
+        self._write({"done": done, "values": self.values, "arrays": path.name})
+        for old in self.folder.glob("*.npz"):
+            if old != path:
+                old.unlink()
+
+    def restore(self, parts: Mapping[str, Accumulator]) -> None:
+        """Bring every part to where it was when it was saved."""
+        for name, part in parts.items():
+            prefix = f"{name}/"
+            state = {
+                key.removeprefix(prefix): array
+                for key, array in self._arrays.items()
+                if key.startswith(prefix)
+            }
+            part.load_state_dict(state)
+        self._arrays = {}
+
+    def finish(self) -> None:
+        self._write({"finished": True})
+        for old in self.folder.glob("*.npz"):
+            old.unlink()
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        temporary = self.folder / "state.json.part"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"task": self.task, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / "state.json")
+
+    def _read(self, out: Path) -> None:
+        try:
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            if state["task"] != self.task:
+                keys = [k for k, v in self.task.items() if state["task"].get(k) != v]
+                raise UserError(
+                    f"'{out}' holds an evaluation with another {', '.join(keys) or 'protocol'}: "
+                    "give another folder, or --overwrite"
+                )
+            if state.get("finished"):
+                self.finished = (out / "report.json").exists()
+                return
+            self._saves = int(Path(state["arrays"]).stem)
+            with np.load(self.folder / state["arrays"], allow_pickle=False) as arrays:
+                self._arrays = dict(arrays)
+            self.done, self.values = state["done"], state["values"]
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+            raise UserError(
+                f"the saved state in '{self.folder}' is damaged ({error}); start anew with "
+                "--overwrite"
+            ) from error

@@ -1,0 +1,219 @@
+"""Do tiles show? Images decoded in tiles, as diffusers does it to save memory, and whole.
+
+A tile sees less of the image than the whole decoder does, so its colours may drift. Tiles overlap
+and are blended, which hides a drift but not what each tile does at its own border. `seam` looks for
+the border alone: the difference D of both decodes has a step there, of one sign along the border.
+
+    images -> encode -> z -> decode whole  \\
+                         \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
+
+`B` batch, `C` channels, `H W` pixels, `h w` latent positions, `f` pixels on a side of one of them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentvae.metrics.image import to_8bit
+from latentvae.models.calls import decode, encode
+
+SEGMENT = 32  # pixels along a border that a step is averaged over: noise and texture cancel
+SIDE = 4  # pixels on each side of it: a line is no step
+BESIDE = range(SIDE, 16)  # pixels from a border, where steps are no longer its own
+
+# 8-bit levels. One is 1.7 % of mid-grey's luminance, about the least step that the eye finds along
+# a straight line (banding in 8-bit gradients); the second leaves room for rounding and texture.
+VISIBLE_SEAM = 2.0
+
+
+@dataclass(frozen=True)
+class TilingCheck:
+    """Tiled against whole decoding, as 8-bit pictures.
+
+    Args:
+        psnr: over all images together, dB; infinity if both are equal.
+        max_difference: the largest of any pixel and channel, in levels of 255.
+        seam: the largest step of the difference at a tile's border, mean over `SEGMENT` pixels of
+            it, above the steps beside the border and the picture's own; in levels of 255.
+        num_images: images that were large enough for more than one tile.
+    """
+
+    psnr: float
+    max_difference: float
+    seam: float
+    num_images: int
+
+    @property
+    def seam_visible(self) -> bool:
+        return self.seam > VISIBLE_SEAM
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seam_visible": self.seam_visible}
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Square tiles in latent positions: `size` on a side, `overlap` of it shared with the next."""
+
+    size: int
+    overlap: int
+    f: int
+
+    def borders(self, pixels: int) -> list[int]:
+        """Where on a side of `pixels` a tile starts, or its blending with the one before ends."""
+        stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
+        starts = range(stride, pixels, stride)
+        return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
+
+
+def can_tile(net: Any, *, f: int) -> bool:
+    """Whether it decodes in tiles, in one of diffusers' two ways.
+
+    AutoencoderTiny's tiles are right for `spatial_scale_factor` alone, which it does not take from
+    its number of blocks.
+    """
+    if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
+        return False
+    return hasattr(net, "tile_overlap_factor") or hasattr(net, "tile_sample_stride_width")
+
+
+@torch.no_grad()
+def check_tiling(net: Any, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
+    """Decode `images` whole and in tiles of about two thirds of their longer side.
+
+    Args:
+        net: in eval mode. It keeps its own share of overlap, and its settings afterwards.
+        images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
+        f: pixels on a side of one latent position.
+
+    Returns:
+        None if the network cannot tile, or no image is large enough for two tiles.
+
+    Raises:
+        ValueError: a decode is not finite.
+    """
+    checks = [_check_one(net, batch, f) for batch in images] if can_tile(net, f=f) else []
+    found = [check for check in checks if check is not None]
+    if not found:
+        return None
+    squares, elements = sum(c.squares for c in found), sum(c.elements for c in found)
+    return TilingCheck(
+        psnr=10 * math.log10(255**2 * elements / squares) if squares else math.inf,
+        max_difference=max(c.max_difference for c in found),
+        seam=max(c.seam for c in found),
+        num_images=sum(c.num_images for c in found),
+    )
+
+
+@dataclass(frozen=True)
+class _Difference:
+    squares: float
+    elements: int
+    max_difference: float
+    seam: float
+    num_images: int
+
+
+def _check_one(net: Any, images: Tensor, f: int) -> _Difference | None:
+    tiles = _choose_tiles(net, max(images.shape[2:]) // f, f)
+    if tiles is None:
+        return None
+    with _settings(net, use_tiling=False):
+        z = encode(net, images)
+        whole = _levels(decode(net, z))
+    with _settings(net, use_tiling=True, **_attributes(net, tiles)):
+        tiled = _levels(decode(net, z))
+    difference = tiled - whole
+    x, y = tiled.mean(dim=1), whole.mean(dim=1)  # (B, H, W)
+    return _Difference(
+        squares=difference.double().square().sum().item(),
+        elements=difference.numel(),
+        max_difference=difference.abs().max().item(),
+        seam=max(_largest_seam(x, y, tiles), _largest_seam(x.mT, y.mT, tiles)),
+        num_images=len(images),
+    )
+
+
+def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
+    """At the columns where tiles begin or blending ends; pictures (B, H, W).
+
+    Where detail is decoded otherwise, the difference has a texture of its own, with steps
+    everywhere, and the picture's own edges become higher or lower. A seam is what stands out from
+    the steps beside it and from the picture's edge at its place.
+    """
+    width = whole.shape[2]
+    borders = [x for x in tiles.borders(width) if SIDE <= x <= width - SIDE]
+    if not borders:
+        return 0.0
+    steps, edges = _steps(tiled - whole), _steps(whole)
+    largest = 0.0
+    for border in borders:
+        beside = [x for k in BESIDE for x in (border - k, border + k) if SIDE <= x <= width - SIDE]
+        texture = steps[:, [x - SIDE for x in beside]].amax(dim=1)
+        hidden = texture.maximum(edges[:, border - SIDE])
+        largest = max(largest, (steps[:, border - SIDE] - hidden).max().item())
+    return largest
+
+
+def _steps(pictures: Tensor) -> Tensor:
+    """From the `SIDE` columns before each x to those from it on, (B, W - 2 SIDE + 1, segments)."""
+    sides = F.avg_pool1d(pictures, SIDE, stride=1)
+    steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), x from SIDE on
+    segment = min(SEGMENT, steps.shape[1])
+    # Segments overlap by half, so that one lies well inside any stretch of 1.5 segments.
+    return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
+
+
+def _choose_tiles(net: Any, longer: int, f: int) -> _Tiles | None:
+    """About two thirds of `longer` latent positions; None if there is no smaller tile.
+
+    Where diffusers takes an overlap factor it rounds overlap and stride by themselves: tiles whose
+    overlap is not a whole number of latent positions would not fit together.
+    """
+    by_factor = hasattr(net, "tile_overlap_factor")
+    overlap = net.tile_overlap_factor if by_factor else 1 - _stride_share(net)
+    share = Fraction(overlap).limit_denominator(64)
+    step = share.denominator if by_factor else 1
+    size = max(round(longer * 2 / 3 / step), 1) * step
+    return _Tiles(size, math.ceil(size * share), f) if size < longer else None
+
+
+def _stride_share(net: Any) -> float:
+    return net.tile_sample_stride_width / net.tile_sample_min_width
+
+
+def _attributes(net: Any, tiles: _Tiles) -> dict[str, int]:
+    """The same tiles in the words of the network's class."""
+    size, pixels = tiles.size, tiles.size * tiles.f
+    if hasattr(net, "tile_overlap_factor"):
+        return {"tile_latent_min_size": size, "tile_sample_min_size": pixels}
+    stride = pixels - tiles.overlap * tiles.f
+    words = {"latent_min": size, "sample_min": pixels, "sample_stride": stride}
+    return {f"tile_{w}_{side}": n for w, n in words.items() for side in ("height", "width")}
+
+
+@contextmanager
+def _settings(net: Any, **values: Any) -> Iterator[None]:
+    """Attributes of `net` for a while."""
+    before = {name: getattr(net, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(net, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(net, name, value)
+
+
+def _levels(recon: Tensor) -> Tensor:
+    """Of an 8-bit picture, 0..255."""
+    if not recon.isfinite().all():
+        raise ValueError("the network's reconstructions are not finite")
+    return ((to_8bit(recon) + 1) * 127.5).round()

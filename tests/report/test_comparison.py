@@ -1,0 +1,116 @@
+"""Reports beside one another: what may be compared, and the table."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentvae.errors import UserError
+from latentvae.report import Report, compare, markdown
+
+PROTOCOL = {
+    "size": "own size",
+    "latent": "mode",
+    "lpips": {"alex": "0.1, weights aa"},
+    "distribution": {},
+    "bitstream": {"noise_psnr": [20]},
+    "codecs": {"jpeg": {"qualities": [50]}},
+    "versions": {"torch": "2.6"},
+    "device": "cpu",
+}
+
+
+def report(psnr: float, *, name: str = "m", **changes: Any) -> Report:
+    metrics = {"psnr": {"mean": psnr, "ci95": [psnr - 1, psnr + 1], "images": 3}}
+    if "lpips_vgg" in changes:
+        metrics["lpips_vgg"] = {"mean": changes["lpips_vgg"], "ci95": [0, 1], "images": 3}
+    model = {
+        "metrics": metrics,
+        "rate": {"raw_bpp": 1.0, "points": [{"bpp": 0.5, "psnr": psnr}]},
+        "distribution": {"images": 3, "kd_vgg": 0.25},
+    }
+    return Report.model_validate(
+        {
+            "protocol": PROTOCOL | changes.get("protocol", {}),
+            "data": {"num_images": 3, "pixels_sha256_sum": changes.get("pixels", "ab")},
+            "models": {name: model},
+            "codecs": {},
+            "bd_rate": {name: {"psnr": -12.3}},
+        }
+    )
+
+
+def write(path: Path, *reports: Report) -> list[Path]:
+    for number, each in enumerate(reports):
+        (path / f"run{number}").mkdir()
+        each.write(path / f"run{number}" / "report.json")
+    return [path / f"run{number}" for number in range(len(reports))]
+
+
+def test_table_and_markdown_of_two_reports(tmp_path: Path) -> None:
+    paths = write(tmp_path, report(30.126), report(float("inf"), lpips_vgg=0.12345))
+    assert markdown(compare(paths)).splitlines() == [
+        "| model | raw bpp | PSNR (dB) | LPIPS vgg | kd_vgg | BD-rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| run0 | 1.000 | 30.13 | n/a | 0.25 | -12 % |",
+        "| run1 | 1.000 | exact | 0.1235 | 0.25 | -12 % |",
+    ]
+    file = tmp_path / "run1" / "report.json"
+    (tmp_path / "other.json").write_bytes(file.read_bytes())
+    assert "| other |" in markdown(compare([tmp_path / "run0", tmp_path / "other.json"]))
+
+
+def test_names_with_bars_stay_in_their_cell(tmp_path: Path) -> None:
+    first, second = report(30.0), report(31.0)
+    first.models["a|b"] = first.models.pop("m")
+    first.models["c"] = first.models["a|b"]
+    assert "| run0: a\\|b |" in markdown(compare(write(tmp_path, first, second)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": {"size": "64"}}, "size: own size in run0, 64 in run1"),
+        ({"protocol": {"latent": "sample"}}, "latent: mode in run0"),
+        ({"protocol": {"lpips": {"alex": "0.1, weights bb"}}}, "lpips alex"),
+        ({"pixels": "cd"}, "images: 3 of sum ab"),
+    ],
+)
+def test_unlike_protocols_are_refused_unless_forced(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    paths = write(tmp_path, report(30.0), report(31.0, **changes))
+    with pytest.raises(UserError, match=f"{message}.*--force"):
+        compare(paths)
+    forced = markdown(compare(paths, force=True))
+    assert forced.startswith("not measured alike") and "| run1 | 1.000 | 31.00 |" in forced
+
+
+def test_what_does_not_touch_the_numbers_may_differ(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "versions": {"torch": "2.7"},
+        "device": "cuda",
+        "lpips": {"alex": "0.1, weights aa", "vgg": "0.1, weights cc"},
+    }
+    paths = write(tmp_path, report(30.0), report(31.0, protocol=changes))
+    assert "BD-rate" in markdown(compare(paths))
+
+
+def test_rates_of_other_settings_are_left_out(tmp_path: Path) -> None:
+    changes = {"bitstream": {"noise_psnr": [10, 20]}}
+    paths = write(tmp_path, report(30.0), report(31.0, protocol=changes))
+    assert "BD-rate" not in markdown(compare(paths))
+
+
+def test_what_is_no_report_is_told(tmp_path: Path) -> None:
+    paths = write(tmp_path, report(30.0))
+    with pytest.raises(UserError, match="two or more reports are compared, not 1"):
+        compare(paths)
+    with pytest.raises(UserError, match="given twice"):
+        compare([*paths, paths[0] / "report.json"])
+    with pytest.raises(UserError, match="cannot read the report"):
+        compare([*paths, tmp_path / "nothing.json"])
+    for content in ("{", "[]", '{"schema_version": 2}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="no report of latentvae"):
+            compare([*paths, tmp_path / "bad.json"])
