@@ -31,7 +31,7 @@ class Options:
     """Folder for the report; made if it is not there."""
 
     quick: bool = False
-    """Fewer points, and none of what takes long on a CPU."""
+    """A first look: 8 images, fewer points, and none of what takes long on a CPU."""
 
     max_images: int | None = None
     """Measure so many images, evenly spread over the folder in the order of their names."""

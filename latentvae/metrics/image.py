@@ -24,8 +24,13 @@ MS_SSIM_MIN_SIZE = 161  # pixels a side: one window is left at the fifth scale
 
 
 def to_8bit(images: Tensor) -> Tensor:
-    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1]."""
-    return (images.float().clamp(-1, 1) + 1).mul(127.5).round().div(127.5) - 1
+    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1].
+
+    Equal levels are equal floats on every device: GPUs multiply by the reciprocal of a Python
+    number, but divide by a tensor.
+    """
+    levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
+    return levels / levels.new_tensor(127.5) - 1
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ def load_inception(
 
     Args:
         weights: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity (91 MB).
-        allow_download: Without a path: take the file from the torch hub cache, fetched if it is
-            not there.
+        allow_download: Without a path the file is taken from the torch hub cache; fetch it if it
+            is not there.
 
     Raises:
         UserError: torch-fidelity is not installed; there is no file; it is another one.
@@ -95,9 +95,9 @@ def _named_file(path: Path) -> Path:
 
 
 def _cached_file(allow_download: bool) -> Path:
-    if not allow_download:
-        raise UserError(f"rfid needs a path to the Inception weights, or leave to fetch {URL}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+    if not path.is_file() and not allow_download:
+        raise UserError(f"rfid needs a path to the Inception weights, or leave to fetch {URL}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -91,6 +91,11 @@ class LatentHealth:
         }
         self._posterior: bool | None = None  # None: nothing seen
 
+    @property
+    def positions(self) -> int:
+        """Latent positions seen; a report needs 2."""
+        return self._moments.count
+
     def update(self, mean: Tensor, *, logvar: Tensor | None = None) -> None:
         """Take in a batch of latents, (B, d, h, w).
 

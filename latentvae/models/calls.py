@@ -1,8 +1,8 @@
 """The same two calls for every diffusers autoencoder of images, whatever its outputs are named.
 
-    posterior = read_posterior(net.encode(images))  # AutoencoderKL, AutoencoderKLFlux2, ...
-    z = encode(net, images)                         # images (B, C, H, W) -> z (B, d, h, w)
-    recon = decode(net, z)                          # (B, C, f * h, f * w), not clamped
+    z = encode(net, images)                       # images (B, C, H, W) -> z (B, d, h, w)
+    mean, logvar = encode_posterior(net, images)  # logvar is None where there is no posterior
+    recon = decode(net, z)                        # (B, C, f * h, f * w), not clamped
 
 diffusers' classes give `latent_dist`, `latents` or `latent`; a few take pixels in [0, 1] instead of
 [-1, 1]. Here images are always in [-1, 1]. For a tokenizer `z` is what its encoder gives, before it
@@ -21,18 +21,18 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.models.kl import downsampling_factor
 
-PROBE = 256  # pixels a side of the image that `measure_shape` tries
+PROBE = 192  # pixels a side of the image that `measure_shape` tries; no fixed size is this
 
 
 def encode(
     net: Any, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
 ) -> Tensor:
     """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it."""
+    if not sample:
+        return encode_posterior(net, images)[0]  # a Gaussian's mode is its mean
     output = net.encode(_to_range_of(net, images))
     posterior = read_posterior(output)
-    if posterior is not None:
-        return posterior.sample(generator) if sample else posterior.mode()
-    return output.latents if hasattr(output, "latents") else output.latent
+    return encode_posterior(net, images)[0] if posterior is None else posterior.sample(generator)
 
 
 def decode(net: Any, z: Tensor) -> Tensor:
@@ -41,9 +41,13 @@ def decode(net: Any, z: Tensor) -> Tensor:
     return images * 2 - 1 if takes_unit_range(net) else images
 
 
-def encode_posterior(net: Any, images: Tensor) -> Any | None:
-    """The Gaussian (`mean`, `logvar`, `kl()`...) of images in [-1, 1]; None if there is none."""
-    return read_posterior(net.encode(_to_range_of(net, images)))
+def encode_posterior(net: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance of the posterior of images in [-1, 1]; without one, latent and None."""
+    output = net.encode(_to_range_of(net, images))
+    posterior = read_posterior(output)
+    if posterior is not None:
+        return posterior.mean, posterior.logvar
+    return (output.latents if hasattr(output, "latents") else output.latent), None
 
 
 def read_posterior(output: Any) -> Any | None:

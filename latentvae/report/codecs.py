@@ -1,5 +1,6 @@
 """Image codecs to stand beside the models, through Pillow; their rate is that of real files."""
 
+import bisect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,13 @@ class Codec:
         format: Pillow's name of the file format.
         qualities: Pillow's `quality` for each point of the curve, rising.
         options: All other options of the encoder.
+        max_side: Pixels a side that the format can hold.
     """
 
     format: str
     qualities: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_side: int = 65500
 
     def encode(self, image: Image.Image, *, quality: int) -> bytes:
         """The whole file, headers included."""
@@ -47,7 +50,7 @@ _QUALITIES = (1, 5, 10, 20, 35, 50, 70, 85, 95)
 
 CODECS: dict[str, Codec] = {
     "jpeg": Codec("JPEG", _QUALITIES, {"optimize": True, "subsampling": "4:2:0"}),
-    "webp": Codec("WEBP", _QUALITIES, {"method": 4}),
+    "webp": Codec("WEBP", _QUALITIES, {"method": 4}, max_side=16383),
     "avif": Codec("AVIF", _QUALITIES, {"speed": 6, "subsampling": "4:2:0"}),
 }
 
@@ -66,11 +69,10 @@ def bits_per_pixel(content: bytes, image: Image.Image) -> float:
 
 
 def encode_at_rate(codec: Codec, image: Image.Image, *, bpp: float) -> tuple[bytes, int]:
-    """The smallest file of at least `bpp`, with its quality; the largest file if none is."""
-    files = [(codec.encode(image, quality=quality), quality) for quality in range(1, 101)]
-    enough = [file for file in files if bits_per_pixel(file[0], image) >= bpp]
-    return min(enough, key=_size) if enough else max(files, key=_size)
+    """The file of the lowest quality that has at least `bpp`; of quality 100 if none has."""
 
+    def enough(quality: int) -> bool:
+        return bits_per_pixel(codec.encode(image, quality=quality), image) >= bpp
 
-def _size(file: tuple[bytes, int]) -> int:
-    return len(file[0])
+    quality = 1 + bisect.bisect_left(range(1, 100), True, key=enough)
+    return codec.encode(image, quality=quality), quality

@@ -1,7 +1,6 @@
 """`latentvae evaluate` and benchmarks/compression.py: from options to a report."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, load
 from latentvae.data import open_source
 from latentvae.errors import UserError
-from latentvae.loading import load
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.inception import load_inception
 from latentvae.report.engine import evaluate
-from latentvae.report.plan import FULL, QUICK, LatentKind
+from latentvae.report.names import unique_names
+from latentvae.report.plan import FULL, QUICK, QUICK_IMAGES, LatentKind
 from latentvae.report.schema import Report
 from latentvae.report.tables import summary
 
@@ -30,6 +29,7 @@ def evaluate_command(
     max_images: int | None = None,
     resolution: int | None = None,
     latent: LatentKind = "mode",
+    rfid: bool = False,
     inception_weights: Path | None = None,
     allow_download: bool = False,
     sheet_images: int = 4,
@@ -44,8 +44,10 @@ def evaluate_command(
     source = open_source(data, split="validation")
     loaded = load_models(models, device=where)
     inception = None
-    if inception_weights is not None or allow_download:
+    if inception_weights is not None or rfid:
         inception = load_inception(inception_weights, allow_download=allow_download).to(where)
+    if quick and max_images is None:
+        max_images = QUICK_IMAGES
     lpips = {
         net: PerceptualLoss(load_lpips(net, allow_download=allow_download))
         for net in plan.lpips_nets
@@ -81,18 +83,6 @@ def load_models(paths: Sequence[str], *, device: torch.device) -> dict[str, Auto
     by_name = [model.name for model in models]
     names = by_name if len(set(by_name)) == len(models) else by_path
     return dict(zip(names, models, strict=True))
-
-
-def unique_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell all of them apart (`a/export`, `b/export`)."""
-    parts = [Path(path).absolute().parts for path in paths]
-    if twice := [path for path, n in Counter(paths).items() if n > 1]:
-        raise UserError(f"the model '{twice[0]}' is given twice")
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"two of the models are one folder: {', '.join(paths)}")
 
 
 def usable_device(device: str | None) -> torch.device:

@@ -3,6 +3,7 @@
 latentvae compare a/report.json b/report.json --markdown
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from latentvae.errors import UserError
+from latentvae.report.names import unique_names
 from latentvae.report.protocol import INCIDENTAL
 from latentvae.report.schema import Mean, ModelReport, Report
 from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS
@@ -24,7 +27,8 @@ def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({file.resolve() for file in files}) < len(files):
         raise UserError("a report is given twice")
-    return {_name(file): Report.read(file) for file in files}
+    places = [file.parent if file.name == "report.json" else file.with_suffix("") for file in files]
+    return dict(zip(unique_names(places), map(Report.read, files), strict=True))
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:
@@ -33,15 +37,13 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
     Parts that one report lacks (as VGG after `--quick`) do not count; versions, devices and the
     settings of codecs and bitstreams do not either.
     """
-    (first_name, first), *others = reports.items()
+    facts = {name: _facts(report) for name, report in reports.items()}
     found = []
-    for name, report in others:
-        facts = (_facts(first), _facts(report))
-        for key in facts[0].keys() & facts[1].keys():
-            a, b = (fact[key] for fact in facts)
-            if a != b:
-                found.append(f"{key}: {_shown(a)} in {first_name}, {_shown(b)} in {name}")
-    return sorted(found)
+    for (first, a), (second, b) in itertools.combinations(facts.items(), 2):
+        for key in sorted(a.keys() & b.keys()):
+            if a[key] != b[key]:
+                found.append(f"{key}: {_shown(a[key])} in {first}, {_shown(b[key])} in {second}")
+    return found
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
@@ -69,7 +71,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
         columns.pop("BD-rate", None)
     table = Table("model", *columns, title="not measured alike" if unlike else None)
     for label, report, model in rows:
-        table.add_row(label, *(_cell(report, model, column) for column in columns))
+        table.add_row(Text(label), *(_cell(report, model, column) for column in columns))
     return table
 
 
@@ -111,13 +113,13 @@ def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
         for distance in DISTANCES
         if any(m.distribution and getattr(m.distribution, distance) is not None for m in models)
     }
-    return found | ({"BD-rate": "bd_rate"} if any(m.rate.points for m in models) else {})
+    return found | ({"BD-rate": "bd_rate"} if any(m.rate and m.rate.points for m in models) else {})
 
 
 def _cell(report: Report, name: str, heading: str) -> str:
     model = report.models[name]
     if heading == "raw bpp":
-        return f"{model.rate.raw_bpp:.3f}"
+        return ABSENT if model.rate is None else f"{model.rate.raw_bpp:.3f}"
     if heading == "BD-rate":
         rate = report.bd_rate.get(name)
         return ABSENT if rate is None or rate.psnr is None else f"{rate.psnr:+.0f} %"
@@ -129,11 +131,6 @@ def _cell(report: Report, name: str, heading: str) -> str:
     if mean is None:
         return ABSENT
     return "exact" if math.isinf(mean.mean) else f"{mean.mean:.{2 if metric == 'psnr' else 4}f}"
-
-
-def _name(file: Path) -> str:
-    """The folder's, or the file's where it has another name than report.json."""
-    return file.resolve().parent.name if file.name == "report.json" else file.stem
 
 
 def _shown(value: Any) -> str:

@@ -8,33 +8,35 @@ to 8 bits, and compared with the original. One picture is in memory at a time; w
 sums. The same call again goes on where the last one was stopped.
 """
 
+import contextlib
+import copy
 import csv
 import hashlib
+import itertools
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from tqdm import tqdm
 
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.data import ImageSource, UnreadableImage
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.metrics.rate import bd_rate
-from latentvae.report.codecs import available_codecs
+from latentvae.report.codecs import CODECS, available_codecs
 from latentvae.report.figures import rate_figure, sheet, sheet_row
 from latentvae.report.measures import Judge, Means, Row, codec_rows
 from latentvae.report.model import ModelMeasures
 from latentvae.report.passport import passport
-from latentvae.report.pictures import Pictures, Seen, center_square, spread
+from latentvae.report.pictures import Pictures, Seen, center_crop, spread
 from latentvae.report.plan import FULL, Plan
-from latentvae.report.priors import fit_priors
 from latentvae.report.protocol import protocol
 from latentvae.report.resume import Accumulator, Progress
 from latentvae.report.schema import BDRate, Point, Report
@@ -43,6 +45,7 @@ from latentvae.report.speed import measure_speed
 SAVE_SECONDS = 30.0  # between two states on disk
 PASSPORT_SIDE = 512  # pixels; larger pictures are cropped for the passport
 ANCHOR = "jpeg"  # of the BD-rates
+CIRCUMSTANCES = ("device", "threads")  # an evaluation may go on with others
 
 
 def evaluate(
@@ -77,6 +80,10 @@ def evaluate(
     """
     if sheet_images < 1:
         raise UserError(f"the sheet is to show {sheet_images} images; at least 1 is needed")
+    if set(lpips) != set(plan.lpips_nets):
+        raise UserError(f"the plan asks for LPIPS on {plan.lpips_nets}, given is {tuple(lpips)}")
+    if clash := sorted(models.keys() & CODECS.keys()):
+        raise UserError(f"a model cannot be called '{clash[0]}', as a codec is; rename its folder")
     run = _Run(models, source, out, data_name, lpips, inception, plan, max_images, device)
     return run(sheet_images=sheet_images, overwrite=overwrite)
 
@@ -98,25 +105,34 @@ class _Run:
     ) -> None:
         self.models, self.out, self.plan, self.data_name = dict(models), out, plan, data_name
         self.device = torch.device(device)
-        self.judge = Judge({net: loss.to(self.device) for net, loss in lpips.items()}, inception)
+        on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
+        self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
         self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
         indices = spread(len(source), max_images)
         self.pictures = Pictures(source, indices, resolution=plan.resolution)
         self.console = Console(stderr=True)
         self.seen, self.codec_means = Seen(), Means()
-        self.measures: dict[str, ModelMeasures] = {}
-        self.passports: dict[str, Any] = {}
-        self.speeds: dict[str, Any] = {}
+        self.measures = {
+            name: ModelMeasures(
+                name, model, judge=self.judge, plan=plan, num_pictures=len(self.pictures)
+            )
+            for name, model in self.models.items()
+        }
+        self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
 
     def __call__(self, *, sheet_images: int, overwrite: bool) -> Report:
         progress = Progress(self.out, self._task(), overwrite=overwrite)
         if progress.finished:
             self.console.print(f"measured already: {self.out / 'report.json'}", markup=False)
             return Report.read(self.out / "report.json")
-        self._prepare()
+        for model in self.models.values():
+            self._check_size(model)
         if progress.values:
             self._restore(progress)
+        else:
+            self._fit_priors()
         self._measure(progress)
+        self._report().write(self.out / "report.json")  # should what follows not come to its end
         self._examine(progress)
         report = self._report()
         report.write(self.out / "report.json")
@@ -125,16 +141,12 @@ class _Run:
         progress.finish()
         return report
 
-    def _prepare(self) -> None:
-        for name, model in self.models.items():
-            self._check_size(model)
-            priors = None
-            if self.plan.noise_psnr and not model.num_codes:
+    def _fit_priors(self) -> None:
+        for name, measures in self.measures.items():
+            if measures.priors is not None:
                 self.console.print(f"{name}: fitting the bitstream's model", markup=False)
-                priors = fit_priors(model, self.pictures, plan=self.plan)
-            self.measures[name] = ModelMeasures(
-                name, model, judge=self.judge, plan=self.plan, priors=priors
-            )
+                with _failing(measures):
+                    measures.priors.fit(measures.model, self.pictures, plan=self.plan)
 
     def _check_size(self, model: Autoencoder) -> None:
         only = model.fixed_size
@@ -155,9 +167,9 @@ class _Run:
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._save(progress, position + 1, csv_bytes=_written(file))
                     saved = time.monotonic()
+            if not self.seen.count:
+                raise UserError(f"not one of {len(self.pictures)} images can be read")
             self._save(progress, len(self.pictures), csv_bytes=_written(file))
-        if not self.seen.count:
-            raise UserError(f"not one of {len(self.pictures)} images can be read")
 
     def _open_csv(self, progress: Progress) -> TextIO:
         """Cut to the rows that the saved state knows of."""
@@ -182,38 +194,61 @@ class _Run:
             self.seen.leave_out(name, error)
             return []
         original = self.judge.original(name, position, images.to(self.device))
-        rows = [row for measures in self.measures.values() for row in measures.update(original)]
+        rows: list[Row] = []
+        for measures in self.measures.values():
+            if measures.failure is None:
+                with _failing(measures, name):
+                    rows += measures.update(original)
         of_codecs = codec_rows(self.judge, original, self.codecs)
         self.codec_means.update(of_codecs, position=position)
         self.seen.add(images)
         return rows + of_codecs
 
     def _examine(self, progress: Progress) -> None:
-        """Passports and speeds; each is saved when it is there."""
-        for name, model in self.models.items():
-            if self.plan.passport_images and name not in self.passports:
-                self.console.print(f"{name}: precision and tiling", markup=False)
-                self.passports[name] = passport(model.net, self._passport_images(model), f=model.f)
-                self._save(progress, progress.done)
-            if self.plan.speed_sizes and name not in self.speeds:
-                self.console.print(f"{name}: speed and memory", markup=False)
-                self.speeds[name] = self._speed(model)
+        """Passports and speeds; each is saved when it is there.
+
+        One that ended the process, out of memory, is not tried again.
+        """
+        sections = {"passport": self._passport, "speed": self._speed}
+        for (name, model), (section, examine) in itertools.product(
+            self.models.items(), sections.items()
+        ):
+            found = self.examined[name]
+            if section in found or self.measures[name].failure is not None:
+                continue
+            self.console.print(f"{name}: {section}", markup=False)
+            found[section] = {"skipped": "the process ended here"}
+            self._save(progress, progress.done)
+            try:
+                found[section] = examine(model)
+            except KeyboardInterrupt:
+                del found[section]
+                raise
+            except torch.OutOfMemoryError:
+                found[section] = {"skipped": "out of memory"}
+            finally:
                 self._save(progress, progress.done)
 
-    def _passport_images(self, model: Autoencoder) -> list[Tensor]:
-        multiple = model.f * model.normalization.fold
-        read = self.pictures.some(self.plan.passport_images)
-        squares = (center_square(i, side=PASSPORT_SIDE, multiple=multiple) for _, i in read)
-        return [images.to(self.device) for images in squares]
+    def _passport(self, model: Autoencoder) -> dict[str, Any] | None:
+        if not self.plan.passport_images:
+            return None
+        side, multiple = model.fixed_size or PASSPORT_SIDE, model.f * model.normalization.fold
+        images = [
+            center_crop(images, side=side, multiple=multiple).to(model.net.device)
+            for _, images in self.pictures.some(self.plan.passport_images)
+        ]
+        net = model.net if model.net.dtype == torch.float32 else copy.deepcopy(model.net).float()
+        return passport(net, images, f=model.f)
 
-    def _speed(self, model: Autoencoder) -> Any:
-        sizes = self.plan.speed_sizes if model.fixed_size is None else (model.fixed_size,)
+    def _speed(self, model: Autoencoder) -> dict[str, Any] | None:
+        if not self.plan.speed_sizes:
+            return None
         return measure_speed(
             model.net,
-            sizes=sizes,
+            sizes=self.plan.speed_sizes if model.fixed_size is None else (model.fixed_size,),
             f=model.f * model.normalization.fold,
             budget_s=self.plan.speed_budget,
-            device=self.device,
+            device=model.net.device,
         )
 
     def _parts(self) -> dict[str, Accumulator]:
@@ -226,20 +261,25 @@ class _Run:
         values = {
             "csv_bytes": progress.values["csv_bytes"] if csv_bytes is None else csv_bytes,
             "seen": self.seen.state(),
-            "passports": self.passports,
-            "speeds": self.speeds,
+            "examined": self.examined,
+            "failures": {name: measures.failure for name, measures in self.measures.items()},
         }
         progress.save(done, values, self._parts())
 
     def _restore(self, progress: Progress) -> None:
         progress.restore(self._parts())
         self.seen.load_state(progress.values["seen"])
-        self.passports, self.speeds = progress.values["passports"], progress.values["speeds"]
+        self.examined = progress.values["examined"]
+        for name, failure in progress.values["failures"].items():
+            self.measures[name].failure = failure
         self.console.print(f"going on after {progress.done} images", markup=False)
 
     def _report(self) -> Report:
         models = {
-            name: measures.report(passport=self.passports.get(name), speed=self.speeds.get(name))
+            name: measures.report(
+                passport=self.examined[name].get("passport"),
+                speed=self.examined[name].get("speed"),
+            )
             for name, measures in self.measures.items()
         }
         codecs = {
@@ -251,7 +291,7 @@ class _Run:
             data={"source": self.data_name, **self.seen.describe()},
             models=models,
             codecs=codecs,
-            bd_rate=bd_rates({name: model.rate.points for name, model in models.items()} | codecs),
+            bd_rate=bd_rates(codecs | {n: m.rate.points for n, m in models.items() if m.rate}),
         )
 
     def _task(self) -> dict[str, Any]:
@@ -262,15 +302,16 @@ class _Run:
             "images": hashlib.sha256(names.encode()).hexdigest(),
             "data": self.data_name,
             "plan": asdict(self.plan),
-            "protocol": self._protocol(),
+            "protocol": {k: v for k, v in self._protocol().items() if k not in CIRCUMSTANCES},
         }
 
     def _protocol(self) -> dict[str, Any]:
         return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
 
     def _draw_sheet(self, count: int) -> None:
+        shown = {n: m for n, m in self.models.items() if self.measures[n].failure is None}
         rows = [
-            sheet_row(self.models, self.pictures.name(position), images.to(self.device))
+            sheet_row(shown, self.pictures.name(position), images.to(self.device))
             for position, images in self.pictures.some(count)
         ]
         sheet(rows, self.out / "sheet.png")
@@ -295,6 +336,16 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
 def _curve(points: Sequence[Point], metric: str, sign: int) -> list[tuple[float, float]]:
     values = [(point.bpp, getattr(point, metric)) for point in points]
     return [(bpp, sign * value) for bpp, value in values if value is not None]
+
+
+@contextlib.contextmanager
+def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
+    """A model that overflows is measured no further; the others are."""
+    try:
+        yield
+    except NotFiniteError as error:
+        measures.failure = f"Not measured: {error}{f', on {image}' if image else ''}."
+        tqdm.write(f"{measures.name}: {measures.failure}", file=sys.stderr)
 
 
 def _written(file: TextIO) -> int:

@@ -58,8 +58,13 @@ def _draw_panel(axes: Axes, report: Report, metric: str) -> None:
         axes.plot(*_curve(points, metric), marker=".", label=name)
     for name, model in report.models.items():
         mean = getattr(model.metrics, metric)
+        if model.rate is None:
+            continue
+        label = f" {name}".replace(
+            "$", r"\$"
+        )  # neither hidden, as after "_", nor read as a formula
         value = mean.mean if mean is not None and math.isfinite(mean.mean) else math.nan
-        color = axes.plot(model.rate.raw_bpp, value, "*", markersize=14, label=name)[0].get_color()
+        color = axes.plot(model.rate.raw_bpp, value, "*", markersize=14, label=label)[0].get_color()
         if model.rate.points:
             axes.plot(*_curve(model.rate.points, metric), "--", marker=".", color=color)
 

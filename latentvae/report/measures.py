@@ -136,10 +136,10 @@ class Judge:
 
 
 def codec_rows(judge: Judge, original: Original, codecs: Mapping[str, Codec]) -> list[Row]:
-    """The picture through every codec at each of its qualities."""
+    """The picture through every codec at each of its qualities, unless it is too large for it."""
     rows, picture = [], to_picture(original.images)
     for name, codec in codecs.items():
-        for quality in codec.qualities:
+        for quality in codec.qualities if max(picture.size) <= codec.max_side else ():
             content = codec.encode(picture, quality=quality)
             recon = to_tensor(codec.decode(content))[None].to(original.images.device)
             metrics = judge.compare_point(original, recon)
@@ -195,6 +195,8 @@ class Means:
         points = []
         for setting in settings:
             means = {c: self.mean(kind, coder, c, setting=setting) for c in POINT_COLUMNS}
+            if means["bpp"] is None:  # no image that this codec can hold
+                continue
             values = {c: mean.mean for c, mean in means.items() if mean is not None}
             points.append(Point.model_validate(values | {name: setting}))
         return points
@@ -223,7 +225,7 @@ class PooledError:
         self.squares, self.elements = 0.0, 0
 
     def update(self, images: Tensor, recon: Tensor) -> None:
-        self.squares += (images - recon).double().square().sum().item()
+        self.squares += (images - recon).cpu().double().square().sum().item()
         self.elements += images.numel()
 
     @property

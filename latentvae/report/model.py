@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.latents.codec import channel_steps, decode_latent, encode_latent
 from latentvae.latents.token_codec import decode_tokens, encode_tokens
 from latentvae.metrics import to_8bit
@@ -15,13 +15,14 @@ from latentvae.metrics.distribution import FrechetDistance, KernelDistance
 from latentvae.metrics.latent import LatentHealth, TokenUsage
 from latentvae.models import calls
 from latentvae.report.measures import Judge, Means, Original, PooledError, Row, row
-from latentvae.report.plan import Plan
+from latentvae.report.plan import KERNEL_IMAGES, Plan
 from latentvae.report.priors import Priors
 from latentvae.report.protocol import LATENT_BITS
 from latentvae.report.resume import Accumulator
 from latentvae.report.schema import Distribution, Metrics, ModelReport, Rate
 
-MIN_FRECHET_IMAGES = 2000  # below, the covariance of 2,048 features is rank-deficient
+MIN_FRECHET_IMAGES = 2000  # with fewer, it is mostly the bias of a rank-deficient covariance
+MAX_CORRELATED = 64  # channels whose correlations are listed one by one
 DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}  # Frechet, kernel
 
 
@@ -30,14 +31,21 @@ class ModelMeasures:
 
     Args:
         name: the report's name for it.
-        priors: for the bitstream of a continuous latent; None where it is not measured.
+        num_pictures: that there are in all.
+
+    Attributes:
+        priors: for the bitstream of a continuous latent, to be fitted; None if it is not measured.
+        failure: why it is no longer measured.
     """
 
     def __init__(
-        self, name: str, model: Autoencoder, *, judge: Judge, plan: Plan, priors: Priors | None
+        self, name: str, model: Autoencoder, *, judge: Judge, plan: Plan, num_pictures: int
     ) -> None:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
-        self.priors = priors
+        self.priors = Priors() if plan.noise_psnr and not model.num_codes else None
+        # A kernel distance keeps features, so it takes every so many-th picture.
+        self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
+        self.failure: str | None = None
         self.means, self.pooled = Means(), PooledError()
         self.distances: dict[str, FrechetDistance | KernelDistance] = {}
         for extractor, width in judge.extractors.items():
@@ -53,14 +61,21 @@ class ModelMeasures:
             "pooled": self.pooled,
             "latent": self.latent,
             "tokens": self.tokens,
+            "priors": self.priors,
             **self.distances,
         }
         return {name: part for name, part in kept.items() if part is not None}
 
     @torch.no_grad()
     def update(self, original: Original) -> list[Row]:
-        """Measure one picture; gives its rows."""
+        """Measure one picture; gives its rows.
+
+        Raises:
+            NotFiniteError: the model overflows, in the precision that it is measured in.
+        """
         mean, logvar = self.model.encode_posterior(original.images)
+        if not mean.isfinite().all():
+            raise NotFiniteError(self.name, mean.dtype)
         z = mean if logvar is None else self._latent(mean, logvar, original.position)
         recon = self._decode(z, original)
         compared = self.judge.compare(original, recon)
@@ -75,23 +90,31 @@ class ModelMeasures:
         self.pooled.update(original.images, recon)
         features = self.judge.features_of(original)
         for extractor, values in compared.features.items():
-            for distance in DISTANCES[extractor]:
-                self.distances[distance].update(features[extractor], values)
+            frechet, kernel = DISTANCES[extractor]
+            self.distances[frechet].update(features[extractor], values)
+            if original.position % self.kernel_stride == 0:
+                self.distances[kernel].update(features[extractor], values)
         self.means.update(rows, position=original.position)
         return rows
 
     def report(self, *, passport: Mapping[str, Any] | None, speed: Any | None) -> ModelReport:
+        if self.failure is not None:
+            return ModelReport(info=self.model.info(), warnings=[self.failure])
         metrics = {name: self._mean(name) for name in Metrics.model_fields if name != "psnr_pooled"}
         latent = tokens = None
         warnings: list[str] = []
-        if self.latent is not None:
+        if self.latent is not None and self.latent.positions > 1:
             latent = self._latent_report()
-            warnings += latent.pop("warnings")
+            warnings += latent.pop("warnings", [])
+        if self.priors is not None and self.priors.own:
+            warnings.append(
+                "There was no other image to fit the bitstream's model on: bits are too few."
+            )
         if self.tokens is not None:
             tokens = dict(self.tokens.result())
         if passport is not None:
             passport = dict(passport)
-            warnings += passport.pop("warnings")
+            warnings += passport.pop("warnings", [])
         return ModelReport(
             metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
             rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points()),
@@ -152,21 +175,23 @@ class ModelMeasures:
         return self.means.points("bitstream", self.name, levels)
 
     def _distribution(self) -> Distribution | None:
-        """Frechet distances only where their covariances have full rank."""
-        seen = {name: part for name, part in self.distances.items() if part.num_images > 1}
-        if not seen:
+        """Frechet distances of enough images alone."""
+        least = {name: 2 for _, name in DISTANCES.values()}
+        least |= {name: MIN_FRECHET_IMAGES for name, _ in DISTANCES.values()}
+        found = {n: part for n, part in self.distances.items() if part.num_images >= least[n]}
+        if not found:
             return None
-        images = min(part.num_images for part in seen.values())
-        frechet = {names[0] for names in DISTANCES.values()}
-        enough = {n: p for n, p in seen.items() if n not in frechet or images >= MIN_FRECHET_IMAGES}
-        return Distribution(images=images, **{name: part.result() for name, part in enough.items()})
+        return Distribution(
+            images={name: part.num_images for name, part in found.items()},
+            **{name: part.result() for name, part in found.items()},
+        )
 
     def _latent_report(self) -> dict[str, Any]:
         assert self.latent is not None
         config, normalization = self.model.net.config, self.model.normalization
         known = normalization.fold == 1 and "scaling_factor" in config
         per_channel = {} if normalization.applied else config
-        return dict(
+        found: dict[str, Any] = dict(
             self.latent.result(
                 scaling_factor=normalization.scaling_factor if known else None,
                 shift_factor=normalization.shift_factor,
@@ -174,6 +199,9 @@ class ModelMeasures:
                 latents_std=per_channel.get("latents_std"),
             )
         )
+        if self.model.latent_channels > MAX_CORRELATED:
+            del found["correlation"]
+        return found
 
 
 def raw_bits(model: Autoencoder, z: Tensor) -> float:

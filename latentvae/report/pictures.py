@@ -129,8 +129,8 @@ def to_picture(images: Tensor) -> Image.Image:
     return to_pil(images)[0]
 
 
-def center_square(images: Tensor, *, side: int, multiple: int) -> Tensor:
-    """The middle of (1, 3, H, W), at most `side` a side and divided by `multiple`.
+def center_crop(images: Tensor, *, side: int, multiple: int) -> Tensor:
+    """The middle of (1, 3, H, W), at most `side` a side, both sides divided by `multiple`.
 
     Smaller pictures than `multiple` are enlarged.
     """

@@ -6,6 +6,9 @@ from typing import Literal
 from latentvae.errors import UserError
 from latentvae.losses.lpips_weights import Net
 
+KERNEL_IMAGES = 2000  # at most, evenly spread, of which features are kept in memory
+QUICK_IMAGES = 8  # that `--quick` measures, unless told otherwise
+
 LatentKind = Literal["mode", "sample"]
 
 
@@ -28,7 +31,7 @@ class Plan:
 
     lpips_nets: tuple[Net, ...] = ("alex", "vgg")
     qualities: tuple[int, ...] = (1, 5, 10, 20, 35, 50, 70, 85, 95)
-    noise_psnr: tuple[float, ...] = (10, 15, 20, 25, 30, 36)
+    noise_psnr: tuple[float, ...] = (15, 20, 25, 30, 35, 42)
     prior_images: int = 16
     gain_images: int = 2
     passport_images: int = 2
@@ -48,7 +51,7 @@ FULL = Plan()
 QUICK = Plan(
     lpips_nets=("alex",),
     qualities=(5, 20, 50, 80, 95),
-    noise_psnr=(12, 18, 24, 32),
+    noise_psnr=(18, 25, 34),
     prior_images=4,
     gain_images=1,
     passport_images=1,

@@ -11,7 +11,7 @@ from latentvae.metrics.bootstrap import NUM_RESAMPLES
 from latentvae.metrics.inception import SHA256
 from latentvae.report.codecs import Codec
 from latentvae.report.measures import Judge
-from latentvae.report.plan import Plan
+from latentvae.report.plan import KERNEL_IMAGES, Plan
 
 LATENT_BITS = 16  # bits of one latent element in `raw_bpp`: float16 or bfloat16
 PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow", "constriction")
@@ -51,8 +51,14 @@ def protocol(
 
 
 def _distribution(judge: Judge) -> dict[str, str]:
-    """Extractors; the kernel is Binkowski's, (x.y / D + 1) ** 3, pairs of different images only."""
+    """Extractors and estimators."""
     found = {}
+    if judge.extractors:
+        found["kernel"] = (
+            f"unbiased MMD^2 of (x.y / D + 1)^3 over pairs of different images, at most "
+            f"{KERNEL_IMAGES}, evenly spread"
+        )
+        found["frechet"] = "covariances with divisor n - 1, from 2,000 images on"
     if "vgg" in judge.lpips:
         identity = weights_id(judge.lpips["vgg"].lpips)
         found["vgg"] = f"mean over space of relu5_3 of LPIPS' VGG16, weights {identity}"

@@ -56,11 +56,14 @@ class Progress:
         except OSError as error:
             raise UserError(f"cannot make the folder '{out}': {error.strerror}") from error
         if overwrite:
-            (self.folder / "state.json").unlink(missing_ok=True)
+            (out / "report.json").unlink(missing_ok=True)
+            self._write({"done": 0})
         elif (self.folder / "state.json").exists():
             self._read(out)
         elif (out / "report.json").exists():
             raise UserError(f"'{out}' holds a report already; give another folder or --overwrite")
+        else:
+            self._write({"done": 0})
 
     def save(self, done: int, values: Mapping[str, Any], parts: Mapping[str, Accumulator]) -> None:
         """Put all of it on disk."""
@@ -109,14 +112,15 @@ class Progress:
     def _read(self, out: Path) -> None:
         try:
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-            if state["task"] != self.task:
-                keys = [k for k, v in self.task.items() if state["task"].get(k) != v]
+            if keys := _differing(state["task"], self.task):
                 raise UserError(
-                    f"'{out}' holds an evaluation with another {', '.join(keys) or 'protocol'}: "
+                    f"'{out}' holds an evaluation with another {', '.join(keys)}: "
                     "give another folder, or --overwrite"
                 )
             if state.get("finished"):
                 self.finished = (out / "report.json").exists()
+                return
+            if "arrays" not in state:
                 return
             self._saves = int(Path(state["arrays"]).stem)
             with np.load(self.folder / state["arrays"], allow_pickle=False) as arrays:
@@ -129,3 +133,15 @@ class Progress:
                 f"the saved state in '{self.folder}' is damaged ({error}); start anew with "
                 "--overwrite"
             ) from error
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the entries that are not the same, those within an entry after a dot."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{inner}" for inner in _differing(a, b)]
+        elif a != b:
+            found.append(key)
+    return found

@@ -80,10 +80,10 @@ class Distribution(_Part):
 
     `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16;
     `rfid` and `kid` are the same on the true Inception network. Frechet distances are given from
-    2,000 images on.
+    2,000 images on; kernel distances look at 2,000 at most. `images` says how many each is of.
     """
 
-    images: int = Field(ge=1)
+    images: dict[str, int]
     fd_vgg: float | None = None
     kd_vgg: float | None = None
     rfid: float | None = None
@@ -91,10 +91,13 @@ class Distribution(_Part):
 
 
 class ModelReport(_Part):
-    """All that was measured of one model; `info` is what the model says about itself."""
+    """All that was measured of one model; `info` is what the model says about itself.
 
-    metrics: Metrics
-    rate: Rate
+    A model that overflows has no metrics, and a warning that says so.
+    """
+
+    metrics: Metrics = Metrics()
+    rate: Rate | None = None
     distribution: Distribution | None = None
     info: dict[str, Any] = {}
     latent: dict[str, Any] | None = None

@@ -26,7 +26,7 @@ def summary(report: Report) -> Group:
     tables: list[Table | Text] = [models_table(report)]
     if report.codecs:
         tables.append(codecs_table(report))
-    if any(model.rate.points for model in report.models.values()):
+    if any(model.rate and model.rate.points for model in report.models.values()):
         tables.append(bits_table(report))
     if any(model.passport for model in report.models.values()):
         tables.append(passport_table(report))
@@ -47,7 +47,8 @@ def models_table(report: Report) -> Table:
     for name, model in report.models.items():
         cells = [_cell(getattr(model.metrics, m), digits=_digits(m)) for m in HEADINGS]
         cells += [_distance(model, distance) or ABSENT for distance in distances]
-        table.add_row(name, f"{model.rate.raw_bpp:.3f}", *cells)
+        raw = ABSENT if model.rate is None else f"{model.rate.raw_bpp:.3f}"
+        table.add_row(Text(name), raw, *cells)
     return table
 
 
@@ -59,8 +60,10 @@ def codecs_table(report: Report) -> Table:
         table.add_column(heading, justify="right")
     for name, model in report.models.items():
         for codec, points in report.codecs.items():
+            if model.rate is None or not points:
+                continue
             point = point_at_rate(points, model.rate.raw_bpp)
-            table.add_row(name, codec, str(point.quality), *_point_cells(point))
+            table.add_row(Text(name), codec, str(point.quality), *_point_cells(point))
     return table
 
 
@@ -71,10 +74,10 @@ def bits_table(report: Report) -> Table:
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
         table.add_column(heading, justify="right")
     for name, model in report.models.items():
-        for number, point in enumerate(model.rate.points):
+        for number, point in enumerate(model.rate.points if model.rate else ()):
             rates = _bd_cells(report, name) if number == 0 else ("", "")
-            table.add_row(name if number == 0 else "", *_point_cells(point), *rates)
-    for name in report.bd_rate.keys() - report.models.keys():
+            table.add_row(Text(name if number == 0 else ""), *_point_cells(point), *rates)
+    for name in (name for name in report.bd_rate if name not in report.models):
         table.add_row(name, "", "", "", *_bd_cells(report, name))
     return table
 
@@ -88,7 +91,9 @@ def passport_table(report: Report) -> Table:
         passport = model.passport or {}
         precision = passport.get("precision", {})
         cells = [_precision(precision.get(dtype)) for dtype in ("float16", "bfloat16")]
-        table.add_row(name, *cells, _tiling(passport.get("tiling")), "\n".join(_speeds(model)))
+        table.add_row(
+            Text(name), *cells, _tiling(passport.get("tiling")), "\n".join(_speeds(model))
+        )
     return table
 
 

@@ -22,12 +22,14 @@ class Fault:
         gain: multiplies the latents, undone when decoding.
         logvar: of the posterior.
         dead: latent channels that are 0.
+        overflow: decode infinity for latents above this.
     """
 
     offset: float = 0.0
     gain: float = 1.0
     logvar: float = -20.0
     dead: tuple[int, ...] = ()
+    overflow: float | None = None
 
 
 class Pixels(ModelMixin, ConfigMixin):
@@ -43,6 +45,7 @@ class Pixels(ModelMixin, ConfigMixin):
         gain: float = 1.0,
         logvar: float = -20.0,
         dead: tuple[int, ...] = (),
+        overflow: float | None = None,
     ) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(gain))
@@ -54,6 +57,9 @@ class Pixels(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1)))
 
     def decode(self, z: Tensor) -> DecoderOutput:
+        limit = self.config["overflow"]
+        if limit is not None and z.max() > limit:
+            z = z * torch.inf
         return DecoderOutput(F.pixel_shuffle(z / self.factor, 2) + self.config["offset"])
 
 

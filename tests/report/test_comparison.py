@@ -27,7 +27,7 @@ def report(psnr: float, *, name: str = "m", **changes: Any) -> Report:
     model = {
         "metrics": metrics,
         "rate": {"raw_bpp": 1.0, "points": [{"bpp": 0.5, "psnr": psnr}]},
-        "distribution": {"images": 3, "kd_vgg": 0.25},
+        "distribution": {"images": {"kd_vgg": 3}, "kd_vgg": 0.25},
     }
     return Report.model_validate(
         {
@@ -58,6 +58,26 @@ def test_table_and_markdown_of_two_reports(tmp_path: Path) -> None:
     file = tmp_path / "run1" / "report.json"
     (tmp_path / "other.json").write_bytes(file.read_bytes())
     assert "| other |" in markdown(compare([tmp_path / "run0", tmp_path / "other.json"]))
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = []
+    for run, psnr in (("a", 30.0), ("b", 31.0)):
+        (tmp_path / run / "report").mkdir(parents=True)
+        report(psnr).write(tmp_path / run / "report" / "report.json")
+        paths.append(tmp_path / run / "report")
+    lines = markdown(compare([paths[0], paths[1] / "report.json"])).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| a/report", "| b/report"]
+
+
+def test_every_pair_must_be_alike(tmp_path: Path) -> None:
+    """The first lacks VGG, as after --quick; the others have different weights of it."""
+    nets = [{}, {"vgg": "0.1, weights cc"}, {"vgg": "0.1, weights dd"}]
+    lpips = [{"lpips": {"alex": "0.1, weights aa"} | net} for net in nets]
+    paths = write(tmp_path, *(report(30.0, protocol=changes) for changes in lpips))
+    compare(paths[:2])
+    with pytest.raises(UserError, match="lpips vgg"):
+        compare(paths)
 
 
 def test_names_with_bars_stay_in_their_cell(tmp_path: Path) -> None:

@@ -198,6 +198,67 @@ def test_an_unreadable_image_is_named_and_left_out(run: Any, capfd: Any) -> None
         run(pixels(), None, None)
 
 
+def test_a_model_that_overflows_is_left_out_and_the_others_measured(
+    tmp_path: Path, lpips: dict[str, PerceptualLoss], capfd: Any
+) -> None:
+    bright = photo().point(lambda value: min(255, value + 40))
+    models = {"good": pixels(Fault(offset=0.1)), "bad": pixels(Fault(overflow=0.75))}
+    options = {"data_name": "photos", "lpips": lpips, "plan": replace(SMALL, noise_psnr=(40,))}
+    out = tmp_path / "report"
+    report = evaluate(models, Photos(photo(), bright, photo()), out, **options)  # type: ignore[arg-type]
+    assert report.models["good"].metrics.psnr.images == 3
+    bad = report.models["bad"]
+    assert bad.metrics.psnr is None and bad.rate is None
+    assert bad.warnings == ["Not measured: 'pixels' overflows in float32, on 1.png."]
+    assert "overflows" in capfd.readouterr().err
+    assert Report.read(out / "report.json") == report
+
+
+def test_a_single_image_says_that_its_bits_are_too_few(run: Any) -> None:
+    (warning,) = [w for w in run(pixels(), photo(), plan=SMALL).models["m"].warnings if "bits" in w]
+    assert "no other image" in warning
+    warnings = run(pixels(), photo(), photo(left=120), plan=SMALL).models["m"].warnings
+    assert not any("bits" in warning for warning in warnings)
+
+
+def test_a_kernel_distance_takes_evenly_spread_images(run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("latentvae.report.model.KERNEL_IMAGES", 2)
+    monkeypatch.setattr("latentvae.report.model.MIN_FRECHET_IMAGES", 4)
+    perceptual = {net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")}
+    plan = replace(METRICS, lpips_nets=("alex", "vgg"))
+    found = run(pixels(Fault(offset=0.2)), plan=plan, lpips=perceptual).models["m"].distribution
+    assert found.images == {"fd_vgg": 4, "kd_vgg": 2}
+    assert found.fd_vgg > 0
+
+
+def test_a_picture_too_wide_for_a_codec_is_left_out_of_its_curve(run: Any) -> None:
+    wide = photo().resize((16400, 8))
+    report = run(pixels(), wide, photo(), plan=replace(METRICS, qualities=(50,)))
+    alone = run(pixels(), photo(), plan=replace(METRICS, qualities=(50,)))
+    assert report.codecs["webp"] == alone.codecs["webp"]
+    assert report.codecs["jpeg"] != alone.codecs["jpeg"]
+    assert run(pixels(), wide, plan=replace(METRICS, qualities=(50,))).codecs["webp"] == []
+
+
+def test_a_sixteen_bit_model_is_measured_too(run: Any) -> None:
+    model = Autoencoder(pixels().net.to(torch.bfloat16), name="half")
+    plan = replace(SMALL, passport_images=1, speed_sizes=(32,))
+    found = run(model, photo(), photo(left=120), plan=plan).models["m"]
+    assert found.info["dtype"] == found.speed["dtype"] == "bfloat16"
+    assert found.metrics.psnr.mean > 30
+    assert found.passport["precision"]["bfloat16"]["finite"]
+
+
+def test_what_does_not_fit_together_is_told(run: Any, tmp_path: Path, lpips: Any) -> None:
+    with pytest.raises(UserError, match="LPIPS on"):
+        run(pixels(), plan=replace(METRICS, lpips_nets=("alex", "vgg")))
+    options = {"data_name": "photos", "lpips": lpips, "plan": METRICS}
+    with pytest.raises(UserError, match="cannot be called 'webp'"):
+        evaluate({"webp": pixels()}, PHOTOS, tmp_path / "w", **options)
+    with pytest.raises(UserError, match="at least 1"):
+        evaluate({"m": pixels()}, PHOTOS, tmp_path / "w", sheet_images=0, **options)
+
+
 def test_the_hash_is_of_the_pixels_in_any_order(run: Any) -> None:
     def digest(*pictures: Image.Image) -> str:
         return run(pixels(), *pictures).data["pixels_sha256_sum"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from latentvae.errors import UserError
 from latentvae.report import Report
 from latentvae.report.figures import CAPTION_HEIGHT, CROP, MARGIN, Tile, rate_figure, sheet
-from latentvae.report.pictures import center_square, spread, to_picture
+from latentvae.report.pictures import center_crop, spread, to_picture
 from latentvae.report.schema import Point
 from latentvae.report.tables import point_at_rate, summary
 from tests.report.conftest import photo
@@ -82,5 +82,5 @@ def test_to_picture_keeps_the_pixels() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [((50, 70), (40, 40)), ((20, 70), (16, 40)), ((4, 12), (8, 24))]
 )
-def test_center_square_is_divided_by_f(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert center_square(torch.zeros(1, 3, *size), side=40, multiple=8).shape[2:] == expected
+def test_center_crop_is_divided_by_f(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert center_crop(torch.zeros(1, 3, *size), side=40, multiple=8).shape[2:] == expected

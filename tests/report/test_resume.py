@@ -122,8 +122,8 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path: Path, trunks
     other = {**nets, "pixels": pixels(Fault(offset=0.2))}
     for changed, message in (
         ({"source": Photos(*PICTURES[:2])}, "another images"),
-        ({"plan": replace(PLAN, qualities=(31,))}, "another plan, protocol"),
-        ({"nets": {"vq": nets["vq"]}}, "another models"),
+        ({"plan": replace(PLAN, qualities=(31,))}, "another plan.qualities, protocol.codecs"),
+        ({"nets": {"vq": nets["vq"]}}, "another models.pixels"),
     ):
         options = {"nets": nets, "source": Photos(*PICTURES), "plan": PLAN} | changed
         with pytest.raises(UserError, match=f"{message}.*--overwrite"):
@@ -141,6 +141,24 @@ def test_a_report_of_unknown_origin_is_not_written_over(tmp_path: Path, trunks: 
     with pytest.raises(UserError, match="holds a report already"):
         measure(models(), Photos(*PICTURES), tmp_path, trunks)
     assert (tmp_path / "report.json").read_text() == "{}"
+
+
+def test_a_passport_that_ended_the_process_is_not_tried_again(
+    tmp_path: Path, trunks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(PLAN, passport_images=1)
+    nets = {"pixels": pixels(Fault(offset=0.1))}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr("latentvae.report.engine.passport", killed)
+    with pytest.raises(Killed):
+        measure(nets, Photos(*PICTURES), tmp_path, trunks, plan)
+    metrics = Report.read(tmp_path / "report.json").models["pixels"].metrics  # there already
+    report = measure(nets, Photos(*PICTURES), tmp_path, trunks, plan)
+    assert report.models["pixels"].passport == {"skipped": "the process ended here"}
+    assert report.models["pixels"].metrics == metrics
 
 
 @pytest.mark.parametrize("damage", ["state", "sums", "gone"])
