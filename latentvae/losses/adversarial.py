@@ -1,5 +1,10 @@
-"""Hinge GAN losses (Lim & Ye 2017, arXiv:1705.02894) and VQGAN's adaptive weight (arXiv:2012.09841,
-eq. 7)."""
+"""GAN losses, penalties on the critic, and VQGAN's adaptive weight (arXiv:2012.09841, eq. 7).
+
+`B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +15,7 @@ from latentvae.distributed import all_reduce_mean
 
 def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]); 1 when the critic says 0
-    everywhere."""
+    everywhere. Lim & Ye 2017, arXiv:1705.02894, halved as VQGAN does."""
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
     )
@@ -19,6 +24,94 @@ def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     """-E[D(recon)]."""
     return -fake_logits.float().mean()
+
+
+def non_saturating_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """-E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], the negative of Goodfellow et al.
+    2014, arXiv:1406.2661, eq. 1; 2 log 2 when the critic says 0 everywhere."""
+    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+
+
+def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-E[log sigmoid(D(recon))] (arXiv:1406.2661, section 3): its gradient does not vanish where
+    the critic is sure."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+@dataclass(frozen=True)
+class GANLoss:
+    """Both sides of a GAN loss: ``critic(real_logits, fake_logits)``, ``generator(fake_logits)``;
+    logits of any shape, positive for real, to a float32 scalar."""
+
+    critic: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+GAN_LOSSES = {
+    "hinge": GANLoss(hinge_critic_loss, hinge_generator_loss),
+    "non_saturating": GANLoss(non_saturating_critic_loss, non_saturating_generator_loss),
+}
+
+
+def r1_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406, eq. 9), a
+    scalar with a graph to the critic's parameters.
+
+    D(x) is the mean of an image's logits, which is what the losses see of it. Its gradient's square
+    falls with the number of pixels, so the weight to use grows with it: StyleGAN2-ADA
+    (arXiv:2006.06676) takes 0.0002 * H * W / images per update.
+
+    Args:
+        critic: the bare network, not one wrapped by DDP, whose forward pass prepares a reduction.
+            With the loss that went through DDP it is sent back in one `backward`: each parameter's
+            hook then fires once, with the sum.
+        images: real images as the critic sees them, (B, C, H, W).
+    """
+    images = images.detach().requires_grad_()
+    logits = critic(images).reshape(len(images), -1).mean(1)  # (B,)
+    (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return 0.5 * grad.square().flatten(1).sum(1).mean()
+
+
+def lazy_weight(update: int, *, weight: float, interval: int) -> float:
+    """Weight of a penalty that is taken in every ``interval``-th update (from 0) alone, made up for
+    by a larger weight (arXiv:1912.04958, section 3.1); 0 in the other updates."""
+    return weight * interval if update % interval == 0 else 0.0
+
+
+class LeCam:
+    """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310): keeps the logits of real images
+    near the average of the fakes' and the other way round.
+
+    A controller: `update` once per update; state in `state_dict`. The averages start at 0, where
+    the logits of a critic that has learnt nothing are.
+
+    Args:
+        decay: of the averages, per update.
+        device: where the logits are.
+    """
+
+    def __init__(self, *, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
+        self.decay = decay
+        self.anchors = torch.zeros(2, device=device)  # average logits: real, fake
+
+    def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """E[(D(x) - average fake)^2] + E[(D(recon) - average real)^2] (eq. 4), a scalar."""
+        real_anchor, fake_anchor = self.anchors.unbind()
+        return (real_logits.float() - fake_anchor).square().mean() + (
+            fake_logits.float() - real_anchor
+        ).square().mean()
+
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Move the averages towards this update's mean logits, of this rank; reduced here."""
+        means = all_reduce_mean(torch.stack([real_mean, fake_mean]).float())
+        self.anchors = self.anchors.lerp(means, 1.0 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"anchors": self.anchors}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.anchors = state["anchors"].to(self.anchors)
 
 
 def adaptive_weight(

@@ -1,20 +1,97 @@
-"""Critics on image patches."""
+"""Critics: on image patches (Isola et al. 2017, arXiv:1611.07004) and on whole images (Karras et
+al. 2020, arXiv:1912.04958).
+
+No critic has batch statistics: with them the logits of real images would depend on the fakes beside
+them and on the number of ranks, and the generator's part of an update would move running averages.
+
+`B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from latentvae.errors import UserError, nearest
+
+PATCH_NORMS = ("group", "spectral", "none")
+_PATCH_LAYERS = 3  # 70 pixels
+_STYLEGAN_LAST_SIDE = 4  # of the last map of features, where Karras et al. go over to one vector
+
+
+def build_critic(
+    kind: str,
+    *,
+    image_size: tuple[int, int],
+    in_channels: int = 3,
+    channels: int = 64,
+    num_layers: int | None = None,
+    norm: str | None = None,
+) -> "PatchGAN | StyleGANCritic":
+    """A freshly initialised critic.
+
+    Args:
+        kind: a key of `CRITICS`.
+        image_size: height and width of the smallest images it will see, in pixels.
+        channels: width of the first layer; doubled per layer up to eight times.
+        num_layers: layers or blocks that halve the map. By default 3 for "patch" (70 pixels); for
+            "stylegan" as many as leave at least 4 pixels of the shorter side.
+        norm: of "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
+
+    Raises:
+        UserError: unknown kind or norm, or images too small.
+    """
+    if kind not in CRITICS:
+        allowed = ", ".join(CRITICS)
+        raise UserError(f"no critic '{kind}': it must be {allowed}{nearest(kind, CRITICS)}")
+    side = min(image_size)
+    if side < (least := smallest_side(kind, num_layers)):
+        raise UserError(f"images of {side} px are too small: this critic needs at least {least} px")
+    return CRITICS[kind](side, in_channels, channels, num_layers, norm)
+
+
+def smallest_side(kind: str, num_layers: int | None = None) -> int:
+    """Shortest side of an image, in pixels, of which a critic makes at least one logit."""
+    if kind == "stylegan":
+        return 2 * _STYLEGAN_LAST_SIDE if num_layers is None else 2**num_layers
+    return 3 * 2 ** (num_layers or _PATCH_LAYERS)
+
+
+def power_iteration(critic: nn.Module) -> None:
+    """One step of the power iteration of each spectral norm in ``critic``; nothing without one.
+
+    Due once per update, after the optimiser's step. It depends on the weights alone, so ranks with
+    equal weights stay equal without talking.
+    """
+    with torch.no_grad():
+        for module in critic.modules():
+            if isinstance(module, ParametrizationList):
+                module.train()
+                module()
+                module.eval()
 
 
 class PatchGAN(nn.Module):
-    """PatchGAN critic (Isola et al. 2017, arXiv:1611.07004): one logit per overlapping image patch.
+    """One logit per overlapping image patch.
 
-    Differs from the pix2pix original in one thing: GroupNorm in place of BatchNorm. With batch
-    statistics the logits of real images depend on the fakes beside them and on the number of ranks,
-    and each forward pass of the generator's part would move the critic's running averages.
+    Differs from the pix2pix original in one thing: the norm in place of BatchNorm.
+
+    It is always in eval mode, whatever `.train()` is called on it: torch's spectral norm would take
+    a step of its power iteration in every forward pass in train mode, so that the generator's and
+    the critic's part of an update and its micro-steps saw different weights. `power_iteration`
+    takes that step, once per update.
 
     Args:
         in_channels: image channels.
         channels: width of the first layer; doubled per layer up to eight times.
         num_layers: stride-2 layers; 3 gives a receptive field of 70 pixels.
+        norm: "group"; "spectral" for every convolution's weight divided by its largest singular
+            value (Miyato et al. 2018, arXiv:1802.05957) and no other norm; or "none".
         norm_groups: groups of each GroupNorm.
     """
 
@@ -23,12 +100,18 @@ class PatchGAN(nn.Module):
         *,
         in_channels: int = 3,
         channels: int = 64,
-        num_layers: int = 3,
+        num_layers: int = _PATCH_LAYERS,
+        norm: str = "group",
         norm_groups: int = 16,
     ) -> None:
         super().__init__()
+        if norm not in PATCH_NORMS:
+            allowed = ", ".join(PATCH_NORMS)
+            raise UserError(f"no norm '{norm}': it must be {allowed}{nearest(norm, PATCH_NORMS)}")
+        conv = _SpectralConv2d if norm == "spectral" else nn.Conv2d
+        group = norm == "group"
         layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
+            conv(in_channels, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
         ]
         width = channels
@@ -36,17 +119,34 @@ class PatchGAN(nn.Module):
             previous, width = width, channels * min(2**i, 8)
             stride = 2 if i < num_layers else 1
             layers += [
-                nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(norm_groups, width),
+                conv(previous, width, 4, stride=stride, padding=1, bias=not group),
+                *([nn.GroupNorm(norm_groups, width)] if group else []),
                 nn.LeakyReLU(0.2),
             ]
-        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        layers.append(conv(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
         self.apply(_initialise)
+        for layer in self.layers:  # after it, for it could not reach the weights underneath
+            if isinstance(layer, _SpectralConv2d):
+                spectral_norm(layer)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PatchGAN":
+        return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w), positive for real; images (B, C, H, W) in [-1, 1]."""
         return self.layers(images)
+
+
+class _SpectralConv2d(nn.Conv2d):
+    """Takes its weight in float32: under autocast, torch's spectral norm would multiply a bfloat16
+    vector by a float32 one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(input, weight, self.bias)
 
 
 @torch.no_grad()
@@ -56,3 +156,131 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class StyleGANCritic(nn.Module):
+    """StyleGAN2's residual critic (arXiv:1912.04958, section 3 and appendix B): one logit per
+    image, of any size.
+
+    images -> 1x1 conv -> residual blocks, each halving the map -> 3x3 conv -> mean over space ->
+    two dense layers -> logit
+
+    Two things differ from the original. The mean over space stands where it flattens a 4 x 4 map,
+    so non-square sizes and several sizes work. The standard deviation over the minibatch is left
+    out: it makes an image's logit depend on its neighbours (so on ranks and micro-steps), and what
+    it is for, a generator that draws too few kinds of images, cannot happen to reconstructions.
+
+    Weights are N(0, 1) and scaled when used (equalised learning rate), so that the learning rate
+    that goes with it is the paper's 2e-3 rather than a PatchGAN's 1e-4.
+
+    Args:
+        in_channels: image channels.
+        channels: width at full resolution; doubled per block up to eight times.
+        num_layers: residual blocks; images need 2 ** num_layers pixels a side.
+    """
+
+    def __init__(self, *, in_channels: int = 3, channels: int = 64, num_layers: int = 6) -> None:
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
+        last = widths[-1]
+        self.layers = nn.Sequential(
+            _EqualisedConv2d(in_channels, channels, 1),
+            _ScaledLeakyReLU(),
+            *(_ResidualDown(*pair) for pair in pairwise(widths)),
+            _EqualisedConv2d(last, last, 3, padding=1),
+            _ScaledLeakyReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            _EqualisedConv2d(last, last, 1),
+            _ScaledLeakyReLU(),
+            _EqualisedConv2d(last, 1, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 1, 1, 1), positive for real; images (B, C, H, W) in [-1, 1]."""
+        return self.layers(images)
+
+
+class _EqualisedConv2d(nn.Conv2d):
+    """N(0, 1) weights, divided by the root of the fan-in when used (Karras et al. 2018,
+    arXiv:1710.10196, section 4.1)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = 1.0 / math.sqrt(self.weight[0].numel())
+        return self._conv_forward(input, self.weight * scale, self.bias)
+
+
+class _ScaledLeakyReLU(nn.LeakyReLU):
+    """Times sqrt(2), which about keeps the variance."""
+
+    def __init__(self) -> None:
+        super().__init__(0.2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * math.sqrt(2.0)
+
+
+class _Blur(nn.Module):
+    """The [1, 3, 3, 1] filter before each halving, against aliasing."""
+
+    def __init__(self, *, stride: int, padding: int) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8.0
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        width = images.shape[1]
+        kernel = self.get_buffer("kernel").to(images.dtype).expand(width, 1, 4, 4)
+        return F.conv2d(images, kernel, stride=self.stride, padding=self.padding, groups=width)
+
+
+class _ResidualDown(nn.Module):
+    """(B, in, H, W) -> (B, out, H // 2, W // 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            _EqualisedConv2d(in_channels, in_channels, 3, padding=1),
+            _ScaledLeakyReLU(),
+            _Blur(stride=1, padding=2),
+            _EqualisedConv2d(in_channels, out_channels, 3, stride=2),
+            _ScaledLeakyReLU(),
+        )
+        self.skip = nn.Sequential(
+            _Blur(stride=2, padding=1), _EqualisedConv2d(in_channels, out_channels, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.main(x) + self.skip(x)) * math.sqrt(0.5)
+
+
+def _patch(
+    side: int, in_channels: int, channels: int, num_layers: int | None, norm: str | None
+) -> PatchGAN:
+    return PatchGAN(
+        in_channels=in_channels,
+        channels=channels,
+        num_layers=num_layers or _PATCH_LAYERS,
+        norm=norm or "group",
+    )
+
+
+def _stylegan(
+    side: int, in_channels: int, channels: int, num_layers: int | None, norm: str | None
+) -> StyleGANCritic:
+    if norm not in (None, "none"):
+        raise UserError(f"the stylegan critic has no norm '{norm}': leave it out, or use 'none'")
+    num_layers = num_layers or int(math.log2(side / _STYLEGAN_LAST_SIDE))
+    return StyleGANCritic(in_channels=in_channels, channels=channels, num_layers=num_layers)
+
+
+# (shortest side, in_channels, channels, num_layers, norm) -> critic
+CRITICS: dict[str, Callable[[int, int, int, int | None, str | None], PatchGAN | StyleGANCritic]] = {
+    "patch": _patch,
+    "stylegan": _stylegan,
+}

@@ -1,13 +1,20 @@
 """One update: one forward pass, one pass back through the decoder, then the critic on the same
 images and reconstructions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from latentvae.losses.adversarial import adaptive_weight, hinge_critic_loss, hinge_generator_loss
+from latentvae.losses.adversarial import (
+    GAN_LOSSES,
+    GANLoss,
+    LeCam,
+    adaptive_weight,
+    r1_penalty,
+)
+from latentvae.losses.augment import diff_augment
 from latentvae.losses.objective import Objective
 from latentvae.outputs import AutoencoderOutput
 
@@ -23,6 +30,11 @@ class Adversary:
         factor: weight of the adversarial term now.
         adaptive: balance it by the gradients at the last layer.
         cap: largest adaptive weight.
+        loss: an entry of `GAN_LOSSES`.
+        augment: policy of `diff_augment`, for all that the critic sees.
+        r1_weight: weight of the R1 penalty in this update; 0 leaves it out.
+        lecam: LeCam's averages; None leaves it out. The loop updates them, once per update.
+        lecam_weight: weight of the LeCam penalty.
     """
 
     critic: nn.Module
@@ -30,6 +42,11 @@ class Adversary:
     factor: float
     adaptive: bool
     cap: float
+    loss: GANLoss = GAN_LOSSES["hinge"]
+    augment: Sequence[str] = ()
+    r1_weight: float = 0.0
+    lecam: LeCam | None = None
+    lecam_weight: float = 0.0
 
 
 def backward_model(
@@ -39,6 +56,7 @@ def backward_model(
     objective: Objective,
     last_layer: Tensor,
     adversary: Adversary | None,
+    kl: Tensor | None = None,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
     """Add the gradient of the whole objective to the model's parameters, in one pass through the
@@ -51,6 +69,8 @@ def backward_model(
         images: (B, C, H, W) in [-1, 1].
         out: the wrapper's output for them, with its graph.
         last_layer: the decoder's last weight, for the adaptive weight.
+        kl: scalar, nats per image with its graph, that takes the place of the mean KL in the loss
+            (see `losses.posterior`); the log keeps the plain one.
         divide_by: micro-steps of this update, whose gradients are averaged.
 
     Returns:
@@ -64,6 +84,8 @@ def backward_model(
     latent_terms = objective.latent_terms(images, out)
     log = {f"loss/{name}": value.detach().mean() for name, value in (terms | latent_terms).items()}
     log["loss/nll"] = nll.detach()
+    if kl is not None:
+        latent_terms["kl"] = kl / images[0].numel()
     recon_grad = nll_grad
     if adversary is not None:
         adversarial, adversarial_grad = _adversarial(recon, adversary)
@@ -78,16 +100,18 @@ def backward_model(
             )
         recon_grad = nll_grad + adversary.factor * weight * adversarial_grad
         log |= {"critic/adversarial": adversarial, "critic/adaptive_weight": weight}
+    latent_loss = objective.latent_loss(latent_terms)
+    latent = [latent_loss / divide_by] if latent_loss.requires_grad else []  # encoder not frozen
     torch.autograd.backward(
-        [out.recon, objective.latent_loss(latent_terms) / divide_by, *learned],
-        [recon_grad / divide_by, None, *(grad / divide_by for grad in logvar_grad)],
+        [out.recon, *latent, *learned],
+        [recon_grad / divide_by, *(None for _ in latent), *(g / divide_by for g in logvar_grad)],
     )
     return log
 
 
 def _adversarial(recon: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
     """The generator's loss and its gradient at ``recon``."""
-    loss = hinge_generator_loss(adversary.critic(recon))
+    loss = adversary.loss.generator(adversary.critic(diff_augment(recon, adversary.augment)))
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
 
@@ -95,16 +119,30 @@ def _adversarial(recon: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
 def backward_critic(
     images: Tensor, recon: Tensor, *, adversary: Adversary, divide_by: int = 1
 ) -> dict[str, Tensor]:
-    """Add the hinge loss's gradient to the critic's parameters; ``recon`` is detached here."""
-    logits = adversary.prepared(torch.cat([images, recon.detach()]))
-    real, fake = logits.float().chunk(2)
-    loss = hinge_critic_loss(real, fake)
-    (loss / divide_by).backward()
-    return {
+    """Add the gradient of the critic's loss and penalties to its parameters, in one backward pass;
+    ``recon`` is detached here.
+
+    Returns:
+        Unweighted terms and mean logits by log name, scalars on the device.
+    """
+    seen = diff_augment(torch.cat([images, recon.detach()]), adversary.augment)
+    real, fake = adversary.prepared(seen).float().chunk(2)
+    loss = adversary.loss.critic(real, fake)
+    log = {
         "critic/loss": loss.detach(),
         "critic/logits_real": real.detach().mean(),
         "critic/logits_fake": fake.detach().mean(),
     }
+    if adversary.lecam is not None:
+        lecam = adversary.lecam.penalty(real, fake)
+        log["critic/lecam"] = lecam.detach()
+        loss = loss + adversary.lecam_weight * lecam
+    if adversary.r1_weight > 0:
+        r1 = r1_penalty(adversary.critic, seen[: len(images)])
+        log["critic/r1"] = r1.detach()
+        loss = loss + adversary.r1_weight * r1
+    (loss / divide_by).backward()
+    return log
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -1,7 +1,26 @@
+import pytest
 import torch
+from scipy.signal import convolve2d
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from latentvae.losses.adversarial import hinge_critic_loss
-from latentvae.losses.discriminators import PatchGAN
+from latentvae.errors import UserError
+from latentvae.losses.adversarial import GAN_LOSSES, hinge_critic_loss
+from latentvae.losses.discriminators import (
+    CRITICS,
+    PatchGAN,
+    StyleGANCritic,
+    build_critic,
+    power_iteration,
+    smallest_side,
+)
+
+VARIANTS = [("patch", "group"), ("patch", "spectral"), ("patch", "none"), ("stylegan", None)]
+
+
+def largest_singular_values(critic: PatchGAN) -> list[float]:
+    convs = [layer for layer in critic.layers if isinstance(layer, nn.Conv2d)]
+    return [torch.linalg.matrix_norm(c.weight.flatten(1), 2).item() for c in convs]
 
 
 def test_logits_are_not_bounded() -> None:
@@ -28,3 +47,131 @@ def test_it_learns_to_tell_two_kinds_of_images_apart_to_the_margins() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1].item() < 0.05
+
+
+@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
+@pytest.mark.parametrize("loss", GAN_LOSSES)
+def test_every_critic_learns_with_every_loss(kind: str, norm: str | None, loss: str) -> None:
+    critic = build_critic(kind, image_size=(16, 16), channels=8, num_layers=1, norm=norm)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=5e-3)
+    smooth, noise = torch.rand(4, 3, 1, 1).expand(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(GAN_LOSSES[loss].critic(*critic(torch.cat([smooth, noise])).chunk(2)))
+        losses[-1].backward()
+        optimizer.step()
+        power_iteration(critic)
+    assert losses[-1].item() < 0.5 * losses[0].item()
+
+
+@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
+def test_images_are_judged_alone_at_any_size_and_mode(kind: str, norm: str | None) -> None:
+    critic = build_critic(kind, image_size=(32, 32), in_channels=1, channels=8, norm=norm)
+    images = torch.randn(3, 1, 37, 50)
+    logits = critic.train()(images)
+    assert logits.shape[:2] == (3, 1) and (kind == "patch" or logits.shape == (3, 1, 1, 1))
+    torch.testing.assert_close(logits[1:2], critic(images[1:2]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(critic.eval()(images), logits)
+    copy = build_critic(kind, image_size=(32, 32), in_channels=1, channels=8, norm=norm)
+    copy.load_state_dict(critic.state_dict())
+    assert torch.equal(copy(images), logits)
+
+
+@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
+def test_under_bf16_autocast_the_logits_are_those_of_float32(kind: str, norm: str | None) -> None:
+    critic = build_critic(kind, image_size=(32, 32), channels=8, norm=norm)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = critic(images)
+    expected = critic(images)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3
+
+
+def test_spectral_norm_makes_the_largest_singular_values_one() -> None:
+    critic = PatchGAN(channels=8, num_layers=2, norm="spectral")
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in critic.layers)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.mul_(3.0).add_(0.01)
+    for _ in range(200):
+        power_iteration(critic)
+    assert largest_singular_values(critic) == pytest.approx([1.0] * 4, rel=1e-3)
+
+
+def test_forward_passes_leave_the_power_iteration_where_it_is() -> None:
+    critic = PatchGAN(channels=8, num_layers=2, norm="spectral").train()
+    before = {name: value.clone() for name, value in critic.named_buffers()}
+    assert len(before) == 8
+    critic(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in critic.named_buffers())
+    power_iteration(critic)
+    first = [name for name in before if name.startswith("layers.0.")]  # the last layer is one row
+    assert not any(torch.equal(before[name], critic.get_buffer(name)) for name in first)
+    assert set(before) <= set(critic.state_dict())
+
+
+def test_other_norms_have_nothing_to_iterate() -> None:
+    critic = PatchGAN(channels=8)
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    power_iteration(critic)
+    assert all(torch.equal(before[name], value) for name, value in critic.state_dict().items())
+
+
+def blurred(image: Tensor) -> Tensor:
+    """An (H, W) plane under the outer product of [1, 3, 3, 1] / 8, with a border of two zeros."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    filtered = convolve2d(F.pad(image, (2, 2, 2, 2)), torch.outer(taps, taps), mode="valid")
+    return torch.from_numpy(filtered)
+
+
+@torch.no_grad()
+def test_a_stylegan_block_is_the_papers() -> None:
+    block = StyleGANCritic(channels=8, num_layers=1).layers[2]
+    x = torch.randn(1, 8, 6, 10)
+    first, last, skip = block.main[0], block.main[3], block.skip[1]
+    last.bias.normal_()
+    y = 2**0.5 * F.leaky_relu(F.conv2d(x, first.weight / 72**0.5, padding=1), 0.2)
+    y = torch.stack([blurred(plane) for plane in y[0]])[None]
+    y = 2**0.5 * F.leaky_relu(F.conv2d(y, last.weight / 72**0.5, last.bias, stride=2), 0.2)
+    small = torch.stack([blurred(plane)[1:-1:2, 1:-1:2] for plane in x[0]])[None]
+    expected = (y + F.conv2d(small, skip.weight / 8**0.5)) / 2**0.5
+    torch.testing.assert_close(block(x), expected)
+
+
+@torch.no_grad()
+def test_stylegans_equalised_weights_keep_the_scale_of_the_features() -> None:
+    critic = StyleGANCritic(channels=32, num_layers=3)
+    assert all(0.9 < p.std() < 1.1 for p in critic.parameters() if p.numel() > 1000)
+    x = critic.layers[:2](torch.randn(8, 3, 64, 64))
+    for block in critic.layers[2:5]:
+        x = block(x)
+        assert 0.2 < x.square().mean() < 2.0
+
+
+def test_stylegans_depth_follows_from_the_image() -> None:
+    for size, blocks in (((256, 256), 6), ((96, 160), 4), ((8, 8), 1)):
+        critic = build_critic("stylegan", image_size=size, channels=8)
+        assert isinstance(critic, StyleGANCritic)
+        assert len(critic.layers) == 2 + blocks + 6
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(k, n) for k in CRITICS for n in (None, 1, 2)])
+def test_the_smallest_image_gives_a_logit_and_smaller_is_refused(
+    kind: str, layers: int | None
+) -> None:
+    side = smallest_side(kind, layers)
+    critic = build_critic(kind, image_size=(side, 99), channels=8, num_layers=layers)
+    assert critic(torch.zeros(1, 3, side, side)).numel() >= 1
+    with pytest.raises(UserError, match=f"at least {side} px"):
+        build_critic(kind, image_size=(99, side - 1), channels=8, num_layers=layers)
+
+
+def test_wrong_names_are_told_with_what_is_allowed() -> None:
+    with pytest.raises(UserError, match="patch, stylegan; did you mean 'stylegan'"):
+        build_critic("stylegan2", image_size=(64, 64))
+    with pytest.raises(UserError, match="group, spectral, none; did you mean 'group'"):
+        build_critic("patch", image_size=(64, 64), norm="groups")
+    with pytest.raises(UserError, match="has no norm 'spectral'"):
+        build_critic("stylegan", image_size=(64, 64), norm="spectral")

@@ -1,0 +1,109 @@
+"""How much the posterior may say: KL warm-up, free bits, a target capacity; and which channels say
+anything.
+
+Schedules are functions of the update, which the loop evaluates. The KLs here are nats per image and
+take the place of the plain mean KL in the loss. Bits are per latent element, as in the log's
+`latent/kl_bits_per_element`, so none depends on the resolution. Where a term is not linear in the
+KL, its bend is decided by the mean over all ranks: two ranks equal one with the joined batch.
+
+`B` batch, `d` latent channels, `h w` latent space.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentvae.distributed import all_reduce_mean, all_reduce_sum
+
+ACTIVE_VARIANCE = 0.01  # of the posterior mean (Burda et al. 2016, arXiv:1509.00519)
+
+
+def kl_warmup(update: int, warmup_updates: int) -> float:
+    """Factor on the KL's weight in update ``update`` (from 0): from 0 linearly to 1 at
+    ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282)."""
+    return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
+
+
+def capacity(update: int, *, target: float, growth_updates: int) -> float:
+    """Capacity C in update ``update`` (from 0): from 0 linearly to ``target`` at
+    ``growth_updates`` (Burgess et al. 2018, arXiv:1804.03599)."""
+    return target * kl_warmup(update, growth_updates)
+
+
+def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
+    """sum_j max(lambda, E[KL_j]) over channels j (Kingma et al. 2016, arXiv:1606.04934, eq. 15):
+    a channel below lambda is not pushed further down.
+
+    Args:
+        kl_per_channel: (B, d), nats, summed over positions.
+        bits: lambda, in bits per latent element.
+        positions: h * w.
+
+    Returns:
+        Scalar, nats per image. The mean over the batch is that of one micro-step on all ranks.
+    """
+    floor = bits * math.log(2.0) * positions
+    local = kl_per_channel.float().mean(0)  # (d,)
+    above = all_reduce_mean(local) > floor
+    return torch.where(above, local, floor).sum()
+
+
+def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
+    """|E[KL] - C| (arXiv:1804.03599, eq. 8): the KL is drawn to C from either side.
+
+    Args:
+        kl: (B,), nats per image.
+        bits: C now, in bits per latent element.
+        elements: d * h * w.
+
+    Returns:
+        Scalar, nats per image; its mean over ranks is the value for the joined batch.
+    """
+    target = bits * math.log(2.0) * elements
+    local = kl.float().mean()
+    side = torch.sign(all_reduce_mean(local) - target)
+    return side * (local - target)
+
+
+class ActiveUnits:
+    """Counts the channels whose posterior mean varies over images and positions, in a window of
+    updates: variance above 0.01 (arXiv:1509.00519, section 5.4).
+
+    Sums stay on the device, in float64; one host sync in `count`.
+
+    Args:
+        num_channels: d.
+        device: where the latents are.
+        saved: `state()` of an earlier window, of this rank.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        device: torch.device | str = "cpu",
+        saved: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        zeros = torch.zeros(3, num_channels, dtype=torch.float64)
+        start = torch.tensor(saved, dtype=torch.float64) if saved else zeros
+        self._sums = start.to(device)  # of 1, x and x^2
+
+    def add(self, mean: Tensor) -> None:
+        """Take in the posterior means of a batch, (B, d, h, w)."""
+        values = mean.detach().double()
+        powers = torch.stack([torch.ones_like(values), values, values.square()])
+        self._sums = self._sums + powers.sum(dim=(1, 3, 4))
+
+    def count(self) -> int | None:
+        """Active channels over all ranks, None if nothing was added; empties the window. All ranks
+        call it."""
+        number, total, squares = all_reduce_sum(self._sums).unbind()
+        self._sums = torch.zeros_like(self._sums)
+        variance = squares / number - (total / number).square()
+        values = variance.tolist()
+        return None if math.isnan(values[0]) else sum(value > ACTIVE_VARIANCE for value in values)
+
+    def state(self) -> list[list[float]]:
+        return self._sums.tolist()
