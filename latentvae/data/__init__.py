@@ -1,4 +1,4 @@
-"""Images from files to batches: reading, folders, transforms, order, loaders."""
+"""Images from files, tar shards and tables to batches: reading, transforms, order, loaders."""
 
 from latentvae.data.bad_images import BadImages
 from latentvae.data.dataset import (
@@ -9,19 +9,27 @@ from latentvae.data.dataset import (
     validation_batches,
 )
 from latentvae.data.folder import ImageFolder, ImageSource, SamplePhotos
+from latentvae.data.hub import DatasetSpec, HubImages
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sampler import IndexSampler
-from latentvae.data.split import open_images, open_source
+from latentvae.data.split import Subset, open_images, open_source
+from latentvae.data.stream import ImageStream, stream_loader
+from latentvae.data.tar import TarShards
 from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
 
 __all__ = [
     "BadImages",
     "Batch",
+    "DatasetSpec",
     "EvalTransform",
+    "HubImages",
     "ImageFolder",
     "ImageSource",
+    "ImageStream",
     "IndexSampler",
     "SamplePhotos",
+    "Subset",
+    "TarShards",
     "TrainImages",
     "TrainTransform",
     "UnreadableImage",
@@ -29,6 +37,7 @@ __all__ = [
     "open_images",
     "open_source",
     "read_image",
+    "stream_loader",
     "to_tensor",
     "train_loader",
     "validation_batches",

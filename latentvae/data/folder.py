@@ -1,15 +1,18 @@
-"""Where images come from: a folder of files, or the photos that come with scikit-image."""
+"""Where images come from: a folder of files, or the photos that come with scikit-image.
+
+Tar files are in ``tar.py``, tables of images (parquet, arrow, the Hub) in ``hub.py``.
+"""
 
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from PIL import Image
 
-from latentvae.data.reading import read_image
+from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.errors import UserError, nearest
 
 SUFFIXES = (
@@ -45,16 +48,15 @@ class ImageFolder:
 
     Args:
         root: the folder (``~`` allowed).
-        names: take only these relative paths (posix), as they are listed.
 
     Example:
         folder = ImageFolder("photos")
         folder.name(0), folder.read(0).size  # ("2021/a.jpg", (4032, 3024))
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, names: Iterable[str] | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser()
-        self.names = _image_names(self.root) if names is None else list(names)
+        self.names = _image_names(self.root)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,10 +104,28 @@ class SamplePhotos:
         return self._decoded[index]
 
 
+def inner_name(name: str) -> str:
+    """The name of an image in a container, as a relative path: no leading ``/``, no ``..``."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of the relative path is hidden; macOS adds ``._`` files to tars."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def read_named(name: str, data: bytes, *, at_least: int | None = None) -> Image.Image:
+    """``read_image`` of the bytes of a file, whose name the error gives."""
+    try:
+        return read_image(data, at_least=at_least)
+    except UnreadableImage as error:
+        raise UnreadableImage(name, error.reason) from error
+
+
 def _image_names(root: Path) -> list[str]:
     _check_folder(root)
     try:
-        files = list(_walk(root, PurePosixPath(), seen=set()))
+        files = list(walk(root))
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
     names = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
@@ -127,6 +147,14 @@ def _check_folder(root: Path) -> None:
     )
     near = nearest(root.name, siblings) or f"; a folder of images or '{SAMPLES}' is needed"
     raise UserError(f"there is no folder '{root}'{near}")
+
+
+def walk(root: Path) -> Iterator[PurePosixPath]:
+    """The files below a folder, as paths relative to it; hidden ones are left out, links followed.
+
+    A folder reached twice, by links, counts once.
+    """
+    return _walk(root, PurePosixPath(), seen=set())
 
 
 def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PurePosixPath]:

@@ -1,56 +1,160 @@
-"""Which images are for training and which for validation."""
+"""Which images are for training and which for validation, and what form they are in.
+
+Every source sorts its images by a name that does not tell how they are stored, and a share is held
+out by the hash of that name. So the same images as a folder, as tar files or as a table with paths
+give the same two sets and, with the same seed, the same batches.
+"""
 
 import hashlib
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
-from latentvae.data.folder import SAMPLES, ImageFolder, ImageSource, SamplePhotos
+from PIL import Image
+
+from latentvae.data.folder import SAMPLES, SUFFIXES, ImageFolder, ImageSource, SamplePhotos, walk
+from latentvae.data.hub import SAVED, TABLE_SUFFIXES, DatasetSpec, HubImages
+from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
 
+Spec = str | os.PathLike[str] | DatasetSpec
 
-def open_source(spec: str | os.PathLike[str], *, split: str = "validation") -> ImageSource:
-    """Open ``"samples"`` (the given split of the sample photos) or a folder (all of it)."""
-    return SamplePhotos(split) if os.fspath(spec) == SAMPLES else ImageFolder(spec)
+
+class Subset:
+    """Some images of a source.
+
+    Args:
+        source: the images.
+        indices: which of them, in this order.
+    """
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int, /) -> str:
+        return self.source.name(self.indices[index])
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        return self.source.read(self.indices[index], at_least=at_least)
+
+
+def open_source(spec: Spec, *, split: str = "validation") -> ImageSource:
+    """Open what ``spec`` names; the form of a folder is told by what lies in it.
+
+    Args:
+        spec: ``"samples"`` (write ``./samples`` for a folder of that name); a folder of images; a
+            .tar file, a folder of them, or a pattern (``TarShards``); a .parquet or .arrow file, a
+            folder of them, or one written by ``save_to_disk`` (``HubImages``). A folder that has
+            images is a folder of images, whatever else it has. Or a ``DatasetSpec``: any of these,
+            with options, or, if there is no such path, a data set of the Hub.
+        split: which split of the sample photos or of a local table; other forms are taken whole. A
+            ``DatasetSpec`` has its own.
+    """
+    if isinstance(spec, DatasetSpec):
+        kind = _kind(spec.name) or "table"
+    else:
+        spec = DatasetSpec(name=os.fspath(spec), split=split)
+        kind = _kind(spec.name) or "folder"
+    if kind == "samples":
+        return SamplePhotos(spec.split)
+    if kind == "table":
+        return HubImages(spec)
+    return TarShards(spec.name) if kind == "tar" else ImageFolder(spec.name)
 
 
 def open_images(
-    spec: str | os.PathLike[str],
+    spec: Spec,
     *,
-    validation_data_dir: str | os.PathLike[str] | None = None,
+    validation_data_dir: Spec | None = None,
     split_share: float = 0.02,
     seed: int = 0,
+    max_train_samples: int | None = None,
 ) -> tuple[ImageSource, ImageSource]:
     """Open the images for training and for validation; no file is in both.
 
     Args:
-        spec: ``"samples"`` or a folder (write ``./samples`` for a folder of that name).
-        validation_data_dir: the same for validation; files of it below ``spec`` are not trained on.
+        spec: as for ``open_source``; of the sample photos and of tables the training split.
+        validation_data_dir: the same for validation; files of a folder, or tar files, that are in
+            both are not trained on, and the same table twice is refused.
         split_share: the share of ``spec`` held out if there is no ``validation_data_dir``, in
-            (0, 1). A file is held out by the hash of its relative path and ``seed``, so adding
-            files moves none of the others; at least one is held out and one kept.
-        seed: another seed holds out other files.
+            (0, 1). An image is held out by the hash of its name and ``seed``, so adding images
+            moves none of the others; at least one is held out and one kept.
+        seed: another seed holds out other images.
+        max_train_samples: train on this many at most: those with the smallest hashes of name and
+            ``seed``, so a smaller set lies within a larger one, and both are drawn from all over.
     """
     train = open_source(spec, split="train")
     if validation_data_dir is not None:
         validation = open_source(validation_data_dir, split="validation")
-        return _without(train, validation), validation
-    if isinstance(train, ImageFolder):
-        return _hold_out(train, share=split_share, seed=seed)
-    return train, open_source(spec, split="validation")
+        train = _without(train, validation)
+    elif isinstance(train, SamplePhotos):
+        validation = open_source(spec, split="validation")
+    else:
+        train, validation = _hold_out(train, share=split_share, seed=seed)
+    return _limited(train, max_train_samples, seed=seed), validation
 
 
-def _hold_out(folder: ImageFolder, *, share: float, seed: int) -> tuple[ImageFolder, ImageFolder]:
+def _kind(name: str) -> Literal["samples", "tar", "table", "folder"] | None:
+    """None if there is nothing of that name."""
+    path = Path(name).expanduser()
+    if name == SAMPLES:
+        return "samples"
+    if name.lower().endswith((".tar", *COMPRESSED_SUFFIXES)):
+        return "tar"
+    if path.is_dir():
+        return _kind_of_folder(path)
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        return "table"
+    return "folder" if path.exists() else None
+
+
+def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
+    if any((folder / name).is_file() for name in SAVED):
+        return "table"
+    found: set[str] = set()
+    try:
+        for file in walk(folder):
+            found.add(file.suffix.lower())
+            if file.suffix.lower() in SUFFIXES:
+                return "folder"
+    except OSError:
+        return "folder"  # which says what is wrong
+    if ".tar" in found:
+        return "tar"
+    return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
+
+
+def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, Subset]:
     if not 0 < share < 1:
         raise UserError(f"the held-out share is {share}; it must lie between 0 and 1 (0.02, say)")
-    if len(folder) < 2:
+    if len(source) < 2:
         raise UserError(
-            f"'{folder.root}' has one image only; two are needed to hold one out for validation"
+            f"there is one image only ('{source.name(0)}'); two are needed to hold one out for "
+            "validation"
         )
-    draws = {name: _unit_hash(name, seed) for name in folder.names}
-    ranked = sorted(draws, key=lambda name: draws[name])
-    held = {name for name in ranked if draws[name] < share} - {ranked[-1]} | {ranked[0]}
-    train = [name for name in folder.names if name not in held]
-    validation = [name for name in folder.names if name in held]
-    return ImageFolder(folder.root, names=train), ImageFolder(folder.root, names=validation)
+    draws = _draws(source, seed)
+    ranked = sorted(range(len(draws)), key=draws.__getitem__)
+    held = {i for i in ranked if draws[i] < share} - {ranked[-1]} | {ranked[0]}
+    kept = [i for i in range(len(draws)) if i not in held]
+    return Subset(source, kept), Subset(source, sorted(held))
+
+
+def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
+    if count is None or count >= len(source):
+        return source
+    if count < 1:
+        raise UserError(f"max_train_samples is {count}; 1 or more is needed")
+    draws = _draws(source, seed)
+    return Subset(source, sorted(sorted(range(len(draws)), key=draws.__getitem__)[:count]))
+
+
+def _draws(source: ImageSource, seed: int) -> list[float]:
+    return [_unit_hash(source.name(i), seed) for i in range(len(source))]
 
 
 def _unit_hash(name: str, seed: int) -> float:
@@ -60,17 +164,28 @@ def _unit_hash(name: str, seed: int) -> float:
 
 
 def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
-    """``train`` less the files that are in ``validation`` too (one folder may lie in the other)."""
-    if not (isinstance(train, ImageFolder) and isinstance(validation, ImageFolder)):
+    """``train`` less what is in ``validation`` too."""
+    if isinstance(train, ImageFolder) and isinstance(validation, ImageFolder):
+        kept = _other_files(train, validation)
+    elif isinstance(train, TarShards) and isinstance(validation, TarShards):
+        held = {shard.resolve() for shard in validation.shards}
+        shared = {shard for shard in train.shards if shard.resolve() in held}
+        kept = [i for i in range(len(train)) if train.shard(i) not in shared]
+    elif isinstance(train, HubImages) and isinstance(validation, HubImages):
+        kept = [] if train.origin == validation.origin else range(len(train))
+    else:
         return train
+    if not kept:
+        raise UserError(
+            f"every training image is also in the validation data ('{train.name(0)}' is the "
+            "first); give other data, or none to hold out a share"
+        )
+    return train if len(kept) == len(train) else Subset(train, kept)
+
+
+def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
     roots = train.root.resolve(), validation.root.resolve()
     if not (roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])):
-        return train
+        return range(len(train))
     held = {(validation.root / name).resolve() for name in validation.names}
-    names = [name for name in train.names if (train.root / name).resolve() not in held]
-    if not names:
-        raise UserError(
-            f"every image of '{train.root}' is also in the validation folder '{validation.root}'; "
-            "give two folders, or leave the validation folder out to hold out a share"
-        )
-    return ImageFolder(train.root, names=names)
+    return [i for i, name in enumerate(train.names) if (train.root / name).resolve() not in held]

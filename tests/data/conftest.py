@@ -1,7 +1,11 @@
 """Generated pictures and files that the data tests share."""
 
+import gc
+import io
 import struct
+import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +51,59 @@ def photos(tmp_path: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(30 + 3 * index, 50 - 2 * index, seed=index).save(file)
     return root
+
+
+@pytest.fixture
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Caches of tar indices and of `datasets` in a folder of the test's own."""
+    import datasets
+
+    caches = tmp_path / "caches"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(caches / "datasets"))
+    # What `datasets` sleeps when a stream is dropped, for pyarrow's threads to end.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    datasets.disable_progress_bars()
+    yield caches
+    gc.collect()  # streams that are dropped later would sleep in another test
+
+
+def tar(path: Path, files: dict[str, bytes], *, kind: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar file with these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as writer:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            writer.addfile(member, io.BytesIO(data))
+    return path
+
+
+def parquet(path: Path, cells: list, *, column: str = "image") -> Path:
+    """A parquet file with a column of images, each ``{"bytes": ..., "path": ...}``, and labels."""
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    labels = list(range(len(cells)))
+    table = pyarrow.table({column: pyarrow.array(cells, type=files), "label": labels})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+@pytest.fixture
+def make_tar():
+    return tar
+
+
+@pytest.fixture
+def make_parquet():
+    return parquet
+
+
+@pytest.fixture
+def files(photos: Path) -> dict[str, bytes]:
+    """The twelve pictures by name, in an order that is not the names'."""
+    names = sorted(str(file.relative_to(photos)) for file in photos.rglob("*.png"))
+    order = np.random.default_rng(0).permutation(len(names))
+    return {names[i]: (photos / names[i]).read_bytes() for i in order}

@@ -1,9 +1,30 @@
-"""No file is on both sides, and the held-out files stay held out when others are added."""
+"""No file is on both sides, the held-out files stay held out when others are added, and the form
+that images are stored in changes neither the two sides nor a batch."""
+
+import pickle
+from itertools import islice
 
 import pytest
+import torch
 
-from latentvae.data import ImageFolder, SamplePhotos, open_images, open_source
+from latentvae.data import (
+    DatasetSpec,
+    HubImages,
+    ImageFolder,
+    IndexSampler,
+    SamplePhotos,
+    TarShards,
+    TrainImages,
+    TrainTransform,
+    open_images,
+    open_source,
+    train_loader,
+)
 from latentvae.errors import UserError
+
+
+def names(source):
+    return [source.name(index) for index in range(len(source))]
 
 
 def fill(root, count, start=0):
@@ -14,10 +35,9 @@ def fill(root, count, start=0):
 
 def held_out(root, **options):
     train, validation = open_images(root, **options)
-    assert isinstance(train, ImageFolder) and isinstance(validation, ImageFolder)
-    assert not set(train.names) & set(validation.names)
-    assert sorted(train.names + validation.names) == ImageFolder(root).names
-    return set(validation.names)
+    assert not set(names(train)) & set(names(validation))
+    assert sorted(names(train) + names(validation)) == ImageFolder(root).names
+    return set(names(validation))
 
 
 def test_the_share_is_about_what_was_asked(tmp_path):
@@ -65,8 +85,8 @@ def test_a_validation_folder_is_taken_whole_and_never_trained_on(tmp_path):
     assert (len(train), len(validation)) == (7, 2)
     train, validation = open_images(tmp_path / "all", validation_data_dir=tmp_path / "all" / "val")
     assert (len(train), len(validation)) == (4, 3)
-    assert [train.name(index) for index in range(4)] == [f"000{index}.jpg" for index in range(4)]
-    with pytest.raises(UserError, match="is also in the validation folder"):
+    assert names(train) == [f"000{index}.jpg" for index in range(4)]
+    with pytest.raises(UserError, match="every training image is also in the validation"):
         open_images(tmp_path / "all" / "val", validation_data_dir=tmp_path / "all")
 
 
@@ -79,3 +99,97 @@ def test_samples(tmp_path):
     train, validation = open_images(tmp_path, validation_data_dir="samples")
     assert isinstance(validation, SamplePhotos) and validation.name(0) == "chelsea.png"
     assert open_source("samples").name(0) == "chelsea.png" and len(open_source(tmp_path)) == 3
+
+
+@pytest.fixture
+def forms(tmp_path, own_caches, photos, files, make_tar, make_parquet):
+    """The same pictures as a folder, over three tar files, and as a table in another order."""
+    parts = list(files.items())
+    for number in range(3):
+        make_tar(tmp_path / "shards" / f"{number}.tar", dict(parts[number::3]))
+    cells = [{"bytes": data, "path": name} for name, data in reversed(parts)]
+    return photos, tmp_path / "shards", make_parquet(tmp_path / "set" / "train.parquet", cells)
+
+
+def batches(source, *, num_workers=0, start_step=0):
+    sampler = IndexSampler(len(source), 3, seed=5, start_step=start_step)
+    dataset = TrainImages(source, TrainTransform(16, random_flip=True), seed=5)
+    loader = train_loader(dataset, sampler, num_workers=num_workers)
+    return [batch.images for batch in islice(loader, 7 - start_step)]
+
+
+def test_folder_tars_and_table_give_the_same_sides_and_the_same_batches(forms):
+    found = [open_images(form, split_share=0.25, seed=1) for form in forms]
+    assert [type(train.source) for train, _ in found] == [ImageFolder, TarShards, HubImages]
+    expected = batches(found[0][0])
+    for train, validation in found[1:]:
+        assert names(validation) == names(found[0][1]) and 0 < len(validation) < 6
+        assert names(train) == names(found[0][0])
+        assert all(map(torch.equal, batches(train), expected))
+        assert all(map(torch.equal, batches(train, start_step=5), expected[5:]))
+    assert not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_workers_read_tars_and_tables_as_this_process_does(forms, form):
+    train, _ = open_images(forms[form], split_share=0.25, seed=1)
+    assert all(map(torch.equal, batches(train, num_workers=2), batches(train)))
+    again = pickle.loads(pickle.dumps(train))
+    assert all(map(torch.equal, batches(again), batches(train)))
+
+
+def test_a_spec_is_told_by_what_is_there(forms, tmp_path, files):
+    folder, shards, table = forms
+    expected = {
+        folder: ImageFolder,
+        shards: TarShards,
+        shards / "1.tar": TarShards,
+        shards / "{0..2}.tar": TarShards,
+        table: HubImages,
+        table.parent: HubImages,
+        DatasetSpec(name=str(folder)): ImageFolder,
+        DatasetSpec(name=str(shards)): TarShards,
+        DatasetSpec(name=str(table.parent), image_column="image"): HubImages,
+        DatasetSpec(name="samples", split="validation"): SamplePhotos,
+    }
+    for spec, kind in expected.items():
+        assert type(open_source(spec)) is kind, spec
+    assert len(open_source(DatasetSpec(name="samples", split="validation"))) == 2
+    (shards / "preview.png").write_bytes(next(iter(files.values())))
+    assert type(open_source(shards)) is ImageFolder
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("x")
+    with pytest.raises(UserError, match="no images in"):
+        open_source(tmp_path / "notes")
+    with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_what_is_validated_on_is_not_trained_on(forms, tmp_path):
+    folder, shards, table = forms
+    train, validation = open_images(shards, validation_data_dir=shards / "1.tar")
+    assert (len(train), len(validation)) == (8, 4) and not set(names(train)) & set(
+        names(validation)
+    )
+    for form in (shards, table):
+        with pytest.raises(UserError, match="every training image is also in the validation"):
+            open_images(form, validation_data_dir=form)
+    train, validation = open_images(table, validation_data_dir=folder)
+    assert (len(train), len(validation)) == (12, 12)
+
+
+def test_max_train_samples_takes_a_nested_spread_share(tmp_path):
+    fill(tmp_path, 400)
+    every, validation = open_images(tmp_path, split_share=0.1)
+    subsets = []
+    for count in (50, 100):
+        train, held = open_images(tmp_path, split_share=0.1, max_train_samples=count)
+        assert names(held) == names(validation) and len(train) == count
+        assert names(train) == sorted(names(train))
+        subsets.append(set(names(train)))
+    assert subsets[0] < subsets[1] < set(names(every))
+    assert 10 < sum(name < "0200" for name in subsets[0]) < 40
+    train, _ = open_images(tmp_path, split_share=0.1, max_train_samples=10_000)
+    assert names(train) == names(every)
+    with pytest.raises(UserError, match="max_train_samples is 0; 1 or more"):
+        open_images(tmp_path, max_train_samples=0)

@@ -1,0 +1,195 @@
+"""Images in tables, read with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
+
+https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows; the images are
+decoded here, by ``read_image``, so that a file is the same image wherever it comes from. What it
+prepares goes to ``cache_dir`` (its own cache folder without one), never beside the data.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from latentvae.data.folder import inner_name, read_named
+from latentvae.data.reading import UnreadableImage
+from latentvae.errors import UserError, nearest
+
+if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
+    from datasets import Features
+
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Which images: a data set of the Hub, or a local path with options.
+
+    Attributes:
+        name: a Hub id such as ``"user/photos"``, or a path that exists.
+        config_name: the configuration, where the data set has several.
+        split: the split; a data set with only one gives that.
+        image_column: the column of images, where there are several.
+        cache_dir: where ``datasets`` keeps what it downloads and prepares.
+    """
+
+    name: str
+    config_name: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    cache_dir: str | None = None
+
+
+class HubImages:
+    """The images of a data set, sorted by the path stored with each (``datasets`` keeps one).
+
+    A row without a path, or with another's, is named ``train/000000012`` by its split and number,
+    so a table without paths keeps its order.
+
+    Args:
+        spec: the data set.
+
+    Example:
+        photos = HubImages(DatasetSpec(name="photos.parquet"))
+        photos.name(0), photos.read(0).size  # ("a/0001.jpg", (640, 480))
+    """
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        rows, split = open_rows(spec)
+        path = Path(spec.name).expanduser()
+        self.origin = (str(path.resolve()) if path.exists() else spec.name, spec.config_name, split)
+        self.column = image_column(rows.features, wanted=spec.image_column)
+        self.rows = undecoded(rows, self.column)
+        paths = self.rows.flatten().select_columns(f"{self.column}.path")[f"{self.column}.path"]
+        names = _row_names(list(paths), split)
+        self._order = sorted(range(len(names)), key=names.__getitem__)
+        self.names = [names[row] for row in self._order]
+        if not self.names:
+            raise UserError(f"data set '{spec.name}' has no rows in its split '{split}'")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int, /) -> str:
+        return self.names[index]
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        cell = self.rows[self._order[index]][self.column]
+        return read_named(self.name(index), cell_bytes(cell, self.name(index)), at_least=at_least)
+
+
+def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
+    """The rows, all columns of them, and the name of their split.
+
+    Raises:
+        UserError: the data set is missing, damaged or out of reach, or has no such split.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(spec.name).expanduser()
+    options: dict[str, Any] = {"cache_dir": spec.cache_dir, "streaming": streaming}
+    try:
+        if path.is_dir() and any((path / name).exists() for name in SAVED):
+            found = load_from_disk(str(path))
+        elif path.is_file():
+            kind = path.suffix.lower().removeprefix(".")
+            found = load_dataset(kind, data_files=str(path), **options)
+        else:
+            name = str(path) if path.exists() else spec.name
+            found = load_dataset(name, spec.config_name, **options)
+    # Not a list of types: the network, the Hub's client, pyarrow and datasets raise their own.
+    except Exception as error:
+        raise UserError(f"data set '{spec.name}' cannot be opened: {_first_line(error)}") from error
+    if not isinstance(found, dict):  # a data set saved alone: of whatever split
+        return found, spec.split
+    if spec.split not in found and len(found) > 1:
+        splits = [str(split) for split in found]
+        raise UserError(
+            f"data set '{spec.name}' has no split '{spec.split}', only {', '.join(splits)}"
+            f"{nearest(spec.split, splits)}"
+        )
+    split = spec.split if spec.split in found else next(iter(found))
+    return found[split], str(split)
+
+
+def image_column(features: "Features | None", *, wanted: str | None) -> str:
+    """The column of images: ``wanted``, or the only one there is.
+
+    Raises:
+        UserError: there is none, or more than one, or ``wanted`` is another kind of column.
+    """
+    from datasets import Image as ImageFeature
+
+    columns = dict(features or {})
+    if wanted is not None and wanted not in columns:
+        near = nearest(wanted, columns)
+        raise UserError(f"there is no column '{wanted}', only {', '.join(columns)}{near}")
+    images = [name for name, kind in columns.items() if isinstance(kind, ImageFeature)]
+    bytes_like = [name for name, kind in columns.items() if _holds_files(kind)]
+    if wanted is not None and wanted not in images + bytes_like:
+        raise UserError(
+            f"column '{wanted}' holds {columns[wanted]}, not images"
+            + (f"; {', '.join(images + bytes_like)} may" if images + bytes_like else "")
+        )
+    found = [wanted] if wanted is not None else images or bytes_like
+    if len(found) != 1:
+        several = f"several columns of images ({', '.join(found)})" if found else "no image column"
+        raise UserError(
+            f"the data set has {several}; its columns are {', '.join(columns)}: "
+            "name one as the image column"
+        )
+    return found[0]
+
+
+def undecoded(rows: Any, column: str) -> Any:
+    """The rows with that column alone, as ``{"bytes": ..., "path": ...}``."""
+    from datasets import Image as ImageFeature
+
+    return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+
+
+def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
+    """The image file in a cell, read from its path if the cell holds only that.
+
+    Raises:
+        UnreadableImage: the cell is null, or its file cannot be read.
+    """
+    import fsspec
+
+    if not cell or (cell["bytes"] is None and cell["path"] is None):
+        raise UnreadableImage(name, "the row has no image")
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    try:
+        with fsspec.open(cell["path"], "rb") as file:  # may lie on the Hub, when streamed
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as error:  # of the file system's client
+        raise UnreadableImage(name, _first_line(error)) from error
+
+
+def _holds_files(kind: Any) -> bool:
+    """Whether a column of plain parquet holds files: bytes, or bytes with a path."""
+    if isinstance(kind, dict):
+        return {"bytes", "path"} == set(kind)
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def _row_names(paths: list[str | None], split: str) -> list[str]:
+    """Stored paths where they tell the rows apart, numbers of nine digits elsewhere."""
+    absolute = [path for path in paths if path and os.path.isabs(path)]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else ""
+    names = [inner_name((path or "").removeprefix(root)) for path in paths]
+    times = Counter(names)
+    return [
+        name if name and times[name] == 1 else f"{split}/{row:09d}"
+        for row, name in enumerate(names)
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error  # datasets wraps what went wrong while it prepared a split
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__

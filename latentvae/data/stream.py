@@ -1,0 +1,217 @@
+"""Training images from a data set too large to download: rows are read one after the other.
+
+There is no access by number, so the order is only as random as the shuffle buffer makes it, and a
+run resumes approximately. Where the images fit on disk, ``open_images`` is better in both.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, collate
+from latentvae.data.folder import inner_name, read_named
+from latentvae.data.hub import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
+from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.reading import UnreadableImage
+from latentvae.data.transforms import TrainTransform
+from latentvae.data.workers import leave_signals_to_the_trainer
+from latentvae.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class FirstRows:
+    """The first rows of a stream, kept in memory as files: an ImageSource to validate with.
+
+    Args:
+        files: (name, bytes) of each.
+    """
+
+    def __init__(self, files: list[tuple[str, bytes]]) -> None:
+        self.files = files
+        self.digests = {_digest(data) for _, data in files}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int, /) -> str:
+        return self.files[index][0]
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        return read_named(*self.files[index], at_least=at_least)
+
+
+class ImageStream:
+    """A data set opened for streaming.
+
+    Args:
+        spec: the data set.
+        held_out: so many of the first rows are kept in memory for validation, as ``held_out``;
+            files equal to theirs are never trained on.
+        shuffle_buffer: undecoded images that wait in memory, of which the next is drawn at random;
+            in each worker.
+    """
+
+    def __init__(self, spec: DatasetSpec, *, held_out: int = 0, shuffle_buffer: int = 1000) -> None:
+        rows, self.split = open_rows(spec, streaming=True)
+        self.name = spec.name
+        self.column = image_column(rows.features, wanted=spec.image_column)
+        self.rows = undecoded(rows, self.column)
+        self.shuffle_buffer = shuffle_buffer
+        self.held_out = FirstRows(list(_files(self._cells(held_out), split=self.split)))
+
+    @property
+    def num_images(self) -> int | None:
+        """Rows in the split, where the data set says so."""
+        splits = self.rows.info.splits or {}
+        return splits[self.split].num_examples if self.split in splits else None
+
+    def part(self, epoch: int, *, seed: int, rank: int, world_size: int) -> Any:
+        """The rows of one rank in one pass, shuffled by (seed, epoch)."""
+        from datasets.distributed import split_dataset_by_node
+
+        order = int(counter_rng(Stream.ORDER, seed, epoch).integers(2**31))
+        shuffled = self.rows.shuffle(seed=order, buffer_size=self.shuffle_buffer)
+        return split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
+
+    def _cells(self, count: int) -> Iterator[Any]:
+        return (row[self.column] for row in self.rows.take(count))
+
+
+def stream_loader(
+    stream: ImageStream,
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+) -> DataLoader[TrainItem]:
+    """Endless batches (``Batch``) of a stream; the counterpart of ``train_loader``.
+
+    The files are shared among the ranks, and each rank's among its workers, so the number of
+    workers changes the order, and there are at most as many workers as files.
+
+    Args:
+        stream: the images.
+        transform: the augmentation.
+        batch_size: images per rank and micro-step.
+        seed: of order and augmentation, 0 or above.
+        num_workers: processes that read and decode beside this one.
+        rank: this process.
+        world_size: number of processes.
+        start_step: micro-steps already done. About as many images are passed over; not exactly
+            those that were shown.
+    """
+    part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
+    num_workers = min(num_workers, part.num_shards)
+    if start_step and rank == 0:
+        logger.warning(
+            "'%s' is streamed and resumes approximately: each rank passes over %d images",
+            *(stream.name, start_step * batch_size),
+        )
+    return DataLoader(
+        _TrainStream(
+            stream,
+            transform,
+            seed=seed,
+            ranks=(rank, world_size),
+            batches_done=start_step,
+            batch_size=batch_size,
+        ),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # else every iter() draws from the global generator
+    )
+
+
+class _TrainStream(IterableDataset[TrainItem]):
+    def __init__(
+        self,
+        stream: ImageStream,
+        transform: TrainTransform,
+        *,
+        seed: int,
+        ranks: tuple[int, int],
+        batches_done: int,
+        batch_size: int,
+    ) -> None:
+        self.stream = stream
+        self.transform = transform
+        self.seed = seed
+        self.ranks = ranks
+        self.batches_done = batches_done
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[TrainItem]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # DataLoader takes whole batches from the workers in turn.
+        done = len(range(worker, self.batches_done, workers)) * self.batch_size
+        rank, world_size = self.ranks
+        # Numbers that no other rank or worker has.
+        numbers = itertools.count(
+            (done * workers + worker) * world_size + rank, workers * world_size
+        )
+        share = (self.stream.num_images or 0) // (world_size * workers)
+        first, skip = divmod(done, share) if share else (0, done)
+        for epoch in itertools.count(first):
+            rows = iter(self.stream.part(epoch, seed=self.seed, rank=rank, world_size=world_size))
+            skipped = sum(1 for _ in itertools.islice(rows, skip))
+            skip -= skipped
+            shown = 0
+            for item in self._items(rows, numbers):
+                yield item
+                shown += 1
+            if not skipped and not shown:
+                raise UserError(
+                    f"nothing of '{self.stream.name}' is left to train on for one of {world_size} "
+                    f"processes with {workers} workers; use fewer, or hold out fewer images"
+                )
+
+    def _items(self, rows: Iterable[Any], numbers: Iterator[int]) -> Iterator[TrainItem]:
+        stream, bad = self.stream, list[tuple[str, str]]()
+        for row, number in zip(rows, numbers, strict=False):
+            window = self.transform.draw(counter_rng(Stream.AUGMENT, self.seed, 0, number))
+            cell = row[stream.column]
+            name = _name(cell, f"{stream.split}/stream/{number}")
+            try:
+                data = cell_bytes(cell, name)
+                if _digest(data) in stream.held_out.digests:
+                    continue
+                image = read_named(name, data, at_least=self.transform.needed_side(window))
+            except UnreadableImage as error:
+                bad.append((name, error.reason))
+                if len(bad) == MAX_ATTEMPTS:
+                    raise
+                continue
+            yield TrainItem(image=self.transform.apply(image, window), index=number, bad=bad)
+            bad = []
+
+
+def _files(cells: Iterable[Any], *, split: str) -> Iterator[tuple[str, bytes]]:
+    for row, cell in enumerate(cells):
+        name = _name(cell, f"{split}/{row:09d}")
+        with contextlib.suppress(UnreadableImage):
+            yield name, cell_bytes(cell, name)
+
+
+def _name(cell: dict[str, Any] | None, otherwise: str) -> str:
+    return inner_name((cell or {}).get("path") or "") or otherwise
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

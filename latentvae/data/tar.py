@@ -1,0 +1,151 @@
+"""Images in tar files (webdataset shards), read by offset: any image at any time, as from a folder.
+
+https://github.com/webdataset/webdataset. Each image member is an image of its own; other members
+(``.cls``, ``.json``, ``.txt``) and the grouping by key are not looked at.
+"""
+
+import glob
+import itertools
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from latentvae.data.folder import is_hidden, read_named
+from latentvae.data.reading import UnreadableImage
+from latentvae.data.tar_index import shard_index
+from latentvae.errors import UserError, nearest
+
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+logger = logging.getLogger(__name__)
+
+
+class TarShards:
+    """The images in tar files, sorted by the members' names whatever shard they lie in.
+
+    A name is the member's, so the same images have the same names and order as in a folder; one
+    that is in several shards is put after its shard: ``000001.tar/0007.jpg``. A shard that is cut
+    off or damaged gives the images before the damage, and a warning.
+
+    Args:
+        spec: a .tar file, a folder of them, or a pattern: ``shards/train-{000..012}.tar``,
+            ``shards/*.tar`` (``~`` allowed).
+
+    Example:
+        shards = TarShards("shards/train-{000..012}.tar")
+        shards.name(0), shards.read(0).size  # ("0000000.jpg", (64, 64))
+    """
+
+    def __init__(self, spec: str | os.PathLike[str]) -> None:
+        self.shards = find_shards(spec)
+        found = [shard_index(path) for path in self.shards]
+        for path, index in zip(self.shards, found, strict=True):
+            if index.fault:
+                logger.warning(
+                    "'%s' is damaged or cut off (%s); it gives the %d images before that",
+                    *(path, index.fault, len(index.names)),
+                )
+        if not any(index.names for index in found):
+            fault = next((f": {index.fault}" for index in found if index.fault), "")
+            raise UserError(f"no images in the {len(found)} tar file(s) of '{spec}'{fault}")
+        names = _distinct([index.names for index in found], self.shards)
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.names = [names[i] for i in order]
+        counts = [len(index.names) for index in found]
+        self._shard_of = np.repeat(np.arange(len(found)), counts)[order]
+        self._offsets = np.concatenate([index.offsets for index in found])[order]
+        self._sizes = np.concatenate([index.sizes for index in found])[order]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int, /) -> str:
+        return self.names[index]
+
+    def shard(self, index: int, /) -> Path:
+        """The tar file that the image lies in."""
+        return self.shards[self._shard_of[index]]
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        # Opened anew each time, as an image file is: nothing to share between worker processes,
+        # and no limit on the number of shards.
+        try:
+            with open(self.shard(index), "rb") as file:
+                file.seek(self._offsets[index])
+                data = file.read(self._sizes[index])
+        except OSError as error:
+            raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
+        return read_named(self.name(index), data, at_least=at_least)
+
+
+def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
+    """The tar files of a folder (and below), of one path, or of a pattern; sorted.
+
+    Raises:
+        UserError: there are none, or one that a list in braces names is missing.
+    """
+    root = Path(spec).expanduser()
+    if root.name.lower().endswith(COMPRESSED_SUFFIXES):
+        raise UserError(
+            f"'{root}' is compressed, so no image in it can be reached directly; "
+            "decompress it to a plain .tar"
+        )
+    if root.is_dir():
+        files = (path for path in root.rglob("*") if path.suffix.lower() == ".tar")
+        shards = [path for path in files if not is_hidden(path.relative_to(root).as_posix())]
+    elif root.exists():
+        return [root]
+    else:
+        shards = [path for part in _braces(str(root)) for path in _matches(part)]
+    if not shards:
+        raise UserError(f"there are no .tar files in '{root}'" if root.is_dir() else _missing(root))
+    return sorted(set(shards))
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """``a{000..002}`` or ``a{x,y}`` written out, as a shell does."""
+    match = re.search(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    for choice in _choices(match[1]):
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _choices(inside: str) -> list[str]:
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = ends.groups()
+        return [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return inside.split(",")
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What a pattern matches; without wildcards, a path that must be there."""
+    if not glob.has_magic(pattern):
+        if not Path(pattern).exists():
+            raise UserError(_missing(Path(pattern)))
+        return [Path(pattern)]
+    return [Path(found) for found in glob.glob(pattern, recursive=True)]
+
+
+def _missing(path: Path) -> str:
+    parent = path.absolute().parent
+    near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else ""
+    return f"there is no tar file '{path}'{near}"
+
+
+def _distinct(names: list[list[str]], shards: list[Path]) -> list[str]:
+    """All names in one list; those of several shards are put after their shard."""
+    times = Counter(itertools.chain.from_iterable(names))
+    root = os.path.commonpath([path.absolute().parent for path in shards])
+    result: list[str] = []
+    for path, inside in zip(shards, names, strict=True):
+        shard = path.absolute().relative_to(root).as_posix()
+        result += [name if times[name] == 1 else f"{shard}/{name}" for name in inside]
+    return result

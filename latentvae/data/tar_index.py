@@ -1,0 +1,164 @@
+"""Where the images lie in a tar file: a walk over its headers, done once and remembered.
+
+Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The index
+is kept beside the shard (``.000000.tar.index.npz``) or, where that folder cannot be written, in
+``$XDG_CACHE_HOME/latentvae``; it counts while the shard's size and time of change are the same.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latentvae.data.folder import SUFFIXES, inner_name, is_hidden
+from latentvae.errors import UserError
+
+VERSION = 1  # of the cached index
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The images of one tar file.
+
+    Attributes:
+        names: (N,), cleaned; of members of one name the last counts, as in unpacking.
+        offsets: (N,), int64, bytes from the start of the file to the image's first.
+        sizes: (N,), int64, bytes.
+        fault: what is wrong with the tar file, or "".
+    """
+
+    names: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    fault: str = ""
+
+
+def shard_index(path: Path) -> ShardIndex:
+    """The images of a tar file, from the cache where it is there and fresh.
+
+    Raises:
+        UserError: the file cannot be opened, or it is compressed.
+    """
+    try:
+        stat = path.stat()
+        key = [VERSION, stat.st_size, stat.st_mtime_ns]
+        places = _cache_places(path)
+        for place in places:
+            if (found := _load(place, key)) is not None:
+                return found
+        index = _walk(path, stat.st_size)
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
+    content = _content(index, key)
+    for place in places:
+        with contextlib.suppress(OSError):  # read-only or full: the next place, or do without
+            _replace(place, content, mode=stat.st_mode & 0o666)
+            break
+    return index
+
+
+def _walk(path: Path, size: int) -> ShardIndex:
+    found: dict[str, tuple[int, int]] = {}
+    fault = ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in _whole_members(tar, size):
+                name = inner_name(member.name)
+                if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name):
+                    found[name] = (member.offset_data, member.size)
+    except OSError:
+        raise
+    # Damaged extended headers raise ValueError, OverflowError and more besides TarError.
+    except Exception as error:
+        fault = _fault(path, error)
+    places = np.array(list(found.values()), dtype=np.int64).reshape(-1, 2)
+    return ShardIndex(list(found), places[:, 0], places[:, 1], fault)
+
+
+def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Plain files that lie wholly within the ``size`` bytes; links and devices hold no image."""
+    end = 0
+    for member in tar:
+        if member.size < 0 or member.offset_data < end:
+            raise tarfile.ReadError("a header points backwards")
+        if member.isreg() and not member.issparse():
+            end = member.offset_data + member.size
+            if end > size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield member
+    # tarfile takes a damaged header, or none, for the end; the true one is a block of zeros.
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it has no end mark")
+
+
+def _fault(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        start = file.read(6)
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"'{path}' is compressed ({kind}), so no image in it can be reached directly; "
+                "decompress it to a plain .tar"
+            ) from error
+    text = str(error).splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _cache_places(path: Path) -> list[Path]:
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return [path.with_name(f".{path.name}.index.npz"), user / "latentvae" / "tar" / f"{key}.npz"]
+
+
+def _content(index: ShardIndex, key: list[int]) -> bytes:
+    file = io.BytesIO()
+    texts = "\0".join([index.fault, *index.names]).encode(errors="surrogateescape")
+    np.savez(
+        file,
+        key=np.array(key),
+        texts=np.frombuffer(texts, dtype=np.uint8),
+        offsets=index.offsets,
+        sizes=index.sizes,
+    )
+    return file.getvalue()
+
+
+def _load(place: Path, key: list[int]) -> ShardIndex | None:
+    """The cached index, or None if it is not there, stale or damaged."""
+    try:
+        with open(place, "rb") as file, np.load(file, allow_pickle=False) as found:
+            if found["key"].tolist() != key:
+                return None
+            texts = found["texts"].tobytes().decode(errors="surrogateescape")
+            fault, *names = texts.split("\0")
+            offsets, sizes = found["offsets"].astype(np.int64), found["sizes"].astype(np.int64)
+    except Exception:  # zip, zlib and NumPy each raise their own; the shard itself is the truth
+        return None
+    if not offsets.shape == sizes.shape == (len(names),):
+        return None
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= key[1] - offsets)
+    return ShardIndex(names, offsets, sizes, fault) if inside.all() else None
+
+
+def _replace(place: Path, content: bytes, *, mode: int) -> None:
+    """Written aside and renamed: of two writers one wins, and no reader sees a part."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file, aside = tempfile.mkstemp(dir=place.parent, prefix=".index-")
+    try:
+        with open(file, "wb") as writer:
+            writer.write(content)
+        os.chmod(aside, mode)  # whoever may read the shard may read its index
+        os.replace(aside, place)
+    except OSError:
+        Path(aside).unlink(missing_ok=True)
+        raise
