@@ -11,8 +11,7 @@ photo = model.decode(z, size=photo.size[::-1], output_type="pil")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentvae.autoencoder import Autoencoder
-    from latentvae.loading import load
+    from latentvae.autoencoder import Autoencoder, load
     from latentvae.training import TrainConfig, load_preset, train
 
 __version__ = "0.1.0"
@@ -23,7 +22,7 @@ def __getattr__(name: str) -> Any:
     """Import the parts when they are first used: `import latentvae` alone loads no torch."""
     from importlib import import_module
 
-    homes = {"Autoencoder": "autoencoder", "load": "loading"}
+    homes = {"Autoencoder": "autoencoder", "load": "autoencoder"}
     if name not in __all__:
         raise AttributeError(f"module 'latentvae' has no attribute '{name}'")
     return getattr(import_module(f"latentvae.{homes.get(name, 'training')}"), name)

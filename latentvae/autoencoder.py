@@ -10,6 +10,7 @@ positions, `K` codes.
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,10 +18,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentvae.errors import UserError
-from latentvae.models import calls, normalization
+from latentvae.models import Family, calls, load_network, normalization
 from latentvae.pictures import Images, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
+
+_GENERIC_NAMES = ("export", "vae", "vqvae", "movq")  # that say nothing: their parent's name does
+
+
+class NotFiniteError(RuntimeError):
+    """What a network decodes is not finite."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
+        super().__init__(f"'{name}' overflows in {str(dtype).removeprefix('torch.')}{advice}")
 
 
 class Autoencoder:
@@ -83,11 +94,7 @@ class Autoencoder:
 
         Without a posterior, the latent and None.
         """
-        images = self._prepare(read_pictures(images)[0])
-        posterior = calls.encode_posterior(self.net, images)
-        if posterior is None:
-            return calls.encode(self.net, images), None
-        return posterior.mean, posterior.logvar
+        return calls.encode_posterior(self.net, self._prepare(read_pictures(images)[0]))
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w) in 0..K - 1, of a tokenizer."""
@@ -188,10 +195,31 @@ class Autoencoder:
             decoded = f"{images.shape[2]} x {images.shape[3]}"
             raise UserError(f"these latents decode to {decoded} pixels, not to {height} x {width}")
         if not images.isfinite().all():
-            raise RuntimeError(
-                f"'{self.name}' overflows in {self.net.dtype}: use bfloat16, float32"
-            )
+            raise NotFiniteError(self.name, self.net.dtype)
         return images[:, :, :height, :width].clamp(-1.0, 1.0)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    family: Family | None = None,
+) -> Autoencoder:
+    """Open an export of latentvae, or any autoencoder of images that diffusers knows.
+
+    Args:
+        path: a folder, a single `.safetensors` file, or a name on the Hub; see
+            `latentvae.models.load_network`.
+        device: None is the CPU, as in diffusers.
+        dtype: None is float32; float16 may overflow unless the config's `force_upcast` is false.
+        family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+
+    Raises:
+        UserError: no such folder, not an autoencoder of images, or damaged weights.
+    """
+    net = load_network(path, dtype=dtype, family=family)
+    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -202,6 +230,13 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
         return images
     mode = "reflect" if right < width and bottom < height else "replicate"
     return F.pad(images, (0, right, 0, bottom), mode=mode)
+
+
+def _name(path: Path) -> str:
+    path = path.resolve() if path.exists() else path
+    if path.suffix == ".safetensors":
+        return path.stem
+    return path.parent.name if path.name in _GENERIC_NAMES and path.parent.name else path.name
 
 
 def _sha256(net: Any) -> str:

@@ -20,10 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, load
 from latentvae.data import ImageFolder, UnreadableImage, read_image, to_tensor
 from latentvae.errors import UserError, nearest
-from latentvae.loading import load
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, ssim, to_8bit
 from latentvae.metrics.image import SSIM_MIN_SIZE

@@ -20,9 +20,8 @@ from PIL import Image
 from skimage import data
 
 import latentvae
-from latentvae.autoencoder import Autoencoder, pad_to_multiple
+from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
 from latentvae.errors import UserError
-from latentvae.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +412,7 @@ def test_a_name_on_the_hub_is_looked_up(name: str, monkeypatch: pytest.MonkeyPat
         asked.append((repository, subfolder))
         raise OSError("offline")
 
-    monkeypatch.setattr("latentvae.loading.AutoencoderKL.load_config", load_config)
+    monkeypatch.setattr("latentvae.models.loading.AutoencoderKL.load_config", load_config)
     with pytest.raises(UserError, match=f"no folder '{name}'.*offline"):
         load(name)
     assert asked == [("nobody/nothing", "vae" if name.endswith("vae") else None)]

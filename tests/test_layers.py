@@ -27,16 +27,14 @@ ALLOWED = {
     "latents": BASE | {"bottlenecks", "models"},
     "export": BASE | {"bottlenecks", "models", "latents"},
     "autoencoder": BASE | {"models", "pictures"},
-    "loading": BASE | {"models", "autoencoder"},
     "report": BASE
-    | {"losses", "metrics", "data", "pictures", "models", "latents", "export", "autoencoder"}
-    | {"loading"},
-    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder", "loading"},
+    | {"losses", "metrics", "data", "pictures", "models", "latents", "export", "autoencoder"},
+    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
     "training": BASE
     | {"flags", "models", "losses", "metrics", "data", "pictures", "latents", "export"},
     "flags": BASE,
     "cli": BASE | {"flags", "reconstruct", "report", "training"},
-    "__init__": {"autoencoder", "loading", "training"},
+    "__init__": {"autoencoder", "training"},
 }
 ACCELERATE = {"training"}
 NEVER = {"train", "benchmarks", "tests"}  # top-level folders of the checkout

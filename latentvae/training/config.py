@@ -50,6 +50,24 @@ class ModelConfig(Section):
         default=True, description="1x1 convolutions around the latent (SD: yes; SD3 and FLUX: no)."
     )
 
+    pretrained_model_name_or_path: str | None = Field(
+        default=None,
+        description=(
+            "Fine-tune this network instead of starting from nothing: a diffusers folder, a "
+            "single .safetensors file, or a Hub id (owner/name/folder). Its own shape counts."
+        ),
+    )
+    pretrained_family: Literal["sd", "sdxl", "sd3", "flux"] | None = Field(
+        default=None,
+        description="Of a single file: whose autoencoder it is, which says how latents are scaled.",
+    )
+    freeze_encoder: bool = Field(
+        default=False,
+        description=(
+            "Train the decoder alone: latents, scaling and shift stay those of the pretrained "
+            "network, and generators trained on them stay valid."
+        ),
+    )
     initial_posterior_logvar: float = Field(
         default=0.0,
         description=(
@@ -62,6 +80,12 @@ class ModelConfig(Section):
     def f(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def shape(self) -> dict[str, Any]:
+        """What `build_autoencoder_kl` takes: all but what a fine-tuning starts from."""
+        return self.model_dump(
+            exclude={"pretrained_model_name_or_path", "pretrained_family", "freeze_encoder"}
+        )
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         for width in self.block_out_channels:
@@ -70,6 +94,11 @@ class ModelConfig(Section):
                     f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
                     "block_out_channels"
                 )
+        if self.freeze_encoder and self.pretrained_model_name_or_path is None:
+            raise ValueError(
+                "freeze_encoder needs pretrained_model_name_or_path: an encoder that has learned "
+                "nothing cannot be kept"
+            )
         for level in self.attention_levels:
             if level >= len(self.block_out_channels):
                 raise ValueError(
@@ -184,11 +213,18 @@ class CriticConfig(Section):
         default=0.5,
         description="When the critic starts: below 1 a share of max_train_steps, else an update.",
     )
+    disc_warmup_steps: Count = Field(
+        default=0,
+        description=(
+            "Updates after the start in which the critic learns alone, the model standing still: "
+            "for a pretrained model, whose critic starts from nothing."
+        ),
+    )
     disc_ramp_steps: Count = Field(
         default=1000,
         description=(
             "Updates over which the adversarial weight then grows from 0; the critic "
-            "learns from the first of them."
+            "learns in each of them."
         ),
     )
     disc_adaptive_weight: bool = Field(
@@ -323,8 +359,8 @@ class TrainConfig(Section):
     config: str = Field(
         default="kl_small",
         description=(
-            "YAML file, or the name of a preset: kl_small, kl_f4, kl_f8, kl_f8_d16, "
-            "kl_f16. Flags override it."
+            "YAML file, or the name of a preset: kl_small, kl_f4, kl_f8, kl_f8_d16, kl_f16, "
+            "sd_decoder_finetune, sdxl_decoder_finetune, flux_decoder_finetune. Flags override it."
         ),
     )
     model: ModelConfig = ModelConfig()

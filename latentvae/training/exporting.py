@@ -3,6 +3,7 @@ diffusers loads the same model."""
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from latentvae.errors import UserError
 from latentvae.export import ExportReport, ModelCard, export_autoencoder
 from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
+from latentvae.training.base import Base, encoder_sha256, read_base
 from latentvae.training.checkpoint import load_checkpoint, newest_usable, update_of
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.log import append_row, read_rows
@@ -58,6 +60,7 @@ def export_run(run: Run, *, update: int) -> Path:
             card=_card(run.config, run.folder, update),
             out=run.folder / "export",
             device=run.accelerator.device,
+            base=run.base,
         )
     if report is not None:
         row = {"update": update, "export/scaling": report.scaling_factor}
@@ -78,7 +81,8 @@ def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
     if checkpoint is None:
         reasons = "".join(f"; {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
-    net = build_net(config)
+    base = read_base(folder)
+    net = build_net(config, base)
     net.load_state_dict(_weights(checkpoint))
     _export(
         net,
@@ -87,6 +91,7 @@ def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
         card=_card(config, folder, update_of(checkpoint)),
         out=out,
         device=torch.device("cpu"),
+        base=base,
     )
 
 
@@ -105,8 +110,11 @@ def _export(
     card: ModelCard,
     out: Path,
     device: torch.device,
+    base: Base | None,
 ) -> ExportReport | None:
     """Measure on all ranks, write on the first, which has the report."""
+    if base is not None:
+        card = _fine_tuned(card, net, config, base)
     transform = eval_transform(config)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
@@ -123,7 +131,8 @@ def _export(
             net,
             out,
             statistics=statistics,
-            sample_size=config.data.resolution,
+            sample_size=_sample_size(config, base),
+            frozen_encoder=config.model.freeze_encoder,
             probe=first_readable(data[1], transform, count=PROBE_IMAGES),
             profile=config.run.export_profile,
             card=card,
@@ -132,6 +141,30 @@ def _export(
         print(report.summary())
     barrier()
     return report
+
+
+def _sample_size(config: TrainConfig, base: Base | None) -> int:
+    """Tiling goes by it: a base that was trained on larger images keeps its own."""
+    own = 0 if base is None else base.net.config["sample_size"]
+    return max(config.data.resolution, own if isinstance(own, int) else max(own))
+
+
+def _fine_tuned(card: ModelCard, net: AutoencoderKL, config: TrainConfig, base: Base) -> ModelCard:
+    """What is certified of a base's encoder.
+
+    Raises:
+        RuntimeError: the encoder was to stay as it was, and did not.
+    """
+    if not config.model.freeze_encoder:
+        return replace(card, base_model=base.name, description=f"Fine-tuned from {base.name}.")
+    if encoder_sha256(net) != base.encoder_sha256:
+        raise RuntimeError(f"the encoder was frozen, but is no longer that of {base.name}")
+    description = (
+        f"The decoder of {base.name}, fine-tuned. The encoder is bit for bit that of the base "
+        f"(sha256 of its weights {base.encoder_sha256}), scaling and shift are kept: latents and "
+        "what generates them stay valid."
+    )
+    return replace(card, base_model=base.name, description=description)
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:

@@ -19,6 +19,7 @@ from latentvae.distributed import (
     rank,
     world_size,
 )
+from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.exporting import averaged_weights, export_run, is_exported
@@ -36,7 +37,7 @@ from latentvae.training.run import (
     start_accelerator,
     train_transform,
 )
-from latentvae.training.schedule import adversarial_factor, learning_rate
+from latentvae.training.schedule import adversarial_factor, critic_learns_alone, learning_rate
 from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
 from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
@@ -62,13 +63,17 @@ def train(config: TrainConfig) -> Path:
         Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     folder = check_paths(config)
+    base = open_base(config)
+    config = with_shape_of(config, base)
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
     IndexSampler(
         len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
     )
     checkpoint = prepare_folder(config, folder)
-    run = build_run(config, folder=folder, accelerator=accelerator, data=data)
+    if base is not None and is_main():
+        base.write(folder)
+    run = build_run(config, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
@@ -200,15 +205,19 @@ class _Loop:
         run, options = self.run, self.run.config.run
         seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
         images = batch.images.to(run.accelerator.device, non_blocking=True)
-        out = run.prepared(images, sample=not options.deterministic_posterior)
-        logged = backward_model(
-            images,
-            out,
-            objective=run.objective,
-            last_layer=run.wrapper.last_layer,
-            adversary=adversary,
-            divide_by=options.gradient_accumulation_steps,
-        )
+        alone = self._critic_learns_alone()
+        with torch.set_grad_enabled(not alone):
+            out = run.prepared(images, sample=not options.deterministic_posterior)
+        logged: dict[str, Tensor] = {}
+        if not alone:
+            logged = backward_model(
+                images,
+                out,
+                objective=run.objective,
+                last_layer=run.wrapper.last_layer,
+                adversary=adversary,
+                divide_by=options.gradient_accumulation_steps,
+            )
         if adversary is not None:
             logged |= backward_critic(
                 images,
@@ -223,6 +232,11 @@ class _Loop:
             "latent/rms": out.z.detach().square().mean().sqrt(),
             "objective/output_logvar": out.output_logvar.detach(),
         }
+
+    def _critic_learns_alone(self) -> bool:
+        return critic_learns_alone(
+            self.progress.update, start=self.progress.critic_start, critic=self.run.config.critic
+        )
 
     def _adversary(self) -> Adversary | None:
         run, options = self.run, self.run.config.critic
@@ -268,10 +282,11 @@ class _Loop:
 
     def _step(self, adversary: Adversary | None) -> None:
         run = self.run
-        run.optimizer.step()
+        if not self._critic_learns_alone():
+            run.optimizer.step()
         if adversary is not None and run.critic_optimizer is not None:
             run.critic_optimizer.step()
-        if run.ema is not None:
+        if run.ema is not None and not self._critic_learns_alone():
             run.ema.step(run.net.parameters())
 
     def _count_skipped(self, finite: bool) -> None:

@@ -37,7 +37,11 @@ def plan(run: Run, *, steps_per_epoch: int, start: int) -> str:
 def _model(run: Run) -> str:
     model = run.config.model
     size = _millions(run.net)
-    return f"AutoencoderKL, {size} M parameters, f = {model.f}, d = {model.latent_channels}"
+    kind = f"AutoencoderKL, {size} M parameters, f = {model.f}, d = {model.latent_channels}"
+    if run.base is None:
+        return kind
+    frozen = ", encoder frozen" if model.freeze_encoder else ""
+    return f"{kind}, fine-tuned from {run.base.name}{frozen}"
 
 
 def _latent(run: Run) -> str:
@@ -82,9 +86,11 @@ def _critic(run: Run) -> str:
     start, total = run.config.critic_start, run.config.run.max_train_steps
     if start >= total:
         return f"never: it would start after update {start:,}, and the run has {total:,}"
-    full = start + run.config.critic.disc_ramp_steps
+    alone = run.config.critic.disc_warmup_steps
+    full = start + alone + run.config.critic.disc_ramp_steps
     return (
         f"PatchGAN, {_millions(run.critic)} M parameters, starts after update {start:,}, "
+        f"{f'learns alone for {alone:,}, ' if alone else ''}"
         f"full weight {run.config.critic.disc_scale:g} after {full:,}"
     )
 

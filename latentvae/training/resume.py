@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentvae.distributed import from_main, is_main
 from latentvae.errors import UserError, nearest
+from latentvae.training.base import BASE_NAME
 from latentvae.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -20,6 +21,7 @@ from latentvae.training.state import check_same_config, read_config, write_confi
 CONFIG_NAME = "config.yaml"
 RUN_FILES = (
     CONFIG_NAME,
+    BASE_NAME,
     "log.jsonl",
     "samples",
     "logs",

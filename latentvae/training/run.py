@@ -27,6 +27,7 @@ from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.training.base import Base, freeze_encoder
 from latentvae.training.config import TrainConfig
 from latentvae.training.log import check_tracker
 from latentvae.training.randomness import Stream, seed_everything
@@ -54,6 +55,7 @@ class Run:
     objective: Objective
     metric: PerceptualLoss
     data_identity: dict[str, Any]
+    base: Base | None = None
 
     @property
     def net(self) -> AutoencoderKL:
@@ -158,12 +160,15 @@ def build_run(
     folder: Path,
     accelerator: Accelerator,
     data: tuple[ImageSource, ImageSource],
+    base: Base | None = None,
 ) -> Run:
-    """Networks, optimisers and losses, freshly initialised from the seed and the same on every
-    rank."""
+    """Networks, optimisers and losses, the same on every rank: freshly initialised from the seed,
+    but for a base."""
     metric, objective = _losses(config, accelerator)
     seed_everything(Stream.WEIGHTS, config.run.seed)
-    net = build_net(config)
+    net = build_net(config, base)
+    if config.model.freeze_encoder:
+        freeze_encoder(net)
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     wrapper = KLTrainingWrapper(
@@ -198,6 +203,7 @@ def build_run(
         objective=objective,
         metric=metric,
         data_identity=data_identity(data[0]),
+        base=base,
     )
 
 
@@ -209,8 +215,11 @@ def data_identity(images: ImageSource) -> dict[str, Any]:
     return {"images": len(images), "names_sha256": digest.hexdigest()}
 
 
-def build_net(config: TrainConfig) -> AutoencoderKL:
-    return build_autoencoder_kl(**config.model.model_dump(), sample_size=config.data.resolution)
+def build_net(config: TrainConfig, base: Base | None) -> AutoencoderKL:
+    """The base's network, or a new one."""
+    if base is not None:
+        return base.net
+    return build_autoencoder_kl(**config.model.shape(), sample_size=config.data.resolution)
 
 
 def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLoss, Objective]:
@@ -237,7 +246,7 @@ def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLo
 def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.optim.AdamW:
     options = config.optimizer
     return torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,

@@ -22,10 +22,18 @@ def adversarial_factor(update: int, *, start: int, critic: CriticConfig) -> floa
     """Weight of the adversarial term in update ``update`` (from 0), before the adaptive weight.
 
     None before ``start``: the critic is not even evaluated. From then on the critic learns in every
-    update, and the weight grows linearly from 0 to `disc_scale` over `disc_ramp_steps`, so no
-    untrained critic is obeyed.
+    update, at first for `disc_warmup_steps` alone (weight 0), and the weight grows linearly from 0
+    to `disc_scale` over `disc_ramp_steps`, so no untrained critic is obeyed.
     """
     if critic.disc_scale == 0 or update < start:
         return None
-    ramp = (update - start) / critic.disc_ramp_steps if critic.disc_ramp_steps else 1.0
+    if critic_learns_alone(update, start=start, critic=critic):
+        return 0.0
+    since = update - start - critic.disc_warmup_steps
+    ramp = since / critic.disc_ramp_steps if critic.disc_ramp_steps else 1.0
     return critic.disc_scale * min(ramp, 1.0)
+
+
+def critic_learns_alone(update: int, *, start: int, critic: CriticConfig) -> bool:
+    """Whether the model stands still in update ``update`` (from 0)."""
+    return critic.disc_scale > 0 and start <= update < start + critic.disc_warmup_steps

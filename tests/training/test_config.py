@@ -18,6 +18,9 @@ PRESETS = {
     "kl_f8_d16": (8, 16),
     "kl_f16": (16, 16),
     "kl_small": (8, 4),
+    "sd_decoder_finetune": (8, 4),
+    "sdxl_decoder_finetune": (8, 4),
+    "flux_decoder_finetune": (8, 16),
 }
 
 
@@ -39,14 +42,14 @@ def test_preset_has_its_shape_and_an_origin(name: str) -> None:
 def test_kl_f8_has_stable_diffusions_parameters() -> None:
     """83,653,863: the parameter count of Stable Diffusion 1.x's autoencoder."""
     config = load_preset("kl_f8")
-    net = build_autoencoder_kl(**config.model.model_dump())
+    net = build_autoencoder_kl(**config.model.shape())
     assert sum(p.numel() for p in net.parameters()) == 83_653_863
     assert net.config["latent_channels"] == 4
 
 
 def test_kl_f8_d16_has_the_shape_of_sd3s_autoencoder() -> None:
     """83,819,683: the parameter count of SD3's and FLUX.1's autoencoder."""
-    net = build_autoencoder_kl(**load_preset("kl_f8_d16").model.model_dump())
+    net = build_autoencoder_kl(**load_preset("kl_f8_d16").model.shape())
     assert sum(p.numel() for p in net.parameters()) == 83_819_683
     assert net.quant_conv is None and net.post_quant_conv is None
 

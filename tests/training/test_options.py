@@ -22,4 +22,4 @@ def test_every_option_is_used() -> None:
 
 def test_every_option_of_the_model_is_one_of_its_builder() -> None:
     builder = set(inspect.signature(build_autoencoder_kl).parameters)
-    assert set(ModelConfig.model_fields) == builder - {"sample_size"}
+    assert set(ModelConfig().shape()) == builder - {"sample_size"}

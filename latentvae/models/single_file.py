@@ -1,0 +1,125 @@
+"""One `.safetensors` file with the autoencoder of Stable Diffusion, SDXL, SD3 or FLUX.
+
+The file is a whole checkpoint of the original code or its autoencoder alone (CompVis' names, or
+diffusers'). The names are mapped by diffusers; widths, channels and blocks are read from the
+tensors. What no tensor tells, the scale of the latents, follows from the family.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latentvae.errors import UserError, nearest
+
+Family = Literal["sd", "sdxl", "sd3", "flux"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+# scaling_factor, shift_factor, sample_size and force_upcast of the families' published configs
+# (runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0,
+# stabilityai/stable-diffusion-3-medium-diffusers, black-forest-labs/FLUX.1-dev; folder vae).
+_SCALES: dict[Family, dict[str, Any]] = {
+    "sd": {"scaling_factor": 0.18215, "sample_size": 512},
+    "sdxl": {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
+    "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
+}
+_CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_PREFIXES = ("first_stage_model.", "vae.", "")  # of a whole checkpoint, and of the part alone
+
+
+def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
+    """The autoencoder in a file, float32.
+
+    Args:
+        family: whose scale the latents have; None reads it from a whole checkpoint of SDXL or SD.
+
+    Raises:
+        UserError: not such a file, or its family cannot be told.
+    """
+    if family is not None and family not in FAMILIES:
+        hint = nearest(family, FAMILIES)
+        raise UserError(f"no family '{family}': it must be {', '.join(FAMILIES)}{hint}")
+    tensors, whole = _read(path)
+    family = family or whole
+    if family is None:
+        raise UserError(
+            f"'{path}' is an autoencoder alone, which does not tell how its latents are scaled: "
+            f"say which family it is of, {', '.join(FAMILIES)}"
+        )
+    original = "encoder.down.0.block.0.conv1.weight" in tensors
+    config = _config(tensors, path, original=original) | _SCALES[family]
+    if config["latent_channels"] != _CHANNELS[family]:
+        raise UserError(
+            f"'{path}' has {config['latent_channels']} latent channels, those of the family "
+            f"'{family}' {_CHANNELS[family]}"
+        )
+    net: Any = AutoencoderKL.from_config(config)
+    if original:
+        tensors = convert_ldm_vae_checkpoint(tensors, config)
+    try:
+        net.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
+    return net
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Family | None]:
+    """The autoencoder's tensors by their own names, and the family of a whole checkpoint."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"'{path}' is no .safetensors file; other formats can hold code")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            prefix = next(p for p in _PREFIXES if any(n.startswith(f"{p}encoder.") for n in names))
+            own = [
+                name
+                for name in names
+                if name.startswith((f"{prefix}encoder.", f"{prefix}decoder."))
+            ]
+            own += [
+                n for n in names if n.startswith((f"{prefix}quant_conv", f"{prefix}post_quant"))
+            ]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
+    except StopIteration as error:
+        raise UserError(f"'{path}' holds no autoencoder: no tensor is called encoder.*") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read '{path}': {error}") from error
+    return tensors, _family(names)
+
+
+def _family(names: list[str]) -> Family | None:
+    if any(name.startswith("conditioner.embedders.") for name in names):
+        return "sdxl"
+    return "sd" if any(name.startswith("cond_stage_model.") for name in names) else None
+
+
+def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dict[str, Any]:
+    """Of the network that the tensors fit."""
+    block = r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight"
+    if not original:
+        block = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
+    found = {m.groups(): name for name in tensors if (m := re.fullmatch(block, name))}
+    if ("0", "0") not in found or "decoder.conv_in.weight" not in tensors:
+        raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
+    levels = 1 + max(int(level) for level, _ in found)
+    widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
+    return {
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": tensors["decoder.conv_out.weight"].shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": widths,
+        "layers_per_block": 1 + max(int(number) for level, number in found if level == "0"),
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "shift_factor": None,
+    }

@@ -1,0 +1,148 @@
+"""Single files under CompVis' names and diffusers', alone and in whole checkpoints."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+import latentvae
+from latentvae.errors import UserError
+from latentvae.models import load_network
+
+LEVELS = 3
+RENAMES = [  # diffusers to CompVis
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+]
+
+
+def network(channels: int = 4, *, quant_conv: bool = True) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * LEVELS,
+        up_block_types=("UpDecoderBlock2D",) * LEVELS,
+        block_out_channels=(32, 32, 64),
+        latent_channels=channels,
+        layers_per_block=1,
+        use_quant_conv=quant_conv,
+        use_post_quant_conv=quant_conv,
+    ).eval()
+
+
+def original(net: AutoencoderKL) -> dict[str, Tensor]:
+    """The weights under CompVis' names, the attention's as 1 x 1 convolutions."""
+    tensors = {}
+    for name, value in net.state_dict().items():
+        renamed = re.sub(
+            r"up_blocks\.(\d+)\.(resnets\.(\d+)|upsamplers\.0)",
+            lambda m: f"up.{LEVELS - 1 - int(m[1])}." + (f"block.{m[3]}" if m[3] else "upsample"),
+            name,
+        )
+        for pattern, other in RENAMES:
+            renamed = re.sub(pattern, other, renamed)
+        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", renamed)
+        tensors[renamed] = value[:, :, None, None].clone() if attention else value.clone()
+    return tensors
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def file_of(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+@torch.no_grad()
+def equal(loaded: Any, net: Any) -> bool:
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    z = net.encode(images).latent_dist.parameters
+    if not torch.equal(loaded.eval().encode(images).latent_dist.parameters, z):
+        return False
+    z = net.encode(images).latent_dist.mode()
+    return torch.equal(loaded.decode(z).sample, net.decode(z).sample)
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "scaling", "shift"),
+    [
+        ("sd", 4, 0.18215, None),
+        ("sdxl", 4, 0.13025, None),
+        ("sd3", 16, 1.5305, 0.0609),
+        ("flux", 16, 0.3611, 0.1159),
+    ],
+)
+def test_a_file_is_the_network(
+    family: Any, channels: int, scaling: float, shift: float | None, tmp_path: Path
+) -> None:
+    net = network(channels, quant_conv=channels == 4)
+    path = file_of(tmp_path / "vae.safetensors", original(net))
+    loaded = load_network(path, family=family)
+    assert equal(loaded, net)
+    config = loaded.config
+    assert (config["scaling_factor"], config["shift_factor"]) == (scaling, shift)
+    assert config["use_quant_conv"] == config["use_post_quant_conv"] == (channels == 4)
+    in_diffusers_names = file_of(tmp_path / "other.safetensors", net.state_dict())
+    assert equal(load_network(in_diffusers_names, family=family), net)
+    model = latentvae.load(path, family=family)
+    assert (model.name, model.f, model.scaling_factor) == ("vae", 4, scaling)
+
+
+def test_a_whole_checkpoint_tells_its_family(tmp_path: Path) -> None:
+    net = network()
+    for text_encoder, scaling in (
+        ("cond_stage_model", 0.18215),
+        ("conditioner.embedders", 0.13025),
+    ):
+        tensors = prefixed("first_stage_model.", original(net))
+        tensors |= {f"{text_encoder}.0.weight": torch.zeros(1)}
+        tensors |= {"model.diffusion_model.out.0.weight": torch.zeros(2)}
+        loaded = load_network(file_of(tmp_path / "whole.safetensors", tensors))
+        assert equal(loaded, net) and loaded.config["scaling_factor"] == scaling
+
+
+def test_half_precision_files_become_float32(tmp_path: Path) -> None:
+    halves = {name: value.half() for name, value in original(network()).items()}
+    loaded = load_network(file_of(tmp_path / "half.safetensors", halves), family="sd")
+    assert loaded.dtype == torch.float32
+
+
+def test_other_files_are_one_sentence(tmp_path: Path) -> None:
+    net = network()
+    alone = file_of(tmp_path / "vae.safetensors", original(net))
+    cut = dict(original(net))
+    cut.pop("decoder.conv_out.bias")
+    wrong = [
+        (alone, None, "sd, sdxl, sd3, flux"),
+        (alone, "flux", "4 latent channels, those of the family 'flux' 16"),
+        (alone, "sdx", "did you mean 'sdxl'"),
+        (file_of(tmp_path / "cut.safetensors", cut), "sd", "decoder.conv_out.bias"),
+        (file_of(tmp_path / "unet.safetensors", {"a": torch.zeros(1)}), "sd", "no autoencoder"),
+        (
+            file_of(tmp_path / "vit.safetensors", {"encoder.layer.0": torch.zeros(1)}),
+            "sd",
+            "other names",
+        ),
+    ]
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
+    (tmp_path / "text.safetensors").write_text("hello")
+    wrong += [
+        (tmp_path / "model.ckpt", "sd", "other formats can hold code"),
+        (tmp_path / "text.safetensors", "sd", "cannot read"),
+    ]
+    for path, family, message in wrong:
+        with pytest.raises(UserError, match=message):
+            load_network(path, family=family)  # type: ignore[arg-type]
