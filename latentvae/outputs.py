@@ -19,8 +19,9 @@ class AutoencoderOutput(BaseOutput):
     Attributes:
         recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped.
         z: the latent that was decoded, (B, d, h, w), float32.
-        kl: KL divergence from the posterior to N(0, I), (B,), nats per image (summed over latent
-            elements), float32.
+        mean: of the posterior, (B, d, h, w), float32.
+        kl_per_channel: KL divergence from the posterior to N(0, I), (B, d), nats per image and
+            channel (summed over positions), float32.
         output_logvar: scalar log-variance of the output likelihood, natural logarithm; learned or
             fixed.
     """
@@ -28,5 +29,11 @@ class AutoencoderOutput(BaseOutput):
     # The defaults let `type(output)({...})` work, by which Accelerate rebuilds it in another dtype.
     recon: Tensor = None  # type: ignore[assignment]
     z: Tensor = None  # type: ignore[assignment]
-    kl: Tensor = None  # type: ignore[assignment]
+    mean: Tensor = None  # type: ignore[assignment]
+    kl_per_channel: Tensor = None  # type: ignore[assignment]
     output_logvar: Tensor = None  # type: ignore[assignment]
+
+    @property
+    def kl(self) -> Tensor:
+        """(B,), nats per image."""
+        return self.kl_per_channel.sum(dim=1)

@@ -32,7 +32,7 @@ def build_critic(
     channels: int = 64,
     num_layers: int | None = None,
     norm: str | None = None,
-) -> "PatchGAN | StyleGANCritic":
+) -> "Critic":
     """A freshly initialised critic.
 
     Args:
@@ -280,7 +280,8 @@ def _stylegan(
 
 
 # (shortest side, in_channels, channels, num_layers, norm) -> critic
-CRITICS: dict[str, Callable[[int, int, int, int | None, str | None], PatchGAN | StyleGANCritic]] = {
+Critic = PatchGAN | StyleGANCritic
+CRITICS: dict[str, Callable[[int, int, int, int | None, str | None], Critic]] = {
     "patch": _patch,
     "stylegan": _stylegan,
 }

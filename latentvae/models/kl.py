@@ -104,6 +104,12 @@ class KLTrainingWrapper(nn.Module):
         1]."""
         net: Any = self.net  # diffusers types its calls as returning tuples
         moments = net.encode(images).latent_dist.parameters
-        z, kl = gaussian_bottleneck(moments, sample=sample, temperature=temperature)
-        recon = net.decode(z).sample
-        return AutoencoderOutput(recon=recon, z=z, kl=kl, output_logvar=self.output_logvar)
+        latent = gaussian_bottleneck(moments, sample=sample, temperature=temperature)
+        recon = net.decode(latent.z).sample
+        return AutoencoderOutput(
+            recon=recon,
+            z=latent.z,
+            mean=latent.mean,
+            kl_per_channel=latent.kl,
+            output_logvar=self.output_logvar,
+        )

@@ -197,14 +197,69 @@ class ObjectiveConfig(Section):
             "Weight of the KL; 1e-6 means what it means for Stable Diffusion, at any resolution."
         ),
     )
+    kl_warmup_steps: Count = Field(
+        default=0, description="Updates over which the KL's weight grows from 0."
+    )
+    free_bits: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Bits per latent element below which a channel's KL is not pushed down; 0 leaves it "
+            "out."
+        ),
+    )
+    kl_capacity: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Bits per latent element that the KL is drawn to from both sides; 0 leaves it out."
+        ),
+    )
+    kl_capacity_steps: Count = Field(
+        default=0, description="Updates over which that capacity grows from 0."
+    )
     output_logvar: float = Field(
         default=0.0, description="(Initial) log-variance of the output likelihood."
     )
     learn_logvar: bool = Field(default=False, description="Learn the output log-variance.")
 
+    @model_validator(mode="after")
+    def _check(self) -> "ObjectiveConfig":
+        if self.free_bits and self.kl_capacity:
+            raise ValueError(
+                f"free_bits {self.free_bits:g} and kl_capacity {self.kl_capacity:g} both say where "
+                "the KL shall be; give one of them"
+            )
+        return self
+
 
 class CriticConfig(Section):
-    """The PatchGAN critic."""
+    """The critic, its loss and what keeps it stable."""
+
+    disc_type: Literal["patch", "stylegan"] = Field(
+        default="patch",
+        description="Logits of image patches (PatchGAN), or one per image (StyleGAN2's).",
+    )
+    disc_norm: Literal["group", "spectral", "none"] | None = Field(
+        default=None, description="Norm of the patch critic, by default group; stylegan has none."
+    )
+    disc_loss: Literal["hinge", "non_saturating"] = Field(
+        default="hinge", description="GAN loss of both sides."
+    )
+    disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
+        default=(), description="DiffAugment of all that the critic sees."
+    )
+    disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Weight of the R1 penalty on real images, for an image's mean logit; StyleGAN2's rule "
+            "is 0.0002 * resolution^2 / images per update."
+        ),
+    )
+    disc_r1_interval: Positive = Field(
+        default=1, description="Take R1 in every so many updates, weighted up by as much."
+    )
+    disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="Weight of LeCam regularisation; 0 leaves it out."
+    )
 
     disc_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5, description="Weight of the adversarial term; 0 leaves the critic out."
@@ -247,9 +302,21 @@ class CriticConfig(Section):
     disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
         default=64, description="Width of the critic's first layer."
     )
-    disc_layers: Positive = Field(
-        default=3, description="Stride-2 layers of the critic; 3 looks at patches of 70 pixels."
+    disc_layers: Positive | None = Field(
+        default=None,
+        description=(
+            "Layers that halve the critic's map; by default 3 for patch (patches of 70 pixels), "
+            "for stylegan down to 4 pixels of the shorter side."
+        ),
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriticConfig":
+        if self.disc_type == "stylegan" and self.disc_norm not in (None, "none"):
+            raise ValueError(
+                f"disc_norm {self.disc_norm} is for the patch critic; stylegan has none"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -3,7 +3,7 @@ number of ranks."""
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,16 @@ from latentvae.distributed import (
     rank,
     world_size,
 )
+from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
+from latentvae.losses.discriminators import power_iteration
+from latentvae.losses.posterior import (
+    ActiveUnits,
+    capacity,
+    capacity_kl,
+    free_bits_kl,
+    kl_warmup,
+)
+from latentvae.outputs import AutoencoderOutput
 from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
@@ -134,6 +144,12 @@ class _Loop:
         self.log = log
         self.interrupt = interrupt
         self.window = MeanWindow(run.accelerator.device, saved=progress.window)
+        self.units = ActiveUnits(
+            run.config.model.latent_channels,
+            device=run.accelerator.device,
+            saved=progress.units or None,
+        )
+        self.means: list[Tensor] = []  # of the posteriors, in this update's micro-steps
         self.bad = BadImages()
         self.bad.update(progress.bad_images)
         self.unnamed: list[tuple[str, str]] = []
@@ -193,6 +209,8 @@ class _Loop:
             for values in (*logged, norms):
                 self.window.add(values)
             self._step(adversary)
+            self._observe(adversary, logged)
+        self.means.clear()
         self._count_skipped(finite)
         run.optimizer.zero_grad()
         if run.critic_optimizer is not None:
@@ -216,8 +234,10 @@ class _Loop:
                 objective=run.objective,
                 last_layer=run.wrapper.last_layer,
                 adversary=adversary,
+                kl=self._controlled_kl(out),
                 divide_by=options.gradient_accumulation_steps,
             )
+            self.means.append(out.mean.detach())
         if adversary is not None:
             logged |= backward_critic(
                 images,
@@ -251,7 +271,34 @@ class _Loop:
             factor=factor,
             adaptive=options.disc_adaptive_weight,
             cap=options.disc_weight_cap,
+            loss=GAN_LOSSES[options.disc_loss],
+            augment=options.disc_augment,
+            r1_weight=lazy_weight(
+                self.progress.update,
+                weight=options.disc_r1_weight,
+                interval=options.disc_r1_interval,
+            ),
+            lecam=run.lecam,
+            lecam_weight=options.disc_lecam_weight,
         )
+
+    def _controlled_kl(self, out: AutoencoderOutput) -> Tensor | None:
+        """What stands in for the mean KL in the loss, nats per image; None: the KL itself."""
+        options, update = self.run.config.objective, self.progress.update
+        if not (options.kl_warmup_steps or options.free_bits or options.kl_capacity):
+            return None
+        factor = kl_warmup(update, options.kl_warmup_steps)
+        if options.free_bits:
+            positions = out.z[0, 0].numel()
+            kl = free_bits_kl(out.kl_per_channel, bits=options.free_bits, positions=positions)
+        elif options.kl_capacity:
+            bits = capacity(
+                update, target=options.kl_capacity, growth_updates=options.kl_capacity_steps
+            )
+            kl = capacity_kl(out.kl, bits=bits, elements=out.z[0].numel())
+        else:
+            kl = out.kl.mean()
+        return factor * kl
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -286,8 +333,20 @@ class _Loop:
             run.optimizer.step()
         if adversary is not None and run.critic_optimizer is not None:
             run.critic_optimizer.step()
+            power_iteration(adversary.critic)
         if run.ema is not None and not self._critic_learns_alone():
             run.ema.step(run.net.parameters())
+
+    def _observe(self, adversary: Adversary | None, logged: Sequence[dict[str, Tensor]]) -> None:
+        """What follows the updates: active units, LeCam's averages."""
+        for mean in self.means:
+            self.units.add(mean)
+        if adversary is not None and self.run.lecam is not None:
+            real, fake = (
+                torch.stack([values[f"critic/logits_{kind}"] for values in logged]).mean()
+                for kind in ("real", "fake")
+            )
+            self.run.lecam.update(real, fake)
 
     def _count_skipped(self, finite: bool) -> None:
         progress, allowed = self.progress, self.run.config.optimizer.max_skipped_updates
@@ -314,6 +373,8 @@ class _Loop:
             progress.update - 1, peak=config.optimizer.learning_rate, config=config
         )
         means = self.window.means()
+        if (active := self.units.count()) is not None:
+            means["latent/active_units"] = active
         self.log.row(
             progress.update,
             {
@@ -368,6 +429,7 @@ class _Loop:
         self._name_bad_images()
         with self.log.pause():
             progress.window = self.window.state()
+            progress.units = self.units.state()
             progress.bad_images = list(self.bad.reasons.items())
             snapshot = take_snapshot(self.run, progress)
             path = self.run.folder / f"{PREFIX}{progress.update}"

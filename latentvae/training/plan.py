@@ -88,8 +88,9 @@ def _critic(run: Run) -> str:
         return f"never: it would start after update {start:,}, and the run has {total:,}"
     alone = run.config.critic.disc_warmup_steps
     full = start + alone + run.config.critic.disc_ramp_steps
+    kind = f"{type(run.critic).__name__}, {_millions(run.critic)} M parameters"
     return (
-        f"PatchGAN, {_millions(run.critic)} M parameters, starts after update {start:,}, "
+        f"{kind}, starts after update {start:,}, "
         f"{f'learns alone for {alone:,}, ' if alone else ''}"
         f"full weight {run.config.critic.disc_scale:g} after {full:,}"
     )

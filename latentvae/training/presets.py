@@ -79,7 +79,8 @@ def _sentence(fault: Any) -> str:
         if fault["type"] == "literal_error"
         else ""
     )
+    names = [part for part in fault["loc"] if isinstance(part, str)]  # not places in a list
     return (
-        f"{fault['loc'][-1] if fault['loc'] else where} is {fault['input']!r}, but "
+        f"{names[-1] if names else where} is {fault['input']!r}, but "
         f"{fault['msg'].removeprefix('Input ')}{close}"
     )

@@ -22,7 +22,8 @@ from torch import nn
 
 from latentvae.data import EvalTransform, ImageSource, TrainTransform, open_images
 from latentvae.errors import UserError
-from latentvae.losses.discriminators import PatchGAN
+from latentvae.losses.adversarial import LeCam
+from latentvae.losses.discriminators import Critic, build_critic, smallest_side
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics.image import SSIM_MIN_SIZE
@@ -48,7 +49,7 @@ class Run:
     wrapper: KLTrainingWrapper
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
-    critic: PatchGAN | None
+    critic: Critic | None
     critic_prepared: nn.Module | None
     critic_optimizer: torch.optim.Optimizer | None
     ema: EMAModel | None
@@ -56,6 +57,7 @@ class Run:
     metric: PerceptualLoss
     data_identity: dict[str, Any]
     base: Base | None = None
+    lecam: LeCam | None = None
 
     @property
     def net(self) -> AutoencoderKL:
@@ -93,11 +95,13 @@ def check_paths(config: TrainConfig) -> Path:
 
 def _check_resolution(config: TrainConfig) -> None:
     """Every part of the run must have something to look at."""
-    net, layers = config.objective.lpips_net, config.critic.disc_layers
+    net, critic = config.objective.lpips_net, config.critic
     needs = {
         "SSIM": SSIM_MIN_SIZE,
         f"LPIPS-{net}": MIN_SIZE[net],
-        f"a critic of {layers} layers": 3 * 2**layers if config.critic.disc_scale else 0,
+        f"the {critic.disc_type} critic": (
+            smallest_side(critic.disc_type, critic.disc_layers) if critic.disc_scale else 0
+        ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])
     if config.data.resolution < least:
@@ -176,11 +180,17 @@ def build_run(
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )
-    critic = None
-    if config.critic.disc_scale > 0:
-        critic = PatchGAN(
-            channels=config.critic.disc_channels, num_layers=config.critic.disc_layers
+    critic, lecam, options = None, None, config.critic
+    if options.disc_scale > 0:
+        critic = build_critic(
+            options.disc_type,
+            image_size=(config.data.resolution, config.data.resolution),
+            channels=options.disc_channels,
+            num_layers=options.disc_layers,
+            norm=options.disc_norm,
         )
+        if options.disc_lecam_weight > 0:
+            lecam = LeCam(device=accelerator.device)
     with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         prepared = accelerator.prepare(wrapper)
@@ -204,6 +214,7 @@ def build_run(
         metric=metric,
         data_identity=data_identity(data[0]),
         base=base,
+        lecam=lecam,
     )
 
 

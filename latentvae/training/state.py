@@ -39,6 +39,7 @@ class Progress:
         micro_step: micro-steps done, which is also the data position.
         skipped: non-finite updates skipped so far; `skipped_in_a_row` of them just now.
         window: sums of logged values since the last row, for this rank.
+        units: sums that active units are counted from, since the last row, for this rank.
         bad_images: unreadable files met so far, by name and reason.
         critic_start: the update (from 0) in which the critic starts; it stays when a run with a
             running critic is made longer.
@@ -49,6 +50,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
+    units: list[list[float]] = field(default_factory=list)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     critic_start: int = 0
 
@@ -62,12 +64,15 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
     if run.critic is not None and run.critic_optimizer is not None:
         tensors["critic"] = run.critic.state_dict()
         tensors["critic_optimizer"] = optimizer_tensors(run.critic_optimizer, run.critic)
+    if run.lecam is not None:
+        tensors["lecam"] = run.lecam.state_dict()
     values: dict[str, Any] = {
         "update": progress.update,
         "micro_step": progress.micro_step,
         "skipped": progress.skipped,
         "skipped_in_a_row": progress.skipped_in_a_row,
         "windows": gather_objects(progress.window),
+        "units": gather_objects(progress.units),
         "bad_images": progress.bad_images,
         "critic_start": progress.critic_start,
         "world_size": world_size(),
@@ -96,6 +101,8 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
     if run.critic is not None and run.critic_optimizer is not None:
         run.critic.load_state_dict(tensors["critic"])
         load_optimizer_tensors(run.critic_optimizer, run.critic, tensors["critic_optimizer"])
+    if run.lecam is not None:
+        run.lecam.load_state_dict(tensors["lecam"])
     if run.ema is not None:
         for (name, _), shadow in zip(
             run.net.named_parameters(), run.ema.shadow_params, strict=True
@@ -108,6 +115,7 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         skipped=values["skipped"],
         skipped_in_a_row=values["skipped_in_a_row"],
         window=values["windows"][rank()],
+        units=values["units"][rank()],
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
     )

@@ -1,19 +1,23 @@
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.distributions import Normal, kl_divergence
 
 from latentvae.bottlenecks import gaussian_bottleneck
 
 
 def test_kl_of_the_prior_is_zero() -> None:
-    _, kl = gaussian_bottleneck(torch.zeros(2, 8, 3, 3))
-    assert kl.tolist() == [0.0, 0.0]
+    kl = gaussian_bottleneck(torch.zeros(2, 8, 3, 3)).kl
+    assert kl.tolist() == [[0.0] * 4] * 2
 
 
 def test_kl_is_torch_distributions_sum_over_latent_elements() -> None:
     mean, logvar = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-    _, kl = gaussian_bottleneck(torch.cat([mean, logvar], dim=1))
-    expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
-    torch.testing.assert_close(kl, expected)
+    moments = torch.cat([mean, logvar], dim=1)
+    found = gaussian_bottleneck(moments)
+    expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=(2, 3))
+    torch.testing.assert_close(found.kl, expected)
+    torch.testing.assert_close(found.kl.sum(1), DiagonalGaussianDistribution(moments).kl())
+    assert torch.equal(found.mean, mean)
 
 
 def test_mode_temperature_and_sample() -> None:
@@ -27,5 +31,5 @@ def test_mode_temperature_and_sample() -> None:
 
 
 def test_half_precision_moments_are_handled_in_float32() -> None:
-    z, kl = gaussian_bottleneck(torch.randn(1, 4, 2, 2).bfloat16())
-    assert z.dtype == kl.dtype == torch.float32
+    found = gaussian_bottleneck(torch.randn(1, 4, 2, 2).bfloat16())
+    assert {value.dtype for value in found} == {torch.float32}

@@ -362,7 +362,7 @@ def test_unreadable_validation_images_are_found_before_the_first_update(tmp_path
             {"resolution": 8, "disc_scale": 0.0, "perceptual_scale": 0.0},
             "LPIPS-alex needs at least 31",
         ),
-        ({"disc_layers": 4}, "a critic of 4 layers needs at least 48 px"),
+        ({"disc_layers": 4}, "the patch critic needs at least 48 px"),
     ],
 )
 def test_a_resolution_too_small_for_a_part_is_refused(
