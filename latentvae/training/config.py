@@ -114,14 +114,47 @@ class DataConfig(Section):
     train_data_dir: str | None = Field(
         default=None,
         description=(
-            "Folder of images (sub-folders welcome), or `samples` for the photos that come "
-            "with scikit-image."
+            "Folder of images (sub-folders welcome), of tar shards or of parquet files, one of "
+            "these files, a pattern such as shards/{000..012}.tar, or `samples` for the photos "
+            "that come with scikit-image."
         ),
+    )
+    dataset_name: str | None = Field(
+        default=None,
+        description=(
+            "Instead of train_data_dir, a data set of the Hub (owner/name), or a local one that "
+            "`datasets` reads, with the options below."
+        ),
+    )
+    dataset_config_name: str | None = Field(
+        default=None, description="Configuration of the data set, where it has several."
+    )
+    dataset_split: str = Field(default="train", description="Split of the data set to train on.")
+    image_column: str | None = Field(
+        default=None, description="Column with the images, where the data set has several."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Where `datasets` keeps what it downloads and prepares."
+    )
+    streaming: bool = Field(
+        default=False,
+        description=(
+            "Read the data set row by row instead of downloading it; such a run resumes "
+            "approximately."
+        ),
+    )
+    shuffle_buffer: Positive = Field(
+        default=1000, description="Images that wait in memory when streaming, drawn at random."
+    )
+    max_train_samples: Positive | None = Field(
+        default=None,
+        description="Train on at most so many images, the same ones for the same seed.",
     )
     validation_data_dir: str | None = Field(
         default=None,
         description=(
-            "Folder of validation images; without it a share of the training folder is held out."
+            "Validation images, in any form that train_data_dir takes; without it a share of the "
+            "training images is held out (when streaming, the first 256)."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -166,6 +199,22 @@ class DataConfig(Section):
             "read; up to it each is named once and replaced."
         ),
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.train_data_dir is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"train_data_dir '{self.train_data_dir}' and dataset_name '{self.dataset_name}' "
+                "both name the training images; give one of them"
+            )
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("streaming needs dataset_name: local images are read by number")
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError(
+                f"max_train_samples {self.max_train_samples} cannot be chosen from a stream; leave "
+                "streaming out, or give the split as train[:N]"
+            )
+        return self
 
 
 class ObjectiveConfig(Section):

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 
-from latentvae.data import ImageSource, validation_batches
+from latentvae.data import ImageSource, ImageStream, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
 from latentvae.errors import UserError
 from latentvae.export import ExportReport, ModelCard, export_autoencoder
@@ -106,7 +106,7 @@ def _export(
     net: AutoencoderKL,
     config: TrainConfig,
     *,
-    data: tuple[ImageSource, ImageSource],
+    data: tuple[ImageSource | ImageStream, ImageSource],
     card: ModelCard,
     out: Path,
     device: torch.device,
@@ -118,7 +118,7 @@ def _export(
     transform = eval_transform(config)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
-        First(data[0], STATISTICS_IMAGES),
+        First(data[1] if isinstance(data[0], ImageStream) else data[0], STATISTICS_IMAGES),
         transform,
         batch_size=config.run.eval_batch_size,
         rank=rank(),

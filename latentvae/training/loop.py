@@ -3,13 +3,22 @@ number of ranks."""
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentvae.data import BadImages, Batch, IndexSampler, TrainImages, train_loader
+from latentvae.data import (
+    BadImages,
+    Batch,
+    ImageStream,
+    IndexSampler,
+    TrainImages,
+    stream_loader,
+    train_loader,
+)
 from latentvae.distributed import (
     all_reduce_max,
     barrier,
@@ -77,9 +86,10 @@ def train(config: TrainConfig) -> Path:
     config = with_shape_of(config, base)
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
-    IndexSampler(
-        len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
-    )
+    if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
+        IndexSampler(
+            len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
+        )
     checkpoint = prepare_folder(config, folder)
     if base is not None and is_main():
         base.write(folder)
@@ -100,18 +110,9 @@ def train(config: TrainConfig) -> Path:
 
 def _train(run: Run, progress: Progress) -> None:
     options = run.config.run
-    sampler = IndexSampler(
-        len(run.train_images),
-        options.train_batch_size,
-        seed=options.seed,
-        rank=rank(),
-        world_size=world_size(),
-        start_step=progress.micro_step,
-    )
     first_readable(run.validation_images, eval_transform(run.config), count=1)
-    dataset = TrainImages(run.train_images, train_transform(run.config), seed=options.seed)
-    loader = train_loader(dataset, sampler, num_workers=run.config.data.dataloader_num_workers)
-    run.accelerator.print(plan(run, steps_per_epoch=sampler.steps_per_epoch, start=progress.update))
+    loader, steps_per_epoch = _batches(run, start_step=progress.micro_step)
+    run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
     _start_tracker(run)
     log = RunLog(
         run.folder,
@@ -124,6 +125,21 @@ def _train(run: Run, progress: Progress) -> None:
         loop = _Loop(run, progress, log=log, interrupt=interrupt)
         loop.catch_up()
         loop.go(iter(loader))
+
+
+def _batches(run: Run, *, start_step: int) -> tuple[Iterable[Any], int | None]:
+    """Endless batches, and micro-steps in which every image comes once (a stream may not know)."""
+    options, images = run.config.run, run.train_images
+    transform, workers = train_transform(run.config), run.config.data.dataloader_num_workers
+    place = {"rank": rank(), "world_size": world_size(), "start_step": start_step}
+    if isinstance(images, ImageStream):
+        batch = options.train_batch_size
+        place |= {"batch_size": batch, "seed": options.seed, "num_workers": workers}
+        per_epoch = (images.num_images or 0) // (batch * world_size()) or None
+        return stream_loader(images, transform, **place), per_epoch
+    sampler = IndexSampler(len(images), options.train_batch_size, seed=options.seed, **place)
+    dataset = TrainImages(images, transform, seed=options.seed)
+    return train_loader(dataset, sampler, num_workers=workers), sampler.steps_per_epoch
 
 
 def _start_tracker(run: Run) -> None:
@@ -391,7 +407,13 @@ class _Loop:
             for name, reason in self.bad.update(found):
                 self.log.say(f"cannot read {name} ({reason}); another image takes its place")
         self.unnamed = []
-        self.bad.check(len(self.run.train_images), self.run.config.data.max_bad_share)
+        images = self.run.train_images
+        if isinstance(images, ImageStream):
+            seen = self.progress.micro_step * self.run.config.run.train_batch_size * world_size()
+            total = images.num_images or max(seen, 1)
+        else:
+            total = len(images)
+        self.bad.check(total, self.run.config.data.max_bad_share)
 
     def _validate(self) -> None:
         """Measure the averaged weights and draw the grid."""

@@ -5,21 +5,22 @@ import os
 import torch
 from torch import nn
 
+from latentvae.data import ImageStream
 from latentvae.training.run import Run
 
 
-def plan(run: Run, *, steps_per_epoch: int, start: int) -> str:
+def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
     """A table of the facts that decide what the run costs and gives.
 
     Args:
-        steps_per_epoch: micro-steps in which every training image comes once.
+        steps_per_epoch: micro-steps in which every training image comes once; None if unknown.
         start: updates done already.
     """
     rows = {
         "model": _model(run),
         "latent": _latent(run),
         "images": (
-            f"{len(run.train_images):,} to train, {len(run.validation_images):,} to validate, "
+            f"{_count(run)} to train, {len(run.validation_images):,} to validate, "
             f"at {run.config.data.resolution} px"
         ),
         "batch": _batch(run),
@@ -58,11 +59,21 @@ def _batch(run: Run) -> str:
     )
 
 
-def _updates(run: Run, steps_per_epoch: int, start: int) -> str:
+def _count(run: Run) -> str:
+    images = run.train_images
+    if not isinstance(images, ImageStream):
+        return f"{len(images):,}"
+    known = f" of {images.num_images:,}" if images.num_images else ""
+    return f"a stream{known}"
+
+
+def _updates(run: Run, steps_per_epoch: int | None, start: int) -> str:
     options = run.config.run
+    resumed = f", from {start:,} on" if start else ""
+    if steps_per_epoch is None:
+        return f"{options.max_train_steps:,}{resumed}"
     epochs = options.max_train_steps * options.gradient_accumulation_steps / steps_per_epoch
     images = steps_per_epoch * options.train_batch_size * run.accelerator.num_processes
-    resumed = f", from {start:,} on" if start else ""
     return f"{options.max_train_steps:,} ({epochs:,.1f} epochs of {images:,} images){resumed}"
 
 

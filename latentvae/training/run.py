@@ -20,7 +20,15 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from latentvae.data import EvalTransform, ImageSource, TrainTransform, open_images
+from latentvae.data import (
+    DatasetSpec,
+    EvalTransform,
+    ImageSource,
+    ImageStream,
+    TrainTransform,
+    open_images,
+    open_source,
+)
 from latentvae.errors import UserError
 from latentvae.losses.adversarial import LeCam
 from latentvae.losses.discriminators import Critic, build_critic, smallest_side
@@ -33,6 +41,7 @@ from latentvae.training.config import TrainConfig
 from latentvae.training.log import check_tracker
 from latentvae.training.randomness import Stream, seed_everything
 
+STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 _DTYPES = {"no": None, "bf16": torch.bfloat16}
 
 
@@ -44,7 +53,7 @@ class Run:
     config: TrainConfig
     folder: Path
     accelerator: Accelerator
-    train_images: ImageSource
+    train_images: ImageSource | ImageStream
     validation_images: ImageSource
     wrapper: KLTrainingWrapper
     prepared: nn.Module
@@ -73,10 +82,10 @@ class Run:
 
 def check_paths(config: TrainConfig) -> Path:
     """The run's folder; refuses what is missing without touching a file."""
-    if config.data.train_data_dir is None:
+    if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing: give a folder of images, or `samples` for the "
-            "photos that come with scikit-image"
+            "photos that come with scikit-image; or dataset_name"
         )
     if config.run.output_dir is None:
         raise UserError(
@@ -110,15 +119,37 @@ def _check_resolution(config: TrainConfig) -> None:
         )
 
 
-def open_data(config: TrainConfig) -> tuple[ImageSource, ImageSource]:
+def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Training and validation images."""
-    data = config.data
-    assert data.train_data_dir is not None
+    data, spec = config.data, _spec(config)
+    if isinstance(spec, DatasetSpec) and data.streaming:
+        validation = data.validation_data_dir
+        held_out = 0 if validation else STREAM_HELD_OUT
+        stream = ImageStream(spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer)
+        return stream, open_source(validation) if validation else stream.held_out
     return open_images(
-        data.train_data_dir,
+        spec,
         validation_data_dir=data.validation_data_dir,
         split_share=data.validation_share,
         seed=config.run.seed,
+        max_train_samples=data.max_train_samples,
+    )
+
+
+def _spec(config: TrainConfig) -> str | DatasetSpec:
+    """A path as it is; a name of a data set, or a path with options of `datasets`, as such."""
+    data = config.data
+    name = data.dataset_name or data.train_data_dir
+    assert name is not None
+    plain = data.dataset_config_name is data.image_column is data.cache_dir is None
+    if data.dataset_name is None and plain:
+        return name
+    return DatasetSpec(
+        name=name,
+        config_name=data.dataset_config_name,
+        split=data.dataset_split,
+        image_column=data.image_column,
+        cache_dir=data.cache_dir,
     )
 
 
@@ -163,7 +194,7 @@ def build_run(
     *,
     folder: Path,
     accelerator: Accelerator,
-    data: tuple[ImageSource, ImageSource],
+    data: tuple[ImageSource | ImageStream, ImageSource],
     base: Base | None = None,
 ) -> Run:
     """Networks, optimisers and losses, the same on every rank: freshly initialised from the seed,
@@ -218,8 +249,10 @@ def build_run(
     )
 
 
-def data_identity(images: ImageSource) -> dict[str, Any]:
+def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
     """Number and names of the training images, hashed: their order must not change under a run."""
+    if isinstance(images, ImageStream):
+        return {"images": images.num_images or 0, "stream": [images.name, images.split]}
     digest = hashlib.sha256()
     for i in range(len(images)):
         digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")

@@ -21,8 +21,8 @@ from latentvae.training.run import Run
 
 # What may differ between a run and its continuation: everything else changes the result.
 RESUME_MAY_CHANGE = frozenset(
-    "config train_data_dir validation_data_dir lpips_weights download_lpips "
-    "max_train_steps eval_batch_size resume_from_checkpoint "
+    "config train_data_dir dataset_name cache_dir shuffle_buffer validation_data_dir "
+    "lpips_weights download_lpips max_train_steps eval_batch_size resume_from_checkpoint "
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name "
     "output_dir dataloader_num_workers ddp_timeout export_profile "

@@ -1,11 +1,9 @@
 """Generated pictures and files that the data tests share."""
 
-import gc
 import io
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +49,6 @@ def photos(tmp_path: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(30 + 3 * index, 50 - 2 * index, seed=index).save(file)
     return root
-
-
-@pytest.fixture
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Caches of tar indices and of `datasets` in a folder of the test's own."""
-    import datasets
-
-    caches = tmp_path / "caches"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(caches / "datasets"))
-    # What `datasets` sleeps when a stream is dropped, for pyarrow's threads to end.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    datasets.disable_progress_bars()
-    yield caches
-    gc.collect()  # streams that are dropped later would sleep in another test
 
 
 def tar(path: Path, files: dict[str, bytes], *, kind: int = tarfile.PAX_FORMAT) -> Path:
