@@ -69,6 +69,9 @@ def _flag_type(info: FieldInfo) -> Any:
     them."""
     text = info.description or ""
     choices = _choices(info.annotation)
+    if choices and get_origin(info.annotation) is tuple:
+        metavar = f"[{'|'.join(choices)} ...]"
+        return Annotated[tuple[str, ...], tyro.conf.arg(help=text, metavar=metavar)]
     if choices:
         return Annotated[str | None, tyro.conf.arg(help=text, metavar="|".join(choices))]
     return Annotated[info.annotation, tyro.conf.arg(help=text)]

@@ -74,9 +74,13 @@ def test_flags_override_the_preset_and_both_spellings_work() -> None:
             "--block_out_channels",
             "32",
             "64",
+            "--disc_augment",
+            "color",
+            "cutout",
         ],
         description="",
     )
+    assert config.critic.disc_augment == ("color", "cutout")
     assert (config.run.train_batch_size, config.data.random_flip, config.model.f) == (3, False, 2)
     assert config.optimizer.adam_beta1 == 0.5
 
@@ -115,6 +119,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (["--learn_logvar", "maybe"], "maybe"),
         (["--disc_channels", "12"], "disc_channels is 12"),
         (["--validation_share", "1"], "validation_share is 1.0"),
+        (["--disc_augment", "color", "colour"], "disc_augment is 'colour', but should be"),
+        (["--pretrained_family", "sdx"], "did you mean 'sdxl'?"),
     ],
 )
 def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str) -> None:
