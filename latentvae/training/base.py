@@ -17,6 +17,7 @@ from torch import nn
 
 from latentvae.errors import UserError
 from latentvae.models import load_network
+from latentvae.training.checkpoint import newest_usable
 from latentvae.training.config import TrainConfig
 from latentvae.training.presets import parse
 
@@ -63,7 +64,9 @@ def open_base(config: TrainConfig) -> Base | None:
         return None
     if folder is not None and not config.run.overwrite_output_dir:
         begun = read_base(Path(folder))
-        if begun is not None and begun.name == name:
+        # Without a checkpoint there are no weights to go on with but the base's own.
+        checkpoint = None if begun is None else newest_usable(Path(folder))[0]
+        if begun is not None and begun.name == name and checkpoint is not None:
             return begun
     net = load_network(name, family=config.model.pretrained_family)
     if not isinstance(net, AutoencoderKL):
@@ -94,7 +97,7 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     if base is None:
         return config
     values, own = config.model_dump(), base.net.config
-    values["model"] |= {name: own[name] for name in SHAPE}
+    values["model"] |= {name: own[name] for name in SHAPE} | {"attention_levels": ()}
     return parse(values, source="the pretrained network's config")
 
 

@@ -13,7 +13,7 @@ from skimage import data
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.training.base import BASE_NAME
+from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.exporting import export_folder
 from latentvae.training.log import read_rows
 from latentvae.training.loop import train
@@ -94,6 +94,26 @@ def test_it_goes_on_to_the_bit_without_the_base(pretrained: Path, tmp_path: Path
     export_folder(broken, out=tmp_path / "again")
     again = load(tmp_path / "again").state_dict()
     assert all(torch.equal(v, again[k]) for k, v in expected.state_dict().items())
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_base(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    config = fine_tune(tmp_path / "run", pretrained, max_train_steps=1)
+    first = open_base(config)
+    assert first is not None
+    (tmp_path / "run").mkdir()
+    first.write(tmp_path / "run")
+    again = open_base(config)
+    assert again is not None
+    weights = again.net.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in first.net.state_dict().items())
+
+
+def test_the_presets_attention_does_not_matter(pretrained: Path, tmp_path: Path) -> None:
+    shape = {"block_out_channels": [8, 8, 8], "attention_levels": [2]}
+    config = fine_tune(tmp_path / "run", pretrained, **shape)
+    assert with_shape_of(config, open_base(config)).model.f == 2
 
 
 def test_all_of_it_can_learn(pretrained: Path, tmp_path: Path) -> None:
