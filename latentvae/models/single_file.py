@@ -54,20 +54,23 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
             f"say which family it is of, {', '.join(FAMILIES)}"
         )
     original = "encoder.down.0.block.0.conv1.weight" in tensors
-    config = _config(tensors, path, original=original) | _SCALES[family]
+    try:
+        config = _config(tensors, path, original=original) | _SCALES[family]
+        net: Any = AutoencoderKL.from_config(config)
+        if original:
+            tensors = convert_ldm_vae_checkpoint(tensors, config)
+        if config["latent_channels"] == _CHANNELS[family]:
+            net.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except UserError:
+        raise
+    except (RuntimeError, KeyError, ValueError) as error:  # tensors are missing or too many
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
     if config["latent_channels"] != _CHANNELS[family]:
         raise UserError(
             f"'{path}' has {config['latent_channels']} latent channels, those of the family "
             f"'{family}' {_CHANNELS[family]}"
         )
-    net: Any = AutoencoderKL.from_config(config)
-    if original:
-        tensors = convert_ldm_vae_checkpoint(tensors, config)
-    try:
-        net.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
     return net
 
 

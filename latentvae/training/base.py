@@ -73,6 +73,10 @@ def open_base(config: TrainConfig) -> Base | None:
         raise UserError(
             f"'{name}' is a {type(net).__name__}; this trainer fine-tunes AutoencoderKL networks"
         )
+    if net.config["in_channels"] != 3:
+        raise UserError(
+            f"'{name}' takes {net.config['in_channels']}-channel images; this trainer has RGB"
+        )
     # Out of the file's memory map, whose alignment can change sums. In train mode as a new network
     # is: even dropout of probability 0 draws random numbers there.
     net = copy.deepcopy(net).train()

@@ -125,7 +125,10 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     alone = file_of(tmp_path / "vae.safetensors", original(net))
     cut = dict(original(net))
     cut.pop("decoder.conv_out.bias")
+    headless = dict(original(net))
+    headless.pop("encoder.conv_in.weight")
     wrong = [
+        (file_of(tmp_path / "headless.safetensors", headless), "sd", "encoder.conv_in.weight"),
         (alone, None, "sd, sdxl, sd3, flux"),
         (alone, "flux", "4 latent channels, those of the family 'flux' 16"),
         (alone, "sdx", "did you mean 'sdxl'"),

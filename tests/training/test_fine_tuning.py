@@ -150,4 +150,8 @@ def test_what_cannot_be_is_told_before_the_work(pretrained: Path, tmp_path: Path
         train(fine_tune(tmp_path / "run", pretrained.with_name("vaa")))
     with pytest.raises(UserError, match=r"resolution 33 .* f = 2.*34"):
         train(fine_tune(tmp_path / "run", pretrained, block_out_channels=[8], resolution=33))
+    grey = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    grey.save_pretrained(tmp_path / "grey")
+    with pytest.raises(UserError, match="takes 1-channel images"):
+        train(fine_tune(tmp_path / "run", tmp_path / "grey"))
     assert not (tmp_path / "run").exists()
