@@ -38,7 +38,7 @@ from latentvae.losses.posterior import (
     kl_warmup,
 )
 from latentvae.outputs import AutoencoderOutput
-from latentvae.training.base import open_base, with_shape_of
+from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.exporting import averaged_weights, export_run, is_exported
@@ -91,8 +91,11 @@ def train(config: TrainConfig) -> Path:
             len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
         )
     checkpoint = prepare_folder(config, folder)
-    if base is not None and is_main():
-        base.write(folder)
+    if is_main():
+        if base is not None:
+            base.write(folder)
+        else:
+            (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
     run = build_run(config, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:

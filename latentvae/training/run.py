@@ -29,6 +29,7 @@ from latentvae.data import (
     open_images,
     open_source,
 )
+from latentvae.data.folder import SAMPLES
 from latentvae.errors import UserError
 from latentvae.losses.adversarial import LeCam
 from latentvae.losses.discriminators import Critic, build_critic, smallest_side
@@ -142,7 +143,8 @@ def _spec(config: TrainConfig) -> str | DatasetSpec:
     name = data.dataset_name or data.train_data_dir
     assert name is not None
     plain = data.dataset_config_name is data.image_column is data.cache_dir is None
-    if data.dataset_name is None and plain:
+    plain = plain and data.dataset_split == "train"
+    if name == SAMPLES or (data.dataset_name is None and plain):
         return name
     return DatasetSpec(
         name=name,

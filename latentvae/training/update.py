@@ -148,4 +148,7 @@ def backward_critic(
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Clip the joint gradient norm in place; returns the norm before, which is non-finite if any
     gradient is."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    parameters = list(parameters)
+    # Without any gradient, as of a model that stands still, torch gives a zero on the CPU.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.to(parameters[0].device)

@@ -17,6 +17,7 @@ from latentvae.data import SamplePhotos
 from latentvae.errors import UserError
 from latentvae.training.log import read_rows
 from latentvae.training.loop import train
+from latentvae.training.run import open_data
 from tests.training.small import small_config
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -120,3 +121,12 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be chosen from a stream"):
         stream: dict[str, Any] = {"train_data_dir": None, "dataset_name": "a/b", "streaming": True}
         small_config(tmp_path, max_train_samples=5, **stream)
+
+
+def test_the_sample_photos_keep_their_validation_photos(tmp_path: Path) -> None:
+    for options in (
+        {"cache_dir": str(tmp_path)},
+        {"dataset_name": "samples", "train_data_dir": None},
+    ):
+        training, validation = open_data(small_config(tmp_path, **options))
+        assert (len(training), len(validation)) == (13, 2)  # type: ignore[arg-type]

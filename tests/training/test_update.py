@@ -25,7 +25,7 @@ from latentvae.losses.discriminators import PatchGAN, build_critic
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
-from latentvae.training.update import Adversary, backward_critic, backward_model
+from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +311,9 @@ def test_the_decoder_runs_once_forward_and_once_back() -> None:
     )
     backward_critic(images, out.recon, adversary=adversary)
     assert calls == {"forward": 1, "backward": 1}
+
+
+def test_a_model_that_stands_still_has_its_norm_on_its_own_device() -> None:
+    """torch gives a zero on the CPU, which does not stack with the critic's norm on a GPU."""
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    assert clip_gradients([parameter], 1.0).device.type == "meta"
