@@ -139,10 +139,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _measure(
     name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
 ) -> SpeedPoint:
-    with _peak_memory(device) as peak:
+    with _peak_memory(device) as peak:  # of one call: what follows may fragment the heap
         first = _time(call, device)
-        runs = 1 if first * MIN_RUNS > budget else _clamp(int(ENOUGH / first), MIN_RUNS, MAX_RUNS)
-        seconds = statistics.median(_time(call, device) for _ in range(runs))
+    runs = 1 if first * MIN_RUNS > budget else _clamp(int(ENOUGH / first), MIN_RUNS, MAX_RUNS)
+    seconds = statistics.median(_time(call, device) for _ in range(runs))
     return SpeedPoint(name, size, 1 / seconds, peak[0] / MIB, runs)
 
 
