@@ -97,7 +97,7 @@ class Autoencoder:
         return calls.encode_posterior(self.net, self._prepare(read_pictures(images)[0]))
 
     def encode_tokens(self, images: Images) -> Tensor:
-        """Indices (B, h, w) in 0..K - 1, of a tokenizer."""
+        """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
         return calls.tokenize(self.net, self.encode(images))
@@ -131,11 +131,16 @@ class Autoencoder:
         size: tuple[int, int] | None = None,
         output_type: OutputType = "pt",
     ) -> Images:
-        """Images of a tokenizer's indices (B, h, w); the rest as for `decode`."""
+        """Images of a tokenizer's indices as `encode_tokens` gives them; the rest as for `decode`.
+
+        Raises:
+            UserError: not a tokenizer, or indices that are not its own.
+        """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
-        z = calls.codes_of(self.net, indices.to(self.net.device))
-        return self.decode(z, size=size, output_type=output_type)
+        self._check_indices(indices)
+        images = self._decode_tokens(indices.to(self.net.device, torch.int64), size)
+        return convert(images.clone(), output_type)
 
     def reconstruct(self, images: AnyImages) -> AnyImages:
         """Encode (the mode) and decode; gives back the kind, dtype and size that was given.
@@ -154,6 +159,8 @@ class Autoencoder:
     def info(self) -> dict[str, Any]:
         """What a report needs to tell this model from others."""
         codes = {} if self.num_codes is None else {"num_codes": self.num_codes}
+        if (levels := calls.num_levels(self.net)) > 1:
+            codes["num_levels"] = levels
         return {
             "class": type(self.net).__name__,
             "f": self.f,
@@ -186,10 +193,30 @@ class Autoencoder:
         z = calls.encode(self.net, images, sample=sample, generator=generator)
         return self.normalization.apply(z) if scaled else z
 
+    def _check_indices(self, indices: Tensor) -> None:
+        levels = calls.num_levels(self.net)
+        shape = "(B, h, w)" if levels == 1 else f"(B, {levels}, h, w)"
+        fits = (
+            indices.ndim == 3 if levels == 1 else indices.ndim == 4 and indices.shape[1] == levels
+        )
+        if not fits or indices.is_floating_point() or indices.numel() == 0:
+            given = f"{str(indices.dtype).removeprefix('torch.')} {tuple(indices.shape)}"
+            raise UserError(f"indices of '{self.name}' are integers {shape}, not {given}")
+        low, high, last = int(indices.min()), int(indices.max()), (self.num_codes or 0) - 1
+        if low < 0 or high > last:
+            raise UserError(f"indices of '{self.name}' are in 0..{last}, not {low}..{high}")
+
+    @torch.inference_mode()
+    def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
+        return self._cropped(calls.decode_indices(self.net, indices).float(), size)
+
     @torch.inference_mode()
     def _decode(self, z: Tensor, size: tuple[int, int] | None, scaled: bool) -> Tensor:
         z = z.to(self.net.device, self.net.dtype)
         images = calls.decode(self.net, self.normalization.invert(z) if scaled else z).float()
+        return self._cropped(images, size)
+
+    def _cropped(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
         height, width = size or images.shape[2:]
         if not (0 < height <= images.shape[2] and 0 < width <= images.shape[3]):
             decoded = f"{images.shape[2]} x {images.shape[3]}"

@@ -3,6 +3,7 @@ Accelerate."""
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over ranks; a new tensor, without gradient."""
     return all_reduce_sum(tensor) / world_size()
+
+
+def gather_cat(tensor: Tensor) -> Tensor:
+    """Tensors of one shape from all ranks, joined along the first axis in rank order; without
+    gradient."""
+    tensor = tensor.detach().contiguous()
+    if not is_distributed():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,5 +1,44 @@
-"""What turns encoder features into a latent."""
+"""What turns encoder features into a latent: a posterior, or codes."""
 
-from latentvae.bottlenecks.gaussian import gaussian_bottleneck
+from typing import Any
 
-__all__ = ["gaussian_bottleneck"]
+from latentvae.bottlenecks.fsq import FiniteScalarQuantizer
+from latentvae.bottlenecks.gaussian import GaussianLatent, gaussian_bottleneck
+from latentvae.bottlenecks.gumbel import GumbelQuantizer
+from latentvae.bottlenecks.lfq import LookupFreeQuantizer
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
+from latentvae.bottlenecks.residual import ResidualQuantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
+
+QUANTIZERS: dict[str, Any] = {
+    "vq": VectorQuantizer,
+    "residual": ResidualQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "gumbel": GumbelQuantizer,
+}
+
+
+def build_quantizer(type: str, **arguments: Any) -> Quantizer:
+    """A freshly initialised quantiser.
+
+    Args:
+        type: a key of `QUANTIZERS`.
+        arguments: of its class.
+    """
+    return QUANTIZERS[type](**arguments)
+
+
+__all__ = [
+    "QUANTIZERS",
+    "FiniteScalarQuantizer",
+    "GaussianLatent",
+    "GumbelQuantizer",
+    "LookupFreeQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "VectorQuantizer",
+    "build_quantizer",
+    "gaussian_bottleneck",
+]

@@ -4,6 +4,7 @@ from latentvae.export.card import ModelCard
 from latentvae.export.diffusers import export_autoencoder
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.export.report import PROFILES, ExportReport, Profile
+from latentvae.export.tokenizer import TokenizerReport, export_tokenizer
 
 __all__ = [
     "PROFILES",
@@ -11,6 +12,8 @@ __all__ = [
     "HalfPrecision",
     "ModelCard",
     "Profile",
+    "TokenizerReport",
     "check_half_precision",
     "export_autoencoder",
+    "export_tokenizer",
 ]

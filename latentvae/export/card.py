@@ -4,15 +4,32 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import ModelCardData
 
-from latentvae.export.report import ExportReport
-
 TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compression")
+
+
+class Report(Protocol):
+    """What an export says of itself.
+
+    Attributes:
+        network: the class that loads it.
+        kind: what it is, and `size`, how large its latents are, in a few words.
+    """
+
+    @property
+    def network(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> str: ...
+    def facts(self) -> str:
+        """The card's section on the export."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +57,7 @@ class ModelCard:
     base_model: str | None = None
 
 
-def write_card(
-    card: ModelCard, folder: Path, *, config: Mapping[str, Any], report: ExportReport
-) -> None:
+def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], report: Report) -> None:
     """Write README.md, and the sample grid as samples.png, into `folder`.
 
     Args:
@@ -55,11 +70,11 @@ def write_card(
         base_model=card.base_model,
     )
     sections = [
-        _title(card, config),
+        _title(card, config, report),
         _samples(card, folder),
-        _usage(card, config),
+        _usage(card, config, report),
         _metrics(card),
-        _facts(report),
+        report.facts(),
         _training(card),
     ]
     text = "\n\n".join(section for section in sections if section)
@@ -67,14 +82,16 @@ def write_card(
     (folder / "README.md").write_text(content, encoding="utf-8")
 
 
-def _title(card: ModelCard, config: Mapping[str, Any]) -> str:
-    f, d = 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+def _title(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
+    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    f = 2 ** (len(widths) - 1)
     facts = (
-        f"A KL autoencoder for latent diffusion: f = {f} (an image of H x W pixels becomes "
-        f"H/{f} x W/{f} latent pixels) with d = {d} channels, trained with latentvae at "
-        f"{config['sample_size']} pixels."
+        f"{report.kind}: f = {f} (an image of H x W pixels becomes H/{f} x W/{f} latent pixels), "
+        f"{report.size}, trained with latentvae"
     )
-    return "\n\n".join(part for part in (f"# {card.name}", card.description, facts) if part)
+    if "sample_size" in config:
+        facts += f" at {config['sample_size']} pixels"
+    return "\n\n".join(part for part in (f"# {card.name}", card.description, f"{facts}.") if part)
 
 
 def _samples(card: ModelCard, folder: Path) -> str:
@@ -87,23 +104,47 @@ def _samples(card: ModelCard, folder: Path) -> str:
     )
 
 
-def _usage(card: ModelCard, config: Mapping[str, Any]) -> str:
-    latents = "(z - vae.config.shift_factor) * vae.config.scaling_factor"
-    if config["latents_mean"] is not None:
-        latents = "(z - mean) / std  # vae.config.latents_mean and latents_std, per channel"
+def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
+    package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
+    pipelines = "Any diffusers pipeline takes it as `vae=`. " if package == "diffusers" else ""
     return f"""## Use
 
 ```python
-from diffusers import AutoencoderKL
+from {package} import {report.network}
 
-vae = AutoencoderKL.from_pretrained("path/to/this/folder")
-z = vae.encode(images).latent_dist.sample()  # images (B, 3, H, W) in [-1, 1]
-latents = {latents}
-recon = vae.decode(z).sample
+vae = {report.network}.from_pretrained("path/to/this/folder")
+{_SNIPPETS[report.network].format(latents=_latents(config))}
 ```
 
-Any diffusers pipeline takes it as `vae=`. `latentvae.load(folder)` encodes and decodes pictures of
-any size."""
+{pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
+
+
+_SNIPPETS = {
+    "AutoencoderKL": """\
+z = vae.encode(images).latent_dist.sample()  # images (B, 3, H, W) in [-1, 1]
+latents = {latents}
+recon = vae.decode(z).sample""",
+    "AsymmetricAutoencoderKL": """\
+z = vae.encode(images).latent_dist.sample()  # images (B, 3, H, W) in [-1, 1]
+recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",
+    "AutoencoderDC": """\
+z = vae.encode(images).latent  # images (B, 3, H, W) in [-1, 1], H and W multiples of f
+latents = z * vae.config.scaling_factor
+recon = vae.decode(z).sample""",
+    "VQModel": """\
+features = vae.encode(images).latents  # images (B, 3, H, W), not yet quantised
+z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
+recon = vae.decode(z, force_not_quantize=True).sample""",
+    "DiscreteAutoencoder": """\
+indices = vae.tokenize(images).indices  # images (B, 3, H, W) in [-1, 1]
+recon = vae.decode_indices(indices).sample""",
+}
+
+
+def _latents(config: Mapping[str, Any]) -> str:
+    if config.get("latents_mean") is not None:
+        return "(z - mean) / std  # vae.config.latents_mean and latents_std, per channel"
+    return "(z - vae.config.shift_factor) * vae.config.scaling_factor"
 
 
 def _metrics(card: ModelCard) -> str:
@@ -112,25 +153,6 @@ def _metrics(card: ModelCard) -> str:
     rows = [f"| {name} | {_number(value)} |" for name, value in card.metrics.items()]
     table = "\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows])
     return f"{table}\n\n{card.protocol}".rstrip()
-
-
-def _facts(report: ExportReport) -> str:
-    half = report.half_precision
-    upcast = "false" if half.safe else "true: pipelines decode in float32"
-    lines = [
-        "## Export",
-        "",
-        f"- Profile `{report.profile}`: `scaling_factor` {report.scaling_factor:.6g} (before "
-        f"{report.old_scaling_factor:.6g}; measured on posterior samples of {report.num_images} "
-        f"images: {report.measured_scaling_factor:.6g}), `shift_factor` {report.shift_factor:.6g}.",
-        f"- `force_upcast` {upcast}. Measured with float16 weights and activations: {half}.",
-        "- Loaded back with diffusers and compared with the trained network: equal, bit for bit.",
-    ]
-    if report.identity_post_quant_conv:
-        lines.append(
-            "- An identity `post_quant_conv` was added: SDXL pipelines need one to upcast."
-        )
-    return "\n".join(lines)
 
 
 def _training(card: ModelCard) -> str:

@@ -1,13 +1,15 @@
 """Write a trained autoencoder as diffusers reads it, load it back, and compare.
 
-    trained net -> temporary folder -> AutoencoderKL.from_pretrained -> equal? -> renamed into place
+    trained net -> temporary folder -> its class's from_pretrained -> equal? -> renamed into place
 
 The config's values follow from how the pipelines read them: Stable Diffusion, SDXL, DiT and LDM
 divide by `scaling_factor` and ignore `shift_factor`; SD3 and FLUX add `shift_factor` and fail if
-it is null; SDXL uses `latents_mean` and `latents_std` where they are set (4 channels alone).
+it is null; SDXL uses `latents_mean` and `latents_std` where they are set (4 channels alone);
+SANA, with AutoencoderDC's latents about zero, multiplies by `scaling_factor`, 1 / RMS.
 """
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,10 +28,13 @@ from latentvae.export.card import ModelCard, write_card
 from latentvae.export.half_precision import check_half_precision
 from latentvae.export.report import PROFILES, ExportReport, Profile
 from latentvae.latents import LatentStatistics
+from latentvae.models.calls import decode, encode_posterior
+
+CLASSES = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC)
 
 
 def export_autoencoder(
-    net: AutoencoderKL,
+    net: Any,
     out: Path,
     *,
     statistics: LatentStatistics,
@@ -43,7 +48,8 @@ def export_autoencoder(
     """Export `net` to the folder `out`; nothing appears there unless it equals the trained network.
 
     Args:
-        net: the trained network (the averaged weights, where there are such); it is not changed.
+        net: the trained network (the averaged weights, where there are such), of one of `CLASSES`;
+            it is not changed.
         statistics: of posterior samples of this network, see `latentvae.latents`.
         sample_size: side of the training images in pixels; diffusers' tiling goes by it.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check; the
@@ -61,44 +67,52 @@ def export_autoencoder(
     trained = _on_cpu(net)
     probe = probe.to("cpu", torch.float32)
     half = check_half_precision(trained, probe)
-    identity = not half.safe and trained.post_quant_conv is None
+    identity = not half.safe and getattr(trained, "post_quant_conv", trained) is None
     config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
-    config |= {"sample_size": int(sample_size), "force_upcast": not half.safe}
+    config |= _known(config, {"sample_size": int(sample_size), "force_upcast": not half.safe})
     report = ExportReport(
         path=out,
+        network=type(trained).__name__,
+        latent_channels=config["latent_channels"],
         profile=profile,
         num_images=statistics.num_images,
         old_scaling_factor=net.config["scaling_factor"],
-        old_shift_factor=net.config["shift_factor"],
-        measured_scaling_factor=statistics.scaling_factor,
+        old_shift_factor=net.config.get("shift_factor"),
+        measured_scaling_factor=_scale(trained, statistics, profile="sd")["scaling_factor"],
         scaling_factor=config["scaling_factor"],
-        shift_factor=config["shift_factor"],
+        shift_factor=config.get("shift_factor", 0.0),
         half_precision=half,
         identity_post_quant_conv=identity,
-        compared_sizes=tuple((p.shape[2], p.shape[3]) for p in _probes(probe)),
+        compared_sizes=tuple((p.shape[2], p.shape[3]) for p in probes(trained, probe)),
     )
-    with _written_whole(out) as folder:
+    with written_whole(out) as folder:
         _build(trained, config, identity=identity).save_pretrained(folder)
-        _compare(trained, _load_back(folder), probe)
+        _compare(trained, _load_back(folder, type(trained)), probe)
         write_card(card or ModelCard(name=out.name), folder, config=config, report=report)
     return report
 
 
-def _on_cpu(net: nn.Module) -> AutoencoderKL:
+def _on_cpu(net: nn.Module) -> Any:
     """A float32 copy, contiguous (as a file is) and without tiling."""
-    net = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
-    assert isinstance(net, AutoencoderKL)
-    net.disable_tiling()
-    return net.eval()
+    copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
+    assert type(copied) in CLASSES
+    if hasattr(copied, "disable_tiling"):
+        copied.disable_tiling()
+    return copied.eval()
 
 
-def _check_options(net: AutoencoderKL, out: Path, *, profile: str, overwrite: bool) -> None:
+def _check_options(net: Any, out: Path, *, profile: str, overwrite: bool) -> None:
     if profile not in PROFILES:
         hint = nearest(profile, PROFILES)
         raise UserError(f"no export profile '{profile}': it must be sd, sd3 or sdxl{hint}")
     if profile == "sdxl" and net.config["latent_channels"] != 4:
         channels = net.config["latent_channels"]
         raise UserError(f"export profile 'sdxl' needs 4 latent channels, not {channels}; take 'sd'")
+    check_folder(out, overwrite=overwrite)
+
+
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """Refuse what is no export, and an export that is not to be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_export(out):
@@ -108,31 +122,41 @@ def _check_options(net: AutoencoderKL, out: Path, *, profile: str, overwrite: bo
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder's config.json says `AutoencoderKL`."""
+    """Whether a folder's config.json names a network that is exported here."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
+    names = {*(cls.__name__ for cls in CLASSES), "VQModel", "DiscreteAutoencoder"}
+    return isinstance(config, dict) and config.get("_class_name") in names
 
 
 def _exported_config(
-    net: AutoencoderKL, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
+    net: Any, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
 ) -> dict[str, Any]:
     """The network's own config (without private keys, which hold paths), and the scale."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:
-        return config | {"shift_factor": config["shift_factor"] or 0.0}
-    return config | _scale(statistics, profile=profile)
+        return config | _known(config, {"shift_factor": config.get("shift_factor") or 0.0})
+    return config | _known(config, _scale(net, statistics, profile=profile))
 
 
-def _scale(statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
+def _known(config: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that the network's class has."""
+    return {key: value for key, value in values.items() if key in config}
+
+
+def _scale(net: Any, statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
     scale = {
         "scaling_factor": statistics.scaling_factor,
         "shift_factor": 0.0,
         "latents_mean": None,
         "latents_std": None,
     }
+    if isinstance(net, AutoencoderDC):
+        return scale | {
+            "scaling_factor": 1.0 / statistics.rms
+        }  # arXiv:2410.10733, as SANA reads it
     if profile == "sd3":
         return scale | {"shift_factor": statistics.shift_factor}
     if profile == "sdxl":
@@ -141,7 +165,7 @@ def _scale(statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
     return scale
 
 
-def _build(trained: AutoencoderKL, config: Mapping[str, Any], *, identity: bool) -> AutoencoderKL:
+def _build(trained: Any, config: Mapping[str, Any], *, identity: bool) -> Any:
     """The same weights under the exported config; no random numbers are drawn on the way."""
     weights = trained.state_dict()
     if identity:
@@ -149,18 +173,17 @@ def _build(trained: AutoencoderKL, config: Mapping[str, Any], *, identity: bool)
         weights["post_quant_conv.weight"] = torch.eye(d)[:, :, None, None]  # (d, d, 1, 1)
         weights["post_quant_conv.bias"] = torch.zeros(d)
         config = {**config, "use_post_quant_conv": True}
+    expected = inspect.signature(type(trained).__init__).parameters
     with torch.device("meta"):
-        net = AutoencoderKL.from_config(dict(config))
-    assert isinstance(net, AutoencoderKL)
+        net: Any = type(trained).from_config({k: v for k, v in config.items() if k in expected})
     net.load_state_dict(weights, assign=True)
     return net.eval()
 
 
-def _load_back(folder: Path) -> AutoencoderKL:
-    loaded: Any = AutoencoderKL.from_pretrained(
+def _load_back(folder: Path, cls: type[Any]) -> Any:
+    net, info = cls.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    net, info = loaded
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise RuntimeError(f"diffusers does not load the export whole: {problems}")
@@ -169,11 +192,12 @@ def _load_back(folder: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def _compare(trained: Any, loaded: Any, probe: Tensor) -> None:
-    for images in _probes(probe):
-        ours, theirs = trained.encode(images).latent_dist, loaded.encode(images).latent_dist
-        if not torch.equal(ours.parameters, theirs.parameters):
-            raise RuntimeError(_difference("encoder", images, ours.parameters, theirs.parameters))
-        ours, theirs = trained.decode(ours.mode()).sample, loaded.decode(ours.mode()).sample
+    for images in probes(trained, probe):
+        mean, logvar = encode_posterior(trained, images)
+        for ours, theirs in zip((mean, logvar), encode_posterior(loaded, images), strict=True):
+            if ours is not None and theirs is not None and not torch.equal(ours, theirs):
+                raise RuntimeError(_difference("encoder", images, ours, theirs))
+        ours, theirs = decode(trained, mean), decode(loaded, mean)
         if not torch.equal(ours, theirs):
             raise RuntimeError(_difference("decoder", images, ours, theirs))
 
@@ -184,13 +208,16 @@ def _difference(part: str, images: Tensor, ours: Tensor, theirs: Tensor) -> str:
     return f"the exported {part} differs from the trained one at {size} pixels by up to {largest:g}"
 
 
-def _probes(probe: Tensor) -> tuple[Tensor, Tensor]:
-    """The first image, and it at a size that f does not divide."""
-    return probe[:1], F.pad(probe[:1], (0, 3, 0, 1), mode="replicate")
+def probes(net: Any, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The first image, and it at another size: one that f does not divide, where the network takes
+    such."""
+    f = net.spatial_compression_ratio if isinstance(net, AutoencoderDC) else 0
+    more = (0, f, 0, 0) if f else (0, 3, 0, 1)
+    return probe[:1], F.pad(probe[:1], more, mode="replicate")
 
 
 @contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
+def written_whole(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, or disappears."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"

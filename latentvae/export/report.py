@@ -16,6 +16,8 @@ class ExportReport:
 
     Args:
         path: the folder.
+        network: the class that loads it.
+        latent_channels: d.
         profile: whose reading of scale and shift it is written for.
         num_images: images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: what the network's config said before.
@@ -27,6 +29,8 @@ class ExportReport:
     """
 
     path: Path
+    network: str
+    latent_channels: int
     profile: Profile
     num_images: int
     old_scaling_factor: float
@@ -41,6 +45,15 @@ class ExportReport:
     @property
     def force_upcast(self) -> bool:
         return not self.half_precision.safe
+
+    @property
+    def kind(self) -> str:
+        latents = "An" if self.network == "AutoencoderDC" else "A KL"
+        return f"{latents} autoencoder for latent diffusion"
+
+    @property
+    def size(self) -> str:
+        return f"d = {self.latent_channels} channels"
 
     def summary(self) -> str:
         """A few lines for the screen."""
@@ -57,3 +70,23 @@ class ExportReport:
                 f"  loaded back by diffusers: equal to the trained network at {sizes}",
             ]
         )
+
+    def facts(self) -> str:
+        """The same for the model card."""
+        half = self.half_precision
+        upcast = "false" if half.safe else "true: pipelines decode in float32"
+        lines = [
+            "## Export",
+            "",
+            f"- Profile `{self.profile}`: `scaling_factor` {self.scaling_factor:.6g} (before "
+            f"{self.old_scaling_factor:.6g}; measured on posterior samples of {self.num_images} "
+            f"images: {self.measured_scaling_factor:.6g}), `shift_factor` {self.shift_factor:.6g}.",
+            f"- `force_upcast` {upcast}. Measured with float16 weights and activations: {half}.",
+            "- Loaded back with diffusers and compared with the trained network: equal, bit for "
+            "bit.",
+        ]
+        if self.identity_post_quant_conv:
+            lines.append(
+                "- An identity `post_quant_conv` was added: SDXL pipelines need one to upcast."
+            )
+        return "\n".join(lines)

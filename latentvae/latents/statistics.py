@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentvae.distributed import gather_objects
+from latentvae.models.calls import encode
 
 
 class LatentStatistics:
@@ -98,6 +98,13 @@ class LatentStatistics:
         return math.sqrt((self._squares.sum() + between).item() / (elements - 1))
 
     @property
+    def rms(self) -> float:
+        """The pooled root mean square, about zero."""
+        self._require(self._count * self.num_channels)
+        squares = self._squares.sum() + self._count * self._mean.square().sum()
+        return math.sqrt(squares.item() / (self._count * self.num_channels))
+
+    @property
     def scaling_factor(self) -> float:
         """1 / std: latents times this have unit variance."""
         std = self.std
@@ -127,13 +134,14 @@ class LatentStatistics:
 
 @torch.no_grad()
 def latent_statistics(
-    net: AutoencoderKL,
+    net: Any,
     batches: Iterable[Tensor],
     *,
     max_images: int = 1024,
     generator: torch.Generator | None = None,
 ) -> LatentStatistics:
-    """Statistics of posterior samples of the first `max_images` images of this process.
+    """Statistics of posterior samples (without a posterior: of latents) of the first `max_images`
+    images of this process.
 
     Args:
         net: in eval mode, on the device of the batches.
@@ -143,8 +151,7 @@ def latent_statistics(
     statistics = LatentStatistics()
     for batch in batches:
         images = batch[: max_images - statistics.num_images]
-        encoded: Any = net.encode(images)
-        statistics.update(encoded.latent_dist.sample(generator))
+        statistics.update(encode(net, images, sample=True, generator=generator))
         if statistics.num_images >= max_images:
             break
     return statistics

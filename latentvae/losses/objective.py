@@ -2,13 +2,17 @@
 appendix G).
 
     nll = mean(pixel + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
-    loss = nll + kl_scale * kl + adversarial part (see training/update.py)
+    loss = nll + kl_scale * kl + weighted terms of a codebook + adversarial part (see
+    training/update.py)
 
 Reductions, once and for all: pixel terms are means over image elements; the KL is its sum over
 latent elements divided by the number of image elements. Everything is thus Stable Diffusion's sum
 divided by C*H*W: its 1e-6 keeps its meaning, and no weight depends on the resolution or the batch
 size.
 """
+
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,14 @@ from latentvae.outputs import AutoencoderOutput
 _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
+class Likelihood(Protocol):
+    """Of pixels, see `latentvae.likelihoods`."""
+
+    def nll(self, images: Tensor, parameters: Tensor) -> Tensor: ...
+
+    def mean(self, parameters: Tensor) -> Tensor: ...
+
+
 class Objective(nn.Module):
     """Weights and terms of the model's loss, but for the critic's part.
 
@@ -27,6 +39,9 @@ class Objective(nn.Module):
         perceptual: LPIPS (images, recon) -> (B,), frozen; None leaves the term out.
         perceptual_scale: weight of LPIPS beside the pixel term.
         kl_scale: weight of the KL.
+        latent_weights: of the terms of a discrete bottleneck, by name.
+        likelihood: takes the pixel loss's place where the decoder gives its parameters; its `mean`
+            is the picture that LPIPS and the critic see.
         autocast_dtype: run LPIPS' trunk in this dtype (its distances stay float32); None for
             float32.
     """
@@ -38,28 +53,38 @@ class Objective(nn.Module):
         perceptual: nn.Module | None,
         perceptual_scale: float,
         kl_scale: float,
+        latent_weights: Mapping[str, float] | None = None,
+        likelihood: Likelihood | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.pixel_loss = _PIXEL_LOSSES[rec_loss]
         self.perceptual = perceptual
         self.perceptual_scale = perceptual_scale
-        self.kl_scale = kl_scale
+        self.latent_weights = {"kl": kl_scale, **(latent_weights or {})}
+        self.likelihood = likelihood
         self.autocast_dtype = autocast_dtype
 
     def reconstruction_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
         """Unweighted terms that depend on ``recon``, each (B,): `rec` per image element and, if
         used, `lpips`."""
-        pixel = self.pixel_loss(recon.float(), images.float(), reduction="none").flatten(1).mean(1)
-        terms = {"rec": pixel}
+        if self.likelihood is not None:
+            pixel = self.likelihood.nll(images, recon)
+        else:
+            pixel = self.pixel_loss(recon.float(), images.float(), reduction="none")
+        terms = {"rec": pixel.flatten(1).mean(1)}
         if self.perceptual is not None:
             with torch.autocast(
                 images.device.type,
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             ):
-                terms["lpips"] = self.perceptual(images, recon)
+                terms["lpips"] = self.perceptual(images, self.picture(recon))
         return terms
+
+    def picture(self, recon: Tensor) -> Tensor:
+        """The image (B, C, H, W) that a decoder's output means."""
+        return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
         """Negative log-likelihood of the reconstruction per image element, up to a constant; a
@@ -70,9 +95,12 @@ class Objective(nn.Module):
         return error.mean() / output_logvar.exp() + output_logvar
 
     def latent_terms(self, images: Tensor, out: AutoencoderOutput) -> dict[str, Tensor]:
-        """Unweighted terms that depend on the latent, each (B,): `kl` in nats per image element."""
-        return {"kl": out.kl / images[0].numel()}
+        """Unweighted terms that depend on the latent: `kl` (B,) in nats per image element, and
+        those of a discrete bottleneck, scalars."""
+        terms = dict(out.latent_losses or {})
+        return terms if out.kl is None else terms | {"kl": out.kl / images[0].numel()}
 
-    def latent_loss(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted latent terms; a scalar."""
-        return self.kl_scale * terms["kl"].mean()
+    def latent_loss(self, terms: dict[str, Tensor]) -> Tensor | None:
+        """Weighted latent terms, a scalar; None where there are none."""
+        weighted = [self.latent_weights[name] * term.mean() for name, term in terms.items()]
+        return torch.stack(weighted).sum() if weighted else None

@@ -317,6 +317,14 @@ class TokenUsage:
             "raw_bits": math.log2(len(self._counts)),
         }
 
+    @classmethod
+    def joined(cls, states: Sequence[dict[str, np.ndarray]]) -> "TokenUsage":
+        """Of several state dicts together."""
+        total = cls(len(states[0]["counts"]))
+        for state in states:
+            total._counts += torch.from_numpy(state["counts"])
+        return total
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"counts": self._counts.numpy().copy()}
 

@@ -1,15 +1,29 @@
 """Networks: stock diffusers classes wherever one exists, and the thin wrappers that training
 prepares."""
 
-from latentvae.models.kl import KLTrainingWrapper, build_autoencoder_kl, downsampling_factor
+from latentvae.models.architectures import (
+    ARCHITECTURES,
+    adapt,
+    freeze_encoder,
+    keep_batch_statistics,
+    latent_side,
+)
+from latentvae.models.discrete import DiscreteAutoencoder
+from latentvae.models.kl import TrainingWrapper, build_autoencoder_kl, downsampling_factor
 from latentvae.models.loading import load_network
 from latentvae.models.single_file import FAMILIES, Family
 
 __all__ = [
+    "ARCHITECTURES",
     "FAMILIES",
+    "DiscreteAutoencoder",
     "Family",
-    "KLTrainingWrapper",
+    "TrainingWrapper",
+    "adapt",
     "build_autoencoder_kl",
     "downsampling_factor",
+    "freeze_encoder",
+    "keep_batch_statistics",
+    "latent_side",
     "load_network",
 ]

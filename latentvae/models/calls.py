@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentvae.errors import UserError
+from latentvae.models.discrete import DiscreteAutoencoder
 from latentvae.models.kl import downsampling_factor
 
 PROBE = 192  # pixels a side of the image that `measure_shape` tries; no fixed size is this
@@ -55,20 +56,39 @@ def read_posterior(output: Any) -> Any | None:
 
 
 def num_codes(net: Any) -> int | None:
-    """K of a tokenizer with one codebook (diffusers' `VQModel`); None if `net` is none."""
+    """K of a tokenizer (of each level); None if `net` is none."""
+    if isinstance(net, DiscreteAutoencoder):
+        return net.quantize.num_codes
     return net.config.get("num_vq_embeddings")
+
+
+def num_levels(net: Any) -> int:
+    """Codes for each position; more than 1 of a residual quantiser."""
+    return net.quantize.num_levels if isinstance(net, DiscreteAutoencoder) else 1
 
 
 @torch.no_grad()
 def tokenize(net: Any, z: Tensor) -> Tensor:
-    """Indices (B, h, w) of the codes nearest to a tokenizer's latents, in 0..K - 1."""
+    """Indices (B, h, w), of L levels (B, L, h, w), of the codes nearest to a tokenizer's latents,
+    in 0..K - 1."""
+    if isinstance(net, DiscreteAutoencoder):
+        return net.quantize(z).indices
     _, _, (_, _, indices) = net.quantize(z)
     return indices.reshape(len(z), *z.shape[2:])
 
 
 @torch.no_grad()
+def decode_indices(net: Any, indices: Tensor) -> Tensor:
+    """Images of indices, as the network gives them, in about [-1, 1]."""
+    if isinstance(net, DiscreteAutoencoder):
+        return net.decode_indices(indices).sample
+    return decode(net, codes_of(net, indices))
+
+
+@torch.no_grad()
 def codes_of(net: Any, indices: Tensor) -> Tensor:
-    """The codes (B, D, h, w) of indices (B, h, w); `decode` takes them: each is its own nearest."""
+    """The codes (B, D, h, w) of indices (B, h, w) of a stock `VQModel`; `decode` takes them: each
+    is its own nearest."""
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 

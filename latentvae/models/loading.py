@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError
 
 from latentvae.errors import UserError, nearest
+from latentvae.models.discrete import DiscreteAutoencoder
 from latentvae.models.single_file import Family, load_single_file
 
 _INNER = ("export", "vae", "vqvae", "movq")  # where runs and pipelines keep their autoencoder
@@ -101,6 +102,8 @@ def _class_of(config: dict[str, Any], path: str | Path) -> Any:
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise UserError(f"'{path}/config.json' is not the config of a diffusers model")
+    if name == DiscreteAutoencoder.__name__:
+        return DiscreteAutoencoder
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise UserError(f"'{path}' holds a {name}, which this diffusers does not know")

@@ -146,7 +146,9 @@ class ModelMeasures:
         self.tokens.update(indices)
         content = encode_tokens(indices.cpu().numpy(), num_codes=self.model.num_codes)
         decoded = torch.from_numpy(decode_tokens(content)).to(z.device)
-        recon = self._decode(calls.codes_of(self.model.net, decoded), original)
+        size = original.images.shape[2], original.images.shape[3]
+        images: Any = self.model.decode_tokens(decoded, size=size)
+        recon = to_8bit(images).to(original.images.device)
         return self._bitstream_row(original, content, recon, setting=None)
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:

@@ -6,26 +6,19 @@ A run goes on without the base's weights: `base.json` holds its config, the chec
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
 
 from latentvae.errors import UserError
-from latentvae.models import load_network
+from latentvae.models import ARCHITECTURES, adapt, latent_side, load_network
 from latentvae.training.checkpoint import newest_usable
 from latentvae.training.config import TrainConfig
 from latentvae.training.presets import parse
 
 BASE_NAME = "base.json"
-SHAPE = (  # options of the model section that the base decides
-    "block_out_channels layers_per_block latent_channels norm_num_groups mid_block_add_attention "
-    "use_quant_conv"
-).split()
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Base:
     """
 
     name: str
-    net: AutoencoderKL
+    net: Any
     encoder_sha256: str
 
     def write(self, folder: Path) -> None:
@@ -57,21 +50,24 @@ def open_base(config: TrainConfig) -> Base | None:
     that it started with.
 
     Raises:
-        UserError: it cannot be loaded, or is no AutoencoderKL.
+        UserError: it cannot be loaded, or is of another architecture.
     """
     name, folder = config.model.pretrained_model_name_or_path, config.run.output_dir
     if name is None:
         return None
     if folder is not None and not config.run.overwrite_output_dir:
-        begun = read_base(Path(folder))
+        begun = read_base(Path(folder), config.model.architecture)
         # Without a checkpoint there are no weights to go on with but the base's own.
         checkpoint = None if begun is None else newest_usable(Path(folder))[0]
         if begun is not None and begun.name == name and checkpoint is not None:
             return begun
-    net = load_network(name, family=config.model.pretrained_family)
-    if not isinstance(net, AutoencoderKL):
+    model = config.model
+    loaded = load_network(name, family=getattr(model, "pretrained_family", None))
+    net = adapt(loaded, model.architecture, model.shape())
+    if net is None:
         raise UserError(
-            f"'{name}' is a {type(net).__name__}; this trainer fine-tunes AutoencoderKL networks"
+            f"'{name}' is a {type(loaded).__name__}; config {config.config} fine-tunes "
+            f"{ARCHITECTURES[model.architecture].network.__name__} networks"
         )
     if net.config["in_channels"] != 3:
         raise UserError(
@@ -83,14 +79,14 @@ def open_base(config: TrainConfig) -> Base | None:
     return Base(name, net, encoder_sha256(net))
 
 
-def read_base(folder: Path) -> Base | None:
+def read_base(folder: Path, architecture: str) -> Base | None:
     """What a run remembers of its base, with fresh weights; None where it started from nothing."""
     path = folder / BASE_NAME
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        net: Any = AutoencoderKL.from_config(values["config"])
+        net: Any = ARCHITECTURES[architecture].network.from_config(values["config"])
         return Base(values["name"], net, values["encoder_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not what a fine-tuning wrote: {error}") from error
@@ -100,29 +96,21 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     """The configuration with the base's own shape in place of the preset's, checked again."""
     if base is None:
         return config
-    values, own = config.model_dump(), base.net.config
-    values["model"] |= {name: own[name] for name in SHAPE} | {"attention_levels": ()}
+    values, kind = config.model_dump(), ARCHITECTURES[config.model.architecture]
+    own = kind.shape(dict(base.net.config))
+    if quantizer := own.pop("quantizer", None):
+        same = values["model"]["quantizer"]["type"] == quantizer["type"]
+        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | quantizer
+    values["model"] |= own
     return parse(values, source="the pretrained network's config")
 
 
-def freeze_encoder(net: AutoencoderKL) -> None:
-    """Nothing that makes latents will learn."""
-    for part in _latent_side(net):
-        part.requires_grad_(False)
-
-
-def encoder_sha256(net: AutoencoderKL) -> str:
+def encoder_sha256(net: Any) -> str:
     """Of all weights that make latents, by their names."""
     digest = hashlib.sha256()
-    for part in _latent_side(net):
+    for part in latent_side(net):
         for name, value in part.state_dict().items():
             digest.update(name.encode())
             values = value.detach().cpu().float().contiguous()
             digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _latent_side(net: AutoencoderKL) -> Iterator[nn.Module]:
-    yield net.encoder
-    if net.quant_conv is not None:
-        yield net.quant_conv

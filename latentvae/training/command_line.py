@@ -6,33 +6,44 @@ one sentence.
 """
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import diffusers
 import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from latentvae.errors import UserError
 from latentvae.flags import check_names, exit_with, one_sentence_errors, say_once
-from latentvae.training.config import TrainConfig, option_names
+from latentvae.training.config import TrainConfig, flat
 from latentvae.training.presets import load_preset, parse
 
+# Which options there are depends on these, so they are no flags.
+CHOSEN_BY_PRESET = ("architecture", "type")
 
-def config_from_arguments(arguments: Sequence[str], *, description: str) -> TrainConfig:
+
+def config_from_arguments(
+    arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
+) -> TrainConfig:
     """The run that the command line asks for.
+
+    Args:
+        description: of the script, for its help.
+        default_config: the preset without `--config`.
 
     Raises:
         UserError: an unknown flag, or a value that is not allowed.
         SystemExit: after `--help`.
     """
     arguments = list(arguments)
-    preset = load_preset(_config_flag(arguments))
+    preset = load_preset(_config_flag(arguments) or default_config)
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
-    check_names(arguments, option_names())
+    check_names(arguments, [name for name in flat(preset) if name not in CHOSEN_BY_PRESET])
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
     return parse(dataclasses.asdict(flags), source="command line")
@@ -54,7 +65,9 @@ def _flags_of(section: BaseModel) -> type:
     fields: list[Any] = []
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, BaseModel):
+        if name in CHOSEN_BY_PRESET:
+            fields.append((name, tyro.conf.Suppress[str], dataclasses.field(default=value)))
+        elif isinstance(value, BaseModel):
             nested = _flags_of(value)
             fields.append((name, nested, dataclasses.field(default_factory=nested)))
         else:
@@ -83,23 +96,28 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
-def _config_flag(arguments: list[str]) -> str:
+def _config_flag(arguments: list[str]) -> str | None:
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")
         if argument == "--config" and i + 1 < len(arguments):
             return arguments[i + 1]
-    return TrainConfig().config
+    return None
 
 
-def run_training(arguments: Sequence[str], *, description: str) -> None:
+def run_training(
+    arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
+) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
     after signal n."""
     from latentvae.data import UnreadableImage
     from latentvae.training.loop import Stopped, train
 
     try:
-        export = train(config_from_arguments(arguments, description=description))
+        config = config_from_arguments(
+            arguments, description=description, default_config=default_config
+        )
+        export = train(config)
     except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -108,4 +126,6 @@ def run_training(arguments: Sequence[str], *, description: str) -> None:
     except Stopped as stopped:
         say_once(str(stopped))
         raise SystemExit(128 + stopped.signal) from None
-    say_once(f"done: {export} loads with diffusers.AutoencoderKL.from_pretrained('{export}')")
+    kind = json.loads((export / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
+    say_once(f"done: {export} loads with {module}.{kind}.from_pretrained('{export}')")

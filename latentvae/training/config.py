@@ -7,105 +7,11 @@ training scripts name it.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A group of options; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class ModelConfig(Section):
-    """The network: a stock diffusers AutoencoderKL; f = 2 ** (levels - 1)."""
-
-    block_out_channels: tuple[Positive, ...] = Field(
-        default=(128, 256, 512, 512),
-        description=(
-            "Width of each level, from full resolution down; f = 2 ** (number of levels - 1)."
-        ),
-    )
-    layers_per_block: Positive = Field(
-        default=2,
-        description="Residual blocks per level of the encoder (the decoder has one more).",
-    )
-    latent_channels: Positive = Field(
-        default=4, description="Latent channels d: 4 serves the SD family, 16 SD3 and FLUX."
-    )
-    norm_num_groups: Positive = Field(
-        default=32, description="Groups of each GroupNorm; must divide every width."
-    )
-    attention_levels: tuple[Count, ...] = Field(
-        default=(),
-        description="Levels (0 = full resolution) with self-attention after each residual block.",
-    )
-    mid_block_add_attention: bool = Field(
-        default=True, description="Self-attention in the middle block."
-    )
-    use_quant_conv: bool = Field(
-        default=True, description="1x1 convolutions around the latent (SD: yes; SD3 and FLUX: no)."
-    )
-
-    pretrained_model_name_or_path: str | None = Field(
-        default=None,
-        description=(
-            "Fine-tune this network instead of starting from nothing: a diffusers folder, a "
-            "single .safetensors file, or a Hub id (owner/name/folder). Its own shape counts."
-        ),
-    )
-    pretrained_family: Literal["sd", "sdxl", "sd3", "flux"] | None = Field(
-        default=None,
-        description="Of a single file: whose autoencoder it is, which says how latents are scaled.",
-    )
-    freeze_encoder: bool = Field(
-        default=False,
-        description=(
-            "Train the decoder alone: latents, scaling and shift stay those of the pretrained "
-            "network, and generators trained on them stay valid."
-        ),
-    )
-    initial_posterior_logvar: float = Field(
-        default=0.0,
-        description=(
-            "Log-variance that the posterior starts with; below 0 the decoder sees less noise at "
-            "first and learns sooner."
-        ),
-    )
-
-    @property
-    def f(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def shape(self) -> dict[str, Any]:
-        """What `build_autoencoder_kl` takes: all but what a fine-tuning starts from."""
-        return self.model_dump(
-            exclude={"pretrained_model_name_or_path", "pretrained_family", "freeze_encoder"}
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        for width in self.block_out_channels:
-            if width % self.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
-                    "block_out_channels"
-                )
-        if self.freeze_encoder and self.pretrained_model_name_or_path is None:
-            raise ValueError(
-                "freeze_encoder needs pretrained_model_name_or_path: an encoder that has learned "
-                "nothing cannot be kept"
-            )
-        for level in self.attention_levels:
-            if level >= len(self.block_out_channels):
-                raise ValueError(
-                    f"attention_levels names level {level}, but block_out_channels has levels 0 to "
-                    f"{len(self.block_out_channels) - 1}"
-                )
-        return self
+from latentvae.training.model_config import MODELS, AnyModelConfig, KLModelConfig, VQModelConfig
+from latentvae.training.quantizer_config import QUANTIZERS
+from latentvae.training.section import Count, Positive, Section, Share
 
 
 class DataConfig(Section):
@@ -464,6 +370,13 @@ class RunConfig(Section):
             "all, sd3 (also FLUX) measures a shift, sdxl writes per-channel statistics."
         ),
     )
+    lookup_from_codebook: bool = Field(
+        default=False,
+        description=(
+            "Export a VQModel for aMUSEd: codes looked up by index, pixels in [0, 1]; without it "
+            "for all other pipelines."
+        ),
+    )
     ddp_timeout: Positive = Field(
         default=1800, description="Seconds after which a hanging rank ends the run."
     )
@@ -475,11 +388,13 @@ class TrainConfig(Section):
     config: str = Field(
         default="kl_small",
         description=(
-            "YAML file, or the name of a preset: kl_small, kl_f4, kl_f8, kl_f8_d16, kl_f16, "
-            "sd_decoder_finetune, sdxl_decoder_finetune, flux_decoder_finetune. Flags override it."
+            "YAML file, or the name of a preset. Continuous latents: kl_small, kl_f4, kl_f8, "
+            "kl_f8_d16, kl_f16, kl_f32, dc_f32, sd_decoder_finetune, sdxl_decoder_finetune, "
+            "flux_decoder_finetune, sd_asymmetric; tokenizers: vq_small, vq_f4, vq_f8, vq_f16, "
+            "vq_f16_l2, fsq_f8, lfq_f16, rq_f16, dvae_f8. Flags override it."
         ),
     )
-    model: ModelConfig = ModelConfig()
+    model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     critic: CriticConfig = CriticConfig()
@@ -510,7 +425,30 @@ class TrainConfig(Section):
             raise ValueError(
                 f"export_profile sdxl needs latent_channels 4, not {self.model.latent_channels}"
             )
+        self._check_architecture()
         return self
+
+    def _check_architecture(self) -> None:
+        """Options that mean nothing to the network are refused where they are set."""
+        model, kind = self.model, self.model.architecture
+        if isinstance(model, VQModelConfig):
+            kind = f"{kind} ({model.quantizer.type})"
+            if model.likelihood and self.objective.learn_logvar:
+                raise ValueError(
+                    f"learn_logvar and likelihood {model.likelihood} exclude each other"
+                )
+        without = f"has no meaning for the architecture {kind}"
+        for name in () if model.has_kl else ("kl_warmup_steps", "free_bits", "kl_capacity"):
+            if value := getattr(self.objective, name):
+                raise ValueError(f"{name} {value:g} {without}, which has no KL")
+        if self.run.deterministic_posterior and model.architecture not in ("kl", "asymmetric"):
+            raise ValueError(f"deterministic_posterior {without}, which has no posterior")
+        if self.run.lookup_from_codebook and model.architecture != "vq":
+            raise ValueError(f"lookup_from_codebook {without}, which has no codes")
+        if self.run.export_profile != "sd" and model.architecture != "kl":
+            raise ValueError(f"export_profile {self.run.export_profile} {without}")
+        if self.run.gradient_checkpointing and model.architecture == "dc":
+            raise ValueError("gradient_checkpointing is not there for diffusers' AutoencoderDC")
 
 
 def flat(config: BaseModel) -> dict[str, Any]:
@@ -523,4 +461,6 @@ def flat(config: BaseModel) -> dict[str, Any]:
 
 
 def option_names() -> list[str]:
-    return list(flat(TrainConfig()))
+    """Of every architecture and quantiser."""
+    sections = (TrainConfig(), *(kind() for kind in (*MODELS.values(), *QUANTIZERS.values())))
+    return list(dict.fromkeys(name for section in sections for name in flat(section)))

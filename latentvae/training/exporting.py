@@ -5,17 +5,25 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from latentvae.data import ImageSource, ImageStream, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
 from latentvae.errors import UserError
-from latentvae.export import ExportReport, ModelCard, export_autoencoder
+from latentvae.export import (
+    ExportReport,
+    ModelCard,
+    TokenizerReport,
+    export_autoencoder,
+    export_tokenizer,
+)
 from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
+from latentvae.models import DiscreteAutoencoder
 from latentvae.training.base import Base, encoder_sha256, read_base
 from latentvae.training.checkpoint import load_checkpoint, newest_usable, update_of
 from latentvae.training.config import TrainConfig, flat
@@ -30,18 +38,22 @@ PROBE_IMAGES = 2
 
 
 @contextlib.contextmanager
-def averaged_weights(net: AutoencoderKL, ema: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into ``net`` for a while."""
-    if ema is None:
-        yield
-        return
+def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Put the averaged weights into ``net`` for a while, in eval mode. Its buffers, as a codebook
+    of moving averages, are averages already."""
+    training = [module for module in net.modules() if module.training]
     parameters = list(net.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    net.eval()
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(parameters)
+        if ema is not None:
+            ema.restore(parameters)
+        for module in training:
+            module.training = True
 
 
 def is_exported(folder: Path, update: int) -> bool:
@@ -81,9 +93,10 @@ def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
     if checkpoint is None:
         reasons = "".join(f"; {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
-    base = read_base(folder)
+    base = read_base(folder, config.model.architecture)
     net = build_net(config, base)
     net.load_state_dict(_weights(checkpoint))
+    net.eval()
     _export(
         net,
         config,
@@ -96,14 +109,14 @@ def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights of a checkpoint, or the trained ones where there is no average."""
+    """The weights of a checkpoint, averaged where there is an average."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
     trained = {k.removeprefix(prefix): v for k, v in tensors["model"].items() if prefix in k}
-    return tensors.get("ema", trained)
+    return trained | tensors.get("ema", {})
 
 
 def _export(
-    net: AutoencoderKL,
+    net: Any,
     config: TrainConfig,
     *,
     data: tuple[ImageSource | ImageStream, ImageSource],
@@ -111,7 +124,7 @@ def _export(
     out: Path,
     device: torch.device,
     base: Base | None,
-) -> ExportReport | None:
+) -> ExportReport | TokenizerReport | None:
     """Measure on all ranks, write on the first, which has the report."""
     if base is not None:
         card = _fine_tuned(card, net, config, base)
@@ -127,17 +140,30 @@ def _export(
     statistics = latent_statistics(net, (images.to(device) for images, _ in shard)).joined()
     report = None
     if is_main():
-        report = export_autoencoder(
-            net,
-            out,
-            statistics=statistics,
-            sample_size=_sample_size(config, base),
-            frozen_encoder=config.model.freeze_encoder,
-            probe=first_readable(data[1], transform, count=PROBE_IMAGES),
-            profile=config.run.export_profile,
-            card=card,
-            overwrite=True,
-        )
+        probe = first_readable(data[1], transform, count=PROBE_IMAGES)
+        if isinstance(net, DiscreteAutoencoder):
+            report = export_tokenizer(
+                net,
+                out,
+                statistics=statistics,
+                resolution=_sample_size(config, base),
+                probe=probe,
+                card=card,
+                lookup_from_codebook=config.run.lookup_from_codebook,
+                overwrite=True,
+            )
+        else:
+            report = export_autoencoder(
+                net,
+                out,
+                statistics=statistics,
+                sample_size=_sample_size(config, base),
+                frozen_encoder=config.model.freeze_encoder,
+                probe=probe,
+                profile=config.run.export_profile,
+                card=card,
+                overwrite=True,
+            )
         print(report.summary())
     barrier()
     return report
@@ -145,11 +171,11 @@ def _export(
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
     """Tiling goes by it: a base that was trained on larger images keeps its own."""
-    own = 0 if base is None else base.net.config["sample_size"]
+    own = 0 if base is None else base.net.config.get("sample_size", 0)
     return max(config.data.resolution, own if isinstance(own, int) else max(own))
 
 
-def _fine_tuned(card: ModelCard, net: AutoencoderKL, config: TrainConfig, base: Base) -> ModelCard:
+def _fine_tuned(card: ModelCard, net: Any, config: TrainConfig, base: Base) -> ModelCard:
     """What is certified of a base's encoder.
 
     Raises:
@@ -172,7 +198,8 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     rows = read_rows(folder / "log.jsonl")
     row = next((r for r in rows if r["update"] == update and "validation/psnr" in r), {})
     names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({config.objective.lpips_net})"}
-    metrics = {name: row[f"validation/{key}"] for key, name in names.items() if row}
+    names |= {"usage": "share of the codes used", "perplexity": "perplexity of the codes"}
+    metrics = {n: row[f"validation/{k}"] for k, n in names.items() if f"validation/{k}" in row}
     weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
     protocol = (
         f"Means over {row['validation/images']:,} unseen images after update {update:,}: shorter "

@@ -40,6 +40,7 @@ from latentvae.losses.posterior import (
 from latentvae.outputs import AutoencoderOutput
 from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
+from latentvae.training.codebook import CodebookUpdate, temperature
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.exporting import averaged_weights, export_run, is_exported
 from latentvae.training.interrupt import Interrupt
@@ -96,7 +97,14 @@ def train(config: TrainConfig) -> Path:
             base.write(folder)
         else:
             (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
-    run = build_run(config, folder=folder, accelerator=accelerator, data=data, base=base)
+    run = build_run(
+        config,
+        folder=folder,
+        accelerator=accelerator,
+        data=data,
+        base=base,
+        from_checkpoint=checkpoint is not None,
+    )
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
@@ -169,6 +177,8 @@ class _Loop:
             saved=progress.units or None,
         )
         self.means: list[Tensor] = []  # of the posteriors, in this update's micro-steps
+        quantizer = getattr(run.net, "quantize", None)
+        self.codebook = CodebookUpdate(quantizer, seed=run.config.run.seed)
         self.bad = BadImages()
         self.bad.update(progress.bad_images)
         self.unnamed: list[tuple[str, str]] = []
@@ -225,11 +235,13 @@ class _Loop:
             )
         finite, signal = self._verdict(norms)
         if finite:
-            for values in (*logged, norms):
-                self.window.add(values)
             self._step(adversary)
+            learned = self.codebook.apply(progress.update)
+            for values in (*logged, norms, learned):
+                self.window.add(values)
             self._observe(adversary, logged)
         self.means.clear()
+        self.codebook.clear()
         self._count_skipped(finite)
         run.optimizer.zero_grad()
         if run.critic_optimizer is not None:
@@ -244,7 +256,11 @@ class _Loop:
         images = batch.images.to(run.accelerator.device, non_blocking=True)
         alone = self._critic_learns_alone()
         with torch.set_grad_enabled(not alone):
-            out = run.prepared(images, sample=not options.deterministic_posterior)
+            out = run.prepared(
+                images,
+                sample=not options.deterministic_posterior,
+                temperature=temperature(run.config, self.progress.update),
+            )
         logged: dict[str, Tensor] = {}
         if not alone:
             logged = backward_model(
@@ -256,20 +272,26 @@ class _Loop:
                 kl=self._controlled_kl(out),
                 divide_by=options.gradient_accumulation_steps,
             )
-            self.means.append(out.mean.detach())
+            if out.mean is not None:
+                self.means.append(out.mean.detach())
+            self.codebook.add(out)
         if adversary is not None:
             logged |= backward_critic(
                 images,
-                out.recon,
+                run.objective.picture(out.recon.detach()),
                 adversary=adversary,
                 divide_by=options.gradient_accumulation_steps,
             )
+        logged |= {
+            "latent/rms": out.z.detach().square().mean().sqrt(),
+            "objective/output_logvar": out.output_logvar.detach(),
+        }
+        if out.kl_per_channel is None or out.kl is None:
+            return logged
         nats = out.kl.detach().mean()
         return logged | {
             "latent/kl_nats": nats,
-            "latent/kl_bits_per_element": nats / (math.log(2.0) * out.z[0].numel()),
-            "latent/rms": out.z.detach().square().mean().sqrt(),
-            "objective/output_logvar": out.output_logvar.detach(),
+            "latent/kl_bits_per_element": nats / (math.log(2.0) * _kl_elements(out)),
         }
 
     def _critic_learns_alone(self) -> bool:
@@ -304,6 +326,8 @@ class _Loop:
     def _controlled_kl(self, out: AutoencoderOutput) -> Tensor | None:
         """What stands in for the mean KL in the loss, nats per image; None: the KL itself."""
         options, update = self.run.config.objective, self.progress.update
+        if out.kl is None or out.kl_per_channel is None:
+            return None
         if not (options.kl_warmup_steps or options.free_bits or options.kl_capacity):
             return None
         factor = kl_warmup(update, options.kl_warmup_steps)
@@ -314,7 +338,7 @@ class _Loop:
             bits = capacity(
                 update, target=options.kl_capacity, growth_updates=options.kl_capacity_steps
             )
-            kl = capacity_kl(out.kl, bits=bits, elements=out.z[0].numel())
+            kl = capacity_kl(out.kl, bits=bits, elements=_kl_elements(out))
         else:
             kl = out.kl.mean()
         return factor * kl
@@ -443,10 +467,16 @@ class _Loop:
                     device=device,
                 )
         self.log.write(self.progress.update, values)
+        codes = ""
+        if "validation/usage" in values:
+            codes = (
+                f"{values['validation/usage']:.1%} of the codes used, perplexity "
+                f"{values['validation/perplexity']:.0f}, "
+            )
         self.log.say(
             f"update {self.progress.update:,}: PSNR {values['validation/psnr']:.2f} dB, "
-            f"SSIM {values['validation/ssim']:.3f}, LPIPS {values['validation/lpips']:.3f} on "
-            f"{values['validation/images']:,} unseen images"
+            f"SSIM {values['validation/ssim']:.3f}, LPIPS {values['validation/lpips']:.3f}, "
+            f"{codes}on {values['validation/images']:,} unseen images"
         )
 
     def _save(self) -> Path:
@@ -467,3 +497,9 @@ class _Loop:
                 )
             barrier()
         return path
+
+
+def _kl_elements(out: AutoencoderOutput) -> int:
+    """Latent elements of an image that the KL is a sum over; of Gumbel-softmax its tokens."""
+    assert out.kl_per_channel is not None
+    return out.kl_per_channel.shape[1] * out.z[0, 0].numel()

@@ -1,12 +1,14 @@
 """What a run is about to do, said before its first update."""
 
+import math
 import os
 
 import torch
 from torch import nn
 
 from latentvae.data import ImageStream
-from latentvae.training.run import Run
+from latentvae.models.calls import num_codes, num_levels
+from latentvae.training.run import Run, latent_weights
 
 
 def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
@@ -38,16 +40,30 @@ def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
 def _model(run: Run) -> str:
     model = run.config.model
     size = _millions(run.net)
-    kind = f"AutoencoderKL, {size} M parameters, f = {model.f}, d = {model.latent_channels}"
+    kind = f"{type(run.net).__name__}, {size} M parameters, f = {model.f}, {_bottleneck(run)}"
     if run.base is None:
         return kind
     frozen = ", encoder frozen" if model.freeze_encoder else ""
     return f"{kind}, fine-tuned from {run.base.name}{frozen}"
 
 
+def _bottleneck(run: Run) -> str:
+    if (codes := num_codes(run.net)) is None:
+        return f"d = {run.config.model.latent_channels}"
+    levels = num_levels(run.net)
+    return f"K = {codes:,} codes of {run.net.quantize.code_channels} channels" + (
+        f", {levels} for each position" if levels > 1 else ""
+    )
+
+
 def _latent(run: Run) -> str:
-    side, d = run.config.data.resolution // run.config.model.f, run.config.model.latent_channels
-    ratio = 3 * run.config.model.f**2 / d
+    f, d = run.config.model.f, run.config.model.latent_channels
+    side = run.config.data.resolution // f
+    if (codes := num_codes(run.net)) is not None:
+        tokens = side**2 * num_levels(run.net)
+        bpp = tokens * math.log2(codes) / run.config.data.resolution**2
+        return f"{tokens} tokens per image, {bpp:.4g} raw bits per pixel"
+    ratio = 3 * f**2 / d
     return f"{d} x {side} x {side} per image, {ratio:g} times fewer numbers than pixels"
 
 
@@ -87,8 +103,18 @@ def _objective(run: Run) -> str:
     options = run.config.objective
     scale, net = options.perceptual_scale, options.lpips_net
     lpips = f" + {scale:g} LPIPS-{net}" if scale else ""
+    rec = getattr(run.config.model, "likelihood", None) or options.rec_loss
     learned = ", learned log-variance" if options.learn_logvar else ""
-    return f"{options.rec_loss}{lpips} + {options.kl_scale:g} KL{learned}"
+    return f"{rec}{lpips}{_latent_terms(run)}{learned}"
+
+
+def _latent_terms(run: Run) -> str:
+    terms = [
+        f" + {w:g} {name.replace('_', ' ')}" for name, w in latent_weights(run.config).items() if w
+    ]
+    if run.config.model.has_kl:
+        terms.append(f" + {run.config.objective.kl_scale:g} KL")
+    return "".join(terms).replace("+ -", "- ")
 
 
 def _critic(run: Run) -> str:

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from latentvae.errors import UserError, nearest
 from latentvae.training.config import TrainConfig, option_names
+from latentvae.training.model_config import MODELS
+from latentvae.training.quantizer_config import QUANTIZERS
 
 
 def presets_folder() -> Path:
@@ -66,12 +68,17 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
 
 def _sentence(fault: Any) -> str:
     """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
-    where = ".".join(str(part) for part in fault["loc"])
+    kinds = [part for part in fault["loc"] if part in MODELS or part in QUANTIZERS]
+    loc = [part for part in fault["loc"] if part not in kinds]  # as the user wrote it
+    where = ".".join(str(part) for part in loc)
     if fault["type"] == "extra_forbidden":
-        return (
-            "unknown option "
-            f"'{where}'{nearest(str(fault['loc'][-1]), [*option_names(), *sections()])}"
-        )
+        if loc[-1] in option_names():
+            return f"'{where}' is no option of {kinds[-1] if kinds else 'this section'}"
+        return f"unknown option '{where}'{nearest(str(loc[-1]), [*option_names(), *sections()])}"
+    if fault["type"] == "union_tag_invalid":
+        choices = fault["ctx"]["expected_tags"]
+        hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
+        return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     close = (
@@ -79,7 +86,7 @@ def _sentence(fault: Any) -> str:
         if fault["type"] == "literal_error"
         else ""
     )
-    names = [part for part in fault["loc"] if isinstance(part, str)]  # not places in a list
+    names = [part for part in loc if isinstance(part, str)]  # not places in a list
     return (
         f"{names[-1] if names else where} is {fault['input']!r}, but "
         f"{fault['msg'].removeprefix('Input ')}{close}"

@@ -16,7 +16,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -30,16 +29,24 @@ from latentvae.data import (
     open_source,
 )
 from latentvae.data.folder import SAMPLES
+from latentvae.distributed import is_main
 from latentvae.errors import UserError
 from latentvae.losses.adversarial import LeCam
 from latentvae.losses.discriminators import Critic, build_critic, smallest_side
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics.image import SSIM_MIN_SIZE
-from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
-from latentvae.training.base import Base, freeze_encoder
+from latentvae.models import (
+    ARCHITECTURES,
+    TrainingWrapper,
+    freeze_encoder,
+    keep_batch_statistics,
+)
+from latentvae.training.base import Base
+from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
 from latentvae.training.log import check_tracker
+from latentvae.training.model_config import VQModelConfig
 from latentvae.training.randomness import Stream, seed_everything
 
 STREAM_HELD_OUT = 256  # first images of a stream, to validate on
@@ -56,7 +63,7 @@ class Run:
     accelerator: Accelerator
     train_images: ImageSource | ImageStream
     validation_images: ImageSource
-    wrapper: KLTrainingWrapper
+    wrapper: TrainingWrapper
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
     critic: Critic | None
@@ -70,7 +77,7 @@ class Run:
     lecam: LeCam | None = None
 
     @property
-    def net(self) -> AutoencoderKL:
+    def net(self) -> Any:
         return self.wrapper.net
 
     @property
@@ -198,21 +205,28 @@ def build_run(
     accelerator: Accelerator,
     data: tuple[ImageSource | ImageStream, ImageSource],
     base: Base | None = None,
+    from_checkpoint: bool = False,
 ) -> Run:
     """Networks, optimisers and losses, the same on every rank: freshly initialised from the seed,
-    but for a base."""
-    metric, objective = _losses(config, accelerator)
+    but for a base and what a checkpoint will overwrite."""
     seed_everything(Stream.WEIGHTS, config.run.seed)
     net = build_net(config, base)
+    metric, objective = _losses(config, net, accelerator)
+    if base is not None:
+        keep_batch_statistics(net)
     if config.model.freeze_encoder:
         freeze_encoder(net)
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
-    wrapper = KLTrainingWrapper(
+    wrapper = ARCHITECTURES[config.model.architecture].wrapper(
         net,
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )
+    if wants_start(config) and base is None and not from_checkpoint and is_main():
+        source = data[1] if isinstance(data[0], ImageStream) else data[0]
+        net.to(accelerator.device)  # DDP then sends it to the others
+        initialise_codebook(net, source, eval_transform(config), seed=config.run.seed)
     critic, lecam, options = None, None, config.critic
     if options.disc_scale > 0:
         critic = build_critic(
@@ -261,14 +275,19 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
     return {"images": len(images), "names_sha256": digest.hexdigest()}
 
 
-def build_net(config: TrainConfig, base: Base | None) -> AutoencoderKL:
+def build_net(config: TrainConfig, base: Base | None) -> Any:
     """The base's network, or a new one."""
     if base is not None:
         return base.net
-    return build_autoencoder_kl(**config.model.shape(), sample_size=config.data.resolution)
+    model, options = config.model, config.model.shape()
+    if model.architecture != "dc":  # the one without tiling by the training size
+        options["sample_size"] = config.data.resolution
+    return ARCHITECTURES[model.architecture].build(**options)
 
 
-def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLoss, Objective]:
+def _losses(
+    config: TrainConfig, net: Any, accelerator: Accelerator
+) -> tuple[PerceptualLoss, Objective]:
     """LPIPS to validate with (always float32) and the objective, whose LPIPS may be the same
     network."""
     options = config.objective
@@ -284,9 +303,17 @@ def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLo
         perceptual=metric if options.perceptual_scale > 0 else None,
         perceptual_scale=options.perceptual_scale,
         kl_scale=options.kl_scale,
+        latent_weights=latent_weights(config),
+        likelihood=getattr(net, "likelihood", None),
         autocast_dtype=_DTYPES[accelerator.mixed_precision],
     )
     return metric, objective
+
+
+def latent_weights(config: TrainConfig) -> dict[str, float]:
+    """Of the terms of a discrete bottleneck."""
+    model = config.model
+    return model.quantizer.weights() if isinstance(model, VQModelConfig) else {}
 
 
 def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.optim.AdamW:
@@ -301,7 +328,7 @@ def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.opti
     )
 
 
-def _ema(net: AutoencoderKL, config: TrainConfig) -> EMAModel | None:
+def _ema(net: nn.Module, config: TrainConfig) -> EMAModel | None:
     if not config.optimizer.use_ema:
         return None
     return EMAModel(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)

@@ -88,7 +88,7 @@ def backward_model(
         latent_terms["kl"] = kl / images[0].numel()
     recon_grad = nll_grad
     if adversary is not None:
-        adversarial, adversarial_grad = _adversarial(recon, adversary)
+        adversarial, adversarial_grad = _adversarial(recon, adversary, objective)
         weight = torch.ones((), device=recon.device)
         if adversary.adaptive:
             weight = adaptive_weight(
@@ -101,7 +101,9 @@ def backward_model(
         recon_grad = nll_grad + adversary.factor * weight * adversarial_grad
         log |= {"critic/adversarial": adversarial, "critic/adaptive_weight": weight}
     latent_loss = objective.latent_loss(latent_terms)
-    latent = [latent_loss / divide_by] if latent_loss.requires_grad else []  # encoder not frozen
+    latent = []
+    if latent_loss is not None and latent_loss.requires_grad:  # the encoder is not frozen
+        latent = [latent_loss / divide_by]
     torch.autograd.backward(
         [out.recon, *latent, *learned],
         [recon_grad / divide_by, *(None for _ in latent), *(g / divide_by for g in logvar_grad)],
@@ -109,9 +111,12 @@ def backward_model(
     return log
 
 
-def _adversarial(recon: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
+def _adversarial(
+    recon: Tensor, adversary: Adversary, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """The generator's loss and its gradient at ``recon``."""
-    loss = adversary.loss.generator(adversary.critic(diff_augment(recon, adversary.augment)))
+    seen = diff_augment(objective.picture(recon), adversary.augment)
+    loss = adversary.loss.generator(adversary.critic(seen))
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
 

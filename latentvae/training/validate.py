@@ -4,10 +4,9 @@ to look at."""
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ from latentvae.data import (
 from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
 from latentvae.metrics import psnr, ssim, to_8bit
+from latentvae.metrics.latent import TokenUsage
+from latentvae.models import calls
 
 DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
 
@@ -44,7 +45,7 @@ class First:
 
 @torch.inference_mode()
 def validate(
-    net: AutoencoderKL,
+    net: Any,
     source: ImageSource,
     *,
     transform: EvalTransform,
@@ -59,7 +60,8 @@ def validate(
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
-        `validation/images`.
+        `validation/images`; of a tokenizer `validation/usage` (share of the codes),
+        `validation/perplexity` and `validation/entropy_bits` (per token) over the whole set.
     """
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "psnr": psnr,
@@ -67,6 +69,8 @@ def validate(
         "lpips": perceptual,
     }
     sums, count = dict.fromkeys(measures, 0.0), 0
+    num_codes = calls.num_codes(net)
+    usage = None if num_codes is None else TokenUsage(num_codes)
     shard = validation_batches(
         First(source, limit),
         transform,
@@ -77,7 +81,10 @@ def validate(
     )
     for images, _ in shard:
         images = images.to(device)
-        recon = to_8bit(reconstruct_mode(net, images))
+        z = calls.encode(net, images)
+        if usage is not None:
+            usage.update(calls.tokenize(net, z))
+        recon = to_8bit(calls.decode(net, z).clamp(-1.0, 1.0))
         count += len(images)
         for name, measure in measures.items():
             sums[name] += measure(images, recon).double().cpu().sum().item()
@@ -86,7 +93,17 @@ def validate(
     means = {
         f"validation/{name}": sum(part[name] for part, _ in ranks) / total for name in measures
     }
+    if usage is not None:
+        means |= _token_measures(usage)
     return means | {"validation/images": total}
+
+
+def _token_measures(usage: TokenUsage) -> dict[str, float]:
+    """Over the images of all ranks."""
+    joined = TokenUsage.joined(gather_objects(usage.state_dict()))
+    names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
+    names = ("usage", "perplexity", "entropy_bits")
+    return {f"validation/{name}": joined.result()[name] for name in names}
 
 
 def first_readable(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
@@ -106,10 +123,9 @@ def first_readable(source: ImageSource, transform: EvalTransform, *, count: int)
     return torch.stack(images)
 
 
-def reconstruct_mode(net: AutoencoderKL, images: Tensor) -> Tensor:
-    """Decode the posterior's mode; (B, C, H, W) to the same, clamped to [-1, 1]."""
-    coder: Any = net  # diffusers types its calls as returning tuples
-    return coder.decode(coder.encode(images).latent_dist.mode()).sample.clamp(-1.0, 1.0)
+def reconstruct_mode(net: Any, images: Tensor) -> Tensor:
+    """Decode the posterior's mode, or the codes; (B, C, H, W) to the same, clamped to [-1, 1]."""
+    return calls.decode(net, calls.encode(net, images)).clamp(-1.0, 1.0)
 
 
 def sample_grid_path(folder: Path, update: int) -> Path:
@@ -119,7 +135,7 @@ def sample_grid_path(folder: Path, update: int) -> Path:
 
 @torch.inference_mode()
 def save_grid(
-    net: AutoencoderKL,
+    net: Any,
     source: ImageSource,
     path: Path,
     *,

@@ -192,8 +192,8 @@ def test_a_difference_fails_and_leaves_the_earlier_export(write, monkeypatch, pa
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     load_back = export_module._load_back
 
-    def damaged(folder: Path) -> AutoencoderKL:
-        net = load_back(folder)
+    def damaged(folder: Path, cls: type) -> AutoencoderKL:
+        net = load_back(folder, cls)
         with torch.no_grad():
             getattr(net, part).conv_out.bias[0] += 1e-6
         return net

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from latentvae.models import KLTrainingWrapper, build_autoencoder_kl, downsampling_factor
+from latentvae.models import build_autoencoder_kl, downsampling_factor
+from latentvae.models.kl import KLTrainingWrapper
 
 
 @pytest.mark.parametrize("quant", [True, False])

@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from latentvae.training.config import TrainConfig
+from latentvae.training.model_config import MODELS
 from latentvae.training.presets import parse
 
 
-def small_config(output_dir: Path, **changes: Any) -> TrainConfig:
-    """Six updates of two micro-steps over epochs of three batches: edges fall inside updates."""
+def small_config(
+    output_dir: Path, model: dict[str, Any] | None = None, **changes: Any
+) -> TrainConfig:
+    """Six updates of two micro-steps over epochs of three batches: edges fall inside updates.
+
+    Args:
+        model: the whole section, for another architecture.
+    """
     options: dict[str, dict[str, Any]] = {
         "model": {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4},
         "data": {
@@ -31,23 +38,32 @@ def small_config(output_dir: Path, **changes: Any) -> TrainConfig:
             "log_steps": 2,
         },
     }
+    if model is not None:
+        options["model"] = model
     for name, value in changes.items():
-        section = next(
-            s
-            for s, field in TrainConfig.model_fields.items()
-            if name in getattr(field.annotation, "model_fields", {})
-        )
-        options[section][name] = value
+        options[section_of(name)][name] = value
     return parse(options, source="test")
+
+
+def section_of(option: str) -> str:
+    """The section of an option, of whichever architecture."""
+    if any(option in model.model_fields for model in MODELS.values()):
+        return "model"
+    return next(
+        section
+        for section, field in TrainConfig.model_fields.items()
+        if option in getattr(field.annotation, "model_fields", {})
+    )
 
 
 def as_flags(config: TrainConfig) -> list[str]:
     """The same run on a command line."""
+    from latentvae.training.command_line import CHOSEN_BY_PRESET
     from latentvae.training.config import flat
 
     flags: list[str] = []
     for name, value in flat(config).items():
-        if name == "config" or value is None:
+        if name in ("config", *CHOSEN_BY_PRESET) or value is None:
             continue
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")

@@ -1,22 +1,39 @@
 """Wrong options fail before any work, in one sentence that names the value and the nearest valid
 one."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
 from latentvae.training.command_line import config_from_arguments
 from latentvae.training.config import TrainConfig, flat
-from latentvae.training.presets import load_preset, preset_names
+from latentvae.training.model_config import MODELS
+from latentvae.training.presets import load_preset, parse, preset_names
+from latentvae.training.quantizer_config import QUANTIZERS
 
 PRESETS = {
     "kl_f4": (4, 3),
     "kl_f8": (8, 4),
     "kl_f8_d16": (8, 16),
     "kl_f16": (16, 16),
+    "kl_f32": (32, 64),
+    "dc_f32": (32, 32),
+    "sd_asymmetric": (8, 4),
+    "vq_small": (8, 64),
+    "vq_f4": (4, 3),
+    "vq_f8": (8, 4),
+    "vq_f16": (16, 256),
+    "vq_f16_l2": (16, 256),
+    "fsq_f8": (8, 256),
+    "lfq_f16": (16, 256),
+    "rq_f16": (16, 256),
+    "dvae_f8": (8, 256),
     "kl_small": (8, 4),
     "sd_decoder_finetune": (8, 4),
     "sdxl_decoder_finetune": (8, 4),
@@ -54,13 +71,21 @@ def test_kl_f8_d16_has_the_shape_of_sd3s_autoencoder() -> None:
     assert net.quant_conv is None and net.post_quant_conv is None
 
 
-def test_leaf_names_are_unique() -> None:
-    names = [
-        leaf
-        for field in TrainConfig.model_fields.values()
-        for leaf in getattr(field.annotation, "model_fields", {})
-    ]
-    assert len(names) == len(set(names)) == len(flat(TrainConfig())) - 1
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_leaf_names_are_unique(architecture: str, quantizer: str) -> None:
+    model: dict[str, Any] = {"architecture": architecture}
+    if architecture == "vq":
+        model["quantizer"] = {"type": quantizer}
+    config = parse({"model": model}, source="test")
+    names = list(leaves(config))
+    assert len(names) == len(set(names)) == len(flat(config))
+
+
+def leaves(section: BaseModel) -> Iterator[str]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        yield from leaves(value) if isinstance(value, BaseModel) else [name]
 
 
 def test_flags_override_the_preset_and_both_spellings_work() -> None:
@@ -154,4 +179,4 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         config_from_arguments(["--help"], description="Train.")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in flat(TrainConfig()))
+    assert all(f"--{name}" in text for name in flat(TrainConfig()) if name != "architecture")

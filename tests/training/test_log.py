@@ -12,7 +12,7 @@ from PIL import Image
 from latentvae.data import EvalTransform, SamplePhotos
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
-from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.models.kl import KLTrainingWrapper, build_autoencoder_kl
 from latentvae.training.loop import train
 from latentvae.training.update import backward_model
 from tests.training.small import small_config

@@ -4,9 +4,14 @@ import ast
 import inspect
 from pathlib import Path
 
+import pytest
+
 import latentvae
-from latentvae.models import build_autoencoder_kl
-from latentvae.training.config import ModelConfig, TrainConfig, flat
+from latentvae.bottlenecks import QUANTIZERS
+from latentvae.models import ARCHITECTURES
+from latentvae.training import quantizer_config
+from latentvae.training.config import TrainConfig, flat
+from latentvae.training.model_config import MODELS
 
 PACKAGE = Path(latentvae.__file__).parent
 
@@ -16,10 +21,20 @@ def test_every_option_is_used() -> None:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    options = set(flat(TrainConfig())) - set(ModelConfig.model_fields) - {"config"}
+    options = set(flat(TrainConfig())) - set(flat(TrainConfig().model)) - {"config"}
     assert options - read == set()
 
 
-def test_every_option_of_the_model_is_one_of_its_builder() -> None:
-    builder = set(inspect.signature(build_autoencoder_kl).parameters)
-    assert set(ModelConfig().shape()) == builder - {"sample_size"}
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_option_of_the_model_is_one_of_its_builder(architecture: str) -> None:
+    builder = set(inspect.signature(ARCHITECTURES[architecture].build).parameters)
+    builder -= {"sample_size", "in_channels", "out_channels"}
+    assert set(MODELS[architecture]().shape()) == builder
+
+
+@pytest.mark.parametrize("kind", quantizer_config.QUANTIZERS)
+def test_every_option_of_a_quantiser_is_one_of_its_module(kind: str) -> None:
+    module = set(inspect.signature(QUANTIZERS[kind]).parameters) - {"group_bits"}
+    arguments = quantizer_config.QUANTIZERS[kind]().arguments()
+    assert arguments.pop("type") == kind
+    assert set(arguments) == module

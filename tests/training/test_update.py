@@ -24,7 +24,7 @@ from latentvae.losses.augment import diff_augment
 from latentvae.losses.discriminators import PatchGAN, build_critic
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.models.kl import KLTrainingWrapper, build_autoencoder_kl
 from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
 
 

@@ -1,0 +1,263 @@
+"""An autoencoder with discrete latents: the convolutional VQGAN (Esser et al. 2020,
+arXiv:2012.09841) around any quantiser of `latentvae.bottlenecks`.
+
+images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
+H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
+
+The parts and their names are those of diffusers' `VQModel`, whose weights load here and, where its
+quantiser can say the same, the other way round.
+
+`B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, VQModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from latentvae.bottlenecks import (
+    LookupFreeQuantizer,
+    Quantizer,
+    VectorQuantizer,
+    build_quantizer,
+)
+from latentvae.likelihoods import LogitLaplace
+from latentvae.models.kl import TrainingWrapper, block_types
+from latentvae.outputs import AutoencoderOutput
+
+
+@dataclass
+class TokenOutput(BaseOutput):
+    """Indices of an image's codes.
+
+    Attributes:
+        indices: (B, h, w), or (B, L, h, w) of L levels; int64 in 0..K - 1, row by row from the top
+            left.
+    """
+
+    indices: Tensor = None  # type: ignore[assignment]
+
+
+class DiscreteAutoencoder(ModelMixin, ConfigMixin):
+    """VQGAN's network with a quantiser of this package; diffusers' calls and files.
+
+        net = DiscreteAutoencoder.from_pretrained(folder)
+        indices = net.tokenize(images).indices
+        recon = net.decode_indices(indices).sample
+
+    Args:
+        block_out_channels: width of each level, from full resolution down; f = 2 ** (levels - 1).
+        latent_channels: width between the encoder and `quant_conv`.
+        attention_levels: levels (0 = full resolution) with self-attention.
+        quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
+        likelihood: None, or "logit_laplace": the decoder gives its parameters, 2 C maps.
+        sample_size: side of the training images in pixels.
+    """
+
+    _supports_gradient_checkpointing = True
+    quantize: Any
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        latent_channels: int = 256,
+        norm_num_groups: int = 32,
+        attention_levels: Sequence[int] = (),
+        mid_block_add_attention: bool = True,
+        quantizer: Mapping[str, Any] | None = None,
+        likelihood: str | None = None,
+        sample_size: int = 256,
+    ) -> None:
+        super().__init__()
+        down, up = block_types(len(block_out_channels), attention_levels)
+        shape: Any = {
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": mid_block_add_attention,
+        }
+        quantize: Quantizer = build_quantizer(**(quantizer or {"type": "vq"}))
+        self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
+        maps = out_channels * (1 if self.likelihood is None else 2)
+        self.encoder = Encoder(
+            in_channels, latent_channels, down_block_types=down, double_z=False, **shape
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, quantize.in_channels, 1)
+        self.quantize = quantize
+        self.post_quant_conv = nn.Conv2d(quantize.code_channels, latent_channels, 1)
+        self.decoder = Decoder(latent_channels, maps, up_block_types=up, **shape)
+
+    def encode(self, images: Tensor, return_dict: bool = True) -> Any:
+        """Features (B, c, h, w), not yet quantised, as `VQModel` gives them."""
+        features = self.quant_conv(self.encoder(images))
+        return VQEncoderOutput(latents=features) if return_dict else (features,)
+
+    def decode(
+        self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> Any:
+        """Images of features; with `force_not_quantize` of codes z (B, D, h, w)."""
+        z = latents if force_not_quantize else self.quantize(latents).z
+        sample = self.decode_parameters(z.to(self.dtype))
+        if self.likelihood is not None:
+            sample = self.likelihood.mean(sample)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_parameters(self, z: Tensor) -> Tensor:
+        """What the decoder itself gives: images, or the parameters of their likelihood."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> TokenOutput:
+        """Indices of images in [-1, 1]."""
+        return TokenOutput(indices=self.quantize(self.encode(images).latents).indices)
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
+        """Images of indices."""
+        return self.decode(self.quantize.codes(indices), True, return_dict)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
+        """Encode, quantise, decode."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+
+LIKELIHOODS = {"logit_laplace": LogitLaplace}
+
+
+class DiscreteTrainingWrapper(TrainingWrapper):
+    """Encode, quantise, decode, with what the objective and the codebook need."""
+
+    def forward(
+        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
+    ) -> AutoencoderOutput:
+        features = self.net.encode(images).latents
+        quantized = self.net.quantize(features, temperature=temperature)
+        losses = dict(quantized.losses)
+        kl = losses.pop("kl", None)  # nats per token, the mean
+        tokens = quantized.indices[0].numel()
+        return AutoencoderOutput(
+            recon=self.net.decode_parameters(quantized.z),
+            z=quantized.z,
+            output_logvar=self.output_logvar,
+            kl_per_channel=None if kl is None else (kl * tokens).expand(len(images), 1),
+            features=features,
+            indices=quantized.indices,
+            latent_losses=losses,
+            statistics=quantized.statistics,
+        )
+
+
+def from_vq_model(net: Any) -> DiscreteAutoencoder:
+    """A stock `VQModel` as the same network with this package's quantiser: same weights, codes and
+    indices, its own commitment and codebook terms."""
+    config = net.config
+    names = ("in_channels", "out_channels", "block_out_channels", "layers_per_block")
+    names += ("latent_channels", "norm_num_groups", "mid_block_add_attention", "sample_size")
+    down = config["down_block_types"]
+    ours = DiscreteAutoencoder(
+        **{name: config[name] for name in names},
+        attention_levels=[i for i, block in enumerate(down) if "Attn" in block],
+        quantizer={
+            "type": "vq",
+            "num_codes": config["num_vq_embeddings"],
+            "code_channels": config["vq_embed_dim"] or config["latent_channels"],
+        },
+    )
+    weights = net.state_dict()
+    weights["quantize.weight"] = weights.pop("quantize.embedding.weight")
+    ours.load_state_dict(weights, strict=False)  # but for the counts of use
+    return ours
+
+
+MAX_BITS = 16  # of an LFQ whose codes a `VQModel` can list
+
+
+@torch.no_grad()
+def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel | None:
+    """The same tokenizer as a stock `VQModel`, with the same indices; None where its nearest code
+    by Euclid is another (FSQ, Gumbel-softmax, several levels) or its decoder gives a likelihood.
+
+    Codes on the unit sphere stay there: nearest by Euclid is then nearest by cosine, whatever the
+    vectors' length. Features are scaled by a power of two, which costs no digit, so that they are
+    about as long as the codes: of long vectors distances lose what tells codes apart.
+
+    Args:
+        net: float32, on the CPU.
+        unit_range: pixels in [0, 1] on both sides, and codes looked up by index: aMUSEd's. The
+            first convolution then pads with black where training padded with grey.
+    """
+    codebook = _listed_codes(net.quantize)
+    if codebook is None or net.likelihood is not None:
+        return None
+    config = {name: net.config[name] for name in _SHARED}
+    down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
+    with torch.device("meta"):
+        stock: Any = VQModel(
+            **config | {"block_out_channels": tuple(config["block_out_channels"])},
+            down_block_types=down,
+            up_block_types=up,
+            num_vq_embeddings=len(codebook),
+            vq_embed_dim=codebook.shape[1],
+            lookup_from_codebook=unit_range,
+        )
+    weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
+    weights["quantize.embedding.weight"] = codebook
+    if unit_range:
+        _fold_unit_range(weights)
+    stock.load_state_dict(weights, assign=True)
+    return stock.eval()
+
+
+@torch.no_grad()
+def scale_features(net: Any, stock: Any, images: Tensor) -> float:
+    """Make `stock`'s features about as long as its codes, where its codes have one length; returns
+    the factor, a power of two.
+
+    Args:
+        images: in [-1, 1], to measure on.
+    """
+    lengths = stock.quantize.embedding.weight.norm(dim=1)
+    if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
+        return 1.0
+    features = net.encode(images).latents
+    factor = 2.0 ** round(math.log2(lengths[0] / features.norm(dim=1).mean()))
+    for parameter in stock.quant_conv.parameters():
+        parameter.mul_(factor)
+    return factor
+
+
+_SHARED = (
+    "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups "
+    "mid_block_add_attention sample_size"
+).split()
+
+
+def _listed_codes(quantize: Any) -> Tensor | None:
+    """(K, D), among which the nearest by Euclid is what `quantize` finds."""
+    if isinstance(quantize, VectorQuantizer):
+        return quantize.codebook.detach().clone()
+    if isinstance(quantize, LookupFreeQuantizer) and quantize.num_codes <= 2**MAX_BITS:
+        return quantize.codes(torch.arange(quantize.num_codes).view(-1, 1, 1))[:, :, 0, 0].clone()
+    return None
+
+
+def _fold_unit_range(weights: dict[str, Tensor]) -> None:
+    """Take x in [0, 1] for 2 x - 1, and give (y + 1) / 2 for y."""
+    first = weights["encoder.conv_in.weight"]
+    weights["encoder.conv_in.bias"] -= first.sum(dim=(1, 2, 3))
+    first *= 2
+    weights["decoder.conv_out.weight"] /= 2
+    weights["decoder.conv_out.bias"] += 1
+    weights["decoder.conv_out.bias"] /= 2

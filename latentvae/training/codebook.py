@@ -1,0 +1,110 @@
+"""What training does for a discrete bottleneck beside its loss: the start by k-means, what codes
+learn from all ranks once per update, and the temperature.
+
+`N` vectors, `c` feature channels, `K` codes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.data import EvalTransform, ImageSource, UnreadableImage
+from latentvae.distributed import all_reduce_sum, gather_cat
+from latentvae.outputs import AutoencoderOutput
+from latentvae.training.config import TrainConfig
+from latentvae.training.model_config import VQModelConfig
+from latentvae.training.quantizer_config import GumbelConfig
+from latentvae.training.randomness import Stream, generator_for
+from latentvae.training.schedule import cosine_decay
+
+START_BATCH = 16  # images encoded at a time
+START_VECTORS = 32  # vectors for each code that k-means sees, at most
+
+
+class CodebookUpdate:
+    """Gathers what codes learn from over the micro-steps of an update, then over ranks.
+
+    Args:
+        quantizer: the bottleneck, bare.
+        seed: of the choice of vectors at which dead codes restart.
+    """
+
+    def __init__(self, quantizer: Any, *, seed: int) -> None:
+        self.quantizer = quantizer
+        self.seed = seed
+        self._sums: dict[str, Tensor] = {}
+        self._features: Tensor | None = None
+
+    def add(self, out: AutoencoderOutput) -> None:
+        """One micro-step."""
+        for name, value in (out.statistics or {}).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._features = out.features
+
+    def apply(self, update: int) -> dict[str, Tensor]:
+        """After the optimiser; the same on every rank. Returns what to log."""
+        if not self._sums or self._features is None:
+            return {}
+        sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
+        vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
+        restarted = self.quantizer.update(
+            sums,
+            features=gather_cat(vectors),
+            generator=generator_for(Stream.CODEBOOK, self.seed, update),
+        )
+        return {"tokens/restarted": restarted.float()}
+
+    def clear(self) -> None:
+        self._sums, self._features = {}, None
+
+
+@torch.no_grad()
+def initialise_codebook(
+    net: Any, source: ImageSource, transform: EvalTransform, *, seed: int
+) -> None:
+    """Start the codes at what the untrained encoder gives for the first training images."""
+    wanted = START_VECTORS * net.quantize.num_codes
+    vectors: list[Tensor] = []
+    for images in _batches(source, transform):
+        features = net.encode(images.to(net.device)).latents
+        vectors.append(features.movedim(1, -1).flatten(0, -2))
+        if sum(map(len, vectors)) >= wanted:
+            break
+    found = torch.cat(vectors)[:wanted]
+    net.quantize.initialise(found, generator=generator_for(Stream.CODEBOOK, seed, 0))
+
+
+def _batches(source: ImageSource, transform: EvalTransform) -> Iterator[Tensor]:
+    images: list[Tensor] = []
+    for i in range(len(source)):
+        try:
+            images.append(transform(source.read(i)))
+        except UnreadableImage:
+            continue  # the training names it
+        if len(images) == START_BATCH:
+            yield torch.stack(images)
+            images = []
+    if images:
+        yield torch.stack(images)
+
+
+def wants_start(config: TrainConfig) -> bool:
+    """Whether the codes of a new run start by k-means."""
+    model = config.model
+    return isinstance(model, VQModelConfig) and getattr(model.quantizer, "kmeans_iterations", 0) > 0
+
+
+def temperature(config: TrainConfig, update: int) -> float:
+    """Of the bottleneck in an update (from 0); 1 but for Gumbel-softmax."""
+    model = config.model
+    if not (isinstance(model, VQModelConfig) and isinstance(model.quantizer, GumbelConfig)):
+        return 1.0
+    options = model.quantizer
+    return cosine_decay(
+        update,
+        start=options.temperature,
+        end=options.final_temperature,
+        steps=options.temperature_steps,
+    )

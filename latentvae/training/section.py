@@ -1,0 +1,27 @@
+"""What every group of options is made of."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A group of options; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def tag_in(name: str, default: str) -> Callable[[Any], str]:
+    """How a preset chooses between classes of options: by the value of `name`."""
+
+    def tag(values: Any) -> str:
+        value = values.get(name, default) if isinstance(values, dict) else getattr(values, name)
+        return str(value)
+
+    return tag
