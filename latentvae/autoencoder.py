@@ -134,7 +134,12 @@ class Autoencoder:
         """Images of a tokenizer's indices (B, h, w); the rest as for `decode`."""
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
-        z = calls.codes_of(self.net, indices.to(self.net.device))
+        low, high = (int(value) for value in indices.long().aminmax())
+        if not 0 <= low <= high < self.num_codes:
+            raise UserError(
+                f"indices of '{self.name}' are in 0..{self.num_codes - 1}, not in {low}..{high}"
+            )
+        z = calls.codes_of(self.net, indices.to(self.net.device).long())
         return self.decode(z, size=size, output_type=output_type)
 
     def reconstruct(self, images: AnyImages) -> AnyImages:
