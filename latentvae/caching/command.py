@@ -1,5 +1,8 @@
 """`latentvae encode` and `latentvae decode`: the calls, and what they say."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from latentvae.latents.shards import Manifest
 
 def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
     """Encode, and print what is there; the options are those of `encode_folder`."""
-    manifest = encode_folder(model, data, out, **options)
+    with _stoppable():
+        manifest = encode_folder(model, data, out, **options)
     if manifest is None:
         return  # another rank is not through; the last one speaks
     for name, reason in manifest.unreadable:
@@ -22,7 +26,8 @@ def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
     """Decode, and print how many pictures this process has made."""
-    pictures = decode_folder(shards, out, **options)
+    with _stoppable():
+        pictures = decode_folder(shards, out, **options)
     _say(f"{len(pictures)} pictures in {out}")
 
 
@@ -45,6 +50,15 @@ def summary(manifest: Manifest, out: Path) -> str:
     else:
         lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
     return "\n".join(lines)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None  # as the shell has it for Ctrl-C
 
 
 def _say(text: str, *, style: str = "") -> None:

@@ -98,7 +98,12 @@ def _fitting_model(
     """The model that made the shards, or a sentence."""
     content = reader.content
     if not isinstance(model, Autoencoder):
-        model = load(model or reader.manifest.model, device=device or launched_device())
+        try:
+            model = load(model or reader.manifest.model, device=device or launched_device())
+        except UserError as error:
+            if model is not None:
+                raise
+            raise UserError(f"{error} (the manifest says so; --model gives another)") from error
     if model.num_codes != content.num_codes:
         has, needs = (
             "continuous latents" if codes is None else f"{codes} codes"

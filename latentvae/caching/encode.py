@@ -6,47 +6,29 @@ the same command again writes what is missing. Ranks need not talk: whichever se
 complete writes the manifest, and it is the same whoever does.
 """
 
-import itertools
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from typing import Literal
 
 from latentvae.autoencoder import Autoencoder, load
 from latentvae.caching.describe import describe
 from latentvae.caching.finish import finish
-from latentvae.caching.items import (
-    Labels,
-    Picture,
-    Pictures,
-    data_sha256,
-    find_labels,
-    open_items,
-)
+from latentvae.caching.items import Pictures, data_sha256, find_labels, open_items
+from latentvae.caching.writing import write_shards
 from latentvae.data import DatasetSpec, EvalTransform
 from latentvae.distributed import launched_device, launched_rank
 from latentvae.errors import UserError
-from latentvae.latents.shard_table import table_bytes
 from latentvae.latents.shards import (
-    DTYPES,
     MANIFEST,
     Content,
     Manifest,
     ShardHeader,
-    pack_names,
     read_header,
     read_manifest,
     sha256_of,
-    shard_bytes,
     shard_path,
     sweep_temporary,
     table_path,
-    write_file,
 )
 
 
@@ -117,16 +99,17 @@ def encode_folder(
     )
     mine = range(rank, content.num_shards, world_size)
     _prepare(out, content, overwrite=overwrite, rank=rank, world_size=world_size)
-    missing = [shard for shard in mine if not shard_path(out, shard).exists()]
-    pictures = _read(Pictures(source, transform), content, missing, batch_size, num_workers)
-    total = sum(len(content.items_of(shard)) for shard in missing)
-    with tqdm(
-        total=total, desc=model.name, unit="image", disable=None if rank == 0 else True
-    ) as bar:
-        for shard in missing:
-            count = -(-len(content.items_of(shard)) // batch_size)
-            batches = (_counted(batch, bar) for batch in itertools.islice(pictures, count))
-            _write_shard(out, shard, batches, model=model, content=content, labels=labels)
+    write_shards(
+        out,
+        [shard for shard in mine if not shard_path(out, shard).exists()],
+        Pictures(source, transform),
+        model=model,
+        content=content,
+        labels=labels,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=rank == 0,
+    )
     given = data.name if isinstance(data, DatasetSpec) else os.fspath(data)
     return finish(out, content, model=name, data=given, rank=rank)
 
@@ -138,27 +121,40 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
     except OSError as error:
         raise UserError(f"cannot make the folder '{out}': {error.strerror}") from error
     manifest = read_manifest(out) if (out / MANIFEST).exists() else None
-    numbers = sorted(int(path.stem[6:]) for path in out.glob("shard-*.safetensors"))
-    headers = {number: read_header(shard_path(out, number)) for number in numbers}
-    others = [header.content for header in headers.values() if header is not None]
-    others += [manifest.content] if manifest is not None else []
-    different = next((other for other in others if other != content), None)
-    if different is not None and not overwrite:
-        keys = ", ".join(different.differences(content))
-        raise UserError(
-            f"'{out}' holds shards with another {keys}: give another folder, or --overwrite"
-        )
+    found = {path: read_header(path) for path in sorted(out.glob("shard-*.safetensors"))}
+    if not overwrite:
+        _refuse_others(out, content, manifest, found)
     if manifest is not None and manifest.content != content:
         (out / MANIFEST).unlink(missing_ok=True)
         manifest = None
-    for number in numbers:
-        header = headers[number]
-        whole = header is not None and header.content == content and header.shard == number
-        if number % world_size == rank and not (whole and _as_listed(out, number, manifest)):
-            shard_path(out, number).unlink(missing_ok=True)  # first: it tells that all is not there
-            table_path(out, number).unlink(missing_ok=True)
+    for path, header in found.items():
+        number = path.stem.removeprefix("shard-")
+        if not number.isdigit() or int(number) % world_size != rank:
+            continue
+        fits = header is not None and header.content == content and header.shard == int(number)
+        if not (fits and _as_listed(out, int(number), manifest)):
+            path.unlink(missing_ok=True)  # first: it tells that not all is there
+            path.with_suffix(".parquet").unlink(missing_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
     sweep_temporary(out, rank=rank, world_size=world_size)
+
+
+def _refuse_others(
+    out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
+) -> None:
+    """Only a damaged shard that a manifest lists is ours without saying so."""
+    others = [header.content for header in found.values() if header is not None]
+    others += [manifest.content] if manifest is not None else []
+    for other in others:
+        if keys := ", ".join(other.differences(content)):
+            raise UserError(
+                f"'{out}' holds shards with another {keys}: give another folder, or --overwrite"
+            )
+    strange = next((path for path, header in found.items() if header is None), None)
+    if strange is not None and manifest is None:
+        raise UserError(
+            f"'{strange}' is damaged or no shard of latentvae: delete it, or give another folder"
+        )
 
 
 def _as_listed(out: Path, shard: int, manifest: Manifest | None) -> bool:
@@ -172,96 +168,3 @@ def _as_listed(out: Path, shard: int, manifest: Manifest | None) -> bool:
         if not table.is_file() or sha256_of(table) != listed.table_sha256:
             return False
     return sha256_of(shard_path(out, shard)) == listed.sha256
-
-
-def _read(
-    pictures: Pictures, content: Content, shards: Sequence[int], batch_size: int, num_workers: int
-) -> Iterator[list[Picture]]:
-    """Batches of the shards, one shard after the other."""
-    batches = [
-        list(items[start : start + batch_size])
-        for items in map(content.items_of, shards)
-        for start in range(0, len(items), batch_size)
-    ]
-    loader = DataLoader(
-        pictures,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # else iter() draws from the global generator
-    )
-    return iter(loader)
-
-
-def _counted(batch: list[Picture], bar: Any) -> list[Picture]:
-    bar.update(len(batch))
-    return batch
-
-
-def _write_shard(
-    out: Path,
-    shard: int,
-    batches: Iterator[list[Picture]],
-    *,
-    model: Autoencoder,
-    content: Content,
-    labels: Labels | None,
-) -> None:
-    read: list[Picture] = []
-    unreadable: list[tuple[str, str]] = []
-    encoded: list[dict[str, Tensor]] = []
-    for batch in batches:
-        unreadable += [(_printable(p.name), p.reason) for p in batch if p.image is None]
-        read += [p._replace(image=None) for p in batch if p.image is not None]
-        if images := [p.image for p in batch if p.image is not None]:
-            encoded.append(_encode(model, torch.stack(images), content))
-    names = [p.name for p in read]
-    tensors = _joined(encoded, content)
-    tensors["sizes"] = torch.tensor([p.size for p in read], dtype=torch.int32).reshape(-1, 2)
-    tensors.update(pack_names(names))
-    if labels is not None:
-        values = [labels.values[p.number] for p in read]
-        tensors["labels"] = torch.tensor(values, dtype=torch.int64)
-    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows
-        table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
-        write_file(table_path(out, shard), table, owner=shard)
-    header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
-    write_file(shard_path(out, shard), shard_bytes(tensors, header), owner=shard)
-
-
-def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:
-    """What is stored of images (b, 3, R, R), on the CPU."""
-    dtype = DTYPES[content.dtype]
-    if content.num_codes is not None:
-        indices = model.encode_tokens(images).cpu()
-        assert 0 <= int(indices.min()) and int(indices.max()) < content.num_codes
-        return {"indices": indices.to(dtype)}
-    mean, logvar = model.encode_posterior(images)
-    tensors = {"latents": mean.cpu().to(dtype)}
-    if content.moments:
-        assert logvar is not None
-        tensors["stds"] = (logvar.float() / 2).exp().cpu().to(dtype)
-    if not all(value.isfinite().all() for value in tensors.values()):
-        raise UserError(
-            f"latents of '{model.name}' are not finite in {content.dtype}; "
-            + (
-                "its weights or images are at fault"
-                if content.dtype == "float32"
-                else "try float32"
-            )
-        )
-    return tensors
-
-
-def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str, Tensor]:
-    """All batches; without one, tensors of no items."""
-    if encoded:
-        return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
-    names = [content.payload, *(["stds"] if content.moments else [])]
-    empty = torch.zeros(0, *content.item_shape).to(DTYPES[content.dtype])
-    return {name: empty.clone() for name in names}
-
-
-def _printable(name: str) -> str:
-    """A name that JSON can hold: file names need not be UTF-8."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -76,15 +76,17 @@ class ShardReader:
         """The image's name in its source."""
         shard, row = self._locate(index)
         ends = self._slice(shard, "id_ends")[max(row - 1, 0) : row + 1].tolist()
-        return self._text(shard, ends[0] if row else 0, ends[-1])
+        ids = self._slice(shard, "ids")[ends[0] if row else 0 : ends[-1]]
+        return _text(ids.numpy().tobytes())
 
     def names(self) -> list[str]:
         """Of all items."""
-        return [
-            self._text(shard, start, end)
-            for shard in range(len(self.manifest.shards))
-            for start, end in pairwise([0, *self._slice(shard, "id_ends")[:].tolist()])
-        ]
+        result: list[str] = []
+        for shard in range(len(self.manifest.shards)):
+            data = self._slice(shard, "ids")[:].numpy().tobytes()
+            ends = [0, *self._slice(shard, "id_ends")[:].tolist()]
+            result += [_text(data[start:end]) for start, end in pairwise(ends)]
+        return result
 
     def check(self) -> None:
         """Look at every item as `payload` does.
@@ -133,10 +135,6 @@ class ShardReader:
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard) from error
 
-    def _text(self, shard: int, start: int, end: int) -> str:
-        data = bytes(self._slice(shard, "ids")[start:end].tolist())
-        return data.decode(errors="surrogateescape")
-
     def _check(self, rows: Tensor, shard: int, *, first: int) -> None:
         """Shape, type and range of items (n, ...), of which `first` is the first one's number."""
         content = self.content
@@ -159,6 +157,10 @@ class ShardReader:
             f"'{shard_path(self.folder, shard)}' is damaged: it does not hold what the manifest "
             "says; the same `latentvae encode` command mends it"
         )
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
 
 
 class _Cached(Dataset[dict[str, Any]]):

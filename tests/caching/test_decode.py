@@ -139,6 +139,12 @@ def test_another_model_is_refused(tokens: Path, kl: Autoencoder, tmp_path: Path)
     for model, said in cases:
         with pytest.raises(UserError, match=said):
             decode_folder(tokens, tmp_path / "out", model=model)
+    path = tokens / "manifest.json"
+    manifest = Manifest.model_validate_json(path.read_text())
+    moved = manifest.model_copy(update={"model": str(tmp_path / "gone")})
+    path.write_text(moved.model_dump_json())
+    with pytest.raises(UserError, match=r"no such model folder .*--model gives another"):
+        decode_folder(tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,10 @@
 """Shards: the same bytes however they came about, and what is in them, against direct encoding."""
 
+import copy
 import json
 import os
 import stat
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 import latentvae
@@ -182,6 +184,18 @@ def test_the_same_command_mends_a_damaged_shard(
     assert contents(tmp_path) == contents(unbroken)
 
 
+def test_the_same_images_in_a_tar_file_give_the_same_shards(
+    unbroken: Path, tokenizer: Path, photos: Path, tmp_path: Path, own_caches: Path
+) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for path in sorted(photos.rglob("*.*"), reverse=True):
+            tar.add(path, arcname=path.relative_to(photos).as_posix())
+    encode_folder(tokenizer, tmp_path / "photos.tar", tmp_path / "out", **OPTIONS)
+    ours, expected = contents(tmp_path / "out"), contents(unbroken)
+    del ours["manifest.json"], expected["manifest.json"]  # which says where the data was
+    assert ours == expected
+
+
 def test_an_encoded_folder_is_not_encoded_again(
     unbroken: Path, tokenizer: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +215,26 @@ def test_other_shards_are_refused_or_replaced(
     assert contents(tmp_path) == before
     encode_folder(tokenizer, photos, tmp_path, overwrite=True, **OPTIONS)
     assert contents(tmp_path) == contents(unbroken)
+
+
+def test_files_of_others_are_not_touched(tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "shard-00000.safetensors"
+    save_file({"weight": np.ones(2)}, foreign)
+    before = foreign.read_bytes()
+    with pytest.raises(UserError, match="damaged or no shard of latentvae"):
+        encode_folder(tokenizer, photos, tmp_path, **OPTIONS)
+    assert contents(tmp_path) == {foreign.name: before}
+
+
+def test_latents_that_overflow_are_refused(kl: Autoencoder, photos: Path, tmp_path: Path) -> None:
+    net = copy.deepcopy(kl.net)
+    with torch.no_grad():
+        net.quant_conv.bias[0] = 1e5
+    model = Autoencoder(net, name="large")
+    with pytest.raises(UserError, match="'large' are not finite in float16: try float32"):
+        encode_folder(model, photos, tmp_path / "16", **OPTIONS)
+    encode_folder(model, photos, tmp_path / "32", dtype="float32", **OPTIONS)
+    assert latentvae.LatentDataset(tmp_path / "32")[0]["latent"].amax() > 65504
 
 
 class Given(Autoencoder):
