@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentvae.autoencoder import Autoencoder, load
+    from latentvae.latents.shard_dataset import LatentDataset, TokenDataset
     from latentvae.training import TrainConfig, load_preset, train
 
 __version__ = "0.1.0"
-__all__ = ["Autoencoder", "TrainConfig", "__version__", "load", "load_preset", "train"]
+__all__ = [
+    "Autoencoder",
+    "LatentDataset",
+    "TokenDataset",
+    "TrainConfig",
+    "__version__",
+    "load",
+    "load_preset",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +33,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     homes = {"Autoencoder": "autoencoder", "load": "autoencoder"}
+    homes |= dict.fromkeys(["LatentDataset", "TokenDataset"], "latents.shard_dataset")
     if name not in __all__:
         raise AttributeError(f"module 'latentvae' has no attribute '{name}'")
     return getattr(import_module(f"latentvae.{homes.get(name, 'training')}"), name)

@@ -202,7 +202,8 @@ class Autoencoder:
         if not fits or indices.is_floating_point() or indices.numel() == 0:
             given = f"{str(indices.dtype).removeprefix('torch.')} {tuple(indices.shape)}"
             raise UserError(f"indices of '{self.name}' are integers {shape}, not {given}")
-        low, high, last = int(indices.min()), int(indices.max()), (self.num_codes or 0) - 1
+        low, high = (int(value) for value in indices.long().aminmax())  # uint16 has no minimum
+        last = (self.num_codes or 0) - 1
         if low < 0 or high > last:
             raise UserError(f"indices of '{self.name}' are in 0..{last}, not {low}..{high}")
 

@@ -132,13 +132,104 @@ class Export:
         export_folder(self.folder, out=self.out, overwrite=self.overwrite)
 
 
-Command = type[Reconstruct] | type[Evaluate] | type[Compare] | type[Export]
+@dataclass(frozen=True)
+class Encode:
+    """Put images through an encoder once: shards of tokens or latents to train a generator on.
+
+    Tokens of a tokenizer, latents of any other autoencoder that diffusers knows. The same command
+    again goes on where it was stopped; several processes share the work:
+
+        accelerate launch --num_processes 4 -m latentvae.cli encode MODEL --data photos ...
+    """
+
+    model: Positional[str]
+    """Folder or Hub id of an autoencoder, such as a run's export."""
+
+    data: str
+    """Folder of images, tar files or tables, one such file, `samples`, or the Hub's owner/name."""
+
+    out: Path
+    """Folder for the shards and manifest.json; made if it is not there."""
+
+    resolution: int
+    """Pixels a side: the shorter side is resized to it and the centre cropped."""
+
+    batch_size: int = 16
+    """Images a forward pass."""
+
+    num_workers: int = 0
+    """Processes that read images beside this one."""
+
+    shard_items: int = 4096
+    """Images a shard: what a kill can cost at most, and what ranks divide among themselves."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Of latents; left out, float16. Tokens take the smallest integer type that holds K codes."""
+
+    moments: bool = False
+    """Keep the posterior's standard deviation beside the mean, so that latents can be sampled."""
+
+    interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
+    """How images are resized."""
+
+    label_column: str | None = None
+    """Classes of a table; left out, `label`. Those of other data are its first folders."""
+
+    overwrite: bool = False
+    """Replace shards of another model, other data or other options in `out`."""
+
+    device: str | None = None
+    """Torch device; left out, the GPU of this process, if there is one."""
+
+    def run(self) -> None:
+        from latentvae.caching.command import encode_command
+
+        encode_command(**vars(self))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Turn shards of tokens or latents back into pictures, one PNG for each image's name.
+
+    Every file is compared with its sha256, every index with the number of codes and the model with
+    the one that encoded, before anything is decoded.
+    """
+
+    shards: Annotated[Path, Positional]
+    """Folder that `latentvae encode` wrote."""
+
+    out: Path
+    """Folder for the pictures; made if it is not there."""
+
+    model: str | None = None
+    """Folder or Hub id of the autoencoder; left out, where manifest.json says it was."""
+
+    limit: int | None = None
+    """Decode the first so many images."""
+
+    batch_size: int = 16
+    """Images a forward pass."""
+
+    device: str | None = None
+    """Torch device; left out, the GPU of this process, if there is one."""
+
+    def run(self) -> None:
+        from latentvae.caching.command import decode_command
+
+        decode_command(**vars(self))
+
+
+Command = (
+    type[Reconstruct] | type[Evaluate] | type[Compare] | type[Export] | type[Encode] | type[Decode]
+)
 
 COMMANDS: dict[str, Command] = {
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "compare": Compare,
     "export": Export,
+    "encode": Encode,
+    "decode": Decode,
 }
 
 

@@ -1,6 +1,7 @@
 """How ranks talk: the only place that knows. Everything also works in one process without
 Accelerate."""
 
+import os
 from typing import Any
 
 import torch
@@ -77,3 +78,15 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def launched_rank() -> tuple[int, int]:
+    """Rank and number of ranks as the launcher's environment says, for ranks that need not talk."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_device() -> str:
+    """The GPU of this rank on its machine, or `"cpu"`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

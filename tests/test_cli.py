@@ -89,6 +89,26 @@ def test_evaluate_and_compare(
     assert "measured already" in capsys.readouterr().err
 
 
+def test_encode_and_decode(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents, out = tmp_path / "latents", tmp_path / "out"
+    encode = ["encode", str(run / "export"), "--data", str(photos), "--resolution", "16"]
+    main([*encode, "--out", str(latents), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "left out broken.jpg: not an image" in said
+    assert "1 images in 1 shards" in said and "latents, 4 x 4 x 4 float16" in said
+    main(["decode", str(latents), "--out", str(out), "--device", "cpu"])
+    assert Image.open(out / "astronaut.png").size == (16, 16)
+    assert "1 pictures in" in capsys.readouterr().out
+    wrong = ["encode", str(run / "export"), "--data", str(photos), "--out", str(tmp_path / "n")]
+    assert "smaller than the 4 pixels" in refusal([*wrong, "--resolution", "3"], capsys)
+    assert "another item_shape, resolution" in refusal(
+        [*wrong[:-1], str(latents), "--resolution", "20"], capsys
+    )
+    assert not (tmp_path / "n").exists()
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the command refuses."""
     capsys.readouterr()
@@ -105,7 +125,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["exprt"],
-            "there is no command 'exprt', only reconstruct, evaluate, compare, export; did",
+            "no command 'exprt', only reconstruct, evaluate, compare, export, encode, decode; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),
@@ -114,6 +134,15 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["reconstruct", "{}/photos", "{}/photo", "--out", "{}/out"], "no image or folder"),
         (["evaluate", "{}/m", "--data", "{}/photos", "--out", "{}/out"], "no such model folder"),
         (["evaluate", "{}/m", "--data", "{}/photo", "--out", "{}/out"], "did you mean 'photos'?"),
+        (
+            ["encode", "{}/m", "--data", "{}/photos", "--out", "{}/out", "--resolution", "16"],
+            "no such model folder",
+        ),
+        (
+            ["encode", "{}/m", "--data", "{}/photo", "--out", "{}/out", "--resolution", "16"],
+            "did you mean 'photos'?",
+        ),
+        (["decode", "{}/photos", "--out", "{}/out"], "is no folder of shards"),
         (["compare", "{}/photos"], "two or more reports are compared, not 1"),
         (["compare", "{}/photos", "{}/photo"], "cannot read the report"),
     ],
@@ -142,6 +171,8 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["evaluate", "m", "--data", "d"], "--out"),
         (["evaluate", "m", "--data", "d", "--out", "x", "--latent", "mean"], "mode"),
         (["evaluate", "m", "--data", "d", "--out", "x", "--quik"], "did you mean '--quick'?"),
+        (["encode", "m", "--data", "d", "--out", "x"], "--resolution"),
+        (["decode", "d", "--out", "x", "--limt", "3"], "did you mean '--limit'?"),
         (["compare", "a", "b", "--markdwn"], "did you mean '--markdown'?"),
     ],
 )
@@ -157,6 +188,8 @@ def test_wrong_options_are_one_sentence(
         (["--help"], ["reconstruct", "evaluate", "compare", "export"]),
         (["evaluate", "--help"], ["--quick", "--inception_weights", "JPEG, WebP and AVIF"]),
         (["export", "--help"], ["--out", "--overwrite"]),
+        (["encode", "--help"], ["--resolution", "accelerate launch", "--label_column"]),
+        (["decode", "--help"], ["--limit", "sha256"]),
         (["reconstruct", "-h"], ["--out", "Hub id"]),
     ],
 )

@@ -31,11 +31,12 @@ ALLOWED = {
     "report": BASE
     | {"losses", "metrics", "data", "pictures", "models", "latents", "export", "autoencoder"},
     "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
+    "caching": BASE | {"metrics", "data", "pictures", "models", "latents", "autoencoder"},
     "training": BASE
     | {"flags", "models", "losses", "metrics", "data", "pictures", "latents", "export"},
     "flags": BASE,
-    "cli": BASE | {"flags", "reconstruct", "report", "training"},
-    "__init__": {"autoencoder", "training"},
+    "cli": BASE | {"flags", "reconstruct", "report", "caching", "training"},
+    "__init__": {"autoencoder", "latents", "training"},
 }
 ACCELERATE = {"training"}
 NEVER = {"train", "benchmarks", "tests"}  # top-level folders of the checkout

@@ -63,6 +63,7 @@ class HubImages:
         self.origin = (str(path.resolve()) if path.exists() else spec.name, spec.config_name, split)
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
+        self._table = rows
         paths = self.rows.flatten().select_columns(f"{self.column}.path")[f"{self.column}.path"]
         names = _row_names(list(paths), split)
         self._order = sorted(range(len(names)), key=names.__getitem__)
@@ -75,6 +76,31 @@ class HubImages:
 
     def name(self, index: int, /) -> str:
         return self.names[index]
+
+    def labels(self, column: str | None = None) -> tuple[list[int], list[str] | None] | None:
+        """Classes in the order of the images (-1 where null), and their names if they have any.
+
+        Args:
+            column: of integers or of `datasets.ClassLabel`; None takes `label`, and gives None
+                where there is no such column.
+
+        Raises:
+            UserError: `column` is not there or holds something else.
+        """
+        from datasets import ClassLabel
+
+        features = dict(self._table.features)
+        kind = features.get(column or "label")
+        if not isinstance(kind, ClassLabel) and "int" not in str(getattr(kind, "dtype", "")):
+            if column is None:
+                return None
+            if kind is not None:
+                raise UserError(f"column '{column}' holds {kind}, not integers or classes")
+            near = nearest(column, features)
+            raise UserError(f"there is no column '{column}', only {', '.join(features)}{near}")
+        stored = list(self._table.select_columns([column or "label"])[column or "label"])
+        values = [-1 if stored[row] is None else int(stored[row]) for row in self._order]
+        return values, list(kind.names) if isinstance(kind, ClassLabel) else None
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
         cell = self.rows[self._order[index]][self.column]

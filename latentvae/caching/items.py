@@ -1,0 +1,98 @@
+"""What is encoded: images in their sorted order, labels, and the hash that names the set."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentvae.data import (
+    DatasetSpec,
+    EvalTransform,
+    HubImages,
+    ImageFolder,
+    ImageSource,
+    TarShards,
+    UnreadableImage,
+    open_source,
+)
+from latentvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A class for each item, and the names of classes 0, 1, 2... where they have any."""
+
+    values: list[int]
+    class_names: list[str] | None
+
+
+class Picture(NamedTuple):
+    """One item: an image (3, R, R) and (height, width) before the transform; or a reason."""
+
+    number: int
+    name: str
+    image: Tensor | None
+    size: tuple[int, int]
+    reason: str
+
+
+class Pictures(Dataset[Picture]):
+    """Items by number; one that cannot be read says why instead of raising."""
+
+    def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Picture:
+        name = self.source.name(index)
+        try:
+            image = self.source.read(index)
+        except UnreadableImage as error:
+            return Picture(index, name, None, (0, 0), error.reason)
+        return Picture(index, name, self.transform(image), (image.height, image.width), "")
+
+
+def open_items(data: str | os.PathLike[str] | DatasetSpec) -> ImageSource:
+    """All images of `data`: what `open_source` takes; where there is no such path, `owner/name`."""
+    if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
+        if not Path(data).exists() and not Path(data).parent.exists():
+            return open_source(DatasetSpec(name=data))
+    return open_source(data, split="train")
+
+
+def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
+    """A table's label column, or the first folder in the names where that gives several classes.
+
+    Raises:
+        UserError: `label_column` is not there, holds no classes, or `source` is no table.
+    """
+    if isinstance(source, HubImages):
+        found = source.labels(label_column)
+        return None if found is None else Labels(*found)
+    if label_column is not None:
+        raise UserError(
+            f"label_column is '{label_column}', but the data is no table; classes of folders and "
+            "tar files are the first folders in their names"
+        )
+    if not isinstance(source, ImageFolder | TarShards):
+        return None
+    folders = [name.partition("/")[0] if "/" in name else None for name in source.names]
+    named = [folder for folder in folders if folder is not None]
+    classes = {name: number for number, name in enumerate(sorted(set(named)))}
+    if len(named) < len(folders) or len(classes) < 2:
+        return None
+    return Labels([classes[name] for name in named], list(classes))
+
+
+def data_sha256(source: ImageSource, labels: Labels | None) -> str:
+    """Of the names in their order, and the labels."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        label = "" if labels is None else str(labels.values[index])
+        digest.update(f"{source.name(index)}\0{label}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()

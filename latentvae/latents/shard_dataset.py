@@ -1,0 +1,251 @@
+"""Cached tokens and latents as PyTorch data sets, read item by item.
+
+    tokens = TokenDataset("tokens")
+    tokens[0]      # {"indices": int64 (h, w), "id": "cats/001.jpg", "label": 3}
+    latents = LatentDataset("latents", scaled=True)
+    latents[0]     # {"latent": float32 (d, h, w), "id": ..., "label": ...}
+
+`h w` latent positions, `L` levels, `d` latent channels, `K` codes.
+"""
+
+import os
+from bisect import bisect_right
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentvae.errors import UserError
+from latentvae.latents.shards import DTYPES, read_manifest, sha256_of, shard_path, table_path
+from latentvae.models.normalization import LatentNormalization
+
+MAX_OPEN = 64  # shards a process keeps mapped
+
+
+class ShardReader:
+    """Items of a complete folder by number; files are opened when first needed, in each process.
+
+    Args:
+        folder: what `latentvae encode` wrote.
+
+    Attributes:
+        manifest, content: what the folder says of itself.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder)
+        self.content = self.manifest.content
+        self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
+        self._open: dict[tuple[int, int], Any] = {}  # by process and shard
+        for number in range(len(self.manifest.shards)):
+            if not shard_path(self.folder, number).is_file():
+                raise UserError(f"'{shard_path(self.folder, number)}' is missing: encode again")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # what is open stays in its process
+
+    def read(self, name: str, index: int) -> Tensor:
+        """One item's row of a tensor, as it is stored.
+
+        Raises:
+            IndexError: no such item.
+            UserError: the shard is damaged.
+        """
+        shard, row = self._locate(index)
+        rows = self._slice(shard, name)
+        if rows.get_shape()[0] != self.manifest.shards[shard].items:
+            raise self._damaged(shard)
+        return rows[row : row + 1][0]
+
+    def payload(self, index: int) -> Tensor:
+        """Tokens in 0..K - 1, or a latent, as they are stored; shape, type and range checked."""
+        shard, _ = self._locate(index)
+        item = self.read(self.content.payload, index)
+        self._check(item[None], shard, first=index)
+        return item
+
+    def name(self, index: int) -> str:
+        """The image's name in its source."""
+        shard, row = self._locate(index)
+        ends = self._slice(shard, "id_ends")[max(row - 1, 0) : row + 1].tolist()
+        ids = self._slice(shard, "ids")[ends[0] if row else 0 : ends[-1]]
+        return _text(ids.numpy().tobytes())
+
+    def names(self) -> list[str]:
+        """Of all items."""
+        result: list[str] = []
+        for shard in range(len(self.manifest.shards)):
+            data = self._slice(shard, "ids")[:].numpy().tobytes()
+            ends = [0, *self._slice(shard, "id_ends")[:].tolist()]
+            result += [_text(data[start:end]) for start, end in pairwise(ends)]
+        return result
+
+    def check(self) -> None:
+        """Look at every item as `payload` does.
+
+        Raises:
+            UserError: names the first item or shard that is not as it should be.
+        """
+        for shard, end in enumerate(self._ends):
+            rows = self._slice(shard, self.content.payload)[:]
+            if len(rows) != self.manifest.shards[shard].items:
+                raise self._damaged(shard)
+            self._check(rows, shard, first=end - len(rows))
+
+    def verify(self) -> None:
+        """Compare every file with the sha256 in the manifest.
+
+        Raises:
+            UserError: names the first that is another.
+        """
+        for number, shard in enumerate(self.manifest.shards):
+            files = {shard_path(self.folder, number): shard.sha256}
+            if shard.table_sha256 is not None:
+                files[table_path(self.folder, number)] = shard.table_sha256
+            for path, digest in files.items():
+                if not path.is_file() or sha256_of(path) != digest:
+                    raise UserError(
+                        f"'{path}' is not what {path.parent / 'manifest.json'} says: it is damaged "
+                        "or changed; the same `latentvae encode` command mends it"
+                    )
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} items, so none has number {index}")
+        index %= len(self)
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def _slice(self, shard: int, name: str) -> Any:
+        key = os.getpid(), shard
+        try:
+            if key not in self._open:
+                if len(self._open) >= MAX_OPEN:
+                    del self._open[next(iter(self._open))]
+                self._open[key] = safe_open(shard_path(self.folder, shard), "pt")
+            return self._open[key].get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(shard) from error
+
+    def _check(self, rows: Tensor, shard: int, *, first: int) -> None:
+        """Shape, type and range of items (n, ...), of which `first` is the first one's number."""
+        content = self.content
+        if tuple(rows.shape[1:]) != content.item_shape or rows.dtype != DTYPES[content.dtype]:
+            raise self._damaged(shard)
+        if content.num_codes is None or not len(rows):
+            return
+        indices = rows.long().flatten(1)
+        wrong = ((indices < 0) | (indices >= content.num_codes)).any(dim=1).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            low, high = int(indices[row].min()), int(indices[row].max())
+            raise UserError(
+                f"the tokens of '{self.name(first + row)}' lie in {low}..{high}; those of "
+                f"{content.num_codes} codes are in 0..{content.num_codes - 1}"
+            )
+
+    def _damaged(self, shard: int) -> UserError:
+        return UserError(
+            f"'{shard_path(self.folder, shard)}' is damaged: it does not hold what the manifest "
+            "says; the same `latentvae encode` command mends it"
+        )
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
+
+
+class _Cached(Dataset[dict[str, Any]]):
+    """What both kinds of data set share."""
+
+    kind: str
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.reader = ShardReader(folder)
+        self.content = self.reader.content
+        if self.content.kind != self.kind:
+            name = {"tokens": "TokenDataset", "latents": "LatentDataset"}[self.content.kind]
+            raise UserError(
+                f"'{folder}' holds {self.content.kind}, not {self.kind}: {name} reads it"
+            )
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of labels 0, 1, 2..., where they have names."""
+        return self.content.class_names
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def _annotations(self, index: int) -> dict[str, Any]:
+        result: dict[str, Any] = {"id": self.reader.name(index)}
+        if self.content.labels:
+            result["label"] = int(self.reader.read("labels", index))
+        return result
+
+
+class TokenDataset(_Cached):
+    """Tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
+
+    `label` is there where the data has classes (-1 is "none"). A DataLoader with any number of
+    workers reads it; nothing is loaded before it is asked for.
+
+    Args:
+        folder: what `latentvae encode` wrote for a tokenizer.
+    """
+
+    kind = "tokens"
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        assert self.content.num_codes is not None
+        return self.content.num_codes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"indices": self.reader.payload(index).long(), **self._annotations(index)}
+
+
+class LatentDataset(_Cached):
+    """Latents: `{"latent": float32 (d, h, w), "id": str, "label": int}`.
+
+    Args:
+        folder: what `latentvae encode` wrote for an autoencoder with continuous latents.
+        scaled: as a diffusion model sees them, shifted and scaled to about unit variance.
+        sample: draw from the posterior with PyTorch's global generator; needs `--moments`.
+    """
+
+    kind = "latents"
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, scaled: bool = False, sample: bool = False
+    ) -> None:
+        super().__init__(folder)
+        if sample and not self.content.moments:
+            raise UserError(
+                f"'{folder}' holds no standard deviations to sample with: encode with --moments"
+            )
+        self.sample = sample
+        self.normalization = self._normalization() if scaled else None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        z = self.reader.payload(index).float()
+        if self.sample:
+            z = z + self.reader.read("stds", index).float() * torch.randn_like(z)
+        if self.normalization is not None:
+            z = self.normalization.apply(z[None])[0]
+        return {"latent": z, **self._annotations(index)}
+
+    def _normalization(self) -> LatentNormalization:
+        norm = self.content.normalization
+        assert norm is not None
+        mean, scale = torch.tensor(norm.mean), torch.tensor(norm.scale)
+        return LatentNormalization(1.0, 0.0, mean, scale, norm.fold)

@@ -1,0 +1,38 @@
+"""A shard of tokens as a parquet file: what `datasets.load_dataset(DIR)` and other table readers
+take.
+
+Columns: `id` string, `label` int64 (where there are labels), `indices` nested lists of the item's
+shape.
+"""
+
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+# `datasets` reads it; without it, manifest.json would be taken for a table too.
+CARD = """---
+configs:
+- config_name: default
+  data_files: "*.parquet"
+---
+Tokens of images, written by `latentvae encode`: `latentvae.TokenDataset(folder)` or
+`datasets.load_dataset(folder)` reads them; manifest.json says what they are.
+"""
+
+
+def table_bytes(indices: Tensor, *, names: Sequence[str], labels: Tensor | None) -> bytes:
+    """The parquet file of tokens (n, h, w) or (n, L, h, w)."""
+    values = pa.array(indices.numpy().reshape(-1))
+    for size in reversed(indices.shape[1:]):
+        values = pa.FixedSizeListArray.from_arrays(values, size)
+    # A file name need not be UTF-8; a string in a table must.
+    texts = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
+    columns = {"id": pa.array(texts, pa.string())}
+    if labels is not None:
+        columns["label"] = pa.array(labels.numpy())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({**columns, "indices": values}), buffer, compression="zstd")
+    return buffer.getvalue()
