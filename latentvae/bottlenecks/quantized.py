@@ -10,7 +10,7 @@ positions, `K` codes, `L` levels of a residual quantiser, `N = B * h * w` vector
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
@@ -75,3 +75,23 @@ class Quantizer(Protocol):
             How many codes restarted, a scalar on the device (no host sync).
         """
         ...
+
+
+class GradientQuantizer(nn.Module):
+    """The half of a `Quantizer` that learns by gradient alone, or has nothing to learn."""
+
+    num_levels = 1
+
+    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+        """Nothing to set."""
+
+    def update(
+        self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Nothing to learn: 0 codes restarted."""
+        return torch.zeros((), dtype=torch.int64, device=features.device)
+
+
+def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
+    """``quantised`` exactly, with the gradient of ``vectors``."""
+    return quantised.detach() + (vectors - vectors.detach())

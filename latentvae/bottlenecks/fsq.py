@@ -1,0 +1,86 @@
+"""Finite scalar quantisation (FSQ, arXiv:2309.15505): each channel is rounded to one of a few
+levels, and the levels together are the code.
+
+features h (B, D, h, w) -> bounded by tanh -> rounded -> z (B, D, h, w) in [-1, 1]
+
+`B` batch, `D` channels, `L_i` levels of channel i, `K` = product of the L_i.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from latentvae.bottlenecks.quantized import GradientQuantizer, Quantized, straight_through
+from latentvae.errors import UserError
+
+MARGIN = 1e-3  # of the half range: the outermost levels are reached at a finite h
+MAX_LEVELS = 1000  # beyond, the margin would round to a level that is not there
+
+
+class FiniteScalarQuantizer(GradientQuantizer):
+    """A `Quantizer` without a codebook, losses or parameters.
+
+    The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o with o = 1/2 for even L and 0 for odd L, s
+    such that h = 0 is level 0, as the paper's text has it. (The paper's listing takes tan for
+    artanh and 1 - margin; Cosmos and vector-quantize-pytorch do as here, and so agree in the
+    index.) The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by floor(L / 2).
+
+    The index is sum_i d_i prod_{j < i} L_j with the digit d_i in 0..L_i - 1 from the lowest level:
+    the first channel changes fastest.
+
+    Args:
+        levels: L_i per channel, each in 3..1000. The paper's: (8, 6, 5) for K = 240, (8, 5, 5, 5)
+            for 1000, (7, 5, 5, 5, 5) for 4375, (8, 8, 8, 5, 5, 5) for 64000.
+
+    Raises:
+        UserError: no levels, or fewer or more of them than that.
+    """
+
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)) -> None:
+        super().__init__()
+        _check(levels)
+        self.num_codes = math.prod(levels)
+        self.in_channels = self.code_channels = len(levels)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("levels", _per_channel(levels), persistent=False)
+        self.register_buffer("basis", _per_channel(basis), persistent=False)
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantise (B, D, h, w). ``temperature`` has no use."""
+        assert features.shape[1] == self.in_channels, features.shape
+        half = self.levels // 2
+        bounded = self._bound(features.float())
+        rounded = bounded.detach().round()
+        digits = rounded.to(torch.int64) + half
+        z = straight_through(bounded / half, rounded / half)
+        return Quantized(z, (digits * self.basis).sum(1), losses={}, statistics={})
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """(B, D, h, w) of indices (B, h, w)."""
+        half = self.levels // 2
+        digits = indices.unsqueeze(1) // self.basis % self.levels
+        return (digits - half).float() / half
+
+    def _bound(self, features: Tensor) -> Tensor:
+        half_range = (self.levels - 1) * ((1 + MARGIN) / 2)  # (1, D, 1, 1)
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(features + torch.atanh(offset / half_range)) * half_range - offset
+
+
+def _check(levels: tuple[int, ...]) -> None:
+    if not levels:
+        raise UserError("FSQ needs levels, one number per channel, as (8, 5, 5, 5)")
+    for number in levels:
+        if not 3 <= number <= MAX_LEVELS:
+            hint = "; LFQ and BSQ have two" if number == 2 else ""
+            raise UserError(f"FSQ has 3 to {MAX_LEVELS} levels per channel, not {number}{hint}")
+    if math.prod(levels) >= 2**63:
+        raise UserError(f"FSQ of levels {tuple(levels)} has more codes than int64 indices can name")
+
+
+def _per_channel(numbers: list[int] | tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).view(1, -1, 1, 1)

@@ -1,0 +1,85 @@
+"""Gumbel-softmax (arXiv:1611.01144), the bottleneck of DALL-E's dVAE (arXiv:2102.12092).
+
+features: logits (B, K, h, w) -> weights (B, K, h, w), which add to 1 -> z (B, D, h, w) = weights of
+the codes
+
+In training the weights are softmax((logits + Gumbel noise) / temperature), in evaluation the
+one-hot vector of the largest logit.
+
+`B` batch, `K` codes, `D` code width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.quantized import GradientQuantizer, Quantized, straight_through
+from latentvae.errors import UserError
+
+
+class GumbelQuantizer(GradientQuantizer):
+    """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
+
+    `indices` are the largest logits, without noise, in training too: they are what encoding gives
+    (arXiv:2102.12092, section 2.2). `z` is `codes(indices)` in evaluation alone.
+
+    The loss `kl` goes from softmax(logits), at temperature 1, to the uniform prior: between 0 and
+    log K nats per token.
+
+    Args:
+        num_codes: K, also the channels of the features.
+        code_channels: D.
+        straight_through: In training `z` is one code, that of the largest weight, and the gradient
+            still that of the weights; else a mixture.
+
+    Raises:
+        UserError: fewer than 2 codes, or no channel.
+    """
+
+    def __init__(
+        self, *, num_codes: int, code_channels: int, straight_through: bool = False
+    ) -> None:
+        super().__init__()
+        if num_codes < 2 or code_channels < 1:
+            raise UserError(
+                f"Gumbel-softmax needs at least 2 codes of at least 1 channel, not {num_codes} of "
+                f"{code_channels}"
+            )
+        self.num_codes = self.in_channels = num_codes
+        self.code_channels = code_channels
+        self.straight_through = straight_through
+        self.codebook = nn.Parameter(torch.randn(num_codes, code_channels))
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantise logits (B, K, h, w).
+
+        Args:
+            temperature: above 0; its schedule is the caller's. Without use in evaluation.
+        """
+        assert features.shape[1] == self.in_channels, features.shape
+        with torch.autocast(features.device.type, enabled=False):
+            logits = features.float()
+            indices = logits.argmax(1)
+            z = self._mixture(logits, temperature) if self.training else self.codes(indices)
+            return Quantized(z, indices, {"kl": _kl_to_uniform(logits)}, statistics={})
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """(B, D, h, w) of indices (B, h, w)."""
+        return F.embedding(indices, self.codebook.float()).permute(0, 3, 1, 2).contiguous()
+
+    def _mixture(self, logits: Tensor, temperature: float) -> Tensor:
+        weights = F.gumbel_softmax(logits, tau=temperature, dim=1)
+        if self.straight_through:
+            # torch's own `hard` is not exactly one-hot: it rounds 1 - weight + weight.
+            largest = weights.argmax(1, keepdim=True)
+            one_hot = torch.zeros_like(weights).scatter(1, largest, 1.0)
+            weights = straight_through(weights, one_hot)
+        return torch.einsum("bkhw,kd->bdhw", weights, self.codebook.float())
+
+
+def _kl_to_uniform(logits: Tensor) -> Tensor:
+    """Mean over tokens of sum_k q_k (log q_k + log K), for logits (B, K, h, w)."""
+    log_q = logits.log_softmax(1)
+    return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(1).mean()
