@@ -37,3 +37,14 @@ def adversarial_factor(update: int, *, start: int, critic: CriticConfig) -> floa
 def critic_learns_alone(update: int, *, start: int, critic: CriticConfig) -> bool:
     """Whether the model stands still in update ``update`` (from 0)."""
     return critic.disc_scale > 0 and start <= update < start + critic.disc_warmup_steps
+
+
+def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
+    """A value in update ``update`` (from 0): from ``start`` along half a cosine to ``end`` at
+    ``steps``, where it stays.
+
+    DALL-E's dVAE (arXiv:2102.12092, appendix A.2): the temperature from 1 to 1/16 in 150,000
+    updates, the KL's weight from 0 to 6.6 in 5,000.
+    """
+    progress = min(update / steps, 1.0) if steps else 1.0
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
