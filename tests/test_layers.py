@@ -33,7 +33,17 @@ ALLOWED = {
     "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
     "caching": BASE | {"metrics", "data", "pictures", "models", "latents", "autoencoder"},
     "training": BASE
-    | {"flags", "models", "losses", "metrics", "data", "pictures", "latents", "export"},
+    | {
+        "flags",
+        "likelihoods",
+        "models",
+        "losses",
+        "metrics",
+        "data",
+        "pictures",
+        "latents",
+        "export",
+    },
     "flags": BASE,
     "cli": BASE | {"flags", "reconstruct", "report", "caching", "training"},
     "__init__": {"autoencoder", "latents", "training"},
