@@ -101,7 +101,8 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     if base is None:
         return config
     values, own = config.model_dump(), base.net.config
-    values["model"] |= {name: own[name] for name in SHAPE} | {"attention_levels": ()}
+    attention = [i for i, kind in enumerate(own["down_block_types"]) if kind.startswith("Attn")]
+    values["model"] |= {name: own[name] for name in SHAPE} | {"attention_levels": attention}
     return parse(values, source="the pretrained network's config")
 
 
