@@ -172,7 +172,7 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     with os.scandir(root / below) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also of a link to itself
             yield from _walk(root, below / entry.name, seen=seen)
         else:  # dead links and pipes too, so that reading them is reported
             yield below / entry.name
