@@ -44,6 +44,7 @@ class Autoencoder:
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in.
         name: what reports call it.
+        path: the folder, file or Hub id that it was loaded from.
 
     Attributes:
         f: pixels on a side of one latent position.
@@ -51,9 +52,9 @@ class Autoencoder:
         num_codes: K of a tokenizer, or None.
     """
 
-    def __init__(self, net: Any, *, name: str) -> None:
+    def __init__(self, net: Any, *, name: str, path: str | None = None) -> None:
         self.net: Any = net.eval().requires_grad_(False)
-        self.name = name
+        self.name, self.path = name, path
         shape = calls.measure_shape(self.net)
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
         self.num_codes = calls.num_codes(net)
@@ -247,7 +248,7 @@ def load(
         UserError: no such folder, not an autoencoder of images, or damaged weights.
     """
     net = load_network(path, dtype=dtype, family=family)
-    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)))
+    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)), path=str(path))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -4,9 +4,25 @@ choice."""
 import difflib
 from collections.abc import Iterable
 
+_IN_A_WORKER = "Original Traceback (most recent call last):"
+
 
 class UserError(ValueError):
     """Something the user gave is wrong. Commands print it as one sentence and exit with code 2."""
+
+    def __init__(self, sentence: str = "") -> None:
+        if _IN_A_WORKER in sentence:  # DataLoader rebuilds a worker's exception from its traceback
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(printable(sentence))
+
+
+def printable(text: str) -> str:
+    """One line that every terminal and file takes: file names may hold line breaks, escape codes
+    and bytes that are no UTF-8 (surrogates, in Python), which become ``\\n``, ``\\x1b``,
+    ``\\udcff``."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, load
 from latentvae.data import ImageFolder, UnreadableImage, read_image, to_tensor
-from latentvae.errors import UserError, nearest
+from latentvae.data.folder import spreadsheet_text
+from latentvae.errors import UserError, nearest, printable
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, ssim, to_8bit
 from latentvae.metrics.image import SSIM_MIN_SIZE
@@ -165,23 +167,28 @@ def _finish(
 ) -> None:
     console = Console()
     for path, reason in unreadable:
-        console.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        text = printable(f"skipped {path}: {reason}")
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
     if not rows:
         raise UserError(f"not one of {len(unreadable)} pictures can be read")
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) | _names(row) for row in rows)
     console.print(_table(rows, name))
     skipped = f", {len(unreadable)} unreadable skipped" if unreadable else ""
     text = f"{len(rows)} pictures and table.csv in {out}{skipped}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _names(row: Row) -> dict[str, str]:
+    return {name: spreadsheet_text(getattr(row, name)) for name in ("image", "picture")}
+
+
 def _table(rows: Sequence[Row], name: str) -> Table:
     table = Table("image", "size", "PSNR dB", "SSIM", "LPIPS alex", title=name)
     for row in rows:
-        table.add_row(row.image, f"{row.width} x {row.height}", *_cells([row]))
+        table.add_row(Text(printable(row.image)), f"{row.width} x {row.height}", *_cells([row]))
     table.add_section()
     table.add_row(f"mean of {len(rows)}", "", *_cells(rows))
     return table

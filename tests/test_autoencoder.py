@@ -1,6 +1,7 @@
 """Loading any AutoencoderKL folder; images of any size and kind in and out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,20 @@ def test_info_tells_models_apart(folder: Path, model: Autoencoder) -> None:
     assert load(folder, dtype=torch.bfloat16).info()["dtype"] == "bfloat16"
 
 
+def test_a_mistyped_path_is_told_where_it_goes_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "runs" / "first" / "export")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"'rums/first/export' is neither a folder here nor.*'runs'"
+    ):
+        load("rums/first/export")
+    with pytest.raises(UserError, match=r"no such model folder.*did you mean 'first'"):
+        load("runs/frist/export")
+    assert load("runs/first/export").path == "runs/first/export"
+
+
 KL_BLOCKS: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -413,7 +428,7 @@ def test_a_name_on_the_hub_is_looked_up(name: str, monkeypatch: pytest.MonkeyPat
         raise OSError("offline")
 
     monkeypatch.setattr("latentvae.models.loading.AutoencoderKL.load_config", load_config)
-    with pytest.raises(UserError, match=f"no folder '{name}'.*offline"):
+    with pytest.raises(UserError, match=f"'{name}' is neither a folder here nor .*offline"):
         load(name)
     assert asked == [("nobody/nothing", "vae" if name.endswith("vae") else None)]
 

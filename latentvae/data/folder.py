@@ -13,7 +13,7 @@ from typing import Protocol
 from PIL import Image
 
 from latentvae.data.reading import UnreadableImage, read_image
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, nearest, printable
 
 SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
@@ -109,6 +109,13 @@ def inner_name(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
+def spreadsheet_text(name: str) -> str:
+    """A name as a cell of a CSV file, where spreadsheets would run what begins with ``=``, ``+``,
+    ``-`` or ``@`` (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    text = printable(name)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of the relative path is hidden; macOS adds ``._`` files to tars."""
     return any(part.startswith(".") for part in name.split("/"))
@@ -165,8 +172,7 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     with os.scandir(root / below) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also of a link to itself
             yield from _walk(root, below / entry.name, seen=seen)
-        # A dead link is kept, so that reading it is reported.
-        elif entry.is_file() or entry.is_symlink():
+        else:  # dead links and pipes too, so that reading them is reported
             yield below / entry.name

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from latentvae.data.folder import inner_name, read_named
-from latentvae.data.reading import UnreadableImage
+from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
@@ -52,6 +52,11 @@ class HubImages:
     Args:
         spec: the data set.
 
+    Attributes:
+        origin: path or name, configuration and split.
+        numbered: whether rows are named by their numbers, which another column or configuration
+            would have too.
+
     Example:
         photos = HubImages(DatasetSpec(name="photos.parquet"))
         photos.name(0), photos.read(0).size  # ("a/0001.jpg", (640, 480))
@@ -60,12 +65,14 @@ class HubImages:
     def __init__(self, spec: DatasetSpec) -> None:
         rows, split = open_rows(spec)
         path = Path(spec.name).expanduser()
+        self.spec = spec
         self.origin = (str(path.resolve()) if path.exists() else spec.name, spec.config_name, split)
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
         self._table = rows
         paths = self.rows.flatten().select_columns(f"{self.column}.path")[f"{self.column}.path"]
         names = _row_names(list(paths), split)
+        self.numbered = any(name == _number(split, row) for row, name in enumerate(names))
         self._order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[row] for row in self._order]
         if not self.names:
@@ -141,6 +148,22 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
     return found[split], str(split)
 
 
+def local_files(spec: DatasetSpec, split: str) -> set[Path]:
+    """The files on this machine, links resolved, that the rows of that split come from."""
+    from datasets import load_dataset_builder
+
+    path = Path(spec.name).expanduser()
+    if path.is_file():
+        return {path.resolve()}
+    if not path.is_dir():
+        return set()
+    if any((path / name).exists() for name in SAVED):
+        return {file.resolve() for file in path.rglob("*.arrow")}
+    builder: Any = load_dataset_builder(str(path), spec.config_name, cache_dir=spec.cache_dir)
+    files = (builder.config.data_files or {}).get(split, [])
+    return {Path(file).resolve() for file in files}
+
+
 def image_column(features: "Features | None", *, wanted: str | None) -> str:
     """The column of images: ``wanted``, or the only one there is.
 
@@ -189,6 +212,8 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         raise UnreadableImage(name, "the row has no image")
     if cell["bytes"] is not None:
         return cell["bytes"]
+    if os.path.exists(cell["path"]) and not os.path.isfile(cell["path"]):
+        raise UnreadableImage(name, NOT_A_FILE)  # a pipe, say, which would be waited for
     try:
         with fsspec.open(cell["path"], "rb") as file:  # may lie on the Hub, when streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
@@ -210,9 +235,12 @@ def _row_names(paths: list[str | None], split: str) -> list[str]:
     names = [inner_name((path or "").removeprefix(root)) for path in paths]
     times = Counter(names)
     return [
-        name if name and times[name] == 1 else f"{split}/{row:09d}"
-        for row, name in enumerate(names)
+        name if name and times[name] == 1 else _number(split, row) for row, name in enumerate(names)
     ]
+
+
+def _number(split: str, row: int) -> str:
+    return f"{split}/{row:09d}"
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ with a well-formed end that comes too early (the rest is then grey or black).
 import functools
 import io
 import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentvae.errors import UserError
 
+NOT_A_FILE = "it is not a regular file"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 
 
@@ -35,10 +37,10 @@ class UnreadableImage(UserError):
         reason: why, in a few words.
     """
 
-    # ``reason`` has a default: DataLoader rebuilds a worker's exception from its message alone.
+    # ``reason`` has a default: DataLoader rebuilds a worker's exception from its traceback alone.
     def __init__(self, name: str | os.PathLike[str], reason: str = "") -> None:
         super().__init__(f"cannot read image '{name}': {reason}" if reason else str(name))
-        self.name = os.fspath(name)
+        self.name = os.fspath(name) if reason else str(self)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
@@ -63,6 +65,8 @@ def read_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+                raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would wait for a writer
             return _decode(io.BytesIO(source) if isinstance(source, bytes) else source, at_least)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None

@@ -14,7 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from latentvae.data.folder import SAMPLES, SUFFIXES, ImageFolder, ImageSource, SamplePhotos, walk
-from latentvae.data.hub import SAVED, TABLE_SUFFIXES, DatasetSpec, HubImages
+from latentvae.data.hub import SAVED, TABLE_SUFFIXES, DatasetSpec, HubImages, local_files
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
 
@@ -80,7 +80,7 @@ def open_images(
     Args:
         spec: as for ``open_source``; of the sample photos and of tables the training split.
         validation_data_dir: the same for validation; files of a folder, or tar files, that are in
-            both are not trained on, and the same table twice is refused.
+            both are not trained on, and tables with a file in common are refused.
         split_share: the share of ``spec`` held out if there is no ``validation_data_dir``, in
             (0, 1). An image is held out by the hash of its name and ``seed``, so adding images
             moves none of the others; at least one is held out and one kept.
@@ -172,15 +172,31 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
         shared = {shard for shard in train.shards if shard.resolve() in held}
         kept = [i for i in range(len(train)) if train.shard(i) not in shared]
     elif isinstance(train, HubImages) and isinstance(validation, HubImages):
-        kept = [] if train.origin == validation.origin else range(len(train))
+        _check_other_tables(train, validation)
+        return train
     else:
         return train
     if not kept:
-        raise UserError(
-            f"every training image is also in the validation data ('{train.name(0)}' is the "
-            "first); give other data, or none to hold out a share"
-        )
+        raise UserError(_all_shared(train))
     return train if len(kept) == len(train) else Subset(train, kept)
+
+
+def _check_other_tables(train: HubImages, validation: HubImages) -> None:
+    if train.origin == validation.origin:
+        raise UserError(_all_shared(train))
+    ours, theirs = (local_files(t.spec, t.origin[2]) for t in (train, validation))
+    if shared := sorted(ours & theirs):
+        raise UserError(
+            f"'{shared[0]}' is a file of both the training and the validation data, and a row "
+            "cannot be left out; give other data, or none to hold out a share"
+        )
+
+
+def _all_shared(train: ImageSource) -> str:
+    return (
+        f"every training image is also in the validation data ('{train.name(0)}' is the first); "
+        "give other data, or none to hold out a share"
+    )
 
 
 def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:

@@ -61,7 +61,7 @@ class ImageStream:
 
     def __init__(self, spec: DatasetSpec, *, held_out: int = 0, shuffle_buffer: int = 1000) -> None:
         rows, self.split = open_rows(spec, streaming=True)
-        self.name = spec.name
+        self.name, self.config_name = spec.name, spec.config_name
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
         self.shuffle_buffer = shuffle_buffer

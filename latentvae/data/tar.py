@@ -19,8 +19,9 @@ from PIL import Image
 from latentvae.data.folder import is_hidden, read_named
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.tar_index import shard_index
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, nearest, printable
 
+MAX_BYTES = 1 << 30  # of an image file; a sparse shard may promise any number
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class TarShards:
             if index.fault:
                 logger.warning(
                     "'%s' is damaged or cut off (%s); it gives the %d images before that",
-                    *(path, index.fault, len(index.names)),
+                    *(printable(str(path)), printable(index.fault), len(index.names)),
                 )
         if not any(index.names for index in found):
             fault = next((f": {index.fault}" for index in found if index.fault), "")
@@ -73,6 +74,8 @@ class TarShards:
         return self.shards[self._shard_of[index]]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+        if self._sizes[index] > MAX_BYTES:
+            raise UnreadableImage(self.name(index), f"{self._sizes[index]:,} bytes are too many")
         # Opened anew each time, as an image file is: nothing to share between worker processes,
         # and no limit on the number of shards.
         try:
@@ -97,7 +100,8 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
             "decompress it to a plain .tar"
         )
     if root.is_dir():
-        files = (path for path in root.rglob("*") if path.suffix.lower() == ".tar")
+        found = (path for path in root.rglob("*") if path.suffix.lower() == ".tar")
+        files = (path for path in found if not path.is_dir())
         shards = [path for path in files if not is_hidden(path.relative_to(root).as_posix())]
     elif root.exists():
         return [root]

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 
@@ -49,6 +50,8 @@ def shard_index(path: Path) -> ShardIndex:
     """
     try:
         stat = path.stat()
+        if not S_ISREG(stat.st_mode):  # opening a pipe would wait for a writer
+            raise UserError(f"'{path}' is not a regular file, as a tar shard must be")
         key = [VERSION, stat.st_size, stat.st_mtime_ns]
         places = _cache_places(path)
         for place in places:

@@ -194,7 +194,5 @@ def _levels(images: Tensor) -> Tensor:
 
 def _mean_square(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Of the differences, over the elements of all pairs together."""
-    squares = sum(
-        (y - x).square().sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True)
-    )
+    squares = sum((y - x).cpu().double().square().sum().item() for x, y in zip(a, b, strict=True))
     return squares / sum(x.numel() for x in a)

@@ -71,7 +71,8 @@ class ActiveUnits:
     """Counts the channels whose posterior mean varies over images and positions, in a window of
     updates: variance above 0.01 (arXiv:1509.00519, section 5.4).
 
-    Sums stay on the device, in float64; one host sync in `count`.
+    Sums stay on the device, in float64 (on Apple's GPUs, which have none, in float32); one host
+    sync in `count`.
 
     Args:
         num_channels: d.
@@ -86,13 +87,14 @@ class ActiveUnits:
         device: torch.device | str = "cpu",
         saved: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        zeros = torch.zeros(3, num_channels, dtype=torch.float64)
-        start = torch.tensor(saved, dtype=torch.float64) if saved else zeros
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        zeros = torch.zeros(3, num_channels, dtype=dtype)
+        start = torch.tensor(saved, dtype=dtype) if saved else zeros
         self._sums = start.to(device)  # of 1, x and x^2
 
     def add(self, mean: Tensor) -> None:
         """Take in the posterior means of a batch, (B, d, h, w)."""
-        values = mean.detach().double()
+        values = mean.detach().to(self._sums.dtype)
         powers = torch.stack([torch.ones_like(values), values, values.square()])
         self._sums = self._sums + powers.sum(dim=(1, 3, 4))
 

@@ -70,15 +70,23 @@ def _locate(path: str | Path) -> tuple[str, str | None]:
 
 def _check_folder(path: Path) -> None:
     if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        hint = nearest(path.name, (sibling.name for sibling in siblings))
-        raise UserError(f"no such model folder '{path}'{hint}")
+        raise UserError(f"no such model folder '{path}'{_near(path)}")
     if not path.is_dir():
         raise UserError(f"'{path}' is a file; give the folder with config.json and the weights")
     if not (path / "config.json").is_file():
         inner = next((p for p in _INNER if (path / p / "config.json").is_file()), None)
         hint = f"; did you mean '{path / inner}'?" if inner else ""
         raise UserError(f"'{path}' holds no config.json, so it is no model folder{hint}")
+
+
+def _near(path: Path) -> str:
+    """What the first part of the path that is not there may have been meant to be."""
+    for part in [*reversed(path.parents), path]:
+        if not part.exists():
+            return nearest(part.name, (sibling.name for sibling in part.parent.iterdir()))
+        if not part.is_dir():
+            break
+    return ""
 
 
 def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
@@ -91,8 +99,9 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
             text = f"'{where}/config.json' is not the config of a diffusers model"
         else:
             text = (
-                f"there is no folder '{where}', nor could it be read from the Hub as owner/name or "
-                f"owner/name/folder (a pipeline's is owner/name/vae): {_first_line(error)}"
+                f"'{where}' is neither a folder here nor can it be read from the Hub as owner/name "
+                "or owner/name/folder (a pipeline's is owner/name/vae): "
+                f"{_first_line(error)}{_near(Path(where))}"
             )
         raise UserError(text) from error
 

@@ -1,8 +1,9 @@
 """One `.safetensors` file with the autoencoder of Stable Diffusion, SDXL, SD3 or FLUX.
 
 The file is a whole checkpoint of the original code or its autoencoder alone (CompVis' names, or
-diffusers'). The names are mapped by diffusers; widths, channels and blocks are read from the
-tensors. What no tensor tells, the scale of the latents, follows from the family.
+diffusers', old or new). The names are mapped by diffusers; widths, channels and blocks are read
+from the tensors. What no tensor tells, the scale of the latents and the 32 groups of GroupNorm,
+follows from the family.
 """
 
 import re
@@ -32,13 +33,22 @@ _SCALES: dict[Family, dict[str, Any]] = {
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of a whole checkpoint, and of the part alone
+_MARKS: dict[str, Family] = {  # a whole checkpoint's other parts
+    "conditioner.embedders.": "sdxl",
+    "cond_stage_model.": "sd",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux",
+}
+_GROUPS = 32
+# The middle attention as diffusers called it before 0.17, and as it does now.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
     """The autoencoder in a file, float32.
 
     Args:
-        family: whose scale the latents have; None reads it from a whole checkpoint of SDXL or SD.
+        family: whose scale the latents have; None reads it from a whole checkpoint.
 
     Raises:
         UserError: not such a file, or its family cannot be told.
@@ -50,8 +60,8 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
     family = family or whole
     if family is None:
         raise UserError(
-            f"'{path}' is an autoencoder alone, which does not tell how its latents are scaled: "
-            f"say which family it is of, {', '.join(FAMILIES)}"
+            f"'{path}' does not tell how its latents are scaled, as an autoencoder alone never "
+            f"does: say which family it is of, {', '.join(FAMILIES)}"
         )
     original = "encoder.down.0.block.0.conv1.weight" in tensors
     try:
@@ -59,6 +69,8 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
         net: Any = AutoencoderKL.from_config(config)
         if original:
             tensors = convert_ldm_vae_checkpoint(tensors, config)
+        else:
+            tensors = dict(_renewed(name, value) for name, value in tensors.items())
         if config["latent_channels"] == _CHANNELS[family]:
             net.load_state_dict({name: value.float() for name, value in tensors.items()})
     except UserError:
@@ -99,9 +111,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Family | None]:
 
 
 def _family(names: list[str]) -> Family | None:
-    if any(name.startswith("conditioner.embedders.") for name in names):
-        return "sdxl"
-    return "sd" if any(name.startswith("cond_stage_model.") for name in names) else None
+    for mark, family in _MARKS.items():
+        if any(name.startswith(mark) for name in names):
+            return family
+    return None
+
+
+def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """A tensor of the middle attention by its present name, a 1 x 1 convolution as a matrix."""
+    match = re.fullmatch(r"(.*\.attentions\.0)\.(\w+)(?:\.0)?\.(weight|bias)", name)
+    if match is None or match[2] == "group_norm":
+        return name, value
+    part = {"to_out": "to_out.0"} | _OLD_ATTENTION
+    matrix = value.flatten(1) if match[3] == "weight" and value.shape[2:].numel() == 1 else value
+    return f"{match[1]}.{part.get(match[2], match[2])}.{match[3]}", matrix
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dict[str, Any]:
@@ -114,6 +137,12 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
+    if any(width % _GROUPS for width in widths):
+        raise UserError(
+            f"'{path}' has levels of {', '.join(map(str, widths))} channels, and those of these "
+            f"families are multiples of {_GROUPS}, the groups of their GroupNorm, which a single "
+            "file does not tell; give a diffusers folder, whose config.json does"
+        )
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],

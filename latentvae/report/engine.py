@@ -299,7 +299,7 @@ class _Run:
         names = "\n".join(self.pictures.name(i) for i in range(len(self.pictures)))
         return {
             "models": {name: model.info() for name, model in self.models.items()},
-            "images": hashlib.sha256(names.encode()).hexdigest(),
+            "images": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
             "data": self.data_name,
             "plan": asdict(self.plan),
             "protocol": {k: v for k, v in self._protocol().items() if k not in CIRCUMSTANCES},

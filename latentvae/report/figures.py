@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.data import to_tensor
+from latentvae.errors import printable
 from latentvae.metrics import psnr, to_8bit
 from latentvae.report.codecs import CODECS, bits_per_pixel, encode_at_rate
 from latentvae.report.model import raw_bits
@@ -82,7 +83,8 @@ def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> l
         images: (1, 3, H, W) on the 8-bit grid.
     """
     source = to_picture(images)
-    tiles, rates = [Tile(source, f"{Path(name).name}\n{source.width} x {source.height}")], set()
+    caption = f"{printable(Path(name).name)}\n{source.width} x {source.height}"
+    tiles, rates = [Tile(source, caption)], set()
     for label, model in models.items():
         z = model.encode(images)
         decoded: Any = model.decode(z, size=(source.height, source.width))

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from latentvae.data import to_tensor
+from latentvae.data.folder import spreadsheet_text
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss
 from latentvae.metrics import ms_ssim, psnr, ssim
 from latentvae.metrics.bootstrap import BootstrapMean
@@ -50,7 +51,8 @@ class Row:
     lpips_vgg: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
+        return asdict(self) | names
 
 
 @dataclass(frozen=True)

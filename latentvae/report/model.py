@@ -99,7 +99,7 @@ class ModelMeasures:
 
     def report(self, *, passport: Mapping[str, Any] | None, speed: Any | None) -> ModelReport:
         if self.failure is not None:
-            return ModelReport(info=self.model.info(), warnings=[self.failure])
+            return ModelReport(info=self._info(), warnings=[self.failure])
         metrics = {name: self._mean(name) for name in Metrics.model_fields if name != "psnr_pooled"}
         latent = tokens = None
         warnings: list[str] = []
@@ -119,13 +119,17 @@ class ModelMeasures:
             metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
             rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points()),
             distribution=self._distribution(),
-            info=self.model.info(),
+            info=self._info(),
             latent=latent,
             tokens=tokens,
             passport=passport,
             speed=speed,
             warnings=warnings,
         )
+
+    def _info(self) -> dict[str, Any]:
+        path = {} if self.model.path is None else {"path": self.model.path}
+        return self.model.info() | path
 
     def _latent(self, mean: Tensor, logvar: Tensor, position: int) -> Tensor:
         if self.plan.latent == "mode":

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage, to_tensor
-from latentvae.errors import UserError
+from latentvae.errors import UserError, printable
 from latentvae.metrics import to_8bit
 from latentvae.pictures import to_pil, to_uint8
 
@@ -90,7 +90,7 @@ class Seen:
         self.count += 1
 
     def leave_out(self, name: str, error: UnreadableImage) -> None:
-        self.unreadable.append(name)
+        self.unreadable.append(printable(name))
         tqdm.write(f"left out: {error}", file=sys.stderr)
 
     def describe(self) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _check_one(net: Any, images: Tensor, f: int) -> _Difference | None:
     difference = tiled - whole
     x, y = tiled.mean(dim=1), whole.mean(dim=1)  # (B, H, W)
     return _Difference(
-        squares=difference.double().square().sum().item(),
+        squares=difference.cpu().double().square().sum().item(),
         elements=difference.numel(),
         max_difference=difference.abs().max().item(),
         seam=max(_largest_seam(x, y, tiles), _largest_seam(x.mT, y.mT, tiles)),

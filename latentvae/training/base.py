@@ -17,6 +17,7 @@ from latentvae.models import ARCHITECTURES, adapt, latent_side, load_network
 from latentvae.training.checkpoint import newest_usable
 from latentvae.training.config import TrainConfig
 from latentvae.training.presets import parse
+from latentvae.training.quantizer_config import options_of
 
 BASE_NAME = "base.json"
 
@@ -100,7 +101,7 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     own = kind.shape(dict(base.net.config))
     if quantizer := own.pop("quantizer", None):
         same = values["model"]["quantizer"]["type"] == quantizer["type"]
-        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | quantizer
+        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | options_of(quantizer)
     values["model"] |= own
     return parse(values, source="the pretrained network's config")
 

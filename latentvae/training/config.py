@@ -115,6 +115,11 @@ class DataConfig(Section):
             )
         if self.streaming and self.dataset_name is None:
             raise ValueError("streaming needs dataset_name: local images are read by number")
+        if self.streaming and self.dataset_name == "samples":
+            raise ValueError(
+                "streaming is for data sets, and dataset_name 'samples' are 13 photos on this "
+                "machine; leave streaming out"
+            )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 f"max_train_samples {self.max_train_samples} cannot be chosen from a stream; leave "

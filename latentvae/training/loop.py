@@ -28,6 +28,7 @@ from latentvae.distributed import (
     rank,
     world_size,
 )
+from latentvae.errors import printable
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
 from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import (
@@ -432,7 +433,10 @@ class _Loop:
         """Name each unreadable file once, over all ranks; stop if there are too many."""
         for found in gather_objects(self.unnamed):
             for name, reason in self.bad.update(found):
-                self.log.say(f"cannot read {name} ({reason}); another image takes its place")
+                self.log.say(
+                    f"cannot read {printable(name)} ({printable(reason)}); another image takes its "
+                    "place"
+                )
         self.unnamed = []
         images = self.run.train_images
         if isinstance(images, ImageStream):
@@ -446,6 +450,7 @@ class _Loop:
         """Measure the averaged weights and draw the grid."""
         run, config = self.run, self.run.config
         transform, device = eval_transform(config), run.accelerator.device
+        bad = BadImages()
         with self.log.pause(), averaged_weights(run.net, run.ema):
             values = validate(
                 run.net,
@@ -455,8 +460,11 @@ class _Loop:
                 batch_size=config.run.eval_batch_size,
                 limit=config.data.max_validation_images,
                 device=device,
-                bad=self.bad_validation,
+                bad=bad,
             )
+            for found in gather_objects(list(bad.reasons.items())):
+                for name, reason in self.bad_validation.update(found):
+                    self.log.say(f"cannot validate on {printable(name)} ({printable(reason)})")
             if is_main():
                 save_grid(
                     run.net,

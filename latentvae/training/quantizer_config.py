@@ -1,6 +1,7 @@
 """Options of the discrete bottleneck: one class for each type, which the preset chooses."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -192,3 +193,11 @@ AnyQuantizerConfig = Annotated[
     | Annotated[GumbelConfig, Tag("gumbel")],
     Discriminator(tag_in("type", "vq")),
 ]
+
+
+def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by what a module was built with: the inverse of `QuantizerConfig.arguments`."""
+    values = dict(arguments)
+    if "ema_decay" in values:
+        values["codebook_decay"] = values.pop("ema_decay")
+    return values

@@ -22,8 +22,10 @@ from torch import nn
 from latentvae.data import (
     DatasetSpec,
     EvalTransform,
+    HubImages,
     ImageSource,
     ImageStream,
+    Subset,
     TrainTransform,
     open_images,
     open_source,
@@ -266,13 +268,28 @@ def build_run(
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """Number and names of the training images, hashed: their order must not change under a run."""
+    """What must not change under a run: number and names (hashed) of the images, which decide their
+    order; of rows that have no names, and of streams, which rows they are.
+
+    Where a local data set lies is not part of it.
+    """
     if isinstance(images, ImageStream):
-        return {"images": images.num_images or 0, "stream": [images.name, images.split]}
+        return {
+            "data set": Path(images.name).name if Path(images.name).exists() else images.name,
+            "configuration": images.config_name,
+            "split": images.split,
+            "column": images.column,
+        }
     digest = hashlib.sha256()
     for i in range(len(images)):
         digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
-    return {"images": len(images), "names_sha256": digest.hexdigest()}
+    identity = {"images": len(images), "names_sha256": digest.hexdigest()}
+    whole = images
+    while isinstance(whole, Subset):
+        whole = whole.source
+    if isinstance(whole, HubImages) and whole.numbered:
+        identity |= {"configuration": whole.origin[1], "column": whole.column}
+    return identity
 
 
 def build_net(config: TrainConfig, base: Base | None) -> Any:

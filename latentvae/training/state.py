@@ -19,9 +19,12 @@ from latentvae.training.config import TrainConfig, flat
 from latentvae.training.presets import parse
 from latentvae.training.run import Run
 
-# What may differ between a run and its continuation: everything else changes the result.
+# What may differ between a run and its continuation: everything else changes the result. Where the
+# images lie may, for what they are is compared apart (`data_identity`); of a stream, which goes
+# on approximately, the buffer may too.
 RESUME_MAY_CHANGE = frozenset(
-    "config train_data_dir dataset_name cache_dir shuffle_buffer validation_data_dir "
+    "config train_data_dir dataset_name dataset_config_name dataset_split image_column cache_dir "
+    "shuffle_buffer validation_data_dir "
     "lpips_weights download_lpips max_train_steps eval_batch_size resume_from_checkpoint "
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name "
@@ -115,7 +118,7 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         skipped=values["skipped"],
         skipped_in_a_row=values["skipped_in_a_row"],
         window=values["windows"][rank()],
-        units=values["units"][rank()],
+        units=values["units"][rank()] if "units" in values else [],  # older checkpoints have none
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
     )
@@ -135,11 +138,16 @@ def _check_same_circumstances(values: dict[str, Any], run: Run) -> None:
             f"the run was started in mixed precision {values['mixed_precision']} and cannot go on "
             f"in {precision}; give --mixed_precision {values['mixed_precision']}"
         )
-    now, then = run.data_identity["images"], values["data"]["images"]
-    if values["data"] != run.data_identity:
+    now, then = run.data_identity, values["data"]
+    # What an older checkpoint does not know of cannot be compared.
+    changed = [name for name in now if name in then and now[name] != then[name]]
+    if changed:
+        shown = [name for name in changed if name != "names_sha256"]
+        listed = ", ".join(f"{name}: {then[name]} then, {now[name]} now" for name in shown)
+        listed = listed or f"{now['images']} with other names"
         raise UserError(
-            f"the training images are not those the run was started with ({then:,} then, {now:,} "
-            "now); restore them, or start anew in another output_dir"
+            f"the training images are not those the run was started with ({listed}); restore "
+            "them, or start anew in another output_dir"
         )
 
 

@@ -178,6 +178,20 @@ def test_what_is_validated_on_is_not_trained_on(forms, tmp_path):
     assert (len(train), len(validation)) == (12, 12)
 
 
+def test_a_table_within_the_trained_folder_is_an_overlap(tmp_path, own_caches, files, make_parquet):
+    parts = [{"bytes": data, "path": name} for name, data in files.items()]
+    for number in range(2):
+        make_parquet(tmp_path / "set" / f"train-{number}.parquet", parts[number * 4 :][:4])
+    make_parquet(tmp_path / "set" / "test-0.parquet", parts[8:])
+    train, validation = tmp_path / "set", tmp_path / "set" / "train-1.parquet"
+    for pair in ((train, validation), (validation, train / "train-1.parquet")):
+        with pytest.raises(UserError, match=r"train-1.parquet' is (a file of both|.*also in)|also"):
+            open_images(pair[0], validation_data_dir=pair[1])
+    # A file of another split is not trained on.
+    kept, held = open_images(train, validation_data_dir=tmp_path / "set" / "test-0.parquet")
+    assert (len(kept), len(held)) == (8, 4)
+
+
 def test_max_train_samples_takes_a_nested_spread_share(tmp_path):
     fill(tmp_path, 400)
     every, validation = open_images(tmp_path, split_share=0.1)

@@ -26,6 +26,15 @@ def test_schedules_are_linear_and_then_stay() -> None:
     assert capacity(0, target=3.0, growth_updates=0) == 3.0
 
 
+def test_units_are_summed_in_the_precision_that_the_device_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Apple's GPUs have no float64; the device itself is not needed to see the dtype."""
+    monkeypatch.setattr(Tensor, "to", lambda self, *_: self)
+    assert ActiveUnits(2, device="mps")._sums.dtype == torch.float32
+    assert ActiveUnits(2, device="cpu")._sums.dtype == torch.float64
+
+
 def test_free_bits_is_the_papers_sum_of_maxima() -> None:
     kl = torch.tensor([[1.0, 10.0, 0.0], [3.0, 30.0, 0.0]], requires_grad=True)
     bits = 0.5

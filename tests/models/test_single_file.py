@@ -114,6 +114,32 @@ def test_a_whole_checkpoint_tells_its_family(tmp_path: Path) -> None:
         assert equal(loaded, net) and loaded.config["scaling_factor"] == scaling
 
 
+@pytest.mark.parametrize(("blocks", "family"), [("joint", "sd3"), ("double", "flux")])
+def test_a_whole_checkpoint_of_16_channels_tells_its_family(
+    blocks: str, family: str, tmp_path: Path
+) -> None:
+    net = network(16, quant_conv=False)
+    tensors = prefixed("first_stage_model." if family == "sd3" else "vae.", original(net))
+    tensors |= {f"model.diffusion_model.{blocks}_blocks.0.x.weight": torch.zeros(1)}
+    loaded = load_network(file_of(tmp_path / "whole.safetensors", tensors))
+    assert equal(loaded, net)
+    assert loaded.config["scaling_factor"] == {"sd3": 1.5305, "flux": 0.3611}[family]
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_early_names_of_the_attention(convolutions: bool, tmp_path: Path) -> None:
+    """As diffusers wrote it before 0.17: query, key, value, proj_attn."""
+    net, tensors = network(), {}
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name, value in net.state_dict().items():
+        renamed = re.sub(r"(attentions\.0\.)(to_[qkv]|to_out\.0)", lambda m: m[1] + old[m[2]], name)
+        matrix = renamed != name and name.endswith("weight")
+        tensors[renamed] = (value[:, :, None, None] if matrix and convolutions else value).clone()
+    assert sum("proj_attn" in name for name in tensors) == 4
+    path = file_of(tmp_path / "early.safetensors", tensors)
+    assert equal(load_network(path, family="sd"), net)
+
+
 def test_half_precision_files_become_float32(tmp_path: Path) -> None:
     halves = {name: value.half() for name, value in original(network()).items()}
     loaded = load_network(file_of(tmp_path / "half.safetensors", halves), family="sd")
@@ -139,6 +165,11 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
             "sd",
             "other names",
         ),
+    ]
+    narrow = {"encoder.down.0.block.0.conv1.weight": torch.zeros(48, 48, 3, 3)}
+    narrow |= {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}
+    wrong += [
+        (file_of(tmp_path / "narrow.safetensors", narrow), "sd", "48 channels.* multiples of 32")
     ]
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "text.safetensors").write_text("hello")

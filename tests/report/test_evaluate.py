@@ -291,3 +291,22 @@ def test_the_report_fits_its_schema(run: Any, tmp_path: Path) -> None:
 
 def test_the_schema_file_is_up_to_date() -> None:
     assert SCHEMA_FILE.read_text() == json_schema(), "run `make schema`"
+
+
+def test_hostile_names_are_one_cell_that_no_spreadsheet_runs(
+    tmp_path: Path, lpips: dict[str, PerceptualLoss], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["=cmd|'/c calc'!A0.png", "@SUM(A1).png", "\udcff\n.png", "\U0001f642 ä.png"]
+
+    class Hostile(Photos):
+        def name(self, index: int, /) -> str:
+            return names[index]
+
+    source, models = Hostile(photo(), photo(left=120), None, photo(left=200)), {"=m": pixels()}
+    options: dict[str, Any] = {"data_name": "photos", "lpips": lpips, "plan": METRICS}
+    report = evaluate(models, source, tmp_path / "report", **options)
+    cells = {row["image"]: row["coder"] for row in rows(tmp_path / "report")}
+    assert cells == dict.fromkeys([f"'{names[0]}", f"'{names[1]}", names[3]], "'=m")
+    assert report.data["unreadable"] == [r"\udcff\n.png"]
+    assert "left out: cannot read image '\\udcff\\n.png': it is broken" in capsys.readouterr().err
+    assert (tmp_path / "report" / "sheet.png").is_file()

@@ -13,6 +13,7 @@ from skimage import data
 from torch import Tensor
 
 from latentvae.errors import UserError
+from latentvae.models import build_autoencoder_kl
 from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.exporting import export_folder
 from latentvae.training.log import read_rows
@@ -114,6 +115,21 @@ def test_the_presets_attention_does_not_matter(pretrained: Path, tmp_path: Path)
     shape = {"block_out_channels": [8, 8, 8], "attention_levels": [2]}
     config = fine_tune(tmp_path / "run", pretrained, **shape)
     assert with_shape_of(config, open_base(config)).model.f == 2
+
+
+def test_the_bases_attention_is_recorded(tmp_path: Path) -> None:
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    )
+    net.save_pretrained(tmp_path / "vae")
+    config = fine_tune(tmp_path / "run", tmp_path / "vae")
+    shape = with_shape_of(config, open_base(config)).model.shape()
+    assert shape["attention_levels"] == (1,)
+    own = build_autoencoder_kl(**shape, sample_size=32).state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in net.state_dict().items()}
 
 
 def test_all_of_it_can_learn(pretrained: Path, tmp_path: Path) -> None:

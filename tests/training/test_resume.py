@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from latentvae.errors import UserError
-from latentvae.training.checkpoint import checkpoints
+from latentvae.training.checkpoint import checkpoints, load_checkpoint
 from latentvae.training.loop import Stopped, _Loop, train
+from latentvae.training.run import build_run, open_data, start_accelerator
+from latentvae.training.state import restore
 from tests.training.small import small_config
 
 
@@ -221,7 +223,7 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     }
     run_to_the_end(tmp_path / "run", **options)
     (images / "3.png").unlink()
-    with pytest.raises(UserError, match="6 then, 5 now"):
+    with pytest.raises(UserError, match="images: 6 then, 5 now"):
         run_to_the_end(tmp_path / "run", **(options | {"max_train_steps": 3}))
 
 
@@ -324,6 +326,23 @@ def test_a_validation_that_a_signal_came_before_is_made_up_for(
             run_to_the_end(tmp_path, checkpointing_steps=3)
     run_to_the_end(tmp_path, checkpointing_steps=3)
     assert rows(straight) == rows(tmp_path)
+
+
+def test_a_checkpoint_from_before_units_and_names_of_rows(straight: Path) -> None:
+    """What an older version did not save is done without."""
+    config = small_config(straight)
+    data = open_data(config)
+    run = build_run(
+        config, folder=straight, accelerator=start_accelerator(config, straight), data=data
+    )
+    snapshot = load_checkpoint(straight / "checkpoint-4")
+    del snapshot.values["units"]
+    snapshot.values["data"] = {"images": len(data[0])}  # type: ignore[arg-type]
+    progress = restore(run, snapshot)
+    assert (progress.update, progress.units) == (4, [])
+    snapshot.values["data"] = {"images": len(data[0]), "names_sha256": "0"}  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\(13 with other names\)"):
+        restore(run, snapshot)
 
 
 def test_another_precision_is_refused(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:

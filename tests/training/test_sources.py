@@ -98,6 +98,31 @@ def test_a_data_set_by_name_with_its_column_and_a_limit(
     assert (tmp_path / "run" / "export" / WEIGHTS).exists()
 
 
+def test_where_rows_are_numbered_their_column_may_not_change(
+    forms: dict[str, Path], tmp_path: Path
+) -> None:
+    """Named rows are the same images in any column; numbers are the same everywhere."""
+    named = pq.read_table(forms["table"])
+    bare = [{"bytes": cell["bytes"], "path": None} for cell in named["image"].to_pylist()]
+    tables = {
+        "named": pa.table({"image": named["image"], "other": named["image"]}),
+        "bare": pa.table({"image": bare, "other": bare}),
+    }
+    options: dict[str, Any] = {"train_data_dir": None, "train_batch_size": 2}
+    options |= {"lr_scheduler": "constant", "disc_scale": 0.0}
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        options |= {"dataset_name": str(tmp_path / f"{name}.parquet")}
+        first = small_config(tmp_path / name, max_train_steps=1, image_column="image", **options)
+        then = small_config(tmp_path / name, max_train_steps=2, image_column="other", **options)
+        train(first)
+        if name == "named":
+            train(then)
+            continue
+        with pytest.raises(UserError, match="column: image then, other now"):
+            train(then)
+
+
 def test_a_stream_trains_exports_and_goes_on(
     forms: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,6 +131,13 @@ def test_a_stream_trains_exports_and_goes_on(
     options |= {"train_data_dir": None, "validation_data_dir": "samples", "shuffle_buffer": 4}
     options |= {"lr_scheduler": "constant", "log_steps": 1}
     train(small_config(tmp_path / "run", max_train_steps=2, **options))
+    (tmp_path / "moved").mkdir()  # another place and buffer are the same stream
+    shutil.move(tmp_path / "stream.parquet", tmp_path / "moved")
+    options |= {"dataset_name": str(tmp_path / "moved" / "stream.parquet"), "shuffle_buffer": 3}
+    shutil.copy(tmp_path / "moved" / "stream.parquet", tmp_path / "other.parquet")
+    other = options | {"dataset_name": str(tmp_path / "other.parquet")}
+    with pytest.raises(UserError, match=r"data set: stream\.parquet then, other\.parquet now"):
+        train(small_config(tmp_path / "run", max_train_steps=4, **other))
     train(small_config(tmp_path / "run", max_train_steps=4, **options))
     assert "resumes approximately" in caplog.text
     rows = [row for row in read_rows(tmp_path / "run" / "log.jsonl") if "loss/rec" in row]
@@ -118,6 +150,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         small_config(tmp_path, dataset_name="a/b")
     with pytest.raises(UserError, match="streaming needs dataset_name"):
         small_config(tmp_path, streaming=True)
+    with pytest.raises(UserError, match="streaming is for data sets, and dataset_name 'samples'"):
+        small_config(tmp_path, train_data_dir=None, dataset_name="samples", streaming=True)
     with pytest.raises(UserError, match="cannot be chosen from a stream"):
         stream: dict[str, Any] = {"train_data_dir": None, "dataset_name": "a/b", "streaming": True}
         small_config(tmp_path, max_train_samples=5, **stream)
