@@ -10,6 +10,7 @@ from latentvae.data.dataset import (
 )
 from latentvae.data.folder import ImageFolder, ImageSource, SamplePhotos
 from latentvae.data.hub import DatasetSpec, HubImages
+from latentvae.data.pixels import DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.split import Subset, open_images, open_source
@@ -21,12 +22,15 @@ __all__ = [
     "BadImages",
     "Batch",
     "DatasetSpec",
+    "DeepImage",
     "EvalTransform",
     "HubImages",
     "ImageFolder",
     "ImageSource",
     "ImageStream",
     "IndexSampler",
+    "Picture",
+    "PixelFormat",
     "SamplePhotos",
     "Subset",
     "TarShards",

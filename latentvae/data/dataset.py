@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainItem(TypedDict):
-    """One image (3, R, R), its index, and the unreadable files (name, reason) met before it."""
+    """One image (C, R, R), its index, and the unreadable files (name, reason) met before it."""
 
     image: Tensor
     index: int
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """One micro-step of one rank.
 
     Attributes:
-        images: (B, 3, R, R), float32 in [-1, 1].
+        images: (B, C, R, R), float32 in [-1, 1].
         indices: (B,), int64: the images that are in it (a replaced one counts, not the bad one).
         bad: the unreadable files met, as (name, reason).
     """
@@ -87,7 +87,7 @@ class TrainImages(Dataset[TrainItem]):
 def collate(items: list[TrainItem]) -> Batch:
     """Join the items of one micro-step."""
     return Batch(
-        images=torch.stack([item["image"] for item in items]),  # (B, 3, R, R)
+        images=torch.stack([item["image"] for item in items]),  # (B, C, R, R)
         indices=torch.tensor([item["index"] for item in items]),
         bad=[entry for item in items for entry in item["bad"]],
     )
@@ -126,7 +126,7 @@ def validation_batches(
     world_size: int = 1,
     bad: BadImages | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield (images (b, 3, R, R), names), b up to ``batch_size``: each image once over all ranks.
+    """Yield (images (b, C, R, R), names), b up to ``batch_size``: each image once over all ranks.
 
     Rank r has the images r, r + W, r + 2W...: ranks may have unequal numbers of batches, or none,
     so reduce sums over ranks at the end only.

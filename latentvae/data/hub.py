@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from latentvae.data.folder import inner_name, read_named
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
 from latentvae.errors import UserError, nearest
 
@@ -51,13 +50,15 @@ class HubImages:
 
     Args:
         spec: the data set.
+        pixels: what every image becomes; None is 8-bit RGB.
 
     Example:
         photos = HubImages(DatasetSpec(name="photos.parquet"))
         photos.name(0), photos.read(0).size  # ("a/0001.jpg", (640, 480))
     """
 
-    def __init__(self, spec: DatasetSpec) -> None:
+    def __init__(self, spec: DatasetSpec, *, pixels: PixelFormat | None = None) -> None:
+        self.pixels = pixels
         rows, split = open_rows(spec)
         path = Path(spec.name).expanduser()
         self.origin = (str(path.resolve()) if path.exists() else spec.name, spec.config_name, split)
@@ -76,9 +77,11 @@ class HubImages:
     def name(self, index: int, /) -> str:
         return self.names[index]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         cell = self.rows[self._order[index]][self.column]
-        return read_named(self.name(index), cell_bytes(cell, self.name(index)), at_least=at_least)
+        name = self.name(index)
+        data = cell_bytes(cell, name)
+        return read_named(name, data, at_least=at_least, pixels=self.pixels)
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:

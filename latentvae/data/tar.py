@@ -1,7 +1,7 @@
 """Images in tar files (webdataset shards), read by offset: any image at any time, as from a folder.
 
 https://github.com/webdataset/webdataset. Each image member is an image of its own; other members
-(``.cls``, ``.json``, ``.txt``) and the grouping by key are not looked at.
+(``.cls``, ``.json``, ``.txt``, and a ``.npy`` of an image's key) are not looked at.
 """
 
 import glob
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from latentvae.data.folder import is_hidden, read_named
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.tar_index import shard_index
 from latentvae.errors import UserError, nearest
@@ -36,13 +36,15 @@ class TarShards:
     Args:
         spec: a .tar file, a folder of them, or a pattern: ``shards/train-{000..012}.tar``,
             ``shards/*.tar`` (``~`` allowed).
+        pixels: what every image becomes; None is 8-bit RGB.
 
     Example:
         shards = TarShards("shards/train-{000..012}.tar")
         shards.name(0), shards.read(0).size  # ("0000000.jpg", (64, 64))
     """
 
-    def __init__(self, spec: str | os.PathLike[str]) -> None:
+    def __init__(self, spec: str | os.PathLike[str], *, pixels: PixelFormat | None = None) -> None:
+        self.pixels = pixels
         self.shards = find_shards(spec)
         found = [shard_index(path) for path in self.shards]
         for path, index in zip(self.shards, found, strict=True):
@@ -72,7 +74,7 @@ class TarShards:
         """The tar file that the image lies in."""
         return self.shards[self._shard_of[index]]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         # Opened anew each time, as an image file is: nothing to share between worker processes,
         # and no limit on the number of shards.
         try:
@@ -81,7 +83,7 @@ class TarShards:
                 data = file.read(self._sizes[index])
         except OSError as error:
             raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
-        return read_named(self.name(index), data, at_least=at_least)
+        return read_named(self.name(index), data, at_least=at_least, pixels=self.pixels)
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""From a PIL image to a (3, R, R) tensor in [-1, 1]: a square window, resized by Pillow.
+"""From a picture to a (C, R, R) tensor in [-1, 1]: a square window, resized by Pillow.
 
 Every window is a square of whole source pixels and the resize is antialiased, so "resize the
 shorter side to R, then crop R x R" is one resize of a window ``min(H, W)`` wide; a small image is
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentvae.data.pixels import DeepImage, Picture
 from latentvae.errors import UserError, nearest
 
 INTERPOLATIONS = {
@@ -48,7 +49,7 @@ class Window:
 
 
 class TrainTransform:
-    """Crop, resize and flip at random: ``image -> (3, R, R)``, float32 in [-1, 1].
+    """Crop, resize and flip at random: ``image -> (C, R, R)``, float32 in [-1, 1].
 
     Args:
         resolution: R, in pixels.
@@ -100,19 +101,19 @@ class TrainTransform:
         """The shorter side, in pixels, above which a larger image makes the result no better."""
         return math.ceil(REDUCING_GAP * self.resolution / window.share)
 
-    def apply(self, image: Image.Image, window: Window) -> Tensor:
-        """Return that window of the image, (3, R, R)."""
+    def apply(self, image: Picture, window: Window) -> Tensor:
+        """Return that window of the image, (C, R, R)."""
         size = (self.resolution, self.resolution)
         box = window.box(image.size)
         image = image.resize(size, self.interpolation, box=box, reducing_gap=REDUCING_GAP)
         return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Tensor:
         return self.apply(image, self.draw(rng))
 
 
 class EvalTransform:
-    """Resize the shorter side to R and crop the middle: ``image -> (3, R, R)``, float32 in [-1, 1].
+    """Resize the shorter side to R and crop the middle: ``image -> (C, R, R)``, float32 in [-1, 1].
 
     Args:
         resolution: R, in pixels.
@@ -123,14 +124,20 @@ class EvalTransform:
         self.resolution = _checked_resolution(resolution)
         self.interpolation = _resampling(interpolation)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Picture) -> Tensor:
         size = (self.resolution, self.resolution)
         return to_tensor(image.resize(size, self.interpolation, box=Window().box(image.size)))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return an 8-bit RGB image as (3, H, W), float32: 0 becomes -1 and 255 becomes 1."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), uint8
+def to_tensor(image: Picture) -> Tensor:
+    """Return an image as (C, H, W), float32 in [-1, 1]; of 8 bits 0 becomes -1 and 255 becomes 1.
+
+    Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
+    """
+    if isinstance(image, DeepImage):
+        return torch.from_numpy(image.to_array())
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C), uint8
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)  # (C, H, W)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 

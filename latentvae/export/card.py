@@ -91,13 +91,15 @@ def _usage(card: ModelCard, config: Mapping[str, Any]) -> str:
     latents = "(z - vae.config.shift_factor) * vae.config.scaling_factor"
     if config["latents_mean"] is not None:
         latents = "(z - mean) / std  # vae.config.latents_mean and latents_std, per channel"
+    channels = config["in_channels"]
+    kind = {1: ", grey", 4: ", RGBA"}.get(channels, "")
     return f"""## Use
 
 ```python
 from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained("path/to/this/folder")
-z = vae.encode(images).latent_dist.sample()  # images (B, 3, H, W) in [-1, 1]
+z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W) in [-1, 1]{kind}
 latents = {latents}
 recon = vae.decode(z).sample
 ```

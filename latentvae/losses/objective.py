@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentvae.losses.colors import MID_GREY, to_rgb
 from latentvae.outputs import AutoencoderOutput
 
 _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -47,9 +48,11 @@ class Objective(nn.Module):
         self.kl_scale = kl_scale
         self.autocast_dtype = autocast_dtype
 
-    def reconstruction_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms that depend on ``recon``, each (B,): `rec` per image element and, if
-        used, `lpips`."""
+    def reconstruction_terms(
+        self, images: Tensor, recon: Tensor, *, background: Tensor | float = MID_GREY
+    ) -> dict[str, Tensor]:
+        """Unweighted terms that depend on ``recon``, each (B,): `rec` per image element, over all
+        channels, and, if used, `lpips`; ``background`` is what LPIPS sees behind alpha."""
         pixel = self.pixel_loss(recon.float(), images.float(), reduction="none").flatten(1).mean(1)
         terms = {"rec": pixel}
         if self.perceptual is not None:
@@ -58,7 +61,9 @@ class Objective(nn.Module):
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             ):
-                terms["lpips"] = self.perceptual(images, recon)
+                terms["lpips"] = self.perceptual(
+                    to_rgb(images, background), to_rgb(recon, background)
+                )
         return terms
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752): stock
 `AutoencoderKL`.
 
-images (B, 3, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
-recon (B, 3, H, W)
+images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
+recon (B, C, H, W)
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from latentvae.outputs import AutoencoderOutput
 def build_autoencoder_kl(
     *,
     block_out_channels: Sequence[int],
+    image_channels: int = 3,
     layers_per_block: int = 2,
     latent_channels: int = 4,
     norm_num_groups: int = 32,
@@ -32,6 +33,7 @@ def build_autoencoder_kl(
 
     Args:
         block_out_channels: width of each level, from full resolution down.
+        image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
         use_quant_conv: 1x1 convolutions on both sides of the latent (Stable Diffusion yes, SD3 and
@@ -50,6 +52,8 @@ def build_autoencoder_kl(
         for i in reversed(levels)
     ]
     net = AutoencoderKL(
+        in_channels=image_channels,
+        out_channels=image_channels,
         down_block_types=tuple(down),
         up_block_types=tuple(up),
         block_out_channels=widths,
@@ -100,7 +104,7 @@ class KLTrainingWrapper(nn.Module):
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> AutoencoderOutput:
-        """Encode, sample (or take the mode of) the posterior, decode; images (B, 3, H, W) in [-1,
+        """Encode, sample (or take the mode of) the posterior, decode; images (B, C, H, W) in [-1,
         1]."""
         net: Any = self.net  # diffusers types its calls as returning tuples
         moments = net.encode(images).latent_dist.parameters

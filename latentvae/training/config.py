@@ -167,6 +167,18 @@ class DataConfig(Section):
     max_validation_images: Positive = Field(
         default=1000, description="Validate on at most this many images (the first by name)."
     )
+    image_channels: int = Field(
+        default=3,
+        description="Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA, alpha is learned too).",
+    )
+    value_range: tuple[float, float] | None = Field(
+        default=None,
+        description=(
+            "Stored numbers that become black and white, such as -1000 3000; those outside are "
+            "clipped. By default 0 255 of 8-bit files and 0 65535 of wider integers; float files "
+            "need it."
+        ),
+    )
     resolution: Positive = Field(
         default=256, description="Side of the training crops in pixels; a multiple of f."
     )
@@ -202,6 +214,16 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
+        if self.image_channels not in (1, 3, 4):
+            raise ValueError(
+                f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)"
+            )
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            low, high = self.value_range
+            raise ValueError(
+                f"value_range is {low:g} {high:g}; it is the number that becomes black and then a "
+                "greater one that becomes white"
+            )
         if self.train_data_dir is not None and self.dataset_name is not None:
             raise ValueError(
                 f"train_data_dir '{self.train_data_dir}' and dataset_name '{self.dataset_name}' "

@@ -177,7 +177,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     protocol = (
         f"Means over {row['validation/images']:,} unseen images after update {update:,}: shorter "
         f"side resized to {config.data.resolution} px ({config.data.image_interpolation_mode}), "
-        f"centre crop, posterior mode, {weights}, rounded to 8 bits."
+        f"centre crop, posterior mode, {weights}, rounded to 8 bits where the images are of 8 bits."
         if row
         else ""
     )

@@ -29,6 +29,7 @@ from latentvae.distributed import (
     world_size,
 )
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
+from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import (
     ActiveUnits,
@@ -242,6 +243,7 @@ class _Loop:
         run, options = self.run, self.run.config.run
         seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
         images = batch.images.to(run.accelerator.device, non_blocking=True)
+        background = random_background(images)
         alone = self._critic_learns_alone()
         with torch.set_grad_enabled(not alone):
             out = run.prepared(images, sample=not options.deterministic_posterior)
@@ -254,6 +256,7 @@ class _Loop:
                 last_layer=run.wrapper.last_layer,
                 adversary=adversary,
                 kl=self._controlled_kl(out),
+                background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
             self.means.append(out.mean.detach())
@@ -262,6 +265,7 @@ class _Loop:
                 images,
                 out.recon,
                 adversary=adversary,
+                background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
         nats = out.kl.detach().mean()

@@ -21,7 +21,7 @@ def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
         "latent": _latent(run),
         "images": (
             f"{_count(run)} to train, {len(run.validation_images):,} to validate, "
-            f"at {run.config.data.resolution} px"
+            f"at {run.config.data.resolution} px{_pixels(run)}"
         ),
         "batch": _batch(run),
         "updates": _updates(run, steps_per_epoch, start),
@@ -47,8 +47,16 @@ def _model(run: Run) -> str:
 
 def _latent(run: Run) -> str:
     side, d = run.config.data.resolution // run.config.model.f, run.config.model.latent_channels
-    ratio = 3 * run.config.model.f**2 / d
+    ratio = run.config.data.image_channels * run.config.model.f**2 / d
     return f"{d} x {side} x {side} per image, {ratio:g} times fewer numbers than pixels"
+
+
+def _pixels(run: Run) -> str:
+    data = run.config.data
+    kind = {1: ", grey", 3: "", 4: ", RGBA"}[data.image_channels]
+    if data.value_range is None:
+        return kind
+    return f"{kind}, {data.value_range[0]:g} to {data.value_range[1]:g}"
 
 
 def _batch(run: Run) -> str:

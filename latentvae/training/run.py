@@ -25,6 +25,7 @@ from latentvae.data import (
     EvalTransform,
     ImageSource,
     ImageStream,
+    PixelFormat,
     TrainTransform,
     open_images,
     open_source,
@@ -123,17 +124,23 @@ def _check_resolution(config: TrainConfig) -> None:
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Training and validation images."""
     data, spec = config.data, _spec(config)
+    pixels = PixelFormat(data.image_channels, data.value_range)
     if isinstance(spec, DatasetSpec) and data.streaming:
         validation = data.validation_data_dir
         held_out = 0 if validation else STREAM_HELD_OUT
-        stream = ImageStream(spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer)
-        return stream, open_source(validation) if validation else stream.held_out
+        stream = ImageStream(
+            spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer, pixels=pixels
+        )
+        if not validation:
+            return stream, stream.held_out
+        return stream, open_source(validation, pixels=pixels)
     return open_images(
         spec,
         validation_data_dir=data.validation_data_dir,
         split_share=data.validation_share,
         seed=config.run.seed,
         max_train_samples=data.max_train_samples,
+        pixels=pixels,
     )
 
 
@@ -265,7 +272,11 @@ def build_net(config: TrainConfig, base: Base | None) -> AutoencoderKL:
     """The base's network, or a new one."""
     if base is not None:
         return base.net
-    return build_autoencoder_kl(**config.model.shape(), sample_size=config.data.resolution)
+    return build_autoencoder_kl(
+        **config.model.shape(),
+        image_channels=config.data.image_channels,
+        sample_size=config.data.resolution,
+    )
 
 
 def _losses(config: TrainConfig, accelerator: Accelerator) -> tuple[PerceptualLoss, Objective]:
