@@ -1,6 +1,7 @@
 """Images from files, tar shards and tables to batches: reading, transforms, order, loaders."""
 
 from latentvae.data.bad_images import BadImages
+from latentvae.data.buckets import Buckets, BucketSampler, aspect_ratios, assign, bucket_sizes
 from latentvae.data.dataset import (
     Batch,
     TrainImages,
@@ -21,6 +22,8 @@ from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
 __all__ = [
     "BadImages",
     "Batch",
+    "BucketSampler",
+    "Buckets",
     "DatasetSpec",
     "DeepImage",
     "EvalTransform",
@@ -37,6 +40,9 @@ __all__ = [
     "TrainImages",
     "TrainTransform",
     "UnreadableImage",
+    "aspect_ratios",
+    "assign",
+    "bucket_sizes",
     "collate",
     "open_images",
     "open_source",

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
+from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
 
 SUFFIXES = (
@@ -31,13 +32,19 @@ SAMPLE_PHOTOS = {
 
 
 class ImageSource(Protocol):
-    """Images by number. ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``."""
+    """Images by number.
+
+    ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``. ``size`` is width and
+    height, from the header alone.
+    """
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str: ...
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture: ...
+
+    def size(self, index: int, /) -> tuple[int, int]: ...
 
 
 class ImageFolder:
@@ -69,6 +76,9 @@ class ImageFolder:
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return read_image(self.root / self.names[index], at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return read_size(self.root / self.names[index], name=self.names[index])
 
 
 class SamplePhotos:
@@ -106,6 +116,9 @@ class SamplePhotos:
         if index not in self._decoded:
             self._decoded[index] = read_image(self.root / self.names[index], pixels=self.pixels)
         return self._decoded[index]
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return read_size(self.root / self.names[index], name=self.names[index])
 
 
 def inner_name(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from latentvae.data.folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
@@ -82,6 +83,10 @@ class HubImages:
         name = self.name(index)
         data = cell_bytes(cell, name)
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        name = self.name(index)
+        return read_size(cell_bytes(self.rows[self._order[index]][self.column], name), name=name)
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:

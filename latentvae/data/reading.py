@@ -126,7 +126,7 @@ def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) 
 
 def _open(source: deep_files.File) -> Image.Image:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    return Image.open(file, formats=_formats())
+    return Image.open(file, formats=known_formats())
 
 
 def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
@@ -213,7 +213,7 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
     """The formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
@@ -223,6 +223,11 @@ def _reason(error: Exception, source: deep_files.File) -> str:
     if isinstance(error, UnidentifiedImageError):
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         return "not an image of a known format" if size else "the file is empty"
+    return reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip().splitlines()

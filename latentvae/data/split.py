@@ -41,6 +41,9 @@ class Subset:
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return self.source.read(self.indices[index], at_least=at_least)
 
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.source.size(self.indices[index])
+
 
 def open_source(
     spec: Spec, *, split: str = "validation", pixels: PixelFormat | None = None

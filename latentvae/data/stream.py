@@ -20,6 +20,7 @@ from latentvae.data.hub import DatasetSpec, cell_bytes, image_column, open_rows,
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.randomness import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.data.transforms import TrainTransform
 from latentvae.data.workers import leave_signals_to_the_trainer
 from latentvae.errors import UserError
@@ -50,6 +51,10 @@ class FirstRows:
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return read_named(*self.files[index], at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        name, data = self.files[index]
+        return read_size(data, name=name)
 
 
 class ImageStream:

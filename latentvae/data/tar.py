@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL.ContainerIO import ContainerIO
 
 from latentvae.data.folder import is_hidden, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.data.tar_index import shard_index
 from latentvae.errors import UserError, nearest
 
@@ -84,6 +86,14 @@ class TarShards:
         except OSError as error:
             raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
         return read_named(self.name(index), data, at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        try:
+            with open(self.shard(index), "rb") as file:
+                member = ContainerIO(file, int(self._offsets[index]), int(self._sizes[index]))
+                return read_size(member, name=self.name(index))
+        except OSError as error:
+            raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:

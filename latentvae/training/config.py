@@ -7,11 +7,26 @@ training scripts name it.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from latentvae.data.buckets import bucket_sizes
+
+BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _checked_resolution(value: Any) -> Any:
+    """In one sentence, which pydantic has not for a union."""
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    whole = all(isinstance(side, int) and side >= 1 for side in sides)
+    if len(sides) != 2 or not whole:
+        raise ValueError(
+            f"resolution is {value!r}; it is one number of pixels, or height and width"
+        )
+    return value
 
 
 class Section(BaseModel):
@@ -179,8 +194,18 @@ class DataConfig(Section):
             "need it."
         ),
     )
-    resolution: Positive = Field(
-        default=256, description="Side of the training crops in pixels; a multiple of f."
+    resolution: Annotated[int | tuple[int, int], BeforeValidator(_checked_resolution)] = Field(
+        default=256,
+        description=(
+            "Side of the training crops in pixels, or their height and width; multiples of f."
+        ),
+    )
+    aspect_ratio_buckets: Count = Field(
+        default=0,
+        description=(
+            "Train on up to so many shapes from 1:2 to 2:1 of about as many pixels as resolution "
+            "has, each image in the one nearest to its own and each batch of one; 0: all alike."
+        ),
     )
     crop: Literal["random_resized", "random", "center"] = Field(
         default="random_resized",
@@ -212,6 +237,12 @@ class DataConfig(Section):
         ),
     )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        side = self.resolution
+        return (side, side) if isinstance(side, int) else side
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if self.image_channels not in (1, 3, 4):
@@ -231,6 +262,11 @@ class DataConfig(Section):
             )
         if self.streaming and self.dataset_name is None:
             raise ValueError("streaming needs dataset_name: local images are read by number")
+        if self.streaming and self.aspect_ratio_buckets:
+            raise ValueError(
+                f"aspect_ratio_buckets {self.aspect_ratio_buckets} needs the sizes of all images "
+                "before the first batch, which a stream does not have; leave streaming out"
+            )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 f"max_train_samples {self.max_train_samples} cannot be chosen from a stream; leave "
@@ -509,6 +545,14 @@ class TrainConfig(Section):
     run: RunConfig = RunConfig()
 
     @property
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every height and width that may be trained at, in pixels."""
+        if not self.data.aspect_ratio_buckets:
+            return (self.data.size,)
+        multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
+        return bucket_sizes(self.data.size, self.data.aspect_ratio_buckets, multiple=multiple)
+
+    @property
     def critic_start(self) -> int:
         """First update (counted from 0) in which the critic learns; max_train_steps or more:
         never."""
@@ -517,12 +561,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.data.resolution % self.model.f:
-            near = max(int(self.data.resolution / self.model.f + 0.5), 1) * self.model.f
-            raise ValueError(
-                f"resolution {self.data.resolution} is not a multiple of the model's f = "
-                f"{self.model.f}; the nearest that is: {near}"
-            )
+        for side in self.data.size:
+            if side % self.model.f:
+                near = max(int(side / self.model.f + 0.5), 1) * self.model.f
+                raise ValueError(
+                    f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
+                    f"nearest that is: {near}"
+                )
         if self.run.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "

@@ -13,9 +13,14 @@ from torch import Tensor
 from latentvae.data import (
     BadImages,
     Batch,
+    Buckets,
+    BucketSampler,
+    ImageSource,
     ImageStream,
     IndexSampler,
     TrainImages,
+    aspect_ratios,
+    assign,
     stream_loader,
     train_loader,
 )
@@ -141,9 +146,25 @@ def _batches(run: Run, *, start_step: int) -> tuple[Iterable[Any], int | None]:
         place |= {"batch_size": batch, "seed": options.seed, "num_workers": workers}
         per_epoch = (images.num_images or 0) // (batch * world_size()) or None
         return stream_loader(images, transform, **place), per_epoch
-    sampler = IndexSampler(len(images), options.train_batch_size, seed=options.seed, **place)
-    dataset = TrainImages(images, transform, seed=options.seed)
+    place |= {"seed": options.seed}
+    buckets = _buckets(run, images)
+    if buckets is None:
+        sampler = IndexSampler(len(images), options.train_batch_size, **place)
+    else:
+        sampler = BucketSampler(buckets, options.train_batch_size, **place)
+    dataset = TrainImages(images, transform, seed=options.seed, buckets=buckets)
     return train_loader(dataset, sampler, num_workers=workers), sampler.steps_per_epoch
+
+
+def _buckets(run: Run, images: ImageSource) -> Buckets | None:
+    """The shape of every image; one rank reads the headers."""
+    if not run.config.data.aspect_ratio_buckets:
+        return None
+    ratios = from_main(aspect_ratios(images) if is_main() else None)
+    joint = run.config.run.train_batch_size * world_size()
+    buckets = assign(ratios, run.config.train_sizes, at_least=joint)
+    run.accelerator.print(f"  buckets        {buckets.describe()} images")
+    return buckets
 
 
 def _start_tracker(run: Run) -> None:

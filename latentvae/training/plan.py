@@ -21,7 +21,7 @@ def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
         "latent": _latent(run),
         "images": (
             f"{_count(run)} to train, {len(run.validation_images):,} to validate, "
-            f"at {run.config.data.resolution} px{_pixels(run)}"
+            f"at {_size(run.config.data.size)} px{_pixels(run)}"
         ),
         "batch": _batch(run),
         "updates": _updates(run, steps_per_epoch, start),
@@ -46,9 +46,14 @@ def _model(run: Run) -> str:
 
 
 def _latent(run: Run) -> str:
-    side, d = run.config.data.resolution // run.config.model.f, run.config.model.latent_channels
-    ratio = run.config.data.image_channels * run.config.model.f**2 / d
-    return f"{d} x {side} x {side} per image, {ratio:g} times fewer numbers than pixels"
+    f, d = run.config.model.f, run.config.model.latent_channels
+    rows, columns = (side // f for side in run.config.data.size)
+    ratio = run.config.data.image_channels * f**2 / d
+    return f"{d} x {rows} x {columns} per image, {ratio:g} times fewer numbers than pixels"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}" if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
 def _pixels(run: Run) -> str:

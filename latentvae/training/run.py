@@ -115,10 +115,9 @@ def _check_resolution(config: TrainConfig) -> None:
         ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])
-    if config.data.resolution < least:
-        raise UserError(
-            f"resolution {config.data.resolution} is too small: {part} needs at least {least} px"
-        )
+    smallest = min(min(size) for size in (config.data.size, *config.train_sizes))
+    if smallest < least:
+        raise UserError(f"resolution {smallest} is too small: {part} needs at least {least} px")
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
@@ -165,7 +164,7 @@ def _spec(config: TrainConfig) -> str | DatasetSpec:
 def train_transform(config: TrainConfig) -> TrainTransform:
     data = config.data
     return TrainTransform(
-        data.resolution,
+        data.size,
         crop=data.crop,
         crop_scale=(data.crop_min_side, 1.0),
         random_flip=data.random_flip,
@@ -174,7 +173,7 @@ def train_transform(config: TrainConfig) -> TrainTransform:
 
 
 def eval_transform(config: TrainConfig) -> EvalTransform:
-    return EvalTransform(config.data.resolution, interpolation=config.data.image_interpolation_mode)
+    return EvalTransform(config.data.size, interpolation=config.data.image_interpolation_mode)
 
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
@@ -224,7 +223,7 @@ def build_run(
     if options.disc_scale > 0:
         critic = build_critic(
             options.disc_type,
-            image_size=(config.data.resolution, config.data.resolution),
+            image_size=min(config.train_sizes, key=min),
             channels=options.disc_channels,
             num_layers=options.disc_layers,
             norm=options.disc_norm,
@@ -275,7 +274,7 @@ def build_net(config: TrainConfig, base: Base | None) -> AutoencoderKL:
     return build_autoencoder_kl(
         **config.model.shape(),
         image_channels=config.data.image_channels,
-        sample_size=config.data.resolution,
+        sample_size=max(config.data.size),
     )
 
 

@@ -42,6 +42,9 @@ class First:
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return self.source.read(index, at_least=at_least)
 
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.source.size(index)
+
 
 @torch.inference_mode()
 def validate(
