@@ -114,14 +114,22 @@ def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) 
         with _open(source) as image:
             if deep_files.is_cut_to_8bit(image):
                 return _deep_colours(source, image, pixels)
-            image = _loaded(image, at_least)
-            if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
-                return _with_range(image, pixels)
-            return _to_channels(image, pixels.channels)
+            return in_format(_loaded(image, at_least), pixels)
     except UnidentifiedImageError:
         if (deep := _unknown_to_pillow(source, pixels)) is None:
             raise
         return deep
+
+
+def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
+    """A decoded image of any mode with the channels and the range asked.
+
+    Raises:
+        BadPixels: its numbers are no picture, or have no range of their own.
+    """
+    if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
+        return _with_range(image, pixels)
+    return _to_channels(image, pixels.channels)
 
 
 def _open(source: deep_files.File) -> Image.Image:
