@@ -156,7 +156,7 @@ class Arms:
             build_autoencoder_kl(**shape),
             self.source,
             self.perceptual,
-            resolution=PRESET.data.resolution,
+            resolution=PRESET.data.size[0],
             batch_size=BATCH,
             updates=updates,
             learning_rate=RATE,
@@ -175,7 +175,7 @@ def measured(
         out,
         data_name=options.validation_data,
         lpips={net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")},
-        plan=replace(METRICS_ONLY, resolution=2 * PRESET.data.resolution),
+        plan=replace(METRICS_ONLY, resolution=2 * PRESET.data.size[0]),
     ).to_dict()
     metrics = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
     return {

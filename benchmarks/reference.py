@@ -46,6 +46,7 @@ class CentreCrops(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         image, side = self.source.read(index), self.resolution
+        assert isinstance(image, Image.Image)
         scale = side / min(image.size)
         width, height = (round(length * scale) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from latentvae.errors import UserError
 from latentvae.models import Family, calls, load_network, normalization
-from latentvae.pictures import Images, OutputType, convert, read_pictures
+from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
 
@@ -48,6 +48,7 @@ class Autoencoder:
 
     Attributes:
         f: pixels on a side of one latent position.
+        image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
         num_codes: K of a tokenizer, or None.
     """
@@ -57,6 +58,7 @@ class Autoencoder:
         self.name, self.path = name, path
         shape = calls.measure_shape(self.net)
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
+        self.image_channels: int = calls.image_channels(net)
         self.num_codes = calls.num_codes(net)
         self.normalization = normalization.read_normalization(net)
 
@@ -81,13 +83,13 @@ class Autoencoder:
         Those of a tokenizer are not quantised yet; `decode` does it, `encode_tokens` too.
 
         Args:
-            images: PIL image(s) of one size, NumPy (B, H, W, 3) or (H, W, 3), uint8 or in [0, 1],
-                or torch (B, C, H, W) in [-1, 1].
+            images: PIL image(s) of one size, NumPy (B, H, W, C) or (H, W, C), uint8, uint16 or
+                in [0, 1], or torch (B, C, H, W) in [-1, 1].
             sample: draw from the posterior with `generator`, instead of taking its mode.
             scaled: as a diffusion model sees them: shifted and scaled to about unit variance
                 (FLUX.2's are also folded to (B, 4 d, h / 2, w / 2), as its pipeline does).
         """
-        return self._encode(read_pictures(images)[0], sample, generator, scaled).clone()
+        return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
     @torch.no_grad()
     def encode_posterior(self, images: Images) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +97,7 @@ class Autoencoder:
 
         Without a posterior, the latent and None.
         """
-        return calls.encode_posterior(self.net, self._prepare(read_pictures(images)[0]))
+        return calls.encode_posterior(self.net, self._prepare(self._read(images)[0]))
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
@@ -150,7 +152,7 @@ class Autoencoder:
         """
         if isinstance(images, Sequence) and len({i.size for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
-        batch, kind = read_pictures(images)
+        batch, kind = self._read(images)
         z = self._encode(batch, False, None, False)
         recon = self._decode(z, (batch.shape[2], batch.shape[3]), False).clone()
         if isinstance(images, Tensor):
@@ -175,10 +177,12 @@ class Autoencoder:
             "weights_sha256": _sha256(self.net),
         }
 
+    def _read(self, images: Images) -> tuple[Tensor, Kind]:
+        return read_pictures(images, channels=self.image_channels)
+
     def _prepare(self, images: Tensor) -> Tensor:
         """On the network's device, padded to a multiple of f."""
-        channels = self.net.config.get("in_channels", self.net.config.get("num_channels", 3))
-        if images.shape[1] != channels:
+        if images.shape[1] != (channels := self.image_channels):
             raise UserError(f"'{self.name}' takes {channels}-channel images, not {images.shape[1]}")
         if self.fixed_size is not None and set(images.shape[2:]) != {self.fixed_size}:
             only, given = self.fixed_size, f"{images.shape[2]} x {images.shape[3]}"

@@ -28,10 +28,13 @@ class Reconstruct:
     max_side: int | None = None
     """Shrink larger images to so many pixels on the longer side, where memory is short."""
 
+    value_range: tuple[float, float] | None = None
+    """Stored numbers that become black and white, as in training; float files may need it."""
+
     def run(self) -> None:
         from latentvae.reconstruct import reconstruct
 
-        reconstruct(self.model, self.inputs, out=self.out, max_side=self.max_side)
+        reconstruct(**vars(self))
 
 
 @dataclass(frozen=True)

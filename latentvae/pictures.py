@@ -1,8 +1,10 @@
 """Pictures as people hold them (Pillow, NumPy, PyTorch) to tensors and back.
 
-    PIL image, list of PIL images    any mode, 8-bit RGB out
-    NumPy (H, W, 3), (B, H, W, 3)    uint8, or float in [0, 1]
-    torch (B, C, H, W)               float in [-1, 1]; C is the network's
+    PIL image, list of PIL images    any mode; 8-bit L, RGB or RGBA out
+    NumPy (H, W, C), (B, H, W, C)    uint8, uint16, or float in [0, 1]
+    torch (B, C, H, W)               float in [-1, 1]
+
+C is the network's: 1 (grey), 3 (RGB) or 4 (RGBA).
 
 Inside the package images are float32 in [-1, 1], (B, C, H, W).
 """
@@ -44,25 +46,34 @@ class Kind:
         if self.output_type == "pil":
             pictures = to_pil(images)
             return pictures[0] if self.single else pictures
-        array = to_uint8(images) if self.array_dtype == np.uint8 else to_unit_array(images)
+        if self.array_dtype == np.uint8:
+            array = to_uint8(images)
+        elif self.array_dtype == np.uint16:
+            array = to_uint16(images)
+        else:
+            array = to_unit_array(images)
         array = array.astype(self.array_dtype, copy=False)
         return array[0] if self.single else array
 
 
-def read_pictures(images: Images) -> tuple[Tensor, Kind]:
-    """The images as float32 (B, C, H, W) in [-1, 1], and the form they came in."""
+def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
+    """The images as float32 (B, C, H, W) in [-1, 1], and the form they came in.
+
+    Args:
+        channels: C; PIL images are converted to it, others must have it.
+    """
     if isinstance(images, Tensor):
         return _from_tensor(images), Kind("pt", tensor_dtype=images.dtype)
     if isinstance(images, np.ndarray):
         kind = Kind("np", single=images.ndim == 3, array_dtype=images.dtype)
-        return _from_array(images), kind
+        return _from_array(images, channels), kind
     if isinstance(images, Image.Image):
-        return _from_pil([images]), Kind("pil", single=True)
+        return _from_pil([images], channels), Kind("pil", single=True)
     if not isinstance(images, Sequence) or not all(isinstance(i, Image.Image) for i in images):
         raise UserError(
             f"images are PIL images, a NumPy array or a tensor, not {type(images).__name__}"
         )
-    return _from_pil(images), Kind("pil")
+    return _from_pil(images, channels), Kind("pil")
 
 
 def convert(images: Tensor, output_type: OutputType) -> Images:
@@ -76,7 +87,7 @@ def convert(images: Tensor, output_type: OutputType) -> Images:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, C, H, W) in [-1, 1] to 8-bit pictures; C is 1 (grey) or 3."""
+    """(B, C, H, W) in [-1, 1] to 8-bit pictures of mode L, RGB or RGBA."""
     arrays = to_uint8(images)
     return [
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels) for pixels in arrays
@@ -94,6 +105,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_uint16(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to the nearest."""
+    levels = (images.double().clamp(-1, 1) + 1).mul(32767.5).round()
+    return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
+
+
 def _from_tensor(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.numel() == 0:
         raise UserError(f"a tensor of images is (B, C, H, W), not {tuple(images.shape)}")
@@ -105,27 +122,33 @@ def _from_tensor(images: Tensor) -> Tensor:
     return images.float()
 
 
-def _from_array(images: np.ndarray) -> Tensor:
-    if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.size == 0:
+def _from_array(images: np.ndarray, channels: int) -> Tensor:
+    if images.ndim not in (3, 4) or images.shape[-1] != channels or images.size == 0:
         raise UserError(
-            f"an array of images is (H, W, 3) or (B, H, W, 3), not {tuple(images.shape)}"
+            f"an array of images is (H, W, {channels}) or (B, H, W, {channels}), not "
+            f"{tuple(images.shape)}"
         )
     if images.dtype == np.uint8:
         unit = images.astype(np.float32) / 127.5 - 1
+    elif images.dtype == np.uint16:
+        unit = images.astype(np.float32) / 32767.5 - 1
     elif np.issubdtype(images.dtype, np.floating):
         low, high = images.min(), images.max()
         if not -1e-3 <= low <= high <= 1 + 1e-3:
             raise UserError(f"a float array of images lies in [0, 1], not in [{low:g}, {high:g}]")
         unit = images.astype(np.float32) * 2 - 1
     else:
-        raise UserError(f"an array of images is uint8 or float in [0, 1], not {images.dtype}")
+        raise UserError(
+            f"an array of images is uint16, uint8 or float in [0, 1], not {images.dtype}"
+        )
     batch = torch.from_numpy(unit).reshape(-1, *images.shape[-3:])
     return batch.permute(0, 3, 1, 2).contiguous()
 
 
-def _from_pil(images: Sequence[Image.Image]) -> Tensor:
-    from latentvae.data import to_tensor
-    from latentvae.data.reading import to_rgb
+def _from_pil(images: Sequence[Image.Image], channels: int) -> Tensor:
+    from latentvae.data import PixelFormat, to_tensor
+    from latentvae.data.pixels import BadPixels
+    from latentvae.data.reading import in_format, to_rgb
 
     if not images:
         raise UserError("the list of images is empty")
@@ -133,4 +156,11 @@ def _from_pil(images: Sequence[Image.Image]) -> Tensor:
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
         raise UserError(f"the images of one batch have one size, not {shown}: give them one by one")
-    return torch.stack([to_tensor(to_rgb(image)) for image in images])
+    if channels == 3:
+        return torch.stack([to_tensor(to_rgb(image)) for image in images])
+    try:
+        return torch.stack([to_tensor(in_format(i, PixelFormat(channels))) for i in images])
+    except BadPixels as error:
+        raise UserError(
+            f"an image cannot be read: {error}; give a tensor in [-1, 1] instead"
+        ) from error

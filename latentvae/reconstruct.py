@@ -3,7 +3,8 @@
     reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
-Each picture is measured at its own size, after rounding to 8 bits.
+Each picture is measured at its own size, after rounding to 8 bits; those of a grey or RGBA model,
+and those whose range is stated, are rounded only if they are of 8 bits.
 """
 
 import csv
@@ -22,13 +23,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, load
-from latentvae.data import ImageFolder, UnreadableImage, read_image, to_tensor
+from latentvae.data import (
+    DeepImage,
+    ImageFolder,
+    Picture,
+    PixelFormat,
+    UnreadableImage,
+    read_image,
+    to_tensor,
+)
 from latentvae.data.folder import spreadsheet_text
 from latentvae.errors import UserError, nearest, printable
+from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
-from latentvae.metrics import psnr, ssim, to_8bit
+from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.image import SSIM_MIN_SIZE
-from latentvae.pictures import to_pil
+from latentvae.pictures import to_pil, to_uint16
 
 DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large
 GAP = 8  # white pixels between the pictures
@@ -61,14 +71,19 @@ def reconstruct(
     *,
     out: str | Path,
     max_side: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Reconstructions:
     """Write a PNG per picture (original, reconstruction, difference), and table.csv; print it.
+
+    The PNG is of the model's channels, of 8 bits, or 16 where it is grey and the picture is deeper.
 
     Args:
         model: an autoencoder, or the folder of one (it then runs on the GPU, if there is one).
         inputs: image files, and folders that are searched with all below them.
         out: a folder; pictures of the same name there are replaced.
         max_side: shrink pictures whose longer side has more pixels; None keeps every size.
+        value_range: stored numbers that become black and white, as in training; float files of a
+            grey or RGBA model need it.
 
     Raises:
         UserError: a path that is not there, or not one picture that can be read.
@@ -78,17 +93,20 @@ def reconstruct(
     if not isinstance(model, Autoencoder):
         model = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
+    pixels = None  # as the pictures are seen: 8-bit RGB
+    if value_range is not None or model.image_channels != 3:
+        pixels = PixelFormat(model.image_channels, value_range)
     rows: list[Row] = []
     unreadable: list[tuple[str, str]] = []
     for path, picture in tqdm(targets, desc=model.name, unit="image", leave=False):
         try:
-            image = _shrink(read_image(path), max_side)
+            image = _shrink(read_image(path, pixels=pixels), max_side)
         except UnreadableImage as error:
             unreadable.append((str(path), error.reason))
             continue
-        images = to_tensor(image)[None].to(model.net.device)  # (1, 3, H, W)
-        recon = to_8bit(model.reconstruct(images))
-        _save(out / picture, images, recon)
+        images = to_tensor(image)[None].to(model.net.device)  # (1, C, H, W)
+        recon = round_alike(model.reconstruct(images), images)
+        _save(out / picture, images, recon, deep=isinstance(image, DeepImage))
         rows.append(_measure(images, recon, lpips=lpips, image=str(path), picture=picture))
     _finish(rows, unreadable, out=out, name=model.name)
     return Reconstructions(tuple(rows), tuple(unreadable))
@@ -125,7 +143,7 @@ def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, s
         yield path, name.as_posix()
 
 
-def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
+def _shrink(image: Picture, max_side: int | None) -> Picture:
     if max_side is None or max(image.size) <= max_side:
         return image
     scale = max_side / max(image.size)
@@ -133,13 +151,20 @@ def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _save(path: Path, images: Tensor, recon: Tensor) -> None:
+def _save(path: Path, images: Tensor, recon: Tensor, *, deep: bool) -> None:
     """Original, reconstruction and difference (mid-grey is none) from left to right."""
-    difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
+    visible = recon - images
+    if images.shape[1] == 4:  # as both look on mid-grey, opaque
+        opaque = torch.full_like(images[:, 3:], 2 / DIFFERENCE_GAIN)
+        visible = torch.cat([to_rgb(recon) - to_rgb(images), opaque], dim=1)
+    difference = (DIFFERENCE_GAIN / 2 * visible).clamp(-1.0, 1.0)
     gap = torch.ones_like(images[..., :1]).expand(-1, -1, -1, GAP)
     sheet = torch.cat([images, gap, recon, gap, difference], dim=-1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(sheet)[0].save(path)
+    if deep and images.shape[1] == 1:
+        Image.fromarray(to_uint16(sheet)[0, ..., 0]).save(path)
+    else:
+        to_pil(sheet)[0].save(path)
 
 
 def _measure(

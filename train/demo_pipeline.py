@@ -78,6 +78,7 @@ def main(export: Path, out: Path) -> None:
         raise SystemExit("the pipeline's picture is not what the autoencoder decodes")
 
     photo = SamplePhotos("validation").read(0)
+    assert isinstance(photo, Image.Image)  # of 8 bits, as no other format was asked for
     square = photo.resize((SIDE, SIDE), box=(0, 0, min(photo.size), min(photo.size)))
     image_to_image = StableDiffusionImg2ImgPipeline(**text_to_image.components)
     (passed,) = call(image_to_image, image=square, strength=0.04, num_inference_steps=50)

@@ -54,7 +54,8 @@ class Pictures(Dataset[Picture]):
             image = self.source.read(index)
         except UnreadableImage as error:
             return Picture(index, name, None, (0, 0), error.reason)
-        return Picture(index, name, self.transform(image), (image.height, image.width), "")
+        width, height = image.size
+        return Picture(index, name, self.transform(image), (height, width), "")
 
 
 def open_items(data: str | os.PathLike[str] | DatasetSpec) -> ImageSource:

@@ -1,6 +1,7 @@
 """Images from files, tar shards and tables to batches: reading, transforms, order, loaders."""
 
 from latentvae.data.bad_images import BadImages
+from latentvae.data.buckets import Buckets, BucketSampler, aspect_ratios, assign, bucket_sizes
 from latentvae.data.dataset import (
     Batch,
     TrainImages,
@@ -10,6 +11,7 @@ from latentvae.data.dataset import (
 )
 from latentvae.data.folder import ImageFolder, ImageSource, SamplePhotos
 from latentvae.data.hub import DatasetSpec, HubImages
+from latentvae.data.pixels import DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.split import Subset, open_images, open_source
@@ -20,19 +22,27 @@ from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
 __all__ = [
     "BadImages",
     "Batch",
+    "BucketSampler",
+    "Buckets",
     "DatasetSpec",
+    "DeepImage",
     "EvalTransform",
     "HubImages",
     "ImageFolder",
     "ImageSource",
     "ImageStream",
     "IndexSampler",
+    "Picture",
+    "PixelFormat",
     "SamplePhotos",
     "Subset",
     "TarShards",
     "TrainImages",
     "TrainTransform",
     "UnreadableImage",
+    "aspect_ratios",
+    "assign",
+    "bucket_sizes",
     "collate",
     "open_images",
     "open_source",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentvae.data.bad_images import BadImages
+from latentvae.data.buckets import Buckets
 from latentvae.data.folder import ImageSource
 from latentvae.data.randomness import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainItem(TypedDict):
-    """One image (3, R, R), its index, and the unreadable files (name, reason) met before it."""
+    """One image (C, H, W), its index, and the unreadable files (name, reason) met before it."""
 
     image: Tensor
     index: int
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     """One micro-step of one rank.
 
     Attributes:
-        images: (B, 3, R, R), float32 in [-1, 1].
+        images: (B, C, H, W), float32 in [-1, 1].
         indices: (B,), int64: the images that are in it (a replaced one counts, not the bad one).
         bad: the unreadable files met, as (name, reason).
     """
@@ -52,10 +53,20 @@ class TrainImages(Dataset[TrainItem]):
         source: the images.
         transform: the augmentation.
         seed: of augmentation and replacement, 0 or above.
+        buckets: the size each image is brought to; None is the transform's own. What replaces an
+            image has its size, so that the batch stays of one.
     """
 
-    def __init__(self, source: ImageSource, transform: TrainTransform, *, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: TrainTransform,
+        *,
+        seed: int,
+        buckets: Buckets | None = None,
+    ) -> None:
         self.source = source
+        self.buckets = buckets
         self.transform = transform
         self.seed = seed
 
@@ -64,7 +75,8 @@ class TrainImages(Dataset[TrainItem]):
 
     def __getitem__(self, key: tuple[int, int]) -> TrainItem:
         window = self.transform.draw(counter_rng(Stream.AUGMENT, self.seed, *key))
-        at_least = self.transform.needed_side(window)
+        size = None if self.buckets is None else self.buckets.size(key[1])
+        at_least = self.transform.needed_side(window, size)
         bad: list[tuple[str, str]] = []
         for index in self._candidates(key):
             try:
@@ -72,7 +84,8 @@ class TrainImages(Dataset[TrainItem]):
             except UnreadableImage as error:
                 bad.append((self.source.name(index), error.reason))
                 continue
-            return TrainItem(image=self.transform.apply(image, window), index=index, bad=bad)
+            image = self.transform.apply(image, window, size)
+            return TrainItem(image=image, index=index, bad=bad)
         name, reason = bad[0]
         raise UnreadableImage(
             name, f"{reason} (nor could any of {MAX_ATTEMPTS - 1} others be read in its place)"
@@ -87,7 +100,7 @@ class TrainImages(Dataset[TrainItem]):
 def collate(items: list[TrainItem]) -> Batch:
     """Join the items of one micro-step."""
     return Batch(
-        images=torch.stack([item["image"] for item in items]),  # (B, 3, R, R)
+        images=torch.stack([item["image"] for item in items]),  # (B, C, H, W)
         indices=torch.tensor([item["index"] for item in items]),
         bad=[entry for item in items for entry in item["bad"]],
     )
@@ -126,7 +139,7 @@ def validation_batches(
     world_size: int = 1,
     bad: BadImages | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield (images (b, 3, R, R), names), b up to ``batch_size``: each image once over all ranks.
+    """Yield (images (b, C, H, W), names), b up to ``batch_size``: each image once over all ranks.
 
     Rank r has the images r, r + W, r + 2W...: ranks may have unequal numbers of batches, or none,
     so reduce sums over ranks at the end only.

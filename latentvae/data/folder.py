@@ -6,18 +6,18 @@ Tar files are in ``tar.py``, tables of images (parquet, arrow, the Hub) in ``hub
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from PIL import Image
-
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
+from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest, printable
 
 SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
-    ".pfm .avif .jp2 .j2k .jpx .qoi"
+    ".pfm .avif .jp2 .j2k .jpx .qoi .npy"
 ).split()
 
 SAMPLES = "samples"
@@ -32,30 +32,39 @@ SAMPLE_PHOTOS = {
 
 
 class ImageSource(Protocol):
-    """Images by number. ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``."""
+    """Images by number.
+
+    ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``. ``size`` is width and
+    height, from the header alone.
+    """
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str: ...
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image: ...
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture: ...
+
+    def size(self, index: int, /) -> tuple[int, int]: ...
 
 
 class ImageFolder:
     """The image files below a folder, sorted by relative path.
 
-    Hidden files and folders are left out. Links are followed; a folder reached twice counts once.
+    Hidden files and folders are left out, and arrays that belong to an image (``side_cars``). Links
+    are followed; a folder reached twice counts once.
 
     Args:
         root: the folder (``~`` allowed).
+        pixels: what every file becomes; None is 8-bit RGB.
 
     Example:
         folder = ImageFolder("photos")
         folder.name(0), folder.read(0).size  # ("2021/a.jpg", (4032, 3024))
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, pixels: PixelFormat | None = None) -> None:
         self.root = Path(root).expanduser()
+        self.pixels = pixels
         self.names = _image_names(self.root)
 
     def __len__(self) -> int:
@@ -65,8 +74,11 @@ class ImageFolder:
         """The path relative to the folder, with ``/`` on every system."""
         return self.names[index]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
-        return read_image(self.root / self.names[index], at_least=at_least)
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
+        return read_image(self.root / self.names[index], at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return read_size(self.root / self.names[index], name=self.names[index])
 
 
 class SamplePhotos:
@@ -74,9 +86,10 @@ class SamplePhotos:
 
     Args:
         split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
+        pixels: what every photo becomes; None is 8-bit RGB.
     """
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, *, pixels: PixelFormat | None = None) -> None:
         if split not in SAMPLE_PHOTOS:
             near = nearest(split, SAMPLE_PHOTOS)
             raise UserError(
@@ -89,7 +102,8 @@ class SamplePhotos:
             )
         self.root = Path(spec.origin).parent / "data"
         self.names = list(SAMPLE_PHOTOS[split])
-        self._decoded: dict[int, Image.Image] = {}
+        self.pixels = pixels
+        self._decoded: dict[int, Picture] = {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,11 +111,14 @@ class SamplePhotos:
     def name(self, index: int, /) -> str:
         return self.names[index]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         """The photo at full size, whatever ``at_least`` allows."""
         if index not in self._decoded:
-            self._decoded[index] = read_image(self.root / self.names[index])
+            self._decoded[index] = read_image(self.root / self.names[index], pixels=self.pixels)
         return self._decoded[index]
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return read_size(self.root / self.names[index], name=self.names[index])
 
 
 def inner_name(name: str) -> str:
@@ -121,10 +138,28 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def read_named(name: str, data: bytes, *, at_least: int | None = None) -> Image.Image:
+def side_cars(names: Iterable[str]) -> set[str]:
+    """The ``.npy`` files that are kept beside an image: latents, masks, embeddings, not pictures.
+
+    As webdataset has it, files are of one sample whose names are equal up to the first dot.
+    """
+    names = list(names)
+    arrays = {name for name in names if name.lower().endswith(".npy")}
+    images = {_sample(name) for name in names if name not in arrays} if arrays else set[str]()
+    return {name for name in arrays if _sample(name) in images}
+
+
+def _sample(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def read_named(
+    name: str, data: bytes, *, at_least: int | None = None, pixels: PixelFormat | None = None
+) -> Picture:
     """``read_image`` of the bytes of a file, whose name the error gives."""
     try:
-        return read_image(data, at_least=at_least)
+        return read_image(data, at_least=at_least, pixels=pixels)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from error
 
@@ -135,11 +170,12 @@ def _image_names(root: Path) -> list[str]:
         files = list(walk(root))
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
-    names = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
+    found = [str(file) for file in files if file.suffix.lower() in SUFFIXES]
+    names = sorted(set(found) - side_cars(found))
     if not names:
         others = Counter(file.suffix.lower() for file in files if file.suffix).most_common(1)
-        found = f"; most files there end in {others[0][0]}" if others else ""
-        raise UserError(f"no images in '{root}' or below: {', '.join(SUFFIXES)} are read{found}")
+        hint = f"; most files there end in {others[0][0]}" if others else ""
+        raise UserError(f"no images in '{root}' or below: {', '.join(SUFFIXES)} are read{hint}")
     return names
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from latentvae.data.folder import inner_name, read_named
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
@@ -51,6 +51,7 @@ class HubImages:
 
     Args:
         spec: the data set.
+        pixels: what every image becomes; None is 8-bit RGB.
 
     Attributes:
         origin: path or name, configuration and split.
@@ -62,7 +63,8 @@ class HubImages:
         photos.name(0), photos.read(0).size  # ("a/0001.jpg", (640, 480))
     """
 
-    def __init__(self, spec: DatasetSpec) -> None:
+    def __init__(self, spec: DatasetSpec, *, pixels: PixelFormat | None = None) -> None:
+        self.pixels = pixels
         rows, split = open_rows(spec)
         path = Path(spec.name).expanduser()
         self.spec = spec
@@ -109,9 +111,15 @@ class HubImages:
         values = [-1 if stored[row] is None else int(stored[row]) for row in self._order]
         return values, list(kind.names) if isinstance(kind, ClassLabel) else None
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         cell = self.rows[self._order[index]][self.column]
-        return read_named(self.name(index), cell_bytes(cell, self.name(index)), at_least=at_least)
+        name = self.name(index)
+        data = cell_bytes(cell, name)
+        return read_named(name, data, at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        name = self.name(index)
+        return read_size(cell_bytes(self.rows[self._order[index]][self.column], name), name=name)
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:

@@ -1,14 +1,22 @@
-"""One way from an image file to 8-bit RGB, and one exception for every file that cannot be read.
+"""One way from an image file to a picture, and one exception for every file that cannot be read.
 
 What becomes of each kind of file:
 
-- EXIF (or XMP) orientation is applied; of an animation the first frame is taken.
-- Transparency (RGBA, LA, palette or colour key) is laid over white.
+- EXIF (or XMP) orientation is applied; of an animation, or a stack, the first picture is taken.
+- Transparency (RGBA, LA, palette or colour key) is laid over white, unless four channels are asked.
+- CMYK is converted without a profile; JPEGs are taken as inverted, as Adobe writes them.
+- ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
+
+Without a ``PixelFormat`` the picture is 8-bit RGB, which is what is shown and compared with codecs:
+
 - 16-bit grey, and integer grey within 0..65535, is divided by 257 (never clipped at 255).
 - Float grey is read as 0..1 if no value exceeds 1, else as 0..255.
-- CMYK is converted without a profile; JPEGs are taken as inverted, as Adobe writes them.
 
-Files are decoded by Pillow, only as the formats in ``FORMATS``: no PostScript, no metafiles.
+With one, as in training, it has that format's channels and range, and what is deeper than 8 bits
+keeps its depth (``DeepImage``). 8-bit RGB is the same picture in both.
+
+Files are decoded by Pillow, only as the formats in ``FORMATS``: no PostScript, no metafiles; what
+is too deep for Pillow by what ``deep_files.py`` names.
 Damage that still decodes cannot be told from a good file: flipped bits in a JPEG, or a JPEG or PNG
 with a well-formed end that comes too early (the rest is then grey or black).
 """
@@ -19,10 +27,13 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from latentvae.data import deep_files
+from latentvae.data.pixels import DeepImage, Picture, PixelFormat, deep_image
 from latentvae.errors import UserError
 
 NOT_A_FILE = "it is not a regular file"
@@ -47,15 +58,29 @@ class UnreadableImage(UserError):
         return type(self), (self.name, self.reason)
 
 
+@overload
 def read_image(
-    source: str | os.PathLike[str] | bytes, *, at_least: int | None = None
-) -> Image.Image:
-    """Return the image as 8-bit RGB, upright and without transparency.
+    source: deep_files.File, *, at_least: int | None = None, pixels: None = None
+) -> Image.Image: ...
+
+
+@overload
+def read_image(
+    source: deep_files.File, *, at_least: int | None = None, pixels: PixelFormat | None
+) -> Picture: ...
+
+
+def read_image(
+    source: deep_files.File, *, at_least: int | None = None, pixels: PixelFormat | None = None
+) -> Picture:
+    """Return the image, upright; as 8-bit RGB without transparency if no format is given.
 
     Args:
         source: a path, or the bytes of a file.
         at_least: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (much faster) as long
             as its shorter side keeps this many pixels; ``None`` decodes at full size.
+        pixels: channels and range; what is deeper than 8 bits comes back as a ``DeepImage``, the
+            rest as a Pillow image of mode "L", "RGB" or "RGBA".
 
     Raises:
         UnreadableImage: whatever is wrong with the file.
@@ -67,7 +92,9 @@ def read_image(
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
                 raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would wait for a writer
-            return _decode(io.BytesIO(source) if isinstance(source, bytes) else source, at_least)
+            if pixels is None:
+                return _decode_8bit(source, at_least)
+            return _decode(source, at_least, pixels)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     # Not a list of types: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError,
@@ -76,15 +103,101 @@ def read_image(
         raise UnreadableImage(name, _reason(error, source)) from error
 
 
-def _decode(file: str | os.PathLike[str] | io.BytesIO, at_least: int | None) -> Image.Image:
-    with Image.open(file, formats=_formats()) as image:
-        if at_least is not None:
-            image.draft("RGB", (at_least, at_least))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if min(image.size) < 1:
-            raise UnreadableImage("", "it has no pixels")
-        return to_rgb(image)
+def _decode_8bit(source: deep_files.File, at_least: int | None) -> Image.Image:
+    try:
+        with _open(source) as image:
+            return to_rgb(_loaded(image, at_least))
+    except UnidentifiedImageError:
+        if (deep := _unknown_to_pillow(source, PixelFormat())) is None:
+            raise
+        return deep.to_8bit()
+
+
+def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) -> Picture:
+    try:
+        with _open(source) as image:
+            if deep_files.is_cut_to_8bit(image):
+                return _deep_colours(source, image, pixels)
+            return in_format(_loaded(image, at_least), pixels)
+    except UnidentifiedImageError:
+        if (deep := _unknown_to_pillow(source, pixels)) is None:
+            raise
+        return deep
+
+
+def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
+    """A decoded image of any mode with the channels and the range asked.
+
+    Raises:
+        BadPixels: its numbers are no picture, or have no range of their own.
+    """
+    if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
+        return _with_range(image, pixels)
+    return _to_channels(image, pixels.channels)
+
+
+def _open(source: deep_files.File) -> Image.Image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    return Image.open(file, formats=known_formats())
+
+
+def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
+    if at_least is not None:
+        image.draft("RGB", (at_least, at_least))
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if min(image.size) < 1:
+        raise UnreadableImage("", "it has no pixels")
+    return image
+
+
+def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """8 bits; grey is the luma of RGB, so that a grey picture stays as it is."""
+    if channels == 4:
+        opaque = not image.has_transparency_data
+        return (to_rgb(image) if opaque else image).convert("RGBA")
+    rgb = to_rgb(image)
+    return rgb if channels == 3 else rgb.convert("L")
+
+
+def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
+    """A loaded picture of a mode with one band of integers or floats, or of 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)[..., None]
+        key = image.info.get("transparency")
+        if key is None:
+            return deep_image(values, pixels, alpha=False)
+        return deep_image(deep_files.with_key(values, key), pixels, alpha=True)
+    alpha = image.has_transparency_data
+    if image.mode in ("1", "L") and not alpha:
+        values = np.asarray(image.convert("L"))[..., None]
+    else:
+        values = np.asarray(_to_channels(image, 4 if alpha else 3))
+    return deep_image(values, pixels, alpha=alpha)
+
+
+def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelFormat) -> DeepImage:
+    if image.format == "TIFF":
+        return _deep_tiff(source, pixels)
+    image.load()  # torchvision is not for damaged files
+    values, alpha = deep_files.read_png16(source, image)
+    turn = deep_files.upright(image.getexif().get(deep_files.ORIENTATION, 1))
+    deep = deep_image(values, pixels, alpha=alpha)
+    return deep if turn is None else deep.transpose(turn)
+
+
+def _deep_tiff(source: deep_files.File, pixels: PixelFormat) -> DeepImage:
+    values, alpha, orientation = deep_files.read_tiff(source)
+    deep, turn = deep_image(values, pixels, alpha=alpha), deep_files.upright(orientation)
+    return deep if turn is None else deep.transpose(turn)
+
+
+def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat) -> DeepImage | None:
+    start = deep_files.first_bytes(source)
+    if start.startswith(deep_files.NPY_MAGIC):
+        values = deep_files.read_npy(source, channels=pixels.channels)
+        return deep_image(values, pixels, alpha=pixels.channels == 4)
+    return _deep_tiff(source, pixels) if start.startswith(deep_files.TIFF_MAGICS) else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,16 +225,21 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
     """The formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
+def _reason(error: Exception, source: deep_files.File) -> str:
     if isinstance(error, UnidentifiedImageError):
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         return "not an image of a known format" if size else "the file is empty"
+    return reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip().splitlines()

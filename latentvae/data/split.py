@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from latentvae.data.folder import SAMPLES, SUFFIXES, ImageFolder, ImageSource, SamplePhotos, walk
 from latentvae.data.hub import SAVED, TABLE_SUFFIXES, DatasetSpec, HubImages, local_files
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
 
@@ -39,11 +38,16 @@ class Subset:
     def name(self, index: int, /) -> str:
         return self.source.name(self.indices[index])
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return self.source.read(self.indices[index], at_least=at_least)
 
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.source.size(self.indices[index])
 
-def open_source(spec: Spec, *, split: str = "validation") -> ImageSource:
+
+def open_source(
+    spec: Spec, *, split: str = "validation", pixels: PixelFormat | None = None
+) -> ImageSource:
     """Open what ``spec`` names; the form of a folder is told by what lies in it.
 
     Args:
@@ -54,6 +58,7 @@ def open_source(spec: Spec, *, split: str = "validation") -> ImageSource:
             with options, or, if there is no such path, a data set of the Hub.
         split: which split of the sample photos or of a local table; other forms are taken whole. A
             ``DatasetSpec`` has its own.
+        pixels: what every image becomes; None is 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
         kind = _kind(spec.name) or "table"
@@ -61,10 +66,11 @@ def open_source(spec: Spec, *, split: str = "validation") -> ImageSource:
         spec = DatasetSpec(name=os.fspath(spec), split=split)
         kind = _kind(spec.name) or "folder"
     if kind == "samples":
-        return SamplePhotos(spec.split)
+        return SamplePhotos(spec.split, pixels=pixels)
     if kind == "table":
-        return HubImages(spec)
-    return TarShards(spec.name) if kind == "tar" else ImageFolder(spec.name)
+        return HubImages(spec, pixels=pixels)
+    opener = TarShards if kind == "tar" else ImageFolder
+    return opener(spec.name, pixels=pixels)
 
 
 def open_images(
@@ -74,6 +80,7 @@ def open_images(
     split_share: float = 0.02,
     seed: int = 0,
     max_train_samples: int | None = None,
+    pixels: PixelFormat | None = None,
 ) -> tuple[ImageSource, ImageSource]:
     """Open the images for training and for validation; no file is in both.
 
@@ -87,13 +94,14 @@ def open_images(
         seed: another seed holds out other images.
         max_train_samples: train on this many at most: those with the smallest hashes of name and
             ``seed``, so a smaller set lies within a larger one, and both are drawn from all over.
+        pixels: what every image becomes; None is 8-bit RGB.
     """
-    train = open_source(spec, split="train")
+    train = open_source(spec, split="train", pixels=pixels)
     if validation_data_dir is not None:
-        validation = open_source(validation_data_dir, split="validation")
+        validation = open_source(validation_data_dir, split="validation", pixels=pixels)
         train = _without(train, validation)
     elif isinstance(train, SamplePhotos):
-        validation = open_source(spec, split="validation")
+        validation = open_source(spec, split="validation", pixels=pixels)
     else:
         train, validation = _hold_out(train, share=split_share, seed=seed)
     return _limited(train, max_train_samples, seed=seed), validation
@@ -120,11 +128,11 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
     try:
         for file in walk(folder):
             found.add(file.suffix.lower())
-            if file.suffix.lower() in SUFFIXES:
+            if file.suffix.lower() in SUFFIXES and file.suffix.lower() != ".npy":
                 return "folder"
     except OSError:
         return "folder"  # which says what is wrong
-    if ".tar" in found:
+    if ".tar" in found:  # arrays may lie beside shards and tables without being the images
         return "tar"
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
 

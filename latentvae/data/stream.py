@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, collate
 from latentvae.data.folder import inner_name, read_named
 from latentvae.data.hub import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.randomness import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.data.transforms import TrainTransform
 from latentvae.data.workers import leave_signals_to_the_trainer
 from latentvae.errors import UserError
@@ -32,10 +33,14 @@ class FirstRows:
 
     Args:
         files: (name, bytes) of each.
+        pixels: what every image becomes; None is 8-bit RGB.
     """
 
-    def __init__(self, files: list[tuple[str, bytes]]) -> None:
+    def __init__(
+        self, files: list[tuple[str, bytes]], *, pixels: PixelFormat | None = None
+    ) -> None:
         self.files = files
+        self.pixels = pixels
         self.digests = {_digest(data) for _, data in files}
 
     def __len__(self) -> int:
@@ -44,8 +49,12 @@ class FirstRows:
     def name(self, index: int, /) -> str:
         return self.files[index][0]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
-        return read_named(*self.files[index], at_least=at_least)
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
+        return read_named(*self.files[index], at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        name, data = self.files[index]
+        return read_size(data, name=name)
 
 
 class ImageStream:
@@ -57,15 +66,25 @@ class ImageStream:
             files equal to theirs are never trained on.
         shuffle_buffer: undecoded images that wait in memory, of which the next is drawn at random;
             in each worker.
+        pixels: what every image becomes; None is 8-bit RGB.
     """
 
-    def __init__(self, spec: DatasetSpec, *, held_out: int = 0, shuffle_buffer: int = 1000) -> None:
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        *,
+        held_out: int = 0,
+        shuffle_buffer: int = 1000,
+        pixels: PixelFormat | None = None,
+    ) -> None:
         rows, self.split = open_rows(spec, streaming=True)
         self.name, self.config_name = spec.name, spec.config_name
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
         self.shuffle_buffer = shuffle_buffer
-        self.held_out = FirstRows(list(_files(self._cells(held_out), split=self.split)))
+        self.pixels = pixels
+        files = list(_files(self._cells(held_out), split=self.split))
+        self.held_out = FirstRows(files, pixels=pixels)
 
     @property
     def num_images(self) -> int | None:
@@ -192,7 +211,8 @@ class _TrainStream(IterableDataset[TrainItem]):
                 data = cell_bytes(cell, name)
                 if _digest(data) in stream.held_out.digests:
                     continue
-                image = read_named(name, data, at_least=self.transform.needed_side(window))
+                at_least = self.transform.needed_side(window)
+                image = read_named(name, data, at_least=at_least, pixels=stream.pixels)
             except UnreadableImage as error:
                 bad.append((name, error.reason))
                 if len(bad) == MAX_ATTEMPTS:

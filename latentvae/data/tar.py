@@ -1,7 +1,7 @@
 """Images in tar files (webdataset shards), read by offset: any image at any time, as from a folder.
 
 https://github.com/webdataset/webdataset. Each image member is an image of its own; other members
-(``.cls``, ``.json``, ``.txt``) and the grouping by key are not looked at.
+(``.cls``, ``.json``, ``.txt``, and a ``.npy`` of an image's key) are not looked at.
 """
 
 import glob
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL.ContainerIO import ContainerIO
 
 from latentvae.data.folder import is_hidden, read_named
+from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
+from latentvae.data.sizes import read_size
 from latentvae.data.tar_index import shard_index
 from latentvae.errors import UserError, nearest, printable
 
@@ -37,13 +39,15 @@ class TarShards:
     Args:
         spec: a .tar file, a folder of them, or a pattern: ``shards/train-{000..012}.tar``,
             ``shards/*.tar`` (``~`` allowed).
+        pixels: what every image becomes; None is 8-bit RGB.
 
     Example:
         shards = TarShards("shards/train-{000..012}.tar")
         shards.name(0), shards.read(0).size  # ("0000000.jpg", (64, 64))
     """
 
-    def __init__(self, spec: str | os.PathLike[str]) -> None:
+    def __init__(self, spec: str | os.PathLike[str], *, pixels: PixelFormat | None = None) -> None:
+        self.pixels = pixels
         self.shards = find_shards(spec)
         found = [shard_index(path) for path in self.shards]
         for path, index in zip(self.shards, found, strict=True):
@@ -73,7 +77,7 @@ class TarShards:
         """The tar file that the image lies in."""
         return self.shards[self._shard_of[index]]
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         if self._sizes[index] > MAX_BYTES:
             raise UnreadableImage(self.name(index), f"{self._sizes[index]:,} bytes are too many")
         # Opened anew each time, as an image file is: nothing to share between worker processes,
@@ -84,7 +88,15 @@ class TarShards:
                 data = file.read(self._sizes[index])
         except OSError as error:
             raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
-        return read_named(self.name(index), data, at_least=at_least)
+        return read_named(self.name(index), data, at_least=at_least, pixels=self.pixels)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        try:
+            with open(self.shard(index), "rb") as file:
+                member = ContainerIO(file, int(self._offsets[index]), int(self._sizes[index]))
+                return read_size(member, name=self.name(index))
+        except OSError as error:
+            raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:

@@ -18,10 +18,10 @@ from stat import S_ISREG
 
 import numpy as np
 
-from latentvae.data.folder import SUFFIXES, inner_name, is_hidden
+from latentvae.data.folder import SUFFIXES, inner_name, is_hidden, side_cars
 from latentvae.errors import UserError
 
-VERSION = 1  # of the cached index
+VERSION = 2  # of the cached index
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -82,6 +82,8 @@ def _walk(path: Path, size: int) -> ShardIndex:
     # Damaged extended headers raise ValueError, OverflowError and more besides TarError.
     except Exception as error:
         fault = _fault(path, error)
+    for name in side_cars(found):
+        del found[name]
     places = np.array(list(found.values()), dtype=np.int64).reshape(-1, 2)
     return ShardIndex(list(found), places[:, 0], places[:, 1], fault)
 

@@ -1,8 +1,9 @@
-"""From a PIL image to a (3, R, R) tensor in [-1, 1]: a square window, resized by Pillow.
+"""From a picture to a (C, H, W) tensor in [-1, 1]: a window of its shape, resized by Pillow.
 
-Every window is a square of whole source pixels and the resize is antialiased, so "resize the
-shorter side to R, then crop R x R" is one resize of a window ``min(H, W)`` wide; a small image is
-enlarged, and one whose shorter side is R already is not resampled. ``R`` is in pixels.
+Every window is of whole source pixels and the resize is antialiased, so "resize the shorter side
+to R, then crop R x R" is one resize of a window as wide as the shorter side; a small image is
+enlarged, and one whose shorter side is R already is not resampled. Sizes that are not square do the
+same with the largest window of their shape. ``R``, and ``H W``, are in pixels.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentvae.data.pixels import DeepImage, Picture
 from latentvae.errors import UserError, nearest
 
 INTERPOLATIONS = {
@@ -30,7 +32,7 @@ class Window:
     """Where to look, for an image of any size.
 
     Attributes:
-        share: side of the square as a share of the image's shorter side, in (0, 1].
+        share: side as a share of the largest window of that shape in the image, in (0, 1].
         x, y: position in the free space, 0 (left, top) to 1 (right, bottom).
         flip: mirror left and right.
     """
@@ -40,24 +42,30 @@ class Window:
     y: float = 0.5
     flip: bool = False
 
-    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom in pixels of an image of ``size`` (width, height)."""
-        side = max(1, round(self.share * min(size)))
-        left, top = (int(p * (s - side) + 0.5) for p, s in zip((self.x, self.y), size, strict=True))
-        return left, top, left + side, top + side
+    def box(
+        self, size: tuple[int, int], shape: tuple[int, int] = (1, 1)
+    ) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels of an image of ``size`` (width, height), of a
+        window as wide and high as ``shape`` (width, height) in proportion."""
+        (width, height), (across, down) = size, shape
+        largest = min(width, height * across / down), min(height, width * down / across)
+        sides = [max(1, round(self.share * side)) for side in largest]
+        places = zip((self.x, self.y), size, sides, strict=True)
+        left, top = (int(p * (s - side) + 0.5) for p, s, side in places)
+        return left, top, left + sides[0], top + sides[1]
 
 
 class TrainTransform:
-    """Crop, resize and flip at random: ``image -> (3, R, R)``, float32 in [-1, 1].
+    """Crop, resize and flip at random: ``image -> (C, H, W)``, float32 in [-1, 1].
 
     Args:
-        resolution: R, in pixels.
+        resolution: height and width in pixels, or one number R for both.
         crop: ``"random_resized"`` takes a square of ``crop_scale`` times the shorter side (the
             crop of latent diffusion's ImageNet training, ldm/data/imagenet.py); ``"random"``
             resizes the shorter side to R and crops R x R anywhere; ``"center"`` does so in the
             middle.
         crop_scale: least and greatest side of a random resized crop as shares of the image's
-            shorter side, in (0, 1].
+            shorter side (of the largest window, where not square), in (0, 1].
         random_flip: mirror half of the images.
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
 
@@ -68,7 +76,7 @@ class TrainTransform:
 
     def __init__(
         self,
-        resolution: int,
+        resolution: int | tuple[int, int],
         *,
         crop: str = "random_resized",
         crop_scale: tuple[float, float] = (0.5, 1.0),
@@ -83,7 +91,7 @@ class TrainTransform:
             raise UserError(
                 f"crop_scale is {crop_scale}; two rising numbers above 0 and up to 1 are needed"
             )
-        self.resolution = _checked_resolution(resolution)
+        self.size = _checked_size(resolution)
         self.crop = crop
         self.crop_scale = crop_scale if crop == "random_resized" else (1.0, 1.0)
         self.random_flip = random_flip
@@ -96,48 +104,60 @@ class TrainTransform:
         place = (0.5, 0.5) if self.crop == "center" else (x, y)
         return Window(low + share * (high - low), *place, flip=self.random_flip and flip < 0.5)
 
-    def needed_side(self, window: Window) -> int:
+    def needed_side(self, window: Window, size: tuple[int, int] | None = None) -> int:
         """The shorter side, in pixels, above which a larger image makes the result no better."""
-        return math.ceil(REDUCING_GAP * self.resolution / window.share)
+        return math.ceil(REDUCING_GAP * max(size or self.size) / window.share)
 
-    def apply(self, image: Image.Image, window: Window) -> Tensor:
-        """Return that window of the image, (3, R, R)."""
-        size = (self.resolution, self.resolution)
-        box = window.box(image.size)
-        image = image.resize(size, self.interpolation, box=box, reducing_gap=REDUCING_GAP)
+    def apply(self, image: Picture, window: Window, size: tuple[int, int] | None = None) -> Tensor:
+        """Return that window of the image, (C, H, W), at the ``size`` of its bucket, if it has
+        one."""
+        height, width = size or self.size
+        box = window.box(image.size, (width, height))
+        image = image.resize(
+            (width, height), self.interpolation, box=box, reducing_gap=REDUCING_GAP
+        )
         return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Tensor:
         return self.apply(image, self.draw(rng))
 
 
 class EvalTransform:
-    """Resize the shorter side to R and crop the middle: ``image -> (3, R, R)``, float32 in [-1, 1].
+    """Resize and crop the middle: ``image -> (C, H, W)``, float32 in [-1, 1].
 
     Args:
-        resolution: R, in pixels.
+        resolution: height and width in pixels, or one number R for both.
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
     """
 
-    def __init__(self, resolution: int, *, interpolation: str = "lanczos") -> None:
-        self.resolution = _checked_resolution(resolution)
+    def __init__(
+        self, resolution: int | tuple[int, int], *, interpolation: str = "lanczos"
+    ) -> None:
+        self.size = _checked_size(resolution)
         self.interpolation = _resampling(interpolation)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        size = (self.resolution, self.resolution)
-        return to_tensor(image.resize(size, self.interpolation, box=Window().box(image.size)))
+    def __call__(self, image: Picture) -> Tensor:
+        size = (self.size[1], self.size[0])  # Pillow has the width first
+        return to_tensor(image.resize(size, self.interpolation, box=Window().box(image.size, size)))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return an 8-bit RGB image as (3, H, W), float32: 0 becomes -1 and 255 becomes 1."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), uint8
+def to_tensor(image: Picture) -> Tensor:
+    """Return an image as (C, H, W), float32 in [-1, 1]; of 8 bits 0 becomes -1 and 255 becomes 1.
+
+    Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
+    """
+    if isinstance(image, DeepImage):
+        return torch.from_numpy(image.to_array())
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C), uint8
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)  # (C, H, W)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
-def _checked_resolution(resolution: int) -> int:
-    if resolution < 1:
+def _checked_size(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if min(height, width) < 1:
         raise UserError(f"the resolution is {resolution}; a number of pixels above 0 is needed")
-    return resolution
+    return height, width
 
 
 def _resampling(name: str) -> Image.Resampling:

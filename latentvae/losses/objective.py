@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentvae.losses.colors import MID_GREY, to_rgb
 from latentvae.outputs import AutoencoderOutput
 
 _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -65,9 +66,11 @@ class Objective(nn.Module):
         self.likelihood = likelihood
         self.autocast_dtype = autocast_dtype
 
-    def reconstruction_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms that depend on ``recon``, each (B,): `rec` per image element and, if
-        used, `lpips`."""
+    def reconstruction_terms(
+        self, images: Tensor, recon: Tensor, *, background: Tensor | float = MID_GREY
+    ) -> dict[str, Tensor]:
+        """Unweighted terms that depend on ``recon``, each (B,): `rec` per image element, over all
+        channels, and, if used, `lpips`; ``background`` is what LPIPS sees behind alpha."""
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
         else:
@@ -79,7 +82,9 @@ class Objective(nn.Module):
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             ):
-                terms["lpips"] = self.perceptual(images, self.picture(recon))
+                terms["lpips"] = self.perceptual(
+                    to_rgb(images, background), to_rgb(self.picture(recon), background)
+                )
         return terms
 
     def picture(self, recon: Tensor) -> Tensor:

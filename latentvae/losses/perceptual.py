@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentvae.errors import UserError, nearest
+from latentvae.losses.colors import to_rgb
 from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
 
 MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels a side, below which the trunk's last layer is empty
@@ -83,8 +84,10 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
-        """`images`, `recon`: (B, 3, H, W) in [-1, 1]. Returns (B,), at least 0."""
+        """`images`, `recon`: (B, C, H, W) in [-1, 1]; grey (C = 1) is repeated, RGBA laid over
+        mid-grey (`colors.to_rgb`). Returns (B,), at least 0."""
         _check_shapes(images, recon, minimum=MIN_SIZE[self.lpips.pnet_type])
+        images, recon = to_rgb(images), to_rgb(recon)
         with torch.no_grad():
             targets = self.features(images)
         return self.distance(targets, self.features(recon))
@@ -122,9 +125,11 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
-    if images.shape != recon.shape or images.ndim != 4 or images.shape[1] != 3:
+    if images.shape != recon.shape or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         shapes = f"{tuple(images.shape)} and {tuple(recon.shape)}"
-        raise ValueError(f"LPIPS compares two (B, 3, H, W) tensors of one shape, not {shapes}")
+        raise ValueError(
+            f"LPIPS compares two (B, 1 | 3 | 4, H, W) tensors of one shape, not {shapes}"
+        )
     if min(images.shape[2:]) < minimum:
         size = " x ".join(map(str, images.shape[2:]))
         raise UserError(f"LPIPS needs images of at least {minimum} pixels a side, not {size}")

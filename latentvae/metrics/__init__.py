@@ -1,5 +1,5 @@
 """How good reconstructions are, and what latents are like. Each file is imported by its name."""
 
-from latentvae.metrics.image import ms_ssim, psnr, ssim, to_8bit
+from latentvae.metrics.image import ms_ssim, psnr, round_alike, ssim, to_8bit
 
-__all__ = ["ms_ssim", "psnr", "ssim", "to_8bit"]
+__all__ = ["ms_ssim", "psnr", "round_alike", "ssim", "to_8bit"]

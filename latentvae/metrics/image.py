@@ -33,6 +33,14 @@ def to_8bit(images: Tensor) -> Tensor:
     return levels / levels.new_tensor(127.5) - 1
 
 
+def round_alike(recon: Tensor, images: Tensor) -> Tensor:
+    """Reconstructions as they would be stored beside their images, in [-1, 1]: rounded to 8 bits
+    where the image is of 8 bits, that is, all its values are on the 256 levels; else only clamped
+    (rounding to 16 bits would cap PSNR at 107 dB, far above any reconstruction)."""
+    is_8bit = (to_8bit(images) == images).flatten(1).all(1)  # (B,)
+    return torch.where(is_8bit[:, None, None, None], to_8bit(recon), recon.float().clamp(-1, 1))
+
+
 @torch.no_grad()
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE), the MSE over all of an image.

@@ -9,7 +9,12 @@ import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, VQModel
 from torch import nn
 
-from latentvae.models.discrete import DiscreteAutoencoder, DiscreteTrainingWrapper, from_vq_model
+from latentvae.models.discrete import (
+    DiscreteAutoencoder,
+    DiscreteTrainingWrapper,
+    build_discrete,
+    from_vq_model,
+)
 from latentvae.models.kl import (
     AsymmetricTrainingWrapper,
     DCTrainingWrapper,
@@ -127,9 +132,7 @@ ARCHITECTURES = {
         AsymmetricAutoencoderKL, build_asymmetric_kl, AsymmetricTrainingWrapper, _asymmetric_shape
     ),
     "dc": Architecture(AutoencoderDC, build_autoencoder_dc, DCTrainingWrapper, _dc_shape),
-    "vq": Architecture(
-        DiscreteAutoencoder, DiscreteAutoencoder, DiscreteTrainingWrapper, _vq_shape
-    ),
+    "vq": Architecture(DiscreteAutoencoder, build_discrete, DiscreteTrainingWrapper, _vq_shape),
 }
 
 

@@ -55,6 +55,11 @@ def read_posterior(output: Any) -> Any | None:
     return getattr(output, "latent_dist", None)
 
 
+def image_channels(net: Any) -> int:
+    """C of the images that it takes."""
+    return net.config.get("in_channels", net.config.get("num_channels", 3))
+
+
 def num_codes(net: Any) -> int | None:
     """K of a tokenizer (of each level); None if `net` is none."""
     if isinstance(net, DiscreteAutoencoder):
@@ -118,7 +123,7 @@ def measure_shape(net: Any) -> LatentShape:
     """
     if type(net) is AutoencoderKL:
         return LatentShape(downsampling_factor(net), net.config["latent_channels"])
-    channels = net.config.get("in_channels", net.config.get("num_channels", 3))
+    channels = image_channels(net)
     images = torch.zeros(1, channels, PROBE, PROBE, device=net.device, dtype=net.dtype)
     try:
         z = encode(net, images)

@@ -136,6 +136,12 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 LIKELIHOODS = {"logit_laplace": LogitLaplace}
 
 
+def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
+    """A freshly initialised one, with options of the class."""
+    channels = {"in_channels": image_channels, "out_channels": image_channels}
+    return DiscreteAutoencoder(**channels, **options)
+
+
 class DiscreteTrainingWrapper(TrainingWrapper):
     """Encode, quantise, decode, with what the objective and the codebook need."""
 
@@ -203,8 +209,9 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
         return None
     config = {name: net.config[name] for name in _SHARED}
     down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
+    network: Any = VQModel  # diffusers types widths as one-element tuples
     with torch.device("meta"):
-        stock: Any = VQModel(
+        stock = network(
             **config | {"block_out_channels": tuple(config["block_out_channels"])},
             down_block_types=down,
             up_block_types=up,

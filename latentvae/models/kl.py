@@ -23,6 +23,7 @@ from latentvae.outputs import AutoencoderOutput
 def build_autoencoder_kl(
     *,
     block_out_channels: Sequence[int],
+    image_channels: int = 3,
     layers_per_block: int = 2,
     latent_channels: int = 4,
     norm_num_groups: int = 32,
@@ -36,6 +37,7 @@ def build_autoencoder_kl(
 
     Args:
         block_out_channels: width of each level, from full resolution down.
+        image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
         use_quant_conv: 1x1 convolutions on both sides of the latent (Stable Diffusion yes, SD3 and
@@ -47,6 +49,8 @@ def build_autoencoder_kl(
     widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
     down, up = block_types(len(widths), attention_levels)
     net = AutoencoderKL(
+        in_channels=image_channels,
+        out_channels=image_channels,
         down_block_types=down,
         up_block_types=up,
         block_out_channels=widths,
@@ -67,6 +71,7 @@ def build_autoencoder_kl(
 def build_asymmetric_kl(
     *,
     block_out_channels: Sequence[int],
+    image_channels: int = 3,
     layers_per_block: int = 2,
     up_block_out_channels: Sequence[int],
     layers_per_up_block: int = 3,
@@ -86,6 +91,8 @@ def build_asymmetric_kl(
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
     return AsymmetricAutoencoderKL(
+        in_channels=image_channels,
+        out_channels=image_channels,
         down_block_types=down,
         down_block_out_channels=widths[0],
         layers_per_down_block=layers_per_block,
@@ -101,6 +108,7 @@ def build_asymmetric_kl(
 def build_autoencoder_dc(
     *,
     block_out_channels: Sequence[int],
+    image_channels: int = 3,
     encoder_layers_per_block: Sequence[int],
     decoder_layers_per_block: Sequence[int],
     latent_channels: int = 32,
@@ -122,6 +130,7 @@ def build_autoencoder_dc(
     )
     scales = tuple((5,) if i in attention_levels else () for i in levels)
     return AutoencoderDC(
+        in_channels=image_channels,
         latent_channels=latent_channels,
         attention_head_dim=attention_head_dim,
         encoder_block_types=blocks,

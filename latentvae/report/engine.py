@@ -82,6 +82,13 @@ def evaluate(
         raise UserError(f"the sheet is to show {sheet_images} images; at least 1 is needed")
     if set(lpips) != set(plan.lpips_nets):
         raise UserError(f"the plan asks for LPIPS on {plan.lpips_nets}, given is {tuple(lpips)}")
+    for name, model in models.items():
+        if model.image_channels != 3:
+            raise UserError(
+                f"'{name}' takes {model.image_channels}-channel images, and evaluate measures RGB "
+                "alone, beside codecs of RGB; `latentvae reconstruct` measures PSNR, SSIM and "
+                "LPIPS of any"
+            )
     if clash := sorted(models.keys() & CODECS.keys()):
         raise UserError(f"a model cannot be called '{clash[0]}', as a codec is; rename its folder")
     run = _Run(models, source, out, data_name, lpips, inception, plan, max_images, device)

@@ -42,8 +42,9 @@ class Pictures:
 
     def read(self, position: int) -> Tensor:
         """Raises UnreadableImage."""
-        picture = self.source.read(self.indices[position]).convert("RGB")
-        return to_8bit(self._prepare(picture))[None]
+        picture = self.source.read(self.indices[position])
+        assert isinstance(picture, Image.Image)  # no format was asked of the source
+        return to_8bit(self._prepare(picture.convert("RGB")))[None]
 
     def some(
         self, at_most: int, *, positions: Sequence[int] | None = None

@@ -70,9 +70,11 @@ def open_base(config: TrainConfig) -> Base | None:
             f"'{name}' is a {type(loaded).__name__}; config {config.config} fine-tunes "
             f"{ARCHITECTURES[model.architecture].network.__name__} networks"
         )
-    if net.config["in_channels"] != 3:
+    channels = net.config["in_channels"]
+    if channels != config.data.image_channels:
         raise UserError(
-            f"'{name}' takes {net.config['in_channels']}-channel images; this trainer has RGB"
+            f"'{name}' takes {channels}-channel images, but image_channels is "
+            f"{config.data.image_channels}; give --image_channels {channels}, or another base"
         )
     # Out of the file's memory map, whose alignment can change sums. In train mode as a new network
     # is: even dropout of probability 0 draws random numbers there.

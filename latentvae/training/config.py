@@ -7,11 +7,25 @@ training scripts name it.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from latentvae.data.buckets import bucket_sizes
 from latentvae.training.model_config import MODELS, AnyModelConfig, KLModelConfig, VQModelConfig
 from latentvae.training.quantizer_config import QUANTIZERS
 from latentvae.training.section import Count, Positive, Section, Share
+
+BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
+
+
+def _checked_resolution(value: Any) -> Any:
+    """In one sentence, which pydantic has not for a union."""
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    whole = all(isinstance(side, int) and side >= 1 for side in sides)
+    if len(sides) != 2 or not whole:
+        raise ValueError(
+            f"resolution is {value!r}; it is one number of pixels, or height and width"
+        )
+    return value
 
 
 class DataConfig(Section):
@@ -73,8 +87,30 @@ class DataConfig(Section):
     max_validation_images: Positive = Field(
         default=1000, description="Validate on at most this many images (the first by name)."
     )
-    resolution: Positive = Field(
-        default=256, description="Side of the training crops in pixels; a multiple of f."
+    image_channels: int = Field(
+        default=3,
+        description="Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA, alpha is learned too).",
+    )
+    value_range: tuple[float, float] | None = Field(
+        default=None,
+        description=(
+            "Stored numbers that become black and white, such as -1000 3000; those outside are "
+            "clipped. By default 0 255 of 8-bit files and 0 65535 of wider integers; float files "
+            "need it."
+        ),
+    )
+    resolution: Annotated[int | tuple[int, int], BeforeValidator(_checked_resolution)] = Field(
+        default=256,
+        description=(
+            "Side of the training crops in pixels, or their height and width; multiples of f."
+        ),
+    )
+    aspect_ratio_buckets: Count = Field(
+        default=0,
+        description=(
+            "Train on up to so many shapes from 1:2 to 2:1 of about as many pixels as resolution "
+            "has, each image in the one nearest to its own and each batch of one; 0: all alike."
+        ),
     )
     crop: Literal["random_resized", "random", "center"] = Field(
         default="random_resized",
@@ -106,8 +142,24 @@ class DataConfig(Section):
         ),
     )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        side = self.resolution
+        return (side, side) if isinstance(side, int) else side
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
+        if self.image_channels not in (1, 3, 4):
+            raise ValueError(
+                f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)"
+            )
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            low, high = self.value_range
+            raise ValueError(
+                f"value_range is {low:g} {high:g}; it is the number that becomes black and then a "
+                "greater one that becomes white"
+            )
         if self.train_data_dir is not None and self.dataset_name is not None:
             raise ValueError(
                 f"train_data_dir '{self.train_data_dir}' and dataset_name '{self.dataset_name}' "
@@ -119,6 +171,11 @@ class DataConfig(Section):
             raise ValueError(
                 "streaming is for data sets, and dataset_name 'samples' are 13 photos on this "
                 "machine; leave streaming out"
+            )
+        if self.streaming and self.aspect_ratio_buckets:
+            raise ValueError(
+                f"aspect_ratio_buckets {self.aspect_ratio_buckets} needs the sizes of all images "
+                "before the first batch, which a stream does not have; leave streaming out"
             )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
@@ -407,6 +464,14 @@ class TrainConfig(Section):
     run: RunConfig = RunConfig()
 
     @property
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every height and width that may be trained at, in pixels."""
+        if not self.data.aspect_ratio_buckets:
+            return (self.data.size,)
+        multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
+        return bucket_sizes(self.data.size, self.data.aspect_ratio_buckets, multiple=multiple)
+
+    @property
     def critic_start(self) -> int:
         """First update (counted from 0) in which the critic learns; max_train_steps or more:
         never."""
@@ -415,12 +480,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.data.resolution % self.model.f:
-            near = max(int(self.data.resolution / self.model.f + 0.5), 1) * self.model.f
-            raise ValueError(
-                f"resolution {self.data.resolution} is not a multiple of the model's f = "
-                f"{self.model.f}; the nearest that is: {near}"
-            )
+        for side in self.data.size:
+            if side % self.model.f:
+                near = max(int(side / self.model.f + 0.5), 1) * self.model.f
+                raise ValueError(
+                    f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
+                    f"nearest that is: {near}"
+                )
         if self.run.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "
@@ -467,5 +533,6 @@ def flat(config: BaseModel) -> dict[str, Any]:
 
 def option_names() -> list[str]:
     """Of every architecture and quantiser."""
-    sections = (TrainConfig(), *(kind() for kind in (*MODELS.values(), *QUANTIZERS.values())))
+    kinds: tuple[Any, ...] = (*MODELS.values(), *QUANTIZERS.values())
+    sections = (TrainConfig(), *(kind() for kind in kinds))
     return list(dict.fromkeys(name for section in sections for name in flat(section)))

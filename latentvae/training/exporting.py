@@ -172,7 +172,7 @@ def _export(
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
     """Tiling goes by it: a base that was trained on larger images keeps its own."""
     own = 0 if base is None else base.net.config.get("sample_size", 0)
-    return max(config.data.resolution, own if isinstance(own, int) else max(own))
+    return max(*config.data.size, own if isinstance(own, int) else max(own))
 
 
 def _fine_tuned(card: ModelCard, net: Any, config: TrainConfig, base: Base) -> ModelCard:
@@ -201,10 +201,16 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     names |= {"usage": "share of the codes used", "perplexity": "perplexity of the codes"}
     metrics = {n: row[f"validation/{k}"] for k, n in names.items() if f"validation/{k}" in row}
     weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
+    height, width = config.data.size
+    size = (
+        f"shorter side resized to {height} px"
+        if height == width
+        else f"resized to cover {height} x {width} px (height x width)"
+    )
     protocol = (
-        f"Means over {row['validation/images']:,} unseen images after update {update:,}: shorter "
-        f"side resized to {config.data.resolution} px ({config.data.image_interpolation_mode}), "
-        f"centre crop, posterior mode, {weights}, rounded to 8 bits."
+        f"Means over {row['validation/images']:,} unseen images after update {update:,}: {size} "
+        f"({config.data.image_interpolation_mode}), "
+        f"centre crop, posterior mode, {weights}, rounded to 8 bits where the images are of 8 bits."
         if row
         else ""
     )

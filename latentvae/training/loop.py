@@ -13,9 +13,14 @@ from torch import Tensor
 from latentvae.data import (
     BadImages,
     Batch,
+    Buckets,
+    BucketSampler,
+    ImageSource,
     ImageStream,
     IndexSampler,
     TrainImages,
+    aspect_ratios,
+    assign,
     stream_loader,
     train_loader,
 )
@@ -30,6 +35,7 @@ from latentvae.distributed import (
 )
 from latentvae.errors import printable
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
+from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import (
     ActiveUnits,
@@ -149,9 +155,25 @@ def _batches(run: Run, *, start_step: int) -> tuple[Iterable[Any], int | None]:
         place |= {"batch_size": batch, "seed": options.seed, "num_workers": workers}
         per_epoch = (images.num_images or 0) // (batch * world_size()) or None
         return stream_loader(images, transform, **place), per_epoch
-    sampler = IndexSampler(len(images), options.train_batch_size, seed=options.seed, **place)
-    dataset = TrainImages(images, transform, seed=options.seed)
+    place |= {"seed": options.seed}
+    buckets = _buckets(run, images)
+    if buckets is None:
+        sampler = IndexSampler(len(images), options.train_batch_size, **place)
+    else:
+        sampler = BucketSampler(buckets, options.train_batch_size, **place)
+    dataset = TrainImages(images, transform, seed=options.seed, buckets=buckets)
     return train_loader(dataset, sampler, num_workers=workers), sampler.steps_per_epoch
+
+
+def _buckets(run: Run, images: ImageSource) -> Buckets | None:
+    """The shape of every image; one rank reads the headers."""
+    if not run.config.data.aspect_ratio_buckets:
+        return None
+    ratios = from_main(aspect_ratios(images) if is_main() else None)
+    joint = run.config.run.train_batch_size * world_size()
+    buckets = assign(ratios, run.config.train_sizes, at_least=joint)
+    run.accelerator.print(f"  buckets        {buckets.describe()} images")
+    return buckets
 
 
 def _start_tracker(run: Run) -> None:
@@ -255,6 +277,7 @@ class _Loop:
         run, options = self.run, self.run.config.run
         seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
         images = batch.images.to(run.accelerator.device, non_blocking=True)
+        background = random_background(images)
         alone = self._critic_learns_alone()
         with torch.set_grad_enabled(not alone):
             out = run.prepared(
@@ -271,6 +294,7 @@ class _Loop:
                 last_layer=run.wrapper.last_layer,
                 adversary=adversary,
                 kl=self._controlled_kl(out),
+                background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
             if out.mean is not None:
@@ -281,6 +305,7 @@ class _Loop:
                 images,
                 run.objective.picture(out.recon.detach()),
                 adversary=adversary,
+                background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
         logged |= {

@@ -23,7 +23,7 @@ def plan(run: Run, *, steps_per_epoch: int | None, start: int) -> str:
         "latent": _latent(run),
         "images": (
             f"{_count(run)} to train, {len(run.validation_images):,} to validate, "
-            f"at {run.config.data.resolution} px"
+            f"at {_size(run.config.data.size)} px{_pixels(run)}"
         ),
         "batch": _batch(run),
         "updates": _updates(run, steps_per_epoch, start),
@@ -58,13 +58,25 @@ def _bottleneck(run: Run) -> str:
 
 def _latent(run: Run) -> str:
     f, d = run.config.model.f, run.config.model.latent_channels
-    side = run.config.data.resolution // f
+    rows, columns = (side // f for side in run.config.data.size)
     if (codes := num_codes(run.net)) is not None:
-        tokens = side**2 * num_levels(run.net)
-        bpp = tokens * math.log2(codes) / run.config.data.resolution**2
+        tokens = rows * columns * num_levels(run.net)
+        bpp = tokens * math.log2(codes) / math.prod(run.config.data.size)
         return f"{tokens} tokens per image, {bpp:.4g} raw bits per pixel"
-    ratio = 3 * f**2 / d
-    return f"{d} x {side} x {side} per image, {ratio:g} times fewer numbers than pixels"
+    ratio = run.config.data.image_channels * f**2 / d
+    return f"{d} x {rows} x {columns} per image, {ratio:g} times fewer numbers than pixels"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}" if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def _pixels(run: Run) -> str:
+    data = run.config.data
+    kind = {1: ", grey", 3: "", 4: ", RGBA"}[data.image_channels]
+    if data.value_range is None:
+        return kind
+    return f"{kind}, {data.value_range[0]:g} to {data.value_range[1]:g}"
 
 
 def _batch(run: Run) -> str:

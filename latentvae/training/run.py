@@ -25,6 +25,7 @@ from latentvae.data import (
     HubImages,
     ImageSource,
     ImageStream,
+    PixelFormat,
     Subset,
     TrainTransform,
     open_images,
@@ -123,26 +124,31 @@ def _check_resolution(config: TrainConfig) -> None:
         ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])
-    if config.data.resolution < least:
-        raise UserError(
-            f"resolution {config.data.resolution} is too small: {part} needs at least {least} px"
-        )
+    smallest = min(min(size) for size in (config.data.size, *config.train_sizes))
+    if smallest < least:
+        raise UserError(f"resolution {smallest} is too small: {part} needs at least {least} px")
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Training and validation images."""
     data, spec = config.data, _spec(config)
+    pixels = PixelFormat(data.image_channels, data.value_range)
     if isinstance(spec, DatasetSpec) and data.streaming:
         validation = data.validation_data_dir
         held_out = 0 if validation else STREAM_HELD_OUT
-        stream = ImageStream(spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer)
-        return stream, open_source(validation) if validation else stream.held_out
+        stream = ImageStream(
+            spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer, pixels=pixels
+        )
+        if not validation:
+            return stream, stream.held_out
+        return stream, open_source(validation, pixels=pixels)
     return open_images(
         spec,
         validation_data_dir=data.validation_data_dir,
         split_share=data.validation_share,
         seed=config.run.seed,
         max_train_samples=data.max_train_samples,
+        pixels=pixels,
     )
 
 
@@ -167,7 +173,7 @@ def _spec(config: TrainConfig) -> str | DatasetSpec:
 def train_transform(config: TrainConfig) -> TrainTransform:
     data = config.data
     return TrainTransform(
-        data.resolution,
+        data.size,
         crop=data.crop,
         crop_scale=(data.crop_min_side, 1.0),
         random_flip=data.random_flip,
@@ -176,7 +182,7 @@ def train_transform(config: TrainConfig) -> TrainTransform:
 
 
 def eval_transform(config: TrainConfig) -> EvalTransform:
-    return EvalTransform(config.data.resolution, interpolation=config.data.image_interpolation_mode)
+    return EvalTransform(config.data.size, interpolation=config.data.image_interpolation_mode)
 
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
@@ -233,7 +239,7 @@ def build_run(
     if options.disc_scale > 0:
         critic = build_critic(
             options.disc_type,
-            image_size=(config.data.resolution, config.data.resolution),
+            image_size=min(config.train_sizes, key=min),
             channels=options.disc_channels,
             num_layers=options.disc_layers,
             norm=options.disc_norm,
@@ -297,8 +303,9 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
     if base is not None:
         return base.net
     model, options = config.model, config.model.shape()
+    options["image_channels"] = config.data.image_channels
     if model.architecture != "dc":  # the one without tiling by the training size
-        options["sample_size"] = config.data.resolution
+        options["sample_size"] = max(config.data.size)
     return ARCHITECTURES[model.architecture].build(**options)
 
 

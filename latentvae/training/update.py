@@ -15,6 +15,7 @@ from latentvae.losses.adversarial import (
     r1_penalty,
 )
 from latentvae.losses.augment import diff_augment
+from latentvae.losses.colors import MID_GREY, to_rgb
 from latentvae.losses.objective import Objective
 from latentvae.outputs import AutoencoderOutput
 
@@ -57,6 +58,7 @@ def backward_model(
     last_layer: Tensor,
     adversary: Adversary | None,
     kl: Tensor | None = None,
+    background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
     """Add the gradient of the whole objective to the model's parameters, in one pass through the
@@ -71,13 +73,15 @@ def backward_model(
         last_layer: the decoder's last weight, for the adaptive weight.
         kl: scalar, nats per image with its graph, that takes the place of the mean KL in the loss
             (see `losses.posterior`); the log keeps the plain one.
+        background: what LPIPS and the critic, which both see RGB, see behind alpha
+            (`losses.colors`).
         divide_by: micro-steps of this update, whose gradients are averaged.
 
     Returns:
         Unweighted terms and weights by log name, scalars on the device.
     """
     recon = out.recon.detach().requires_grad_()
-    terms = objective.reconstruction_terms(images, recon)
+    terms = objective.reconstruction_terms(images, recon, background=background)
     nll = objective.nll(terms, out.output_logvar)
     learned = [out.output_logvar] if out.output_logvar.requires_grad else []
     nll_grad, *logvar_grad = torch.autograd.grad(nll, [recon, *learned])
@@ -88,7 +92,9 @@ def backward_model(
         latent_terms["kl"] = kl / images[0].numel()
     recon_grad = nll_grad
     if adversary is not None:
-        adversarial, adversarial_grad = _adversarial(recon, adversary, objective)
+        adversarial, adversarial_grad = _adversarial(
+            recon, adversary, objective=objective, background=background
+        )
         weight = torch.ones((), device=recon.device)
         if adversary.adaptive:
             weight = adaptive_weight(
@@ -112,25 +118,31 @@ def backward_model(
 
 
 def _adversarial(
-    recon: Tensor, adversary: Adversary, objective: Objective
+    recon: Tensor, adversary: Adversary, *, objective: Objective, background: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """The generator's loss and its gradient at ``recon``."""
-    seen = diff_augment(objective.picture(recon), adversary.augment)
+    seen = diff_augment(to_rgb(objective.picture(recon), background), adversary.augment)
     loss = adversary.loss.generator(adversary.critic(seen))
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
 
 
 def backward_critic(
-    images: Tensor, recon: Tensor, *, adversary: Adversary, divide_by: int = 1
+    images: Tensor,
+    recon: Tensor,
+    *,
+    adversary: Adversary,
+    background: Tensor | float = MID_GREY,
+    divide_by: int = 1,
 ) -> dict[str, Tensor]:
     """Add the gradient of the critic's loss and penalties to its parameters, in one backward pass;
-    ``recon`` is detached here.
+    ``recon`` is detached here, and ``background`` lies behind alpha in both.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.
     """
-    seen = diff_augment(torch.cat([images, recon.detach()]), adversary.augment)
+    both = [to_rgb(images, background), to_rgb(recon.detach(), background)]
+    seen = diff_augment(torch.cat(both), adversary.augment)
     real, fake = adversary.prepared(seen).float().chunk(2)
     loss = adversary.loss.critic(real, fake)
     log = {

@@ -1,27 +1,28 @@
 """Validation: PSNR, SSIM and LPIPS of the averaged weights on whole, unaugmented images, and a grid
 to look at."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from latentvae.data import (
     BadImages,
     EvalTransform,
     ImageSource,
+    Picture,
     UnreadableImage,
     validation_batches,
 )
 from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
-from latentvae.metrics import psnr, ssim, to_8bit
+from latentvae.losses.colors import to_rgb
+from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.latent import TokenUsage
 from latentvae.models import calls
+from latentvae.pictures import to_pil
 
 DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
 
@@ -39,8 +40,11 @@ class First:
     def name(self, index: int, /) -> str:
         return self.source.name(index)
 
-    def read(self, index: int, /, *, at_least: int | None = None) -> Image.Image:
+    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         return self.source.read(index, at_least=at_least)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.source.size(index)
 
 
 @torch.inference_mode()
@@ -56,7 +60,7 @@ def validate(
     bad: BadImages,
 ) -> dict[str, float]:
     """Means over the first ``limit`` images, each measured once over all ranks, at the posterior's
-    mode after rounding to 8 bits.
+    mode; rounded to 8 bits where the image is of 8 bits (`metrics.round_alike`).
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
@@ -84,7 +88,7 @@ def validate(
         z = calls.encode(net, images)
         if usage is not None:
             usage.update(calls.tokenize(net, z))
-        recon = to_8bit(calls.decode(net, z).clamp(-1.0, 1.0))
+        recon = round_alike(calls.decode(net, z).clamp(-1.0, 1.0), images)
         count += len(images)
         for name, measure in measures.items():
             sums[name] += measure(images, recon).double().cpu().sum().item()
@@ -107,19 +111,25 @@ def _token_measures(usage: TokenUsage) -> dict[str, float]:
 
 
 def first_readable(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
-    """The first ``count`` images that can be read, (count or fewer, 3, R, R).
+    """The first ``count`` images that can be read, (count or fewer, C, R, R).
 
     Raises:
         UserError: there is none.
     """
     images: list[Tensor] = []
+    reasons: list[str] = []
     for i in range(len(source)):
         if len(images) == count:
             break
-        with contextlib.suppress(UnreadableImage):
+        try:
             images.append(transform(source.read(i)))
+        except UnreadableImage as error:
+            reasons.append(f"'{source.name(i)}': {error.reason}")
     if not images:
-        raise UserError(f"not one of the {len(source):,} validation images can be read")
+        raise UserError(
+            f"not one of the {len(source):,} validation images can be read, the first "
+            f"being {reasons[0]}"
+        )
     return torch.stack(images)
 
 
@@ -144,13 +154,17 @@ def save_grid(
     device: torch.device,
 ) -> None:
     """Write a PNG with a column per image: original, reconstruction, difference (mid-grey is
-    none)."""
+    none); what has alpha is laid over mid-grey."""
     images = first_readable(source, transform, count=count).to(device)
-    recon = reconstruct_mode(net, images)
+    images, recon = _visible(images), _visible(reconstruct_mode(net, images))
     difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
     rows = [
         torch.cat(list(row), dim=2) for row in (images, recon, difference)
-    ]  # each (3, R, count * R)
-    pixels = ((torch.cat(rows, dim=1) + 1.0) * 127.5).round().to(torch.uint8)
+    ]  # each (C, R, count * R)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
+    to_pil(torch.cat(rows, dim=1)[None])[0].save(path)
+
+
+def _visible(images: Tensor) -> Tensor:
+    """Without alpha; grey stays of one channel."""
+    return to_rgb(images) if images.shape[1] == 4 else images

@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.metrics import ms_ssim, psnr, ssim, to_8bit
+from latentvae.metrics import ms_ssim, psnr, round_alike, ssim, to_8bit
 
 
 def pair(size: int = 96, *, noise: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -120,3 +120,15 @@ def test_ssim_of_too_small_images_is_a_clear_error() -> None:
 def test_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="one shape"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
+
+
+def test_only_what_is_beside_8_bits_is_rounded_to_8_bits():
+    levels = torch.arange(64, dtype=torch.float32).view(1, 1, 8, 8)
+    of_8_bits, of_16_bits = levels / 127.5 - 1, levels * 999 / 32767.5 - 1
+    images = torch.cat([of_8_bits, of_16_bits])
+    recon = images + 0.3 / 127.5
+    rounded = round_alike(recon, images)
+    assert torch.equal(rounded[0], images[0])
+    assert torch.equal(rounded[1], recon[1])
+    assert psnr(images, rounded)[0] == torch.inf and psnr(images, rounded)[1] < 60
+    assert round_alike(images * 3, images).abs().max() == 1

@@ -1,0 +1,146 @@
+"""Aspect-ratio buckets: images of about one shape are trained together, little of them cut away
+(NovelAI 2022, "Aspect ratio bucketing"; `enable_bucket` of kohya's scripts).
+
+A batch is of one bucket, and all ranks have the same bucket in the same step. The order is a
+function of (seed, epoch), so a resumed run needs one integer, as with `IndexSampler`.
+
+`N` images, `B` images per rank and micro-step, `W` ranks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentvae.data.folder import ImageSource
+from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.reading import UnreadableImage
+from latentvae.data.sampler import IndexSampler
+
+WIDEST = 2.0  # aspect ratio of the last bucket; of the first it is 1 / WIDEST
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes, and which image goes where.
+
+    Attributes:
+        sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
+        of: (N,), the bucket of each image.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    of: np.ndarray
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width that an image is trained at."""
+        return self.sizes[self.of[index]]
+
+    def describe(self) -> str:
+        counts = np.bincount(self.of, minlength=len(self.sizes))
+        return ", ".join(
+            f"{h} x {w}: {count:,}" for (h, w), count in zip(self.sizes, counts, strict=True)
+        )
+
+
+def bucket_sizes(
+    resolution: tuple[int, int], count: int, *, multiple: int
+) -> tuple[tuple[int, int], ...]:
+    """Up to ``count`` different (height, width), aspect ratios evenly spaced in their logarithm.
+
+    Args:
+        resolution: height and width whose product all are near to.
+        multiple: divides every side.
+    """
+    area = resolution[0] * resolution[1]
+    ratios = np.geomspace(1 / WIDEST, WIDEST, count) if count > 1 else np.ones(1)
+    sizes = {
+        (_rounded(math.sqrt(area / r), multiple), _rounded(math.sqrt(area * r), multiple))
+        for r in ratios.tolist()
+    }
+    return tuple(sorted(sizes, key=_aspect))
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(round(side / multiple), 1) * multiple
+
+
+def _aspect(size: tuple[int, int]) -> float:
+    return size[1] / size[0]
+
+
+def aspect_ratios(source: ImageSource) -> np.ndarray:
+    """Width by height of every image, (N,), from the headers; 1 where one cannot be read, which is
+    told when it is its turn."""
+    ratios = np.ones(len(source))
+    for i in range(len(source)):
+        try:
+            width, height = source.size(i)
+        except UnreadableImage:
+            continue
+        if min(width, height) > 0:
+            ratios[i] = width / height
+    return ratios
+
+
+def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: int) -> Buckets:
+    """Each image to the bucket whose aspect ratio is nearest, by their quotient.
+
+    Args:
+        ratios: width by height, (N,).
+        at_least: images in a bucket (one joint batch, B W): the smallest that has fewer is given
+            up, and its images go to the next nearest, until none has.
+    """
+    assert len(ratios) >= at_least
+    while True:
+        logs = np.log([_aspect(size) for size in sizes])
+        of = np.abs(np.log(ratios)[:, None] - logs).argmin(axis=1)
+        counts = np.bincount(of, minlength=len(sizes))
+        smallest = int(counts.argmin())
+        if counts[smallest] >= at_least:
+            return Buckets(sizes, of)
+        sizes = sizes[:smallest] + sizes[smallest + 1 :]
+
+
+class BucketSampler(IndexSampler):
+    """Micro-steps of one bucket each, on all ranks; else as `IndexSampler`.
+
+    In an epoch no image comes twice, and of each bucket fewer than one joint batch are left out,
+    others in each epoch.
+
+    Args:
+        buckets: of every image.
+        batch_size, seed, rank, world_size, start_step: as of `IndexSampler`.
+    """
+
+    def __init__(
+        self,
+        buckets: Buckets,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__(
+            len(buckets.of),
+            batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+        self.buckets = buckets
+        counts = np.bincount(buckets.of)
+        self.steps_per_epoch = int((counts // (batch_size * world_size)).sum())
+
+    def order(self, epoch: int) -> list[int]:
+        """The images of that epoch, one joint batch after the other."""
+        rng, joint = counter_rng(Stream.ORDER, self.seed, epoch), self.batch_size * self.world_size
+        shuffled = rng.permutation(self.num_items)
+        batches: list[np.ndarray] = []
+        for bucket in range(len(self.buckets.sizes)):
+            images = shuffled[self.buckets.of[shuffled] == bucket]
+            batches += list(images[: len(images) // joint * joint].reshape(-1, joint))
+        return np.concatenate([batches[i] for i in rng.permutation(len(batches))]).tolist()

@@ -1,0 +1,163 @@
+"""Pixels of any depth, as planes of floats in [-1, 1]: for what Pillow has no mode for.
+
+8-bit pictures stay Pillow's own, which is fast. 16 bits, floats, and any picture whose range is
+stated become a `DeepImage`, which has the calls of a Pillow image that the transforms use; from the
+file to the tensor nothing is rounded to 8 bits.
+
+`C` channels, `H W` pixels. A picture is grey (1), grey and alpha (2), RGB (3) or RGBA (4).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+INTEGER_TOP = 65535  # of integers of more than 8 bits, where no range is stated
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode "L"
+
+
+class BadPixels(ValueError):
+    """Numbers that make no picture; says why, in a few words."""
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What every image file becomes.
+
+    Attributes:
+        channels: 1 (grey: luma of colours), 3 (RGB: grey is repeated) or 4 (RGBA: opaque where
+            the file has no alpha). Without alpha, transparency is laid over white.
+        value_range: the stored numbers that become -1 and 1; those outside are clipped. None goes
+            by the type: 0..255 for 8 bits, 0..65535 for wider integers; floats have no range of
+            their own, but with 3 channels 0..1 if none exceeds 1, else 0..255. Alpha always goes
+            by the type, floats from 0 to 1.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+
+
+class DeepImage:
+    """A picture as one float32 plane per channel, in [-1, 1].
+
+    Args:
+        planes: Pillow images of mode "F" and of one size: grey, RGB or RGBA.
+    """
+
+    def __init__(self, planes: Sequence[Image.Image]) -> None:
+        self.planes = tuple(planes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.planes[0].size
+
+    def resize(
+        self,
+        size: tuple[int, int],
+        resample: Image.Resampling,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+        reducing_gap: float | None = None,
+    ) -> "DeepImage":
+        """As `PIL.Image.Image.resize`: what a kernel rings beyond [-1, 1] is clipped, and colours
+        count by their alpha."""
+
+        def resized(values: np.ndarray) -> np.ndarray:
+            plane = Image.fromarray(values)
+            return np.asarray(plane.resize(size, resample, box=box, reducing_gap=reducing_gap))
+
+        planes = [np.asarray(plane) for plane in self.planes]
+        whole = size == self.size and box in (None, (0, 0, *size))
+        if whole or len(planes) < 4 or planes[3].min() == 1:
+            return _from_planes([resized(plane) for plane in planes])
+        *colour, alpha = ((plane + 1) / 2 for plane in planes)
+        weight = resized(alpha)
+        sums = [resized(plane * alpha) for plane in colour]
+        means = [np.divide(s, weight, out=np.zeros_like(s), where=weight > 1e-6) for s in sums]
+        return _from_planes([2 * values - 1 for values in (*means, weight)])
+
+    def transpose(self, method: Image.Transpose) -> "DeepImage":
+        """As `PIL.Image.Image.transpose`."""
+        return DeepImage([plane.transpose(method) for plane in self.planes])
+
+    def to_array(self) -> np.ndarray:
+        """(C, H, W), float32 in [-1, 1]."""
+        return np.stack([np.asarray(plane) for plane in self.planes])
+
+    def to_8bit(self) -> Image.Image:
+        """The nearest picture of 8 bits: mode "L", "RGB" or "RGBA"."""
+        levels = np.rint((self.to_array() + 1) * 127.5).astype(np.uint8)
+        planes = [Image.fromarray(plane) for plane in levels]
+        return Image.merge({1: "L", 3: "RGB", 4: "RGBA"}[len(planes)], planes)
+
+
+Picture = Image.Image | DeepImage
+
+
+def deep_image(values: np.ndarray, pixels: PixelFormat, *, alpha: bool) -> DeepImage:
+    """The picture of stored numbers.
+
+    Args:
+        values: (H, W, C), of booleans, integers or floats.
+        alpha: whether the last channel is one.
+
+    Raises:
+        BadPixels: numbers that are not finite, or whose range nothing tells.
+    """
+    kind, count = values.dtype.kind, values.shape[2] - alpha
+    if values.size == 0:
+        raise BadPixels("it has no pixels")
+    if kind not in "buif":
+        raise BadPixels(f"it holds {values.dtype}, not numbers of pixels")
+    if kind == "f" and not np.isfinite(values).all():
+        raise BadPixels("its float values are not all finite")
+    low, high = pixels.value_range or _own_range(values[..., :count], pixels)
+    colour = [_scaled(values[..., i], low, high) for i in range(count)]
+    veil = _scaled(values[..., count], 0, _top(values.dtype)) if alpha else None
+    return _from_planes(_arranged(colour, veil, pixels.channels))
+
+
+def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
+    if colour.dtype.kind != "f":
+        top = _top(colour.dtype)
+        if top == INTEGER_TOP and (colour.min() < 0 or colour.max() > top):
+            raise BadPixels("its integer values lie outside 0..65535: value_range must say theirs")
+        return 0, top
+    if pixels.channels != 3:
+        raise BadPixels("its values are floats: value_range must say what is black and white")
+    return 0, 1 if colour.max() <= 1 else 255
+
+
+def _top(dtype: np.dtype) -> int:
+    if dtype.kind in "bf":
+        return 1
+    return 255 if dtype == np.uint8 else INTEGER_TOP
+
+
+def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """To [-1, 1], float32; computed in float64, which keeps 32-bit integers apart."""
+    unit = (values.astype(np.float64) - low) / (high - low)
+    return (2 * np.clip(unit, 0, 1) - 1).astype(np.float32)
+
+
+def _arranged(
+    colour: list[np.ndarray], alpha: np.ndarray | None, channels: int
+) -> list[np.ndarray]:
+    """One or three planes, and perhaps alpha, to the channels wanted."""
+    if channels < 4 and alpha is not None:
+        colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # over white
+    if channels == 1 and len(colour) == 3:
+        return [sum(share * plane for share, plane in zip(_LUMA, colour, strict=True))]  # pyright: ignore[reportReturnType]
+    if channels == 1:
+        return colour
+    rgb = colour * 3 if len(colour) == 1 else colour
+    if channels == 3:
+        return rgb
+    return [*rgb, np.ones_like(rgb[0]) if alpha is None else alpha]
+
+
+def _from_planes(planes: Sequence[np.ndarray]) -> DeepImage:
+    clipped = (np.clip(plane, -1, 1, dtype=np.float32) for plane in planes)
+    return DeepImage([Image.fromarray(plane) for plane in clipped])

@@ -1,0 +1,75 @@
+"""The size of an image from its file's header, without decoding it."""
+
+import io
+import os
+import warnings
+from typing import IO
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from latentvae.data import deep_files
+from latentvae.data.reading import UnreadableImage, known_formats, reason_of
+
+_SIDEWAYS = range(5, 9)  # EXIF orientations that swap the sides
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, int]:
+    """Width and height of the upright image.
+
+    Args:
+        source: a path, the bytes of a file, or an open one.
+        name: as an error shall name it.
+
+    Raises:
+        UnreadableImage: the header is damaged, or of no known format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(source, bytes):
+                return _size(io.BytesIO(source))
+            if not isinstance(source, str | os.PathLike):
+                return _size(source)
+            with open(source, "rb") as file:
+                return _size(file)
+    except Exception as error:  # of as many types as in `read_image`
+        reason = "not an image of a known format"
+        if not isinstance(error, UnidentifiedImageError):
+            reason = reason_of(error)
+        raise UnreadableImage(name, reason) from error
+
+
+def _size(file: IO[bytes]) -> tuple[int, int]:
+    start = file.read(8)
+    file.seek(0)
+    if start.startswith(deep_files.NPY_MAGIC):
+        shape = _NPY_HEADERS[np.lib.format.read_magic(file)](file)[0]
+        return shape[1], shape[0]
+    try:
+        with Image.open(file, formats=known_formats()) as image:
+            sideways = _orientation(image) in _SIDEWAYS
+            return (image.height, image.width) if sideways else image.size
+    except UnidentifiedImageError:
+        if not start.startswith(deep_files.TIFF_MAGICS):
+            raise
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages.first
+        tag = page.tags.get(deep_files.ORIENTATION)
+        sideways = tag is not None and tag.value in _SIDEWAYS
+        width, height = page.imagewidth, page.imagelength
+        return (height, width) if sideways else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Pillow turns the size of a TIFF itself, and decodes a PNG to look for EXIF behind the pixels,
+    which is not worth it here."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(deep_files.ORIENTATION, 1)
