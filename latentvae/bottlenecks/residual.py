@@ -1,0 +1,153 @@
+"""Residual quantisation (RQ-VAE, arXiv:2203.01941): each level quantises what the levels before it
+left over.
+
+r_0 = h, k_l = nearest(r_{l-1}), r_l = r_{l-1} - code(k_l), z = sum_l code(k_l)
+
+`B` batch, `D` code width, `K` codes of a level, `L` levels, `N = B * h * w` vectors.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.nearest import nearest_codes
+from latentvae.bottlenecks.quantized import Quantized
+from latentvae.bottlenecks.vector import GRADIENTS, VectorQuantizer
+
+
+class ResidualQuantizer(nn.Module):
+    """A `Quantizer` with L codes per position, whose sum is z.
+
+    The losses are means over levels: `commitment` of |h - sg(sum of the codes so far)|^2, as in
+    RQ-VAE, `codebook` of |sg(r_{l-1}) - code|^2. The gradient passes from z to h once. Statistics
+    and buffers of separate codebooks are kept by level; those of a shared one are sums over levels.
+
+    Args:
+        num_levels: L.
+        num_codes: K, of each level.
+        code_channels: D, also the channels of the features.
+        shared_codebook: one codebook for all levels, as RQ-VAE has, or one for each.
+        ema_decay, gradient, restart_threshold, kmeans_iterations: as of `VectorQuantizer`; dead
+            codes restart at what is left over at their level, shared ones at that of any level.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_levels: int,
+        num_codes: int,
+        code_channels: int,
+        shared_codebook: bool = True,
+        ema_decay: float | None = None,
+        gradient: str = "straight_through",
+        restart_threshold: float = 0.0,
+        kmeans_iterations: int = 10,
+    ) -> None:
+        super().__init__()
+        self.num_levels = num_levels
+        self.num_codes = num_codes
+        self.code_channels = self.in_channels = code_channels
+        self.shared_codebook = shared_codebook
+        self.restart_threshold = restart_threshold
+        self.codebooks = nn.ModuleList(
+            VectorQuantizer(
+                num_codes=num_codes,
+                code_channels=code_channels,
+                ema_decay=ema_decay,
+                gradient=gradient,
+                restart_threshold=restart_threshold,
+                kmeans_iterations=kmeans_iterations,
+            )
+            for _ in range(1 if shared_codebook else num_levels)
+        )
+        self.gradient = GRADIENTS[gradient]
+
+    @property
+    def levels(self) -> list[VectorQuantizer]:
+        """The quantiser of each level; of a shared codebook the same one L times."""
+        return [*self.codebooks] * (self.num_levels if self.shared_codebook else 1)  # type: ignore[list-item]
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes of each level, (L, K, D), float32."""
+        return torch.stack([level.codebook for level in self.levels])
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantise (B, D, h, w). ``temperature`` has no use."""
+        features = features.float()
+        left, found = features, []
+        for level in self.levels:
+            found.append(level(left))
+            left = left - found[-1].z.detach()
+        indices = torch.stack([level.indices for level in found], dim=1)
+        losses = {
+            name: torch.stack([level.losses[name] for level in found]).mean()
+            for name in found[0].losses
+        }
+        z = self._passing(features, self.codes(indices))
+        return Quantized(z, indices, losses, self._join([level.statistics for level in found]))
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """(B, D, h, w) of indices (B, L, h, w)."""
+        levels = zip(self.levels, indices.unbind(1), strict=True)
+        return torch.stack([level.codes(level_indices) for level, level_indices in levels]).sum(0)
+
+    @torch.no_grad()
+    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+        """k-means of features (N, D) and of what is left over, level by level; a shared codebook
+        first of the features, then of those with all that this leaves over."""
+        features = features.detach().float()
+        if self.shared_codebook:
+            self.levels[0].initialise(features, generator=generator)
+            joined = torch.cat(list(self._residuals(features)))
+            self.levels[0].initialise(joined, generator=generator)
+            return
+        for level in self.levels:
+            level.initialise(features, generator=generator)
+            features = _left_over(features, level)
+
+    @torch.no_grad()
+    def update(
+        self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """See `Quantizer.update`."""
+        some = features.detach().float()
+        if self.restart_threshold > 0:  # no more can restart, so search for no more
+            order = torch.randperm(len(some), generator=generator)[: self.num_codes]
+            some = some[order.to(some.device)]
+        if self.shared_codebook:
+            joined = torch.cat(self._residuals(some)) if self.restart_threshold > 0 else some
+            return self.levels[0].update(statistics, features=joined, generator=generator)
+        restarted = torch.zeros((), dtype=torch.int64, device=features.device)
+        for place, level in enumerate(self.levels):
+            own = {name: values[place] for name, values in statistics.items()}
+            left = _left_over(some, level) if self.restart_threshold > 0 else some
+            restarted += level.update(own, features=some, generator=generator)
+            some = left
+        return restarted
+
+    def _passing(self, features: Tensor, z: Tensor) -> Tensor:
+        """``z`` by value, with the gradient to the features."""
+        B, D, h, w = features.shape
+        vectors, quantised = (t.permute(0, 2, 3, 1).reshape(-1, D) for t in (features, z))
+        passing = self.gradient(vectors, quantised)
+        return passing.view(B, h, w, D).permute(0, 3, 1, 2).contiguous()
+
+    def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Of all levels: added for a shared codebook, else on a first axis of L."""
+        joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
+        if self.shared_codebook:
+            return {name: values.sum(0) for name, values in joined.items()}
+        return joined
+
+    def _residuals(self, features: Tensor) -> list[Tensor]:
+        """What each level quantises, (N, D) each."""
+        residuals = [features]
+        for level in self.levels[:-1]:
+            residuals.append(_left_over(residuals[-1], level))
+        return residuals
+
+
+def _left_over(vectors: Tensor, level: VectorQuantizer) -> Tensor:
+    """Vectors (N, D) less their nearest codes."""
+    codebook = level.codebook
+    return vectors - codebook[nearest_codes(vectors, codebook)]

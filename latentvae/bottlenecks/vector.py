@@ -1,0 +1,248 @@
+"""Vector quantisation (VQ-VAE, arXiv:1711.00937) and what keeps a codebook in use.
+
+features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
+
+The codebook learns from its loss or as a moving average of the vectors that chose each code (the
+paper's appendix A.1). With `l2_normalize` vectors and codes lie on the unit sphere (ViT-VQGAN,
+arXiv:2110.04627). The gradient passes the quantiser as it is or turned and scaled as the vector was
+(rotation trick, arXiv:2410.06424). Codes that are hardly used restart at features of the batch.
+
+`B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.entropy import code_entropies
+from latentvae.bottlenecks.nearest import nearest_codes
+from latentvae.bottlenecks.quantized import Quantized
+from latentvae.errors import UserError, nearest
+
+LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
+USAGE_DECAY = 0.99  # per update, of the share that decides whether a code is dead
+SMALLEST_NORM = 1e-6  # a shorter vector has no direction
+
+
+def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
+    """``quantised`` exactly, with the gradient of ``vectors``."""
+    return quantised.detach() + (vectors - vectors.detach())
+
+
+def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
+    """``quantised`` exactly, as the rotation and scaling of ``vectors`` (N, D) that leads there,
+    which count as constants (arXiv:2410.06424, section 4.2)."""
+    vector, quantised = vectors.detach(), quantised.detach()
+    norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))
+    e, q = vector / norm.clamp(min=SMALLEST_NORM), quantised / target.clamp(min=SMALLEST_NORM)
+    r = F.normalize(e + q, dim=1)
+    scale = torch.where(norm > SMALLEST_NORM, target / norm.clamp(min=SMALLEST_NORM), 1.0)
+
+    def along(a: Tensor, b: Tensor) -> Tensor:
+        return b * (moved * a).sum(1, keepdim=True)
+
+    moved = vectors - vector  # zero, with a gradient
+    return quantised + scale * (moved - 2 * along(r, r) + 2 * along(e, q))
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "straight_through": straight_through,
+    "rotation": rotation,
+}
+
+
+class VectorQuantizer(nn.Module):
+    """A `Quantizer` with one code per position.
+
+    Args:
+        num_codes: K.
+        code_channels: D, also the channels of the features.
+        ema_decay: of the moving averages that are the codebook, in (0, 1), per update; None: the
+            codebook is a parameter, learned by the loss `codebook`.
+        l2_normalize: vectors and codes on the unit sphere: by cosine. The losses and the decoder
+            see unit vectors.
+        gradient: `"straight_through"` or `"rotation"`.
+        restart_threshold: a code is dead whose use, a moving average, is below this share of the
+            mean; 0: none ever is.
+        entropy_temperature: of the softmax over negative squared distances whose entropies are the
+            losses `sample_entropy` and `batch_entropy`; None: neither is computed.
+        kmeans_iterations: of `initialise`; 0: the codebook stays random.
+    """
+
+    num_levels = 1
+    weight: Tensor
+    usage: Tensor
+    cluster_size: Tensor
+    embed_sum: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_codes: int,
+        code_channels: int,
+        ema_decay: float | None = None,
+        l2_normalize: bool = False,
+        gradient: str = "straight_through",
+        restart_threshold: float = 0.0,
+        entropy_temperature: float | None = None,
+        kmeans_iterations: int = 10,
+    ) -> None:
+        super().__init__()
+        self.gradient = _gradient(gradient)
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise UserError(f"ema_decay is {ema_decay}; it lies between 0 and 1, as 0.99 does")
+        self.num_codes = num_codes
+        self.code_channels = self.in_channels = code_channels
+        self.ema_decay = ema_decay
+        self.l2_normalize = l2_normalize
+        self.restart_threshold = restart_threshold
+        self.entropy_temperature = entropy_temperature
+        self.kmeans_iterations = kmeans_iterations
+        weight = torch.empty(num_codes, code_channels)
+        if l2_normalize:
+            weight = F.normalize(weight.normal_(), dim=1)
+        else:
+            weight.uniform_(-1 / num_codes, 1 / num_codes)
+        self.register_buffer("usage", torch.ones(num_codes))  # 1 is the mean use
+        if ema_decay is None:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+            self.register_buffer("cluster_size", torch.ones(num_codes))
+            self.register_buffer("embed_sum", weight.clone())
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as the decoder reads them, (K, D), float32."""
+        return self._place(self.weight.float())
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantise (B, D, h, w); statistics in training mode only. ``temperature`` has no use."""
+        assert features.shape[1] == self.in_channels, features.shape
+        with torch.autocast(features.device.type, enabled=False):
+            B, D, h, w = features.shape
+            vectors = self._place(features.float().permute(0, 2, 3, 1).reshape(-1, D))
+            codebook = self.codebook
+            indices = nearest_codes(vectors, codebook)
+            quantised = F.embedding(indices, codebook)
+            z = self.gradient(vectors, quantised).view(B, h, w, D).permute(0, 3, 1, 2)
+            losses = self._losses(vectors, quantised, codebook)
+            statistics = self._statistics(vectors.detach(), indices) if self.training else {}
+        return Quantized(z.contiguous(), indices.view(B, h, w), losses, statistics)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """(B, D, h, w) of indices (B, h, w)."""
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2).contiguous()
+
+    @torch.no_grad()
+    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+        """k-means of features (N, D); on the sphere where codes lie there."""
+        if self.kmeans_iterations == 0:
+            return
+        vectors = self._place(features.detach().float())
+        places = torch.randperm(len(vectors), generator=generator)
+        places = places[torch.arange(self.num_codes) % len(vectors)]
+        centres = vectors[places.to(vectors.device)]
+        for _ in range(self.kmeans_iterations):
+            indices = nearest_codes(vectors, centres)
+            counts = _counts(indices, self.num_codes)
+            sums = _sums(vectors, indices, self.num_codes)
+            centres = self._place(sums / counts.clamp(min=1)[:, None])
+            source, empty = _draw(vectors, counts == 0, generator=generator)
+            centres = torch.where(empty[:, None], source, centres)
+        self._set(centres, torch.ones_like(self.usage, dtype=torch.bool), size=1.0)
+
+    @torch.no_grad()
+    def update(
+        self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """See `Quantizer.update`. Each dead code restarts at another of the features; if there are
+        more dead codes than features, the rest waits."""
+        counts = statistics["counts"]
+        mean = counts.sum().clamp(min=1) / self.num_codes
+        self.usage.lerp_(counts / mean, 1 - USAGE_DECAY)
+        if self.ema_decay is not None:
+            self._average(counts, statistics["sums"])
+        if self.restart_threshold == 0:
+            return torch.zeros((), dtype=torch.int64, device=counts.device)
+        vectors = self._place(features.detach().float())
+        dead = self.usage < self.restart_threshold
+        source, restarted = _draw(vectors, dead, generator=generator)
+        # A code that counts little in its own average follows its vectors at once.
+        self._set(source, restarted, size=self.restart_threshold * mean)
+        return restarted.sum()
+
+    def _place(self, vectors: Tensor) -> Tensor:
+        """On the sphere, where that is asked."""
+        return F.normalize(vectors, dim=1, eps=SMALLEST_NORM) if self.l2_normalize else vectors
+
+    def _losses(self, vectors: Tensor, quantised: Tensor, codebook: Tensor) -> dict[str, Tensor]:
+        losses = {"commitment": F.mse_loss(vectors, quantised.detach())}
+        if self.ema_decay is None:
+            losses["codebook"] = F.mse_loss(quantised, vectors.detach())
+        if self.entropy_temperature is not None:
+            sample, batch = code_entropies(
+                vectors,
+                codebook,
+                temperature=self.entropy_temperature,
+                over_ranks=self.training,  # ranks may validate different numbers of batches
+            )
+            losses |= {"sample_entropy": sample, "batch_entropy": batch}
+        return losses
+
+    def _statistics(self, vectors: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        statistics = {"counts": _counts(indices, self.num_codes)}
+        if self.ema_decay is not None:
+            statistics["sums"] = _sums(vectors, indices, self.num_codes)
+        return statistics
+
+    def _average(self, counts: Tensor, sums: Tensor) -> None:
+        """Appendix A.1 of arXiv:1711.00937, with Laplace smoothing of the counts."""
+        assert self.ema_decay is not None
+        self.cluster_size.lerp_(counts, 1 - self.ema_decay)
+        self.embed_sum.lerp_(sums, 1 - self.ema_decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
+        self.weight.copy_(self.embed_sum / smoothed[:, None])
+
+    def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
+        """Put ``codes`` (K, D) where ``mask`` (K,) holds, with ``size`` vectors to their name."""
+        self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
+        self.usage.masked_fill_(mask, 1.0)
+        if self.ema_decay is not None:
+            self.cluster_size.copy_(torch.where(mask, size, self.cluster_size))
+            self.embed_sum.copy_(torch.where(mask[:, None], codes * size, self.embed_sum))
+
+
+def _gradient(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if name not in GRADIENTS:
+        allowed = " or ".join(GRADIENTS)
+        raise UserError(f"gradient is {name!r}; it is {allowed}{nearest(name, GRADIENTS)}")
+    return GRADIENTS[name]
+
+
+def _counts(indices: Tensor, num_codes: int) -> Tensor:
+    """(K,), float32: exact, and added up like the sums."""
+    ones = torch.ones(len(indices), device=indices.device)
+    return torch.zeros(num_codes, device=indices.device).index_add_(0, indices, ones)
+
+
+def _sums(vectors: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    """Sum of the vectors (N, D) of each code, (K, D)."""
+    # The gradient of F.embedding: it sorts on a GPU, where index_add_ would add in any order and
+    # ranks would differ in the last digits.
+    return torch.ops.aten.embedding_dense_backward(vectors, indices, num_codes, -1, False)
+
+
+def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random vector for each code that is ``wanted`` (K,), none twice, without a host sync.
+
+    Returns:
+        Vectors (K, D), and for which codes they are, (K,): fewer than wanted if vectors run out.
+    """
+    order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+    place = wanted.cumsum(0) - 1
+    given = wanted & (place < len(vectors))
+    return vectors[order[place.clamp(0, len(vectors) - 1)]], given
