@@ -42,6 +42,9 @@ SIZES = {  # codes, channels, on the unit sphere
     "8192 x 32 normalised": (8192, 32, True),
     "65536 x 8": (65_536, 8, False),
 }
+# Peak in full distance matrices, of those that hold them: what does not fit is left out, as the
+# system would kill the process.
+MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
 Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
 
 
@@ -165,13 +168,17 @@ def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]
 def measure(size: str, options: Options) -> list[dict[str, Any]]:
     """Rows of time and of peak memory, one for each other quantiser."""
     features, codebook, l2 = inputs(size)
-    quantisers = {name: build(codebook, l2) for name, build in QUANTISERS.items()}
+    full = 4 * VECTORS * len(codebook)
+    room = psutil.virtual_memory().available
+    fitting = [name for name in QUANTISERS if MATRICES[name] * full < room]
+    if left_out := QUANTISERS.keys() - fitting:
+        print(f"{size}: not enough memory for {', '.join(sorted(left_out))}")
+    quantisers = {name: QUANTISERS[name](codebook, l2) for name in fitting}
     indices = {name: quantise(features) for name, quantise in quantisers.items()}
     seconds = times(quantisers, features, options.runs)
     peaks = {
         name: peak_in_a_fresh_process(size, name, threads=options.threads) for name in quantisers
     }
-    full = 4 * VECTORS * len(codebook)
     rows: list[dict[str, Any]] = []
     for name in list(quantisers)[1:]:
         equal, ties = agreement(indices["latentvae"], indices[name], size)
