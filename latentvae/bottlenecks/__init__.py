@@ -6,6 +6,7 @@ from latentvae.bottlenecks.fsq import FiniteScalarQuantizer
 from latentvae.bottlenecks.gaussian import GaussianLatent, gaussian_bottleneck
 from latentvae.bottlenecks.gumbel import GumbelQuantizer
 from latentvae.bottlenecks.lfq import LookupFreeQuantizer
+from latentvae.bottlenecks.nearest import nearest_codes
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.bottlenecks.residual import ResidualQuantizer
 from latentvae.bottlenecks.vector import VectorQuantizer
@@ -41,4 +42,5 @@ __all__ = [
     "VectorQuantizer",
     "build_quantizer",
     "gaussian_bottleneck",
+    "nearest_codes",
 ]

@@ -1,8 +1,8 @@
 """Search of the nearest code in tiles: memory grows with the tile, never with N x K.
 
-argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product with
-a bias. The largest of each block of 32 codes is found first, then the place within the best block:
-a maximum over rows runs at the speed of memory, an argmax over all of them many times slower.
+argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product
+with a bias. The largest of each block of 32 codes is found first, then the place within the best
+block: a maximum over rows runs at the speed of memory, an argmax many times slower.
 
 `N` vectors, `K` codes, `D` their width, `n` vectors of a tile.
 """
@@ -55,7 +55,7 @@ def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tens
         some = codes[first : first + rows]
         scores = tile[: len(some) * n].view(len(some), n)
         torch.addmm(bias[first : first + rows], some, part.t(), out=scores)
-        blocks = scores.view(-1, BLOCK, n)
+        blocks = scores.view(len(some) // BLOCK, BLOCK, n)
         score, block = blocks.amax(1).max(0)
         found = first + block * BLOCK + blocks[block, :, columns].argmax(1)
         indices = torch.where(score > best, found, indices)  # not >=: the lowest among equals

@@ -18,17 +18,12 @@ from torch import Tensor, nn
 
 from latentvae.bottlenecks.entropy import code_entropies
 from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.quantized import Quantized
+from latentvae.bottlenecks.quantized import Quantized, straight_through
 from latentvae.errors import UserError, nearest
 
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 USAGE_DECAY = 0.99  # per update, of the share that decides whether a code is dead
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
-
-
-def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """``quantised`` exactly, with the gradient of ``vectors``."""
-    return quantised.detach() + (vectors - vectors.detach())
 
 
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:

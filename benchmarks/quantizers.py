@@ -1,0 +1,256 @@
+"""Time and peak memory of quantising 16,384 vectors, beside how others search the nearest code.
+
+    python benchmarks/quantizers.py --json quantizers.json
+
+At 16384 codes of 256 channels, 8192 of 32 on the unit sphere and 65536 of 8: `VectorQuantizer`
+(with its losses, without gradients), diffusers' `VectorQuantizer` (torch.cdist and argmin), the
+expanded square that taming-transformers' VectorQuantizer2 forms, and vector-quantize-pytorch's
+`VectorQuantize`, all with the same codebook. First it is counted how many indices are equal, and
+whether the others are ties (distances in float64 that differ by less than 1e-5 of them). Times are
+taken in turns; a peak is how far the resident memory of a fresh process rises above what it was
+before the call. Prints a table and writes JSON, whose ratios are reference / ours.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from vector_quantize_pytorch import VectorQuantize
+
+from latentvae.bottlenecks import VectorQuantizer
+from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
+
+MIB = 2**20
+VECTORS = 16_384
+SIZES = {  # codes, channels, on the unit sphere
+    "16384 x 256": (16_384, 256, False),
+    "8192 x 32 normalised": (8192, 32, True),
+    "65536 x 8": (65_536, 8, False),
+}
+# Peak in full distance matrices, of those that hold them: what does not fit is left out, as the
+# system would kill the process.
+MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
+Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and where to write it."""
+
+    json: Path | None = None
+    """File for the numbers."""
+
+    runs: int = 5
+    """Timed runs of each, in turns, after one to warm up."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    peak_of: tuple[str, str] | None = None
+    """A size and a name: measure one peak in this process and print it, in bytes."""
+
+
+def ours(codebook: Tensor, l2: bool) -> Quantise:
+    K, D = codebook.shape
+    quantiser = VectorQuantizer(num_codes=K, code_channels=D, l2_normalize=l2).eval()
+    quantiser.weight.copy_(codebook)
+    return lambda features: quantiser(features).indices.flatten()
+
+
+def with_diffusers(codebook: Tensor, l2: bool) -> Quantise:
+    quantiser = DiffusersQuantizer(*codebook.shape, beta=0.25, legacy=False)
+    quantiser.embedding.weight.copy_(codebook)
+    return lambda features: quantiser(placed(features, l2))[2][2]
+
+
+def as_taming(codebook: Tensor, l2: bool) -> Quantise:
+    """taming/modules/vqvae/quantize.py, VectorQuantizer2.forward."""
+
+    def quantise(features: Tensor) -> Tensor:
+        z = placed(features, l2).permute(0, 2, 3, 1).contiguous()
+        flat = z.view(-1, z.shape[3])
+        d = (
+            torch.sum(flat**2, dim=1, keepdim=True)
+            + torch.sum(codebook**2, dim=1)
+            - 2 * torch.einsum("bd,dn->bn", flat, codebook.T)
+        )
+        indices = torch.argmin(d, dim=1)
+        z_q = F.embedding(indices, codebook).view(z.shape)
+        _ = torch.mean((z_q - z) ** 2) + 0.25 * torch.mean((z_q - z) ** 2)
+        (z + (z_q - z)).permute(0, 3, 1, 2).contiguous()
+        return indices
+
+    return quantise
+
+
+def with_vector_quantize_pytorch(codebook: Tensor, l2: bool) -> Quantise:
+    K, D = codebook.shape
+    quantiser = VectorQuantize(D, K, use_cosine_sim=l2, accept_image_fmap=True).eval()
+    quantiser.codebook = codebook
+    return lambda features: quantiser(features)[1].flatten()
+
+
+QUANTISERS: dict[str, Callable[[Tensor, bool], Quantise]] = {
+    "latentvae": ours,
+    "diffusers": with_diffusers,
+    "taming-style": as_taming,
+    "vector-quantize-pytorch": with_vector_quantize_pytorch,
+}
+
+
+def placed(features: Tensor, l2: bool) -> Tensor:
+    return F.normalize(features, dim=1) if l2 else features
+
+
+def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
+    """Features (1, D, 128, 128), codebook (K, D), and whether both belong on the sphere."""
+    K, D, l2 = SIZES[size]
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(K, D, generator=generator)
+    features = torch.randn(1, D, 128, VECTORS // 128, generator=generator)
+    return features, F.normalize(codebook, dim=1) if l2 else codebook, l2
+
+
+def peak(size: str, name: str) -> int:
+    """Bytes that one call needs beyond what the process held, after a call with few vectors."""
+    features, codebook, l2 = inputs(size)
+    quantise = QUANTISERS[name](codebook, l2)
+    quantise(features[:, :, :1, :1].contiguous())  # so that what is set up once is not counted
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    before = psutil.Process().memory_info().rss
+    quantise(features)
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return max(int(status.split()[0]) * 1024 - before, 0)
+
+
+def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
+    command = [sys.executable, __file__, "--threads", str(threads), "--peak_of", size, name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
+    """Seconds of each run, the quantisers in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in quantisers}
+    for run in range(runs + 1):
+        for name, quantise in quantisers.items():
+            start = time.perf_counter()
+            quantise(features)
+            if run > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]:
+    """Share of equal indices, and whether the others are ties."""
+    features, codebook, l2 = inputs(size)
+    differs = found != reference
+    vectors = placed(features, l2).flatten(2)[0].T[differs].double()
+    one, other = ((vectors - codebook[i[differs]]).square().sum(1) for i in (found, reference))
+    ties = bool(((one - other).abs() <= 1e-5 * other).all())
+    return 1 - differs.float().mean().item(), ties
+
+
+def measure(size: str, options: Options) -> list[dict[str, Any]]:
+    """Rows of time and of peak memory, one for each other quantiser."""
+    features, codebook, l2 = inputs(size)
+    full = 4 * VECTORS * len(codebook)
+    room = psutil.virtual_memory().available
+    fitting = [name for name in QUANTISERS if MATRICES[name] * full < room]
+    if left_out := QUANTISERS.keys() - fitting:
+        print(f"{size}: not enough memory for {', '.join(sorted(left_out))}")
+    quantisers = {name: QUANTISERS[name](codebook, l2) for name in fitting}
+    indices = {name: quantise(features) for name, quantise in quantisers.items()}
+    seconds = times(quantisers, features, options.runs)
+    peaks = {
+        name: peak_in_a_fresh_process(size, name, threads=options.threads) for name in quantisers
+    }
+    rows: list[dict[str, Any]] = []
+    for name in list(quantisers)[1:]:
+        equal, ties = agreement(indices["latentvae"], indices[name], size)
+        own, theirs = seconds["latentvae"], seconds[name]
+        ratios = [b / a for a, b in zip(own, theirs, strict=True)]
+        checked: dict[str, Any] = {"runs": len(ratios), "equal_share": equal, "rest_are_ties": ties}
+        checked["equal_within"] = 1 - equal if ties else None
+        row = _row(f"time, {size}, {name}", "s", median(own), median(theirs), ratios)
+        rows.append(row | {"ours_spread": [min(own), max(own)]} | checked)
+        ratio = peaks[name] / max(peaks["latentvae"], 1)
+        row = _row(f"peak, {size}, {name}", "MiB", peaks["latentvae"], peaks[name], [ratio])
+        row |= {"ours": peaks["latentvae"] / MIB, "reference": peaks[name] / MIB}
+        share = {"ours_share_of_full_matrix": peaks["latentvae"] / full}
+        rows.append(row | share | checked | {"runs": 1})
+    return rows
+
+
+def _row(name: str, unit: str, own: float, reference: float, ratios: list[float]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "unit": unit,
+        "ours": own,
+        "reference": reference,
+        "ratio_median": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "torch": torch.__version__,
+    }
+
+
+def run(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    if options.peak_of is not None:
+        print(peak(*options.peak_of))
+        return
+    rows = [row for size in SIZES for row in measure(size, options)]
+    Console().print(_table(rows))
+    if options.json is not None:
+        result = {"machine": machine(options.threads), "vectors": VECTORS, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{VECTORS} vectors; ratio = reference / ours")
+    for column in ("", "ours", "reference", "ratio (min to max)", "equal indices"):
+        table.add_column(column)
+    for row in rows:
+        spread = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+        ties = "" if row["rest_are_ties"] else ", NOT all ties"
+        unit = row["unit"]
+        values = [f"{row[side]:.3g} {unit}" for side in ("ours", "reference")]
+        table.add_row(row["name"], *values, spread, f"{row['equal_share']:.3%}{ties}")
+    return table
+
+
+def main() -> None:
+    try:
+        options = parse_options(Options, sys.argv[1:], prog="quantizers.py", description=__doc__)
+        with torch.no_grad():
+            run(options)
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
+
+from latentvae.bottlenecks import Quantizer, VectorQuantizer, nearest_codes
+from latentvae.bottlenecks.entropy import code_entropies
+from latentvae.errors import UserError
+from tests.bottlenecks import ranks
+from tests.bottlenecks.test_nearest import LargestTensor, exact
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(**options: Any) -> VectorQuantizer:
+    """16 codes of 4 channels, spread like the features."""
+    quantiser = VectorQuantizer(**{"num_codes": 16, "code_channels": 4} | options)
+    with torch.no_grad():
+        quantiser.weight.normal_()
+    return quantiser
+
+
+def flat(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_numbers_are_those_of_the_paper(
+    l2_normalize: bool, gradient: str, ema_decay: float | None
+) -> None:
+    quantiser = build(l2_normalize=l2_normalize, gradient=gradient, ema_decay=ema_decay)
+    contract: Quantizer = quantiser
+    features = torch.randn(2, 4, 3, 5)
+    vectors, codes = flat(features).double(), quantiser.weight.detach().double()
+    if l2_normalize:
+        vectors, codes = (t / t.norm(dim=1, keepdim=True) for t in (vectors, codes))
+    out = contract(features)
+    indices = exact(vectors, codes)
+    assert torch.equal(out.indices, indices.view(2, 3, 5))
+    torch.testing.assert_close(flat(out.z), codes[indices].float())
+    assert torch.equal(contract.codes(out.indices), out.z)
+    expected = (vectors - codes[indices]).square().mean().float()
+    assert out.losses.keys() == {"commitment"} | ({"codebook"} if ema_decay is None else set())
+    for loss in out.losses.values():
+        torch.testing.assert_close(loss, expected)
+    assert quantiser.eval()(features).statistics == {}
+
+
+def test_commitment_moves_the_features_and_the_codebook_loss_the_codes() -> None:
+    quantiser, features = build(), torch.randn(2, 4, 3, 3, requires_grad=True)
+    out = quantiser(features)
+    quantised = out.z.detach()
+    out.losses["commitment"].backward()
+    torch.testing.assert_close(features.grad, 2 * (features - quantised).detach() / 72)
+    assert quantiser.weight.grad is None
+    features.grad = None
+    out.losses["codebook"].backward()
+    expected = torch.zeros(16, 4)
+    for vector, index in zip(flat(features.detach()), out.indices.flatten(), strict=True):
+        expected[index] += 2 * (quantiser.weight[index].detach() - vector) / 72
+    torch.testing.assert_close(quantiser.weight.grad, expected)
+    assert features.grad is None
+
+
+def test_straight_through_is_the_identity() -> None:
+    quantiser, features = build(), torch.randn(2, 4, 3, 3, requires_grad=True)
+    upstream = torch.randn(2, 4, 3, 3)
+    quantiser(features).z.backward(upstream)
+    assert torch.equal(features.grad, upstream)
+    assert quantiser.weight.grad is None
+
+
+def test_rotation_trick_is_the_closed_form_of_the_paper_and_of_vector_quantize_pytorch() -> None:
+    quantiser, features = build(gradient="rotation"), torch.randn(2, 4, 3, 3, requires_grad=True)
+    upstream = torch.randn(2, 4, 3, 3)
+    out = quantiser(features)
+    out.z.backward(upstream)
+    assert quantiser.weight.grad is None
+    assert torch.equal(flat(out.z), quantiser.codebook[out.indices.flatten()])
+    rows = (flat(t).detach().double() for t in (features, out.z, upstream, features.grad))
+    for vector, quantised, g, found in zip(*rows, strict=True):
+        e, q = vector / vector.norm(), quantised / quantised.norm()
+        r = (e + q) / (e + q).norm()
+        R = torch.eye(4).double() - 2 * torch.outer(r, r) + 2 * torch.outer(q, e)
+        scale = quantised.norm() / vector.norm()
+        torch.testing.assert_close(R @ R.T, torch.eye(4).double())
+        torch.testing.assert_close(scale * R @ vector, quantised)
+        torch.testing.assert_close(found, scale * R.T @ g, atol=1e-5, rtol=1e-4)
+    theirs = features.detach().requires_grad_()
+    rotate_to(flat(theirs), flat(out.z).detach()).backward(flat(upstream))
+    torch.testing.assert_close(features.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_extreme_features_stay_finite(l2_normalize: bool, gradient: str) -> None:
+    quantiser = build(l2_normalize=l2_normalize, gradient=gradient, entropy_temperature=0.01)
+    code = quantiser.codebook[0].detach()
+    extremes = torch.stack([torch.zeros(4), torch.full((4,), 1e4), -code, code])
+    features = extremes.T.reshape(1, 4, 2, 2).requires_grad_()
+    out = quantiser(features)
+    (out.z.sum() + sum(out.losses.values())).backward()
+    for value in (out.z, *out.losses.values(), features.grad, quantiser.weight.grad):
+        assert torch.isfinite(value).all()
+
+
+def test_moving_average_by_hand() -> None:
+    quantiser = build(ema_decay=0.9)
+    size, sums = np.ones(16), quantiser.embed_sum.double().numpy().copy()
+    for _ in range(3):
+        features = torch.randn(2, 4, 3, 3)
+        vectors = flat(features).double().numpy()
+        indices = exact(flat(features), quantiser.codebook).numpy()
+        chosen = np.eye(16)[indices]
+        size = 0.9 * size + 0.1 * chosen.sum(0)
+        sums = 0.9 * sums + 0.1 * chosen.T @ vectors
+        smoothed = (size + 1e-5) / (size.sum() + 16e-5) * size.sum()
+        halves = [quantiser(half).statistics for half in features.chunk(2)]
+        joined = {name: halves[0][name] + halves[1][name] for name in halves[0]}
+        restarted = quantiser.update(joined, features=flat(features), generator=seeded())
+        assert restarted == 0
+        expected = torch.from_numpy(sums / smoothed[:, None]).float()
+        torch.testing.assert_close(quantiser.codebook, expected)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_equals_vector_quantize_pytorch(cosine: bool) -> None:
+    ours = build(ema_decay=0.8, l2_normalize=cosine)
+    theirs = VectorQuantize(
+        4, 16, decay=0.8, use_cosine_sim=cosine, rotation_trick=False, accept_image_fmap=True
+    )
+    theirs.codebook = ours.codebook
+    theirs._codebook.embed_avg.copy_(ours.codebook)
+    ours.embed_sum.copy_(ours.codebook)
+    for _ in range(3):
+        features = torch.randn(2, 4, 5, 5)
+        out = ours(features)
+        z, indices, commitment = theirs(features)
+        assert torch.equal(out.indices, indices)
+        torch.testing.assert_close(out.z, z)
+        torch.testing.assert_close(out.losses["commitment"], commitment.squeeze())
+        ours.update(out.statistics, features=flat(features), generator=seeded())
+        torch.testing.assert_close(ours.codebook, theirs.codebook)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_dead_codes_restart_at_features(ema_decay: float | None) -> None:
+    quantiser = build(ema_decay=ema_decay, restart_threshold=0.6)
+    with torch.no_grad():
+        quantiser.weight[4:] += 1e3  # never chosen
+        if ema_decay is not None:
+            quantiser.embed_sum.copy_(quantiser.weight)
+    restarted, updates = torch.tensor(0), 0
+    while restarted == 0:
+        features = torch.randn(2, 4, 3, 3)
+        out = quantiser(features)
+        vectors = flat(features)
+        restarted = quantiser.update(out.statistics, features=vectors, generator=seeded())
+        updates += 1
+    assert updates == 51  # the first with 0.99^n < 0.6
+    assert restarted == 12
+    places = (quantiser.codebook[4:, None] == vectors).all(2).nonzero()
+    assert len(places) == 12 and len(places[:, 1].unique()) == 12  # none twice
+    after = quantiser(features)
+    assert (after.indices >= 4).sum() >= 12
+    quantiser.update(after.statistics, features=vectors, generator=seeded())
+    torch.testing.assert_close(quantiser.usage.mean(), torch.tensor(1.0), atol=0.8, rtol=0.0)
+
+
+def test_more_dead_codes_than_features_wait() -> None:
+    quantiser = build(restart_threshold=0.5)
+    quantiser.usage.zero_()
+    counts = torch.zeros(16)
+    vectors = torch.randn(5, 4)
+    restarted = quantiser.update({"counts": counts}, features=vectors, generator=seeded())
+    assert restarted == 5 and (quantiser.usage == 1).sum() == 5
+    assert torch.equal(quantiser.codebook[:5].sort(0).values, vectors.sort(0).values)
+
+
+def test_no_restart_unless_asked() -> None:
+    quantiser = build()
+    quantiser.usage.zero_()
+    before = quantiser.codebook.clone()
+    vectors = torch.randn(5, 4)
+    assert quantiser.update({"counts": torch.zeros(16)}, features=vectors, generator=seeded()) == 0
+    assert torch.equal(quantiser.codebook, before)
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+def test_k_means_never_moves_away_and_ends_at_the_means(l2_normalize: bool) -> None:
+    vectors, inertia = torch.randn(300, 4), []
+    scaled = F.normalize(vectors, dim=1) if l2_normalize else vectors
+    for iterations in (1, 2, 4, 8, 60):
+        quantiser = build(l2_normalize=l2_normalize, kmeans_iterations=iterations)
+        quantiser.initialise(vectors, generator=seeded())
+        codebook = quantiser.codebook.detach()
+        indices = exact(scaled, codebook)
+        inertia.append((scaled - codebook[indices]).square().mean().item())
+    assert inertia == sorted(inertia, reverse=True) and inertia[-1] < 0.95 * inertia[0]
+    means = torch.stack([scaled[indices == code].mean(0) for code in range(16)])
+    torch.testing.assert_close(codebook, F.normalize(means, dim=1) if l2_normalize else means)
+
+
+def test_k_means_fills_empty_clusters_and_is_the_same_again() -> None:
+    vectors = torch.cat([torch.zeros(500, 4), torch.randn(100, 4)])  # most starts are equal
+    codebooks = []
+    for _ in range(2):
+        quantiser = VectorQuantizer(num_codes=32, code_channels=4, ema_decay=0.9)
+        quantiser.initialise(vectors, generator=seeded(3))
+        codebooks.append(quantiser.codebook)
+    assert torch.equal(*codebooks)
+    assert len(nearest_codes(vectors, codebooks[0]).unique()) >= 24
+    few = VectorQuantizer(num_codes=32, code_channels=4)
+    few.initialise(vectors[-5:], generator=seeded())
+    assert torch.isfinite(few.codebook).all()
+    untouched = VectorQuantizer(num_codes=8, code_channels=4, kmeans_iterations=0)
+    before = untouched.codebook.detach().clone()
+    untouched.initialise(vectors, generator=seeded())
+    assert torch.equal(untouched.codebook, before)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+def test_entropies_and_their_gradients_are_those_of_the_whole_matrix(chunk: int) -> None:
+    vectors = torch.randn(40, 4, requires_grad=True)
+    codebook = torch.randn(16, 4, requires_grad=True)
+    sample, batch = code_entropies(vectors, codebook, temperature=0.7, over_ranks=True, chunk=chunk)
+    found = [*torch.autograd.grad(sample - 2 * batch, [vectors, codebook]), sample, batch]
+    v, c = (t.detach().double().requires_grad_() for t in (vectors, codebook))
+    p = torch.softmax(-(v[:, None] - c).square().sum(2) / 0.7, dim=1)
+    sample = torch.special.entr(p).sum(1).mean()
+    batch = torch.special.entr(p.mean(0)).sum()
+    expected = [*torch.autograd.grad(sample - 2 * batch, [v, c]), sample, batch]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.float())
+
+
+def test_entropies_hold_a_chunk_of_probabilities_forwards_and_backwards() -> None:
+    vectors, codebook = torch.randn(500, 4, requires_grad=True), torch.randn(400, 4)
+    with LargestTensor() as largest:
+        sum(
+            code_entropies(vectors, codebook, temperature=1.0, over_ranks=False, chunk=8000)
+        ).backward()
+    assert largest.elements <= 8000
+
+
+def test_entropies_of_one_and_of_equally_distant_codes() -> None:
+    codebook = torch.eye(4)
+    centre = torch.zeros(3, 4)
+    for vectors, expected in ((centre, (1.0, 1.0)), (codebook * 1e3, (0.0, 1.0))):
+        found = code_entropies(vectors, codebook, temperature=1.0, over_ranks=False)
+        for value, share in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, share * torch.tensor(4.0).log())
+
+
+def test_autocast_changes_nothing() -> None:
+    quantiser, features = build(entropy_temperature=1.0, ema_decay=0.9), torch.randn(2, 4, 3, 3)
+    features = features.bfloat16()
+    expected = quantiser(features.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantiser(features)
+    for ours, plain in ((found.losses, expected.losses), (found.statistics, expected.statistics)):
+        assert ours.keys() == plain.keys()
+        assert all(torch.equal(ours[name], plain[name]) for name in plain)
+        assert {value.dtype for value in ours.values()} == {torch.float32}
+    assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_save_and_load(ema_decay: float | None, tmp_path: Path) -> None:
+    quantiser = build(ema_decay=ema_decay, l2_normalize=True, restart_threshold=0.1)
+    features = torch.randn(2, 4, 3, 3)
+    out = quantiser(features)
+    quantiser.update(out.statistics, features=flat(features), generator=seeded())
+    save_file(quantiser.state_dict(), tmp_path / "quantiser.safetensors")
+    loaded = build(ema_decay=ema_decay, l2_normalize=True, restart_threshold=0.1)
+    loaded.load_state_dict(load_file(tmp_path / "quantiser.safetensors"))
+    assert torch.equal(loaded(features).z, quantiser(features).z)
+
+
+def test_options_that_are_wrong() -> None:
+    with pytest.raises(UserError, match="did you mean 'rotation'"):
+        build(gradient="rotate")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        build(ema_decay=1.0)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_with_the_joined_batch(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"], env=environment)
+        for rank in range(2)
+    ]
+    ranks.main(tmp_path, 0, 1)
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    one, first, second = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    )
+    assert one.keys() == first.keys() == second.keys()
+    assert {"gradient/weight.grad", "ema/embed_sum", "residual/codebooks.1.weight"} <= one.keys()
+    assert all(one[f"{name}/restarted"] > 0 for name in ("gradient", "ema", "residual"))
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], value, msg=lambda text, name=name: f"{name}: {text}"
+        )
