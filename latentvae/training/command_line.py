@@ -94,8 +94,9 @@ def _config_flag(arguments: list[str]) -> str:
 
 def run_training(arguments: Sequence[str], *, description: str) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n."""
+    after signal n, 1 if all is done but the upload to the Hub."""
     from latentvae.data import UnreadableImage
+    from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
 
     try:
@@ -105,6 +106,9 @@ def run_training(arguments: Sequence[str], *, description: str) -> None:
         raise SystemExit(2) from None
     except UserError as error:
         exit_with(error)
+    except UploadError as error:
+        say_once(f"error: {error}, or run the same command again")
+        raise SystemExit(1) from None
     except Stopped as stopped:
         say_once(str(stopped))
         raise SystemExit(128 + stopped.signal) from None

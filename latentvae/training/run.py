@@ -39,8 +39,9 @@ from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.models import KLTrainingWrapper, build_autoencoder_kl
 from latentvae.training.base import Base, freeze_encoder
 from latentvae.training.config import TrainConfig
-from latentvae.training.log import check_tracker
+from latentvae.training.publishing import repository
 from latentvae.training.randomness import Stream, seed_everything
+from latentvae.training.tracker import check_tracker
 
 STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 _DTYPES = {"no": None, "bf16": torch.bfloat16}
@@ -100,7 +101,10 @@ def check_paths(config: TrainConfig) -> Path:
         )
     _check_resolution(config)
     check_tracker(config.run.report_to)
-    return Path(config.run.output_dir)
+    folder = Path(config.run.output_dir)
+    if config.run.push_to_hub:
+        repository(config.run.hub_model_id, folder)
+    return folder
 
 
 def _check_resolution(config: TrainConfig) -> None:
