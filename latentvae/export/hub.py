@@ -107,6 +107,6 @@ def _reason(error: Exception) -> str:
     """What the Hub said, or the first line of the error."""
     if isinstance(error, HfHubHTTPError):
         said = f": {error.server_message}" if error.server_message else ""
-        return f"{error.response.status_code} {error.response.reason_phrase}{said}"
+        return f"status {error.response.status_code}{said}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

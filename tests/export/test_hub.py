@@ -61,7 +61,7 @@ def test_a_refusal_is_one_sentence_with_the_command_for_later(
     with pytest.raises(UploadError) as refused:
         upload(export)
     said = str(refused.value)
-    assert str(status) in said and f"`hf upload us/photos {export} .`" in said
+    assert f"(status {status}" in said and f"`hf upload us/photos {export} .`" in said
     assert "\n" not in said and TOKEN not in said
     assert hub.commits == [] and {p.name: p.read_bytes() for p in export.iterdir()} == FILES
 
@@ -109,7 +109,7 @@ def test_what_is_sure_to_fail_is_refused_before_any_work(
 def test_a_hub_that_is_down_at_the_start_stops_nothing(hub: HubStandIn, status: int) -> None:
     hub.refusals["/api/whoami-v2"] = status
     doubt = check_access("us/photos")
-    assert doubt is not None and f"({status} " in doubt and "\n" not in doubt
+    assert doubt is not None and f"(status {status}" in doubt and "\n" not in doubt
 
 
 @pytest.mark.parametrize("repo_id", ["photos", "me/my-photos_1.5"])
