@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from latentvae.errors import UserError, nearest
-from latentvae.flags import exit_with, parse_options
+from latentvae.flags import exit_with, parse_options, say_once
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,24 @@ class Export:
     overwrite: bool = False
     """Replace the export that is in `out`."""
 
+    push_to_hub: bool = False
+    """Upload it to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."""
+
+    hub_model_id: str | None = None
+    """Repository to upload to, owner/name; left out, the run's name in your own account."""
+
+    hub_private_repo: bool = False
+    """Make that repository private, if it is new."""
+
     def run(self) -> None:
         from latentvae.training.exporting import export_folder
+        from latentvae.training.publishing import UploadError
 
-        export_folder(self.folder, out=self.out, overwrite=self.overwrite)
+        try:
+            export_folder(**vars(self))
+        except UploadError as error:
+            say_once(f"error: {error}")
+            raise SystemExit(1) from None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from huggingface_hub import constants
+
+from tests.export.hub_stand_in import TOKEN, HubStandIn, hub_stand_in
 
 # Before any fixture of any scope: sums depend on the number of threads.
 torch.set_num_threads(1)
@@ -34,3 +37,15 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     datasets.disable_progress_bars()
     yield caches
     gc.collect()  # streams that are dropped later would sleep in another test
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in as the Hub of this process, which reads HF_ENDPOINT and its like only once."""
+    with hub_stand_in() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

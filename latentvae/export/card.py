@@ -1,5 +1,6 @@
 """The model card (README.md) of an export, in the form that the Hugging Face Hub reads."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,20 +42,27 @@ class ModelCard:
         description: a sentence or two on what it was trained for.
         metrics: name and value, in the order of the table.
         protocol: under which the metrics were measured, in one sentence.
-        training: options of the run; tokens and absolute paths are left out of the card.
+        resolution: of the training images in pixels, such as "64" or "64 x 96", where it is not
+            the config's `sample_size`.
+        training: options of the run; tokens are left out, and of paths all but the last part.
         sample_grid: a PNG, copied beside the card.
         license: a Hub licence name; it is the user's to choose.
-        base_model: a Hub model that was fine-tuned.
+        base_model: id of a Hub model that was fine-tuned.
+        dataset: id of a Hub data set that it was trained on.
+        location: what its user gives to `from_pretrained`, such as an id on the Hub.
     """
 
     name: str = "autoencoder"
     description: str = ""
     metrics: Mapping[str, float | str] = field(default_factory=dict)
     protocol: str = ""
+    resolution: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     sample_grid: Path | None = None
     license: str | None = None
     base_model: str | None = None
+    dataset: str | None = None
+    location: str = "path/to/this/folder"
 
 
 def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], report: Report) -> None:
@@ -67,8 +75,11 @@ def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], repo
         library_name="diffusers",
         tags=list(TAGS),
         license=card.license,
+        datasets=card.dataset,
         base_model=card.base_model,
     )
+    if card.base_model:
+        data["base_model_relation"] = "finetune"
     sections = [
         _title(card, config, report),
         _samples(card, folder),
@@ -89,8 +100,8 @@ def _title(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
         f"{report.kind}: f = {f} (an image of H x W pixels becomes H/{f} x W/{f} latent pixels), "
         f"{report.size}, trained with latentvae"
     )
-    if "sample_size" in config:
-        facts += f" at {config['sample_size']} pixels"
+    if resolution := card.resolution or config.get("sample_size"):
+        facts += f" at {resolution} pixels"
     return "\n\n".join(part for part in (f"# {card.name}", card.description, f"{facts}.") if part)
 
 
@@ -113,7 +124,7 @@ def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
 ```python
 from {package} import {report.network}
 
-vae = {report.network}.from_pretrained("path/to/this/folder")
+vae = {report.network}.from_pretrained("{card.location}")
 {_SNIPPETS[report.network].format(latents=_latents(config), channels=channels)}
 ```
 
@@ -157,14 +168,19 @@ def _metrics(card: ModelCard) -> str:
 
 
 def _training(card: ModelCard) -> str:
-    options = {key: value for key, value in card.training.items() if _public(key, value)}
+    options = {k: public_value(v) for k, v in card.training.items() if "token" not in k}
     if not options:
         return ""
     return f"## Training\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```"
 
 
-def _public(key: str, value: Any) -> bool:
-    return "token" not in key and not (isinstance(value, str | Path) and Path(value).is_absolute())
+def public_value(value: Any) -> Any:
+    """An option as the card may show it: of a path, which tells whose machine it was, the last
+    part."""
+    if not isinstance(value, str | Path):
+        return value
+    local = Path(value).is_absolute() or str(value)[:1] in (".", "~") or os.path.exists(value)
+    return Path(value).name if local else str(value)
 
 
 def _number(value: float | str) -> str:

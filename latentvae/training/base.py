@@ -30,15 +30,22 @@ class Base:
         name: as the user gave it.
         net: float32, on the CPU; freshly initialised where a run goes on.
         encoder_sha256: of its encoder's weights, as they were loaded.
+        hub_id: owner/name on the Hub, if it came from there.
     """
 
     name: str
     net: Any
     encoder_sha256: str
+    hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
         config = {key: value for key, value in self.net.config.items() if key[0] != "_"}
-        values = {"name": self.name, "encoder_sha256": self.encoder_sha256, "config": config}
+        values = {
+            "name": self.name,
+            "hub_id": self.hub_id,
+            "encoder_sha256": self.encoder_sha256,
+            "config": config,
+        }
         temporary = folder / f"{BASE_NAME}.tmp"
         temporary.write_text(json.dumps(values, indent=1))
         temporary.replace(folder / BASE_NAME)
@@ -79,7 +86,8 @@ def open_base(config: TrainConfig) -> Base | None:
     # Out of the file's memory map, whose alignment can change sums. In train mode as a new network
     # is: even dropout of probability 0 draws random numbers there.
     net = copy.deepcopy(net).train()
-    return Base(name, net, encoder_sha256(net))
+    hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
+    return Base(name, net, encoder_sha256(net), hub_id)
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
@@ -90,7 +98,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         net: Any = ARCHITECTURES[architecture].network.from_config(values["config"])
-        return Base(values["name"], net, values["encoder_sha256"])
+        return Base(values["name"], net, values["encoder_sha256"], values.get("hub_id"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not what a fine-tuning wrote: {error}") from error
 

@@ -109,8 +109,9 @@ def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n."""
+    after signal n, 1 if all is done but the upload to the Hub."""
     from latentvae.data import UnreadableImage
+    from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
 
     try:
@@ -123,6 +124,9 @@ def run_training(
         raise SystemExit(2) from None
     except UserError as error:
         exit_with(error)
+    except UploadError as error:
+        say_once(f"error: {error}, or run the same command again")
+        raise SystemExit(1) from None
     except Stopped as stopped:
         say_once(str(stopped))
         raise SystemExit(128 + stopped.signal) from None

@@ -439,6 +439,19 @@ class RunConfig(Section):
             "for all other pipelines."
         ),
     )
+    push_to_hub: bool = Field(
+        default=False,
+        description=(
+            "Upload the export to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."
+        ),
+    )
+    hub_model_id: str | None = Field(
+        default=None,
+        description="Repository to upload to, owner/name; by default output_dir's name, your own.",
+    )
+    hub_private_repo: bool = Field(
+        default=False, description="Make that repository private, if it is new."
+    )
     ddp_timeout: Positive = Field(
         default=1800, description="Seconds after which a hanging rank ends the run."
     )

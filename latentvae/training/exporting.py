@@ -21,6 +21,7 @@ from latentvae.export import (
     export_autoencoder,
     export_tokenizer,
 )
+from latentvae.export.card import public_value
 from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
 from latentvae.models import DiscreteAutoencoder
@@ -28,6 +29,7 @@ from latentvae.training.base import Base, encoder_sha256, read_base
 from latentvae.training.checkpoint import load_checkpoint, newest_usable, update_of
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.log import append_row, read_rows
+from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import Run, build_net, eval_transform, open_data
 from latentvae.training.state import read_config
@@ -35,6 +37,12 @@ from latentvae.training.validate import First, first_readable, sample_grid_path
 
 STATISTICS_IMAGES = 1024
 PROBE_IMAGES = 2
+# Options that say where things lie and who is told, not what was trained.
+_PRIVATE = frozenset(
+    "output_dir cache_dir lpips_weights download_lpips resume_from_checkpoint "
+    "overwrite_output_dir report_to tracker_project_name push_to_hub hub_model_id "
+    "hub_private_repo".split()
+)
 
 
 @contextlib.contextmanager
@@ -80,20 +88,35 @@ def export_run(run: Run, *, update: int) -> Path:
     return run.folder / "export"
 
 
-def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
+def export_folder(
+    folder: Path,
+    *,
+    out: Path,
+    overwrite: bool = False,
+    push_to_hub: bool = False,
+    hub_model_id: str | None = None,
+    hub_private_repo: bool = False,
+) -> None:
     """Export the newest usable checkpoint of the run in ``folder``; its images must still be there.
+
+    Args:
+        push_to_hub: upload it too, to ``hub_model_id`` or under the run's name.
 
     Raises:
         UserError: not a run, no checkpoint, or ``out`` is there and ``overwrite`` is not set.
+        UploadError: it is exported, but the Hub did not take it.
     """
     config = read_config(folder / "config.yaml")
+    config.run.push_to_hub, config.run.hub_model_id = push_to_hub, hub_model_id
+    if push_to_hub:
+        check_push(repository(hub_model_id, folder))
     if out.exists() and not overwrite:
         raise UserError(f"'{out}' exists; give another folder or --overwrite")
     checkpoint, faults = newest_usable(folder)
     if checkpoint is None:
         reasons = "".join(f"; {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
-    base = read_base(folder, config.model.architecture)
+    base, update = read_base(folder, config.model.architecture), update_of(checkpoint)
     net = build_net(config, base)
     net.load_state_dict(_weights(checkpoint))
     net.eval()
@@ -101,11 +124,14 @@ def export_folder(folder: Path, *, out: Path, overwrite: bool = False) -> None:
         net,
         config,
         data=open_data(config),
-        card=_card(config, folder, update_of(checkpoint)),
+        card=_card(config, folder, update),
         out=out,
         device=torch.device("cpu"),
         base=base,
     )
+    if push_to_hub:
+        repo_id = repository(hub_model_id, folder)
+        push_export(out, repo_id=repo_id, private=hub_private_repo, update=update)
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -181,16 +207,18 @@ def _fine_tuned(card: ModelCard, net: Any, config: TrainConfig, base: Base) -> M
     Raises:
         RuntimeError: the encoder was to stay as it was, and did not.
     """
+    name = public_value(base.name)
+    card = replace(card, base_model=base.hub_id)
     if not config.model.freeze_encoder:
-        return replace(card, base_model=base.name, description=f"Fine-tuned from {base.name}.")
+        return replace(card, description=f"Fine-tuned from {name}.")
     if encoder_sha256(net) != base.encoder_sha256:
         raise RuntimeError(f"the encoder was frozen, but is no longer that of {base.name}")
     description = (
-        f"The decoder of {base.name}, fine-tuned. The encoder is bit for bit that of the base "
+        f"The decoder of {name}, fine-tuned. The encoder is bit for bit that of the base "
         f"(sha256 of its weights {base.encoder_sha256}), scaling and shift are kept: latents and "
         "what generates them stay valid."
     )
-    return replace(card, base_model=base.name, description=description)
+    return replace(card, description=description)
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
@@ -215,10 +243,14 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         else ""
     )
     grid = sample_grid_path(folder, update)
+    data_set, repo_id = config.data.dataset_name, config.run.hub_model_id
     return ModelCard(
         name=folder.resolve().name,
+        resolution=" x ".join(map(str, dict.fromkeys(config.data.size))),
+        dataset=None if data_set is None or Path(data_set).exists() else data_set,
         metrics=metrics,
         protocol=protocol,
         sample_grid=grid if grid.is_file() else None,
-        training=flat(config),
+        location=repo_id if config.run.push_to_hub and repo_id else ModelCard.location,
+        training={name: v for name, v in flat(config).items() if name not in _PRIVATE},
     )

@@ -1,14 +1,17 @@
-"""Stop cleanly: SIGTERM and SIGINT let the update finish, the loop then saves; a second signal ends
-at once."""
+"""Stop cleanly: SIGTERM, SIGINT and SIGUSR1 (SLURM's, ahead of a time limit) let the update finish,
+the loop then saves; a second signal ends at once."""
 
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_ECHO = 2.0  # seconds within which a launcher passes on a signal that reached all processes
 
 
 class Interrupt:
@@ -20,6 +23,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._previous: dict[int, Any] = {}
 
@@ -34,9 +38,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _ECHO:
             sys.exit(128 + number)
-        self.signal = number
 
     @property
     def requested(self) -> int:

@@ -1,7 +1,6 @@
 """What a run tells: a progress bar, rows in log.jsonl, and a tracker when asked."""
 
 import contextlib
-import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -15,19 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentvae.distributed import all_reduce_mean
-from latentvae.errors import UserError
-
-_TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker that is asked for and not installed; Accelerate would go on without it."""
-    packages = _TRACKER_PACKAGES.get(name, ())
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise UserError(
-            f"report_to is '{name}', but it is not installed; run `pip install "
-            f"{packages[0]}` or use --report_to none"
-        )
+from latentvae.training.tracker import Tracker
 
 
 class MeanWindow:
@@ -79,7 +66,7 @@ class RunLog:
         total: int,
         images_per_update: int,
     ) -> None:
-        self.accelerator = accelerator
+        self.tracker = Tracker(accelerator, say=self.say)
         self.active = accelerator.is_main_process
         self.path = folder / "log.jsonl"
         self.total = total
@@ -120,7 +107,12 @@ class RunLog:
         if not self.active:
             return
         append_row(self.path, {"update": update, **values})
-        self.accelerator.log(dict(values), step=update)
+        self.tracker.log(values, update=update)
+
+    def picture(self, update: int, path: Path) -> None:
+        """Show the tracker a picture that was written."""
+        if self.active:
+            self.tracker.picture(path, update=update)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -53,6 +53,7 @@ from latentvae.training.exporting import averaged_weights, export_run, is_export
 from latentvae.training.interrupt import Interrupt
 from latentvae.training.log import MeanWindow, RunLog
 from latentvae.training.plan import plan
+from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.resume import prepare_folder
 from latentvae.training.run import (
@@ -66,6 +67,7 @@ from latentvae.training.run import (
 )
 from latentvae.training.schedule import adversarial_factor, critic_learns_alone, learning_rate
 from latentvae.training.state import Progress, restore, take_snapshot
+from latentvae.training.tracker import close_tracker, start_tracker
 from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
 from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
 
@@ -87,6 +89,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UserError: a wrong option, path or image folder; before any work.
+        UploadError: the run is done and exported, but the Hub did not take it.
         Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     folder = check_paths(config)
@@ -98,6 +101,9 @@ def train(config: TrainConfig) -> Path:
         IndexSampler(
             len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
         )
+    options = config.run
+    if options.push_to_hub:
+        check_push(repository(options.hub_model_id, folder))
     checkpoint = prepare_folder(config, folder)
     if is_main():
         if base is not None:
@@ -116,14 +122,30 @@ def train(config: TrainConfig) -> Path:
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
     try:
-        if progress.update >= config.run.max_train_steps:
-            accelerator.print(f"the run in '{folder}' has made all its {progress.update:,} updates")
-            if from_main(is_exported(folder, progress.update)):
-                return folder / "export"
-        _train(run, progress)
-        return export_run(run, update=progress.update)
+        _train_and_export(run, progress)
     finally:
-        accelerator.end_training()  # closes trackers and the process group, so it comes last
+        close_tracker(accelerator)
+        accelerator.end_training()  # ends the process group
+    export = folder / "export"
+    if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
+        push_export(
+            export,
+            repo_id=repository(options.hub_model_id, folder),
+            private=options.hub_private_repo,
+            update=progress.update,
+        )
+    return export
+
+
+def _train_and_export(run: Run, progress: Progress) -> None:
+    if progress.update >= run.config.run.max_train_steps:
+        run.accelerator.print(
+            f"the run in '{run.folder}' has made all its {progress.update:,} updates"
+        )
+        if from_main(is_exported(run.folder, progress.update)):
+            return
+    _train(run, progress)
+    export_run(run, update=progress.update)
 
 
 def _train(run: Run, progress: Progress) -> None:
@@ -131,7 +153,13 @@ def _train(run: Run, progress: Progress) -> None:
     first_readable(run.validation_images, eval_transform(run.config), count=1)
     loader, steps_per_epoch = _batches(run, start_step=progress.micro_step)
     run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
-    _start_tracker(run)
+    start_tracker(
+        run.accelerator,
+        options.report_to,
+        folder=run.folder,
+        project=options.tracker_project_name,
+        options=flat(run.config),
+    )
     log = RunLog(
         run.folder,
         run.accelerator,
@@ -174,15 +202,6 @@ def _buckets(run: Run, images: ImageSource) -> Buckets | None:
     buckets = assign(ratios, run.config.train_sizes, at_least=joint)
     run.accelerator.print(f"  buckets        {buckets.describe()} images")
     return buckets
-
-
-def _start_tracker(run: Run) -> None:
-    if run.config.run.report_to != "none":
-        options = {
-            name: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for name, value in flat(run.config).items()
-        }
-        run.accelerator.init_trackers(run.config.run.tracker_project_name, config=options)
 
 
 class _Loop:
@@ -490,16 +509,18 @@ class _Loop:
             for found in gather_objects(list(bad.reasons.items())):
                 for name, reason in self.bad_validation.update(found):
                     self.log.say(f"cannot validate on {printable(name)} ({printable(reason)})")
+            grid = sample_grid_path(run.folder, self.progress.update)
             if is_main():
                 save_grid(
                     run.net,
                     run.validation_images,
-                    sample_grid_path(run.folder, self.progress.update),
+                    grid,
                     transform=transform,
                     count=config.run.num_sample_images,
                     device=device,
                 )
         self.log.write(self.progress.update, values)
+        self.log.picture(self.progress.update, grid)
         codes = ""
         if "validation/usage" in values:
             codes = (

@@ -48,9 +48,10 @@ from latentvae.models import (
 from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
-from latentvae.training.log import check_tracker
 from latentvae.training.model_config import VQModelConfig
+from latentvae.training.publishing import repository
 from latentvae.training.randomness import Stream, seed_everything
+from latentvae.training.tracker import check_tracker
 
 STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 _DTYPES = {"no": None, "bf16": torch.bfloat16}
@@ -110,7 +111,10 @@ def check_paths(config: TrainConfig) -> Path:
         )
     _check_resolution(config)
     check_tracker(config.run.report_to)
-    return Path(config.run.output_dir)
+    folder = Path(config.run.output_dir)
+    if config.run.push_to_hub:
+        repository(config.run.hub_model_id, folder)
+    return folder
 
 
 def _check_resolution(config: TrainConfig) -> None:

@@ -29,6 +29,7 @@ RESUME_MAY_CHANGE = frozenset(
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name "
     "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
+    "push_to_hub hub_model_id hub_private_repo "
     "max_bad_share max_validation_images".split()
 )
 

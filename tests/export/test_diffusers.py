@@ -214,19 +214,33 @@ def test_the_card_is_one_the_hub_reads(write, tmp_path: Path) -> None:
         name="my-autoencoder",
         metrics={"PSNR (dB)": 31.41592},
         protocol="3 unseen photos at 64 px.",
-        training={"learning_rate": 1e-4, "train_data_dir": "/home/me/x", "hub_token": "hf_canary"},
+        training={
+            "learning_rate": 1e-4,
+            "train_data_dir": "/home/me/x",
+            "validation_data_dir": "~me/y",
+            "config": "../me/z.yaml",
+            "hub_token": "hf_canary",
+        },
         sample_grid=grid,
         license="mit",
+        resolution=32,
+        base_model="us/base",
+        dataset="us/photos",
     )
     report = write(tiny(), card=card)
     text = (report.path / "README.md").read_text()
     hub = HubCard(text)
     assert (hub.data.library_name, hub.data.license) == ("diffusers", "mit")
+    assert hub.data.get("base_model_relation") == "finetune"
+    assert (hub.data.get("base_model"), hub.data.get("datasets")) == ("us/base", "us/photos")
+    assert "latentvae" in hub.data.tags and hub.data.get("pipeline_tag") is None
+    assert "at 32 pixels" in text
+    assert "train_data_dir: x\nvalidation_data_dir: y\nconfig: z.yaml" in text
     assert (report.path / "samples.png").read_bytes() == b"png"
     assert "| PSNR (dB) | 31.42 |" in text
     assert "learning_rate: 0.0001" in text
     assert "canary" not in text
-    assert "/home/me" not in text
+    assert "/home/me" not in text and "~me" not in text
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from skimage import data
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.models import build_autoencoder_kl
+from latentvae.models import build_autoencoder_kl, load_network
 from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.exporting import export_folder
 from latentvae.training.log import read_rows
@@ -77,7 +78,7 @@ def test_the_decoder_learns_and_the_encoder_stays(pretrained: Path, tmp_path: Pa
     kept = ("scaling_factor", "shift_factor", "sample_size", "latent_channels")
     assert all(tuned.config[key] == base.config[key] for key in kept)
     card = (export / "README.md").read_text()
-    assert "bit for bit that of the base" in card
+    assert "bit for bit that of the base" in card and str(pretrained.parent) not in card
     assert json.loads((tmp_path / "run" / BASE_NAME).read_text())["encoder_sha256"] in card
 
 
@@ -171,3 +172,18 @@ def test_what_cannot_be_is_told_before_the_work(pretrained: Path, tmp_path: Path
     with pytest.raises(UserError, match="takes 1-channel images"):
         train(fine_tune(tmp_path / "run", tmp_path / "grey"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_card_links_a_base_of_the_hub(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_network(pretrained)
+    monkeypatch.setattr("latentvae.training.base.load_network", lambda *_, **__: loaded)
+    train(fine_tune(tmp_path / "run", Path("us/models/vae"), max_train_steps=1))
+    monkeypatch.undo()
+    export_folder(tmp_path / "run", out=tmp_path / "again")  # what it remembers of the base
+    for export in (tmp_path / "run" / "export", tmp_path / "again"):
+        card = ModelCard.load(export / "README.md")
+        assert card.data.get("base_model") == "us/models"
+        assert card.data.get("base_model_relation") == "finetune"
+        assert "The decoder of us/models/vae, fine-tuned." in card.text

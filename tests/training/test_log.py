@@ -1,12 +1,17 @@
 """What a run tells: rows, pictures and trackers, at every step that asks for them."""
 
 import importlib.util
+import io
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
 from latentvae.data import EvalTransform, SamplePhotos
@@ -74,15 +79,119 @@ def test_the_grid_shows_the_validation_images_unaugmented(folder: Path) -> None:
 
 
 def test_tensorboard_gets_every_number_of_the_log(folder: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "logs" / "latentvae"))
-    events.Reload()
-    for key in ("loss/rec", "optimizer/learning_rate", "validation/psnr", "critic/loss"):
-        logged = [(row["update"], row[key]) for row in rows(folder, key)]
+    events = tensorboard_events(folder)
+    logged = {key for row in rows(folder, "update") for key in row} - {"update", "export/scaling"}
+    assert len(logged) > 20 and set(events.Tags()["scalars"]) == logged
+    for key in logged:
+        expected = [(row["update"], row[key]) for row in rows(folder, key)]
         seen = [(event.step, event.value) for event in events.Scalars(key)]
-        assert seen == [(step, pytest.approx(value)) for step, value in logged], key
+        assert seen == [(step, pytest.approx(value)) for step, value in expected], key
+
+
+def test_tensorboard_gets_the_grids(folder: Path) -> None:
+    shown = tensorboard_events(folder).Images("validation/samples")
+    assert [event.step for event in shown] == [4, 8, 9]
+    for event in shown:
+        grid = np.asarray(Image.open(folder / "samples" / f"update-{event.step:06d}.png"))
+        seen = Image.open(io.BytesIO(event.encoded_image_string))
+        assert np.array_equal(np.asarray(seen), grid)
+
+
+def tensorboard_events(folder: Path) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return accumulator.EventAccumulator(
+        str(folder / "logs" / "latentvae"), size_guidance={"images": 0, "scalars": 0}
+    ).Reload()
+
+
+def test_wandb_gets_every_number_and_the_grids_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    folder = tmp_path / "run"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(small_config(folder, max_train_steps=4, report_to="wandb"))
+    wandb.teardown()  # as at the end of a program: its own process has written all
+    expected: dict[int, dict[str, float]] = {}
+    for row in rows(folder, "update"):
+        expected.setdefault(int(row["update"]), {}).update(row)
+    (file,) = folder.glob("logs/wandb/offline-run-*/run-*.wandb")
+    seen = {step: values for step, values in wandb_history(file)}
+    assert seen.keys() == {2, 3, 4} == expected.keys()
+    for step, values in seen.items():
+        own = ("_", "validation/samples")  # wandb's, such as a time, and the picture's parts
+        numbers = {key: value for key, value in values.items() if not key.startswith(own)}
+        wanted = {k: v for k, v in expected[step].items() if k not in ("update", "export/scaling")}
+        assert numbers == pytest.approx(wanted)
+        assert any("samples" in key for key in values) == (step != 2)
+    for picture in file.parent.rglob("samples_*.png"):
+        grid = folder / "samples" / f"update-{int(picture.name.split('_')[1]):06d}.png"
+        assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(grid)))
+
+
+def wandb_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps and values of an offline run: LevelDB's log format around wandb's records,
+    https://github.com/google/leveldb/blob/main/doc/log_format.md."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, parts = file.read_bytes(), 7, b""
+    while at < len(content):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<4xHB", content[at : at + 7])
+        parts += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind not in (1, 4):  # whole, or the last of several
+            continue
+        record, parts = Record.FromString(parts), b""
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            yield (
+                record.history.step.num,
+                {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items},
+            )
+
+
+@pytest.mark.parametrize("broken", ["log", "log_images", "finish"])
+def test_a_tracker_that_fails_stops_nothing_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    calls: list[str] = []
+
+    def fail(self: TensorBoardTracker, *args: Any, **options: Any) -> None:
+        calls.append(broken)
+        raise OSError("No space left on device")
+
+    folder = tmp_path / "run"
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(TensorBoardTracker, broken, fail)
+    export = train(small_config(folder, max_train_steps=4, report_to="tensorboard"))
+    assert (export / "config.json").is_file()
+    assert [row["update"] for row in rows(folder, "loss/rec")] == [2, 4]
+    assert [row["update"] for row in rows(folder, "validation/psnr")] == [3, 4]
+    assert len(calls) == {"log": 4, "log_images": 2, "finish": 1}[broken]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("No space left on device") == 1
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As wandb without a login, which it asks for only in a terminal."""
+
+    def fail(self: TensorBoardTracker) -> None:
+        raise RuntimeError("No API key configured.\nMore lines")
+
+    folder = tmp_path / "run"
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
+    with pytest.raises(UserError, match=r"cannot start.*No API key.*--report_to none") as refused:
+        train(small_config(folder, report_to="tensorboard"))
+    assert "\n" not in str(refused.value)
+    assert not (folder / "log.jsonl").exists() and "closed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

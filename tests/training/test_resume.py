@@ -118,7 +118,7 @@ def test_with_gradient_checkpointing(
         )
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_finishes_the_update_and_saves(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str
 ) -> None:

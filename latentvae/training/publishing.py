@@ -1,0 +1,42 @@
+"""A finished run's export goes to the Hugging Face Hub, from rank 0."""
+
+from pathlib import Path
+
+from latentvae.distributed import from_main, is_main
+from latentvae.errors import UserError
+from latentvae.export.hub import UploadError, check_access, check_repo_id, upload_export
+
+__all__ = ["UploadError", "check_push", "push_export", "repository"]
+
+
+def repository(hub_model_id: str | None, folder: Path) -> str:
+    """As asked, or the run's name in the user's own account."""
+    repo_id = hub_model_id or folder.resolve().name
+    check_repo_id(repo_id)
+    return repo_id
+
+
+def check_push(repo_id: str) -> None:
+    """Refuse an upload that is sure to fail. Rank 0 asks the Hub; every rank gets its answer."""
+    answer: str | UserError | None = None
+    if is_main():
+        try:
+            answer = check_access(repo_id)
+        except UserError as error:
+            answer = error
+    answer = from_main(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    if answer is not None and is_main():
+        print(answer)
+
+
+def push_export(export: Path, *, repo_id: str, private: bool, update: int) -> None:
+    """Upload an export and print its address; on one rank alone.
+
+    Raises:
+        UploadError: the Hub did not take it.
+    """
+    message = f"Autoencoder after update {update:,}"
+    address = upload_export(export, repo_id=repo_id, private=private, message=message)
+    print(f"uploaded to {address}")
