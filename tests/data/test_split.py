@@ -182,11 +182,11 @@ def test_a_table_within_the_trained_folder_is_an_overlap(tmp_path, own_caches, f
     parts = [{"bytes": data, "path": name} for name, data in files.items()]
     for number in range(2):
         make_parquet(tmp_path / "set" / f"train-{number}.parquet", parts[number * 4 :][:4])
-    make_parquet(tmp_path / "set" / "test-0.parquet", parts[8:])
     train, validation = tmp_path / "set", tmp_path / "set" / "train-1.parquet"
-    for pair in ((train, validation), (validation, train / "train-1.parquet")):
-        with pytest.raises(UserError, match=r"train-1.parquet' is (a file of both|.*also in)|also"):
+    for pair in ((train, validation), (validation, train)):
+        with pytest.raises(UserError, match=r"train-1\.parquet' is a file of both the training"):
             open_images(pair[0], validation_data_dir=pair[1])
+    make_parquet(tmp_path / "set" / "test-0.parquet", parts[8:])
     # A file of another split is not trained on.
     kept, held = open_images(train, validation_data_dir=tmp_path / "set" / "test-0.parquet")
     assert (len(kept), len(held)) == (8, 4)
