@@ -15,7 +15,6 @@ import numpy as np
 import tifffile
 import torch
 from PIL import Image
-from torchvision.io import decode_png
 
 from latentvae.data.pixels import BadPixels
 
@@ -79,6 +78,8 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 
 def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
     """A PNG of 16-bit colours that Pillow has opened and decoded, so that it is not damaged."""
+    from torchvision.io import decode_png  # takes seconds, which only those who use it pay
+
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     tensor = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8))  # (C, H, W), uint16
     values = tensor.permute(1, 2, 0).numpy()

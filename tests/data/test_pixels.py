@@ -266,6 +266,15 @@ def test_damaged_deep_files(cut: int, tmp_path: Path) -> None:
             read_image(tmp_path / "file", pixels=RGB)
 
 
+def test_a_compression_that_needs_another_package_names_it() -> None:
+    data = tiff(np.zeros((8, 8, 3), np.uint16), photometric="rgb")
+    compression = struct.pack("<HHIHH", 259, 3, 1, 1, 0)  # the tag: none
+    assert data.count(compression) == 1
+    data = data.replace(compression, struct.pack("<HHIHH", 259, 3, 1, 5, 0))  # LZW
+    with pytest.raises(UnreadableImage, match="imagecodecs"):
+        read_image(data, pixels=RGB)
+
+
 def test_arrays_beside_images_are_not_images(tmp_path: Path, make_tar) -> None:
     names = ["a/1.jpg", "a/1.latent.npy", "a/2.npy", "b/1.NPY", "1.npy"]
     for name in names:
