@@ -13,11 +13,12 @@ before the call. Prints a table and writes JSON, whose ratios are reference / ou
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,9 +61,6 @@ class Options:
 
     threads: int = 2
     """CPU threads."""
-
-    peak_of: tuple[str, str] | None = None
-    """A size and a name: measure one peak in this process and print it, in bytes."""
 
 
 def ours(codebook: Tensor, l2: bool) -> Quantise:
@@ -126,6 +124,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
     return features, F.normalize(codebook, dim=1) if l2 else codebook, l2
 
 
+@torch.no_grad()
 def peak(size: str, name: str) -> int:
     """Bytes that one call needs beyond what the process held, after a call with few vectors."""
     features, codebook, l2 = inputs(size)
@@ -139,8 +138,10 @@ def peak(size: str, name: str) -> int:
 
 
 def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
-    command = [sys.executable, __file__, "--threads", str(threads), "--peak_of", size, name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+        executor.submit(torch.set_num_threads, threads).result()
+        return executor.submit(peak, size, name).result()
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
@@ -220,9 +221,6 @@ def machine(threads: int) -> dict[str, Any]:
 
 def run(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    if options.peak_of is not None:
-        print(peak(*options.peak_of))
-        return
     rows = [row for size in SIZES for row in measure(size, options)]
     Console().print(_table(rows))
     if options.json is not None:

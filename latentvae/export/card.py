@@ -116,7 +116,8 @@ def _samples(card: ModelCard, folder: Path) -> str:
 
 
 def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
-    channels = {1: "1 (grey)", 4: "4 (RGBA)"}.get(config["in_channels"], "3")
+    channels = config["in_channels"]
+    kind = {1: ", grey,", 4: ", RGBA,"}.get(channels, "")
     package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
     pipelines = "Any diffusers pipeline takes it as `vae=`. " if package == "diffusers" else ""
     return f"""## Use
@@ -125,7 +126,7 @@ def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
 from {package} import {report.network}
 
 vae = {report.network}.from_pretrained("{card.location}")
-{_SNIPPETS[report.network].format(latents=_latents(config), channels=channels)}
+{_SNIPPETS[report.network].format(latents=_latents(config), channels=channels, kind=kind)}
 ```
 
 {pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
@@ -133,22 +134,22 @@ vae = {report.network}.from_pretrained("{card.location}")
 
 _SNIPPETS = {
     "AutoencoderKL": """\
-z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W) in [-1, 1]
+z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 latents = {latents}
 recon = vae.decode(z).sample""",
     "AsymmetricAutoencoderKL": """\
-z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W) in [-1, 1]
+z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",
     "AutoencoderDC": """\
-z = vae.encode(images).latent  # images (B, {channels}, H, W) in [-1, 1], H and W multiples of f
+z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
 latents = z * vae.config.scaling_factor
 recon = vae.decode(z).sample""",
     "VQModel": """\
-features = vae.encode(images).latents  # images (B, {channels}, H, W), not yet quantised
+features = vae.encode(images).latents  # images (B, {channels}, H, W){kind}, not yet quantised
 z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
 recon = vae.decode(z, force_not_quantize=True).sample""",
     "DiscreteAutoencoder": """\
-indices = vae.tokenize(images).indices  # images (B, {channels}, H, W) in [-1, 1]
+indices = vae.tokenize(images).indices  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode_indices(indices).sample""",
 }
 

@@ -42,5 +42,5 @@ def critic_learns_alone(update: int, *, start: int, critic: CriticConfig) -> boo
 def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
     """From ``start`` in update 0 along half a cosine to ``end`` in update ``steps`` and after (the
     temperature of DALL-E's dVAE: Ramesh et al. 2021, arXiv:2102.12092, appendix A.2)."""
-    progress = min(update / steps, 1.0)
+    progress = min(update / steps, 1.0) if steps else 1.0
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -113,7 +113,7 @@ def test_objective_and_critic_see_the_same_background_in_image_and_reconstructio
     both = torch.cat([to_rgb(real, background), to_rgb(recon, background)])
     assert torch.equal(critic.seen[0], both)
     leaf = recon.clone().requires_grad_()
-    _, grad = _adversarial(leaf, adversary, background)
+    _, grad = _adversarial(leaf, adversary, objective=objective, background=background)
     assert grad.shape == recon.shape
     # hinge: the loss is minus the mean logit, the mean over batch, colours and pixels
     assert torch.allclose(grad[:, :3], -(recon[:, 3:] + 1) / 2 / (3 * 3 * 64))
