@@ -4,11 +4,11 @@ learn from all ranks once per update, and the temperature.
 `N` vectors, `c` feature channels, `K` codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage
 from latentvae.distributed import all_reduce_sum, gather_cat
@@ -43,17 +43,40 @@ class CodebookUpdate:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._features = out.features
 
-    def apply(self, update: int) -> dict[str, Tensor]:
-        """After the optimiser; the same on every rank. Returns what to log."""
+    @torch.no_grad()
+    def apply(
+        self,
+        update: int,
+        *,
+        optimizer: torch.optim.Optimizer,
+        averages: Mapping[nn.Parameter, Tensor],
+    ) -> dict[str, Tensor]:
+        """After the optimiser; the same on every rank.
+
+        Args:
+            optimizer: forgets what it knew of codes that restart.
+            averages: of the weights; those of a code that restarts restart with it.
+
+        Returns:
+            What to log.
+        """
         if not self._sums or self._features is None:
             return {}
         sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
         vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
+        before = {weight: weight.clone() for weight in self.quantizer.parameters()}
         restarted = self.quantizer.update(
             sums,
             features=gather_cat(vectors),
             generator=generator_for(Stream.CODEBOOK, self.seed, update),
         )
+        for weight, old in before.items():
+            changed = (weight != old).any(1, keepdim=True)  # (K, 1); no host sync
+            if weight in averages:
+                averages[weight].copy_(torch.where(changed, weight, averages[weight]))
+            for moment in optimizer.state.get(weight, {}).values():
+                if moment.shape == weight.shape:
+                    moment.masked_fill_(changed, 0.0)
         return {"tokens/restarted": restarted.float()}
 
     def clear(self) -> None:

@@ -278,7 +278,9 @@ class _Loop:
         finite, signal = self._verdict(norms)
         if finite:
             self._step(adversary)
-            learned = self.codebook.apply(progress.update)
+            learned = self.codebook.apply(
+                progress.update, optimizer=run.optimizer, averages=run.averages()
+            )
             for values in (*logged, norms, learned):
                 self.window.add(values)
             self._observe(adversary, logged)

@@ -17,7 +17,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
 from latentvae.data import (
     DatasetSpec,
@@ -83,6 +83,12 @@ class Run:
     @property
     def net(self) -> Any:
         return self.wrapper.net
+
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """The average of each weight of the network; empty without averages."""
+        if self.ema is None:
+            return {}
+        return dict(zip(self.net.parameters(), self.ema.shadow_params, strict=True))
 
     @property
     def images_per_update(self) -> int:

@@ -1,7 +1,7 @@
-"""Run by the launcher in test_ranks.py: the gradients of one update, as each rank holds them, saved
-to a file.
+"""Run by the launcher in test_ranks.py: the gradients of one update and what a codebook learned in
+it, as each rank holds them, saved to a file.
 
-ranks.py OUT.safetensors BATCH_SIZE ADAPTIVE
+ranks.py OUT.safetensors BATCH_SIZE ADAPTIVE [QUANTIZER]
 """
 
 import sys
@@ -21,11 +21,11 @@ class Done(Exception):
 
 
 def gradients_after_update(number: int, out: Path) -> Any:
-    """Replaces the optimiser's step in update ``number`` (from 1)."""
-    original = loop._Loop._step
+    """Replaces what follows the optimiser's step in update ``number`` (from 1)."""
+    original = loop._Loop._observe
 
-    def saving(self: loop._Loop, adversary: Any) -> None:
-        original(self, adversary)
+    def saving(self: loop._Loop, adversary: Any, logged: Any) -> None:
+        original(self, adversary, logged)
         if self.progress.update + 1 < number:
             return
         modules = {"model": self.run.wrapper, "critic": self.run.critic}
@@ -36,19 +36,50 @@ def gradients_after_update(number: int, out: Path) -> Any:
             for key, p in module.named_parameters()
             if p.grad is not None
         }
+        quantizer = getattr(self.run.net, "quantize", None)
+        if quantizer is not None:
+            grads |= {f"buffer/{key}": value for key, value in quantizer.named_buffers()}
         save_file(grads, out.with_name(f"{out.stem}-{rank()}.safetensors"))
         raise Done
 
     return saving
 
 
-def main(out: Path, batch_size: int, adaptive: bool) -> None:
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "average": {
+        "type": "vq",
+        "num_codes": 8,
+        "code_channels": 4,
+        "codebook_decay": 0.5,
+        "kmeans_iterations": 2,
+    },
+    "entropy": {
+        "type": "vq",
+        "num_codes": 8,
+        "code_channels": 4,
+        "l2_normalize": True,
+        "entropy_weight": 1.0,
+        "entropy_temperature": 0.5,
+    },
+    "lfq": {"type": "lfq", "num_bits": 4, "entropy_weight": 1.0, "entropy_temperature": 0.5},
+}
+
+
+def model(quantizer: str | None) -> dict[str, Any] | None:
+    if quantizer is None:
+        return None
+    shape = {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    return {"architecture": "vq", "quantizer": QUANTIZERS[quantizer], **shape}
+
+
+def main(out: Path, batch_size: int, adaptive: bool, quantizer: str | None) -> None:
     torch.set_num_threads(1)
-    loop._Loop._step = gradients_after_update(2, out)  # type: ignore[method-assign]
+    loop._Loop._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
     config = small_config(
         out.with_suffix(""),
+        model(quantizer),
         train_batch_size=batch_size,
-        deterministic_posterior=True,
+        deterministic_posterior=quantizer is None,
         disc_adaptive_weight=adaptive,
         disc_start=0,
         disc_ramp_steps=1,
@@ -63,4 +94,6 @@ def main(out: Path, batch_size: int, adaptive: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "adaptive")
+    main(
+        Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "adaptive", (sys.argv[4:] or [None])[0]
+    )

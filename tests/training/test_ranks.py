@@ -69,20 +69,39 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
     script = str(ROOT / "tests" / "training" / "ranks.py")
     finish(launch([script, str(tmp_path / "two"), "3", weight], processes=2))
     finish(launch([script, str(tmp_path / "one"), "6", weight], processes=1))
-    one = load_file(tmp_path / "one-0.safetensors")
-    first, second = (load_file(tmp_path / f"two-{rank}.safetensors") for rank in (0, 1))
-    assert one.keys() == first.keys() == second.keys()
+    one = equal_ranks(tmp_path)
     assert {
         "model/output_logvar",
         "model/net.decoder.conv_out.weight",
         "critic/layers.0.weight",
     } <= one.keys()
-    for name, grad in one.items():
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["average", "entropy", "lfq"])
+def test_a_codebook_of_two_ranks_is_that_of_one_process_with_the_joined_batch(
+    tmp_path: Path, quantizer: str
+) -> None:
+    script = str(ROOT / "tests" / "training" / "ranks.py")
+    finish(launch([script, str(tmp_path / "two"), "3", "fixed", quantizer], processes=2))
+    finish(launch([script, str(tmp_path / "one"), "6", "fixed", quantizer], processes=1))
+    one = equal_ranks(tmp_path)
+    expected = {"average": "buffer/embed_sum", "entropy": "model/net.quantize.weight", "lfq": ""}
+    assert not expected[quantizer] or expected[quantizer] in one
+
+
+def equal_ranks(folder: Path) -> dict[str, torch.Tensor]:
+    """What one process saved; two ranks saved the same, to rounding, and equal to each other."""
+    one = load_file(folder / "one-0.safetensors")
+    first, second = (load_file(folder / f"two-{rank}.safetensors") for rank in (0, 1))
+    assert one.keys() == first.keys() == second.keys()
+    for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
-        scale = grad.abs().max().clamp(min=1e-4)  # the critic's last bias has a gradient of zero
+        scale = value.abs().max().clamp(min=1e-4)  # the critic's last bias has a gradient of zero
         torch.testing.assert_close(
-            first[name] / scale, grad / scale, rtol=1e-3, atol=1e-4, msg=name
+            first[name] / scale, value / scale, rtol=1e-3, atol=1e-4, msg=name
         )
+    return one
 
 
 def kill_after(process: subprocess.Popen[str], file: Path, delay: float) -> None:
