@@ -124,10 +124,13 @@ class Export:
     """Folder of a training run."""
 
     out: Path
-    """Folder to write; `AutoencoderKL.from_pretrained` loads it."""
+    """Folder to write; `from_pretrained` of its class loads it."""
 
     overwrite: bool = False
     """Replace the export that is in `out`."""
+
+    lookup_from_codebook: bool = False
+    """Of a tokenizer: a VQModel for aMUSEd, with codes looked up by index and pixels in [0, 1]."""
 
     push_to_hub: bool = False
     """Upload it to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."""
@@ -236,8 +239,37 @@ class Decode:
         decode_command(**vars(self))
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Write an AutoencoderKL or a VQModel under the original names of CompVis and taming.
+
+    What `latentvae.load` and other programs take as a single file; the matching `ddconfig` of the
+    original code is printed, and kept in the file's metadata.
+    """
+
+    model: Positional[str]
+    """Folder or Hub id of the autoencoder, such as a run's export."""
+
+    out: Path
+    """The .safetensors file to write."""
+
+    overwrite: bool = False
+    """Replace the file that is there."""
+
+    def run(self) -> None:
+        from latentvae.export.original import convert
+
+        convert(**vars(self))
+
+
 Command = (
-    type[Reconstruct] | type[Evaluate] | type[Compare] | type[Export] | type[Encode] | type[Decode]
+    type[Reconstruct]
+    | type[Evaluate]
+    | type[Compare]
+    | type[Export]
+    | type[Convert]
+    | type[Encode]
+    | type[Decode]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -245,6 +277,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "export": Export,
+    "convert": Convert,
     "encode": Encode,
     "decode": Decode,
 }

@@ -45,7 +45,7 @@ ALLOWED = {
         "export",
     },
     "flags": BASE,
-    "cli": BASE | {"flags", "reconstruct", "report", "caching", "training"},
+    "cli": BASE | {"flags", "reconstruct", "report", "caching", "export", "training"},
     "__init__": {"autoencoder", "latents", "training"},
 }
 ACCELERATE = {"training"}

@@ -119,19 +119,25 @@ def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
     channels = config["in_channels"]
     kind = {1: ", grey,", 4: ", RGBA,"}.get(channels, "")
     package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
-    pipelines = "Any diffusers pipeline takes it as `vae=`. " if package == "diffusers" else ""
+    name = "aMUSEd" if config.get("lookup_from_codebook") else report.network
+    pipelines = _PIPELINES.get(name, "Any diffusers pipeline takes it as `vae=`. ")
     return f"""## Use
 
 ```python
 from {package} import {report.network}
 
 vae = {report.network}.from_pretrained("{card.location}")
-{_SNIPPETS[report.network].format(latents=_latents(config), channels=channels, kind=kind)}
+{_SNIPPETS[name].format(latents=_latents(config), channels=channels, kind=kind)}
 ```
 
 {pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
 
 
+_PIPELINES = {
+    "VQModel": "LDMPipeline takes it as `vqvae=`. ",
+    "aMUSEd": "AmusedPipeline and its kin take it as `vqvae=`. ",
+    "DiscreteAutoencoder": "",
+}
 _SNIPPETS = {
     "AutoencoderKL": """\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
@@ -145,9 +151,14 @@ z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], 
 latents = z * vae.config.scaling_factor
 recon = vae.decode(z).sample""",
     "VQModel": """\
-features = vae.encode(images).latents  # images (B, {channels}, H, W){kind}, not yet quantised
+features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [-1, 1]
 z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
 recon = vae.decode(z, force_not_quantize=True).sample""",
+    "aMUSEd": """\
+features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [0, 1]
+indices = vae.quantize(features)[2][2].view(len(features), *features.shape[2:])
+shape = (*indices.shape, vae.config.latent_channels)
+recon = vae.decode(indices, force_not_quantize=True, shape=shape).sample  # in [0, 1]""",
     "DiscreteAutoencoder": """\
 indices = vae.tokenize(images).indices  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode_indices(indices).sample""",

@@ -2,7 +2,10 @@
 this package's `DiscreteAutoencoder`; load it back, and compare indices and reconstructions.
 
 A `VQModel` searches with its own arithmetic, so two codes at the same distance to rounding may
-change places: that is a tie, and is counted.
+change places: that is a tie, and is counted. Where ties are many, as among codes that are short
+beside the features (which have not learned yet), it is no VQModel.
+
+`z` feature, `c` code, `K` codes, `L` levels.
 """
 
 import copy
@@ -19,10 +22,10 @@ from latentvae.export.diffusers import check_folder, probes, written_whole
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteAutoencoder, calls
-from latentvae.models.discrete import scale_features, to_vq_model
+from latentvae.models.discrete import scale_features, to_vq_model, why_no_vq_model
 
 MIN_EQUAL = 0.999  # share of indices that must be equal
-TIE = 1e-5  # relative difference of two distances that are the same to rounding
+TIE = 1e-5  # difference of two squared distances that is rounding, as a share of |z|^2 + |c|^2
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TokenizerReport:
         num_images: images that was measured on.
         half_precision: the float16 check.
         equal_share: indices equal to the trained network's, over all compared sizes.
-        ties: indices that differ and are as near to rounding.
+        ties: indices that differ and are as near to rounding; not counted with `unit_range`.
         unit_range: pixels in [0, 1] and codes looked up by index, as aMUSEd asks.
         compared_sizes: (H, W).
     """
@@ -87,15 +90,19 @@ class TokenizerReport:
             f"{self.num_images} images",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
             f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
-            f"{self.ties} ties; images of equal indices equal, bit for bit",
+            + (
+                "images of equal indices equal to rounding"
+                if self.unit_range
+                else f"{self.ties} ties; images of equal indices equal, bit for bit"
+            ),
         ]
         if self.reason:
             lines.append(f"not a diffusers VQModel: {self.reason}")
         if self.unit_range:
             lines.append(
-                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; images within "
-                "rounding, and encode() sees black beyond the picture's edge where training saw "
-                "grey: tokens at the edge may differ"
+                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; encode() sees "
+                "black beyond the picture's edge where training saw grey, so that tokens near the "
+                "edge may differ"
             )
         return [mark + line for line in lines]
 
@@ -127,12 +134,19 @@ def export_tokenizer(
         RuntimeError: what is loaded back is not what was trained.
     """
     check_folder(out, overwrite=overwrite)
+    reason = why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
+    if reason and lookup_from_codebook:
+        raise UserError(f"lookup_from_codebook is an option of VQModel, and this is none: {reason}")
     trained: Any = copy.deepcopy(net).cpu().float().eval()
     probe = probe.to("cpu", torch.float32)
     half = check_half_precision(trained, probe)
-    written, reason, factor = _network(trained, probe, unit_range=lookup_from_codebook)
-    if reason and lookup_from_codebook:
-        raise UserError(f"lookup_from_codebook is an option of VQModel, and this is none: {reason}")
+    written, factor = trained, 1.0
+    if not reason:
+        written = to_vq_model(trained, unit_range=lookup_from_codebook)
+        factor = scale_features(trained, written, probe)
+        reason = _why_too_near(trained, written, probe, factor) if not lookup_from_codebook else ""
+    if reason:
+        written, factor = copy.deepcopy(trained), 1.0
     written.register_to_config(sample_size=int(resolution))
     scaling = statistics.scaling_factor / factor
     if not reason:
@@ -140,7 +154,10 @@ def export_tokenizer(
     with written_whole(out) as folder:
         written.save_pretrained(folder)
         loaded = _load_back(folder, type(written))
-        equal, ties = _compare(trained, loaded, probe, exact=not lookup_from_codebook)
+        equal, ties = _compare_indices(
+            trained, loaded, probe, factor=None if lookup_from_codebook else factor
+        )
+        _compare_images(trained, loaded, probe, exact=not lookup_from_codebook)
         report = TokenizerReport(
             path=out,
             network=type(written).__name__,
@@ -161,16 +178,15 @@ def export_tokenizer(
     return report
 
 
-def _network(trained: Any, probe: Tensor, *, unit_range: bool) -> tuple[Any, str, float]:
-    """What is written, why it is no VQModel, and the factor on its features."""
-    stock = to_vq_model(trained, unit_range=unit_range)
-    if stock is None:
-        kind = trained.config["quantizer"]["type"]
-        why = f"the quantiser {kind} is no search of the nearest code in a list"
-        if trained.likelihood is not None:
-            why = f"its decoder gives the parameters of a {trained.config['likelihood']} likelihood"
-        return copy.deepcopy(trained), why, 1.0
-    return stock, "", scale_features(trained, stock, probe)
+def _why_too_near(trained: Any, stock: Any, probe: Tensor, factor: float) -> str:
+    """Why `stock` is of no use though it is right; empty if it is."""
+    equal, _ = _compare_indices(trained, stock, probe, factor=factor)
+    if equal >= MIN_EQUAL:
+        return ""
+    return (
+        f"only {equal:.2%} of its indices are equal, for its codes are nearer to one another than "
+        "its search can tell"
+    )
 
 
 def _load_back(folder: Path, cls: type[Any]) -> Any:
@@ -184,45 +200,52 @@ def _load_back(folder: Path, cls: type[Any]) -> Any:
 
 
 @torch.no_grad()
-def _compare(trained: Any, loaded: Any, probe: Tensor, *, exact: bool) -> tuple[float, int]:
+def _compare_indices(
+    trained: Any, net: Any, probe: Tensor, *, factor: float | None
+) -> tuple[float, int]:
     """Share of equal indices, and ties.
 
     Args:
-        exact: images of equal indices must be equal, not only to rounding, and so must the share.
+        factor: on `net`'s features. None: indices that differ are not looked into.
+
+    Raises:
+        RuntimeError: indices differ that are no ties.
     """
-    equal = total = ties = 0
+    equal = total = 0
     for images in probes(trained, probe):
-        ours = calls.tokenize(trained, calls.encode(trained, images))
-        theirs = calls.tokenize(loaded, calls.encode(loaded, images))
+        features = calls.encode(trained, images)
+        ours = calls.tokenize(trained, features)
+        theirs = calls.tokenize(net, calls.encode(net, images))
         equal += int((ours == theirs).sum())
         total += ours.numel()
-        if exact:
-            ties += _count_ties(trained, images, ours, theirs)
-        a, b = calls.decode_indices(trained, ours), _of_indices(loaded, ours)
-        if not (torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4)):
-            difference = (a - b).abs().max().item()
-            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}")
-    if exact and equal / total < MIN_EQUAL:
-        raise RuntimeError(f"only {equal / total:.4%} of the export's indices are equal")
-    return equal / total, ties
+        if factor is not None and not torch.equal(ours, theirs):
+            _check_ties(trained, net, features * factor, ours, theirs)
+    return equal / total, 0 if factor is None else total - equal
 
 
-def _count_ties(trained: Any, images: Tensor, ours: Tensor, theirs: Tensor) -> int:
-    """How many indices differ; each must be a tie."""
+def _check_ties(trained: Any, net: Any, features: Tensor, ours: Tensor, theirs: Tensor) -> None:
+    if isinstance(net, DiscreteAutoencoder):  # which does the same arithmetic
+        raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ")
     where = ours != theirs
-    if not where.any():
-        return 0
-    features = trained.encode(images).latents.double()
-    if getattr(trained.quantize, "l2_normalize", False):
-        features = torch.nn.functional.normalize(features, dim=1)
-    near, far = (
-        (features - trained.quantize.codes(i).double()).square().sum(1)[where]
-        for i in (ours, theirs)
+    z, near, far = (
+        vectors.double().movedim(1, 3)[where]
+        for vectors in (features, trained.quantize.codes(ours), trained.quantize.codes(theirs))
     )
-    worst = ((far - near).abs() / near.clamp(min=1e-12)).max().item()
+    gap = ((far - z).square().sum(1) - (near - z).square().sum(1)).abs()
+    worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()
     if worst > TIE:
-        raise RuntimeError(f"the export takes another code, {worst:g} further away")
-    return int(where.sum())
+        raise RuntimeError(f"the export takes another code, further away by {worst:g}")
+
+
+@torch.no_grad()
+def _compare_images(trained: Any, loaded: Any, probe: Tensor, *, exact: bool) -> None:
+    """Those of the same indices must be equal, or equal to rounding."""
+    for images in probes(trained, probe):
+        indices = calls.tokenize(trained, calls.encode(trained, images))
+        ours, theirs = calls.decode_indices(trained, indices), _of_indices(loaded, indices)
+        if not (torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=1e-4)):
+            difference = (ours - theirs).abs().max().item()
+            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}")
 
 
 def _of_indices(net: Any, indices: Tensor) -> Tensor:
@@ -230,8 +253,8 @@ def _of_indices(net: Any, indices: Tensor) -> Tensor:
     if isinstance(net, DiscreteAutoencoder):
         return calls.decode_indices(net, indices)
     codes = calls.codes_of(net, indices)
-    if net.config["lookup_from_codebook"]:  # indices and a shape are what it takes
-        shape = (len(indices), *indices.shape[1:], codes.shape[1])
-        sample = net.decode(indices.flatten(), force_not_quantize=True, shape=shape).sample
+    if net.config["lookup_from_codebook"]:  # indices and a shape, as aMUSEd's pipelines give them
+        shape = (*indices.shape, net.config["latent_channels"])
+        sample = net.decode(indices, force_not_quantize=True, shape=shape).sample
         return sample * 2 - 1
     return net.decode(codes, force_not_quantize=True).sample

@@ -22,6 +22,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentvae.bottlenecks import (
     LookupFreeQuantizer,
@@ -29,6 +30,7 @@ from latentvae.bottlenecks import (
     VectorQuantizer,
     build_quantizer,
 )
+from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.kl import TrainingWrapper, block_types
 from latentvae.outputs import AutoencoderOutput
@@ -101,6 +103,9 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Features (B, c, h, w), not yet quantised, as `VQModel` gives them."""
+        height, width = images.shape[2:]
+        if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
+            raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
         features = self.quant_conv(self.encoder(images))
         return VQEncoderOutput(latents=features) if return_dict else (features,)
 
@@ -125,7 +130,11 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Images of indices."""
+        """Images of indices, which must be those of codes: a `UserError` otherwise."""
+        low, high = (int(value) for value in indices.aminmax())  # waits for the device
+        if low < 0 or high >= self.quantize.num_codes:
+            last = self.quantize.num_codes - 1
+            raise UserError(f"indices are in 0..{last}, not {low}..{high}")
         return self.decode(self.quantize.codes(indices), True, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
@@ -190,10 +199,26 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder:
 MAX_BITS = 16  # of an LFQ whose codes a `VQModel` can list
 
 
+def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
+    """Why a stock `VQModel` cannot be the same tokenizer, as a clause; empty if it can.
+
+    Args:
+        quantizer, likelihood: as `DiscreteAutoencoder` takes them.
+    """
+    kind = quantizer["type"]
+    if likelihood is not None:
+        return f"its decoder gives the parameters of a {likelihood} likelihood"
+    if kind not in ("vq", "lfq"):
+        return f"the quantiser {kind} is no search of the nearest code in a list"
+    if kind == "lfq" and (codes := build_quantizer(**quantizer).num_codes) > 2**MAX_BITS:
+        return f"its {codes:,} codes are too many to list (at most {2**MAX_BITS:,})"
+    return ""
+
+
 @torch.no_grad()
-def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel | None:
-    """The same tokenizer as a stock `VQModel`, with the same indices; None where its nearest code
-    by Euclid is another (FSQ, Gumbel-softmax, several levels) or its decoder gives a likelihood.
+def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
+    """The same tokenizer as a stock `VQModel`, with the same indices, where `why_no_vq_model` has
+    no reason against it.
 
     Codes on the unit sphere stay there: nearest by Euclid is then nearest by cosine, whatever the
     vectors' length. Features are scaled by a power of two, which costs no digit, so that they are
@@ -202,12 +227,17 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
     Args:
         net: float32, on the CPU.
         unit_range: pixels in [0, 1] on both sides, and codes looked up by index: aMUSEd's. The
-            first convolution then pads with black where training padded with grey.
+            first convolution then pads with black where training padded with grey. Codes are as
+            wide as `latent_channels`, by which its pipelines shape them: zeros fill up.
     """
-    codebook = _listed_codes(net.quantize)
-    if codebook is None or net.likelihood is not None:
-        return None
+    assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
+    weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
+    codebook = weights["quantize.embedding.weight"] = _listed_codes(net.quantize)
     config = {name: net.config[name] for name in _SHARED}
+    if unit_range:
+        _fold_unit_range(weights)
+        config["latent_channels"] = _make_as_wide(weights)
+        codebook = weights["quantize.embedding.weight"]
     down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
     network: Any = VQModel  # diffusers types widths as one-element tuples
     with torch.device("meta"):
@@ -219,10 +249,6 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
             vq_embed_dim=codebook.shape[1],
             lookup_from_codebook=unit_range,
         )
-    weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
-    weights["quantize.embedding.weight"] = codebook
-    if unit_range:
-        _fold_unit_range(weights)
     stock.load_state_dict(weights, assign=True)
     return stock.eval()
 
@@ -239,7 +265,8 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
         return 1.0
     features = net.encode(images).latents
-    factor = 2.0 ** round(math.log2(lengths[0] / features.norm(dim=1).mean()))
+    length = features.norm(dim=1).mean().clamp(min=1e-6)  # of a dead encoder it is 0
+    factor = 2.0 ** round(math.log2(lengths[0] / length))
     for parameter in stock.quant_conv.parameters():
         parameter.mul_(factor)
     return factor
@@ -251,13 +278,12 @@ _SHARED = (
 ).split()
 
 
-def _listed_codes(quantize: Any) -> Tensor | None:
+def _listed_codes(quantize: Any) -> Tensor:
     """(K, D), among which the nearest by Euclid is what `quantize` finds."""
     if isinstance(quantize, VectorQuantizer):
         return quantize.codebook.detach().clone()
-    if isinstance(quantize, LookupFreeQuantizer) and quantize.num_codes <= 2**MAX_BITS:
-        return quantize.codes(torch.arange(quantize.num_codes).view(-1, 1, 1))[:, :, 0, 0].clone()
-    return None
+    assert isinstance(quantize, LookupFreeQuantizer)
+    return quantize.codes(torch.arange(quantize.num_codes).view(-1, 1, 1))[:, :, 0, 0].clone()
 
 
 def _fold_unit_range(weights: dict[str, Tensor]) -> None:
@@ -268,3 +294,19 @@ def _fold_unit_range(weights: dict[str, Tensor]) -> None:
     weights["decoder.conv_out.weight"] /= 2
     weights["decoder.conv_out.bias"] += 1
     weights["decoder.conv_out.bias"] /= 2
+
+
+def _make_as_wide(weights: dict[str, Tensor]) -> int:
+    """Fill features, codes and what lies around them up to one width; returns it."""
+    width = max(weights["quant_conv.weight"].shape[:2])
+    for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        inputs = width if name != "encoder.conv_out" else weight.shape[1]
+        more = (0, 0, 0, 0, 0, inputs - weight.shape[1], 0, width - weight.shape[0])
+        weights[f"{name}.weight"] = F.pad(weight, more)
+        weights[f"{name}.bias"] = F.pad(bias, (0, width - len(bias)))
+    for name in ("quantize.embedding.weight", "decoder.conv_in.weight"):
+        weight = weights[name]
+        more = (0, 0) * (weight.ndim - 2) + (0, width - weight.shape[1])
+        weights[name] = F.pad(weight, more)
+    return width

@@ -529,6 +529,13 @@ class TrainConfig(Section):
             raise ValueError(f"deterministic_posterior {without}, which has no posterior")
         if self.run.lookup_from_codebook and model.architecture != "vq":
             raise ValueError(f"lookup_from_codebook {without}, which has no codes")
+        if self.run.lookup_from_codebook and isinstance(model, VQModelConfig):
+            from latentvae.models.discrete import why_no_vq_model  # diffusers takes seconds
+
+            if reason := why_no_vq_model(model.quantizer.arguments(), model.likelihood):
+                raise ValueError(
+                    f"lookup_from_codebook is an option of VQModel, and this is none: {reason}"
+                )
         if self.run.export_profile != "sd" and model.architecture != "kl":
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
         if self.run.gradient_checkpointing and model.architecture == "dc":

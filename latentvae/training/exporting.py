@@ -32,7 +32,7 @@ from latentvae.training.log import append_row, read_rows
 from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import Run, build_net, eval_transform, open_data
-from latentvae.training.state import read_config
+from latentvae.training.state import load_weights, read_config
 from latentvae.training.validate import First, first_readable, sample_grid_path
 
 STATISTICS_IMAGES = 1024
@@ -93,6 +93,7 @@ def export_folder(
     *,
     out: Path,
     overwrite: bool = False,
+    lookup_from_codebook: bool = False,
     push_to_hub: bool = False,
     hub_model_id: str | None = None,
     hub_private_repo: bool = False,
@@ -100,6 +101,7 @@ def export_folder(
     """Export the newest usable checkpoint of the run in ``folder``; its images must still be there.
 
     Args:
+        lookup_from_codebook: for aMUSEd, as does a run that was started so.
         push_to_hub: upload it too, to ``hub_model_id`` or under the run's name.
 
     Raises:
@@ -107,6 +109,13 @@ def export_folder(
         UploadError: it is exported, but the Hub did not take it.
     """
     config = read_config(folder / "config.yaml")
+    if lookup_from_codebook:
+        if config.model.architecture != "vq":
+            kind = config.model.architecture
+            raise UserError(
+                f"lookup_from_codebook is for tokenizers, and '{folder}' is a run of {kind}"
+            )
+        config.run.lookup_from_codebook = True
     config.run.push_to_hub, config.run.hub_model_id = push_to_hub, hub_model_id
     if push_to_hub:
         check_push(repository(hub_model_id, folder))
@@ -118,7 +127,7 @@ def export_folder(
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
     base, update = read_base(folder, config.model.architecture), update_of(checkpoint)
     net = build_net(config, base)
-    net.load_state_dict(_weights(checkpoint))
+    load_weights(net, _weights(checkpoint))
     net.eval()
     _export(
         net,

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import yaml
+from torch import Tensor, nn
 
 from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
@@ -95,12 +96,13 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
     """Put a snapshot into a freshly built run; returns where it stood.
 
     Raises:
-        UserError: the run was started with other processes, precision or images.
+        UserError: the run was started with other processes, precision or images, or has another
+            network.
     """
     tensors, values = snapshot.tensors, snapshot.values
     _check_same_circumstances(values, run)
     started = values["critic_start"] <= values["update"]
-    run.wrapper.load_state_dict(tensors["model"])
+    load_weights(run.wrapper, tensors["model"])
     load_optimizer_tensors(run.optimizer, run.wrapper, tensors["optimizer"])
     if run.critic is not None and run.critic_optimizer is not None:
         run.critic.load_state_dict(tensors["critic"])
@@ -123,6 +125,15 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
     )
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Those of a checkpoint, which may have been put among those of another network."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the checkpoint is not of this configuration: {reason}") from error
 
 
 def _check_same_circumstances(values: dict[str, Any], run: Run) -> None:
