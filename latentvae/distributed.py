@@ -2,6 +2,7 @@
 Accelerate."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ def gather_cat(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def send_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with rank 0's, in the order given."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from latentvae.bottlenecks.nearest import nearest_codes
 from latentvae.bottlenecks.quantized import Quantized, straight_through
 from latentvae.errors import UserError, nearest
 
+SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 USAGE_DECAY = 0.99  # per update, of the share that decides whether a code is dead
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
@@ -200,7 +201,10 @@ class VectorQuantizer(nn.Module):
         self.embed_sum.lerp_(sums, 1 - self.ema_decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
-        self.weight.copy_(self.embed_sum / smoothed[:, None])
+        means = self._place(self.embed_sum / smoothed[:, None])
+        # Smoothing would draw a code that nothing chooses to the origin, and off the sphere.
+        alive = self.cluster_size[:, None] > SMALLEST_SIZE
+        self.weight.copy_(torch.where(alive, means, self.weight))
 
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
         """Put ``codes`` (K, D) where ``mask`` (K,) holds, with ``size`` vectors to their name."""

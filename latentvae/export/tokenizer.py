@@ -86,8 +86,8 @@ class TokenizerReport:
         half, sizes = self.half_precision, ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         lines = [
             f"{self.quantizer}: {self.size}",
-            f"1 / std of the features before they are quantised: {self.scaling_factor:.5f} on "
-            f"{self.num_images} images",
+            f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before they are "
+            f"quantised, on {self.num_images} images; with a frozen encoder the base's)",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
             f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
             + (
@@ -115,6 +115,7 @@ def export_tokenizer(
     resolution: int,
     probe: Tensor,
     card: ModelCard | None = None,
+    frozen_encoder: bool = False,
     lookup_from_codebook: bool = False,
     overwrite: bool = False,
 ) -> TokenizerReport:
@@ -126,6 +127,7 @@ def export_tokenizer(
         statistics: of its features.
         resolution: side of the training images in pixels.
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
+        frozen_encoder: the features are the base model's, so they and their scale are kept.
         lookup_from_codebook: for aMUSEd: codes by index, pixels in [0, 1].
         overwrite: replace an earlier export.
 
@@ -143,14 +145,17 @@ def export_tokenizer(
     written, factor = trained, 1.0
     if not reason:
         written = to_vq_model(trained, unit_range=lookup_from_codebook)
-        factor = scale_features(trained, written, probe)
+        factor = 1.0 if frozen_encoder else scale_features(trained, written, probe)
         reason = _why_too_near(trained, written, probe, factor) if not lookup_from_codebook else ""
     if reason:
         written, factor = copy.deepcopy(trained), 1.0
     written.register_to_config(sample_size=int(resolution))
     scaling = statistics.scaling_factor / factor
+    if frozen_encoder:
+        scaling = net.config["scaling_factor"]
+    written.register_to_config(scaling_factor=scaling)
     if not reason:
-        written.register_to_config(scaling_factor=scaling, force_upcast=not half.safe)
+        written.register_to_config(force_upcast=not half.safe)
     with written_whole(out) as folder:
         written.save_pretrained(folder)
         loaded = _load_back(folder, type(written))

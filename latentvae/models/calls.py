@@ -29,11 +29,11 @@ def encode(
     net: Any, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
 ) -> Tensor:
     """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it."""
-    if not sample:
-        return encode_posterior(net, images)[0]  # a Gaussian's mode is its mean
     output = net.encode(_to_range_of(net, images))
     posterior = read_posterior(output)
-    return encode_posterior(net, images)[0] if posterior is None else posterior.sample(generator)
+    if posterior is not None and sample:
+        return posterior.sample(generator)
+    return _mean_of(output)  # a Gaussian's mode is its mean
 
 
 def decode(net: Any, z: Tensor) -> Tensor:
@@ -46,9 +46,14 @@ def encode_posterior(net: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Mean and log-variance of the posterior of images in [-1, 1]; without one, latent and None."""
     output = net.encode(_to_range_of(net, images))
     posterior = read_posterior(output)
+    return _mean_of(output), None if posterior is None else posterior.logvar
+
+
+def _mean_of(output: Any) -> Tensor:
+    posterior = read_posterior(output)
     if posterior is not None:
-        return posterior.mean, posterior.logvar
-    return (output.latents if hasattr(output, "latents") else output.latent), None
+        return posterior.mean
+    return output.latents if hasattr(output, "latents") else output.latent
 
 
 def read_posterior(output: Any) -> Any | None:

@@ -62,6 +62,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
         likelihood: None, or "logit_laplace": the decoder gives its parameters, 2 C maps.
         sample_size: side of the training images in pixels.
+        scaling_factor: 1 / std of the features, for diffusion models on them.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,6 +82,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         quantizer: Mapping[str, Any] | None = None,
         likelihood: str | None = None,
         sample_size: int = 256,
+        scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
         down, up = block_types(len(block_out_channels), attention_levels)
@@ -100,6 +102,20 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         self.quantize = quantize
         self.post_quant_conv = nn.Conv2d(quantize.code_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, maps, up_block_types=up, **shape)
+
+    @torch.no_grad()
+    def requantize(self, quantizer: Mapping[str, Any]) -> None:
+        """Another quantiser of the same shape, such as one that learns otherwise, with the codes
+        of the present one."""
+        old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
+        module: Any = new
+        module.load_state_dict(old, strict=False)
+        for name, part in module.named_modules():
+            averages = getattr(part, "embed_sum", None)
+            if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
+                averages.copy_(part.weight)  # each code counts as one vector
+        self.quantize = module.to(self.device)
+        self.register_to_config(quantizer=dict(quantizer))
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Features (B, c, h, w), not yet quantised, as `VQModel` gives them."""
@@ -174,25 +190,33 @@ class DiscreteTrainingWrapper(TrainingWrapper):
         )
 
 
-def from_vq_model(net: Any) -> DiscreteAutoencoder:
+def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     """A stock `VQModel` as the same network with this package's quantiser: same weights, codes and
-    indices, its own commitment and codebook terms."""
+    indices, its own commitment and codebook terms. None where its blocks (spatial norms, another
+    activation) or its pixels (aMUSEd's) are others.
+
+    Codes of length 1, as exports of l2-normalised quantisers have, stay on the unit sphere.
+    """
     config = net.config
-    names = ("in_channels", "out_channels", "block_out_channels", "layers_per_block")
-    names += ("latent_channels", "norm_num_groups", "mid_block_add_attention", "sample_size")
-    down = config["down_block_types"]
+    if (config["norm_type"], config["act_fn"]) != ("group", "silu"):
+        return None
+    if config["lookup_from_codebook"]:
+        return None
+    lengths = net.quantize.embedding.weight.detach().float().norm(dim=1)
     ours = DiscreteAutoencoder(
-        **{name: config[name] for name in names},
-        attention_levels=[i for i, block in enumerate(down) if "Attn" in block],
+        **{name: config[name] for name in (*_SHARED, "scaling_factor")},
+        attention_levels=[i for i, b in enumerate(config["down_block_types"]) if "Attn" in b],
         quantizer={
             "type": "vq",
             "num_codes": config["num_vq_embeddings"],
             "code_channels": config["vq_embed_dim"] or config["latent_channels"],
+            "l2_normalize": bool(torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4)),
         },
     )
     weights = net.state_dict()
     weights["quantize.weight"] = weights.pop("quantize.embedding.weight")
-    ours.load_state_dict(weights, strict=False)  # but for the counts of use
+    problems = ours.load_state_dict(weights, strict=False)
+    assert problems == (["quantize.usage"], []), problems
     return ours
 
 

@@ -16,8 +16,9 @@ from latentvae.errors import UserError
 from latentvae.models import ARCHITECTURES, adapt, latent_side, load_network
 from latentvae.training.checkpoint import newest_usable
 from latentvae.training.config import TrainConfig
+from latentvae.training.model_config import VQModelConfig
 from latentvae.training.presets import parse
-from latentvae.training.quantizer_config import options_of
+from latentvae.training.quantizer_config import shape_of
 
 BASE_NAME = "base.json"
 
@@ -111,9 +112,12 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     own = kind.shape(dict(base.net.config))
     if quantizer := own.pop("quantizer", None):
         same = values["model"]["quantizer"]["type"] == quantizer["type"]
-        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | options_of(quantizer)
+        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | shape_of(quantizer)
     values["model"] |= own
-    return parse(values, source="the pretrained network's config")
+    config = parse(values, source="the pretrained network's config")
+    if isinstance(config.model, VQModelConfig):
+        base.net.requantize(config.model.quantizer.arguments())
+    return config
 
 
 def encoder_sha256(net: Any) -> str:

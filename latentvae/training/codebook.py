@@ -64,10 +64,11 @@ class CodebookUpdate:
             return {}
         sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
         vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
-        before = {weight: weight.clone() for weight in self.quantizer.parameters()}
+        restarts = self.quantizer.restart_threshold > 0
+        before = {w: w.clone() for w in self.quantizer.parameters()} if restarts else {}
         restarted = self.quantizer.update(
             sums,
-            features=gather_cat(vectors),
+            features=gather_cat(vectors) if restarts else vectors,
             generator=generator_for(Stream.CODEBOOK, self.seed, update),
         )
         for weight, old in before.items():

@@ -184,6 +184,7 @@ def _export(
                 resolution=_sample_size(config, base),
                 probe=probe,
                 card=card,
+                frozen_encoder=config.model.freeze_encoder,
                 lookup_from_codebook=config.run.lookup_from_codebook,
                 overwrite=True,
             )

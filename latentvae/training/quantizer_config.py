@@ -142,7 +142,7 @@ class LFQConfig(_Entropy):
     """The quantiser: the sign of each channel (LFQ; on the unit sphere BSQ); K = 2 ** bits."""
 
     type: Literal["lfq"] = "lfq"
-    num_bits: Annotated[int, Field(ge=1, le=62)] = Field(
+    num_bits: Annotated[int, Field(ge=1, le=24)] = Field(
         default=16, description="Channels, log2 K."
     )
     spherical: bool = Field(default=False, description="BSQ: vectors and codes on the unit sphere.")
@@ -195,9 +195,13 @@ AnyQuantizerConfig = Annotated[
 ]
 
 
-def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by what a module was built with: the inverse of `QuantizerConfig.arguments`."""
-    values = dict(arguments)
-    if "ema_decay" in values:
-        values["codebook_decay"] = values.pop("ema_decay")
-    return values
+# What a pretrained quantiser decides; how it goes on to learn is the run's to say.
+_SHAPE = frozenset(
+    "type num_codes code_channels l2_normalize levels num_bits spherical num_levels "
+    "shared_codebook".split()
+)
+
+
+def shape_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a pretrained quantiser, by what it was built with, decides."""
+    return {name: value for name, value in arguments.items() if name in _SHAPE}

@@ -32,7 +32,7 @@ from latentvae.data import (
     open_source,
 )
 from latentvae.data.folder import SAMPLES
-from latentvae.distributed import is_main
+from latentvae.distributed import is_main, send_from_main
 from latentvae.errors import UserError
 from latentvae.losses.adversarial import LeCam
 from latentvae.losses.discriminators import Critic, build_critic, smallest_side
@@ -241,10 +241,12 @@ def build_run(
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )
-    if wants_start(config) and base is None and not from_checkpoint and is_main():
-        source = data[1] if isinstance(data[0], ImageStream) else data[0]
-        net.to(accelerator.device)  # DDP then sends it to the others
-        initialise_codebook(net, source, eval_transform(config), seed=config.run.seed)
+    if wants_start(config) and base is None and not from_checkpoint:
+        net.to(accelerator.device)
+        if is_main():
+            source = data[1] if isinstance(data[0], ImageStream) else data[0]
+            initialise_codebook(net, source, eval_transform(config), seed=config.run.seed)
+        send_from_main(net.quantize.state_dict().values())  # DDP would leave buffers alone
     critic, lecam, options = None, None, config.critic
     if options.disc_scale > 0:
         critic = build_critic(

@@ -86,9 +86,13 @@ def validate(
     for images, _ in shard:
         images = images.to(device)
         z = calls.encode(net, images)
-        if usage is not None:
-            usage.update(calls.tokenize(net, z))
-        recon = round_alike(calls.decode(net, z).clamp(-1.0, 1.0), images)
+        if usage is None:
+            recon = calls.decode(net, z)
+        else:
+            indices = calls.tokenize(net, z)
+            usage.update(indices)
+            recon = calls.decode_indices(net, indices)
+        recon = round_alike(recon.clamp(-1.0, 1.0), images)
         count += len(images)
         for name, measure in measures.items():
             sums[name] += measure(images, recon).double().cpu().sum().item()

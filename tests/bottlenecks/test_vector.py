@@ -321,3 +321,21 @@ def test_two_ranks_are_one_process_with_the_joined_batch(tmp_path: Path) -> None
         torch.testing.assert_close(
             first[name], value, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+def test_an_average_that_nothing_adds_to_stays_where_it_is(l2_normalize: bool) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(
+        num_codes=3, code_channels=4, ema_decay=0.9, l2_normalize=l2_normalize
+    )
+    features = quantizer.codebook[:2].detach().repeat(50, 1)  # the third is never chosen
+    counts = torch.tensor([50.0, 50.0, 0.0])
+    sums = torch.stack([*(50 * quantizer.codebook[:2]), torch.zeros(4)])
+    generator, start = torch.Generator(), quantizer.codebook[2].detach().clone()
+    for _ in range(400):
+        statistics = {"counts": counts, "sums": sums}
+        quantizer.update(statistics, features=features, generator=generator)
+    torch.testing.assert_close(quantizer.codebook[2], start, rtol=0.02, atol=0.0)
+    if l2_normalize:
+        torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(3))

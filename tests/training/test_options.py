@@ -31,7 +31,7 @@ def test_every_option_of_the_model_is_one_of_its_builder(architecture: str) -> N
     kind = ARCHITECTURES[architecture]
     build: Any = kind.network if architecture == "vq" else kind.build
     builder = set(inspect.signature(build).parameters)
-    builder -= {"sample_size", "image_channels", "in_channels", "out_channels"}
+    builder -= {"sample_size", "image_channels", "in_channels", "out_channels", "scaling_factor"}
     assert set(MODELS[architecture]().shape()) == builder
 
 

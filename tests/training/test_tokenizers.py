@@ -10,10 +10,13 @@ from diffusers import VQModel
 from safetensors.torch import load_file
 
 import latentvae
+from latentvae.bottlenecks.vector import GRADIENTS
 from latentvae.errors import UserError
+from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.exporting import export_folder
 from latentvae.training.log import read_rows
 from latentvae.training.loop import train
+from latentvae.training.model_config import VQModelConfig
 from tests.training.small import small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -126,8 +129,41 @@ def test_a_stock_vq_model_is_fine_tuned_with_its_tokens_kept(tmp_path: Path) -> 
     export = train(small_config(tmp_path / "run", model=model, **options))
     base, tuned = (latentvae.load(path) for path in (tmp_path / "base", export))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(base.encode(images), tuned.encode(images))
     assert torch.equal(base.encode_tokens(images), tuned.encode_tokens(images))
+    assert tuned.net.config["scaling_factor"] == base.net.config["scaling_factor"]
     assert not torch.equal(base.reconstruct(images), tuned.reconstruct(images))
+
+
+def test_how_a_pretrained_codebook_goes_on_to_learn_is_the_runs_to_say(tmp_path: Path) -> None:
+    """And what it is, the base's: an export of codes on the unit sphere stays there."""
+    base = run(tmp_path / "first", "vq_sphere", max_train_steps=2)
+    learning = {"type": "vq", "num_codes": 8, "code_channels": 4, "codebook_decay": 0.9}
+    model = tokenizer("vq", pretrained_model_name_or_path=str(base))
+    model["quantizer"] = learning | {"gradient": "rotation"}
+    config = small_config(tmp_path / "run", model=model, learn_logvar=False, max_train_steps=1)
+    opened = open_base(config)
+    config = with_shape_of(config, opened)
+    assert opened is not None and isinstance(config.model, VQModelConfig)
+    quantizer = opened.net.quantize
+    assert (quantizer.num_codes, quantizer.l2_normalize) == (32, True)
+    assert quantizer.ema_decay == 0.9 and quantizer.gradient is GRADIENTS["rotation"]
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    indices = opened.net.eval().tokenize(images).indices
+    assert torch.equal(indices, latentvae.load(base).encode_tokens(images))
+    assert torch.equal(quantizer.embed_sum, quantizer.weight)
+    train(config)  # from the path to the export
+
+
+@pytest.mark.parametrize(
+    "other", [{"norm_type": "spatial"}, {"act_fn": "relu"}, {"lookup_from_codebook": True}]
+)
+def test_a_vq_model_of_other_blocks_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"block_out_channels": (32,), "norm_num_groups": 32}
+    VQModel(**shape, latent_channels=4, **other).save_pretrained(tmp_path / "base")
+    model = tokenizer("vq", pretrained_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="is a VQModel; "):
+        open_base(small_config(tmp_path / "run", model=model, learn_logvar=False))
 
 
 def test_indices_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
