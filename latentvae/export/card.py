@@ -119,19 +119,26 @@ def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
     channels = config["in_channels"]
     kind = {1: ", grey,", 4: ", RGBA,"}.get(channels, "")
     package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
-    pipelines = "Any diffusers pipeline takes it as `vae=`. " if package == "diffusers" else ""
+    name = "aMUSEd" if config.get("lookup_from_codebook") else report.network
+    snippet, pipelines = _SNIPPETS[name], _PIPELINES.get(name, "")
     return f"""## Use
 
 ```python
 from {package} import {report.network}
 
 vae = {report.network}.from_pretrained("{card.location}")
-{_SNIPPETS[report.network].format(latents=_latents(config), channels=channels, kind=kind)}
+{snippet.format(latents=_latents(config), channels=channels, kind=kind)}
 ```
 
 {pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
 
 
+_PIPELINES = {
+    "AutoencoderKL": "Any diffusers pipeline takes it as `vae=`. ",
+    "AsymmetricAutoencoderKL": "Stable Diffusion's pipelines take it as `vae=`. ",
+    "AutoencoderDC": "SANA's pipelines take it as `vae=`. ",
+    "aMUSEd": "aMUSEd's pipelines take it as `vqvae=`. ",
+}
 _SNIPPETS = {
     "AutoencoderKL": """\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
@@ -145,9 +152,14 @@ z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], 
 latents = z * vae.config.scaling_factor
 recon = vae.decode(z).sample""",
     "VQModel": """\
-features = vae.encode(images).latents  # images (B, {channels}, H, W){kind}, not yet quantised
+features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [-1, 1]
 z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
 recon = vae.decode(z, force_not_quantize=True).sample""",
+    "aMUSEd": """\
+features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [0, 1]
+_, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
+shape = (len(features), *features.shape[2:], features.shape[1])
+recon = vae.decode(indices, force_not_quantize=True, shape=shape).sample""",
     "DiscreteAutoencoder": """\
 indices = vae.tokenize(images).indices  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode_indices(indices).sample""",

@@ -87,15 +87,16 @@ class TokenizerReport:
             f"{self.num_images} images",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
             f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
-            f"{self.ties} ties; images of equal indices equal, bit for bit",
+            f"{self.ties} ties; images of equal indices equal"
+            f"{' to rounding' if self.unit_range else ', bit for bit'}",
         ]
         if self.reason:
             lines.append(f"not a diffusers VQModel: {self.reason}")
         if self.unit_range:
             lines.append(
-                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; images within "
-                "rounding, and encode() sees black beyond the picture's edge where training saw "
-                "grey: tokens at the edge may differ"
+                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; "
+                "encode() sees black beyond the picture's edge where training saw "
+                "grey: tokens may differ, most at the edge"
             )
         return [mark + line for line in lines]
 

@@ -4,7 +4,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from latentvae.training.quantizer_config import AnyQuantizerConfig, GumbelConfig, VectorConfig
+from latentvae.models.discrete import MAX_BITS
+from latentvae.training.quantizer_config import (
+    AnyQuantizerConfig,
+    GumbelConfig,
+    LFQConfig,
+    VectorConfig,
+)
 from latentvae.training.section import Count, Positive, Section, tag_in
 
 Widths = tuple[Positive, ...]
@@ -235,6 +241,13 @@ class VQModelConfig(_WithAttention, _Pretrained):
     @property
     def has_kl(self) -> bool:
         return isinstance(self.quantizer, GumbelConfig)
+
+    @property
+    def fits_vq_model(self) -> bool:
+        """Whether the export is a stock `VQModel`: see `models.discrete.to_vq_model`."""
+        quantizer = self.quantizer
+        listed = isinstance(quantizer, LFQConfig) and quantizer.num_bits <= MAX_BITS
+        return self.likelihood is None and (listed or isinstance(quantizer, VectorConfig))
 
     def shape(self) -> dict[str, Any]:
         return super().shape() | {"quantizer": self.quantizer.arguments()}
