@@ -43,12 +43,19 @@ def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
         names: options without their dashes, with underscores.
     """
     names = list(names)
+    for flag, name in unknown_flags(arguments, names):
+        close = nearest(name, names).replace("'", "'--", 1)
+        raise UserError(f"unknown option '{flag}'{close or '; `--help` lists them all'}")
+
+
+def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Flags that are none of the options, as they were written and as a name."""
+    names = set(names)
     for argument in arguments:
         flag = argument.split("=")[0]
         name = flag[2:].replace("-", "_")
         if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
-            close = nearest(name, names).replace("'", "'--", 1)
-            raise UserError(f"unknown option '{flag}'{close or '; `--help` lists them all'}")
+            yield flag, name
 
 
 @contextlib.contextmanager

@@ -120,23 +120,25 @@ def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
     kind = {1: ", grey,", 4: ", RGBA,"}.get(channels, "")
     package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
     name = "aMUSEd" if config.get("lookup_from_codebook") else report.network
-    pipelines = _PIPELINES.get(name, "Any diffusers pipeline takes it as `vae=`. ")
+    snippet, pipelines = _SNIPPETS[name], _PIPELINES.get(name, "")
     return f"""## Use
 
 ```python
 from {package} import {report.network}
 
 vae = {report.network}.from_pretrained("{card.location}")
-{_SNIPPETS[name].format(latents=_latents(config), channels=channels, kind=kind)}
+{snippet.format(latents=_latents(config), channels=channels, kind=kind)}
 ```
 
 {pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
 
 
 _PIPELINES = {
+    "AutoencoderKL": "Any diffusers pipeline takes it as `vae=`. ",
+    "AsymmetricAutoencoderKL": "Stable Diffusion's pipelines take it as `vae=`. ",
+    "AutoencoderDC": "SANA's pipelines take it as `vae=`. ",
     "VQModel": "LDMPipeline takes it as `vqvae=`. ",
-    "aMUSEd": "AmusedPipeline and its kin take it as `vqvae=`. ",
-    "DiscreteAutoencoder": "",
+    "aMUSEd": "aMUSEd's pipelines take it as `vqvae=`. ",
 }
 _SNIPPETS = {
     "AutoencoderKL": """\

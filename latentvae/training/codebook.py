@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage
 from latentvae.distributed import all_reduce_sum, gather_cat
+from latentvae.errors import UserError
 from latentvae.outputs import AutoencoderOutput
 from latentvae.training.config import TrainConfig
 from latentvae.training.model_config import VQModelConfig
@@ -96,7 +97,14 @@ def initialise_codebook(
         vectors.append(features.movedim(1, -1).flatten(0, -2))
         if sum(map(len, vectors)) >= wanted:
             break
+    if not vectors:
+        raise UserError(f"not one of the {len(source):,} images for k-means can be read")
     found = torch.cat(vectors)[:wanted]
+    if len(found) < net.quantize.num_codes:
+        print(
+            f"k-means has {len(found):,} vectors for {net.quantize.num_codes:,} codes: some codes "
+            "start alike, and are idle until they restart (restart_threshold)"
+        )
     net.quantize.initialise(found, generator=generator_for(Stream.CODEBOOK, seed, 0))
 
 

@@ -18,12 +18,35 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from latentvae.errors import UserError
-from latentvae.flags import check_names, exit_with, one_sentence_errors, say_once
+from latentvae.flags import (
+    check_names,
+    exit_with,
+    one_sentence_errors,
+    say_once,
+    unknown_flags,
+)
 from latentvae.training.config import TrainConfig, flat
-from latentvae.training.presets import load_preset, parse
+from latentvae.training.presets import load_preset, parse, preset_names
 
 # Which options there are depends on these, so they are no flags.
 CHOSEN_BY_PRESET = ("architecture", "type")
+# What other trainers of tokenizers call them (taming-transformers, LlamaGen, diffusers,
+# vector-quantize-pytorch).
+NAMES_ELSEWHERE = {
+    "architecture": "arch model_type",
+    "type": "quantizer quantizer_type quantize bottleneck",
+    "num_codes": "codebook_size n_embed num_embeddings num_vq_embeddings vocab_size",
+    "code_channels": "embed_dim vq_embed_dim codebook_dim codebook_embed_dim embedding_dim",
+    "commitment_weight": "beta commitment_cost commit_loss_beta commit_weight",
+    "entropy_weight": "entropy_loss_ratio entropy_loss_weight",
+    "l2_normalize": "l2_norm codebook_l2_norm use_cosine_sim",
+    "codebook_decay": "codebook_ema_decay",
+    "gradient": "rotation_trick",
+    "restart_threshold": "restart_unused_codes threshold_ema_dead_code",
+    "kmeans_iterations": "kmeans_init kmeans_iters",
+    "num_levels": "num_quantizers",
+    "latent_channels": "z_channels",
+}
 
 
 def config_from_arguments(
@@ -43,10 +66,43 @@ def config_from_arguments(
     preset = load_preset(_config_flag(arguments) or default_config)
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
-    check_names(arguments, [name for name in flat(preset) if name not in CHOSEN_BY_PRESET])
+    _check_flags(arguments, preset)
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
     return parse(dataclasses.asdict(flags), source="command line")
+
+
+def _check_flags(arguments: Sequence[str], preset: TrainConfig) -> None:
+    """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
+    here."""
+    names = [name for name in flat(preset) if name not in CHOSEN_BY_PRESET]
+    ours = {other: name for name, others in NAMES_ELSEWHERE.items() for other in others.split()}
+    for flag, given in unknown_flags(arguments, names):
+        given = given.rpartition(".")[2].removeprefix("no_")
+        name = ours.get(given, given)
+        if name in names:
+            raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
+        if name in CHOSEN_BY_PRESET:
+            raise UserError(
+                f"unknown option '{flag}': --config chooses it, a preset ({_kinds(name)}) or a "
+                "YAML file of your own"
+            )
+        if presets := [p for p in preset_names() if name in flat(load_preset(p))]:
+            called = "" if name == given else f" (here '--{name}')"
+            raise UserError(
+                f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
+                f"have it: {', '.join(presets)}"
+            )
+    check_names(arguments, names)
+
+
+def _kinds(name: str) -> str:
+    """Which presets have which architecture or type of quantiser."""
+    kinds: dict[str, list[str]] = {}
+    for preset in preset_names():
+        if kind := flat(load_preset(preset)).get(name):
+            kinds.setdefault(kind, []).append(preset)
+    return "; ".join(f"{kind}: {', '.join(presets)}" for kind, presets in sorted(kinds.items()))
 
 
 def _read_flags(preset: TrainConfig, arguments: list[str], *, description: str) -> Any:

@@ -527,6 +527,8 @@ class TrainConfig(Section):
                 raise ValueError(f"{name} {value:g} {without}, which has no KL")
         if self.run.deterministic_posterior and model.architecture not in ("kl", "asymmetric"):
             raise ValueError(f"deterministic_posterior {without}, which has no posterior")
+        if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
+            raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
         if self.run.lookup_from_codebook and model.architecture != "vq":
             raise ValueError(f"lookup_from_codebook {without}, which has no codes")
         if self.run.lookup_from_codebook and isinstance(model, VQModelConfig):

@@ -236,8 +236,10 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     rows = read_rows(folder / "log.jsonl")
     row = next((r for r in rows if r["update"] == update and "validation/psnr" in r), {})
     names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({config.objective.lpips_net})"}
-    names |= {"usage": "share of the codes used", "perplexity": "perplexity of the codes"}
+    tokens = f"by {row.get('validation/tokens', 0):,} tokens"
+    names |= {"usage": f"share of the codes used {tokens}", "perplexity": "perplexity of the codes"}
     metrics = {n: row[f"validation/{k}"] for k, n in names.items() if f"validation/{k}" in row}
+    mode = "posterior mode, " if config.model.architecture in ("kl", "asymmetric") else ""
     weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
     height, width = config.data.size
     size = (
@@ -248,7 +250,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     protocol = (
         f"Means over {row['validation/images']:,} unseen images after update {update:,}: {size} "
         f"({config.data.image_interpolation_mode}), "
-        f"centre crop, posterior mode, {weights}, rounded to 8 bits where the images are of 8 bits."
+        f"centre crop, {mode}{weights}, rounded to 8 bits where the images are of 8 bits."
         if row
         else ""
     )

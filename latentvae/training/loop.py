@@ -526,7 +526,8 @@ class _Loop:
         codes = ""
         if "validation/usage" in values:
             codes = (
-                f"{values['validation/usage']:.1%} of the codes used, perplexity "
+                f"{values['validation/usage']:.1%} of the codes used by "
+                f"{values['validation/tokens']:,} tokens, perplexity "
                 f"{values['validation/perplexity']:.0f}, "
             )
         self.log.say(

@@ -4,7 +4,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from latentvae.training.quantizer_config import AnyQuantizerConfig, GumbelConfig, VectorConfig
+from latentvae.training.quantizer_config import (
+    AnyQuantizerConfig,
+    GumbelConfig,
+    VectorConfig,
+)
 from latentvae.training.section import Count, Positive, Section, tag_in
 
 Widths = tuple[Positive, ...]

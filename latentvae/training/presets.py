@@ -72,6 +72,8 @@ def _sentence(fault: Any) -> str:
     loc = [part for part in fault["loc"] if part not in kinds]  # as the user wrote it
     where = ".".join(str(part) for part in loc)
     if fault["type"] == "extra_forbidden":
+        if loc[-1] == "quantizer":
+            return f"'{where}' has no meaning here; it goes under model, with architecture: vq"
         if loc[-1] in option_names():
             return f"'{where}' is no option of {kinds[-1] if kinds else 'this section'}"
         return f"unknown option '{where}'{nearest(str(loc[-1]), [*option_names(), *sections()])}"
@@ -79,6 +81,8 @@ def _sentence(fault: Any) -> str:
         choices = fault["ctx"]["expected_tags"]
         hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
         return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
+    if fault["type"] == "model_type":
+        return f"{where} is {fault['input']!r}, but should be a section: options with their values"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     close = (

@@ -124,13 +124,18 @@ class FSQConfig(QuantizerConfig):
     """The quantiser: each channel rounded to a few levels (FSQ)."""
 
     type: Literal["fsq"] = "fsq"
-    levels: tuple[Annotated[int, Field(ge=3, le=1000)], ...] = Field(
+    levels: tuple[int, ...] = Field(
         default=(8, 5, 5, 5), description="Levels of each channel; K is their product."
     )
 
     @model_validator(mode="after")
     def _check(self) -> "FSQConfig":
-        if not 0 < math.prod(self.levels) * bool(self.levels) <= MAX_CODES:
+        if not self.levels or not all(3 <= number <= 1000 for number in self.levels):
+            hint = "; the preset lfq_f16 has two" if 2 in self.levels else ""
+            raise ValueError(
+                f"levels is {self.levels}; each channel has 3 to 1000, as in (8, 5, 5, 5){hint}"
+            )
+        if math.prod(self.levels) > MAX_CODES:
             raise ValueError(
                 f"levels {self.levels} are {math.prod(self.levels):,} codes; at most "
                 f"{MAX_CODES:,} are counted"

@@ -21,7 +21,8 @@ def tag_in(name: str, default: str) -> Callable[[Any], str]:
     """How a preset chooses between classes of options: by the value of `name`."""
 
     def tag(values: Any) -> str:
-        value = values.get(name, default) if isinstance(values, dict) else getattr(values, name)
-        return str(value)
+        if isinstance(values, dict):
+            return str(values.get(name, default))
+        return str(getattr(values, name, default))  # what is no section is told as such
 
     return tag

@@ -64,8 +64,9 @@ def validate(
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
-        `validation/images`; of a tokenizer `validation/usage` (share of the codes),
-        `validation/perplexity` and `validation/entropy_bits` (per token) over the whole set.
+        `validation/images`; of a tokenizer, over the whole set, `validation/usage` (share of the
+        codes), `validation/perplexity`, `validation/entropy_bits` (per token), and
+        `validation/tokens`, more than which no codes can be used.
     """
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "psnr": psnr,
@@ -109,8 +110,8 @@ def validate(
 def _token_measures(usage: TokenUsage) -> dict[str, float]:
     """Over the images of all ranks."""
     joined = TokenUsage.joined(gather_objects(usage.state_dict()))
-    names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
-    names = ("usage", "perplexity", "entropy_bits")
+    names: tuple[Literal["usage", "perplexity", "entropy_bits", "tokens"], ...]
+    names = ("usage", "perplexity", "entropy_bits", "tokens")
     return {f"validation/{name}": joined.result()[name] for name in names}
 
 

@@ -11,8 +11,12 @@ from pydantic import BaseModel
 
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
-from latentvae.training.command_line import config_from_arguments
-from latentvae.training.config import TrainConfig, flat
+from latentvae.training.command_line import (
+    CHOSEN_BY_PRESET,
+    NAMES_ELSEWHERE,
+    config_from_arguments,
+)
+from latentvae.training.config import TrainConfig, flat, option_names
 from latentvae.training.model_config import MODELS
 from latentvae.training.presets import load_preset, parse, preset_names
 from latentvae.training.quantizer_config import QUANTIZERS
@@ -156,8 +160,71 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("vq_small --num_codes 1", "num_codes is 1, but should be greater than or equal to 2"),
+        ("fsq_f8 --levels 2 2", "each channel has 3 to 1000, as in (8, 5, 5, 5); the preset lfq"),
+        ("fsq_f8 --levels", "levels is ()"),
+        ("fsq_f8 --levels 1000 1000 1000", "1,000,000,000 codes; at most 16,777,216 are counted"),
+        ("lfq_f16 --num_bits 25", "num_bits is 25"),
+        ("fsq_f8 --no-l2_normalize", "presets that have it: vq_f16, vq_f16_l2, vq_f4, vq_f8"),
+        ("kl_small --commitment_weight 1", "has no meaning for config kl_small; presets that have"),
+        ("fsq_f8 --codebook_size 9", "'--codebook_size' (here '--num_codes') has no meaning for"),
+        ("vq_small --codebook_size 9", "did you mean '--num_codes'?"),
+        ("vq_small --n_embed 9", "did you mean '--num_codes'?"),
+        ("vq_small --num_vq_embeddings=9", "did you mean '--num_codes'?"),
+        ("vq_small --embed-dim 9", "did you mean '--code_channels'?"),
+        ("vq_small --beta 1", "did you mean '--commitment_weight'?"),
+        (
+            "vq_small --quantizer fsq",
+            "--config chooses it, a preset (fsq: fsq_f8; gumbel: dvae_f8;",
+        ),
+        ("vq_small --quantizer.type fsq", "--config chooses it"),
+        ("kl_small --architecture vq", "--config chooses it, a preset (asymmetric: sd_asymmetric;"),
+        (
+            "vq_small --kl_scale 1",
+            "kl_scale 1 has no meaning for the architecture vq (vq), which has",
+        ),
+        ("fsq_f8 --lookup_from_codebook", "which is no diffusers VQModel"),
+        ("kl_f8 --lookup_from_codebook", "which is no diffusers VQModel"),
+        (
+            "vq_f16 --resolution 250",
+            "not a multiple of the model's f = 16; the nearest that is: 256",
+        ),
+    ],
+)
+def test_wrong_options_of_tokenizers(arguments: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_arguments(["--config", *arguments.split()], description="")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_of_other_trainers_are_none_of_ours() -> None:
+    ours = set(option_names()) | set(CHOSEN_BY_PRESET)
+    assert set(NAMES_ELSEWHERE) <= ours
+    others = [other for names in NAMES_ELSEWHERE.values() for other in names.split()]
+    assert not ours & set(others) and len(others) == len(set(others))
+
+
+@pytest.mark.parametrize("script", ["kl_small", "vq_small"])
+def test_every_script_takes_every_preset(script: str) -> None:
+    for name in ("kl_small", "fsq_f8", "dc_f32"):
+        config = config_from_arguments(["--config", name], description="", default_config=script)
+        assert config == load_preset(name)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("model: vq", "model is 'vq', but should be a section"),
+        (
+            "model: {architecture: vq, quantizer: fsq}",
+            "quantizer is 'fsq', but should be a section",
+        ),
+        ("model: {architecture: vq, quantizer: [1]}", "quantizer is [1], but should be a section"),
+        ("model: {architecture: vq, quantizer: {type: fsqq}}", "did you mean 'fsq'?"),
+        ("model: {quantizer: {type: fsq}}", "goes under model, with architecture: vq"),
+        ("quantizer: {type: fsq}", "goes under model, with architecture: vq"),
         ("data: {resolutoin: 64}", "unknown option 'data.resolutoin'; did you mean 'resolution'?"),
         ("dta: {resolution: 64}", "unknown option 'dta'; did you mean 'data'?"),
         ("data: [1, 2]", "data"),

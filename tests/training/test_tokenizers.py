@@ -73,6 +73,8 @@ def test_a_run_goes_on_to_the_bit_and_loads(name: str, tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "whole" / "log.jsonl")
     validated = [row for row in rows if "validation/psnr" in row][-1]
     assert 0 < validated["validation/usage"] <= 1
+    tokens = validated["validation/images"] * indices[0].numel() * (8 * 8) // (8 * 10)
+    assert validated["validation/tokens"] == tokens  # of 32 px, where `images` are 32 x 40
     assert 1 <= validated["validation/perplexity"] <= model.num_codes + 1e-6
     assert ("tokens/restarted" in rows[0]) == name.startswith(("vq", "residual"))
 
@@ -164,6 +166,32 @@ def test_a_vq_model_of_other_blocks_is_refused(other: dict[str, Any], tmp_path: 
     model = tokenizer("vq", pretrained_model_name_or_path=str(tmp_path / "base"))
     with pytest.raises(UserError, match="is a VQModel; "):
         open_base(small_config(tmp_path / "run", model=model, learn_logvar=False))
+
+
+@pytest.mark.parametrize(("name", "lookup"), [("vq", False), ("vq", True), ("fsq", False)])
+def test_the_lines_of_the_card_run(name: str, lookup: bool, tmp_path: Path) -> None:
+    export = run(tmp_path / "run", name, max_train_steps=1, lookup_from_codebook=lookup)
+    card = (export / "README.md").read_text().replace("path/to/this/folder", str(export))
+    assert "posterior" not in card and "`vae=`" not in card
+    assert ("aMUSEd" in card) == ("to rounding" in card) == lookup
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    known: dict[str, Any] = {"images": (images + 1) / 2 if lookup else images}
+    with torch.no_grad():
+        exec(card.split("```python\n")[1].split("```")[0], known)
+    recon = known["recon"] * 2 - 1 if lookup else known["recon"]
+    expected = latentvae.load(export).reconstruct(images)
+    assert torch.allclose(recon.clamp(-1, 1), expected, atol=1e-4)
+
+
+def test_few_vectors_for_k_means_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """13 photos of 8 x 8 positions are 832 vectors."""
+    for num_codes, told in ((832, False), (833, True)):
+        model = tokenizer("vq") | {"quantizer": QUANTIZERS["vq"] | {"num_codes": num_codes}}
+        options = {"learn_logvar": False, "max_train_steps": 1}
+        train(small_config(tmp_path / str(num_codes), model=model, **options))
+        assert (f"832 vectors for {num_codes} codes" in capsys.readouterr().out) == told
 
 
 def test_indices_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
