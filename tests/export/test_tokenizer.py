@@ -216,9 +216,9 @@ def test_lookup_of_a_run_that_has_ended(tmp_path: Path) -> None:
     saved = run / "config.yaml"
     saved.write_text(saved.read_text().replace("num_codes: 32", "num_codes: 64"))
     changed = copy.deepcopy(model) | {"quantizer": STOCK["sphere"] | {"num_codes": 64}}
-    with pytest.raises(UserError, match="not of this configuration: size mismatch for .*quantize"):
+    with pytest.raises(UserError, match=r"not of this configuration: size mismatch for .*quantize"):
         export_folder(run, out=tmp_path / "other")
-    with pytest.raises(UserError, match="not of this configuration: size mismatch for .*quantize"):
+    with pytest.raises(UserError, match=r"not of this configuration: size mismatch for .*quantize"):
         train(small_config(run, model=changed, max_train_steps=2, **options))
     kl = tmp_path / "kl"
     kl.mkdir()
