@@ -192,6 +192,9 @@ class Encode:
     interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
     """How images are resized."""
 
+    value_range: tuple[float, float] | None = None
+    """Stored numbers that become black and white, as in training; float files may need it."""
+
     label_column: str | None = None
     """Classes of a table; left out, `label`. Those of other data are its first folders."""
 
@@ -209,7 +212,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Turn shards of tokens or latents back into pictures, one PNG for each image's name.
+    """Turn shards of tokens or latents back into pictures, one 8-bit PNG for each image's name.
 
     Every file is compared with its sha256, every index with the number of codes and the model with
     the one that encoded, before anything is decoded.

@@ -1,4 +1,5 @@
-"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item.
+"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item, of 8 bits and
+the channels of the model.
 
 Rank r of W decodes the batches r, r + W, r + 2W...; a batch whose pictures are all there is passed
 over, so the same command again goes on where it was killed.

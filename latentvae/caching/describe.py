@@ -21,6 +21,7 @@ def describe(
     *,
     resolution: int,
     interpolation: str,
+    value_range: tuple[float, float] | None,
     shard_items: int,
     dtype: str | None,
     moments: bool,
@@ -65,6 +66,8 @@ def describe(
             "model_class": type(model.net).__name__,
             "model_sha256": model.info()["weights_sha256"],
             "f": model.f,
+            "image_channels": model.image_channels,
+            "value_range": value_range,
             "resolution": resolution,
             "interpolation": interpolation,
             "num_source_items": num_items,
@@ -78,7 +81,7 @@ def describe(
 
 def _item_shape(model: Autoencoder, resolution: int, *, moments: bool) -> tuple[int, ...]:
     """Of what one grey image gives."""
-    grey = torch.zeros(1, 3, resolution, resolution)
+    grey = torch.zeros(1, model.image_channels, resolution, resolution)
     if model.num_codes is not None:
         return tuple(model.encode_tokens(grey).shape[1:])
     mean, logvar = model.encode_posterior(grey)

@@ -15,7 +15,7 @@ from latentvae.caching.describe import describe
 from latentvae.caching.finish import finish
 from latentvae.caching.items import Pictures, data_sha256, find_labels, open_items
 from latentvae.caching.writing import write_shards
-from latentvae.data import DatasetSpec, EvalTransform
+from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
 from latentvae.distributed import launched_device, launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.shards import (
@@ -44,14 +44,16 @@ def encode_folder(
     dtype: Literal["float16", "bfloat16", "float32"] | None = None,
     moments: bool = False,
     interpolation: str = "lanczos",
+    value_range: tuple[float, float] | None = None,
     label_column: str | None = None,
     overwrite: bool = False,
     device: str | None = None,
 ) -> Manifest | None:
     """Write the tokens (of a tokenizer) or latents of all images into `out`; see `latents.shards`.
 
-    The shorter side of an image is resized to `resolution`, enlarged where it is smaller, and the
-    centre cropped. An image that cannot be read is left out and named in the manifest.
+    An image becomes what the model takes: grey, RGB or RGBA, of the depth its file has. Its shorter
+    side is resized to `resolution`, enlarged where it is smaller, and the centre cropped. An image
+    that cannot be read is left out and named in the manifest.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
@@ -63,6 +65,8 @@ def encode_folder(
         shard_items: images a shard.
         dtype: of latents; None is float16.
         moments: latents come with the standard deviations of their posteriors, to sample from.
+        value_range: stored numbers that become black and white, as in training; float files of a
+            grey or RGBA model need it.
         label_column: of a table; None takes `label`, if it is there.
         overwrite: replace shards of another model or other data.
         device: None is the GPU of this rank, if there is one.
@@ -80,15 +84,17 @@ def encode_folder(
         raise UserError(
             f"batch_size {batch_size} and num_workers {num_workers} cannot be: 1 and 0 are least"
         )
-    source, transform = open_items(data), EvalTransform(resolution, interpolation=interpolation)
-    labels = find_labels(source, label_column=label_column)
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
         model = load(model, device=device or launched_device())
+    source = open_items(data, pixels=PixelFormat(model.image_channels, value_range))
+    transform = EvalTransform(resolution, interpolation=interpolation)
+    labels = find_labels(source, label_column=label_column)
     content = describe(
         model,
         resolution=resolution,
         interpolation=interpolation,
+        value_range=value_range,
         shard_items=shard_items,
         dtype=dtype,
         moments=moments,

@@ -16,6 +16,7 @@ from latentvae.data import (
     HubImages,
     ImageFolder,
     ImageSource,
+    PixelFormat,
     TarShards,
     UnreadableImage,
     open_source,
@@ -32,7 +33,7 @@ class Labels:
 
 
 class Picture(NamedTuple):
-    """One item: an image (3, R, R) and (height, width) before the transform; or a reason."""
+    """One item: an image (C, R, R) and (height, width) before the transform; or a reason."""
 
     number: int
     name: str
@@ -58,12 +59,12 @@ class Pictures(Dataset[Picture]):
         return Picture(index, name, self.transform(image), (height, width), "")
 
 
-def open_items(data: str | os.PathLike[str] | DatasetSpec) -> ImageSource:
+def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelFormat) -> ImageSource:
     """All images of `data`: what `open_source` takes; where there is no such path, `owner/name`."""
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
         if not Path(data).exists() and not Path(data).parent.exists():
-            return open_source(DatasetSpec(name=data))
-    return open_source(data, split="train")
+            return open_source(DatasetSpec(name=data), pixels=pixels)
+    return open_source(data, split="train", pixels=pixels)
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:

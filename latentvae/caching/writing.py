@@ -104,7 +104,7 @@ def _write_shard(
 
 
 def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:
-    """What is stored of images (b, 3, R, R), on the CPU."""
+    """What is stored of images (b, C, R, R), on the CPU."""
     dtype = DTYPES[content.dtype]
     if content.num_codes is not None:
         indices = model.encode_tokens(images).cpu()

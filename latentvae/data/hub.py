@@ -77,6 +77,7 @@ class HubImages:
         self.numbered = any(name == _number(split, row) for row, name in enumerate(names))
         self._order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[row] for row in self._order]
+        self._paths = [paths[row] for row in self._order]
         if not self.names:
             raise UserError(f"data set '{spec.name}' has no rows in its split '{split}'")
 
@@ -116,6 +117,12 @@ class HubImages:
         name = self.name(index)
         data = cell_bytes(cell, name)
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
+
+    def files(self) -> list[Path | None]:
+        """Each image's file on this machine, links resolved; None where the row names none."""
+        return [
+            Path(path).resolve() if path and os.path.isabs(path) else None for path in self._paths
+        ]
 
     def size(self, index: int, /) -> tuple[int, int]:
         name = self.name(index)
@@ -170,6 +177,16 @@ def local_files(spec: DatasetSpec, split: str) -> set[Path]:
     builder: Any = load_dataset_builder(str(path), spec.config_name, cache_dir=spec.cache_dir)
     files = (builder.config.data_files or {}).get(split, [])
     return {Path(file).resolve() for file in files}
+
+
+def split_names(folder: Path) -> list[str]:
+    """The splits that `datasets` sees in the names of a folder's files: none if it has none."""
+    from datasets.data_files import EmptyDatasetError, get_data_patterns
+
+    try:
+        return sorted(map(str, get_data_patterns(str(folder))))
+    except EmptyDatasetError:
+        return []
 
 
 def image_column(features: "Features | None", *, wanted: str | None) -> str:

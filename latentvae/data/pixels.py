@@ -7,11 +7,14 @@ file to the tensor nothing is rounded to 8 bits.
 `C` channels, `H W` pixels. A picture is grey (1), grey and alpha (2), RGB (3) or RGBA (4).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from latentvae.errors import UserError
 
 INTEGER_TOP = 65535  # of integers of more than 8 bits, where no range is stated
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode "L"
@@ -32,10 +35,23 @@ class PixelFormat:
             by the type: 0..255 for 8 bits, 0..65535 for wider integers; floats have no range of
             their own, but with 3 channels 0..1 if none exceeds 1, else 0..255. Alpha always goes
             by the type, floats from 0 to 1.
+
+    Raises:
+        UserError: a range that is not finite and rising.
     """
 
     channels: int = 3
     value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.value_range is None:
+            return
+        low, high = self.value_range
+        if not -math.inf < low < high < math.inf:
+            raise UserError(
+                f"value_range is {low:g} {high:g}; it is the number that becomes black and then a "
+                "greater one that becomes white"
+            )
 
 
 class DeepImage:

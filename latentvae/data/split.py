@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from latentvae.data.folder import SAMPLES, SUFFIXES, ImageFolder, ImageSource, SamplePhotos, walk
-from latentvae.data.hub import SAVED, TABLE_SUFFIXES, DatasetSpec, HubImages, local_files
+from latentvae.data.hub import (
+    SAVED,
+    TABLE_SUFFIXES,
+    DatasetSpec,
+    HubImages,
+    local_files,
+    split_names,
+)
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
@@ -55,13 +62,14 @@ def open_source(
             .tar file, a folder of them, or a pattern (``TarShards``); a .parquet or .arrow file, a
             folder of them, or one written by ``save_to_disk`` (``HubImages``). A folder that has
             images is a folder of images, whatever else it has. Or a ``DatasetSpec``: any of these,
-            with options, or, if there is no such path, a data set of the Hub.
+            with options, or, if there is no such path, a data set of the Hub. A folder of images
+            is then a table of the split that ``datasets`` sees in it.
         split: which split of the sample photos or of a local table; other forms are taken whole. A
             ``DatasetSpec`` has its own.
         pixels: what every image becomes; None is 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
-        kind = _kind(spec.name) or "table"
+        kind = _kind_with_options(spec)
     else:
         spec = DatasetSpec(name=os.fspath(spec), split=split)
         kind = _kind(spec.name) or "folder"
@@ -119,6 +127,37 @@ def _kind(name: str) -> Literal["samples", "tar", "table", "folder"] | None:
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
         return "table"
     return "folder" if path.exists() else None
+
+
+def _kind_with_options(spec: DatasetSpec) -> Literal["samples", "tar", "table", "folder"]:
+    """A folder of images has the splits that `datasets` sees in it, so it is taken as a table.
+
+    Raises:
+        UserError: options of tar files, which have none, or tar files of several splits.
+    """
+    kind = _kind(spec.name) or "table"
+    if kind == "folder" and Path(spec.name).expanduser().is_dir():
+        return "table"
+    if kind == "tar":
+        _check_tar_options(spec)
+    return kind
+
+
+def _check_tar_options(spec: DatasetSpec) -> None:
+    given = {"dataset_config_name": spec.config_name, "image_column": spec.image_column}
+    given["dataset_split"] = spec.split if spec.split != "train" else None
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{option} is '{value}', but '{spec.name}' is tar files, which are taken whole: "
+                "give those you want, by their folder or a pattern"
+            )
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir() and len(splits := split_names(folder)) > 1:
+        raise UserError(
+            f"'{spec.name}' has tar files of the splits {', '.join(splits)}: give those of one, by "
+            "their folder or a pattern"
+        )
 
 
 def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
@@ -182,6 +221,11 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
     elif isinstance(train, HubImages) and isinstance(validation, HubImages):
         _check_other_tables(train, validation)
         return train
+    elif isinstance(train, HubImages | ImageFolder) and isinstance(
+        validation, HubImages | ImageFolder
+    ):
+        held = set(_files(validation))
+        kept = [i for i, file in enumerate(_files(train)) if file is None or file not in held]
     else:
         return train
     if not kept:
@@ -205,6 +249,13 @@ def _all_shared(train: ImageSource) -> str:
         f"every training image is also in the validation data ('{train.name(0)}' is the first); "
         "give other data, or none to hold out a share"
     )
+
+
+def _files(source: HubImages | ImageFolder) -> list[Path | None]:
+    """Each image's own file, links resolved; None where it lies in a table."""
+    if isinstance(source, HubImages):
+        return source.files()
+    return [(source.root / name).resolve() for name in source.names]
 
 
 def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:

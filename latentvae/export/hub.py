@@ -5,6 +5,7 @@ here, so that none reaches a file, a log, a tracker or the model card.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import huggingface_hub
@@ -32,8 +33,11 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
-def check_access(repo_id: str) -> str | None:
+def check_access(repo_id: str, *, private: bool = False) -> str | None:
     """Refuse, before any work, an upload that is sure to fail; returns a doubt, in one sentence.
+
+    Args:
+        private: as of `upload_export`.
 
     Raises:
         UserError: offline mode, no login, or a token that the Hub refuses or that may only read.
@@ -41,7 +45,7 @@ def check_access(repo_id: str) -> str | None:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             "push_to_hub cannot upload while HF_HUB_OFFLINE is set; unset it, or leave push_to_hub "
-            "out and upload the export later (`hf upload`)"
+            f"out and upload the export later (`{_command(repo_id, 'EXPORT', private=private)}`)"
         )
     if huggingface_hub.get_token() is None:
         raise UserError("push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
@@ -86,9 +90,14 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
     except Exception as error:  # whatever happens here, the model is made, and the user is told
         raise UploadError(
             f"the export in '{folder}' is whole, but the Hub did not take it ({_reason(error)}); "
-            f"upload it later with `hf upload {repo_id} {folder} .`"
+            f"upload it later with `{_command(repo_id, str(folder), private=private)}`"
         ) from error
     return str(repository)
+
+
+def _command(repo_id: str, folder: str, *, private: bool) -> str:
+    """What uploads the same by hand; without its flag a new repository would be public."""
+    return shlex.join(["hf", "upload", repo_id, folder, ".", *(["--private"] if private else [])])
 
 
 def _is_valid(repo_id: str) -> bool:

@@ -69,6 +69,7 @@ class Content(_Strict):
         order: what the dimensions are, in words.
         num_codes: K, of tokens.
         moments: latents come with the posterior's standard deviations.
+        image_channels, value_range: what every image became; see `data.PixelFormat`.
         data_sha256: of the sorted names and the labels, not of the pictures.
         shard_items: items of the source a shard.
     """
@@ -84,6 +85,8 @@ class Content(_Strict):
     model_class: str
     model_sha256: str
     f: int = Field(ge=1)
+    image_channels: int = 3
+    value_range: tuple[float, float] | None = None
     resolution: int = Field(ge=1)
     interpolation: str
     crop: Literal["center"] = "center"

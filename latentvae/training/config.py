@@ -479,10 +479,14 @@ class TrainConfig(Section):
     @property
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
         """Every height and width that may be trained at, in pixels."""
+        return self.sizes_at(self.data.size)
+
+    def sizes_at(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The same, if the resolution were `size`."""
         if not self.data.aspect_ratio_buckets:
-            return (self.data.size,)
+            return (size,)
         multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
-        return bucket_sizes(self.data.size, self.data.aspect_ratio_buckets, multiple=multiple)
+        return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
 
     @property
     def critic_start(self) -> int:

@@ -118,7 +118,7 @@ def export_folder(
         config.run.lookup_from_codebook = True
     config.run.push_to_hub, config.run.hub_model_id = push_to_hub, hub_model_id
     if push_to_hub:
-        check_push(repository(hub_model_id, folder))
+        check_push(repository(hub_model_id, folder), private=hub_private_repo)
     if out.exists() and not overwrite:
         raise UserError(f"'{out}' exists; give another folder or --overwrite")
     checkpoint, faults = newest_usable(folder)

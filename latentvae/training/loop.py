@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> Path:
         )
     options = config.run
     if options.push_to_hub:
-        check_push(repository(options.hub_model_id, folder))
+        check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
     checkpoint = prepare_folder(config, folder)
     if is_main():
         if base is not None:

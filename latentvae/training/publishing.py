@@ -16,12 +16,12 @@ def repository(hub_model_id: str | None, folder: Path) -> str:
     return repo_id
 
 
-def check_push(repo_id: str) -> None:
+def check_push(repo_id: str, *, private: bool) -> None:
     """Refuse an upload that is sure to fail. Rank 0 asks the Hub; every rank gets its answer."""
     answer: str | UserError | None = None
     if is_main():
         try:
-            answer = check_access(repo_id)
+            answer = check_access(repo_id, private=private)
         except UserError as error:
             answer = error
     answer = from_main(answer)

@@ -1,6 +1,7 @@
 """What a run is made of: everything is checked and built here, before the first update."""
 
 import hashlib
+import itertools
 import os
 import warnings
 from dataclasses import dataclass
@@ -134,9 +135,27 @@ def _check_resolution(config: TrainConfig) -> None:
         ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])
-    smallest = min(min(size) for size in (config.data.size, *config.train_sizes))
-    if smallest < least:
-        raise UserError(f"resolution {smallest} is too small: {part} needs at least {least} px")
+    height, width = config.data.size
+    own = str(height) if height == width else f"{height} {width}"
+    if min(height, width) < least:
+        raise UserError(f"resolution {own} is too small: {part} needs at least {least} px")
+    narrowest = min(map(min, config.train_sizes))
+    if narrowest < least:
+        raise UserError(
+            f"the narrowest bucket of resolution {own} has a side of {narrowest}, which is too "
+            f"small: {part} needs at least {least} px; resolution {_least(config, least)} is the "
+            "least that has it, or leave aspect_ratio_buckets out"
+        )
+
+
+def _least(config: TrainConfig, side: int) -> str:
+    """The next resolution of about that shape whose buckets all have such a side."""
+    (height, width), f = config.data.size, config.model.f
+    for taller in itertools.count(height + f, f):
+        wider = max(round(taller * width / height / f), 1) * f
+        if min(map(min, config.sizes_at((taller, wider)))) >= side:
+            return str(taller) if height == width else f"{taller} {wider}"
+    raise AssertionError
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:

@@ -83,7 +83,9 @@ class Tracker:
         """Show an image file."""
         with self._going_on():
             for tracker in self.accelerator.trackers:
-                pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
+                pixels = np.asarray(Image.open(path).convert("RGB"))[
+                    None
+                ]  # (1, H, W, 3), of grey too
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 shown: Any = tracker  # Accelerate's base class has no pictures
                 shown.log_images({"validation/samples": pixels}, step=update, **layout)

@@ -18,10 +18,11 @@ BLOCKS = {
 }
 
 
-def make_tokenizer(num_codes: int = 300, *, seed: int = 0) -> VQModel:
+def make_tokenizer(num_codes: int = 300, *, seed: int = 0, image_channels: int = 3) -> VQModel:
     """f 2; its codes lie where its features do, so that many are used."""
     torch.manual_seed(seed)
-    net = VQModel(**BLOCKS, latent_channels=3, num_vq_embeddings=num_codes)
+    channels = {"in_channels": image_channels, "out_channels": image_channels}
+    net = VQModel(**BLOCKS, **channels, latent_channels=3, num_vq_embeddings=num_codes)
     with torch.no_grad():
         net.quantize.embedding.weight.normal_()
     return net.eval()

@@ -147,7 +147,7 @@ def test_a_spec_is_told_by_what_is_there(forms, tmp_path, files):
         shards / "{0..2}.tar": TarShards,
         table: HubImages,
         table.parent: HubImages,
-        DatasetSpec(name=str(folder)): ImageFolder,
+        DatasetSpec(name=str(folder)): HubImages,
         DatasetSpec(name=str(shards)): TarShards,
         DatasetSpec(name=str(table.parent), image_column="image"): HubImages,
         DatasetSpec(name="samples", split="validation"): SamplePhotos,
@@ -163,6 +163,42 @@ def test_a_spec_is_told_by_what_is_there(forms, tmp_path, files):
         open_source(tmp_path / "notes")
     with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
         open_source(tmp_path / "nowhere")
+
+
+def test_a_split_of_a_folder_is_that_of_datasets(photos, tmp_path):
+    root = tmp_path / "split"
+    root.mkdir()
+    for split, folder in (("train", "a"), ("validation", "b")):
+        (photos / folder).rename(root / split)
+    for split in ("train", "validation"):
+        source, plain = open_source(DatasetSpec(name=str(root), split=split)), root / split
+        assert names(source) == ImageFolder(plain).names
+        assert source.read(0).tobytes() == ImageFolder(plain).read(0).tobytes()
+    train, held = open_images(DatasetSpec(name=str(root)), split_share=0.3)
+    assert sorted(names(train) + names(held)) == ImageFolder(root / "train").names
+    assert len(open_source(root)) == 12  # without options it is whole
+    with pytest.raises(UserError, match=r"no split 'validatoin'.*validation"):
+        open_source(DatasetSpec(name=str(root), split="validatoin"))
+
+
+def test_files_of_a_table_that_are_validated_on_are_not_trained_on(photos):
+    train, validation = open_images(DatasetSpec(name=str(photos)), validation_data_dir=photos / "b")
+    assert names(train) == [f"a/{name}" for name in ImageFolder(photos / "a").names]
+    assert names(validation) == ImageFolder(photos / "b").names
+
+
+def test_tar_files_have_no_splits_or_columns(forms):
+    shards = forms[1]
+    for name in (shards, shards / "1.tar", shards / "{0..2}.tar"):
+        for option in ({"split": "validation"}, {"image_column": "jpg"}, {"config_name": "big"}):
+            with pytest.raises(UserError, match="is tar files, which are taken whole"):
+                open_source(DatasetSpec(name=str(name), **option))
+    for folder, number in (("train", 0), ("validation", 1)):
+        (shards / folder).mkdir()
+        (shards / f"{number}.tar").rename(shards / folder / "x.tar")
+    with pytest.raises(UserError, match="tar files of the splits train, validation: give those"):
+        open_source(DatasetSpec(name=str(shards)))
+    assert len(open_source(DatasetSpec(name=str(shards / "train")))) == 4
 
 
 def test_what_is_validated_on_is_not_trained_on(forms, tmp_path):

@@ -1,5 +1,7 @@
 """An upload to the Hub, against a stand-in on this machine."""
 
+import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -64,6 +66,22 @@ def test_a_refusal_is_one_sentence_with_the_command_for_later(
     assert f"(status {status}" in said and f"`hf upload us/photos {export} .`" in said
     assert "\n" not in said and TOKEN not in said
     assert hub.commits == [] and {p.name: p.read_bytes() for p in export.iterdir()} == FILES
+
+
+def test_the_command_for_later_keeps_it_private_and_takes_any_path(
+    hub: HubStandIn, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.refusals["/api/repos/create"] = 500
+    folder = export.rename(export.with_name("my export"))
+    with pytest.raises(UploadError) as refused:
+        upload(folder, private=True)
+    (command,) = re.findall("`(.*)`", str(refused.value))
+    expected = ["hf", "upload", "us/photos", str(folder), ".", "--private"]
+    assert shlex.split(command) == expected
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for private, flag in ((True, " --private"), (False, "")):
+        with pytest.raises(UserError, match=rf"`hf upload us/photos EXPORT \.{flag}`"):
+            check_access("us/photos", private=private)
 
 
 def test_a_dead_port_is_one_sentence(

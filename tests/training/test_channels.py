@@ -1,5 +1,7 @@
 """Grey, deep and transparent images through a whole run: training, resume, export."""
 
+import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from latentvae.training.loop import train
 from latentvae.training.run import open_data
 from latentvae.training.validate import sample_grid_path
 from tests.training.small import small_config
+from tests.training.test_log import tensorboard_events
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -59,6 +62,8 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
         "checkpointing_steps": 1,
         "max_train_steps": 2,
     }
+    if channels == 1 and depth == "8" and importlib.util.find_spec("tensorboard"):
+        options["report_to"] = "tensorboard"
     if depth == "float":
         options["value_range"] = (-1000, 3000)
     whole = train(small_config(tmp_path / "whole", **options))
@@ -76,6 +81,10 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
     assert last["loss/lpips"] > 0 and last["critic/loss"] > 0
     grid = Image.open(sample_grid_path(tmp_path / "whole", 2))
     assert grid.mode == ("L" if channels == 1 else "RGB")
+    if "report_to" in options:  # which shows colours alone
+        shown = tensorboard_events(tmp_path / "whole").Images("validation/samples")[-1]
+        seen = Image.open(io.BytesIO(shown.encoded_image_string))
+        assert np.array_equal(np.asarray(seen), np.asarray(grid.convert("RGB")))
 
 
 def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(

@@ -1,6 +1,7 @@
 """Training at sizes that are not square, and in aspect-ratio buckets."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from latentvae.errors import UserError
 from latentvae.training import loop
 from latentvae.training.command_line import config_from_arguments
 from latentvae.training.loop import train
+from latentvae.training.run import check_paths
 from latentvae.training.validate import sample_grid_path
 from tests.data.conftest import picture
 from tests.training.small import as_flags, small_config
@@ -114,6 +116,16 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], said: str, tmp_path:
 
 
 def test_the_narrowest_bucket_must_be_large_enough(tmp_path: Path) -> None:
-    config = small_config(tmp_path, aspect_ratio_buckets=3, lpips_net="vgg", resolution=16)
-    with pytest.raises(UserError, match="resolution 8 is too small: LPIPS-vgg needs"):
-        train(config)
+    options: dict[str, Any] = {"aspect_ratio_buckets": 3, "lpips_net": "vgg", "disc_scale": 0}
+    config = small_config(tmp_path, **options, resolution=16)
+    said = (
+        r"narrowest bucket of resolution 16 has a side of 8, .*: LPIPS-vgg needs at least 16 px; "
+        r"resolution (\d+) is the least"
+    )
+    with pytest.raises(UserError, match=said) as refused:
+        check_paths(config)
+    least = int(re.findall(r"resolution (\d+) is", str(refused.value))[0])
+    check_paths(small_config(tmp_path, **options, resolution=least))
+    for smaller in range(16, least, config.model.f):
+        with pytest.raises(UserError, match=f"resolution {smaller} has a side of 8"):
+            check_paths(small_config(tmp_path, **options, resolution=smaller))
