@@ -1,0 +1,107 @@
+"""Quantisers of this package and of vector-quantize-pytorch with the same settings, behind the same
+calls (see tokenizer_quality.py).
+
+`B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, VectorQuantize
+
+from latentvae.bottlenecks import Quantized, Quantizer
+from latentvae.bottlenecks.quantized import GradientQuantizer
+
+COMMITMENT, ENTROPY = 0.25, 0.1  # weights
+DECAY, DEAD = 0.8, 0.02  # theirs by default; a share of the mean use
+Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A quantiser of both packages.
+
+    Attributes:
+        ours: type and arguments of `build_quantizer`.
+        weights: of its losses.
+        theirs: from the least average use of a live code, in vectors per update.
+    """
+
+    ours: dict[str, Any]
+    weights: dict[str, float]
+    theirs: Callable[[float], nn.Module]
+
+
+def _learned(K: int, D: int, *, ema: bool = True, l2: bool = False) -> Kind:
+    ours = {"num_codes": K, "code_channels": D, "l2_normalize": l2, "restart_threshold": DEAD}
+    return Kind(
+        ours={"type": "vq", "ema_decay": DECAY if ema else None} | ours,
+        weights={"commitment": COMMITMENT, "codebook": COMMITMENT},
+        theirs=lambda dead: VectorQuantize(
+            D, K, use_cosine_sim=l2, ema_update=ema, learnable_codebook=not ema, **_shared(dead)
+        ),
+    )
+
+
+def _shared(dead: float) -> dict[str, Any]:
+    return {
+        "decay": DECAY,
+        "kmeans_init": True,
+        "threshold_ema_dead_code": dead,
+        "commitment_weight": COMMITMENT,
+        "rotation_trick": False,
+    }
+
+
+KINDS: dict[Name, Kind] = {
+    "vq": _learned(1024, 64, ema=False),
+    "ema": _learned(1024, 64),
+    "l2": _learned(1024, 8, l2=True),
+    "fsq": Kind({"type": "fsq", "levels": (8, 5, 5, 5)}, {}, lambda _: FSQ([8, 5, 5, 5])),
+    "lfq": Kind(
+        {"type": "lfq", "num_bits": 10},
+        {"commitment": COMMITMENT, "sample_entropy": ENTROPY, "batch_entropy": -ENTROPY},
+        lambda _: LFQ(dim=10, entropy_loss_weight=ENTROPY, commitment_loss_weight=COMMITMENT),
+    ),
+    "residual": Kind(
+        {
+            "type": "residual",
+            "num_levels": 2,
+            "num_codes": 256,
+            "code_channels": 64,
+            "shared_codebook": False,
+            "ema_decay": DECAY,
+            "restart_threshold": DEAD,
+        },
+        {"commitment": COMMITMENT},
+        lambda dead: ResidualVQ(dim=64, num_quantizers=2, codebook_size=256, **_shared(dead)),
+    ),
+}
+
+
+class Theirs(GradientQuantizer):
+    """A module of vector-quantize-pytorch behind our calls; it updates itself as it quantises."""
+
+    def __init__(self, module: nn.Module, like: Quantizer) -> None:
+        super().__init__()
+        self.module = module
+        self.num_codes, self.num_levels = like.num_codes, like.num_levels
+        self.in_channels = self.code_channels = like.code_channels
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        z, indices, *loss = self.module(features.flatten(2).transpose(1, 2))  # (B, h w, D)
+        if self.num_levels > 1:  # (B, h w, L)
+            indices = indices.transpose(1, 2)
+        return Quantized(
+            z=z.transpose(1, 2).reshape(features.shape),
+            indices=indices.unflatten(-1, features.shape[2:]).long(),
+            losses={"theirs": loss[0].mean()} if loss else {},  # of FSQ none
+            statistics={},
+        )
+
+    @torch.no_grad()
+    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+        self.module(features[None])  # in training mode its first call is k-means

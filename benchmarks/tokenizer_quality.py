@@ -1,0 +1,348 @@
+"""Do the same tokenizers come out of this package's quantisers and of vector-quantize-pytorch's?
+
+    python benchmarks/tokenizer_quality.py --data photos --validation_data unseen --json out.json
+
+Two arms for each quantiser and seed: the network of `vq_small` with ours, and with theirs in its
+place. Equal are the initial weights of encoder and decoder, the images and their order, the
+objective (L2 and 0.1 LPIPS-alex, no critic), optimiser and schedule, the features that k-means
+starts from, decay, straight-through gradient and the loss weights. As the packages define it remain
+
+- dead codes: below 2% of the mean use, by an average of decay 0.99 (ours) or the codebook's (0.8);
+- the learned codebook: theirs has one weight for commitment and codebook, so ours has it for both;
+- cosine: theirs has moving averages only, so ours has them too;
+- residual levels: theirs passes the decoder's gradient to the features once per level, ours once;
+- LFQ: ours takes the batch entropy in groups of 9 bits, theirs over all codes.
+
+Each arm makes `--updates`, or as many as fit into `--minutes` by its own speed, measured in turns;
+seconds are those of the CPU, which other work on the machine hardly changes.
+Prints a table of unseen images and writes JSON. The same command again keeps the arms that are
+there, so more quantisers and seeds may be added.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal
+
+import torch
+from quantizer_pairs import DEAD, KINDS, Name, Theirs
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from latentvae.data import EvalTransform, open_source
+from latentvae.data.dataset import validation_batches
+from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
+from latentvae.losses.objective import Objective
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.metrics.image import psnr, to_8bit
+from latentvae.metrics.latent import TokenUsage
+from latentvae.models.discrete import (
+    DiscreteAutoencoder,
+    DiscreteTrainingWrapper,
+    build_discrete,
+)
+from latentvae.training import load_preset
+from latentvae.training.codebook import CodebookUpdate
+from latentvae.training.presets import parse
+from latentvae.training.schedule import learning_rate
+from latentvae.training.update import backward_model, clip_gradients
+
+PRESET = load_preset("vq_small")
+START_VECTORS = 8  # for each code, of k-means
+WARM_UP = 2  # updates of the speed that do not count
+HIGHER_IS_BETTER = {"psnr": True, "lpips_alex": False, "usage": True, "perplexity": True}
+Arm = Literal["ours", "theirs"]
+ARMS: tuple[Arm, ...] = ("ours", "theirs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train on, and for how long."""
+
+    data: str
+    """Folder of training images."""
+
+    validation_data: str
+    """Folder of unseen images."""
+
+    json: Path
+    """File for the numbers; arms that it has are not trained again."""
+
+    quantizers: tuple[Name, ...] = tuple(KINDS)
+    """Which to compare."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pair of arms for each."""
+
+    updates: int = 300
+    """Of each arm."""
+
+    minutes: float | None = None
+    """CPU time for the updates of each arm, instead of a number of them."""
+
+    resolution: int = 64
+    """Side of the images in pixels."""
+
+    batch_size: int = 16
+    """Images per update."""
+
+    channels: int = PRESET.model.block_out_channels[0]
+    """Width of the first level; the others are as many times as wide as in the preset."""
+
+    speed_updates: int = 10
+    """Updates of each arm by which its speed is measured, in turns."""
+
+    threads: int = 1
+    """CPU threads."""
+
+    def settings(self) -> dict[str, Any]:
+        """What arms in one file have in common."""
+        names = "data validation_data updates minutes resolution batch_size channels threads"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+class Training:
+    """One arm: a network and its updates."""
+
+    def __init__(
+        self, name: Name, arm: Arm, *, seed: int, images: Tensor, options: Options, updates: int
+    ) -> None:
+        kind = KINDS[name]
+        widths = PRESET.model.block_out_channels
+        shape: dict[str, Any] = PRESET.model.shape() | {
+            "block_out_channels": [width * options.channels // widths[0] for width in widths],
+            "quantizer": kind.ours,
+        }
+        torch.manual_seed(seed)
+        self.net = build_discrete(**shape)
+        if arm == "theirs":
+            vectors = options.batch_size * (options.resolution // PRESET.model.f) ** 2
+            module = kind.theirs(DEAD * vectors / self.net.quantize.num_codes)
+            self.net.quantize = Theirs(module, self.net.quantize)
+        self.wrapper = DiscreteTrainingWrapper(self.net).train()
+        if "num_codes" in kind.ours:
+            _initialise(self.net, images, seed=seed)
+        self.images, self.batch_size = images, options.batch_size
+        self.order = _order(len(images), seed=seed)
+        self.config = _schedule(updates)
+        self.objective = Objective(
+            rec_loss=PRESET.objective.rec_loss,
+            perceptual=PerceptualLoss(load_lpips("alex")),
+            perceptual_scale=PRESET.objective.perceptual_scale,
+            kl_scale=0.0,
+            latent_weights=kind.weights | {"theirs": 1.0},
+        )
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), weight_decay=0.0, fused=True)
+        self.codebook = CodebookUpdate(self.net.quantize, seed=seed)
+        self.done = 0
+
+    def update(self) -> None:
+        peak = PRESET.optimizer.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, peak=peak, config=self.config)
+        images = self.images[[next(self.order) for _ in range(self.batch_size)]]
+        out = self.wrapper(images)
+        backward_model(
+            images,
+            out,
+            objective=self.objective,
+            last_layer=self.wrapper.last_layer,
+            adversary=None,
+        )
+        clip_gradients(self.net.parameters(), PRESET.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.codebook.add(out)
+        self.codebook.apply(self.done)
+        self.codebook.clear()
+        self.done += 1
+
+
+@torch.no_grad()
+def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int) -> None:
+    """Start the codes at what the untrained encoder gives."""
+    wanted, vectors = START_VECTORS * net.quantize.num_codes, []
+    for part in images.split(16):
+        vectors.append(net.encode(part).latents.movedim(1, -1).flatten(0, -2))
+        if sum(map(len, vectors)) >= wanted:
+            break
+    generator = torch.Generator().manual_seed(seed)
+    net.quantize.initialise(torch.cat(vectors)[:wanted], generator=generator)
+
+
+def _order(count: int, *, seed: int) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _schedule(updates: int) -> Any:
+    """The preset's cosine, over so many updates."""
+    preset = PRESET.model_dump()
+    warmup = min(preset["optimizer"]["lr_warmup_steps"], updates // 10)
+    preset["optimizer"]["lr_warmup_steps"] = warmup
+    preset["run"]["max_train_steps"] = updates
+    return parse(preset, source="tokenizer_quality.py")
+
+
+@torch.no_grad()
+def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
+    """Means over unseen images; use and perplexity of all their tokens, the mean over levels."""
+    net.eval()
+    lpips = PerceptualLoss(load_lpips("alex"))
+    levels = [TokenUsage(net.quantize.num_codes) for _ in range(net.quantize.num_levels)]
+    values: dict[str, list[Tensor]] = {"psnr": [], "lpips_alex": []}
+    for part in images.split(16):
+        found = net.quantize(net.encode(part).latents)
+        recon = to_8bit(net.decode_parameters(found.z))
+        values["psnr"].append(psnr(part, recon))
+        values["lpips_alex"].append(lpips(part, recon))
+        indices = found.indices.reshape(len(part), len(levels), -1).unbind(1)
+        for level, own in zip(levels, indices, strict=True):
+            level.update(own)
+    tokens = [level.result() for level in levels]
+    return {name: torch.cat(parts).mean().item() for name, parts in values.items()} | {
+        "usage": mean(level["usage"] for level in tokens),
+        "perplexity": mean(level["perplexity"] for level in tokens),
+    }
+
+
+class Comparison:
+    """All arms, and the file that keeps them."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.result: dict[str, Any] = {
+            "settings": options.settings(),
+            "torch": torch.__version__,
+            "cpu_seconds_per_update": {},
+            "runs": {},
+        }
+        if options.json.exists():
+            self.result = json.loads(options.json.read_text())
+            if self.result["settings"] != options.settings():
+                raise UserError(
+                    f"'{options.json}' holds arms of other settings ({self.result['settings']}); "
+                    "name another file"
+                )
+        self.images = _loaded(options.data, "train", options.resolution)
+        self.unseen = _loaded(options.validation_data, "validation", options.resolution)
+
+    def run(self) -> None:
+        for name in self.options.quantizers:
+            self._measure_speed(name)
+            for seed in self.options.seeds:
+                for arm in ARMS:
+                    self._finish(name, arm, seed=seed)
+
+    def _measure_speed(self, name: Name) -> None:
+        if name in self.result["cpu_seconds_per_update"]:
+            return
+        arms: dict[Arm, Training] = {
+            arm: self._training(name, arm, seed=0, updates=1000) for arm in ARMS
+        }
+        seconds: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(WARM_UP + self.options.speed_updates):
+            for arm, training in arms.items():
+                start = time.process_time()
+                training.update()
+                seconds[arm].append(time.process_time() - start)
+        kept: dict[Arm, list[float]] = {arm: values[WARM_UP:] for arm, values in seconds.items()}
+        self.result["cpu_seconds_per_update"][name] = kept
+        self._save()
+        print(f"{name}: " + ", ".join(f"{arm} {median(kept[arm]):.3f} s" for arm in ARMS))
+
+    def _finish(self, name: Name, arm: Arm, *, seed: int) -> None:
+        run = f"{name}/{seed}/{arm}"
+        if run in self.result["runs"]:
+            return
+        updates = self.options.updates
+        if self.options.minutes is not None:
+            seconds = median(self.result["cpu_seconds_per_update"][name][arm])
+            updates = max(int(60 * self.options.minutes / seconds), 1)
+        training = self._training(name, arm, seed=seed, updates=updates)
+        start = time.process_time()
+        for _ in range(updates):
+            training.update()
+        seconds = time.process_time() - start
+        found = measured(training.net, self.unseen)
+        self.result["runs"][run] = found | {"updates": updates, "cpu_seconds": seconds}
+        self._save()
+        numbers = " ".join(f"{metric} {value:.4f}" for metric, value in found.items())
+        print(f"{run}: {numbers} ({updates} updates, {seconds:.0f} s)", flush=True)
+
+    def _training(self, name: Name, arm: Arm, *, seed: int, updates: int) -> Training:
+        return Training(
+            name, arm, seed=seed, images=self.images, options=self.options, updates=updates
+        )
+
+    def _save(self) -> None:
+        self.result["rows"] = rows(self.result)
+        part = self.options.json.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1))
+        part.replace(self.options.json)
+
+
+def _loaded(spec: str, split: str, resolution: int) -> Tensor:
+    """All images of a source, their middle, (N, 3, R, R)."""
+    source = open_source(spec, split=split)
+    batches = validation_batches(source, EvalTransform(resolution), batch_size=16)
+    return torch.cat([images for images, _ in batches])
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours beside theirs: means over the seeds that both have, and the larger range over seeds."""
+    found: list[dict[str, Any]] = []
+    for name in KINDS:
+        seeds = [run.split("/")[1] for run in result["runs"] if run.startswith(f"{name}/")]
+        seeds = [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) == len(ARMS)]
+        for metric, higher in HIGHER_IS_BETTER.items() if seeds else ():
+            values = {
+                arm: [result["runs"][f"{name}/{seed}/{arm}"][metric] for seed in seeds]
+                for arm in ARMS
+            }
+            spread = max(max(each) - min(each) for each in values.values())
+            difference = mean(values["ours"]) - mean(values["theirs"])
+            row = {"quantizer": name, "metric": metric, "seeds": len(seeds)}
+            row |= {arm: mean(each) for arm, each in values.items()}
+            row |= {"difference": difference, "spread": spread}
+            worse = -difference if higher else difference
+            found.append(row | {"worse_beyond_spread": len(seeds) > 1 and worse > spread})
+    return found
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title="unseen images; difference = ours - theirs, spread = range over seeds")
+    for column in ("quantiser", "metric", *ARMS, "difference", "spread", "ours is worse"):
+        table.add_column(column)
+    for row in result["rows"]:
+        numbers = [f"{row[name]:.4g}" for name in (*ARMS, "difference", "spread")]
+        worse = "beyond the spread" if row["worse_beyond_spread"] else ""
+        table.add_row(row["quantizer"], row["metric"], *numbers, worse)
+    for name, seconds in result["cpu_seconds_per_update"].items():
+        own, theirs = (median(seconds[arm]) for arm in ARMS)
+        table.add_row(name, "CPU s/update", f"{own:.3f}", f"{theirs:.3f}", f"{own - theirs:.3f}")
+    return table
+
+
+def main() -> None:
+    try:
+        options = parse_options(
+            Options, sys.argv[1:], prog="tokenizer_quality.py", description=__doc__
+        )
+        torch.set_num_threads(options.threads)
+        comparison = Comparison(options)
+        comparison.run()
+        Console().print(_table(comparison.result))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()
