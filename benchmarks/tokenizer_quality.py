@@ -159,7 +159,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.codebook.add(out)
-        self.codebook.apply(self.done)
+        self.codebook.apply(self.done, optimizer=self.optimizer, averages={})
         self.codebook.clear()
         self.done += 1
 
