@@ -96,12 +96,15 @@ class DeepImage:
 Picture = Image.Image | DeepImage
 
 
-def deep_image(values: np.ndarray, pixels: PixelFormat, *, alpha: bool) -> DeepImage:
+def deep_image(
+    values: np.ndarray, pixels: PixelFormat, *, alpha: bool, white_is_zero: bool = False
+) -> DeepImage:
     """The picture of stored numbers.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.
         alpha: whether the last channel is one.
+        white_is_zero: whether the lowest number is white: the ends of the range change places.
 
     Raises:
         BadPixels: numbers that are not finite, or whose range nothing tells.
@@ -114,14 +117,18 @@ def deep_image(values: np.ndarray, pixels: PixelFormat, *, alpha: bool) -> DeepI
     if kind == "f" and not np.isfinite(values).all():
         raise BadPixels("its float values are not all finite")
     low, high = pixels.value_range or _own_range(values[..., :count], pixels)
+    if white_is_zero:
+        low, high = high, low
     colour = [_scaled(values[..., i], low, high) for i in range(count)]
-    veil = _scaled(values[..., count], 0, _top(values.dtype)) if alpha else None
+    veil = _scaled(values[..., count], 0, type_top(values.dtype)) if alpha else None
     return _from_planes(_arranged(colour, veil, pixels.channels))
 
 
 def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
+    if colour.dtype == np.int8:
+        raise BadPixels("its integers are signed 8-bit: value_range must say black and white")
     if colour.dtype.kind != "f":
-        top = _top(colour.dtype)
+        top = type_top(colour.dtype)
         if top == INTEGER_TOP and (colour.min() < 0 or colour.max() > top):
             raise BadPixels("its integer values lie outside 0..65535: value_range must say theirs")
         return 0, top
@@ -130,10 +137,11 @@ def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
     return 0, 1 if colour.max() <= 1 else 255
 
 
-def _top(dtype: np.dtype) -> int:
+def type_top(dtype: np.dtype) -> int:
+    """The number of a type that is white, or opaque."""
     if dtype.kind in "bf":
         return 1
-    return 255 if dtype == np.uint8 else INTEGER_TOP
+    return np.iinfo(dtype).max if dtype.itemsize == 1 else INTEGER_TOP
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
