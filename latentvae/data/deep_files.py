@@ -37,6 +37,7 @@ _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+_DAMAGED = "a damaged TIFF"
 _DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # rawmodes
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -174,7 +175,7 @@ def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.Ti
         # tifffile's own "0" or "'ImageWidth'": an index or a key that it did not find.
         lost = isinstance(error, IndexError | KeyError)
         if lost or not any(letter.isalpha() for letter in str(error)):
-            raise BadPixels("a damaged TIFF") from error
+            raise BadPixels(_DAMAGED) from error
         raise
 
 
@@ -187,6 +188,8 @@ def read_tiff(source: File) -> DeepTiff:
     """
     with first_page(io.BytesIO(source) if isinstance(source, bytes) else source) as page:
         samples, extra = page.samplesperpixel, _extra_channel(page)
+        if not page.axes:
+            raise BadPixels(_DAMAGED)
         if page.photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
             raise BadPixels(f"a TIFF of {page.photometric!s} and axes {page.axes}")
         if samples > 4:
@@ -195,6 +198,8 @@ def read_tiff(source: File) -> DeepTiff:
             raise BadPixels("a TIFF of 4 channels that are neither RGB nor alpha")
         check_size(page.imagewidth, page.imagelength)
         values = page.asarray()
+        if values.ndim != len(page.axes):  # tifffile's answer where no pixels are in the file
+            raise BadPixels(_DAMAGED)
         photometric, turn = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
     if page.axes == "YX":
         values = values[..., None]

@@ -29,9 +29,9 @@ class PixelFormat:
         channels: 1 (grey: luma of colours), 3 (RGB: grey is repeated) or 4 (RGBA: opaque where
             the file has no alpha). Without alpha, transparency is laid over white.
         value_range: the stored numbers that become -1 and 1; those outside are clipped. None goes
-            by the type: 0..255 for 8 bits, 0..65535 for wider integers; floats have no range of
-            their own, but with 3 channels 0..1 if none exceeds 1, else 0..255. Alpha always goes
-            by the type, floats from 0 to 1.
+            by the type: 0..255 for 8 bits, 0..65535 for wider integers; signed 8 bits and floats
+            have no range of their own, but with 3 channels floats go from 0 to 1 if none exceeds
+            1, else to 255. Alpha always goes by the type, floats from 0 to 1.
     """
 
     channels: int = 3

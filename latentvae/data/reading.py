@@ -5,6 +5,7 @@ What becomes of each kind of file:
 - EXIF (or XMP) orientation is applied; of an animation, or a stack, the first picture is taken.
 - Transparency (RGBA, LA, palette or colour key) is laid over white, unless four channels are asked.
 - CMYK is converted without a profile; JPEGs are taken as inverted, as Adobe writes them.
+- A TIFF of grey whose lowest number is white is turned round, at every depth.
 - ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, which is what is shown and compared with codecs:

@@ -408,6 +408,9 @@ def test_a_damaged_tiff_is_named_so(capfd: pytest.CaptureFixture[str]) -> None:
                 reasons.add(error.reason)
     assert "a damaged TIFF" in reasons
     assert all(len(reason.split()) > 2 for reason in reasons)
+    flat = whole.replace(struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 999, 4, 1))  # no width
+    with pytest.raises(UnreadableImage, match="a damaged TIFF"):
+        read_image(flat, pixels=RGB)
     assert capfd.readouterr() == ("", "")  # tifffile logs nothing
 
 
