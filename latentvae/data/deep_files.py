@@ -4,26 +4,41 @@
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
     TIFF, deep colours    tifffile (Pillow drops the lower byte, or knows no such mode)
 
-All give stored numbers (H, W, C) as they are and whether the last channel is alpha.
+All give stored numbers (H, W, C) as they are and whether the last channel is alpha. What claims
+more pixels than Pillow's limit for decompression bombs is refused before it is decoded.
 """
 
 import io
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import tifffile
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from latentvae.data.pixels import BadPixels
+from latentvae.data.pixels import BadPixels, type_top
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of TIFF
+ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, in the tag ExtraSamples; 0 is a channel without a name
 
-# Rawmodes of colours that Pillow cuts to 8 bits.
-_DEEP_RAWMODES = ("RGB;16", "RGBA;16", "LA;16")
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a bad file is one line, which is ours
+
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_DAMAGED = "a damaged TIFF"
+_DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # rawmodes
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,6 +50,16 @@ _UPRIGHT = {
 }
 
 File = str | os.PathLike[str] | bytes
+
+
+@dataclass(frozen=True)
+class DeepTiff:
+    """Stored numbers (H, W, C) and how they are meant."""
+
+    values: np.ndarray
+    alpha: bool
+    white_is_zero: bool
+    orientation: int
 
 
 def first_bytes(source: File) -> bytes:
@@ -49,14 +74,36 @@ def read_npy(source: File, *, channels: int) -> np.ndarray:
 
     Raises:
         ValueError: it is damaged, or holds Python objects.
-        BadPixels: another shape.
+        BadPixels: another shape, or too many pixels.
     """
-    if isinstance(source, bytes):
-        array = np.lib.format.read_array(io.BytesIO(source), allow_pickle=False)
-    else:
-        array = np.lib.format.open_memmap(source, mode="r")  # refuses Python objects
-    check_shape(array.shape, channels)
-    return array.reshape(*array.shape[:2], channels)
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        shape = npy_shape(file)
+        check_shape(shape, channels)
+        check_size(shape[1], shape[0])
+        if not isinstance(source, bytes):
+            array = np.lib.format.open_memmap(source, mode="r")  # refuses Python objects
+        else:
+            file.seek(0)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    return array.reshape(*shape[:2], channels)
+
+
+def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
+    """What the header of a .npy says."""
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise BadPixels(f"a .npy of version {version}, which no array of pixels has")
+    return _NPY_HEADERS[version](file)[0]
+
+
+def check_size(width: int, height: int) -> None:
+    """Pillow's limit of pixels, in its words."""
+    limit, count = Image.MAX_IMAGE_PIXELS, width * height
+    if limit is not None and count > limit:
+        raise BadPixels(
+            f"Image size ({count} pixels) exceeds limit of {limit} pixels, "
+            "could be decompression bomb DOS attack."
+        )
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:
@@ -69,11 +116,34 @@ def check_shape(shape: tuple[int, ...], channels: int) -> None:
 
 def is_cut_to_8bit(image: Image.Image) -> bool:
     """Whether an opened file has colours of 16 bits of which Pillow keeps 8."""
-    if image.format not in ("PNG", "TIFF") or not (tiles := getattr(image, "tile", None)):
+    if isinstance(image, TiffImageFile):
+        # Not by its rawmodes: of planes they are those of one channel.
+        tags = image.tag_v2
+        return _bits(image) > 8 and tags.get(SAMPLES, 1) > 1 and tags.get(PHOTOMETRIC) in (0, 1, 2)
+    if image.format != "PNG" or not (tiles := getattr(image, "tile", None)):
         return False
     args = tiles[0][3]
     rawmode = args[0] if isinstance(args, tuple) else args
-    return isinstance(rawmode, str) and rawmode.startswith(_DEEP_RAWMODES)
+    return isinstance(rawmode, str) and rawmode.startswith(_DEEP_PNG)
+
+
+def is_misread(image: Image.Image) -> bool:
+    """Whether Pillow takes an opened TIFF for another picture without a word: planes of 16 bits,
+    and signed numbers of 8."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    planes = image.tag_v2.get(PLANES) == 2 and image.tag_v2.get(SAMPLES, 1) > 1
+    signed = 2 in image.tag_v2.get(SAMPLE_FORMAT, ())
+    return planes if _bits(image) > 8 else signed
+
+
+def _bits(image: TiffImageFile) -> int:
+    return max(image.tag_v2.get(BITS, (1,)))
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether it is a TIFF of grey whose lowest number is white, as X-ray scanners write them."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
@@ -95,26 +165,73 @@ def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
     return np.concatenate([values, np.where(hidden, 0, 65535).astype(values.dtype)], axis=2)
 
 
-def read_tiff(source: File) -> tuple[np.ndarray, bool, int]:
-    """The first page of a TIFF, whether it has alpha, and its orientation.
+@contextmanager
+def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.TiffPage]:
+    """The first page of a TIFF; what fails in it has a reason that a reader understands."""
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            yield tiff.pages.first
+    except Exception as error:
+        # tifffile's own "0" or "'ImageWidth'": an index or a key that it did not find.
+        lost = isinstance(error, IndexError | KeyError)
+        if lost or not any(letter.isalpha() for letter in str(error)):
+            raise BadPixels(_DAMAGED) from error
+        raise
+
+
+def read_tiff(source: File) -> DeepTiff:
+    """The first page of a TIFF. Colours are divided by an alpha they were multiplied with; a
+    channel beside grey or RGB that is not said to be alpha (infrared) is left out.
 
     Raises:
         ValueError: it is damaged, compressed in a way that needs `imagecodecs`, or no picture.
     """
-    with tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source) as tiff:
-        page = tiff.pages.first
-        samples = page.samplesperpixel
+    with first_page(io.BytesIO(source) if isinstance(source, bytes) else source) as page:
+        samples, extra = page.samplesperpixel, _extra_channel(page)
+        if not page.axes:
+            raise BadPixels(_DAMAGED)
         if page.photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
             raise BadPixels(f"a TIFF of {page.photometric!s} and axes {page.axes}")
         if samples > 4:
             raise BadPixels(f"a TIFF of {samples} channels; 1 to 4 are read")
+        if samples == 4 and page.photometric != 2 and extra == 0:
+            raise BadPixels("a TIFF of 4 channels that are neither RGB nor alpha")
+        check_size(page.imagewidth, page.imagelength)
         values = page.asarray()
-        tag = page.tags.get(ORIENTATION)
+        if values.ndim != len(page.axes):  # tifffile's answer where no pixels are in the file
+            raise BadPixels(_DAMAGED)
+        photometric, turn = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
     if page.axes == "YX":
         values = values[..., None]
     elif page.axes == "SYX":
         values = np.moveaxis(values, 0, 2)
-    return values, samples in (2, 4), int(tag.value) if tag is not None else 1
+    if extra == 0:
+        values = values[..., :-1]
+    return DeepTiff(
+        values=_unassociated(values) if extra == ASSOCIATED else values,
+        alpha=extra in (ASSOCIATED, UNASSOCIATED),
+        white_is_zero=photometric is not None and photometric.value == 0,
+        orientation=1 if turn is None else int(turn.value),
+    )
+
+
+def _extra_channel(page: tifffile.TiffPage) -> int | None:
+    """What the channel beside grey or RGB is; None if there is none."""
+    if page.samplesperpixel not in (2, 4):
+        return None
+    kind = int(page.extrasamples[-1]) if page.extrasamples else 0
+    return kind if kind in (ASSOCIATED, UNASSOCIATED) else 0
+
+
+def _unassociated(values: np.ndarray) -> np.ndarray:
+    """Colours as they were before they were multiplied with alpha."""
+    alpha = values[..., -1:] / type_top(values.dtype)
+    colour = np.divide(
+        values[..., :-1], alpha, out=np.zeros(values[..., :-1].shape), where=alpha > 0
+    )
+    if values.dtype.kind != "f":
+        colour = np.rint(colour).clip(0, np.iinfo(values.dtype).max)
+    return np.concatenate([colour.astype(values.dtype), values[..., -1:]], axis=2)
 
 
 def upright(orientation: int) -> Image.Transpose | None:

@@ -32,9 +32,9 @@ class PixelFormat:
         channels: 1 (grey: luma of colours), 3 (RGB: grey is repeated) or 4 (RGBA: opaque where
             the file has no alpha). Without alpha, transparency is laid over white.
         value_range: the stored numbers that become -1 and 1; those outside are clipped. None goes
-            by the type: 0..255 for 8 bits, 0..65535 for wider integers; floats have no range of
-            their own, but with 3 channels 0..1 if none exceeds 1, else 0..255. Alpha always goes
-            by the type, floats from 0 to 1.
+            by the type: 0..255 for 8 bits, 0..65535 for wider integers; signed 8 bits and floats
+            have no range of their own, but with 3 channels floats go from 0 to 1 if none exceeds
+            1, else to 255. Alpha always goes by the type, floats from 0 to 1.
 
     Raises:
         UserError: a range that is not finite and rising.
@@ -112,12 +112,15 @@ class DeepImage:
 Picture = Image.Image | DeepImage
 
 
-def deep_image(values: np.ndarray, pixels: PixelFormat, *, alpha: bool) -> DeepImage:
+def deep_image(
+    values: np.ndarray, pixels: PixelFormat, *, alpha: bool, white_is_zero: bool = False
+) -> DeepImage:
     """The picture of stored numbers.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.
         alpha: whether the last channel is one.
+        white_is_zero: whether the lowest number is white: the ends of the range change places.
 
     Raises:
         BadPixels: numbers that are not finite, or whose range nothing tells.
@@ -130,14 +133,18 @@ def deep_image(values: np.ndarray, pixels: PixelFormat, *, alpha: bool) -> DeepI
     if kind == "f" and not np.isfinite(values).all():
         raise BadPixels("its float values are not all finite")
     low, high = pixels.value_range or _own_range(values[..., :count], pixels)
+    if white_is_zero:
+        low, high = high, low
     colour = [_scaled(values[..., i], low, high) for i in range(count)]
-    veil = _scaled(values[..., count], 0, _top(values.dtype)) if alpha else None
+    veil = _scaled(values[..., count], 0, type_top(values.dtype)) if alpha else None
     return _from_planes(_arranged(colour, veil, pixels.channels))
 
 
 def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
+    if colour.dtype == np.int8:
+        raise BadPixels("its integers are signed 8-bit: value_range must say black and white")
     if colour.dtype.kind != "f":
-        top = _top(colour.dtype)
+        top = type_top(colour.dtype)
         if top == INTEGER_TOP and (colour.min() < 0 or colour.max() > top):
             raise BadPixels("its integer values lie outside 0..65535: value_range must say theirs")
         return 0, top
@@ -146,10 +153,11 @@ def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
     return 0, 1 if colour.max() <= 1 else 255
 
 
-def _top(dtype: np.dtype) -> int:
+def type_top(dtype: np.dtype) -> int:
+    """The number of a type that is white, or opaque."""
     if dtype.kind in "bf":
         return 1
-    return 255 if dtype == np.uint8 else INTEGER_TOP
+    return np.iinfo(dtype).max if dtype.itemsize == 1 else INTEGER_TOP
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -5,6 +5,7 @@ What becomes of each kind of file:
 - EXIF (or XMP) orientation is applied; of an animation, or a stack, the first picture is taken.
 - Transparency (RGBA, LA, palette or colour key) is laid over white, unless four channels are asked.
 - CMYK is converted without a profile; JPEGs are taken as inverted, as Adobe writes them.
+- A TIFF of grey whose lowest number is white is turned round, at every depth.
 - ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, which is what is shown and compared with codecs:
@@ -106,6 +107,8 @@ def read_image(
 def _decode_8bit(source: deep_files.File, at_least: int | None) -> Image.Image:
     try:
         with _open(source) as image:
+            if deep_files.is_misread(image):
+                return _deep_tiff(source, PixelFormat()).to_8bit()
             return to_rgb(_loaded(image, at_least))
     except UnidentifiedImageError:
         if (deep := _unknown_to_pillow(source, PixelFormat())) is None:
@@ -116,6 +119,8 @@ def _decode_8bit(source: deep_files.File, at_least: int | None) -> Image.Image:
 def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) -> Picture:
     try:
         with _open(source) as image:
+            if deep_files.is_misread(image):
+                return _deep_tiff(source, pixels)
             if deep_files.is_cut_to_8bit(image):
                 return _deep_colours(source, image, pixels)
             return in_format(_loaded(image, at_least), pixels)
@@ -162,18 +167,21 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
     """A loaded picture of a mode with one band of integers or floats, or of 8 bits."""
+    negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
         key = image.info.get("transparency")
         if key is None:
-            return deep_image(values, pixels, alpha=False)
+            return deep_image(values, pixels, alpha=False, white_is_zero=negative)
         return deep_image(deep_files.with_key(values, key), pixels, alpha=True)
     alpha = image.has_transparency_data
     if image.mode in ("1", "L") and not alpha:
         values = np.asarray(image.convert("L"))[..., None]
+        if negative:  # Pillow has turned them round; the range is of the stored ones
+            values = 255 - values
     else:
         values = np.asarray(_to_channels(image, 4 if alpha else 3))
-    return deep_image(values, pixels, alpha=alpha)
+    return deep_image(values, pixels, alpha=alpha, white_is_zero=negative)
 
 
 def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelFormat) -> DeepImage:
@@ -187,8 +195,9 @@ def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelForm
 
 
 def _deep_tiff(source: deep_files.File, pixels: PixelFormat) -> DeepImage:
-    values, alpha, orientation = deep_files.read_tiff(source)
-    deep, turn = deep_image(values, pixels, alpha=alpha), deep_files.upright(orientation)
+    tiff = deep_files.read_tiff(source)
+    deep = deep_image(tiff.values, pixels, alpha=tiff.alpha, white_is_zero=tiff.white_is_zero)
+    turn = deep_files.upright(tiff.orientation)
     return deep if turn is None else deep.transpose(turn)
 
 
@@ -218,7 +227,8 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
     if image.mode != "F" and (low < 0 or high > 65535):
         raise UnreadableImage("", "its integer values lie outside 0..65535")
     scale = 1 / 257 if image.mode != "F" else 255.0 if high <= 1 else 1.0
-    grey = Image.fromarray(np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8))
+    levels = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
+    grey = Image.fromarray(255 - levels if deep_files.white_is_zero(image) else levels)
     if (key := image.info.get("transparency")) is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey

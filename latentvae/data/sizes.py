@@ -5,18 +5,12 @@ import os
 import warnings
 from typing import IO
 
-import numpy as np
-import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from latentvae.data import deep_files
 from latentvae.data.reading import UnreadableImage, known_formats, reason_of
 
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap the sides
-_NPY_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, int]:
@@ -49,7 +43,7 @@ def _size(file: IO[bytes]) -> tuple[int, int]:
     start = file.read(8)
     file.seek(0)
     if start.startswith(deep_files.NPY_MAGIC):
-        shape = _NPY_HEADERS[np.lib.format.read_magic(file)](file)[0]
+        shape = deep_files.npy_shape(file)
         return shape[1], shape[0]
     try:
         with Image.open(file, formats=known_formats()) as image:
@@ -59,8 +53,7 @@ def _size(file: IO[bytes]) -> tuple[int, int]:
         if not start.startswith(deep_files.TIFF_MAGICS):
             raise
     file.seek(0)
-    with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages.first
+    with deep_files.first_page(file) as page:
         tag = page.tags.get(deep_files.ORIENTATION)
         sideways = tag is not None and tag.value in _SIDEWAYS
         width, height = page.imagewidth, page.imagelength

@@ -24,6 +24,7 @@ from latentvae.data import (
     read_image,
     to_tensor,
 )
+from latentvae.data.sizes import read_size
 from latentvae.data.transforms import Window
 
 GREY, RGB, RGBA = PixelFormat(1), PixelFormat(3), PixelFormat(4)
@@ -264,6 +265,153 @@ def test_damaged_deep_files(cut: int, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(data[:cut])
         with pytest.raises(UnreadableImage):
             read_image(tmp_path / "file", pixels=RGB)
+
+
+def levels(data: bytes, pixels: PixelFormat) -> np.ndarray:
+    """(H, W, C) as 16-bit numbers again."""
+    return ((tensor(data, pixels).double() + 1) * 32767.5).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("value_range", [None, (0, 65535)])
+def test_planes_of_16_bits(byteorder: str, value_range: tuple[float, float] | None) -> None:
+    values = ramp(3)
+    planes = np.moveaxis(values, 2, 0)
+    data = tiff(planes, photometric="rgb", planarconfig="separate", byteorder=byteorder)
+    back = levels(data, PixelFormat(3, value_range))
+    assert np.abs(back - values).max() < 0.01
+    shown = np.asarray(read_image(data)).astype(int)  # without a format
+    assert np.abs(shown - values / 257).max() <= 0.51
+
+
+def test_planes_of_8_bits_are_read_by_pillow(make_picture) -> None:
+    photo = make_picture(32, 24)
+    planes = np.moveaxis(np.asarray(photo), 2, 0)
+    data = tiff(planes, photometric="rgb", planarconfig="separate")
+    found = read_image(data, pixels=RGB)
+    assert isinstance(found, Image.Image)
+    assert torch.equal(to_tensor(found), to_tensor(photo))
+
+
+@pytest.mark.parametrize("value_range", [None, (0, 65535)])
+def test_a_band_without_a_name_is_left_out_and_the_others_keep_16_bits(
+    value_range: tuple[float, float] | None,
+) -> None:
+    values = ramp(4)
+    for data in (
+        tiff(values, photometric="rgb", extrasamples=["unspecified"]),
+        tiff(
+            np.moveaxis(values, 2, 0),
+            photometric="rgb",
+            planarconfig="separate",
+            extrasamples=["unspecified"],
+        ),
+    ):
+        found = levels(data, PixelFormat(3, value_range))
+        assert np.abs(found - values[..., :3]).max() < 0.01
+        opaque = levels(data, PixelFormat(4, value_range))
+        assert np.abs(opaque[..., :3] - values[..., :3]).max() < 0.01
+        assert (opaque[..., 3] == 65535).all()
+    pair = tiff(values[..., :2], photometric="minisblack", planarconfig="contig", extrasamples=[0])
+    assert np.abs(levels(pair, PixelFormat(1, value_range)) - values[..., :1]).max() < 0.01
+
+
+def test_four_bands_of_which_none_is_named_are_a_bad_image() -> None:
+    data = tiff(ramp(4), photometric="minisblack", planarconfig="contig", extrasamples=[0, 0, 0])
+    with pytest.raises(UnreadableImage, match="neither RGB nor alpha"):
+        read_image(data, pixels=RGB)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_colours_multiplied_with_their_alpha_are_divided_by_it(dtype: type) -> None:
+    alpha = np.array([[1.0, 0.5, 0.25, 0.0]])
+    colour = np.array([[[1.0, 0.25, 0.0], [0.5, 1.0, 0.0], [0.125, 0.5, 1.0], [0.7, 0.2, 0.1]]])
+    values = np.concatenate([colour * alpha[..., None], alpha[..., None]], axis=2)
+    top = 65535 if dtype == np.uint16 else 1
+    stored = (values * top).round() if top > 1 else values
+    data = tiff(stored.astype(dtype), photometric="rgb", extrasamples=["assocalpha"])
+    found = levels(data, PixelFormat(4, (0, top))) / 65535
+    assert np.abs(found[..., 3] - alpha).max() < 1e-5
+    assert np.abs(found[:, :3, :3] - colour[:, :3]).max() < 5e-5  # steps of 1/65535, by 1/4
+    over_white = levels(data, PixelFormat(3, (0, top))) / 65535
+    expected = values[..., :3] + 1 - alpha[..., None]
+    assert np.abs(over_white[:, :3] - expected[:, :3]).max() < 5e-5
+    assert (over_white[0, 3] == 1).all()
+
+
+def test_white_is_zero_at_every_depth() -> None:
+    shades = np.array([[0, 51, 204, 255]], np.uint8)
+    expected = 1 - shades / 127.5
+    files = [
+        (255, tiff(shades, photometric="miniswhite")),
+        (65535, tiff(shades.astype(np.uint16) * 257, photometric="miniswhite")),
+        (1, tiff((shades / 255).astype(np.float32), photometric="miniswhite")),
+        (1, tiff(shades / 255, photometric="miniswhite")),  # float64, which is not for Pillow
+    ]
+    for top, data in files:
+        assert np.abs(tensor(data, RGB)[1].numpy() - expected).max() < 1e-6
+        assert np.abs(tensor(data, PixelFormat(1, (0, top)))[0].numpy() - expected).max() < 1e-6
+        part = tensor(data, PixelFormat(1, (0, top * 0.8)))[0].numpy()
+        assert np.abs(part - [1, 0.5, -1, -1]).max() < 1e-6
+        assert np.asarray(read_image(data))[0, :, 0].tolist() == [255, 204, 51, 0]
+
+
+def test_signed_8_bit_numbers_need_a_range() -> None:
+    values = np.array([[-128, 0, 127]], np.int8)
+    colours = np.stack([values] * 3, axis=2)
+    for data, pixels in (
+        (npy(values), GREY),
+        (npy(colours), RGB),
+        (tiff(values), GREY),
+        (tiff(values), RGB),
+        (tiff(colours, photometric="rgb"), RGB),
+    ):
+        with pytest.raises(UnreadableImage, match="signed 8-bit: value_range"):
+            read_image(data, pixels=pixels)
+        found = levels(data, PixelFormat(pixels.channels, (-128, 127)))[0, :, 0] / 257
+        assert np.abs(found - [0, 128, 255]).max() < 1e-4
+    with pytest.raises(UnreadableImage, match="signed 8-bit"):
+        read_image(tiff(values))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_bombs_are_refused_before_they_are_decoded(on_disk: bool, tmp_path: Path) -> None:
+    """Files of a few bytes that claim 10 GB; the sentence is Pillow's."""
+    header = io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (50_000, 50_000)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    page = tiff(np.zeros((8, 8, 3), np.float32), photometric="rgb")  # not for Pillow
+    for tag in (256, 257):  # width, height
+        entry = struct.pack("<HHII", tag, 4, 1, 8)
+        assert page.count(entry) == 1
+        page = page.replace(entry, struct.pack("<HHII", tag, 4, 1, 50_000))
+    for data, pixels in ((header.getvalue(), PixelFormat(1, (0, 1))), (page, RGB)):
+        with open(tmp_path / "bomb", "wb") as file:
+            file.write(data)
+            if on_disk:
+                file.truncate(len(data) + 10_000_000_000)  # sparse
+        with pytest.raises(UnreadableImage, match=r"2500000000 pixels\) exceeds limit of"):
+            read_image(tmp_path / "bomb" if on_disk else data, pixels=pixels)
+
+
+def test_a_damaged_tiff_is_named_so(capfd: pytest.CaptureFixture[str]) -> None:
+    whole = tiff(ramp(3), photometric="rgb")
+    reasons = set()
+    for data in (b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0", whole[:8], whole[:40], whole[:300]):
+        for read in (
+            lambda data: read_image(data, pixels=RGB),
+            lambda data: read_size(data, name="x"),
+        ):
+            try:
+                read(data)
+            except UnreadableImage as error:
+                reasons.add(error.reason)
+    assert "a damaged TIFF" in reasons
+    assert all(len(reason.split()) > 2 for reason in reasons)
+    flat = whole.replace(struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 999, 4, 1))  # no width
+    with pytest.raises(UnreadableImage, match="a damaged TIFF"):
+        read_image(flat, pixels=RGB)
+    assert capfd.readouterr() == ("", "")  # tifffile logs nothing
 
 
 def test_a_compression_that_needs_another_package_names_it() -> None:
