@@ -140,7 +140,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["encode", "{}/m", "--data", "{}/photo", "--out", "{}/out", "--resolution", "16"],
-            "did you mean 'photos'?",
+            "no such model folder",
         ),
         (["decode", "{}/photos", "--out", "{}/out"], "is no folder of shards"),
         (["compare", "{}/photos"], "two or more reports are compared, not 1"),
