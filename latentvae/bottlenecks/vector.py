@@ -23,7 +23,8 @@ from latentvae.errors import UserError, nearest
 
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
-USAGE_DECAY = 0.99  # per update, of the share that decides whether a code is dead
+MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
+USES = 10.0  # that the average is over, for a code of mean use
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
 
 
@@ -158,7 +159,8 @@ class VectorQuantizer(nn.Module):
         more dead codes than features, the rest waits."""
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
-        self.usage.lerp_(counts / mean, 1 - USAGE_DECAY)
+        decay = torch.exp(-mean / USES).clamp(max=MAX_USAGE_DECAY)
+        self.usage.lerp_(counts / mean, 1 - decay)
         if self.ema_decay is not None:
             self._average(counts, statistics["sums"])
         if self.restart_threshold == 0:

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_equals_vector_quantize_pytorch(cosine: bool) -> None:
         torch.testing.assert_close(ours.codebook, theirs.codebook)
 
 
+@pytest.mark.parametrize(("vectors", "decay"), [(16, math.exp(-0.1)), (1, 0.99), (0, 0.99)])
+def test_use_is_averaged_over_ten_uses_or_a_hundred_updates(vectors: int, decay: float) -> None:
+    quantiser = build(restart_threshold=0.01)
+    counts = torch.zeros(16)
+    counts[3] = vectors
+    features = torch.zeros(1, 4)
+    quantiser.update({"counts": counts}, features=features, generator=seeded())
+    torch.testing.assert_close(quantiser.usage[0], torch.tensor(decay))
+    now = 16.0 if vectors else 0.0
+    torch.testing.assert_close(quantiser.usage[3], torch.tensor(decay + (1 - decay) * now))
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_dead_codes_restart_at_features(ema_decay: float | None) -> None:
     quantiser = build(ema_decay=ema_decay, restart_threshold=0.6)
@@ -173,7 +186,7 @@ def test_dead_codes_restart_at_features(ema_decay: float | None) -> None:
         vectors = flat(features)
         restarted = quantiser.update(out.statistics, features=vectors, generator=seeded())
         updates += 1
-    assert updates == 51  # the first with 0.99^n < 0.6
+    assert updates == 5  # the first with exp(-n 18 / 160) < 0.6
     assert restarted == 12
     places = (quantiser.codebook[4:, None] == vectors).all(2).nonzero()
     assert len(places) == 12 and len(places[:, 1].unique()) == 12  # none twice
