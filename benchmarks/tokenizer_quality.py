@@ -7,7 +7,7 @@ place. Equal are the initial weights of encoder and decoder, the images and thei
 objective (L2 and 0.1 LPIPS-alex, no critic), optimiser and schedule, the features that k-means
 starts from, decay, straight-through gradient and the loss weights. As the packages define it remain
 
-- dead codes: below 2% of the mean use, by an average of ten uses (ours) or of the codebook's decay (0.8);
+- dead codes: below 2% of the mean use, by an average of three uses (ours) or of decay 0.8 (theirs);
 - the learned codebook: theirs has one weight for commitment and codebook, so ours has it for both;
 - cosine: theirs has moving averages only, so ours has them too;
 - residual levels: theirs passes the decoder's gradient to the features once per level, ours once;

@@ -125,7 +125,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["exprt"],
-            "no command 'exprt', only reconstruct, evaluate, compare, export, encode, decode; did",
+            "no command 'exprt', only reconstruct, evaluate, compare, export, convert, encode, "
+            "decode; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),

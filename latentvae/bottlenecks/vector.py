@@ -24,7 +24,7 @@ from latentvae.errors import UserError, nearest
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
-USES = 10.0  # that the average is over, for a code of mean use
+USES = 3.0  # that the average is over, for a code of mean use
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
 
 

@@ -138,7 +138,7 @@ _PIPELINES = {
     "AsymmetricAutoencoderKL": "Stable Diffusion's pipelines take it as `vae=`. ",
     "AutoencoderDC": "SANA's pipelines take it as `vae=`. ",
     "VQModel": "LDMPipeline takes it as `vqvae=`. ",
-    "aMUSEd": "aMUSEd's pipelines take it as `vqvae=`. ",
+    "aMUSEd": "aMUSEd's pipelines (AmusedPipeline and its kin) take it as `vqvae=`. ",
 }
 _SNIPPETS = {
     "AutoencoderKL": """\

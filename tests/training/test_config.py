@@ -185,8 +185,8 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
             "vq_small --kl_scale 1",
             "kl_scale 1 has no meaning for the architecture vq (vq), which has",
         ),
-        ("fsq_f8 --lookup_from_codebook", "which is no diffusers VQModel"),
-        ("kl_f8 --lookup_from_codebook", "which is no diffusers VQModel"),
+        ("fsq_f8 --lookup_from_codebook", "no search of the nearest code in a list"),
+        ("kl_f8 --lookup_from_codebook", "which has no codes"),
         (
             "vq_f16 --resolution 250",
             "not a multiple of the model's f = 16; the nearest that is: 256",
