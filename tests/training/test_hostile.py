@@ -76,7 +76,9 @@ def test_too_many_bad_files_stop_all_ranks_with_one_sentence(
     assert code != 0
     errors = re.findall(r"^error: .*$", text, re.M)
     assert len(errors) == 1 and "cannot be read, more than the 5.0% allowed" in errors[0]
-    assert len(re.findall(r"exitcode *: *2 ", text)) == 2, text
+    codes = re.findall(r"exitcode *: *(-?\d+) ", text)
+    # The launcher ends, by SIGTERM, whoever is still there when the first process has gone.
+    assert len(codes) == 2 and "2" in codes and set(codes) <= {"2", "-15"}, text
     assert not (tmp_path / "run" / "export").exists()
 
 
