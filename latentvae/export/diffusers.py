@@ -87,7 +87,7 @@ def export_autoencoder(
     )
     with written_whole(out) as folder:
         _build(trained, config, identity=identity).save_pretrained(folder)
-        _compare(trained, _load_back(folder, type(trained)), probe)
+        _compare(trained, load_back(folder, type(trained)), probe)
         write_card(card or ModelCard(name=out.name), folder, config=config, report=report)
     return report
 
@@ -180,13 +180,14 @@ def _build(trained: Any, config: Mapping[str, Any], *, identity: bool) -> Any:
     return net.eval()
 
 
-def _load_back(folder: Path, cls: type[Any]) -> Any:
+def load_back(folder: Path, cls: type[Any]) -> Any:
+    """What `cls` loads from an export, whole or not at all; on the CPU, in eval mode."""
     net, info = cls.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
-        raise RuntimeError(f"diffusers does not load the export whole: {problems}")
+        raise RuntimeError(f"the export is not loaded whole: {problems}")
     return copy.deepcopy(net)  # out of the file's memory map, whose alignment can change sums
 
 

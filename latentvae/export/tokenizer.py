@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentvae.errors import UserError
 from latentvae.export.card import ModelCard, write_card
-from latentvae.export.diffusers import check_folder, probes, written_whole
+from latentvae.export.diffusers import check_folder, load_back, probes, written_whole
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteAutoencoder, calls
@@ -158,7 +158,7 @@ def export_tokenizer(
         written.register_to_config(force_upcast=not half.safe)
     with written_whole(out) as folder:
         written.save_pretrained(folder)
-        loaded = _load_back(folder, type(written))
+        loaded = load_back(folder, type(written))
         equal, ties = _compare_indices(
             trained, loaded, probe, factor=None if lookup_from_codebook else factor
         )
@@ -192,16 +192,6 @@ def _why_too_near(trained: Any, stock: Any, probe: Tensor, factor: float) -> str
         f"only {equal:.2%} of its indices are equal, for its codes are nearer to one another than "
         "its search can tell"
     )
-
-
-def _load_back(folder: Path, cls: type[Any]) -> Any:
-    net, info = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    problems = {kind: keys for kind, keys in info.items() if keys}
-    if problems:
-        raise RuntimeError(f"the export is not loaded whole: {problems}")
-    return copy.deepcopy(net).eval()
 
 
 @torch.no_grad()

@@ -165,7 +165,8 @@ def downsampling_factor(net: AutoencoderKL) -> int:
 
 
 class TrainingWrapper(nn.Module):
-    """A network with what only training needs; what the loop prepares and calls.
+    """A network with what only training needs; what the loop prepares and calls. Each architecture
+    adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
         net: the autoencoder; the export saves it as it is.
@@ -186,12 +187,6 @@ class TrainingWrapper(nn.Module):
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance the adversarial term (arXiv:2012.09841, eq. 7)."""
         return self.net.decoder.conv_out.weight
-
-    def forward(
-        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
-    ) -> AutoencoderOutput:
-        """One pass; images (B, C, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
 
 class KLTrainingWrapper(TrainingWrapper):

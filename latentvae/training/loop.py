@@ -3,9 +3,8 @@ number of ranks."""
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +12,8 @@ from torch import Tensor
 from latentvae.data import (
     BadImages,
     Batch,
-    Buckets,
-    BucketSampler,
-    ImageSource,
     ImageStream,
     IndexSampler,
-    TrainImages,
-    aspect_ratios,
-    assign,
-    stream_loader,
-    train_loader,
 )
 from latentvae.distributed import (
     all_reduce_max,
@@ -46,6 +37,7 @@ from latentvae.losses.posterior import (
 )
 from latentvae.outputs import AutoencoderOutput
 from latentvae.training.base import BASE_NAME, open_base, with_shape_of
+from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.codebook import CodebookUpdate, temperature
 from latentvae.training.config import TrainConfig, flat
@@ -63,7 +55,6 @@ from latentvae.training.run import (
     eval_transform,
     open_data,
     start_accelerator,
-    train_transform,
 )
 from latentvae.training.schedule import adversarial_factor, critic_learns_alone, learning_rate
 from latentvae.training.state import Progress, restore, take_snapshot
@@ -151,7 +142,7 @@ def _train_and_export(run: Run, progress: Progress) -> None:
 def _train(run: Run, progress: Progress) -> None:
     options = run.config.run
     first_readable(run.validation_images, eval_transform(run.config), count=1)
-    loader, steps_per_epoch = _batches(run, start_step=progress.micro_step)
+    loader, steps_per_epoch = batches(run, start_step=progress.micro_step)
     run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
     start_tracker(
         run.accelerator,
@@ -171,37 +162,6 @@ def _train(run: Run, progress: Progress) -> None:
         loop = _Loop(run, progress, log=log, interrupt=interrupt)
         loop.catch_up()
         loop.go(iter(loader))
-
-
-def _batches(run: Run, *, start_step: int) -> tuple[Iterable[Any], int | None]:
-    """Endless batches, and micro-steps in which every image comes once (a stream may not know)."""
-    options, images = run.config.run, run.train_images
-    transform, workers = train_transform(run.config), run.config.data.dataloader_num_workers
-    place = {"rank": rank(), "world_size": world_size(), "start_step": start_step}
-    if isinstance(images, ImageStream):
-        batch = options.train_batch_size
-        place |= {"batch_size": batch, "seed": options.seed, "num_workers": workers}
-        per_epoch = (images.num_images or 0) // (batch * world_size()) or None
-        return stream_loader(images, transform, **place), per_epoch
-    place |= {"seed": options.seed}
-    buckets = _buckets(run, images)
-    if buckets is None:
-        sampler = IndexSampler(len(images), options.train_batch_size, **place)
-    else:
-        sampler = BucketSampler(buckets, options.train_batch_size, **place)
-    dataset = TrainImages(images, transform, seed=options.seed, buckets=buckets)
-    return train_loader(dataset, sampler, num_workers=workers), sampler.steps_per_epoch
-
-
-def _buckets(run: Run, images: ImageSource) -> Buckets | None:
-    """The shape of every image; one rank reads the headers."""
-    if not run.config.data.aspect_ratio_buckets:
-        return None
-    ratios = from_main(aspect_ratios(images) if is_main() else None)
-    joint = run.config.run.train_batch_size * world_size()
-    buckets = assign(ratios, run.config.train_sizes, at_least=joint)
-    run.accelerator.print(f"  buckets        {buckets.describe()} images")
-    return buckets
 
 
 class _Loop:

@@ -190,7 +190,7 @@ def test_wrong_profiles_are_refused(write) -> None:
 def test_a_difference_fails_and_leaves_the_earlier_export(write, monkeypatch, part: str) -> None:
     path = write(tiny()).path
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    load_back = export_module._load_back
+    load_back = export_module.load_back
 
     def damaged(folder: Path, cls: type) -> AutoencoderKL:
         net = load_back(folder, cls)
@@ -198,7 +198,7 @@ def test_a_difference_fails_and_leaves_the_earlier_export(write, monkeypatch, pa
             getattr(net, part).conv_out.bias[0] += 1e-6
         return net
 
-    monkeypatch.setattr(export_module, "_load_back", damaged)
+    monkeypatch.setattr(export_module, "load_back", damaged)
     with pytest.raises(RuntimeError, match=f"the exported {part} differs .* at 32 x 24"):
         write(tiny(), overwrite=True)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before

@@ -146,7 +146,7 @@ def test_a_damaged_export_raises_and_leaves_the_earlier_one(
     out = tmp_path / "export"
     export(tokenizer("gradient"), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    load_back = export_module._load_back
+    load_back = export_module.load_back
 
     def damaged(part: str) -> Any:
         def load(folder: Path, cls: type[Any]) -> Any:
@@ -161,7 +161,7 @@ def test_a_damaged_export_raises_and_leaves_the_earlier_one(
         ("quantize.embedding.weight", "takes another code"),
         ("post_quant_conv.bias", "images of equal indices differ"),
     ):
-        monkeypatch.setattr(export_module, "_load_back", damaged(part))
+        monkeypatch.setattr(export_module, "load_back", damaged(part))
         with pytest.raises(RuntimeError, match=said):
             export(tokenizer("average"), out, overwrite=True)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
