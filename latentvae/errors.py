@@ -16,6 +16,14 @@ class UserError(ValueError):
         super().__init__(printable(sentence))
 
 
+class RunError(RuntimeError):
+    """A run that was started rightly cannot go on: the disk is full, memory ran out, another
+    process died. Scripts print it as one sentence and exit with code 1."""
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
+
+
 def printable(text: str) -> str:
     """One line that every terminal and file takes: file names may hold line breaks, escape codes
     and bytes that are no UTF-8 (surrogates, in Python), which become ``\\n``, ``\\x1b``,

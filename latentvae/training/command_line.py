@@ -17,7 +17,7 @@ import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from latentvae.errors import UserError
+from latentvae.errors import RunError, UserError
 from latentvae.flags import (
     check_names,
     exit_with,
@@ -165,7 +165,7 @@ def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n, 1 if all is done but the upload to the Hub."""
+    after signal n, 1 if the run failed or all is done but the upload to the Hub."""
     from latentvae.data import UnreadableImage
     from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
@@ -180,6 +180,9 @@ def run_training(
         raise SystemExit(2) from None
     except UserError as error:
         exit_with(error)
+    except RunError as error:  # may be of one rank alone
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except UploadError as error:
         say_once(f"error: {error}, or run the same command again")
         raise SystemExit(1) from None

@@ -5,9 +5,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from latentvae.data import (
     BadImages,
     Batch,
+    ImageSource,
     ImageStream,
     IndexSampler,
 )
@@ -18,17 +21,20 @@ from latentvae.distributed import (
     is_main,
     world_size,
 )
-from latentvae.errors import printable
+from latentvae.errors import RunError, printable
 from latentvae.losses.posterior import (
     ActiveUnits,
 )
-from latentvae.training.base import BASE_NAME, open_base, with_shape_of
+from latentvae.training.base import BASE_NAME, Base, open_base, with_shape_of
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.exporting import averaged_weights, export_run, is_exported
+from latentvae.training.failures import explained
 from latentvae.training.interrupt import Interrupt
+from latentvae.training.lock import locked
 from latentvae.training.log import MeanWindow, RunLog
+from latentvae.training.non_finite import describe
 from latentvae.training.plan import plan
 from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.resume import prepare_folder
@@ -64,6 +70,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UserError: a wrong option, path or image folder; before any work.
+        RunError: the machine did not let it end: a full disk, no memory, a process that died.
         UploadError: the run is done and exported, but the Hub did not take it.
         Stopped: after SIGTERM or SIGINT, with everything saved.
     """
@@ -79,6 +86,32 @@ def train(config: TrainConfig) -> Path:
     options = config.run
     if options.push_to_hub:
         check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
+    try:
+        with explained(config), locked(folder):
+            update = _run(config, folder=folder, accelerator=accelerator, data=data, base=base)
+    finally:
+        close_tracker(accelerator)
+        accelerator.end_training()  # ends the process group
+    export = folder / "export"
+    if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
+        push_export(
+            export,
+            repo_id=repository(options.hub_model_id, folder),
+            private=options.hub_private_repo,
+            update=update,
+        )
+    return export
+
+
+def _run(
+    config: TrainConfig,
+    *,
+    folder: Path,
+    accelerator: Accelerator,
+    data: tuple[ImageSource | ImageStream, ImageSource],
+    base: Base | None,
+) -> int:
+    """From the folder to the export; returns the updates done."""
     checkpoint = prepare_folder(config, folder)
     if is_main():
         if base is not None:
@@ -96,20 +129,8 @@ def train(config: TrainConfig) -> Path:
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
-    try:
-        _train_and_export(run, progress)
-    finally:
-        close_tracker(accelerator)
-        accelerator.end_training()  # ends the process group
-    export = folder / "export"
-    if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
-        push_export(
-            export,
-            repo_id=repository(options.hub_model_id, folder),
-            private=options.hub_private_repo,
-            update=progress.update,
-        )
-    return export
+    _train_and_export(run, progress)
+    return progress.update
 
 
 def _train_and_export(run: Run, progress: Progress) -> None:
@@ -204,15 +225,16 @@ class _Loop:
                 self.units.add(mean)
             return
         progress, allowed = self.progress, self.run.config.optimizer.max_skipped_updates
+        reason = describe(made.values, made.indices, self.run.train_images)
         self.log.say(
-            f"update {progress.update} skipped: its gradient is not finite "
-            f"({progress.skipped} skipped so far)"
+            f"update {progress.update} skipped: its gradient is not finite ({reason}; "
+            f"{progress.skipped} skipped so far)"
         )
         if progress.skipped_in_a_row >= allowed:
-            raise RuntimeError(
+            raise RunError(
                 f"{allowed} updates in a row had gradients that are not finite, the last is "
-                f"{progress.update}; the checkpoints are "
-                "untouched. Try a lower learning_rate, --mixed_precision no, or a later disc_start"
+                f"{progress.update} ({reason}); the checkpoints are untouched. "
+                " Try a lower learning_rate, --mixed_precision no, or a later disc_start"
             )
 
     def _row(self) -> None:

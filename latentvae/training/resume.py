@@ -16,6 +16,7 @@ from latentvae.training.checkpoint import (
     update_of,
 )
 from latentvae.training.config import TrainConfig
+from latentvae.training.lock import LOCK_NAME
 from latentvae.training.state import check_same_config, read_config, write_config
 
 CONFIG_NAME = "config.yaml"
@@ -91,7 +92,7 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
 def _delete_run(folder: Path) -> None:
     """Delete what a run writes; all else in the folder stays, and a folder without a run is
     refused."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK_NAME for path in folder.iterdir()):
         return
     read_config(folder / CONFIG_NAME)
     for pattern in RUN_FILES:

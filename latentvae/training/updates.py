@@ -35,6 +35,7 @@ class Made:
         values: what to log, scalars on the device by log name: of each micro-step and of the
             update.
         means: of the posteriors, (B, d, h, w) each, of each micro-step.
+        indices: of the images, (B,) each, of each micro-step.
         bad: unreadable files met by this rank, as (name, reason).
     """
 
@@ -42,6 +43,7 @@ class Made:
     signal: int = 0
     values: list[dict[str, Tensor]] = field(default_factory=list)
     means: list[Tensor] = field(default_factory=list)
+    indices: list[Tensor] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -72,6 +74,7 @@ class Updates:
         for i in range(micro_steps):
             batch = next(batches)
             made.bad += batch.bad
+            made.indices.append(batch.indices)
             with self._synchronised(i == micro_steps - 1):
                 made.values.append(self.micro_step(batch, adversary, made))
             progress.micro_step += 1
