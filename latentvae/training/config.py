@@ -310,6 +310,11 @@ class TrainConfig(Section):
     run: RunConfig = RunConfig()
 
     @property
+    def images_read(self) -> int:
+        """Images that a process reads for one micro-step, whose crops are its batch."""
+        return self.run.train_batch_size // self.data.crops_per_image
+
+    @property
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
         """Every height and width that may be trained at, in pixels."""
         return self.sizes_at(self.data.size)
@@ -337,6 +342,13 @@ class TrainConfig(Section):
                     f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
                     f"nearest that is: {near}"
                 )
+        batch, crops = self.run.train_batch_size, self.data.crops_per_image
+        if batch % crops:
+            near = max(round(batch / crops), 1) * crops
+            raise ValueError(
+                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}; the "
+                f"nearest that is: {near}"
+            )
         if self.run.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "

@@ -208,6 +208,8 @@ def train_transform(config: TrainConfig) -> TrainTransform:
         crop_scale=(data.crop_min_side, 1.0),
         random_flip=data.random_flip,
         interpolation=data.image_interpolation_mode,
+        resize_with=data.resize_with,
+        jpeg_draft=data.jpeg_draft,
     )
 
 

@@ -56,7 +56,7 @@ def name_of(files):
 
 
 def names(found, name_of):
-    return [name_of(image) for batch in found for image in batch.images]
+    return [name_of(image) for batch in found for image in batch.on("cpu")]
 
 
 def test_a_pass_shows_each_image_once_in_an_order_of_its_own(table, files, name_of):
