@@ -1,7 +1,7 @@
 """Batches of images: for training endless and augmented, for validation each image exactly once."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -122,7 +122,11 @@ def collate(items: list[TrainItem]) -> Batch:
 
 
 def train_loader(
-    dataset: TrainImages, sampler: IndexSampler, *, num_workers: int, pin_memory: bool = False
+    dataset: TrainImages,
+    sampler: IndexSampler | Sequence[list[tuple[int, int]]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> DataLoader[TrainItem]:
     """Endless batches (``Batch``), the same for any number of workers.
 
@@ -130,8 +134,8 @@ def train_loader(
 
     Args:
         dataset: the images.
-        sampler: the order of those that are read, from its ``start_step`` on; its batches times the
-            crops of each image are B.
+        sampler: the order of those that are read, from its ``start_step`` on, or (epoch, index) of
+            each batch; its batches times the crops of each image are B.
         num_workers: processes that decode beside this one; 0 decodes in this one.
         pin_memory: put batches where CUDA copies from while it computes.
     """

@@ -89,6 +89,15 @@ def test_workers_share_a_pass_and_are_no_more_than_the_files(table, files, name_
     assert loader.num_workers == 1
 
 
+def test_several_crops_of_each_row(table, files, name_of):
+    found = batches(stream(table), 4, crops=2)
+    assert all(len(batch.images) == 6 for batch in found)
+    shown = names(found, name_of)
+    assert shown[::2] == shown[1::2] and sorted(shown[::2]) == sorted(files)
+    resumed = batches(stream(table), 2, crops=2, start_step=2)
+    assert torch.equal(resumed[0].images, found[2].images)
+
+
 @pytest.mark.parametrize("start_step", [1, 3, 4, 6])
 def test_a_resumed_stream_passes_over_what_it_showed_and_says_so(table, caplog, start_step):
     unbroken = batches(stream(table), 8)
