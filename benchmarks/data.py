@@ -6,11 +6,11 @@ are cropped to 256.
 The plain folder is what training scripts have: Pillow opens a file and converts it to RGB, a random
 square is cut out, resized and mirrored, torchvision makes a tensor of it and normalises it, and
 torch's DataLoader puts batches together. Both take squares of 0.5 to 1 of the shorter side, drawn
-alike; both resize with Lanczos, but where a row says that the plain one has torchvision's default,
-bilinear. Ours ends in floats in [-1, 1] too. The JPEGs are photos enlarged (or made smaller) to a
-shorter side of 1,000 at quality 90, in a temporary folder and, the same files, in tar shards; they
-are read once before, so that no disk is measured. All is done with one thread of torch; without
-workers a row is of one core.
+alike, and both resize with the kernel that a row names; the last one sets our default, Lanczos,
+beside torchvision's, bilinear. Ours ends in floats in [-1, 1] too. The JPEGs are photos enlarged
+(or made smaller) to a shorter side of 1,000 at quality 90, in a temporary folder and, the same
+files, in tar shards; they are read once before, so that no disk is measured. All is done with one
+thread of torch; without workers a row is of one core.
 
 `equal within` is of the same windows in both, in [-1, 1], without the outer three pixels: there a
 crop that is cut out first does not show what lies around it. Prints a table, and writes JSON whose
@@ -52,7 +52,11 @@ SHARES = (0.5, 1.0)  # of the shorter side
 BATCH = 8
 SHARDS = 4
 EDGE = 3  # pixels, half of Lanczos' kernel
-TRANSFORM = TrainTransform(RESOLUTION, crop_scale=SHARES, random_flip=True)
+KERNELS = ("lanczos", "bilinear")  # our default and torchvision's
+TRANSFORMS = {
+    name: TrainTransform(RESOLUTION, crop_scale=SHARES, random_flip=True, interpolation=name)
+    for name in KERNELS
+}
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,13 @@ def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
     return call
 
 
-def ours(source: ImageSource, *, workers: int, crops: int = 1) -> Callable[[], object]:
+def ours(
+    source: ImageSource, interpolation: str, *, workers: int, crops: int = 1
+) -> Callable[[], object]:
     """As many crops as there are images."""
 
     def call() -> None:
-        dataset = TrainImages(source, TRANSFORM, seed=0, crops=crops)
+        dataset = TrainImages(source, TRANSFORMS[interpolation], seed=0, crops=crops)
         order = IndexSampler(len(source), BATCH // crops, seed=0)
         keys = list(itertools.islice(order, len(source) // BATCH))
         for batch in train_loader(dataset, keys, num_workers=workers):
@@ -148,43 +154,41 @@ def ours(source: ImageSource, *, workers: int, crops: int = 1) -> Callable[[], o
     return call
 
 
-def difference(source: ImageSource, folder: PlainFolder) -> float:
+def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
     """The largest, of the same windows, inside the edges."""
-    largest = 0.0
+    transform, largest = TRANSFORMS[interpolation], 0.0
     for i in range(min(len(source), 16)):
-        window = TRANSFORM.draw(np.random.default_rng(i))
-        image = source.read(i, at_least=TRANSFORM.needed_side([window]))
-        off = (normalised(TRANSFORM.apply(image, window)) - folder.window(i, window)).abs()
+        window = transform.draw(np.random.default_rng(i))
+        image = source.read(i, at_least=transform.needed_side([window]))
+        off = (normalised(transform.apply(image, window)) - folder.window(i, window)).abs()
         largest = max(largest, off[:, EDGE:-EDGE, EDGE:-EDGE].max().item())
     return largest
 
 
 def compare(root: Path, options: Options) -> list[Row]:
-    folder = PlainFolder(root / "jpegs", "lanczos")
-    default = PlainFolder(root / "jpegs", "bilinear")
+    folders = {name: PlainFolder(root / "jpegs", name) for name in KERNELS}
     sources = {
         "folder": open_source(root / "jpegs"),
         "tar shards": open_source(root / "shards"),
     }
-    equal = {name: difference(source, folder) for name, source in sources.items()}
     rows: list[Row] = []
     for workers in options.workers:
-        calls = {
-            "plain": plain(folder, workers=workers),
-            "plain, bilinear": plain(default, workers=workers),
-            **{name: ours(source, workers=workers) for name, source in sources.items()},
-            "four crops": ours(sources["folder"], workers=workers, crops=4),
-        }
+        calls = {("plain", name): plain(folders[name], workers=workers) for name in KERNELS}
+        for form, name in itertools.product(sources, KERNELS):
+            calls[form, name] = ours(sources[form], name, workers=workers)
+        calls["crops", "lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
         seconds = alternate(calls, runs=options.runs, per=options.images)
-        by = f", {workers} workers" if workers else ", one core"
-        for name in sources:
-            times = (seconds[name], seconds["plain"])
-            rows.append(row(f"{name}{by}", "s/image", *times, equal_within=equal[name]))
-        for name in sources:
-            times = (seconds[name], seconds["plain, bilinear"])
-            rows.append(row(f"{name}, plain bilinear{by}", "s/image", *times, equal_within=None))
-        times = (seconds["four crops"], seconds["plain"])
-        rows.append(row(f"folder, 4 crops of each{by}", "s/image", *times, equal_within=None))
+        by = f"{workers} workers" if workers else "one core"
+
+        def add(name: str, form: str, kernel: str, other: str, equal: float | None) -> None:
+            times = (seconds[form, kernel], seconds["plain", other])  # noqa: B023, at once
+            rows.append(row(f"{name}, {by}", "s/image", *times, equal_within=equal))  # noqa: B023
+
+        for form, name in itertools.product(sources, KERNELS):
+            equal = difference(sources[form], folders[name], name)
+            add(f"{form}, {name}", form, name, name, equal)
+        add("folder, lanczos, 4 crops of each", "crops", "lanczos", "lanczos", None)
+        add("folder, ours lanczos, plain bilinear", "folder", "lanczos", "bilinear", None)
     return [*rows, *stages(root, options)]
 
 
@@ -207,13 +211,13 @@ def stages(root: Path, options: Options) -> list[Row]:
     calls = {
         "decode": decode,
         "pillow": pillow,
-        "ours": lambda: normalised(TRANSFORM.apply(image, window)),
+        "ours": lambda: normalised(TRANSFORMS["lanczos"].apply(image, window)),
     }
     many = {name: (lambda call=call: [call() for _ in range(20)]) for name, call in calls.items()}
     seconds = alternate(many, runs=options.runs, per=20)
     return [
         row("decode alone", "s/image", seconds["decode"], seconds["decode"], equal_within=0.0),
-        row("all but decode", "s/image", seconds["ours"], seconds["pillow"], equal_within=None),
+        row("crop, lanczos", "s/image", seconds["ours"], seconds["pillow"], equal_within=None),
     ]
 
 
