@@ -144,7 +144,8 @@ def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
 
 def table(rows: Sequence[Row], *, title: str) -> Table:
     shown = Table(title=f"{title}; ratio = reference / ours")
-    for column in ("", "ours", "reference", "ratio (least to greatest)", "runs", "equal within"):
+    shown.add_column(no_wrap=True)
+    for column in ("ours", "reference", "ratio (least to greatest)", "runs", "equal within"):
         shown.add_column(column)
     for row in rows:
         equal = "" if row.equal_within is None else f"{row.equal_within:.1e}"
