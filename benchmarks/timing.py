@@ -136,7 +136,10 @@ def _processor() -> str:
 
 def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
     """Print the table, and write {"machine": ..., "rows": [...]} where a file is given."""
-    Console().print(table(rows, title=title))
+    console = Console()
+    if not console.is_terminal:  # a file may be as wide as the table
+        console = Console(width=120)
+    console.print(table(rows, title=title))
     if json_file is not None:
         result = {"machine": machine(), "rows": [asdict(row) for row in rows]}
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
