@@ -26,9 +26,12 @@ reads. diffusers' losses are sums over pixels, taming's means: `scale` is the fa
 """
 
 import copy
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +40,8 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from lpips import LPIPS
 from torch import Tensor, nn
+
+from latentvae.errors import UserError
 
 LEARNING_RATE, EMA_DECAY, MAX_NORM, CAP = 4.5e-6, 0.9999, 1.0, 1e4
 
@@ -161,8 +166,8 @@ class ReferenceStep:
         return {"critic": loss.item(), "real": real.mean().item(), "fake": fake.mean().item()}
 
     def _distances(self, images: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error (B, C, H, W), LPIPS (B, 1, 1, 1)."""
-        rec = F.mse_loss(recon.float(), images.float(), reduction="none")
+        """Absolute error (B, C, H, W), LPIPS (B, 1, 1, 1)."""
+        rec = F.l1_loss(recon.float(), images.float(), reduction="none")
         return rec, self.lpips(images.contiguous(), recon.contiguous())
 
     @contextmanager
@@ -175,6 +180,72 @@ class ReferenceStep:
         module.requires_grad_(not frozen)
         yield
         module.requires_grad_(True)
+
+
+class TamingStep(ReferenceStep):
+    """taming's own loss module, with the network, LPIPS and critic that all have.
+
+    Args:
+        folder: of a clone of CompVis/taming-transformers.
+    """
+
+    def __init__(
+        self, folder: Path, net: AutoencoderKL, critic: nn.Module, lpips: LPIPS, *, weights: Weights
+    ) -> None:
+        own = Script(
+            summed=False, freezes_critic=True, detaches=True, lpips_in_critic_step=False
+        )  # for its loss does that
+        super().__init__(own, net, critic, lpips, weights=weights)
+        module = _imported(folder, "taming.modules.losses.vqperceptual")
+        # What it would download, and a critic that is to start from the same weights.
+        module.LPIPS = lambda: lpips
+        module.NLayerDiscriminator = lambda **_: self.critic
+        module.weights_init = lambda _: None
+        self.loss = module.VQLPIPSWithDiscriminator(
+            disc_start=0,
+            codebook_weight=weights.kl,
+            perceptual_weight=weights.lpips,
+            disc_weight=weights.adversarial,
+        )
+
+    def backward_model(self, images: Tensor) -> dict[str, float]:
+        with self._frozen(self.critic, True):
+            posterior = self.net.encode(images).latent_dist
+            recon = self.net.decode(posterior.sample()).sample
+            kl = posterior.kl() / images[0].numel()
+            loss, log = self._called(images, recon, kl, 0)
+        loss.backward()
+        values = {name.removeprefix("train/"): value.mean().item() for name, value in log.items()}
+        return {
+            "nll": values["nll_loss"],
+            "rec": values["rec_loss"] - self.weights.lpips * values["p_loss"],
+            "lpips": values["p_loss"],
+            "kl": values["quant_loss"],
+            "adversarial": values["g_loss"],
+            "adaptive_weight": values["d_weight"] / self.weights.adversarial,
+        }
+
+    def backward_critic(self, images: Tensor, recon: Tensor) -> dict[str, float]:
+        loss, log = self._called(images, recon, torch.zeros(()), 1)
+        loss.backward()
+        return {"critic": loss.item()} | {name: value.item() for name, value in log.items()}
+
+    def _called(self, images: Tensor, recon: Tensor, kl: Tensor, side: int) -> Any:
+        last = self.net.decoder.conv_out.weight
+        return self.loss(kl, images, recon, side, 1, last_layer=last, split="train")
+
+
+def _imported(folder: Path, name: str) -> Any:
+    """A module of a clone that is not installed."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"'{folder}' is no clone of CompVis/taming-transformers that can be imported: {error}"
+        ) from error
+    finally:
+        sys.path.remove(str(folder))
 
 
 def gradient(module: nn.Module, *, scale: float = 1.0) -> Tensor:

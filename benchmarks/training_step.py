@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from reference_step import SCRIPTS, ReferenceStep, Weights, gradient, relative
+from reference_step import SCRIPTS, ReferenceStep, TamingStep, Weights, gradient, relative
 from timing import Row, alternate, finish, row
 from torch import Tensor
 
@@ -75,6 +75,9 @@ class Options:
     bf16_references: bool = False
     """Give the references bf16 autocast too, in rows of their own."""
 
+    peer_script: Path | None = None
+    """Folder of a clone of CompVis/taming-transformers: its own loss is timed too."""
+
     quick: bool = False
     """The short form: 64 px, half the widths, three runs."""
 
@@ -123,7 +126,7 @@ def _config(
         "model": {"block_out_channels": options.channels, "norm_num_groups": 32},
         "data": {"train_data_dir": "samples", "resolution": images.shape[-1]},
         "objective": {
-            "rec_loss": "l2",
+            "rec_loss": "l1",
             "lpips_net": "vgg",
             "perceptual_scale": WEIGHTS.lpips,
             "kl_scale": WEIGHTS.kl,
@@ -190,19 +193,7 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
     images = photos(resolution, size).to(options.device)
     for precision in options.precision:
         ours = OurStep(options, images, precision)
-        run = ours.run
-        assert run.critic is not None
-        references: dict[str, ReferenceStep] = {}
-        for name, script in SCRIPTS.items():
-            for autocast in (False, True)[: 1 + (options.bf16_references and precision == "bf16")]:
-                references[name + ", bf16 both" * autocast] = ReferenceStep(
-                    script,
-                    run.net,
-                    run.critic,
-                    run.metric.lpips,
-                    weights=WEIGHTS,
-                    autocast=autocast,
-                )
+        references = _references(ours, options, precision)
         equal = {name: difference(ours, each, images) for name, each in references.items()}
         calls: dict[str, Any] = {"ours": ours.update}
         calls |= {name: (lambda e=each: e.update(images)) for name, each in references.items()}
@@ -210,6 +201,24 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
         for name in references:
             title = f"{precision}, {resolution} px, batch {size}, {name}"
             yield row(title, "s", seconds["ours"], seconds[name], equal_within=equal[name])
+
+
+def _references(ours: OurStep, options: Options, precision: Precision) -> dict[str, ReferenceStep]:
+    """By name, all from the weights of ours."""
+    run = ours.run
+    assert run.critic is not None
+    parts: Any = (run.net, run.critic, run.metric.lpips)
+    found = {
+        name: ReferenceStep(script, *parts, weights=WEIGHTS) for name, script in SCRIPTS.items()
+    }
+    if options.bf16_references and precision == "bf16":
+        found |= {
+            f"{name}, bf16 both": ReferenceStep(script, *parts, weights=WEIGHTS, autocast=True)
+            for name, script in SCRIPTS.items()
+        }
+    if options.peer_script is not None:
+        found["taming's own loss"] = TamingStep(options.peer_script, *parts, weights=WEIGHTS)
+    return found
 
 
 def run(options: Options) -> None:
