@@ -72,7 +72,7 @@ class TrainTransform:
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, whose numbers validation has; see
             `resampling`.
-        jpeg_draft: let JPEGs that are more than four times too large be decoded smaller.
+        jpeg_draft: let JPEGs be decoded smaller, down to twice the side that a window needs.
 
     Example:
         transform = TrainTransform(256, crop="random")

@@ -130,7 +130,10 @@ class DataConfig(Section):
     )
     jpeg_draft: bool = Field(
         default=True,
-        description="Decode JPEGs of over four times the size that is needed at half of theirs.",
+        description=(
+            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size where twice the pixels that a "
+            "crop needs are left."
+        ),
     )
     crops_per_image: Positive = Field(
         default=1,

@@ -135,7 +135,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ),
         (
             ["--crops_per_image", "5"],
-            "train_batch_size 12 is not a multiple of crops_per_image 5; the nearest that is: 10",
+            "train_batch_size 8 is not a multiple of crops_per_image 5; the nearest that is: 10",
         ),
         (["--resolution", "big"], "--resolution"),
         (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
