@@ -173,15 +173,15 @@ def compare(root: Path, options: Options) -> list[Row]:
     }
     rows: list[Row] = []
     for workers in options.workers:
-        calls = {("plain", name): plain(folders[name], workers=workers) for name in KERNELS}
+        calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
         for form, name in itertools.product(sources, KERNELS):
-            calls[form, name] = ours(sources[form], name, workers=workers)
-        calls["crops", "lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
+            calls[f"{form} {name}"] = ours(sources[form], name, workers=workers)
+        calls["crops lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
         seconds = alternate(calls, runs=options.runs, per=options.images)
         by = f"{workers} workers" if workers else "one core"
 
         def add(name: str, form: str, kernel: str, other: str, equal: float | None) -> None:
-            times = (seconds[form, kernel], seconds["plain", other])  # noqa: B023, at once
+            times = (seconds[f"{form} {kernel}"], seconds[f"plain {other}"])  # noqa: B023, at once
             rows.append(row(f"{name}, {by}", "s/image", *times, equal_within=equal))  # noqa: B023
 
         for form, name in itertools.product(sources, KERNELS):
