@@ -24,7 +24,11 @@ from tests.training.small import small_config
 GOLDEN = Path(__file__).parent / "golden"
 UPDATES = 20
 TOLERANCE = 1e-3  # relative; other machines and versions of torch sum in other orders too
-TORCH_TOLERANCE = 3e-2  # where torch resizes the crops; of the critic's, others are within 3e-3
+# Where torch resizes the crops, one level of 255 is off here and there. Losses stay within this;
+# the gradient's norm (9 %) and the adversarial term, which crosses zero, do not; nor do they when
+# one value in 200 of Pillow's crops is moved by a random level.
+TORCH_TOLERANCE = 5e-3
+LOSSES = ("loss/rec", "loss/lpips", "loss/nll", "critic/loss")
 SHAPE = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 MODELS: dict[str, dict[str, Any] | None] = {
     "kl": {"architecture": "kl", **SHAPE},
@@ -71,23 +75,24 @@ def curves(name: str, folder: Path, *, resize_with: str = "pillow") -> dict[str,
 
 
 @pytest.mark.usefixtures("own_accelerate")
-@pytest.mark.parametrize(
-    ("name", "resize_with", "tolerance"),
-    [
-        ("kl", "pillow", TOLERANCE),
-        ("vq", "pillow", TOLERANCE),
-        pytest.param("kl", "torch", TORCH_TOLERANCE, marks=pytest.mark.slow),
-    ],
-)
-def test_the_curve_is_the_golden_one(
-    name: str, resize_with: str, tolerance: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_curve_is_the_golden_one(name: str, tmp_path: Path) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    found = curves(name, tmp_path, resize_with=resize_with)
+    found = curves(name, tmp_path)
     assert found.keys() == golden.keys()
     assert len(golden["loss/rec"]) == UPDATES and len(golden["critic/loss"]) == UPDATES - 2
     for key, values in golden.items():
-        assert found[key] == pytest.approx(values, rel=tolerance), key
+        assert found[key] == pytest.approx(values, rel=TOLERANCE), key
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_accelerate")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_losses_are_the_golden_ones_where_torch_resizes(name: str, tmp_path: Path) -> None:
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    found = curves(name, tmp_path, resize_with="torch")
+    for key in LOSSES:
+        assert found[key] == pytest.approx(golden[key], rel=TORCH_TOLERANCE), key
 
 
 def record() -> None:
