@@ -13,6 +13,7 @@ from latentvae.data.folder import ImageFolder, ImageSource, SamplePhotos
 from latentvae.data.hub import DatasetSpec, HubImages
 from latentvae.data.pixels import DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
+from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.split import Subset, open_images, open_source
 from latentvae.data.stream import ImageStream, stream_loader
@@ -44,6 +45,7 @@ __all__ = [
     "assign",
     "bucket_sizes",
     "collate",
+    "normalised",
     "open_images",
     "open_source",
     "read_image",

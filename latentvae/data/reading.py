@@ -216,7 +216,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    # Else a copy, whose new pages of memory can take as long as decoding.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:

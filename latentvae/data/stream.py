@@ -11,10 +11,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, collate
+from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, loading
 from latentvae.data.folder import inner_name, read_named
 from latentvae.data.hub import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
 from latentvae.data.pixels import Picture, PixelFormat
@@ -22,7 +21,6 @@ from latentvae.data.randomness import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size
 from latentvae.data.transforms import TrainTransform
-from latentvae.data.workers import leave_signals_to_the_trainer
 from latentvae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +108,9 @@ def stream_loader(
     *,
     batch_size: int,
     seed: int,
+    crops: int = 1,
     num_workers: int = 0,
+    pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
@@ -123,9 +123,11 @@ def stream_loader(
     Args:
         stream: the images.
         transform: the augmentation.
-        batch_size: images per rank and micro-step.
+        batch_size: images read per rank and micro-step.
         seed: of order and augmentation, 0 or above.
+        crops: N, crops taken of each; B = N ``batch_size``.
         num_workers: processes that read and decode beside this one.
+        pin_memory: put batches where CUDA copies from while it computes.
         rank: this process.
         world_size: number of processes.
         start_step: micro-steps already done. About as many images are passed over; not exactly
@@ -143,17 +145,13 @@ def stream_loader(
             stream,
             transform,
             seed=seed,
+            crops=crops,
             ranks=(rank, world_size),
             batches_done=start_step,
             batch_size=batch_size,
         ),
         batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_trainer,
-        generator=torch.Generator(),  # else every iter() draws from the global generator
+        **loading(num_workers, pin_memory),
     )
 
 
@@ -164,6 +162,7 @@ class _TrainStream(IterableDataset[TrainItem]):
         transform: TrainTransform,
         *,
         seed: int,
+        crops: int,
         ranks: tuple[int, int],
         batches_done: int,
         batch_size: int,
@@ -171,6 +170,7 @@ class _TrainStream(IterableDataset[TrainItem]):
         self.stream = stream
         self.transform = transform
         self.seed = seed
+        self.crops = crops
         self.ranks = ranks
         self.batches_done = batches_done
         self.batch_size = batch_size
@@ -204,21 +204,22 @@ class _TrainStream(IterableDataset[TrainItem]):
     def _items(self, rows: Iterable[Any], numbers: Iterator[int]) -> Iterator[TrainItem]:
         stream, bad = self.stream, list[tuple[str, str]]()
         for row, number in zip(rows, numbers, strict=False):
-            window = self.transform.draw(counter_rng(Stream.AUGMENT, self.seed, 0, number))
+            rng = counter_rng(Stream.AUGMENT, self.seed, 0, number)
+            windows = [self.transform.draw(rng) for _ in range(self.crops)]
             cell = row[stream.column]
             name = _name(cell, f"{stream.split}/stream/{number}")
             try:
                 data = cell_bytes(cell, name)
                 if _digest(data) in stream.held_out.digests:
                     continue
-                at_least = self.transform.needed_side(window)
+                at_least = self.transform.needed_side(windows)
                 image = read_named(name, data, at_least=at_least, pixels=stream.pixels)
             except UnreadableImage as error:
                 bad.append((name, error.reason))
                 if len(bad) == MAX_ATTEMPTS:
                     raise
                 continue
-            yield TrainItem(image=self.transform.apply(image, window), index=number, bad=bad)
+            yield TrainItem(crops=self.transform.crops(image, windows), index=number, bad=bad)
             bad = []
 
 

@@ -226,6 +226,20 @@ class RunConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
     )
+    channels_last: bool = Field(
+        default=False,
+        description=(
+            "Keep images and weights with the channels innermost: faster convolutions on GPUs with "
+            "bf16; on CPUs slower backward passes."
+        ),
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description=(
+            "Compile the network's blocks with torch.compile, which needs a C++ compiler or a GPU "
+            "with Triton and takes minutes at the start."
+        ),
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         default=None,
         description=(
@@ -310,6 +324,11 @@ class TrainConfig(Section):
     run: RunConfig = RunConfig()
 
     @property
+    def images_read(self) -> int:
+        """Images that a process reads for one micro-step, whose crops are its batch."""
+        return self.run.train_batch_size // self.data.crops_per_image
+
+    @property
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
         """Every height and width that may be trained at, in pixels."""
         return self.sizes_at(self.data.size)
@@ -337,6 +356,13 @@ class TrainConfig(Section):
                     f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
                     f"nearest that is: {near}"
                 )
+        batch, crops = self.run.train_batch_size, self.data.crops_per_image
+        if batch % crops:
+            near = max(round(batch / crops), 1) * crops
+            raise ValueError(
+                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}; the "
+                f"nearest that is: {near}"
+            )
         if self.run.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "
@@ -379,6 +405,16 @@ class TrainConfig(Section):
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
         if self.run.gradient_checkpointing and model.architecture == "dc":
             raise ValueError("gradient_checkpointing is not there for diffusers' AutoencoderDC")
+        if self.run.torch_compile and self.run.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
+                "by itself what the backward pass recomputes"
+            )
+        if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
+            raise ValueError(
+                f"torch_compile has no use with aspect_ratio_buckets {buckets}: every size would "
+                "be compiled for itself, and torch gives up after eight"
+            )
 
 
 def flat(config: BaseModel) -> dict[str, Any]:

@@ -121,6 +121,26 @@ class DataConfig(Section):
     image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = Field(
         default="lanczos", description="Pillow's kernel for resizing (antialiased)."
     )
+    resize_with: Literal["torch", "pillow"] = Field(
+        default="torch",
+        description=(
+            "Who resizes training crops of 8 bits: torch is several times as fast and rounds "
+            "otherwise (one value in two hundred is one level of 255 off)."
+        ),
+    )
+    jpeg_draft: bool = Field(
+        default=True,
+        description=(
+            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size where twice the pixels that a "
+            "crop needs are left."
+        ),
+    )
+    crops_per_image: Positive = Field(
+        default=1,
+        description=(
+            "Training crops taken of each image that is read; train_batch_size is a multiple of it."
+        ),
+    )
     dataloader_num_workers: Count = Field(
         default=0, description="Processes that read images; 0 reads them in the training process."
     )

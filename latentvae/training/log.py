@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from latentvae.distributed import all_reduce_mean
 from latentvae.training.tracker import Tracker
+from latentvae.training.waiting import DataWait
 
 
 class MeanWindow:
@@ -55,6 +56,7 @@ class RunLog:
         start: updates done already; rows of later updates, left by a killed run, are dropped.
         total: updates of the whole run.
         images_per_update: effective batch.
+        waiting: the clock of the batches, for `time/data_wait_share` and a warning.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class RunLog:
         start: int,
         total: int,
         images_per_update: int,
+        waiting: DataWait | None = None,
     ) -> None:
         self.tracker = Tracker(accelerator, say=self.say)
         self.active = accelerator.is_main_process
         self.path = folder / "log.jsonl"
         self.total = total
         self.images_per_update = images_per_update
+        self.waiting = waiting
         # None: no bar where there is no terminal; `row` prints lines instead.
         hidden = None if self.active else True
         self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
@@ -88,10 +92,17 @@ class RunLog:
     def row(self, update: int, values: Mapping[str, float]) -> None:
         """Append a row of training values, with the speed since the last one."""
         now, (then, done) = time.perf_counter(), self._mark
-        speed = (update - done) * self.images_per_update / max(now - then, 1e-9)
+        elapsed = max(now - then, 1e-9)
+        speed = (update - done) * self.images_per_update / elapsed
         self._mark = (now, update)
         images = update * self.images_per_update
-        self.write(update, {"images": images, **values, "time/images_per_second": speed})
+        times = {"time/images_per_second": speed}
+        if self.waiting is not None:
+            waited = self.waiting.take()
+            times["time/data_wait_share"] = waited / elapsed
+            if advice := self.waiting.advice(waited, elapsed, updates=update - done):
+                self.say(advice)
+        self.write(update, {"images": images, **values, **times})
         shown = {
             name.split("/")[1]: f"{values[name]:.3g}"
             for name in ("loss/rec", "loss/lpips")

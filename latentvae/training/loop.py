@@ -2,6 +2,7 @@
 number of ranks."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.tracker import close_tracker, start_tracker
 from latentvae.training.updates import Made, Updates
 from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
+from latentvae.training.waiting import DataWait
 
 
 class Stopped(Exception):
@@ -80,9 +82,7 @@ def train(config: TrainConfig) -> Path:
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
     if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
-        IndexSampler(
-            len(data[0]), config.run.train_batch_size, seed=0, world_size=accelerator.num_processes
-        )
+        IndexSampler(len(data[0]), config.images_read, seed=0, world_size=accelerator.num_processes)
     options = config.run
     if options.push_to_hub:
         check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
@@ -156,17 +156,23 @@ def _train(run: Run, progress: Progress) -> None:
         project=options.tracker_project_name,
         options=flat(run.config),
     )
+    waiting = DataWait(
+        loader,
+        num_workers=run.config.data.dataloader_num_workers,
+        num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
     log = RunLog(
         run.folder,
         run.accelerator,
         start=progress.update,
         total=options.max_train_steps,
         images_per_update=run.images_per_update,
+        waiting=waiting,
     )
     with Interrupt() as interrupt, contextlib.closing(log):
         loop = _Loop(run, progress, log=log, interrupt=interrupt)
         loop.catch_up()
-        loop.go(iter(loader))
+        loop.go(waiting)
 
 
 class _Loop:
@@ -267,7 +273,7 @@ class _Loop:
         self.unnamed = []
         images = self.run.train_images
         if isinstance(images, ImageStream):
-            seen = self.progress.micro_step * self.run.config.run.train_batch_size * world_size()
+            seen = self.progress.micro_step * self.run.config.images_read * world_size()
             total = images.num_images or max(seen, 1)
         else:
             total = len(images)

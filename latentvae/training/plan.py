@@ -101,7 +101,7 @@ def _updates(run: Run, steps_per_epoch: int | None, start: int) -> str:
     if steps_per_epoch is None:
         return f"{options.max_train_steps:,}{resumed}"
     epochs = options.max_train_steps * options.gradient_accumulation_steps / steps_per_epoch
-    images = steps_per_epoch * options.train_batch_size * run.accelerator.num_processes
+    images = steps_per_epoch * run.config.images_read * run.accelerator.num_processes
     return f"{options.max_train_steps:,} ({epochs:,.1f} epochs of {images:,} images){resumed}"
 
 

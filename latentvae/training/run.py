@@ -46,6 +46,9 @@ from latentvae.models import (
     freeze_encoder,
     keep_batch_statistics,
 )
+from latentvae.models.compilation import compile_blocks
+from latentvae.models.upsampling import fold_upsampling
+from latentvae.training.averages import WeightAverage
 from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
@@ -207,6 +210,8 @@ def train_transform(config: TrainConfig) -> TrainTransform:
         crop_scale=(data.crop_min_side, 1.0),
         random_flip=data.random_flip,
         interpolation=data.image_interpolation_mode,
+        resize_with=data.resize_with,
+        jpeg_draft=data.jpeg_draft,
     )
 
 
@@ -255,6 +260,7 @@ def build_run(
         freeze_encoder(net)
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
+    fold_upsampling(net)
     wrapper = ARCHITECTURES[config.model.architecture].wrapper(
         net,
         output_logvar=config.objective.output_logvar,
@@ -277,6 +283,12 @@ def build_run(
         )
         if options.disc_lecam_weight > 0:
             lecam = LeCam(device=accelerator.device)
+    if config.run.channels_last:
+        wrapper.to(memory_format=torch.channels_last)
+        if critic is not None:
+            critic.to(memory_format=torch.channels_last)
+    if config.run.torch_compile:
+        compile_blocks(net)
     with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         prepared = accelerator.prepare(wrapper)
@@ -386,4 +398,4 @@ def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.opti
 def _ema(net: nn.Module, config: TrainConfig) -> EMAModel | None:
     if not config.optimizer.use_ema:
         return None
-    return EMAModel(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)
+    return WeightAverage(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)

@@ -34,6 +34,9 @@ RESUME_MAY_CHANGE = frozenset(
     "max_bad_share max_validation_images".split()
 )
 
+# What a run did that is older than the option, where the default of now is another.
+BEFORE = {"data": {"resize_with": "pillow"}}
+
 
 @dataclass
 class Progress:
@@ -184,6 +187,9 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"'{path}' is not the configuration of a run: no valid YAML") from error
     if not isinstance(values, dict) or not values.keys() >= set(TrainConfig.model_fields):
         raise UserError(f"'{path}' is not the configuration of a run")
+    for section, options in BEFORE.items():
+        if isinstance(values[section], dict):
+            values[section] = options | values[section]
     return parse(values, source=str(path))
 
 

@@ -102,7 +102,7 @@ class Updates:
         """Add the gradients of one batch; returns what to log."""
         run, options = self.run, self.run.config.run
         seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
-        images = batch.images.to(run.accelerator.device, non_blocking=True)
+        images = batch.on(run.accelerator.device)
         background = random_background(images)
         alone = self._critic_learns_alone()
         with torch.set_grad_enabled(not alone):

@@ -5,6 +5,7 @@ import os
 import signal
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,22 +15,24 @@ from latentvae.data import (
     EvalTransform,
     ImageFolder,
     IndexSampler,
+    PixelFormat,
     TrainImages,
     TrainTransform,
     UnreadableImage,
+    collate,
     train_loader,
     validation_batches,
 )
 from latentvae.errors import UserError
 
 
-def images(root, seed=3):
+def images(root, seed=3, crops=1):
     transform = TrainTransform(16, random_flip=True)
-    return TrainImages(ImageFolder(root), transform, seed=seed)
+    return TrainImages(ImageFolder(root), transform, seed=seed, crops=crops)
 
 
-def batches(root, count, *, num_workers=0, seed=3, **options) -> list[Batch]:
-    dataset = images(root, seed)
+def batches(root, count, *, num_workers=0, seed=3, crops=1, **options) -> list[Batch]:
+    dataset = images(root, seed, crops)
     sampler = IndexSampler(len(dataset), seed=seed, **({"batch_size": 3} | options))
     return list(islice(train_loader(dataset, sampler, num_workers=num_workers), count))
 
@@ -51,8 +54,9 @@ def spoil(root, *indices):
 
 def test_a_batch(photos):
     batch = batches(photos, 1)[0]
-    assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.float32
-    assert batch.images.abs().max() <= 1 and batch.bad == []
+    assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.uint8
+    images = batch.on("cpu")
+    assert torch.equal(images, batch.images.float() / 127.5 - 1) and batch.bad == []
     sampler = IndexSampler(12, 3, seed=3)
     assert batch.indices.tolist() == sampler.order(0)[:3]
 
@@ -80,16 +84,53 @@ def test_resumed_batches_and_two_ranks_equal_the_unbroken_single_run(photos):
 
 def test_augmentation_differs_by_epoch_image_and_seed(photos):
     dataset = images(photos)
-    first = dataset[(0, 5)]["image"]
-    assert torch.equal(first, dataset[(0, 5)]["image"])
+    first = dataset[(0, 5)]["crops"]
+    assert torch.equal(first, dataset[(0, 5)]["crops"])
     for other in (dataset[(1, 5)], dataset[(0, 6)], images(photos, seed=4)[(0, 5)]):
-        assert not torch.equal(first, other["image"])
+        assert not torch.equal(first, other["crops"])
+
+
+def test_several_crops_of_each_image_that_is_read(photos):
+    single, several = batches(photos, 4), batches(photos, 8, crops=2)
+    for batch, alone in zip(several, single, strict=False):
+        assert batch.images.shape == (6, 3, 16, 16)
+        assert batch.indices.tolist() == alone.indices.repeat_interleave(2).tolist()
+        assert torch.equal(batch.images[::2], alone.images)
+        for first, second in zip(batch.images[::2], batch.images[1::2], strict=True):
+            assert not torch.equal(first, second)
+    seen = torch.cat([batch.indices for batch in several[:4]])  # an epoch
+    assert seen.bincount().tolist() == [2] * 12
+
+
+def test_several_crops_are_the_same_for_any_workers_past_and_ranks(photos):
+    several = batches(photos, 8, crops=2)
+    assert same(batches(photos, 8, crops=2, num_workers=2), several)
+    assert same(batches(photos, 3, crops=2, start_step=5), several[5:])
+    joined = batches(photos, 4, crops=2, batch_size=6)
+    ranks = [batches(photos, 4, crops=2, rank=rank, world_size=2) for rank in range(2)]
+    for whole, first, second in zip(joined, *ranks, strict=True):
+        assert torch.equal(whole.images, torch.cat([first.images, second.images]))
+        assert not set(first.indices.tolist()) & set(second.indices.tolist())
+
+
+def test_a_batch_with_a_deep_image_is_of_floats(photos):
+    array = np.random.default_rng(0).random((40, 40, 3), dtype=np.float32)
+    np.save(photos / "deep.npy", array)
+    (photos / "a" / "00.png").rename(photos / "photo.png")
+    source = ImageFolder(photos, pixels=PixelFormat(3))
+    items = TrainImages(source, TrainTransform(16, resize_with="pillow"), seed=0)
+    names = [source.names.index(name) for name in ("deep.npy", "photo.png")]
+    mixed = collate([items[(0, index)] for index in names])
+    assert mixed.images.dtype == torch.float32 and mixed.on("cpu") is mixed.images
+    alone = collate([items[(0, names[1])]])
+    assert alone.images.dtype == torch.uint8
+    assert torch.equal(mixed.images[1:], alone.on("cpu"))
 
 
 def test_a_bad_file_is_replaced_and_named_always_in_the_same_way(photos):
     names = spoil(photos, 2, 7)
     item, again = images(photos)[(1, 2)], images(photos)[(1, 2)]
-    assert item["index"] not in (2, 7) and torch.equal(item["image"], again["image"])
+    assert item["index"] not in (2, 7) and torch.equal(item["crops"], again["crops"])
     assert item["bad"][0] == (names[0], "not an image of a known format")
     replacements = {images(photos)[(epoch, 2)]["index"] for epoch in range(30)}
     assert len(replacements) > 5 and not replacements & {2, 7}

@@ -24,6 +24,7 @@ from latentvae.data import (
     read_image,
     to_tensor,
 )
+from latentvae.data.resampling import normalised
 from latentvae.data.sizes import read_size
 from latentvae.data.transforms import Window
 
@@ -442,7 +443,8 @@ def test_deep_pictures_are_cut_and_mirrored_as_others_are(make_picture) -> None:
         transform = TrainTransform(24, interpolation=name)
         plain = transform.apply(photo, window)
         deep = transform.apply(read_image(png16(values), pixels=RGB), window)
-        assert (plain - deep).abs().max() < 2.5 / 255  # Pillow rounds after either pass
+        off = (normalised(plain) - deep).abs().max()
+        assert off < 3.5 / 255  # of 8 bits, weights are rounded, and the result of either pass
 
 
 def test_colours_count_by_their_alpha() -> None:

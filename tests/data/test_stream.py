@@ -56,7 +56,7 @@ def name_of(files):
 
 
 def names(found, name_of):
-    return [name_of(image) for batch in found for image in batch.images]
+    return [name_of(image) for batch in found for image in batch.on("cpu")]
 
 
 def test_a_pass_shows_each_image_once_in_an_order_of_its_own(table, files, name_of):
@@ -87,6 +87,15 @@ def test_workers_share_a_pass_and_are_no_more_than_the_files(table, files, name_
     one = stream(sorted(table.iterdir())[0])
     loader = stream_loader(one, TrainTransform(16), batch_size=2, seed=0, num_workers=3)
     assert loader.num_workers == 1
+
+
+def test_several_crops_of_each_row(table, files, name_of):
+    found = batches(stream(table), 4, crops=2)
+    assert all(len(batch.images) == 6 for batch in found)
+    shown = names(found, name_of)
+    assert shown[::2] == shown[1::2] and sorted(shown[::2]) == sorted(files)
+    resumed = batches(stream(table), 2, crops=2, start_step=2)
+    assert torch.equal(resumed[0].images, found[2].images)
 
 
 @pytest.mark.parametrize("start_step", [1, 3, 4, 6])

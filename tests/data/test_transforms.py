@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from latentvae.data import EvalTransform, TrainTransform, to_tensor
-from latentvae.data.transforms import CROPS, INTERPOLATIONS, Window
+from latentvae.data.resampling import INTERPOLATIONS
+from latentvae.data.transforms import CROPS, Window
 from latentvae.errors import UserError
 
 array8 = partial(np.array, dtype=np.uint8)

@@ -133,6 +133,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
             ["--resolution", "60"],
             "resolution 60 is not a multiple of the model's f = 8; the nearest that is: 64",
         ),
+        (
+            ["--crops_per_image", "5"],
+            "train_batch_size 8 is not a multiple of crops_per_image 5; the nearest that is: 10",
+        ),
         (["--resolution", "big"], "--resolution"),
         (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
         (["--max_train_steps", "0"], "max_train_steps is 0"),

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from latentvae.errors import UserError
 from latentvae.training.checkpoint import checkpoints, load_checkpoint
 from latentvae.training.loop import Stopped, _Loop, train
 from latentvae.training.run import build_run, open_data, start_accelerator
-from latentvae.training.state import restore
+from latentvae.training.state import check_same_config, read_config, restore
 from latentvae.training.updates import Updates
 from tests.training.small import small_config
 
@@ -344,6 +345,16 @@ def test_a_checkpoint_from_before_units_and_names_of_rows(straight: Path) -> Non
     snapshot.values["data"] = {"images": len(data[0]), "names_sha256": "0"}  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\(13 with other names\)"):
         restore(run, snapshot)
+
+
+def test_a_run_from_before_torch_resized_goes_on_as_it_was(straight: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((straight / "config.yaml").read_text())
+    del values["data"]["resize_with"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    then = read_config(tmp_path / "config.yaml")
+    check_same_config(small_config(straight, resize_with="pillow"), then)
+    with pytest.raises(UserError, match=r"other options: resize_with \(pillow then, torch now\)"):
+        check_same_config(small_config(straight), then)
 
 
 def test_another_precision_is_refused(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,247 @@
+"""The loader's images per second beside a plain Pillow image folder, of JPEGs of 1,000 pixels that
+are cropped to 256.
+
+    python benchmarks/data.py --json data.json
+
+The plain folder is what training scripts have: Pillow opens a file and converts it to RGB, a random
+square is cut out, resized and mirrored, torchvision makes a tensor of it and normalises it, and
+torch's DataLoader puts batches together. Both take squares of 0.5 to 1 of the shorter side, drawn
+alike, and both resize with the kernel that a row names; the last one sets our default, Lanczos,
+beside torchvision's, bilinear. Ours ends in floats in [-1, 1] too. The JPEGs are photos enlarged
+(or made smaller) to a shorter side of 1,000 at quality 90, in a temporary folder and, the same
+files, in tar shards; they are read once before, so that no disk is measured. All is done with one
+thread of torch; without workers a row is of one core.
+
+`equal within` is of the same windows in both, in [-1, 1], without the outer three pixels: there a
+crop that is cut out first does not show what lies around it. Prints a table, and writes JSON whose
+ratios are reference / ours.
+"""
+
+import itertools
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from timing import Row, alternate, finish, row
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentvae.data import (
+    ImageSource,
+    IndexSampler,
+    TrainImages,
+    TrainTransform,
+    normalised,
+    open_source,
+    train_loader,
+)
+from latentvae.data.resampling import INTERPOLATIONS
+from latentvae.data.transforms import Window
+from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
+
+SIDE, RESOLUTION, QUALITY = 1000, 256, 90
+SHARES = (0.5, 1.0)  # of the shorter side
+BATCH = 8
+SHARDS = 4
+EDGE = 3  # pixels, half of Lanczos' kernel
+KERNELS = ("lanczos", "bilinear")  # our default and torchvision's
+TRANSFORMS = {
+    name: TrainTransform(RESOLUTION, crop_scale=SHARES, random_flip=True, interpolation=name)
+    for name in KERNELS
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to read and where to write the numbers."""
+
+    data: str = "samples"
+    """Folder of photos that the JPEGs are made of, or `samples`."""
+
+    json: Path | None = None
+    """File for the numbers."""
+
+    images: int = 128
+    """JPEGs, all of which every run reads; a multiple of 16."""
+
+    runs: int = 7
+    """Timed runs of each, in turns, after one to warm up."""
+
+    workers: tuple[int, ...] = (0, 2)
+    """Processes that read, of both."""
+
+    quick: bool = False
+    """32 images, three runs and no workers."""
+
+
+class PlainFolder(Dataset[Tensor]):
+    """A folder of JPEGs as training scripts read it: (C, R, R) in [-1, 1]."""
+
+    def __init__(self, root: Path, interpolation: str) -> None:
+        self.paths = sorted(root.iterdir())
+        self.kernel = INTERPOLATIONS[interpolation]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        share, x, y, flip = torch.rand(4).tolist()
+        low, high = SHARES
+        return self.window(index, Window(low + share * (high - low), x, y, flip=flip < 0.5))
+
+    def window(self, index: int, window: Window) -> Tensor:
+        with Image.open(self.paths[index]) as opened:
+            image = opened.convert("RGB")
+        image = image.crop(window.box(image.size))
+        image = image.resize((RESOLUTION, RESOLUTION), self.kernel)
+        if window.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return TF.normalize(TF.to_tensor(image), [0.5] * 3, [0.5] * 3)
+
+
+def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
+    """The photos in turns, as JPEGs of one shorter side: ``root/jpegs`` and ``root/shards``."""
+    folder, shards = root / "jpegs", root / "shards"
+    folder.mkdir()
+    shards.mkdir()
+    for i in range(count):
+        path = folder / f"{i:05d}.jpg"
+        if i >= len(photos):
+            path.write_bytes((folder / f"{i % len(photos):05d}.jpg").read_bytes())
+            continue
+        photo = photos.read(i)
+        assert isinstance(photo, Image.Image)
+        scale = SIDE / min(photo.size)
+        size = (round(photo.width * scale), round(photo.height * scale))
+        photo.resize(size, Image.Resampling.LANCZOS).save(path, quality=QUALITY)
+    paths = sorted(folder.iterdir())
+    for i in range(SHARDS):
+        with tarfile.open(shards / f"{i:03d}.tar", "w") as writer:
+            for path in paths[i::SHARDS]:
+                writer.add(path, path.name)
+
+
+def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
+    """Every image once."""
+
+    def call() -> None:
+        for images in DataLoader(folder, BATCH, shuffle=True, num_workers=workers):
+            assert len(images) == BATCH
+
+    return call
+
+
+def ours(
+    source: ImageSource, interpolation: str, *, workers: int, crops: int = 1
+) -> Callable[[], object]:
+    """As many crops as there are images."""
+
+    def call() -> None:
+        dataset = TrainImages(source, TRANSFORMS[interpolation], seed=0, crops=crops)
+        order = IndexSampler(len(source), BATCH // crops, seed=0)
+        keys = list(itertools.islice(order, len(source) // BATCH))
+        for batch in train_loader(dataset, keys, num_workers=workers):
+            assert batch.on("cpu").shape[0] == BATCH
+
+    return call
+
+
+def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
+    """The largest, of the same windows, inside the edges."""
+    transform, largest = TRANSFORMS[interpolation], 0.0
+    for i in range(min(len(source), 16)):
+        window = transform.draw(np.random.default_rng(i))
+        image = source.read(i, at_least=transform.needed_side([window]))
+        off = (normalised(transform.apply(image, window)) - folder.window(i, window)).abs()
+        largest = max(largest, off[:, EDGE:-EDGE, EDGE:-EDGE].max().item())
+    return largest
+
+
+def compare(root: Path, options: Options) -> list[Row]:
+    folders = {name: PlainFolder(root / "jpegs", name) for name in KERNELS}
+    sources = {
+        "folder": open_source(root / "jpegs"),
+        "tar shards": open_source(root / "shards"),
+    }
+    rows: list[Row] = []
+    for workers in options.workers:
+        calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
+        for form, name in itertools.product(sources, KERNELS):
+            calls[f"{form} {name}"] = ours(sources[form], name, workers=workers)
+        calls["crops lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
+        seconds = alternate(calls, runs=options.runs, per=options.images)
+        by = f"{workers} workers" if workers else "one core"
+
+        def add(name: str, form: str, kernel: str, other: str, equal: float | None) -> None:
+            times = (seconds[f"{form} {kernel}"], seconds[f"plain {other}"])  # noqa: B023, at once
+            rows.append(row(f"{name}, {by}", "s/image", *times, equal_within=equal))  # noqa: B023
+
+        for form, name in itertools.product(sources, KERNELS):
+            equal = difference(sources[form], folders[name], name)
+            add(f"{form}, {name}", form, name, name, equal)
+        add("folder, lanczos, 4 crops of each", "crops", "lanczos", "lanczos", None)
+        add("folder, ours lanczos, plain bilinear", "folder", "lanczos", "bilinear", None)
+    return [*rows, *stages(root, options)]
+
+
+def stages(root: Path, options: Options) -> list[Row]:
+    """Where the time of one image goes: decoding, which is the same in both, and the rest."""
+    path = sorted((root / "jpegs").iterdir())[0]
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    window = Window(sum(SHARES) / 2)
+    box, size = window.box(image.size), (RESOLUTION, RESOLUTION)
+
+    def decode() -> None:
+        with Image.open(path) as opened:
+            opened.load()
+
+    def pillow() -> Tensor:
+        cut = image.crop(box).resize(size, Image.Resampling.LANCZOS)
+        return TF.normalize(TF.to_tensor(cut), [0.5] * 3, [0.5] * 3)
+
+    calls = {
+        "decode": decode,
+        "pillow": pillow,
+        "ours": lambda: normalised(TRANSFORMS["lanczos"].apply(image, window)),
+    }
+    many = {name: (lambda call=call: [call() for _ in range(20)]) for name, call in calls.items()}
+    seconds = alternate(many, runs=options.runs, per=20)
+    return [
+        row("decode alone", "s/image", seconds["decode"], seconds["decode"], equal_within=0.0),
+        row("crop, lanczos", "s/image", seconds["ours"], seconds["pillow"], equal_within=None),
+    ]
+
+
+def run(options: Options) -> None:
+    if options.quick:
+        options = replace(options, images=32, runs=3, workers=(0,))
+    if options.images < 16 or options.images % 16:
+        raise UserError(f"images is {options.images}; a multiple of 16 is needed")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        write_jpegs(open_source(options.data, split="train"), root, options.images)
+        size = sum(path.stat().st_size for path in (root / "jpegs").iterdir()) / options.images
+        rows = compare(root, options)
+    title = f"{options.images} JPEGs of {SIDE:,} px (mean {size / 1e3:.0f} kB) to {RESOLUTION} px"
+    finish(rows, title=title, json_file=options.json)
+
+
+def main() -> None:
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="data.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

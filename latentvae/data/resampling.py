@@ -1,0 +1,164 @@
+"""A window of a picture, resized: by torch, whose kernels for 8 bits use vector instructions, or by
+Pillow, whose do not.
+
+Both antialias with the same kernels, but torch rounds its weights otherwise, so that about one
+value in two hundred is one level of 255 off. Torch has windows of one to four times the size, and
+kernels that it knows; the rest is left to Pillow: what is enlarged, or much larger (which Pillow
+reduces to twice the size first), alpha (by which colours count), and more than 8 bits.
+
+`C` channels, `H W` pixels.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from latentvae.data.pixels import DeepImage, Picture
+from latentvae.errors import UserError, nearest
+
+INTERPOLATIONS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+SUPPORT = {"lanczos": 3, "bicubic": 2, "bilinear": 1}  # pixels that a kernel reaches out
+Resizer = Literal["torch", "pillow"]
+# Pillow's own value for thumbnails: decode or reduce to twice the size, resample the rest.
+REDUCING_GAP = 2.0
+
+Box = tuple[int, int, int, int]
+
+
+def check_interpolation(name: str) -> str:
+    if name not in INTERPOLATIONS:
+        allowed = ", ".join(INTERPOLATIONS)
+        raise UserError(
+            f"interpolation is '{name}'; {allowed} are possible{nearest(name, INTERPOLATIONS)}"
+        )
+    return name
+
+
+def check_resizer(name: str) -> str:
+    if name not in get_args(Resizer):
+        raise UserError(
+            f"resize_with is '{name}'; {' and '.join(get_args(Resizer))} are possible"
+            f"{nearest(name, get_args(Resizer))}"
+        )
+    return name
+
+
+def resized_window(
+    image: Picture, box: Box, size: tuple[int, int], *, interpolation: str, resize_with: str
+) -> Tensor:
+    """That window, (C, H, W), as `pixels_of` gives pictures.
+
+    Args:
+        image: the picture.
+        box: left, top, right and bottom in pixels.
+        size: width and height of the result.
+        interpolation: one of `INTERPOLATIONS`.
+        resize_with: ``"torch"`` or ``"pillow"``.
+    """
+    steps = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
+    if (
+        resize_with == "torch"
+        and isinstance(image, Image.Image)
+        and image.mode in ("L", "RGB")
+        and min(steps) >= 1
+        and max(steps) < 2 * REDUCING_GAP
+        and _torch_has(interpolation)
+    ):
+        return _by_torch(image, box, size, interpolation)
+    kernel = INTERPOLATIONS[interpolation]
+    return pixels_of(image.resize(size, kernel, box=box, reducing_gap=REDUCING_GAP))
+
+
+def _by_torch(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
+    window, channels = _window(image, box)[None], len(image.getbands())
+    if window.shape[2:] == size[::-1]:
+        return window[0, :channels].clone(memory_format=torch.contiguous_format)
+    window = F.interpolate(window, size=size[::-1], mode=interpolation, antialias=True)
+    result = window[0, :channels].clone(memory_format=torch.contiguous_format)
+    _look_over_the_edges(result, image, box, interpolation)
+    return result
+
+
+def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpolation: str) -> None:
+    """Put in the pixels from which more of the picture is seen than the window: torch took that
+    for the whole picture, and Pillow's kernel does not."""
+    (left, top, right, bottom), (height, width) = box, result.shape[1:]
+    across, down = (right - left) / width, (bottom - top) / height  # source pixels per pixel
+    reach = SUPPORT[interpolation]
+    columns, rows = min(reach, width), min(reach, height)
+    strips = (
+        (left > 0, (0, columns), (0, height)),
+        (right < image.width, (width - columns, width), (0, height)),
+        (top > 0, (0, width), (0, rows)),
+        (bottom < image.height, (0, width), (height - rows, height)),
+    )
+    for sees_more, (x0, x1), (y0, y1) in strips:
+        if not sees_more:
+            continue
+        part = (
+            left + x0 * across,
+            top + y0 * down,
+            right - (width - x1) * across,
+            bottom - (height - y1) * down,
+        )
+        strip = image.resize((x1 - x0, y1 - y0), INTERPOLATIONS[interpolation], box=part)
+        result[:, y0:y1, x0:x1] = pixels_of(strip)
+
+
+def _window(image: Image.Image, box: Box) -> Tensor:
+    """(C, H, W), uint8; of RGB perhaps with Pillow's fourth channel, which is unused."""
+    (width, height), (left, top, right, bottom) = image.size, box
+    try:
+        stored = pyarrow.array(image)  # pyright: ignore[reportArgumentType]
+    except ValueError:  # Pillow keeps large pictures in several blocks of memory
+        return _channels_first(np.array(image.crop(box)))
+    pixels = torch.from_dlpack(stored if image.mode == "L" else stored.flatten())
+    # Not copied: pages of memory that are new are dear.
+    window = pixels.view(height, width, -1)[top:bottom, left:right]
+    return window.permute(2, 0, 1)
+
+
+@functools.cache
+def _torch_has(interpolation: str) -> bool:
+    picture = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    try:
+        F.interpolate(picture, size=(2, 2), mode=interpolation, antialias=True)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def pixels_of(image: Picture) -> Tensor:
+    """An image as (C, H, W): uint8 as it is, or float32 in [-1, 1] where it is deeper.
+
+    Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
+    """
+    if isinstance(image, DeepImage):
+        return torch.from_numpy(image.to_array())
+    return _channels_first(np.array(image)).contiguous()
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    """Of (H, W) or (H, W, C)."""
+    tensor = torch.from_numpy(pixels)
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """float32 in [-1, 1] of what `pixels_of` gives, on its device; of 8 bits 0 becomes -1 and 255
+    becomes 1."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # A tensor, for CUDA multiplies by the rounded reciprocal of a number: the same bits everywhere.
+    half = torch.full((), 127.5, device=pixels.device)
+    return pixels.to(torch.float32).div_(half).sub_(1)
