@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from latentvae.errors import UserError
 from latentvae.models import Family, calls, load_network, normalization
+from latentvae.models.optimization import Optimize, Optimized, check_mode, optimize_network
 from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
@@ -45,17 +46,29 @@ class Autoencoder:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in.
         name: what reports call it.
         path: the folder, file or Hub id that it was loaded from.
+        optimize: what computes in its place, see `models.optimization`; None is `net` itself.
 
     Attributes:
+        optimization: what computes; its text says how near that is. `net` stays as it was given.
         f: pixels on a side of one latent position.
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
         num_codes: K of a tokenizer, or None.
     """
 
-    def __init__(self, net: Any, *, name: str, path: str | None = None) -> None:
+    def __init__(
+        self,
+        net: Any,
+        *,
+        name: str,
+        path: str | None = None,
+        optimize: Optimize | None = None,
+    ) -> None:
         self.net: Any = net.eval().requires_grad_(False)
         self.name, self.path = name, path
+        self.optimization = Optimized(self.net, "plain")
+        if optimize is not None:
+            self.optimization = optimize_network(self.net, mode=optimize)
         shape = calls.measure_shape(self.net)
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
         self.image_channels: int = calls.image_channels(net)
@@ -97,7 +110,7 @@ class Autoencoder:
 
         Without a posterior, the latent and None.
         """
-        return calls.encode_posterior(self.net, self._prepare(self._read(images)[0]))
+        return calls.encode_posterior(self.optimization.net, self._prepare(self._read(images)[0]))
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
@@ -195,7 +208,7 @@ class Autoencoder:
         self, images: Tensor, sample: bool, generator: torch.Generator | None, scaled: bool
     ) -> Tensor:
         images = self._prepare(images)
-        z = calls.encode(self.net, images, sample=sample, generator=generator)
+        z = calls.encode(self.optimization.net, images, sample=sample, generator=generator)
         return self.normalization.apply(z) if scaled else z
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -214,13 +227,14 @@ class Autoencoder:
 
     @torch.inference_mode()
     def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
-        return self._cropped(calls.decode_indices(self.net, indices).float(), size)
+        images = calls.decode_indices(self.optimization.net, indices)
+        return self._cropped(images.float(), size)
 
     @torch.inference_mode()
     def _decode(self, z: Tensor, size: tuple[int, int] | None, scaled: bool) -> Tensor:
         z = z.to(self.net.device, self.net.dtype)
-        images = calls.decode(self.net, self.normalization.invert(z) if scaled else z).float()
-        return self._cropped(images, size)
+        images = calls.decode(self.optimization.net, self.normalization.invert(z) if scaled else z)
+        return self._cropped(images.float(), size)
 
     def _cropped(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
         height, width = size or images.shape[2:]
@@ -238,6 +252,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     family: Family | None = None,
+    optimize: Optimize | None = None,
 ) -> Autoencoder:
     """Open an export of latentvae, or any autoencoder of images that diffusers knows.
 
@@ -247,12 +262,19 @@ def load(
         device: None is the CPU, as in diffusers.
         dtype: None is float32; float16 may overflow unless the config's `force_upcast` is false.
         family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+        optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
+            `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
+            `optimization` says what was used, and its PSNR against exact.
 
     Raises:
-        UserError: no such folder, not an autoencoder of images, or damaged weights.
+        UserError: no such folder, not an autoencoder of images, or damaged weights; another
+            `optimize`.
     """
+    if optimize is not None:
+        check_mode(optimize)  # before the weights are read
     net = load_network(path, dtype=dtype, family=family)
-    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)), path=str(path))
+    net, name = net.to(device or "cpu"), _name(Path(path))
+    return Autoencoder(net, name=name, path=str(path), optimize=optimize)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
