@@ -71,6 +71,7 @@ def reconstruct(
     *,
     out: str | Path,
     max_side: int | None = None,
+    strips: bool = False,
     value_range: tuple[float, float] | None = None,
 ) -> Reconstructions:
     """Write a PNG per picture (original, reconstruction, difference), and table.csv; print it.
@@ -82,6 +83,7 @@ def reconstruct(
         inputs: image files, and folders that are searched with all below them.
         out: a folder; pictures of the same name there are replaced.
         max_side: shrink pictures whose longer side has more pixels; None keeps every size.
+        strips: compute in exact strips, see `Autoencoder`; of a model that is loaded here.
         value_range: stored numbers that become black and white, as in training; float files of a
             grey or RGBA model need it.
 
@@ -91,7 +93,7 @@ def reconstruct(
     out = Path(out)
     targets = list(_name_pictures(_find_files(inputs, out=out)))
     if not isinstance(model, Autoencoder):
-        model = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load(model, device="cuda" if torch.cuda.is_available() else "cpu", strips=strips)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
     pixels = None  # as the pictures are seen: 8-bit RGB
     if value_range is not None or model.image_channels != 3:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentvae.models.strips.maps import FeatureMap, Workspace
+from latentvae.models.upsampling import fold_kernel
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -102,17 +103,18 @@ def _strided(
 
 
 def upsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """`Upsample2D`: nearest x2, then a 3 x 3 convolution."""
-    conv = block.conv
-    y = space.make(conv.out_channels, 2 * x.height, 2 * x.width)
-    y.fill(_doubled(x, conv, space))
+    """`Upsample2D`: nearest x2 and a 3 x 3 convolution, as one transposed convolution."""
+    y = space.make(block.conv.out_channels, 2 * x.height, 2 * x.width)
+    y.fill(_doubled(x, block.conv, space))
     return y
 
 
 def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, Tensor]]:
+    kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
-        strip = F.interpolate(_with_halo(x, top, bottom), scale_factor=2.0, mode="nearest")
-        yield 2 * top, F.conv2d(strip[:, :, 1:-1], conv.weight, conv.bias, padding=(0, 1))
+        strip = _with_halo(x, top, bottom)
+        # Padding 1, as `upsample_conv` has it, and 2 more rows: those of the rows around the strip.
+        yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
 def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:

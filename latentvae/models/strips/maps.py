@@ -157,7 +157,7 @@ class FileMap(FeatureMap):
                 f"'{where}' has {free / 2**30:.1f} GiB free, and a feature map takes "
                 f"{size / 2**30:.1f} GiB: name a folder on another disk (TMPDIR)"
             )
-        self._file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115: open as long as the map is
+        self._file = tempfile.TemporaryFile(dir=where)  # open as long as the map is
         weakref.finalize(self, self._file.close)
 
     def _load(self, top: int, bottom: int) -> Tensor:
@@ -187,12 +187,12 @@ class Workspace:
     def __init__(self, strips: Strips, *, like: Tensor) -> None:
         on_cpu = like.device.type == "cpu"
         self._strips, self._like = strips, like[:0]
-        self._on_disk = (strips.storage or ("disk" if on_cpu else "memory")) == "disk"
+        self.on_disk = (strips.storage or ("disk" if on_cpu else "memory")) == "disk"
         self.strip_bytes = CPU_STRIP if on_cpu else GPU_STRIP
 
     def make(self, channels: int, height: int, width: int) -> FeatureMap:
         size = channels * height * width * self._like.element_size()
-        if self._on_disk and size > SMALL_MAP:
+        if self.on_disk and size > SMALL_MAP:
             folder = self._strips.folder
             return FileMap(channels, height, width, like=self._like, folder=folder)
         # Channels last: `MemoryMap` wants rows of one piece.

@@ -46,6 +46,7 @@ from latentvae.models.strips.layers import (
     upsample,
 )
 from latentvae.models.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
+from latentvae.models.upsampling import FoldedUpsample2D
 
 CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
 
@@ -84,8 +85,8 @@ def decode_in_strips(
     if net.post_quant_conv is not None:
         z = net.post_quant_conv(z)
     sample = _run(net.decoder, z, _decoder_body, strips or Strips())
-    if getattr(net, "likelihood", None) is not None:
-        sample = net.likelihood.mean(sample)
+    if (likelihood := getattr(net, "likelihood", None)) is not None:
+        sample = likelihood.mean(sample)
     return DecoderOutput(sample=sample)
 
 
@@ -158,7 +159,7 @@ def check_supported(net: Any) -> None:
         ValueError: one is not; it is named with its type.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
-        module = getattr(net, part, None)
+        module: Any = getattr(net, part, None)
         if type(module) is not kind or not hasattr(net, "quant_conv"):
             raise ValueError(
                 f"exact strips are for networks with diffusers' Encoder and Decoder, and the "
@@ -209,5 +210,6 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
     Attention: _known_attention,
     Downsample2D: lambda block: block.use_conv and block.padding == 0 and block.norm is None,
     Upsample2D: _known_upsampler,
+    FoldedUpsample2D: _known_upsampler,
     nn.Conv2d: _known_convolution,
 }
