@@ -29,6 +29,7 @@ from latentvae.export.half_precision import check_half_precision
 from latentvae.export.report import PROFILES, ExportReport, Profile
 from latentvae.latents import LatentStatistics
 from latentvae.models.calls import decode, encode_posterior
+from latentvae.models.upsampling import unfold_upsampling
 
 CLASSES = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC)
 
@@ -93,9 +94,11 @@ def export_autoencoder(
 
 
 def _on_cpu(net: nn.Module) -> Any:
-    """A float32 copy, contiguous (as a file is) and without tiling."""
+    """A float32 copy, contiguous (as a file is), without tiling and with the stock layers that
+    load the export: what is proved equal is the trained weights' plain forward pass."""
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     assert type(copied) in CLASSES
+    unfold_upsampling(copied)
     if hasattr(copied, "disable_tiling"):
         copied.disable_tiling()
     return copied.eval()

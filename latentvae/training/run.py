@@ -46,6 +46,7 @@ from latentvae.models import (
     freeze_encoder,
     keep_batch_statistics,
 )
+from latentvae.models.upsampling import fold_upsampling
 from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
@@ -255,6 +256,7 @@ def build_run(
         freeze_encoder(net)
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
+    fold_upsampling(net)
     wrapper = ARCHITECTURES[config.model.architecture].wrapper(
         net,
         output_logvar=config.objective.output_logvar,

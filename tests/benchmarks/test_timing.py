@@ -1,0 +1,65 @@
+"""The mechanism that the benchmarks share: rounds, ratios and the JSON."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def timing() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_timing", BENCHMARKS / "timing.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ratios_are_taken_within_each_round(timing: ModuleType) -> None:
+    row = timing.row("decode, fp32", "s", [1.0, 2.0, 4.0], [3.0, 4.0, 6.0], equal_within=1e-6)
+    assert (row.ours, row.reference) == (2.0, 4.0)
+    assert (row.ratio_median, row.ratio_min, row.ratio_max) == (2.0, 1.5, 3.0)
+    assert (row.runs, row.equal_within) == (3, 1e-6)
+    with pytest.raises(ValueError, match="zip"):
+        timing.row("decode", "s", [1.0], [1.0, 2.0], equal_within=None)
+
+
+def test_calls_take_turns_and_the_first_changes(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    clock = iter(float(i * i) for i in range(100))  # runs of 1, 5, 9, ... seconds
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: called.append(name) for name in ("ours", "theirs")}
+    seconds = timing.alternate(calls, runs=2, warmup=1, per=2.0)
+    assert called == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert seconds == {"ours": [13 / 2, 17 / 2], "theirs": [9 / 2, 21 / 2]}
+
+
+def test_json_holds_the_machine_and_the_rows(
+    timing: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = timing.row("update, bf16", "s", [0.5], [1.0], equal_within=None)
+    timing.finish([row], title="update", json_file=tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["rows"] == [
+        {
+            "name": "update, bf16",
+            "unit": "s",
+            "ours": 0.5,
+            "reference": 1.0,
+            "ratio_median": 2.0,
+            "ratio_min": 2.0,
+            "ratio_max": 2.0,
+            "runs": 1,
+            "equal_within": None,
+        }
+    ]
+    assert {"processor", "cores", "threads", "torch"} <= written["machine"].keys()
+    assert "2.00 (2.00 to 2.00)" in capsys.readouterr().out
