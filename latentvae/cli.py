@@ -28,6 +28,9 @@ class Reconstruct:
     max_side: int | None = None
     """Shrink larger images to so many pixels on the longer side, where memory is short."""
 
+    strips: bool = False
+    """Compute each image exactly but strip by strip, in little memory; slower, by what it says."""
+
     value_range: tuple[float, float] | None = None
     """Stored numbers that become black and white, as in training; float files may need it."""
 

@@ -72,6 +72,7 @@ def reconstruct(
     *,
     out: str | Path,
     max_side: int | None = None,
+    strips: bool = False,
     value_range: tuple[float, float] | None = None,
     optimize: Optimize | None = None,
 ) -> Reconstructions:
@@ -84,6 +85,7 @@ def reconstruct(
         inputs: image files, and folders that are searched with all below them.
         out: a folder; pictures of the same name there are replaced.
         max_side: shrink pictures whose longer side has more pixels; None keeps every size.
+        strips: compute in exact strips, see `Autoencoder`; of a model that is loaded here.
         value_range: stored numbers that become black and white, as in training; float files of a
             grey or RGBA model need it.
         optimize: of a folder, as `load` takes it.
@@ -95,7 +97,7 @@ def reconstruct(
     targets = list(_name_pictures(_find_files(inputs, out=out)))
     if not isinstance(model, Autoencoder):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load(model, device=device, optimize=optimize)
+        model = load(model, device=device, optimize=optimize, strips=strips)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
     pixels = None  # as the pictures are seen: 8-bit RGB
     if value_range is not None or model.image_channels != 3:

@@ -457,3 +457,8 @@ def test_exact_computes_the_same_and_says_so(folder: Path, photo: Image.Image) -
 def test_a_wrong_optimisation_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not 'fats'; did you mean 'fast'"):
         load(tmp_path / "nowhere", optimize="fats")  # type: ignore[arg-type]
+
+
+def test_strips_and_an_optimisation_are_two_ways(folder: Path) -> None:
+    with pytest.raises(UserError, match="in strips or by optimize='exact', not by both"):
+        load(folder, optimize="exact", strips=True)
