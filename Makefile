@@ -49,6 +49,7 @@ check: $(STAMP)  ## Lint, format and type checks, without changing a file
 bench: $(STAMP)  ## Short forms of the benchmarks: speed, and the demo's model beside JPEG, WebP and AVIF
 	$(BIN)/python benchmarks/training_step.py --quick
 	$(BIN)/python benchmarks/data.py --quick
+	$(BIN)/python benchmarks/throughput.py --quick
 	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report --overwrite
 
 schema: $(STAMP)  ## Write the JSON Schema of report.json anew

@@ -9,21 +9,27 @@ positions, `K` codes.
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from latentvae.errors import UserError
 from latentvae.models import Family, calls, load_network, normalization
+from latentvae.models.optimization import Optimize, Optimized, check_mode, optimize_network
+from latentvae.models.strips import Strips, check_supported, price_in_strips
 from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
 
 _GENERIC_NAMES = ("export", "vae", "vqvae", "movq")  # that say nothing: their parent's name does
+
+PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0  # of a call in strips; seconds
 
 
 class NotFiniteError(RuntimeError):
@@ -45,17 +51,37 @@ class Autoencoder:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in.
         name: what reports call it.
         path: the folder, file or Hub id that it was loaded from.
+        optimize: what computes in its place, see `models.optimization`; None is `net` itself.
+        strips: compute large images exactly, in little memory, strip by strip; what will take
+            longer than ten seconds is told on stderr before it starts, once for each size. For
+            `AutoencoderKL` and tokenizers (`VQModel`); others are a `UserError`.
 
     Attributes:
+        optimization: what computes; its text says how near that is. `net` stays as it was given.
         f: pixels on a side of one latent position.
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
         num_codes: K of a tokenizer, or None.
     """
 
-    def __init__(self, net: Any, *, name: str, path: str | None = None) -> None:
+    def __init__(
+        self,
+        net: Any,
+        *,
+        name: str,
+        path: str | None = None,
+        optimize: Optimize | None = None,
+        strips: bool | Strips = False,
+    ) -> None:
         self.net: Any = net.eval().requires_grad_(False)
         self.name, self.path = name, path
+        self.strips = (Strips() if strips else None) if isinstance(strips, bool) else strips
+        self._priced: set[tuple[str, int, int, int]] = set()
+        if self.strips is not None:
+            _check_strips(net, name, optimize)
+        self.optimization = Optimized(self.net, "plain")
+        if optimize is not None:
+            self.optimization = optimize_network(self.net, mode=optimize)
         shape = calls.measure_shape(self.net)
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
         self.image_channels: int = calls.image_channels(net)
@@ -97,7 +123,9 @@ class Autoencoder:
 
         Without a posterior, the latent and None.
         """
-        return calls.encode_posterior(self.net, self._prepare(self._read(images)[0]))
+        prepared = self._prepare(self._read(images)[0])
+        self._tell_price("encode", prepared.shape)
+        return calls.encode_posterior(self.optimization.net, prepared, strips=self.strips)
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
@@ -195,7 +223,9 @@ class Autoencoder:
         self, images: Tensor, sample: bool, generator: torch.Generator | None, scaled: bool
     ) -> Tensor:
         images = self._prepare(images)
-        z = calls.encode(self.net, images, sample=sample, generator=generator)
+        self._tell_price("encode", images.shape)
+        net, strips = self.optimization.net, self.strips
+        z = calls.encode(net, images, sample=sample, generator=generator, strips=strips)
         return self.normalization.apply(z) if scaled else z
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -214,13 +244,30 @@ class Autoencoder:
 
     @torch.inference_mode()
     def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
-        return self._cropped(calls.decode_indices(self.net, indices).float(), size)
+        self._tell_price("decode", indices.shape)
+        images = calls.decode_indices(self.optimization.net, indices, strips=self.strips)
+        return self._cropped(images.float(), size)
 
     @torch.inference_mode()
     def _decode(self, z: Tensor, size: tuple[int, int] | None, scaled: bool) -> Tensor:
         z = z.to(self.net.device, self.net.dtype)
-        images = calls.decode(self.net, self.normalization.invert(z) if scaled else z).float()
-        return self._cropped(images, size)
+        z = self.normalization.invert(z) if scaled else z
+        self._tell_price("decode", z.shape)
+        images = calls.decode(self.optimization.net, z, strips=self.strips)
+        return self._cropped(images.float(), size)
+
+    def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
+        """On stderr, if it is worth it, before a call in strips on images or latents begins."""
+        f = 1 if call == "encode" else self.f
+        height, width = f * shape[-2], f * shape[-1]
+        known = (call, shape[0], height, width)
+        if self.strips is None or height * width < PIXELS_WORTH_PRICING or known in self._priced:
+            return
+        self._priced.add(known)
+        price = price_in_strips(self.net, call, (height, width), self.strips, batch=shape[0])
+        if price.seconds > PRICE_WORTH_TELLING:
+            text = f"{self.name}: {call} {shape[0]} x {height} x {width} px in strips, {price}"
+            tqdm.write(text, file=sys.stderr)
 
     def _cropped(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
         height, width = size or images.shape[2:]
@@ -238,6 +285,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     family: Family | None = None,
+    optimize: Optimize | None = None,
+    strips: bool | Strips = False,
 ) -> Autoencoder:
     """Open an export of latentvae, or any autoencoder of images that diffusers knows.
 
@@ -247,12 +296,29 @@ def load(
         device: None is the CPU, as in diffusers.
         dtype: None is float32; float16 may overflow unless the config's `force_upcast` is false.
         family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+        optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
+            `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
+            `optimization` says what was used, and its PSNR against exact.
+        strips: for images that do not fit into memory: True, or how; see `Autoencoder`.
 
     Raises:
-        UserError: no such folder, not an autoencoder of images, or damaged weights.
+        UserError: no such folder, not an autoencoder of images, or damaged weights; another
+            `optimize`.
     """
+    if optimize is not None:
+        check_mode(optimize)  # before the weights are read
     net = load_network(path, dtype=dtype, family=family)
-    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)), path=str(path))
+    net, name = net.to(device or "cpu"), _name(Path(path))
+    return Autoencoder(net, name=name, path=str(path), optimize=optimize, strips=strips)
+
+
+def _check_strips(net: Any, name: str, optimize: str | None) -> None:
+    if optimize is not None:
+        raise UserError(f"'{name}' is computed in strips or by optimize='{optimize}', not by both")
+    try:
+        check_supported(net)
+    except ValueError as error:
+        raise UserError(f"'{name}' cannot be computed in strips: {error}") from error
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

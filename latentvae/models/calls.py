@@ -21,32 +21,47 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.models.discrete import DiscreteAutoencoder
 from latentvae.models.kl import downsampling_factor
+from latentvae.models.strips import Strips, decode_in_strips, encode_in_strips
 
 PROBE = 192  # pixels a side of the image that `measure_shape` tries; no fixed size is this
 
 
 def encode(
-    net: Any, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
+    net: Any,
+    images: Tensor,
+    *,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+    strips: Strips | None = None,
 ) -> Tensor:
-    """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it."""
-    output = net.encode(_to_range_of(net, images))
+    """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it; with
+    `strips`, computed strip by strip."""
+    output = _encode(net, images, strips)
     posterior = read_posterior(output)
     if posterior is not None and sample:
         return posterior.sample(generator)
     return _mean_of(output)  # a Gaussian's mode is its mean
 
 
-def decode(net: Any, z: Tensor) -> Tensor:
+def decode(net: Any, z: Tensor, *, strips: Strips | None = None) -> Tensor:
     """Images of latents, about [-1, 1]: as the network gives them, not clamped."""
-    images: Tensor = net.decode(z).sample
+    output = net.decode(z) if strips is None else decode_in_strips(net, z, strips)
+    images: Tensor = output.sample
     return images * 2 - 1 if takes_unit_range(net) else images
 
 
-def encode_posterior(net: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def encode_posterior(
+    net: Any, images: Tensor, *, strips: Strips | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Mean and log-variance of the posterior of images in [-1, 1]; without one, latent and None."""
-    output = net.encode(_to_range_of(net, images))
+    output = _encode(net, images, strips)
     posterior = read_posterior(output)
     return _mean_of(output), None if posterior is None else posterior.logvar
+
+
+def _encode(net: Any, images: Tensor, strips: Strips | None) -> Any:
+    images = _to_range_of(net, images)
+    return net.encode(images) if strips is None else encode_in_strips(net, images, strips)
 
 
 def _mean_of(output: Any) -> Tensor:
@@ -88,11 +103,14 @@ def tokenize(net: Any, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_indices(net: Any, indices: Tensor) -> Tensor:
+def decode_indices(net: Any, indices: Tensor, *, strips: Strips | None = None) -> Tensor:
     """Images of indices, as the network gives them, in about [-1, 1]."""
-    if isinstance(net, DiscreteAutoencoder):
+    if not isinstance(net, DiscreteAutoencoder):
+        return decode(net, codes_of(net, indices), strips=strips)
+    if strips is None:
         return net.decode_indices(indices).sample
-    return decode(net, codes_of(net, indices))
+    codes = net.quantize.codes(indices)
+    return decode_in_strips(net, codes, strips, force_not_quantize=True).sample
 
 
 @torch.no_grad()
