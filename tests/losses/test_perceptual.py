@@ -184,7 +184,7 @@ def test_the_smallest_size_works(net: str, size: int, request: pytest.FixtureReq
 
 def torchvision_state(model: LPIPS) -> dict[str, Tensor]:
     named = [(name.split("."), value) for name, value in model.net.named_buffers()]
-    return {f"features.{index}.{kind}": value.clone() for (_, index, kind), value in named}
+    return {f"features.{index}.{kind}": value.contiguous() for (_, index, kind), value in named}
 
 
 def test_reads_a_state_dict_of_torchvision(alex: LPIPS, tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ from tests.training.test_resume import (
 )
 
 RATE = 2e-4  # see test_golden.py
+FEW = {  # blocks, for a compiler that takes ten seconds for each
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor calls g++")
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +89,25 @@ def test_compiled_by_aot_autograd(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_compiled_by_inductor(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(1800)
+@needs_compiler
+def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
-    options: dict[str, Any] = {"torch_compile": True, "learning_rate": RATE}
+    options: dict[str, Any] = {"learning_rate": RATE, **FEW}
+    run_to_the_end(tmp_path / "plain", **options)
+    options["torch_compile"] = True
     run_to_the_end(tmp_path / "straight", **options)
     torch.compiler.reset()
     killed_and_resumed(tmp_path / "resumed", monkeypatch, update=4, micro_step=1, **options)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
-    assert_same_curve(plain, tmp_path / "straight")
+    assert_same_curve(tmp_path / "plain", tmp_path / "straight")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(1800)
+@needs_compiler
 def test_two_ranks_compiled_and_channels_last(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"learning_rate": RATE, "train_batch_size": 2}
+    options: dict[str, Any] = {"learning_rate": RATE, "train_batch_size": 2, **FEW}
     both = {"torch_compile": True, "channels_last": True}
     finish(launch(train_flags(tmp_path / "plain", **options), processes=2))
     finish(launch(train_flags(tmp_path / "both", **options, **both), processes=2))
