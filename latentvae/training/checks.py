@@ -1,5 +1,5 @@
-"""What `preflight` and `verify-resume` find: one line per check, with the remedy where it failed, the
-same as JSON, and the exit code."""
+"""What `preflight` and `verify-resume` find: one line per check, with the remedy where it failed,
+the same as JSON, and the exit code."""
 
 import json
 import math
