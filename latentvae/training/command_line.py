@@ -50,13 +50,19 @@ NAMES_ELSEWHERE = {
 
 
 def config_from_arguments(
-    arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
+    arguments: Sequence[str],
+    *,
+    description: str,
+    default_config: str = "kl_small",
+    also: Sequence[str] = (),
 ) -> TrainConfig:
     """The run that the command line asks for.
 
     Args:
         description: of the script, for its help.
         default_config: the preset without `--config`.
+        also: options that the command has beside these and has read already; a wrong one may have
+            been meant for one of them.
 
     Raises:
         UserError: an unknown flag, or a value that is not allowed.
@@ -66,13 +72,15 @@ def config_from_arguments(
     preset = load_preset(_config_flag(arguments) or default_config)
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
-    _check_flags(arguments, preset)
+    _check_flags(arguments, preset, also=also)
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
     return parse(dataclasses.asdict(flags), source="command line")
 
 
-def _check_flags(arguments: Sequence[str], preset: TrainConfig) -> None:
+def _check_flags(
+    arguments: Sequence[str], preset: TrainConfig, *, also: Sequence[str] = ()
+) -> None:
     """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
     here."""
     names = [name for name in flat(preset) if name not in CHOSEN_BY_PRESET]
@@ -93,7 +101,7 @@ def _check_flags(arguments: Sequence[str], preset: TrainConfig) -> None:
                 f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
                 f"have it: {', '.join(presets)}"
             )
-    check_names(arguments, names)
+    check_names(arguments, [*names, *also])
 
 
 def _kinds(name: str) -> str:
