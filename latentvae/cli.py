@@ -316,6 +316,36 @@ class VerifyResume:
         raise SystemExit(verify_resume(config, **options))
 
 
+@dataclass(frozen=True)
+class Preflight:
+    """Prove the wiring of a run before it starts: a few updates of it, a line for each check.
+
+    On your own model, images, precision and processes: that every loss reaches what it should train
+    and nothing else, that weights and their average move, that processes agree, that a checkpoint
+    repeats the next update, and what the whole run will take in time, memory and disk. Nothing in
+    the run's folder is read or written.
+
+        latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
+        accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
+
+    All flags of the training scripts are taken as well (train/train_kl.py --config CONFIG --help
+    lists them). Exits with 0 if all holds, 1 if a check failed, 2 on wrong use.
+    """
+
+    config: Positional[str]
+    """Preset or YAML file of the run."""
+
+    json: Path | None = None
+    """File to write the checks to."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        """`flags` are those of the training scripts."""
+        from latentvae.training.preflight import preflight
+
+        config = training_config(self.config, flags, also=["json"])
+        raise SystemExit(preflight(config, json=self.json))
+
+
 def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "TrainConfig":
     """The run of a command that takes the flags of the training scripts beside its own, `also`."""
     from latentvae.training.command_line import config_from_arguments
@@ -346,7 +376,10 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-COMMANDS_OF_RUNS: dict[str, type[VerifyResume]] = {"verify-resume": VerifyResume}
+COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
+    "preflight": Preflight,
+    "verify-resume": VerifyResume,
+}
 """Their further flags are those of the training scripts."""
 
 

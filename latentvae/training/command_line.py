@@ -48,6 +48,8 @@ NAMES_ELSEWHERE = {
     "latent_channels": "z_channels",
 }
 
+PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
+
 
 def config_from_arguments(
     arguments: Sequence[str],
@@ -173,15 +175,24 @@ def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n, 1 if all is done but the upload to the Hub."""
+    after signal n, 1 if all is done but the upload to the Hub.
+
+    With `--preflight` the run is only checked (`training.preflight`): 0 if all holds, else 1.
+    """
     from latentvae.data import UnreadableImage
     from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
+    from latentvae.training.preflight import preflight
 
     try:
         config = config_from_arguments(
-            arguments, description=description, default_config=default_config
+            [argument for argument in arguments if argument != PREFLIGHT],
+            description=description,
+            default_config=default_config,
+            also=[PREFLIGHT.removeprefix("--")],
         )
+        if PREFLIGHT in arguments:
+            raise SystemExit(preflight(config))
         export = train(config)
     except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)

@@ -109,10 +109,11 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
                 difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
                 worst, at = max((worst, at), (difference, update))
     run.config, progress.update = kept
+    held = worst < 1e-9
     return Check(
         name="learning-rate",
-        passed=worst < 1e-9,
-        value=f"{worst:.2g} of the peak off after update {at:,}" if worst else "as stated",
+        passed=held,
+        value="as stated" if held else f"{worst:.2g} of the peak off after update {at:,}",
         expected=f"{asked.optimizer.lr_scheduler} after a warm-up, counted in updates, over {total:,}",
         advice="the rate is not what the options say: take learning_rate as it stands and "
         "evaluate the schedule at the update, not at micro-steps or per process",

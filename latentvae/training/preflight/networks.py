@@ -20,8 +20,8 @@ WARM_UP_RATE = 1e-3
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    yield frozen(rehearsal)  # first, for the next puts LPIPS in eval mode
     yield lpips_weights(rehearsal)
-    yield frozen(rehearsal)
     if rehearsal.run.critic is not None:
         yield critic_separates(rehearsal)
 

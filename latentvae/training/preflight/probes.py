@@ -86,8 +86,9 @@ def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tens
 
 
 def plain(config: TrainConfig) -> TrainConfig:
-    """Without what holds the KL somewhere: its weight alone counts."""
+    """One micro-step, and nothing that holds the KL somewhere: its weight alone counts."""
     copy = config.model_copy(deep=True)
+    copy.run.gradient_accumulation_steps = 1
     copy.objective.kl_warmup_steps = 0
     copy.objective.free_bits = copy.objective.kl_capacity = 0.0
     return copy
