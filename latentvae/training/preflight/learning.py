@@ -21,6 +21,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
         yield average(rehearsal)
     if run.critic is not None:
         yield critic_start(rehearsal)
+        yield critic_ramp(rehearsal)
         yield critic_untouched(rehearsal)
         yield model_untouched(rehearsal)
         if run.config.critic.disc_adaptive_weight:
@@ -114,7 +115,7 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
         name="learning-rate",
         passed=held,
         value="as stated" if held else f"{worst:.2g} of the peak off after update {at:,}",
-        expected=f"{asked.optimizer.lr_scheduler} after a warm-up, counted in updates, over {total:,}",
+        expected=f"{asked.optimizer.lr_scheduler} after a warm-up, over {total:,} updates",
         advice="the rate is not what the options say: take learning_rate as it stands and "
         "evaluate the schedule at the update, not at micro-steps or per process",
     )
@@ -190,8 +191,31 @@ def critic_start(rehearsal: Rehearsal) -> Check:
         passed=learned == expected and called == expected,
         value={"learned": learned, "called": called},
         expected=f"called and trained from its start on and not before: {expected}",
-        advice="step the critic's optimizer in each update from disc_start on, and leave the critic "
-        "alone before",
+        advice="step the critic's optimizer in each update from disc_start on, and leave the "
+        "critic alone before",
+    )
+
+
+def critic_ramp(rehearsal: Rehearsal) -> Check:
+    """An untrained critic at full weight spoils what the model has learned."""
+    run, progress, asked = rehearsal.run, rehearsal.progress, rehearsal.asked
+    options, kept = asked.critic, (run.config, progress.update, progress.critic_start)
+    run.config, progress.critic_start = asked, asked.critic_start
+    ramp = options.disc_warmup_steps, options.disc_ramp_steps
+    found, expected = [], [0.0 if any(ramp) else options.disc_scale, options.disc_scale]
+    for update in (asked.critic_start, asked.critic_start + sum(ramp)):
+        progress.update = update
+        adversary = rehearsal.updates.adversary()
+        found.append(None if adversary is None else adversary.factor)
+    run.config, progress.update, progress.critic_start = kept
+    return Check(
+        name="critic-ramp",
+        passed=found == expected,
+        value=found,
+        expected=f"weights of the critic's term at its start and {sum(ramp):,} updates later: "
+        f"{expected}",
+        advice="let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
+        "from disc_start",
     )
 
 

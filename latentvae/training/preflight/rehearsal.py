@@ -145,8 +145,9 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The largest of each of so many stretches, in the network's order."""
-    items = list(tensors.items())
+    """The largest of each of so many stretches, in the network's order; no codes, for those that
+    restart leap."""
+    items = [item for item in tensors.items() if not item[0].startswith("net.quantize.")]
     step = max(len(items) // WATCHED_TENSORS, 1)
     stretches = (items[i : i + step] for i in range(0, len(items), step))
     return dict(max(stretch, key=lambda item: item[1].numel()) for stretch in stretches)

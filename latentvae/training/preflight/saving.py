@@ -4,10 +4,7 @@ validation."""
 import copy
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
-
-import torch
+from collections.abc import Callable, Iterator
 
 from latentvae.data import BadImages
 from latentvae.distributed import barrier, from_main, is_main, world_size
@@ -19,7 +16,7 @@ from latentvae.training.preflight.rehearsal import Rehearsal, fingerprints
 from latentvae.training.run import eval_transform
 from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.updates import Updates
-from latentvae.training.validate import First, first_readable, validate
+from latentvae.training.validate import first_readable, validate
 
 VALIDATION_IMAGES = 8
 GPU_TOLERANCE = 1e-2  # of a loss: sums there are in no fixed order
@@ -27,8 +24,26 @@ GPU_TOLERANCE = 1e-2  # of a loss: sums there are in no fixed order
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     yield image_range(rehearsal)
-    yield validation(rehearsal)
-    yield checkpoint(rehearsal)
+    yield _or_what_it_raised("validation", validation, rehearsal)
+    yield _or_what_it_raised("checkpoint", checkpoint, rehearsal)
+
+
+def _or_what_it_raised(
+    name: str, check: Callable[[Rehearsal], Check], rehearsal: Rehearsal
+) -> Check:
+    """What would end the run hours after its start is told like all else."""
+    try:
+        return check(rehearsal)
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+        if world_size() > 1:  # other ranks may wait for this one: the launcher ends them all
+            raise
+        return Check(
+            name=name,
+            passed=False,
+            value=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="no exception",
+            advice="the run would end here, some time after its start",
+        )
 
 
 def image_range(rehearsal: Rehearsal) -> Check:
