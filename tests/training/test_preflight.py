@@ -137,7 +137,8 @@ def test_a_sound_run_passes_and_leaves_its_folder_alone(
 def test_every_check_but_the_forecasts_is_failed_by_a_mutation() -> None:
     """Those have tests of their own, below."""
     names = {name for mutation in MUTATIONS for name in mutation.fails}
-    everywhere = {"updates", "weights", "optimizer", "learning-rate", "precision", "average"}
+    everywhere = {"updates", "weights", "optimizer", "cleared", "learning-rate"}
+    everywhere |= {"precision", "average"}
     critic = {"critic-start", "critic-ramp", "critic-untouched", "model-untouched"}
     critic |= {"adaptive-weight", "critic-separates"}
     terms = {"lpips-gradient", "latent-gradient", "reconstruction", "kl", "kl-gradient"}
@@ -187,7 +188,7 @@ def test_the_command_takes_the_flags_of_the_training_scripts(
         main(["preflight", "kl_small", *flags, "--json", str(tmp_path / "checks.json")])
     assert end.value.code == 0 and not failed(read(tmp_path / "checks.json"))
     for wrong, said in (
-        (["preflight"], "config"),
+        (["preflight"], "Preset or YAML file"),
         (["preflight", "kl_smal"], "did you mean 'kl_small'"),
         (["preflight", "kl_small", "--jso", "x"], "did you mean '--json'"),
         (["preflight", "kl_small", "--learning_rat", "1"], "did you mean '--learning_rate'"),

@@ -15,6 +15,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     run = rehearsal.run
     yield weights(rehearsal)
     yield optimizer(rehearsal)
+    yield cleared(rehearsal)
     yield learning_rate(rehearsal)
     yield precision(rehearsal)
     if run.ema is not None:
@@ -88,6 +89,20 @@ def optimizer(rehearsal: Rehearsal) -> Check:
 def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> list[str]:
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [name for name, p in parameters.items() if id(p) not in known]
+
+
+def cleared(rehearsal: Rehearsal) -> Check:
+    """A gradient that is left over counts again in the next update."""
+    optimizers = (rehearsal.run.optimizer, rehearsal.run.critic_optimizer)
+    groups = [g for optimizer in optimizers if optimizer for g in optimizer.param_groups]
+    left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
+    return Check(
+        name="cleared",
+        passed=left == 0,
+        value=left,
+        expected="0 gradients left over from the last update",
+        advice="zero the gradients of both optimizers after each update",
+    )
 
 
 def learning_rate(rehearsal: Rehearsal) -> Check:
@@ -189,11 +204,16 @@ def critic_start(rehearsal: Rehearsal) -> Check:
     return Check(
         name="critic-start",
         passed=learned == expected and called == expected,
-        value={"learned": learned, "called": called},
-        expected=f"called and trained from its start on and not before: {expected}",
+        value=f"called in updates {_numbers(called)}, trained in {_numbers(learned)}",
+        expected=f"called and trained in updates {_numbers(expected)} of {UPDATES}, not before",
         advice="step the critic's optimizer in each update from disc_start on, and leave the "
         "critic alone before",
     )
+
+
+def _numbers(happened: list[bool]) -> str:
+    """Counted from 1."""
+    return ", ".join(str(i + 1) for i, did in enumerate(happened) if did) or "none"
 
 
 def critic_ramp(rehearsal: Rehearsal) -> Check:
@@ -211,9 +231,9 @@ def critic_ramp(rehearsal: Rehearsal) -> Check:
     return Check(
         name="critic-ramp",
         passed=found == expected,
-        value=found,
-        expected=f"weights of the critic's term at its start and {sum(ramp):,} updates later: "
-        f"{expected}",
+        value=f"{found[0]}, then {found[1]}",
+        expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
+        "updates",
         advice="let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
         "from disc_start",
     )

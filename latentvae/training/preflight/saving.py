@@ -90,7 +90,7 @@ def validation(rehearsal: Rehearsal) -> Check:
     return Check(
         name="validation",
         passed=all(math.isfinite(value) for value in values.values()),
-        value={name: round(values[f"validation/{name}"], 3) for name in shown},
+        value=", ".join(f"{name} {values[f'validation/{name}']:.3g}" for name in shown),
         expected="finite numbers from unseen images",
         advice="look at the validation images and at --validation_data_dir",
     )
@@ -141,6 +141,9 @@ def _save(rehearsal: Rehearsal) -> None:
 
 def _next_update(rehearsal: Rehearsal, progress: Progress) -> dict[str, float]:
     """What one more update logs."""
+    rehearsal.run.wrapper.zero_grad()  # whether the last one left any is another check
+    if rehearsal.run.critic is not None:
+        rehearsal.run.critic.zero_grad()
     loader, _ = batches(rehearsal.run, start_step=progress.micro_step)
     made = Updates(rehearsal.run, progress).make(iter(loader))
     return {

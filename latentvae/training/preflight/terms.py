@@ -15,6 +15,7 @@ from latentvae.training.preflight.probes import Probe, gradients_of, probe
 from latentvae.training.preflight.rehearsal import Rehearsal
 
 FLOAT32, BF16 = 1e-3, 3e-2  # relative errors that the precision explains
+SAME = 0.1  # relative difference of gradients: a code or two may flip; a sum is 1 from the mean
 
 
 def tolerance(rehearsal: Rehearsal) -> float:
@@ -83,7 +84,7 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
         expected=expected,
         gradient=found.at_recon,
         slope=slope,
-        stated="the mean over image elements, recomputed",
+        stated="the mean over image elements",
     )
 
 
@@ -101,7 +102,7 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
         expected=expected,
         gradient=found.at_latent,
         slope=slope,
-        stated="nats per image over image elements, in closed form",
+        stated="nats per image over image elements",
     )
 
 
@@ -140,14 +141,14 @@ def _reduction(
     whether it is there is another check)."""
     allowed = tolerance(rehearsal)
     value = logged.item() / expected.item() if expected.item() else 1.0
-    found = {"logged / recomputed": value}
+    found = {"value": value}
     if gradient is not None and gradient.any() and slope.any():
-        found["gradient / recomputed"] = (gradient.double().norm() / slope.norm()).item()
+        found["gradient"] = (gradient.double().norm() / slope.norm()).item()
     return Check(
         name=name,
         passed=all(abs(ratio - 1) <= allowed for ratio in found.values()),
-        value={key: round(ratio, 4) for key, ratio in found.items()},
-        expected=f"{stated}: ratios of 1",
+        value=", ".join(f"{key} {ratio:.4g}" for key, ratio in found.items()),
+        expected=f"1 times {stated}, recomputed",
         advice="the term is reduced otherwise than its weight assumes, so that the weight means "
         "something else at another resolution or batch",
     )
@@ -169,7 +170,7 @@ def commitment(found: Probe) -> Check:
     return Check(
         name="commitment",
         passed=found.encoder > 0 and found.codes == 0,
-        value={"encoder": found.encoder, "codes": found.codes},
+        value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
         expected="of the commitment alone, a norm above 0 at the encoder and 0 at the codes",
         advice="commitment_weight weighs the wrong term: detach the codes in it, not the features",
     )
@@ -180,7 +181,7 @@ def codebook(found: Probe) -> Check:
     return Check(
         name="codebook",
         passed=found.encoder == 0 and found.codes > 0,
-        value={"encoder": found.encoder, "codes": found.codes},
+        value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
         expected="of the codebook's loss alone, a norm above 0 at the codes and 0 at the encoder",
         advice="codebook_weight weighs the wrong term: detach the features in it, not the codes",
     )
@@ -204,14 +205,15 @@ def _is_additive(rehearsal: Rehearsal) -> bool:
 
 def accumulation(rehearsal: Rehearsal) -> Check:
     """Gradients that are added over micro-steps and not divided make the rate another one."""
-    terms = ["rec", "lpips", "kl", *(_latent_losses(rehearsal) - {"batch_entropy"})]
+    # Without LPIPS, whose maxima over pixels go another way by a rounding.
+    terms = ["rec", "kl", *(_latent_losses(rehearsal) - {"batch_entropy"})]
     images = rehearsal.images
     joined = gradients_of(rehearsal, [images], *terms)
     halves = gradients_of(rehearsal, [images[:1], images[1:]], *terms)
     error = ((halves - joined).norm() / joined.norm()).item()
     return Check(
         name="accumulation",
-        passed=error <= 10 * tolerance(rehearsal),
+        passed=error <= SAME,
         value=error,
         expected="two micro-steps of one image have the gradient of both at once: a relative "
         "difference near 0",
