@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from latentvae.distributed import barrier, from_main, gather_objects, is_main, world_size
+from latentvae.distributed import from_main, gather_objects, is_main, world_size
 from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
@@ -78,11 +78,11 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
 
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
-    """The first process's temporary folder, for all; it goes when all are done with it."""
+    """The first process's temporary folder, for all. It goes at the end, which all processes reach
+    together."""
     name = None
     if is_main():
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentvae-preflight-"))
-    stack.callback(barrier)
     return Path(from_main(name))
 
 

@@ -57,7 +57,7 @@ def weights(rehearsal: Rehearsal) -> Check:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in _all_parameters(rehearsal)}
     return Check(
         name="weights",
-        passed=dtypes == {"float32"} and share > 0.9,
+        passed=dtypes == {"float32"} and share > 0.5,  # in bf16 about a tenth moves
         value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
         expected="float32 weights that move wherever they have a gradient",
         advice="keep the weights in float32 (mixed_precision bf16 casts the computation alone), "

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ class Probe:
     """What a micro-step left behind.
 
     Attributes:
-        images: (B, C, H, W).
+        images: (B, C, H, W), on the CPU.
         out: what the wrapper gave for them.
         logged: what the micro-step logs.
         at_recon: the loss's gradient at the reconstruction.
@@ -135,10 +136,9 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
     finally:
         for handle in handles:
             handle.remove()
-    device = run.accelerator.device
     encoder = [p for part in latent_side(run.net) for p in part.parameters()]
     codes = list(run.net.quantize.parameters()) if hasattr(run.net, "quantize") else []
-    found = Probe(images=images.to(device), out=caught["out"], logged=logged)
+    found = Probe(images=images, out=caught["out"], logged=logged)
     return replace(
         found,
         at_recon=caught.get("at_recon"),
@@ -151,6 +151,6 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
 
 
 def norm(parameters: list[nn.Parameter]) -> float:
-    """Of the gradients, in float64: a KL's are small."""
-    squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
-    return torch.stack(squares).sum().sqrt().item() if squares else 0.0
+    """Of all their gradients."""
+    norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
+    return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0

@@ -2,6 +2,8 @@
 of its own and with a critic that starts at once; a few updates of it, under watch."""
 
 import hashlib
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +58,8 @@ class Rehearsal:
         run: the rehearsed one.
         folder: its temporary folder.
         batches: the digest of each micro-step's images, and their range, of this rank.
+        images: two images of the first batch, (2, C, H, W), or its only one and the mirror image.
+        source: the batches after those that were used.
         save_seconds, checkpoint_bytes, validation_seconds: measured on the way, the last per image.
     """
 
@@ -68,6 +72,7 @@ class Rehearsal:
     watch: Watch = field(init=False)
     batches: list[tuple[str, float, float]] = field(default_factory=list)
     images: Tensor = field(init=False)
+    source: Iterator[Batch] = field(init=False)
     peak_memory: int = 0
     save_seconds: float = 0.0
     checkpoint_bytes: int = 0
@@ -76,11 +81,11 @@ class Rehearsal:
     def rehearse(self) -> None:
         """Make the updates; stops at one whose gradients are not finite."""
         loader, _ = batches(self.run, start_step=0)
-        source = iter(self._noted(loader))
+        self.source = iter(self._noted(loader))
         _reset_peak(self.run.accelerator.device)
         with Watch(self.run) as self.watch:
             for _ in range(UPDATES):
-                self.seen.append(self._update(source))
+                self.seen.append(self._update(self.source))
                 if not self.seen[-1].made.finite:
                     break
         self.peak_memory = _peak(self.run.accelerator.device)
@@ -203,6 +208,5 @@ def _peak(device: torch.device) -> int:
     """Bytes at most, so far: on the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    import resource  # not on Windows, where only this needs it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

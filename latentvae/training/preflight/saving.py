@@ -1,20 +1,20 @@
 """Checks of what happens between updates: a checkpoint that is saved and restored, and a
 validation."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from latentvae.data import BadImages
+from latentvae.data import BadImages, Batch
 from latentvae.distributed import barrier, from_main, is_main, world_size
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.checks import Check
 from latentvae.training.exporting import averaged_weights
 from latentvae.training.preflight.rehearsal import Rehearsal, fingerprints
-from latentvae.training.run import eval_transform
-from latentvae.training.state import Progress, restore, take_snapshot
+from latentvae.training.run import Run, eval_transform
+from latentvae.training.state import restore, take_snapshot
 from latentvae.training.updates import Updates
 from latentvae.training.validate import first_readable, validate
 
@@ -100,17 +100,17 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
     """What is not restored (an optimiser, the average, the images' order) changes the next
     update."""
     run, before = rehearsal.run, fingerprints(rehearsal.run)
-    _save(rehearsal)
-    expected = _next_update(rehearsal, copy.deepcopy(rehearsal.progress))
+    path = _save(rehearsal)
+    expected = _next_update(run, rehearsal.updates, rehearsal.source)
     after = fingerprints(run)
     for optimizer in (run.optimizer, run.critic_optimizer):
         if optimizer is not None:
             optimizer.state.clear()  # as where a run goes on
-    path = rehearsal.folder / f"{PREFIX}{rehearsal.progress.update}"
     progress = restore(run, load_checkpoint(path))
     restored = fingerprints(run)
     wrong = [name for name in before if before[name] != restored.get(name)]
-    found = _next_update(rehearsal, progress)
+    loader, _ = batches(run, start_step=progress.micro_step)
+    found = _next_update(run, Updates(run, progress), iter(loader))
     again = fingerprints(run)
     differs = _differences(expected, found, rehearsal)
     if not differs and _to_the_bit(rehearsal):
@@ -127,7 +127,8 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _save(rehearsal: Rehearsal) -> None:
+def _save(rehearsal: Rehearsal) -> Path:
+    path = rehearsal.folder / f"{PREFIX}{rehearsal.progress.update}"
     snapshot = take_snapshot(rehearsal.run, rehearsal.progress)
     start = time.perf_counter()
     size = 0
@@ -137,15 +138,15 @@ def _save(rehearsal: Rehearsal) -> None:
     barrier()
     rehearsal.save_seconds = time.perf_counter() - start
     rehearsal.checkpoint_bytes = from_main(size)
+    return path
 
 
-def _next_update(rehearsal: Rehearsal, progress: Progress) -> dict[str, float]:
+def _next_update(run: Run, updates: Updates, source: Iterator[Batch]) -> dict[str, float]:
     """What one more update logs."""
-    rehearsal.run.wrapper.zero_grad()  # whether the last one left any is another check
-    if rehearsal.run.critic is not None:
-        rehearsal.run.critic.zero_grad()
-    loader, _ = batches(rehearsal.run, start_step=progress.micro_step)
-    made = Updates(rehearsal.run, progress).make(iter(loader))
+    run.wrapper.zero_grad()  # whether the last one left any is another check
+    if run.critic is not None:
+        run.critic.zero_grad()
+    made = updates.make(source)
     return {
         f"{name} {i}": value.float().item()
         for i, values in enumerate(made.values)

@@ -69,14 +69,15 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
     """A sum over pixels makes clipping always active and weights depend on the resolution."""
     objective = rehearsal.run.config.objective
     images = found.images.double()
-    recon = found.out.recon.detach().double().requires_grad_()
+    recon = found.out.recon.detach().cpu().double().requires_grad_()
     likelihood = getattr(rehearsal.run.net, "likelihood", None)
     if likelihood is not None:
         error = likelihood.nll(images, recon)
     else:
         error = (recon - images).abs() if objective.rec_loss == "l1" else (recon - images) ** 2
     expected = error.mean()
-    (slope,) = torch.autograd.grad(expected / found.out.output_logvar.detach().exp(), recon)
+    variance = found.out.output_logvar.detach().exp().item()
+    (slope,) = torch.autograd.grad(expected / variance, recon)
     return _reduction(
         "reconstruction",
         rehearsal,
@@ -91,7 +92,7 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
 def kl(rehearsal: Rehearsal, found: Probe) -> Check:
     """A KL that is a mean over latent elements (or the batch) weighs something else than stated."""
     assert found.latent is not None
-    latent = found.latent.double().requires_grad_()
+    latent = found.latent.cpu().double().requires_grad_()
     expected = _closed_form_kl(rehearsal, latent).mean() / found.images[0].numel()
     weight = rehearsal.run.config.objective.kl_scale
     (slope,) = torch.autograd.grad(weight * expected, latent)
@@ -143,7 +144,7 @@ def _reduction(
     value = logged.item() / expected.item() if expected.item() else 1.0
     found = {"value": value}
     if gradient is not None and gradient.any() and slope.any():
-        found["gradient"] = (gradient.double().norm() / slope.norm()).item()
+        found["gradient"] = (gradient.cpu().double().norm() / slope.norm()).item()
     return Check(
         name=name,
         passed=all(abs(ratio - 1) <= allowed for ratio in found.values()),
