@@ -104,7 +104,7 @@ def test_each_fault_of_two_processes_fails_its_own_check(
     name = "none" if mutation is None else mutation.name
     script = ["-m", "tests.training.preflight_ranks", name, str(tmp_path)]
     process = launch(script, processes=2)
-    text, _ = process.communicate(timeout=200)
+    text, _ = process.communicate(timeout=300)
     checks = read(tmp_path / "checks.json")
     assert {"ranks-equal", "ranks-batches"} <= checks.keys(), text
     assert failed(checks) == (() if mutation is None else mutation.fails), text

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.data import Batch
+from latentvae.distributed import send_from_main
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import optimizer_tensors
 from latentvae.training.config import TrainConfig
@@ -170,7 +171,22 @@ def _moments(run: Run) -> dict[str, Tensor]:
 
 def fingerprints(run: Run) -> dict[str, str]:
     """The sha256 of all that an update changes, by what it is."""
-    groups: dict[str, Mapping[str, Tensor]] = {
+    groups = _state(run)
+    if run.ema is not None:
+        groups["average"] |= {"steps": torch.tensor(run.ema.optimization_step)}
+    return {name: _digest(tensors) for name, tensors in groups.items()}
+
+
+def align(run: Run) -> None:
+    """Give all ranks the first one's state: what makes them differ is a check of its own."""
+    device = run.accelerator.device.type
+    tensors = [value for group in _state(run).values() for value in group.values()]
+    send_from_main(value for value in tensors if value.device.type == device)
+
+
+def _state(run: Run) -> dict[str, dict[str, Tensor]]:
+    """All tensors that an update changes, by what they are."""
+    groups = {
         "weights": run.wrapper.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.wrapper),
     }
@@ -179,10 +195,9 @@ def fingerprints(run: Run) -> dict[str, str]:
         groups["critic optimizer"] = optimizer_tensors(run.critic_optimizer, run.critic)
     if run.ema is not None:
         groups["average"] = {str(i): value for i, value in enumerate(run.ema.shadow_params)}
-        groups["average"] |= {"steps": torch.tensor(run.ema.optimization_step)}
     if run.lecam is not None:
         groups["LeCam averages"] = {"anchors": run.lecam.anchors}
-    return {name: _digest(tensors) for name, tensors in groups.items()}
+    return groups
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

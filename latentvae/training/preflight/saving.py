@@ -12,7 +12,7 @@ from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.checks import Check
 from latentvae.training.exporting import averaged_weights
-from latentvae.training.preflight.rehearsal import Rehearsal, fingerprints
+from latentvae.training.preflight.rehearsal import Rehearsal, align, fingerprints
 from latentvae.training.run import Run, eval_transform
 from latentvae.training.state import restore, take_snapshot
 from latentvae.training.updates import Updates
@@ -99,7 +99,9 @@ def validation(rehearsal: Rehearsal) -> Check:
 def checkpoint(rehearsal: Rehearsal) -> Check:
     """What is not restored (an optimiser, the average, the images' order) changes the next
     update."""
-    run, before = rehearsal.run, fingerprints(rehearsal.run)
+    run = rehearsal.run
+    align(run)
+    before = fingerprints(run)
     path = _save(rehearsal)
     expected = _next_update(run, rehearsal.updates, rehearsal.source)
     after = fingerprints(run)
