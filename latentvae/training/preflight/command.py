@@ -61,7 +61,7 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
     config = config.model_copy(deep=True)
-    nowhere = Path(tempfile.gettempdir())
+    nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # no run lies there
     copy = rehearsed(config, nowhere)
     check_paths(copy)
     base = open_base(copy)
