@@ -108,7 +108,7 @@ def test_each_fault_of_two_processes_fails_its_own_check(
     checks = read(tmp_path / "checks.json")
     assert {"ranks-equal", "ranks-batches"} <= checks.keys(), text
     assert failed(checks) == (() if mutation is None else mutation.fails), text
-    assert (process.returncode == 0) == (mutation is None)
+    assert (process.returncode == 0) == (mutation is None), text
 
 
 @pytest.mark.parametrize("kind", ["continuous", "tokens"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from latentvae.distributed import from_main, gather_objects, is_main, world_size
+from latentvae.distributed import barrier, from_main, gather_objects, is_main, world_size
 from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
@@ -55,6 +55,7 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
             checks.append(joined)
             rehearsal.run.accelerator.print(joined, flush=True)
         code = from_main(conclude(checks, json_file=json) if is_main() else 0)
+        barrier()  # none may take its processes' group down while another is still being told
     return code
 
 
