@@ -126,7 +126,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (
             ["exprt"],
             "no command 'exprt', only reconstruct, evaluate, compare, export, convert, encode, "
-            "decode; did",
+            "decode, preflight, verify-resume; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),

@@ -2,6 +2,7 @@
 line each, and the exit code."""
 
 import contextlib
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,17 +47,29 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
         UserError: a wrong option, path or image folder.
     """
     check_json_file(json)
-    checks = []
     with contextlib.ExitStack() as stack:
-        rehearsal = _open(config, stack)
-        rehearsal.run.accelerator.print(_heading(rehearsal), flush=True)
-        for check in _checks(rehearsal):
-            joined = _joined(check)
-            checks.append(joined)
-            rehearsal.run.accelerator.print(joined, flush=True)
-        code = from_main(conclude(checks, json_file=json) if is_main() else 0)
-        barrier()  # none may take its processes' group down while another is still being told
+        return _report(_open(config, stack), json=json)
+
+
+def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
+    """Make the checks and tell them; the exit code on all ranks."""
+    tell, checks = rehearsal.run.accelerator.print, []
+    tell(_heading(rehearsal), flush=True)
+    for check in _checks(rehearsal):
+        checks.append(_joined(check))
+        tell(checks[-1], flush=True)
+    code = from_main(conclude(checks, json_file=json) if is_main() else 0)
+    barrier()  # none may take its process group down while another is still being told
     return code
+
+
+def _end(accelerator: Accelerator) -> None:
+    """Take the process group down with all that uses it: a group that lives on to the end of the
+    interpreter ends it with SIGABRT now and then (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    accelerator.free_memory()
+    gc.collect()  # hooks and generators keep the prepared networks in circles
+    accelerator.end_training()
 
 
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
@@ -69,7 +82,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     copy, config = with_shape_of(copy, base), with_shape_of(config, base)
     data = open_data(copy)
     accelerator = start_accelerator(copy, nowhere)
-    stack.callback(accelerator.end_training)
+    stack.callback(_end, accelerator)
     folder = _temporary(stack)
     run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=copy.critic_start)
