@@ -4,12 +4,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional
 
 from latentvae.errors import UserError, nearest
-from latentvae.flags import exit_with, parse_options, say_once
+from latentvae.flags import exit_with, parse_known, parse_options, say_once
+
+if TYPE_CHECKING:
+    from latentvae.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,93 @@ class Convert:
         convert(**vars(self))
 
 
+@dataclass(frozen=True)
+class VerifyResume:
+    """Prove that a killed run goes on as if it had not been: train a little, kill, resume, compare.
+
+    A short form of your run (your model, images, precision and processes) is made twice through
+    `accelerate launch`: straight, and with SIGKILL to all its processes at random moments of
+    updates and saves, each time with the same command again. What both leave behind must be equal,
+    on the CPU to the bit: weights, optimizers, averages, critic, counters, rows of the log, export.
+
+        latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
+
+    All flags of the training scripts are taken as well (train/train_kl.py --config CONFIG --help
+    lists them). Exits with 0 if all holds, 1 if a check failed, 2 on wrong use.
+    """
+
+    config: Positional[str]
+    """Preset or YAML file of the run."""
+
+    updates: int = 12
+    """Updates of each of the two runs."""
+
+    kills: int = 3
+    """How often the second run is killed, every second time in a save."""
+
+    processes: int = 1
+    """Processes of each launch, as in `accelerate launch --num_processes`."""
+
+    kill_seed: int = 0
+    """Seed of the moments of the kills."""
+
+    work_dir: Path | None = None
+    """New folder for both runs, which is kept; left out, one that goes if all holds."""
+
+    json: Path | None = None
+    """File to write the checks to."""
+
+    launch_timeout: int = 3600
+    """Seconds after which a launch counts as hung."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        """`flags` are those of the training scripts."""
+        from latentvae.training.verify_resume import verify_resume
+
+        options = dict(vars(self))
+        config = training_config(options.pop("config"), flags, also=list(options))
+        raise SystemExit(verify_resume(config, **options))
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Prove the wiring of a run before it starts: a few updates of it, a line for each check.
+
+    On your own model, images, precision and processes: that every loss reaches what it should train
+    and nothing else, that weights and their average move, that processes agree, that a checkpoint
+    repeats the next update, and what the whole run will take in time, memory and disk. Nothing in
+    the run's folder is read or written.
+
+        latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
+        accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
+
+    All flags of the training scripts are taken as well (train/train_kl.py --config CONFIG --help
+    lists them). Exits with 0 if all holds, 1 if a check failed, 2 on wrong use.
+    """
+
+    config: Positional[str]
+    """Preset or YAML file of the run."""
+
+    json: Path | None = None
+    """File to write the checks to."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        """`flags` are those of the training scripts."""
+        from latentvae.training.preflight import preflight
+
+        config = training_config(self.config, flags, also=["json"])
+        raise SystemExit(preflight(config, json=self.json))
+
+
+def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "TrainConfig":
+    """The run of a command that takes the flags of the training scripts beside its own, `also`."""
+    from latentvae.training.command_line import config_from_arguments
+
+    if any(flag.split("=")[0] == "--config" for flag in flags):
+        raise UserError(f"--config is given beside '{config}', which is the config already")
+    return config_from_arguments(["--config", config, *flags], description="", also=also)
+
+
 Command = (
     type[Reconstruct]
     | type[Evaluate]
@@ -298,6 +388,13 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
+    "preflight": Preflight,
+    "verify-resume": VerifyResume,
+}
+"""Their further flags are those of the training scripts."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a wrong argument is told in one sentence and exits with 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -305,26 +402,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_overview())
         raise SystemExit(0)
     try:
-        command = _command(arguments)
-        parse_options(command, arguments[1:], prog=f"latentvae {arguments[0]}").run()
+        name = _name(arguments)
+        prog = f"latentvae {name}"
+        if name in COMMANDS_OF_RUNS:
+            options, flags = parse_known(COMMANDS_OF_RUNS[name], arguments[1:], prog=prog)
+            options.run(flags)
+        else:
+            parse_options(COMMANDS[name], arguments[1:], prog=prog).run()
     except UserError as error:
         exit_with(error)
 
 
-def _command(arguments: Sequence[str]) -> Command:
-    names = ", ".join(COMMANDS)
+def _name(arguments: Sequence[str]) -> str:
+    known = [*COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
-        raise UserError(f"a command is missing: {names}; `latentvae --help` explains them")
-    if arguments[0] not in COMMANDS:
-        close = nearest(arguments[0], COMMANDS)
-        raise UserError(f"there is no command '{arguments[0]}', only {names}{close}")
-    return COMMANDS[arguments[0]]
+        raise UserError(
+            f"a command is missing: {', '.join(known)}; `latentvae --help` explains them"
+        )
+    if arguments[0] not in known:
+        close = nearest(arguments[0], known)
+        raise UserError(f"there is no command '{arguments[0]}', only {', '.join(known)}{close}")
+    return arguments[0]
 
 
 def _overview() -> str:
-    first = {name: (command.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
-    lines = [f"  latentvae {name:<12} {text}" for name, text in first.items()]
-    train = "  train/train_kl.py       Train an autoencoder (a script, for `accelerate launch`)."
+    commands = {**COMMANDS, **COMMANDS_OF_RUNS}
+    first = {name: (command.__doc__ or "").splitlines()[0] for name, command in commands.items()}
+    lines = [f"  latentvae {name:<13} {text}" for name, text in first.items()]
+    train = "  train/train_kl.py        Train an autoencoder (a script, for `accelerate launch`)."
     return "\n".join(["Commands (each has --help):", *lines, train])
 
 

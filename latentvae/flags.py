@@ -36,6 +36,25 @@ def parse_options(
         )
 
 
+def parse_known(
+    options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
+) -> tuple[Options, list[str]]:
+    """Read the flags of a dataclass out of those of another command; returns the others too.
+
+    Raises:
+        UserError: a missing or wrong option, in one sentence.
+        SystemExit: after `--help`.
+    """
+    arguments = list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        return parse_options(options, ["--help"], prog=prog, description=description), []
+    with one_sentence_errors():
+        parsed, others = tyro.cli(
+            options, args=arguments, prog=prog, use_underscores=True, return_unknown_args=True
+        )
+    return parsed, others
+
+
 def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
     """Refuse unknown flags, naming the nearest one.
 

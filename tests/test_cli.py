@@ -126,7 +126,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (
             ["exprt"],
             "no command 'exprt', only reconstruct, evaluate, compare, export, convert, encode, "
-            "decode; did",
+            "decode, preflight, verify-resume; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),
@@ -175,6 +175,20 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["encode", "m", "--data", "d", "--out", "x"], "--resolution"),
         (["decode", "d", "--out", "x", "--limt", "3"], "did you mean '--limit'?"),
         (["compare", "a", "b", "--markdwn"], "did you mean '--markdown'?"),
+        (["verify-resume"], "preset or YAML file"),
+        (["verify-resume", "--kills", "2"], "preset or YAML file"),
+        (["verify-resume", "kl_smal"], "did you mean 'kl_small'?"),
+        (["verify-resume", "kl_small"], "train_data_dir is missing"),
+        (["verify-resume", "kl_small", "--kils", "2"], "did you mean '--kills'?"),
+        (["verify-resume", "kl_small", "--kills", "x"], "--kills"),
+        (["verify-resume", "kl_small", "--kills", "0"], "kills is 0, but should be 1 or more"),
+        (["verify-resume", "kl_small", "--num_codes", "8"], "no meaning for config kl_small"),
+        (["verify-resume", "kl_small", "--config", "kl_f8"], "the config already"),
+        (["verify-resume", "kl_small", "--json", "/"], "'/' is a folder"),
+        (
+            ["verify-resume", "kl_small", "--train_data_dir", "samples", "--work_dir", "/"],
+            "work_dir '/' cannot be made",
+        ),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -191,6 +205,7 @@ def test_wrong_options_are_one_sentence(
         (["export", "--help"], ["--out", "--overwrite"]),
         (["encode", "--help"], ["--resolution", "accelerate launch", "--label_column"]),
         (["decode", "--help"], ["--limit", "sha256"]),
+        (["verify-resume", "--help"], ["--kills", "--processes", "train/train_kl.py", "SIGKILL"]),
         (["reconstruct", "-h"], ["--out", "Hub id"]),
     ],
 )

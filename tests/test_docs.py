@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+from tests.training.mutations import MUTATIONS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,3 +35,25 @@ def test_files_that_the_table_names_exist() -> None:
     text = (ROOT / "docs" / "faults.md").read_text()
     for path in re.findall(r"`((?:latentvae|\.ci)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_checks_that_rows_name_are_those_that_find_the_faults() -> None:
+    rows = [
+        row
+        for row in (ROOT / "docs" / "faults.md").read_text().splitlines()
+        if re.match(r"\| \d+\w? ", row)
+    ]
+    tables = zip(("A", "V", "T"), (11, 12, 12), strict=True)  # the third counts 8a to 8e
+    keys = [f"{letter}{i}" for letter, n in tables for i in range(1, n + 1)]
+    named: dict[str, set[str]] = {}
+    for key, row in zip(keys, rows, strict=False):
+        last = key if key[0] != "T" else f"T{min(int(key[1:]), 8)}"
+        found = re.findall(r"`([\w-]+)`", row.partition("**preflight**")[2])
+        named.setdefault(last, set()).update(found)
+    for mutation in MUTATIONS:
+        if mutation.fault:
+            assert mutation.fails[0] in named[mutation.fault], mutation.name
+    checks = {name for mutation in MUTATIONS for name in mutation.fails}
+    assert {name for found in named.values() for name in found} <= checks
+    page = (ROOT / "docs" / "preflight.md").read_text()
+    assert all(f"`{name}`" in page for name in checks)

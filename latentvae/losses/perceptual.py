@@ -168,13 +168,20 @@ def _freeze(model: nn.Module) -> None:
             module.register_buffer(name, value.detach().clone(), persistent=False)
 
 
-def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
+def known_distance(model: LPIPS) -> tuple[float, float]:
+    """How far apart the network puts a fixed pair of pictures, and how far its true weights do."""
+    pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
-        distance = PerceptualLoss(model)(*_known_pair()).item()
-    if not math.isclose(distance, _KNOWN_DISTANCE[net], rel_tol=1e-3):
+        distance = PerceptualLoss(model)(*pair).item()
+    return distance, _KNOWN_DISTANCE[model.pnet_type]
+
+
+def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
+    distance, expected = known_distance(model)
+    if not math.isclose(distance, expected, rel_tol=1e-3):
         raise UserError(
             f"'{path}' fits, but does not hold the ImageNet weights of the {net} trunk: a test "
-            f"pair lies {distance:.4f} apart instead of {_KNOWN_DISTANCE[net]:.4f}"
+            f"pair lies {distance:.4f} apart instead of {expected:.4f}"
         )
 
 

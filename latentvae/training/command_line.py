@@ -48,15 +48,23 @@ NAMES_ELSEWHERE = {
     "latent_channels": "z_channels",
 }
 
+PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
+
 
 def config_from_arguments(
-    arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
+    arguments: Sequence[str],
+    *,
+    description: str,
+    default_config: str = "kl_small",
+    also: Sequence[str] = (),
 ) -> TrainConfig:
     """The run that the command line asks for.
 
     Args:
         description: of the script, for its help.
         default_config: the preset without `--config`.
+        also: options that the command has beside these and has read already; a wrong one may have
+            been meant for one of them.
 
     Raises:
         UserError: an unknown flag, or a value that is not allowed.
@@ -66,13 +74,15 @@ def config_from_arguments(
     preset = load_preset(_config_flag(arguments) or default_config)
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
-    _check_flags(arguments, preset)
+    _check_flags(arguments, preset, also=also)
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
     return parse(dataclasses.asdict(flags), source="command line")
 
 
-def _check_flags(arguments: Sequence[str], preset: TrainConfig) -> None:
+def _check_flags(
+    arguments: Sequence[str], preset: TrainConfig, *, also: Sequence[str] = ()
+) -> None:
     """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
     here."""
     names = [name for name in flat(preset) if name not in CHOSEN_BY_PRESET]
@@ -93,7 +103,7 @@ def _check_flags(arguments: Sequence[str], preset: TrainConfig) -> None:
                 f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
                 f"have it: {', '.join(presets)}"
             )
-    check_names(arguments, names)
+    check_names(arguments, [*names, *also])
 
 
 def _kinds(name: str) -> str:
@@ -165,15 +175,24 @@ def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
     """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n, 1 if the run failed or all is done but the upload to the Hub."""
+    after signal n, 1 if the run failed or all is done but the upload to the Hub.
+
+    With `--preflight` the run is only checked (`training.preflight`): 0 if all holds, else 1.
+    """
     from latentvae.data import UnreadableImage
     from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
+    from latentvae.training.preflight import preflight
 
     try:
         config = config_from_arguments(
-            arguments, description=description, default_config=default_config
+            [argument for argument in arguments if argument != PREFLIGHT],
+            description=description,
+            default_config=default_config,
+            also=[PREFLIGHT.removeprefix("--")],
         )
+        if PREFLIGHT in arguments:
+            raise SystemExit(preflight(config))
         export = train(config)
     except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)

@@ -68,7 +68,7 @@ class Updates:
     def make(self, batches: Iterator[Batch]) -> Made:
         """One update of the model and, once it has started, of the critic. All ranks call it."""
         run, progress, made = self.run, self.progress, Made()
-        self._set_learning_rates()
+        self.set_learning_rates()
         adversary = self.adversary()
         micro_steps = run.config.run.gradient_accumulation_steps
         for i in range(micro_steps):
@@ -206,7 +206,8 @@ class Updates:
                     stack.enter_context(self.run.accelerator.no_sync(self.run.critic_prepared))
             yield
 
-    def _set_learning_rates(self) -> None:
+    def set_learning_rates(self) -> None:
+        """Those of the next update."""
         config = self.run.config
         for optimizer, peak in (
             (self.run.optimizer, config.optimizer.learning_rate),

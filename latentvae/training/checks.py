@@ -1,0 +1,67 @@
+"""What `preflight` and `verify-resume` find: one line per check, with the remedy where it failed,
+the same as JSON, and the exit code."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentvae.errors import UserError, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that must hold.
+
+    Attributes:
+        name: what is checked, such as `weights`; unique in a report.
+        passed: whether it holds.
+        value: what was found: a number, a text, or a list or dict of these.
+        expected: what had to be found, in words.
+        advice: what to do where it fails.
+    """
+
+    name: str
+    passed: bool
+    value: Any
+    expected: str
+    advice: str
+
+    def __str__(self) -> str:
+        mark = "ok    " if self.passed else "FAILED"
+        value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
+        line = f"{mark} {self.name}: {value} (expected: {self.expected})"
+        return printable(line if self.passed else f"{line}; {self.advice}")
+
+
+def check_json_file(path: Path | None) -> None:
+    """Refuse, before any work, a path that no report can be written to."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"json '{path}' is a folder; give a file, such as {path / 'checks.json'}")
+    if not path.parent.is_dir():
+        raise UserError(f"json '{path}' is to be written to a folder that is not there; make it")
+
+
+def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
+    """Print how many checks hold and write the report; returns the exit code, 0 or 1."""
+    assert checks and len({check.name for check in checks}) == len(checks)
+    failed = [check.name for check in checks if not check.passed]
+    if json_file is not None:
+        rows = [asdict(check) | {"value": _finite(check.value)} for check in checks]
+        json_file.write_text(json.dumps({"checks": rows}, indent=1, allow_nan=False) + "\n")
+    held = len(checks) - len(failed)
+    print(f"{held} of {len(checks)} checks hold" + (f"; {', '.join(failed)} failed" * bool(failed)))
+    return 1 if failed else 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
