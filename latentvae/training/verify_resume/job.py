@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from latentvae.errors import UserError
 from latentvae.training.checkpoint import (
-    PREFIX,
     checkpoints,
+    half_written,
     load_checkpoint,
     newest_usable,
     update_of,
@@ -158,14 +158,14 @@ class Job:
 
     def _leftovers(self) -> Check:
         folder = self.work / "killed"
-        found = [path.name for path in folder.glob(f"{PREFIX}*.tmp-*")]
+        found = [path.name for path in half_written(folder)]
         for path in checkpoints(folder):
             try:
                 load_checkpoint(path)
             except UserError:
                 found.append(path.name)
         return Check(
-            name="half-written checkpoints",
+            name="half-written folders",
             passed=not found,
             value=", ".join(found) or "none",
             expected="none after the last launch",
