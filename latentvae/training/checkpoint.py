@@ -55,7 +55,9 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     temporary.rename(final)
     _fsync(run)
     for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
+        old.rename(doomed)  # or a kill would leave half a checkpoint under its name
+        shutil.rmtree(doomed)
     return final
 
 

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 from latentvae.training import checkpoint
-from latentvae.training.checkpoint import half_written, newest_usable, update_of
+from latentvae.training.checkpoint import (
+    checkpoints,
+    half_written,
+    load_checkpoint,
+    newest_usable,
+    update_of,
+)
 from latentvae.training.loop import train
 from latentvae.training.verify_resume.compare import compare, what_is_left
 from tests.training.small import small_config
@@ -96,9 +102,15 @@ def assert_same(straight: Path, resumed: Path, *, update: int) -> None:
     wrong = [check for check in compare(left, right) if not check.passed]
     assert not wrong, "\n".join(map(str, wrong))
     assert not half_written(resumed)
-    assert sorted(path.name for path in straight.iterdir()) == sorted(
-        path.name for path in resumed.iterdir()
+    # A kill between the last save and the deletion of the checkpoint before leaves that one, whole.
+    kept = checkpoints(resumed)
+    assert len(kept) <= len(checkpoints(straight)) + 1
+    assert newest_usable(resumed) == (kept[-1], []) and all(map(load_checkpoint, kept))
+    left, right = (
+        {path.name for path in run.iterdir()} - {path.name for path in kept}
+        for run in (straight, resumed)
     )
+    assert left == right
 
 
 @dataclass
