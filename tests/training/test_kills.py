@@ -34,6 +34,7 @@ from tests.training.small import small_config
 SIGKILLED = -9
 
 
+@pytest.mark.timeout(1800)  # minutes on an idle core, and as many times more as others use it
 @pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_kills_change_nothing(tmp_path: Path, kills: int) -> None:
     seconds = straight_run(tmp_path / "straight")
@@ -89,6 +90,7 @@ def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, ke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_training_killed_at_every_point_of_a_save_ends_as_if_it_had_not_been(
     tmp_path: Path, keep: int
