@@ -1,5 +1,6 @@
 """`latentvae`: the commands beside the training scripts."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -323,6 +324,8 @@ class VerifyResume:
         """`flags` are those of the training scripts."""
         from latentvae.training.verify_resume import verify_resume
 
+        # Its launches have sessions of their own; ended by an exception, it takes them along.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))
         raise SystemExit(verify_resume(config, **options))

@@ -34,8 +34,10 @@ class Snapshot:
 
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
     """Write ``checkpoint-<update>`` into the folder ``run``, then delete all but the newest
-    ``keep``."""
+    ``keep``. None is written over: a kill between deleting one and renaming another would leave
+    neither."""
     final = run / f"{PREFIX}{update}"
+    assert not final.exists(), f"{final} is there already"  # a resume sets such ones aside
     temporary = run / f"{PREFIX}{update}.tmp-{os.getpid()}"
     temporary.mkdir(parents=True)
     for name, tensors in snapshot.tensors.items():
@@ -50,12 +52,12 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     follow_umask(temporary)
     for path in (*temporary.iterdir(), temporary):
         _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
     temporary.rename(final)
     _fsync(run)
     for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
+        old.rename(doomed)  # or a kill would leave half a checkpoint under its name
+        shutil.rmtree(doomed)
     return final
 
 
@@ -106,9 +108,15 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
+def half_written(run: Path) -> list[Path]:
+    """What killed saves and exports left behind."""
+    patterns = (f"{PREFIX}*.tmp-*", ".export.writing-*", ".export.replaced-*")
+    return [path for pattern in patterns for path in sorted(run.glob(pattern))]
+
+
 def sweep_temporary(run: Path) -> None:
-    """Delete what a killed save left behind."""
-    for path in run.glob(f"{PREFIX}*.tmp-*"):
+    """Delete what killed saves and exports left behind."""
+    for path in half_written(run):
         shutil.rmtree(path)
 
 

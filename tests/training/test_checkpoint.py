@@ -76,6 +76,20 @@ def test_a_half_written_one_is_never_read_and_swept_away(tmp_path: Path) -> None
     assert not half.exists()
 
 
+def test_a_killed_export_is_swept_away_too(tmp_path: Path) -> None:
+    for name in (".export.writing-12", ".export.replaced-12", "export"):
+        (tmp_path / name).mkdir()
+    sweep_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_no_checkpoint_is_written_over(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, snapshot(1.0), update=1, keep=1)
+    with pytest.raises(AssertionError, match="is there already"):
+        save_checkpoint(tmp_path, snapshot(2.0), update=1, keep=1)
+    assert torch.equal(load_checkpoint(folder).tensors["model"]["w"], torch.full((3, 2), 1.0))
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, snapshot(), update=1, keep=1)
 

@@ -84,7 +84,7 @@ def verify_resume(
     if work_dir is None and code == 0:
         shutil.rmtree(work)
     else:
-        print(f"both runs and all that they printed are in {work}")
+        print(f"both runs, and all that they printed, stay in {work}")
     return code
 
 
@@ -105,7 +105,7 @@ def _plan(job: Job, *, kills: int) -> str:
     return (
         f"verify-resume: {run.max_train_steps} updates of {run.gradient_accumulation_steps} "
         f"micro-steps, checkpoints every {run.checkpointing_steps}, processes: {job.processes} "
-        f"({device}); once straight and once with {kills} kills"
+        f"({device}); once straight and once with {kills} kills, in {job.work}"
     )
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from latentvae.training.verify_resume.launch import Launch, Pace
 
+AFTER_LAST = "what follows the last update"
+TRAINING_SHARE = 0.5  # of the time after the last update; the launcher takes the rest to end
+
 
 @dataclass(frozen=True, order=True)
 class Kill:
@@ -48,7 +51,8 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
             return done >= update and launch.saving()
         return done >= update - 1
 
-    seconds = pace.save if kill.save else pace.update if update <= updates else pace.tail
+    tail = TRAINING_SHARE * pace.tail
+    seconds = pace.save if kill.save else pace.update if update <= updates else tail
     if not launch.wait_for(lambda: launch.updates() is not None):
         return ""
     family = launch.family()  # looking takes longer than the save of a small network
@@ -61,4 +65,4 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
     done = launch.updates() or 0
     if launch.saving():
         return f"the save of update {done}"
-    return f"update {done + 1}" if done < updates else "what follows the last update"
+    return f"update {done + 1}" if done < updates else AFTER_LAST
