@@ -103,5 +103,11 @@ class Theirs(GradientQuantizer):
         )
 
     @torch.no_grad()
-    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+    def initialise(
+        self,
+        features: Tensor,
+        *,
+        generator: torch.Generator,
+        batch_vectors: int | None = None,
+    ) -> None:
         self.module(features[None])  # in training mode its first call is k-means

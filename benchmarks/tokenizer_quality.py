@@ -7,11 +7,11 @@ place. Equal are the initial weights of encoder and decoder, the images and thei
 objective (L2 and 0.1 LPIPS-alex, no critic), optimiser and schedule, the features that k-means
 starts from, decay, straight-through gradient and the loss weights. As the packages define it remain
 
-- dead codes: below 2% of the mean use, by an average of three uses (ours) or of decay 0.8 (theirs);
+- dead codes: below 2% of the mean use, by an average of two uses (ours) or of decay 0.8 (theirs);
 - the learned codebook: theirs has one weight for commitment and codebook, so ours has it for both;
 - cosine: theirs has moving averages only, so ours has them too;
 - residual levels: theirs passes the decoder's gradient to the features once per level, ours once;
-- LFQ: ours takes the batch entropy in groups of 9 bits, theirs over all codes.
+- averages start with the counts of k-means, which ours scales to those of an update.
 
 Each arm makes `--updates`, or as many as fit into `--minutes` by its own speed, measured in turns;
 seconds are those of the CPU, which other work on the machine hardly changes.
@@ -121,13 +121,13 @@ class Training:
         }
         torch.manual_seed(seed)
         self.net = build_discrete(**shape)
+        vectors = options.batch_size * (options.resolution // PRESET.model.f) ** 2
         if arm == "theirs":
-            vectors = options.batch_size * (options.resolution // PRESET.model.f) ** 2
             module = kind.theirs(DEAD * vectors / self.net.quantize.num_codes)
             self.net.quantize = Theirs(module, self.net.quantize)
         self.wrapper = DiscreteTrainingWrapper(self.net).train()
         if "num_codes" in kind.ours:
-            _initialise(self.net, images, seed=seed)
+            _initialise(self.net, images, seed=seed, batch_vectors=vectors)
         self.images, self.batch_size = images, options.batch_size
         self.order = _order(len(images), seed=seed)
         self.config = _schedule(updates)
@@ -165,7 +165,7 @@ class Training:
 
 
 @torch.no_grad()
-def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int) -> None:
+def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int, batch_vectors: int) -> None:
     """Start the codes at what the untrained encoder gives."""
     wanted, vectors = START_VECTORS * net.quantize.num_codes, []
     for part in images.split(16):
@@ -173,7 +173,9 @@ def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int) -> None:
         if sum(map(len, vectors)) >= wanted:
             break
     generator = torch.Generator().manual_seed(seed)
-    net.quantize.initialise(torch.cat(vectors)[:wanted], generator=generator)
+    net.quantize.initialise(
+        torch.cat(vectors)[:wanted], generator=generator, batch_vectors=batch_vectors
+    )
 
 
 def _order(count: int, *, seed: int) -> Iterator[int]:

@@ -44,8 +44,9 @@ class Autoencoder:
     """A network in eval mode, with frozen weights, behind calls that take pictures.
 
     Images of any size are padded at the right and at the bottom to a multiple of f (FLUX.2: 2 f;
-    reflected, or replicated where too small) and cropped back. What comes back as a tensor is an
-    ordinary one: a generator can be trained on it.
+    reflected, or replicated where too small) and cropped back; a tokenizer refuses those with a
+    side below f, whose tokens would be of padding. What comes back as a tensor is an ordinary one:
+    a generator can be trained on it.
 
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in.
@@ -62,6 +63,7 @@ class Autoencoder:
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
         num_codes: K of a tokenizer, or None.
+        smallest_side: of an image, in pixels: f of a tokenizer, else 1.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Autoencoder:
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
         self.image_channels: int = calls.image_channels(net)
         self.num_codes = calls.num_codes(net)
+        self.smallest_side = 1 if self.num_codes is None else self.f
         self.normalization = normalization.read_normalization(net)
 
     @property
@@ -215,6 +218,9 @@ class Autoencoder:
         if self.fixed_size is not None and set(images.shape[2:]) != {self.fixed_size}:
             only, given = self.fixed_size, f"{images.shape[2]} x {images.shape[3]}"
             raise UserError(f"'{self.name}' makes {only} x {only} images alone, not {given}")
+        if min(images.shape[2:]) < self.smallest_side:
+            given = f"{images.shape[2]} x {images.shape[3]} pixels"
+            raise UserError(f"images of {given} are smaller than f = {self.f} of '{self.name}'")
         multiple = self.f * self.normalization.fold
         return pad_to_multiple(images.to(self.net.device), multiple).to(self.net.dtype)
 

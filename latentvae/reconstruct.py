@@ -107,6 +107,9 @@ def reconstruct(
     for path, picture in tqdm(targets, desc=model.name, unit="image", leave=False):
         try:
             image = _shrink(read_image(path, pixels=pixels), max_side)
+            if min(image.size) < model.smallest_side:
+                given = f"{image.size[0]} x {image.size[1]} pixels"
+                raise UnreadableImage(str(path), f"{given} are smaller than f = {model.f}")
         except UnreadableImage as error:
             unreadable.append((str(path), error.reason))
             continue

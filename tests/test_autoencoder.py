@@ -395,6 +395,16 @@ def test_tokens_are_the_nearest_codes_and_decode_as_the_latents_do() -> None:
         Autoencoder(AutoencoderTiny(**TINY), name="tiny").encode_tokens(images)
 
 
+@pytest.mark.parametrize("size", [(3, 40), (40, 3), (1, 1)])
+def test_a_tokenizer_refuses_images_smaller_than_f(size: tuple[int, int]) -> None:
+    model = Autoencoder(VQModel(**VQ), name="vq")
+    assert model.encode_tokens(tensor(model.f, model.f)).shape == (1, 1, 1)
+    said = f"images of {size[0]} x {size[1]} pixels are smaller than f = {model.f} of 'vq'"
+    for call in (model.encode, model.encode_tokens, model.encode_posterior, model.reconstruct):
+        with pytest.raises(UserError, match=said):
+            call(tensor(*size))
+
+
 @torch.no_grad()
 def test_posterior_is_that_of_the_network(model: Autoencoder, net: AutoencoderKL) -> None:
     images = tensor(16, 16)

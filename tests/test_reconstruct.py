@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
@@ -70,6 +70,21 @@ def test_pictures_and_table_agree(model: Autoencoder, photos: Path, tmp_path: Pa
     assert "bad.jpg" in screen
     assert "mean of 3" in screen
     assert "1 unreadable skipped" in screen
+
+
+def test_a_picture_smaller_than_f_of_a_tokenizer_is_told_and_left_out(
+    photos: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 5,
+        "up_block_types": ("UpDecoderBlock2D",) * 5,
+    }
+    net = VQModel(block_out_channels=(4,) * 5, norm_num_groups=4, num_vq_embeddings=8, **blocks)
+    result = reconstruct(Autoencoder(net, name="vq"), [photos], out=tmp_path / "out")
+    assert set(rows(tmp_path / "out")) == {"a.png", "a-2.png"}
+    reasons = {Path(path).name: reason for path, reason in result.unreadable}
+    assert reasons["small.png"] == "9 x 8 pixels are smaller than f = 16"
 
 
 def test_files_and_a_model_folder(model: Autoencoder, photos: Path, tmp_path: Path) -> None:

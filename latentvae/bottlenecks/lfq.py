@@ -26,6 +26,9 @@ from latentvae.errors import UserError
 
 MAX_BITS = 62  # indices are int64
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
+# In the logarithm of the batch entropy a smaller share counts as this, about as in MAGVIT-v2, or
+# codes that nothing is near would pull at the few tokens between two codes with all the gradient.
+SMALLEST_SHARE = 1e-5
 
 
 class LookupFreeQuantizer(GradientQuantizer):
@@ -56,7 +59,7 @@ class LookupFreeQuantizer(GradientQuantizer):
         num_bits: int = 18,
         spherical: bool = False,
         entropy_temperature: float | None = None,
-        group_bits: int = 9,
+        group_bits: int = 12,
     ) -> None:
         super().__init__()
         if entropy_temperature is None:
@@ -123,7 +126,7 @@ def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
     p = low.t() @ high / len(logits)  # (2^middle, 2^(g - middle))
     if over_ranks:
         p = straight_through(p, all_reduce_mean(p))
-    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
+    return -(p * p.clamp(min=SMALLEST_SHARE).log()).sum()
 
 
 def _joint(logits: Tensor) -> Tensor:

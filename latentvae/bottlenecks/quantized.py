@@ -55,9 +55,20 @@ class Quantizer(Protocol):
         """`z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), exactly as quantising gives it."""
         ...
 
-    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+    def initialise(
+        self,
+        features: Tensor,
+        *,
+        generator: torch.Generator,
+        batch_vectors: int | None = None,
+    ) -> None:
         """Set the codebook from features (N, C) before training (k-means); a no-op where none is
-        learned so. The same on every rank for the same features and generator."""
+        learned so. The same on every rank for the same features and generator.
+
+        Args:
+            batch_vectors: vectors of an update on all ranks, at whose size moving averages start;
+                None: N.
+        """
         ...
 
     def update(
@@ -82,7 +93,13 @@ class GradientQuantizer(nn.Module):
 
     num_levels = 1
 
-    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+    def initialise(
+        self,
+        features: Tensor,
+        *,
+        generator: torch.Generator,
+        batch_vectors: int | None = None,
+    ) -> None:
         """Nothing to set."""
 
     def update(

@@ -92,17 +92,25 @@ class ResidualQuantizer(nn.Module):
         return torch.stack([level.codes(level_indices) for level, level_indices in levels]).sum(0)
 
     @torch.no_grad()
-    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
+    def initialise(
+        self,
+        features: Tensor,
+        *,
+        generator: torch.Generator,
+        batch_vectors: int | None = None,
+    ) -> None:
         """k-means of features (N, D) and of what is left over, level by level; a shared codebook
         first of the features, then of those with all that this leaves over."""
         features = features.detach().float()
+        size = batch_vectors or len(features)
         if self.shared_codebook:
-            self.levels[0].initialise(features, generator=generator)
+            level, size = self.levels[0], self.num_levels * size
+            level.initialise(features, generator=generator, batch_vectors=size)
             joined = torch.cat(list(self._residuals(features)))
-            self.levels[0].initialise(joined, generator=generator)
+            level.initialise(joined, generator=generator, batch_vectors=size)
             return
         for level in self.levels:
-            level.initialise(features, generator=generator)
+            level.initialise(features, generator=generator, batch_vectors=size)
             features = _left_over(features, level)
 
     @torch.no_grad()

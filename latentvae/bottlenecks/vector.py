@@ -24,7 +24,7 @@ from latentvae.errors import UserError, nearest
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
-USES = 3.0  # that the average is over, for a code of mean use
+USES = 2.0  # that the average is over, for a code of mean use
 SMALLEST_NORM = 1e-6  # a shorter vector has no direction
 
 
@@ -134,10 +134,18 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2).contiguous()
 
     @torch.no_grad()
-    def initialise(self, features: Tensor, *, generator: torch.Generator) -> None:
-        """k-means of features (N, D); on the sphere where codes lie there."""
+    def initialise(
+        self,
+        features: Tensor,
+        *,
+        generator: torch.Generator,
+        batch_vectors: int | None = None,
+    ) -> None:
+        """k-means of features (N, D); on the sphere where codes lie there. Moving averages start at
+        the sums and counts of its clusters; a cluster that is empty, at 0."""
         if self.kmeans_iterations == 0:
             return
+        counts = sums = torch.zeros(())
         vectors = self._place(features.detach().float())
         places = torch.randperm(len(vectors), generator=generator)
         places = places[torch.arange(self.num_codes) % len(vectors)]
@@ -149,7 +157,11 @@ class VectorQuantizer(nn.Module):
             centres = self._place(sums / counts.clamp(min=1)[:, None])
             source, empty = _draw(vectors, counts == 0, generator=generator)
             centres = torch.where(empty[:, None], source, centres)
-        self._set(centres, torch.ones_like(self.usage, dtype=torch.bool), size=1.0)
+        self._set(centres, torch.ones_like(self.usage, dtype=torch.bool), size=0.0)
+        if self.ema_decay is not None:  # they are then of the size of an update's
+            share = (batch_vectors or len(vectors)) / len(vectors)
+            self.cluster_size.copy_(counts * share)
+            self.embed_sum.copy_(sums * share)
 
     @torch.no_grad()
     def update(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # diffusers and transformers register their outputs there
 
-from latentvae.models.calls import decode, encode
+from latentvae.models.calls import decode, encode, num_codes, tokenize
 
 FLOAT16_MAX = 65504.0
 MARGIN = 4.0  # the largest activation stays this far below the maximum: other images go higher
@@ -32,6 +32,8 @@ MIN_PSNR = 40.0  # dB, float16 against float32
 # dB that bfloat16 may take from the PSNR against the originals. Its error adds to the network's
 # own, so their ratio counts, not a distance to float32: 0.1 dB is 2 % of the error (a network of
 # 29 dB then stays 45 dB from its float32 reconstructions), the last digit of published tables.
+# So it is for float16 where a tokenizer takes another code: the picture moves by the distance of
+# two codes, far from float32's and as near to the original.
 MAX_COST = 0.1
 
 LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # beside the names of modules
@@ -51,6 +53,7 @@ class HalfPrecision:
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order they ran (a block
             comes after its parts), and of the latents and the reconstruction.
+        flipped: share of a tokenizer's indices that differ; None where there are no indices.
     """
 
     max_activation: float
@@ -58,13 +61,16 @@ class HalfPrecision:
     psnr_cost: float = math.nan
     dtype: torch.dtype = torch.float16
     layers: dict[str, float] = field(default_factory=dict)
+    flipped: float | None = None
 
     @property
     def safe(self) -> bool:
         """Whether pipelines may run it so; for float16 `force_upcast` is the opposite."""
+        as_good = self.psnr_cost <= MAX_COST
         if self.dtype == torch.bfloat16:
-            return self.psnr_cost <= MAX_COST
-        return self.max_activation * MARGIN <= FLOAT16_MAX and self.psnr >= MIN_PSNR
+            return as_good
+        close = self.psnr >= MIN_PSNR if self.flipped is None else as_good
+        return self.max_activation * MARGIN <= FLOAT16_MAX and close
 
     @property
     def largest_layer(self) -> str:
@@ -73,6 +79,9 @@ class HalfPrecision:
 
     def __str__(self) -> str:
         close = "not finite" if math.isnan(self.psnr) else f"{self.psnr:.1f} dB from float32's"
+        if self.flipped and not math.isnan(self.psnr):
+            cost = f"{self.psnr_cost:.2f} dB worse against the images"
+            close += f", for {self.flipped:.2%} of the indices differ: {cost}"
         return f"largest activation {self.max_activation:.4g}, reconstruction {close}"
 
 
@@ -103,15 +112,16 @@ def check_precisions(
     copied = copy.deepcopy(net).eval()  # the only one: large networks must fit
     peaks: dict[str, Tensor] = {}
     with _after_every_module(copied, partial(_record, peaks)):
-        exact = [_reconstruct(copied, batch, partial(_record, peaks)) for batch in batches]
+        exact, indices = _reconstruct(copied, batches, partial(_record, peaks))
     if not all(recon.isfinite().all() for recon in exact):
         raise ValueError("the network's float32 reconstructions are not finite")
     layers = {name: peak.item() for name, peak in peaks.items()}
     results = []
     for dtype in dtypes:
-        rounded = _reconstruct_rounded(copied, net, batches, dtype)
+        rounded, found = _reconstruct_rounded(copied, net, batches, dtype)
         psnr, cost = _psnr(exact, rounded), _psnr_cost(batches, exact, rounded)
-        results.append(HalfPrecision(max(layers.values()), psnr, cost, dtype, layers))
+        flipped = _share_of_different(indices, found)
+        results.append(HalfPrecision(max(layers.values()), psnr, cost, dtype, layers, flipped))
     return results
 
 
@@ -126,7 +136,7 @@ def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
 
 def _reconstruct_rounded(
     copied: Any, net: Any, batches: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """With the weights of `net`, rounded, in `copied`."""
     weights = chain(copied.parameters(), copied.buffers())
     originals = chain(net.parameters(), net.buffers())
@@ -137,13 +147,20 @@ def _reconstruct_rounded(
         return pytree.tree_map_only(Tensor, lambda values: _rounded(values, dtype), output)
 
     with _after_every_module(copied, hook):
-        return [_reconstruct(copied, _rounded(batch, dtype), hook) for batch in batches]
+        return _reconstruct(copied, [_rounded(batch, dtype) for batch in batches], hook)
 
 
-def _reconstruct(net: Any, images: Tensor, hook: Hook) -> Tensor:
-    """What is computed outside of modules also passes `hook`."""
-    z = hook(LATENTS, encode(net, images))
-    return hook(RECONSTRUCTION, decode(net, z))
+def _reconstruct(
+    net: Any, batches: Sequence[Tensor], hook: Hook
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Images, and a tokenizer's indices. What is computed outside of modules also passes `hook`."""
+    recons, indices = [], []
+    for images in batches:
+        z = hook(LATENTS, encode(net, images))
+        recons.append(hook(RECONSTRUCTION, decode(net, z)))
+        if num_codes(net) is not None:
+            indices.append(tokenize(net, z))
+    return recons, indices
 
 
 @contextmanager
@@ -163,6 +180,13 @@ def _after_every_module(net: Any, hook: Hook) -> Iterator[None]:
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype) if values.is_floating_point() else values
+
+
+def _share_of_different(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float | None:
+    if not ours:
+        return None
+    different = sum(int((a != b).sum()) for a, b in zip(ours, theirs, strict=True))
+    return different / sum(a.numel() for a in ours)
 
 
 def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:

@@ -161,6 +161,10 @@ class _Run:
             raise UserError(
                 f"'{model.name}' makes {only} x {only} images alone: measure with resolution {only}"
             )
+        if self.plan.resolution is not None and self.plan.resolution < model.smallest_side:
+            raise UserError(
+                f"resolution {self.plan.resolution} is smaller than f = {model.f} of '{model.name}'"
+            )
 
     def _measure(self, progress: Progress) -> None:
         """Every picture that is not through yet. The state is saved between pictures alone."""

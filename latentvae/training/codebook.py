@@ -87,13 +87,20 @@ class CodebookUpdate:
 
 @torch.no_grad()
 def initialise_codebook(
-    net: Any, source: ImageSource, transform: EvalTransform, *, seed: int
+    net: Any,
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    images_per_update: int,
+    seed: int,
 ) -> None:
     """Start the codes at what the untrained encoder gives for the first training images."""
     wanted = START_VECTORS * net.quantize.num_codes
     vectors: list[Tensor] = []
+    vectors_per_image = 0
     for images in _batches(source, transform):
         features = net.encode(images.to(net.device)).latents
+        vectors_per_image = features[0, 0].numel()
         vectors.append(features.movedim(1, -1).flatten(0, -2))
         if sum(map(len, vectors)) >= wanted:
             break
@@ -105,7 +112,11 @@ def initialise_codebook(
             f"k-means has {len(found):,} vectors for {net.quantize.num_codes:,} codes: some codes "
             "start alike, and are idle until they restart (restart_threshold)"
         )
-    net.quantize.initialise(found, generator=generator_for(Stream.CODEBOOK, seed, 0))
+    net.quantize.initialise(
+        found,
+        generator=generator_for(Stream.CODEBOOK, seed, 0),
+        batch_vectors=images_per_update * vectors_per_image,
+    )
 
 
 def _batches(source: ImageSource, transform: EvalTransform) -> Iterator[Tensor]:

@@ -384,6 +384,12 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"learn_logvar and likelihood {model.likelihood} exclude each other"
                 )
+            if model.likelihood and self.objective.rec_loss != ObjectiveConfig().rec_loss:
+                raise ValueError(
+                    f"rec_loss {self.objective.rec_loss} has no meaning with likelihood "
+                    f"{model.likelihood}, which takes its place; leave it at "
+                    f"{ObjectiveConfig().rec_loss}"
+                )
         without = f"has no meaning for the architecture {kind}"
         for name in () if model.has_kl else ("kl_warmup_steps", "free_bits", "kl_capacity"):
             if value := getattr(self.objective, name):

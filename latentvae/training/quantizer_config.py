@@ -64,6 +64,17 @@ class _Entropy(_Commitment):
         default=None, description="Of the soft assignments; by default 0.01 (of BSQ 1)."
     )
 
+    @model_validator(mode="after")
+    def _check_entropy(self) -> "_Entropy":
+        for name in ("entropy_temperature", "batch_entropy_gamma"):
+            value = getattr(self, name)
+            if not self.entropy_weight and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {value:g} has no meaning while entropy_weight is 0; give that too, "
+                    "such as 0.1"
+                )
+        return self
+
     def weights(self) -> dict[str, float]:
         batch = {"batch_entropy": -self.entropy_weight * self.batch_entropy_gamma}
         return super().weights() | batch
@@ -95,6 +106,16 @@ class _Codebook(_Commitment):
     kmeans_iterations: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Start the codes by k-means on training images; 0: at random."
     )
+
+    @model_validator(mode="after")
+    def _check_codebook(self) -> "_Codebook":
+        default = type(self).model_fields["codebook_weight"].default
+        if self.codebook_decay is not None and self.codebook_weight != default:
+            raise ValueError(
+                f"codebook_weight {self.codebook_weight:g} has no meaning with codebook_decay "
+                f"{self.codebook_decay:g}: codes that are moving averages have no loss"
+            )
+        return self
 
 
 class VectorConfig(_Codebook, _Entropy):

@@ -96,10 +96,12 @@ class Run:
 
     @property
     def images_per_update(self) -> int:
-        run = self.config.run
-        return (
-            run.train_batch_size * run.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        return _images_per_update(self.config, self.accelerator)
+
+
+def _images_per_update(config: TrainConfig, accelerator: Accelerator) -> int:
+    run = config.run
+    return run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
 
 
 def check_paths(config: TrainConfig) -> Path:
@@ -270,7 +272,13 @@ def build_run(
         net.to(accelerator.device)
         if is_main():
             source = data[1] if isinstance(data[0], ImageStream) else data[0]
-            initialise_codebook(net, source, eval_transform(config), seed=config.run.seed)
+            initialise_codebook(
+                net,
+                source,
+                eval_transform(config),
+                images_per_update=_images_per_update(config, accelerator),
+                seed=config.run.seed,
+            )
         send_from_main(net.quantize.state_dict().values())  # DDP would leave buffers alone
     critic, lecam, options = None, None, config.critic
     if options.disc_scale > 0:

@@ -68,7 +68,7 @@ def test_ours_and_theirs_are_the_same_at_the_same_codes(script: ModuleType, name
     residual levels, which pass the decoder's once per level)."""
     torch.manual_seed(0)
     kind = script.KINDS[name]
-    ours = build_quantizer(**kind.ours | ({"group_bits": 10} if name == "lfq" else {}))
+    ours = build_quantizer(**kind.ours)
     theirs = script.Theirs(kind.theirs(0.0), ours)
     features = torch.randn(2, ours.in_channels, 4, 4)
     if "num_codes" in kind.ours:

@@ -100,8 +100,7 @@ def test_groups_add_the_entropies_of_their_marginals_a_bound_from_above() -> Non
 
 @pytest.mark.parametrize("spherical", [False, True])
 def test_values_and_gradients_are_those_of_vector_quantize_pytorch(spherical: bool) -> None:
-    """Its first channel is the highest bit; of p below 1e-5, of which there is none here, it takes
-    another logarithm."""
+    """Its first channel is the highest bit."""
     torch.manual_seed(0)
     ours = LookupFreeQuantizer(num_bits=4, spherical=spherical, entropy_temperature=2.0)
     theirs = LFQ(dim=4, codebook_size=16, commitment_loss_weight=1.0, spherical=spherical)
@@ -124,6 +123,22 @@ def test_values_and_gradients_are_those_of_vector_quantize_pytorch(spherical: bo
         (grad,) = torch.autograd.grad(value, features, retain_graph=True)
         (grad_expected,) = torch.autograd.grad(expected, features, retain_graph=True)
         torch.testing.assert_close(grad, grad_expected, rtol=1e-4, atol=1e-6)
+
+
+def test_codes_that_nothing_is_near_pull_as_much_as_in_vector_quantize_pytorch() -> None:
+    """At the usual temperature and 10 bits most codes have shares below 1e-5."""
+    torch.manual_seed(0)
+    ours, theirs = LookupFreeQuantizer(num_bits=10), LFQ(dim=10)
+    features = (0.05 * torch.randn(1, 10, 5, 5)).requires_grad_()
+    p = probabilities(features, all_codes(ours), temperature=0.01).mean(0)
+    assert 0.5 < (p < 1e-5).double().mean() < 1.0
+    _, parts = theirs(features.flip(1), return_loss_breakdown=True)
+    value, expected = ours(features).losses["batch_entropy"], parts.batch_entropy
+    torch.testing.assert_close(value, expected)
+    (grad,) = torch.autograd.grad(value, features)
+    (grad_expected,) = torch.autograd.grad(expected, features)
+    torch.testing.assert_close(grad, grad_expected, rtol=1e-4, atol=1e-4)
+    assert grad_expected.abs().max() > 1
 
 
 def test_the_gradient_passes_as_it_is_or_along_the_sphere() -> None:
@@ -199,7 +214,7 @@ def test_a_quarter_million_codes_take_little_memory() -> None:
         sum(quantiser(features).losses.values()).backward()
     assert features.grad is not None
     assert allocated.total < 20e6
-    assert allocated.largest <= 1024 * 32  # tokens times half a group
+    assert allocated.largest <= 1024 * 64  # tokens times half a group
 
 
 def test_two_ranks_are_one_with_the_joined_batch(monkeypatch: pytest.MonkeyPatch) -> None:

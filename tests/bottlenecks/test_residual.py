@@ -133,6 +133,23 @@ def test_k_means_leaves_less_over_at_each_level(shared_codebook: bool) -> None:
     assert errors[-1] < 0.2 * errors[0]
 
 
+@pytest.mark.parametrize("shared_codebook", [True, False])
+def test_averages_start_at_the_size_of_an_update(shared_codebook: bool) -> None:
+    quantiser = ResidualQuantizer(
+        num_levels=3,
+        num_codes=8,
+        code_channels=4,
+        shared_codebook=shared_codebook,
+        ema_decay=0.9,
+    )
+    features = torch.randn(4, 4, 8, 8)
+    quantiser.initialise(flat(features), generator=seeded(), batch_vectors=32)
+    statistics = quantiser(features[:1, :, :4]).statistics  # 32 vectors
+    for place, book in enumerate(quantiser.codebooks):
+        counts = statistics["counts"] if shared_codebook else statistics["counts"][place]
+        torch.testing.assert_close(book.cluster_size.sum(), counts.sum())
+
+
 def test_autocast_changes_nothing() -> None:
     quantiser, features = build(), torch.randn(2, 4, 3, 3).bfloat16()
     expected = quantiser(features.float())

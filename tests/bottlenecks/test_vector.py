@@ -160,8 +160,8 @@ def test_equals_vector_quantize_pytorch(cosine: bool) -> None:
         torch.testing.assert_close(ours.codebook, theirs.codebook)
 
 
-@pytest.mark.parametrize(("vectors", "decay"), [(16, math.exp(-1 / 3)), (0, math.exp(-1 / 48))])
-def test_use_is_averaged_over_three_uses_or_a_hundred_updates(vectors: int, decay: float) -> None:
+@pytest.mark.parametrize(("vectors", "decay"), [(16, math.exp(-1 / 2)), (0, math.exp(-1 / 32))])
+def test_use_is_averaged_over_two_uses_or_a_hundred_updates(vectors: int, decay: float) -> None:
     quantiser = build(restart_threshold=0.01)
     counts = torch.zeros(16)
     counts[3] = vectors
@@ -186,7 +186,7 @@ def test_dead_codes_restart_at_features(ema_decay: float | None) -> None:
         vectors = flat(features)
         restarted = quantiser.update(out.statistics, features=vectors, generator=seeded())
         updates += 1
-    assert updates == 7  # the first with exp(-n 18 / 48) < 0.1
+    assert updates == 5  # the first with exp(-n 18 / 32) < 0.1
     assert restarted == 12
     places = (quantiser.codebook[4:, None] == vectors).all(2).nonzero()
     assert len(places) == 12 and len(places[:, 1].unique()) == 12  # none twice
@@ -246,6 +246,42 @@ def test_k_means_fills_empty_clusters_and_is_the_same_again() -> None:
     before = untouched.codebook.detach().clone()
     untouched.initialise(vectors, generator=seeded())
     assert torch.equal(untouched.codebook, before)
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+@pytest.mark.parametrize("batch_vectors", [None, 64])
+def test_averages_start_at_the_sums_and_counts_of_the_clusters(
+    l2_normalize: bool, batch_vectors: int | None
+) -> None:
+    vectors = torch.randn(320, 4)
+    quantiser = VectorQuantizer(
+        num_codes=16,
+        code_channels=4,
+        ema_decay=0.9,
+        l2_normalize=l2_normalize,
+        kmeans_iterations=100,  # by then no vector changes its cluster
+    )
+    quantiser.initialise(vectors, generator=seeded(), batch_vectors=batch_vectors)
+    scaled = F.normalize(vectors, dim=1) if l2_normalize else vectors
+    chosen = F.one_hot(exact(scaled, quantiser.codebook), 16).double()
+    share = 1.0 if batch_vectors is None else 0.2
+    torch.testing.assert_close(quantiser.cluster_size, share * chosen.sum(0).float())
+    torch.testing.assert_close(quantiser.embed_sum, share * (chosen.t() @ scaled.double()).float())
+    means = quantiser.embed_sum / quantiser.cluster_size[:, None]
+    expected = F.normalize(means, dim=1) if l2_normalize else means
+    torch.testing.assert_close(quantiser.codebook, expected)
+
+
+def test_an_empty_cluster_has_no_vectors_to_its_name() -> None:
+    vectors = torch.eye(4).repeat(5, 1)
+    quantiser = VectorQuantizer(num_codes=6, code_channels=4, ema_decay=0.9)
+    quantiser.initialise(vectors, generator=seeded())
+    assert quantiser.cluster_size.sum() == 20 and (quantiser.cluster_size == 0).sum() == 2
+    assert (quantiser.embed_sum[quantiser.cluster_size == 0] == 0).all()
+    before = quantiser.codebook.clone()
+    nothing = {"counts": torch.zeros(6), "sums": torch.zeros(6, 4)}
+    quantiser.update(nothing, features=vectors, generator=seeded())
+    torch.testing.assert_close(quantiser.codebook, before)
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**20])

@@ -134,7 +134,7 @@ class Bias(nn.Module):
         super().__init__()
         self.value, self.structure = nn.Parameter(torch.tensor(value)), structure
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, _quantised: None = None) -> Any:
         return self.structure(x + self.value)
 
 
@@ -213,6 +213,45 @@ def test_a_tokenizer(images) -> None:
     result = check_half_precision(net, images)
     assert result.layers["reconstruction"] == expected
     assert result.psnr > 30
+    assert result.flipped is not None and result.flipped < 0.1
+
+
+@pytest.fixture
+def two_codes() -> Any:
+    """A tokenizer of pixels: its codes are the greys 0.25 and 0.75."""
+    net: Any = VQModel(
+        norm_num_groups=4, block_out_channels=(8,), latent_channels=3, num_vq_embeddings=2
+    )
+    net.encoder = net.quant_conv = net.post_quant_conv = nn.Identity()
+    net.decoder = Bias(0.0, lambda x: x)
+    with torch.no_grad():
+        net.quantize.embedding.weight.copy_(torch.tensor([[0.25], [0.75]]).expand(2, 3))
+    return net.eval()
+
+
+def test_other_codes_that_are_as_good_are_safe(two_codes) -> None:
+    """Both are 0.25 away from a grey of 0.5001, which float16 takes for 0.5."""
+    images = torch.full((1, 3, 8, 8), 0.5001)
+    images[..., :2] = 0.3
+    result = check_half_precision(two_codes, images)
+    assert result.flipped == 0.75
+    assert result.psnr == pytest.approx(10 * math.log10(4 / (0.75 * 0.5**2)))
+    assert result.psnr_cost == 0.0 and result.safe
+    said = "for 75.00% of the indices differ: 0.00 dB worse against the images"
+    assert str(result).endswith(said)
+
+
+def test_other_codes_that_are_worse_are_not_safe(two_codes) -> None:
+    two_codes.decoder = Bias(-0.25, lambda x: x)  # that of 0.75 gives 0.5
+    result = check_half_precision(two_codes, torch.full((1, 3, 8, 8), 0.5001))
+    assert result.flipped == 1.0
+    assert result.psnr_cost > 40 and not result.safe
+
+
+def test_codes_that_stay_are_safe(two_codes) -> None:
+    result = check_half_precision(two_codes, torch.full((1, 3, 8, 8), 0.3))
+    assert (result.flipped, result.psnr, result.safe) == (0.0, math.inf, True)
+    assert str(result).endswith("reconstruction inf dB from float32's")
 
 
 @pytest.mark.parametrize(
@@ -221,6 +260,15 @@ def test_a_tokenizer(images) -> None:
 )
 def test_limits(max_activation: float, psnr: float, safe: bool) -> None:
     assert HalfPrecision(max_activation, psnr).safe is safe
+
+
+@pytest.mark.parametrize(
+    ("max_activation", "cost", "safe"),
+    [(16376.0, 0.1, True), (16377.0, 0.0, False), (10.0, 0.11, False), (10.0, math.nan, False)],
+)
+def test_limits_of_tokenizers(max_activation: float, cost: float, safe: bool) -> None:
+    assert HalfPrecision(max_activation, 15.0, cost, flipped=0.5).safe is safe
+    assert not HalfPrecision(max_activation, 15.0, cost).safe
 
 
 @pytest.mark.parametrize(("cost", "safe"), [(0.1, True), (0.11, False), (math.nan, False)])

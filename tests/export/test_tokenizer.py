@@ -251,6 +251,8 @@ def test_images_smaller_than_f_and_foreign_indices_are_refused(tmp_path: Path) -
     for low, high in ((-1, 0), (0, 1024)):
         with pytest.raises(UserError, match=rf"in 0..1023, not {low}..{high}"):
             net.decode_indices(torch.tensor([[[low, high]]]))
-    export(net, tmp_path / "export")  # whose calls take pictures of any size
+    export(net, tmp_path / "export")
     model = latentvae.load(tmp_path / "export")
-    assert model.encode_tokens(torch.zeros(1, 3, 3, 40)).shape == (1, 1, 10)
+    with pytest.raises(UserError, match="images of 3 x 40 pixels are smaller than f = 4"):
+        model.encode_tokens(torch.zeros(1, 3, 3, 40))
+    assert model.encode_tokens(torch.zeros(1, 3, 4, 41)).shape == (1, 1, 11)

@@ -275,6 +275,13 @@ def test_a_model_of_one_size_needs_that_resolution(run: Any) -> None:
     assert run(model, plan=replace(METRICS, resolution=32)).data["num_images"] == len(PHOTOS)
 
 
+def test_a_resolution_below_f_of_a_tokenizer_is_refused(run: Any) -> None:
+    model = pixels()
+    model.smallest_side = model.f
+    with pytest.raises(UserError, match=f"resolution 1 is smaller than f = {model.f} of"):
+        run(model, plan=replace(METRICS, resolution=1))
+
+
 def test_the_report_fits_its_schema(run: Any, tmp_path: Path) -> None:
     run(pixels(), plan=SMALL)
     written = json.loads((tmp_path / "report" / "report.json").read_text())

@@ -34,7 +34,7 @@ def test_micro_steps_are_one_batch() -> None:
 
 def test_what_is_known_of_a_dead_code_goes_with_it() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(num_codes=4, code_channels=2, restart_threshold=0.5)
+    quantizer = VectorQuantizer(num_codes=4, code_channels=2, restart_threshold=0.3)
     with torch.no_grad():
         quantizer.weight.copy_(torch.tensor([[1.0, 0], [0, 1.0], [9.0, 9.0], [8.0, 8.0]]))
         quantizer.usage.copy_(torch.tensor([1.0, 1.0, 0.1, 0.1]))

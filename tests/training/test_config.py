@@ -189,6 +189,27 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
             "vq_small --kl_scale 1",
             "kl_scale 1 has no meaning for the architecture vq (vq), which has",
         ),
+        (
+            "vq_small --entropy_temperature 0.1",
+            "entropy_temperature 0.1 has no meaning while entropy_weight is 0; give that too",
+        ),
+        (
+            "lfq_f16 --entropy_weight 0 --batch_entropy_gamma 2",
+            "batch_entropy_gamma 2 has no meaning while entropy_weight is 0",
+        ),
+        (
+            "vq_small --codebook_decay 0.9 --codebook_weight 0.5",
+            "codebook_weight 0.5 has no meaning with codebook_decay 0.9",
+        ),
+        (
+            "rq_f16 --codebook_weight 0",
+            "codebook_weight 0 has no meaning with codebook_decay 0.99",
+        ),
+        (
+            "dvae_f8 --rec_loss l2",
+            "rec_loss l2 has no meaning with likelihood logit_laplace, which takes its place; "
+            "leave it at l1",
+        ),
         ("fsq_f8 --lookup_from_codebook", "no search of the nearest code in a list"),
         ("kl_f8 --lookup_from_codebook", "which has no codes"),
         (
@@ -201,6 +222,20 @@ def test_wrong_options_of_tokenizers(arguments: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         config_from_arguments(["--config", *arguments.split()], description="")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "vq_small --entropy_weight 0.1 --entropy_temperature 0.1 --batch_entropy_gamma 2",
+        "vq_small --batch_entropy_gamma 1 --codebook_decay 0.9 --codebook_weight 1",
+        "vq_small --codebook_weight 0.5",
+        "dvae_f8 --rec_loss l1",
+        "vq_small --likelihood logit_laplace --rec_loss l1",
+    ],
+)
+def test_options_that_have_a_meaning_or_their_defaults_are_taken(arguments: str) -> None:
+    config_from_arguments(["--config", *arguments.split()], description="")
 
 
 def test_names_of_other_trainers_are_none_of_ours() -> None:
