@@ -252,7 +252,11 @@ def load(
         UserError: no such folder, not an autoencoder of images, or damaged weights.
     """
     net = load_network(path, dtype=dtype, family=family)
-    return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)), path=str(path))
+    try:
+        return Autoencoder(net.to(device or "cpu"), name=_name(Path(path)), path=str(path))
+    # UserError is a ValueError; the others are numbers in the config that are none.
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"'{path}' cannot be used: {error}") from error
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

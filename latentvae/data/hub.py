@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsspec import available_protocols
+
 from latentvae.data.folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # importing datasets takes a second, which only those who use
     from datasets import Features
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+PLACES = ("", "file", "https", "http", "hf", "zip")  # of the files that cells name
+KINDS_OF_FSSPEC = frozenset(available_protocols())  # in a chain they may stand alone
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
 
 
@@ -237,13 +241,31 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         raise UnreadableImage(name, "the row has no image")
     if cell["bytes"] is not None:
         return cell["bytes"]
-    if os.path.exists(cell["path"]) and not os.path.isfile(cell["path"]):
-        raise UnreadableImage(name, NOT_A_FILE)  # a pipe, say, which would be waited for
+    _check_place(cell["path"], name)
     try:
         with fsspec.open(cell["path"], "rb") as file:  # may lie on the Hub, when streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # of the file system's client
         raise UnreadableImage(name, _first_line(error)) from error
+
+
+def _check_place(path: str, name: str) -> None:
+    """A cell may name a file of this machine, the web or the Hub, alone or in a zip file; other
+    file systems of fsspec start programs, log in elsewhere or fill in templates.
+
+    Raises:
+        UnreadableImage: it names something else, or a pipe, say, which would be waited for.
+    """
+    if "\0" in path:
+        raise UnreadableImage(name, "its path has a null byte")
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise UnreadableImage(name, NOT_A_FILE)
+        return
+    for link in path.split("::"):
+        kind = link.partition("://")[0] if "://" in link else ""
+        if kind not in PLACES or (not kind and link in KINDS_OF_FSSPEC):
+            raise UnreadableImage(name, f"paths of {kind or link} are not read from tables")
 
 
 def _holds_files(kind: Any) -> bool:
