@@ -143,6 +143,7 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 
     path = Path(spec.name).expanduser()
     options: dict[str, Any] = {"cache_dir": spec.cache_dir, "streaming": streaming}
+    _check_files(path)
     try:
         if path.is_dir() and any((path / name).exists() for name in SAVED):
             found = load_from_disk(str(path))
@@ -165,6 +166,13 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
         )
     split = spec.split if spec.split in found else next(iter(found))
     return found[split], str(split)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a pipe or a device in a folder of tables, which would be waited for."""
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"'{file}' is not a regular file")
 
 
 def local_files(spec: DatasetSpec, split: str) -> set[Path]:

@@ -51,9 +51,10 @@ class Place:
         text: whether it is JSON or YAML.
         flip: whether a flipped bit in its middle is noticed. Weights and texts hold no checksum of
             their own.
-        lost: what a file that is not there, or not to be read, does: it is refused, or the reader
-            starts from nothing, as of a cache or a log.
-        empty: the same of an empty file.
+        optional: whether the reader starts from nothing where there is no file.
+        lenient: whether it passes over whatever it cannot read, as of a cache or a log.
+        may_read: kinds of wrong bytes that are still a file of this kind.
+        made_good: whether `make` makes a file that is read.
     """
 
     make: Callable[[Path], object]
@@ -61,8 +62,9 @@ class Place:
     read: Callable[[Path], object]
     text: Literal["json", "yaml", ""] = ""
     flip: Literal["noticed", "unnoticed"] = "unnoticed"
-    lost: Literal["refused", "passed over"] = "refused"
-    empty: Literal["refused", "read"] = "refused"
+    optional: bool = False
+    lenient: bool = False
+    may_read: frozenset[str] = frozenset()
     made_good: bool = True
 
 
@@ -252,27 +254,28 @@ def _images() -> dict[str, Place]:
             name,
             _image_of(name),
             flip="noticed" if name in flips else "unnoticed",
+            may_read=frozenset({"cut at 99 %"}),  # the end mark alone
         )
         for name in names
     }
 
 
 PLACES: dict[str, Place] = {
-    "preset": Place(_preset, "my.yaml", lambda f: load_preset(str(f / "my.yaml")), "yaml"),
+    "preset": Place(_preset, "my.yaml", lambda f: load_preset(str(f / "my.yaml")), "yaml",
+        may_read=frozenset({"empty", "cut at 50 %", "cut at 99 %"})),
     "config of a run": Place(_run, "config.yaml", lambda f: read_config(f / "config.yaml"), "yaml"),
     "base of a run": Place(
         lambda f: Base("base", kl(), "ab").write(f),
         "base.json",
         lambda f: read_base(f, "kl"),
         "json",
-        lost="passed over",
+        optional=True,
     ),
     "log of a run": Place(
         _log,
         "log.jsonl",
         lambda f: read_rows(f / "log.jsonl"),
-        lost="passed over",
-        empty="read",
+        lenient=True,
     ),
     "checkpoint manifest": Place(
         _checkpoint, "checkpoint-2/manifest.json", _checkpoint_of, "json", flip="noticed"
@@ -316,16 +319,16 @@ PLACES: dict[str, Place] = {
     "shard": Place(_shards, "shards/shard-00000.safetensors", _shards_of, flip="noticed"),
     "shard table": Place(_shards, "shards/shard-00000.parquet", _shards_of, flip="noticed"),
     "record of decoding": Place(
-        _decoded, "out/decoded.json", _decoded_of, "json", lost="passed over"
+        _decoded, "out/decoded.json", _decoded_of, "json", optional=True
     ),
     "report": Place(_report, "a/report.json", lambda f: compare([f / "a", f / "b"]), "json"),
     "state of an evaluation": Place(
-        _progress, ".progress/state.json", _progress_of, "json", lost="passed over"
+        _progress, ".progress/state.json", _progress_of, "json", optional=True
     ),
     "sums of an evaluation": Place(_progress, ".progress/1.npz", _progress_of, flip="noticed"),
-    "tar": Place(_tar, "x.tar", _tar_of),
+    "tar": Place(_tar, "x.tar", _tar_of, may_read=frozenset({"cut at 50 %", "cut at 99 %"})),
     "tar index": Place(
-        _indexed, ".x.tar.index.npz", _tar_of, lost="passed over", empty="read"
+        _indexed, ".x.tar.index.npz", _tar_of, lenient=True
     ),
     "parquet": Place(_table, "x.parquet", lambda f: _rows(f / "x.parquet")),
     "saved data set": Place(_arrow, "saved/data-00000-of-00001.arrow", lambda f: _rows(f / "saved")),
