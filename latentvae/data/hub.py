@@ -17,7 +17,7 @@ from latentvae.data.folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.data.sizes import read_size
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, check_no_password, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
     from datasets import Features
@@ -45,6 +45,9 @@ class DatasetSpec:
     split: str = "train"
     image_column: str | None = None
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_no_password(self.name)
 
 
 class HubImages:

@@ -208,7 +208,9 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise UserError(f"'{path}' is not the manifest of shards of latentvae") from error
     if manifest.num_items != sum(shard.items for shard in manifest.shards):
-        raise UserError(f"'{path}' is damaged: its shards do not hold its {manifest.num_items} items")
+        raise UserError(
+            f"'{path}' is damaged: its shards do not hold its {manifest.num_items} items"
+        )
     return manifest
 
 

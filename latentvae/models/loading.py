@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, check_no_password, nearest
 from latentvae.models.discrete import DiscreteAutoencoder
 from latentvae.models.single_file import Family, load_single_file
 
@@ -36,6 +36,7 @@ def load_network(
     Raises:
         UserError: no such folder, not an autoencoder, or damaged weights.
     """
+    check_no_password(str(path))
     if Path(path).is_file() and not (Path(path).parent / "config.json").is_file():
         single: Any = load_single_file(Path(path), family=family)
         return single.to(dtype or torch.float32)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latentvae.errors import UserError
+from latentvae.export.card import markdown_text
 from latentvae.report.names import unique_names
 from latentvae.report.protocol import INCIDENTAL
 from latentvae.report.schema import Mean, ModelReport, Report
@@ -87,7 +88,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
 def markdown(table: Table) -> str:
     """The table for a model card, numbers to the right."""
     headings = [str(column.header) for column in table.columns]
-    cells = [[str(cell).replace("|", "\\|") for cell in column.cells] for column in table.columns]
+    cells = [[markdown_text(str(cell)) for cell in column.cells] for column in table.columns]
     rule = ["---", *["---:"] * (len(headings) - 1)]
     lines = [headings, rule, *zip(*cells, strict=True)]
     note = [f"{table.title}", ""] if table.title else []

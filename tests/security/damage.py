@@ -58,14 +58,12 @@ YAML: dict[str, bytes] = {
     "NaN": b".nan",
     "digits": b"model: " + b"9" * 10_000,
     "a date that is none": b"model: 2001-99-99",
-    "apply": f"model: !!python/object/apply:builtins.exec ['import os; open(os.environ[\"{RAN}\"], "
-    "\"w\")']".encode(),
+    "apply": f'model: !!python/object/apply:builtins.exec [\'import os; open(os.environ["{RAN}"], '
+    '"w")\']'.encode(),
     "new": b"model: !!python/object/new:os.system ['true']",
     "name": b"model: !!python/name:os.system",
     "laughs": b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
-    + b"".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n".encode() for n in range(1, 9)
-    )
+    + b"".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n".encode() for n in range(1, 9))
     + b"model: *a8",
     "itself": b"model: &a [*a]",
     "list as a key": b"? [1]\n: 2",

@@ -80,7 +80,9 @@ def _png() -> bytes:
 
 
 def _preset(folder: Path) -> None:
-    (folder / "my.yaml").write_text("run: {seed: 3}\nmodel: {block_out_channels: [8, 8, 16], norm_num_groups: 4}\n")
+    (folder / "my.yaml").write_text(
+        "run: {seed: 3}\nmodel: {block_out_channels: [8, 8, 16], norm_num_groups: 4}\n"
+    )
 
 
 def _run(folder: Path) -> None:
@@ -261,8 +263,13 @@ def _images() -> dict[str, Place]:
 
 
 PLACES: dict[str, Place] = {
-    "preset": Place(_preset, "my.yaml", lambda f: load_preset(str(f / "my.yaml")), "yaml",
-        may_read=frozenset({"empty", "cut at 50 %", "cut at 99 %"})),
+    "preset": Place(
+        _preset,
+        "my.yaml",
+        lambda f: load_preset(str(f / "my.yaml")),
+        "yaml",
+        may_read=frozenset({"empty", "cut at 50 %", "cut at 99 %"}),
+    ),
     "config of a run": Place(_run, "config.yaml", lambda f: read_config(f / "config.yaml"), "yaml"),
     "base of a run": Place(
         lambda f: Base("base", kl(), "ab").write(f),
@@ -318,21 +325,21 @@ PLACES: dict[str, Place] = {
     "shard manifest": Place(_shards, "shards/manifest.json", _shards_of, "json"),
     "shard": Place(_shards, "shards/shard-00000.safetensors", _shards_of, flip="noticed"),
     "shard table": Place(_shards, "shards/shard-00000.parquet", _shards_of, flip="noticed"),
-    "record of decoding": Place(
-        _decoded, "out/decoded.json", _decoded_of, "json", optional=True
-    ),
+    "record of decoding": Place(_decoded, "out/decoded.json", _decoded_of, "json", optional=True),
     "report": Place(_report, "a/report.json", lambda f: compare([f / "a", f / "b"]), "json"),
     "state of an evaluation": Place(
         _progress, ".progress/state.json", _progress_of, "json", optional=True
     ),
     "sums of an evaluation": Place(_progress, ".progress/1.npz", _progress_of, flip="noticed"),
     "tar": Place(_tar, "x.tar", _tar_of, may_read=frozenset({"cut at 50 %", "cut at 99 %"})),
-    "tar index": Place(
-        _indexed, ".x.tar.index.npz", _tar_of, lenient=True
-    ),
+    "tar index": Place(_indexed, ".x.tar.index.npz", _tar_of, lenient=True),
     "parquet": Place(_table, "x.parquet", lambda f: _rows(f / "x.parquet")),
-    "saved data set": Place(_arrow, "saved/data-00000-of-00001.arrow", lambda f: _rows(f / "saved")),
-    "saved data set's state": Place(_arrow, "saved/state.json", lambda f: _rows(f / "saved"), "json"),
+    "saved data set": Place(
+        _arrow, "saved/data-00000-of-00001.arrow", lambda f: _rows(f / "saved")
+    ),
+    "saved data set's state": Place(
+        _arrow, "saved/state.json", lambda f: _rows(f / "saved"), "json"
+    ),
     "saved data set's info": Place(
         _arrow, "saved/dataset_info.json", lambda f: _rows(f / "saved"), "json"
     ),

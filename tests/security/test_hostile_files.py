@@ -151,7 +151,16 @@ def test_a_cell_of_a_table_reaches_no_other_file_system(path: str) -> None:
 
 
 def test_names_in_shards_make_pictures_inside_the_folder() -> None:
-    given = ["../../x.png", "/etc/x", "a\0b.png", "n" * 5000, "n" * 5001, "a\n\x1b[31mb.png", "..", ""]
+    given = [
+        "../../x.png",
+        "/etc/x",
+        "a\0b.png",
+        "n" * 5000,
+        "n" * 5001,
+        "a\n\x1b[31mb.png",
+        "..",
+        "",
+    ]
     written = picture_names(given)
     assert len(set(written)) == len(given)
     for name in written:
