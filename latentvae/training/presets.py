@@ -77,7 +77,8 @@ def _sentence(fault: Any) -> str:
         hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
         return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
     if fault["type"] == "model_type":
-        return f"{where} is {_shown(fault['input'])}, but should be a section: options with their values"
+        given = _shown(fault["input"])
+        return f"{where} is {given}, but should be a section: options with their values"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     close = (

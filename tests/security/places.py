@@ -341,7 +341,11 @@ PLACES: dict[str, Place] = {
         _arrow, "saved/state.json", lambda f: _rows(f / "saved"), "json"
     ),
     "saved data set's info": Place(
-        _arrow, "saved/dataset_info.json", lambda f: _rows(f / "saved"), "json"
+        _arrow,
+        "saved/dataset_info.json",
+        lambda f: _rows(f / "saved"),
+        "json",
+        lenient=True,  # the arrow file says it too
     ),
 } | _images()
 

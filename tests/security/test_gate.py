@@ -1,5 +1,5 @@
-"""A gate for every source: nothing that a file holds is run. No pickle, no unsafe YAML, no code from
-strings or hubs, no unpacking of archives, no shell."""
+"""A gate for every source: nothing that a file holds is run. No pickle, no unsafe YAML, no code
+from strings or hubs, no unpacking of archives, no shell."""
 
 import ast
 import re
