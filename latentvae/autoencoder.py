@@ -314,8 +314,15 @@ def load(
     if optimize is not None:
         check_mode(optimize)  # before the weights are read
     net = load_network(path, dtype=dtype, family=family)
-    net, name = net.to(device or "cpu"), _name(Path(path))
-    return Autoencoder(net, name=name, path=str(path), optimize=optimize, strips=strips)
+    name = _name(Path(path))
+    try:
+        return Autoencoder(
+            net.to(device or "cpu"), name=name, path=str(path), optimize=optimize, strips=strips
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:  # numbers in the config that are none
+        raise UserError(f"'{path}' cannot be used: {error}") from error
 
 
 def _check_strips(net: Any, name: str, optimize: str | None) -> None:

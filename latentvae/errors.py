@@ -2,8 +2,10 @@
 choice."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
+_WITH_PASSWORD = re.compile(r"(\w://)[^/\s@]*:[^/\s@]*@")
 _IN_A_WORKER = "Original Traceback (most recent call last):"
 
 
@@ -13,7 +15,7 @@ class UserError(ValueError):
     def __init__(self, sentence: str = "") -> None:
         if _IN_A_WORKER in sentence:  # DataLoader rebuilds a worker's exception from its traceback
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
-        super().__init__(printable(sentence))
+        super().__init__(printable(_WITH_PASSWORD.sub(r"\1***@", sentence)))
 
 
 class RunError(RuntimeError):
@@ -31,6 +33,19 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def check_no_password(value: str) -> None:
+    """Refuse an address such as `https://name:password@host`, which logs and cards would repeat.
+
+    Raises:
+        UserError: without the password.
+    """
+    if _WITH_PASSWORD.search(value):
+        raise UserError(
+            f"'{value}' holds a password, which would be written into files; leave it out, and log "
+            "in by `hf auth login` or the environment"
+        )
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

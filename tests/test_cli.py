@@ -145,7 +145,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["decode", "{}/photos", "--out", "{}/out"], "is no folder of shards"),
         (["compare", "{}/photos"], "two or more reports are compared, not 1"),
-        (["compare", "{}/photos", "{}/photo"], "cannot read the report"),
+        (["compare", "{}/photos", "{}/photo"], "cannot read '"),
     ],
 )
 def test_wrong_commands_and_paths_are_one_sentence(

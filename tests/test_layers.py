@@ -13,11 +13,12 @@ ROOT = PACKAGE.parent
 
 # What each part of the package may import of it. `latentvae` itself is the door: it names what it
 # offers, and loads it when first used.
-BASE = {"errors", "distributed", "outputs"}
+BASE = {"errors", "distributed", "outputs", "files"}
 ALLOWED = {
     "errors": set[str](),
     "distributed": set[str](),
     "outputs": set[str](),
+    "files": {"errors"},
     "bottlenecks": BASE,
     "likelihoods": BASE,
     "models": BASE | {"bottlenecks", "likelihoods"},

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from latentvae.caching.decode import decode_folder
 from latentvae.caching.encode import encode_folder
+from latentvae.errors import printable
 from latentvae.latents.shards import Manifest
 
 
@@ -20,7 +21,7 @@ def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
     if manifest is None:
         return  # another rank is not through; the last one speaks
     for name, reason in manifest.unreadable:
-        _say(f"left out {name}: {reason}", style="yellow")
+        _say(printable(f"left out {name}: {reason}"), style="yellow")
     _say(summary(manifest, out))
 
 

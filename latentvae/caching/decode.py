@@ -5,7 +5,10 @@ Rank r of W decodes the batches r, r + W, r + 2W...; a batch whose pictures are 
 over, so the same command again goes on where it was killed.
 """
 
+import hashlib
 import io
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -18,13 +21,15 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.caching.model import open_model
 from latentvae.data.folder import inner_name
 from latentvae.distributed import launched_rank
-from latentvae.errors import UserError
+from latentvae.errors import UserError, printable
+from latentvae.files import read_text
 from latentvae.latents.shard_dataset import ShardReader
 from latentvae.latents.shards import MANIFEST, sha256_of, write_file
 from latentvae.models.optimization import Optimize
 from latentvae.pictures import to_pil
 
 RECORD = "decoded.json"
+MAX_PART = 200  # bytes; what is written aside has a longer name
 
 
 class Decoded(BaseModel):
@@ -84,7 +89,7 @@ def decode_folder(
 
 def picture_names(names: Sequence[str]) -> list[str]:
     """A PNG's path for each item's name: never outside of the folder, never twice the same."""
-    inner = [inner_name(name.replace("\\", "/")) or "item" for name in names]
+    inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()
     for name, stem in zip(inner, stems, strict=True):
@@ -96,6 +101,21 @@ def picture_names(names: Sequence[str]) -> list[str]:
         taken.add(candidate)
         result.append(f"{candidate}.png")
     return result
+
+
+def _on_disk(name: str) -> str:
+    """A name whose parts every file system takes: no control characters, no part too long."""
+    plain = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
+    return "/".join(map(_short, plain.replace("\\", "_").split("/")))
+
+
+def _short(part: str) -> str:
+    """A file name holds 255 bytes; the end of a hash keeps those apart that begin alike."""
+    data = os.fsencode(part)
+    if len(data) <= MAX_PART:
+        return part
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: MAX_PART - 17].decode(errors='ignore')}-{digest}"
 
 
 def _fitting_model(
@@ -138,7 +158,7 @@ def _prepare(out: Path, reader: ShardReader, *, rank: int, mode: str) -> None:
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = Decoded.model_validate_json(path.read_text()) if path.exists() else None
+        found = Decoded.model_validate_json(read_text(path)) if path.exists() else None
     except OSError as error:
         raise UserError(f"cannot use the folder '{out}': {error.strerror}") from error
     except ValidationError as error:

@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsspec import available_protocols
+
 from latentvae.data.folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.data.sizes import read_size
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, check_no_password, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
     from datasets import Features
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+PLACES = ("", "file", "https", "http", "hf", "zip")  # of the files that cells name
+KINDS_OF_FSSPEC = frozenset(available_protocols())  # in a chain they may stand alone
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
 
 
@@ -41,6 +45,9 @@ class DatasetSpec:
     split: str = "train"
     image_column: str | None = None
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_no_password(self.name)
 
 
 class HubImages:
@@ -139,6 +146,7 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 
     path = Path(spec.name).expanduser()
     options: dict[str, Any] = {"cache_dir": spec.cache_dir, "streaming": streaming}
+    _check_files(path)
     try:
         if path.is_dir() and any((path / name).exists() for name in SAVED):
             found = load_from_disk(str(path))
@@ -161,6 +169,13 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
         )
     split = spec.split if spec.split in found else next(iter(found))
     return found[split], str(split)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a pipe or a device in a folder of tables, which would be waited for."""
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"'{file}' is not a regular file")
 
 
 def local_files(spec: DatasetSpec, split: str) -> set[Path]:
@@ -237,13 +252,31 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         raise UnreadableImage(name, "the row has no image")
     if cell["bytes"] is not None:
         return cell["bytes"]
-    if os.path.exists(cell["path"]) and not os.path.isfile(cell["path"]):
-        raise UnreadableImage(name, NOT_A_FILE)  # a pipe, say, which would be waited for
+    _check_place(cell["path"], name)
     try:
         with fsspec.open(cell["path"], "rb") as file:  # may lie on the Hub, when streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # of the file system's client
         raise UnreadableImage(name, _first_line(error)) from error
+
+
+def _check_place(path: str, name: str) -> None:
+    """A cell may name a file of this machine, the web or the Hub, alone or in a zip file; other
+    file systems of fsspec start programs, log in elsewhere or fill in templates.
+
+    Raises:
+        UnreadableImage: it names something else, or a pipe, say, which would be waited for.
+    """
+    if "\0" in path:
+        raise UnreadableImage(name, "its path has a null byte")
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise UnreadableImage(name, NOT_A_FILE)
+        return
+    for link in path.split("::"):
+        kind = link.partition("://")[0] if "://" in link else ""
+        if kind not in PLACES or (not kind and link in KINDS_OF_FSSPEC):
+            raise UnreadableImage(name, f"paths of {kind or link} are not read from tables")
 
 
 def _holds_files(kind: Any) -> bool:

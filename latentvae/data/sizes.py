@@ -2,13 +2,14 @@
 
 import io
 import os
+import stat
 import warnings
 from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
 from latentvae.data import deep_files
-from latentvae.data.reading import UnreadableImage, known_formats, reason_of
+from latentvae.data.reading import NOT_A_FILE, UnreadableImage, known_formats, reason_of
 
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap the sides
 
@@ -30,8 +31,12 @@ def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, i
                 return _size(io.BytesIO(source))
             if not isinstance(source, str | os.PathLike):
                 return _size(source)
+            if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for
+                raise UnreadableImage(name, NOT_A_FILE)
             with open(source, "rb") as file:
                 return _size(file)
+    except UnreadableImage:
+        raise
     except Exception as error:  # of as many types as in `read_image`
         reason = "not an image of a known format"
         if not isinstance(error, UnidentifiedImageError):

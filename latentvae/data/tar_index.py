@@ -140,8 +140,13 @@ def _content(index: ShardIndex, key: list[int]) -> bytes:
 
 def _load(place: Path, key: list[int]) -> ShardIndex | None:
     """The cached index, or None if it is not there, stale or damaged."""
+    if not place.is_file():  # opening a pipe would wait for a writer
+        return None
     try:
         with open(place, "rb") as file, np.load(file, allow_pickle=False) as found:
+            # Ours is not compressed; another's could fill the memory.
+            if any(entry.file_size > entry.compress_size for entry in found.zip.infolist()):
+                return None
             if found["key"].tolist() != key:
                 return None
             texts = found["texts"].tobytes().decode(errors="surrogateescape")
@@ -150,6 +155,8 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
     except Exception:  # zip, zlib and NumPy each raise their own; the shard itself is the truth
         return None
     if not offsets.shape == sizes.shape == (len(names),):
+        return None
+    if any(name != inner_name(name) for name in names):
         return None
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= key[1] - offsets)
     return ShardIndex(names, offsets, sizes, fault) if inside.all() else None

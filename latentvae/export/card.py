@@ -1,6 +1,7 @@
 """The model card (README.md) of an export, in the form that the Hugging Face Hub reads."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 import yaml
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import ModelCardData
+
+from latentvae.errors import printable
 
 TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compression")
 
@@ -102,7 +105,9 @@ def _title(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
     )
     if resolution := card.resolution or config.get("sample_size"):
         facts += f" at {resolution} pixels"
-    return "\n\n".join(part for part in (f"# {card.name}", card.description, f"{facts}.") if part)
+    return "\n\n".join(
+        part for part in (f"# {markdown_text(card.name)}", card.description, f"{facts}.") if part
+    )
 
 
 def _samples(card: ModelCard, folder: Path) -> str:
@@ -198,6 +203,11 @@ def public_value(value: Any) -> Any:
         return value
     local = Path(value).is_absolute() or str(value)[:1] in (".", "~") or os.path.exists(value)
     return Path(value).name if local else str(value)
+
+
+def markdown_text(text: str) -> str:
+    """A name as plain text in Markdown: no table cell, code, link or HTML begins in it."""
+    return re.sub(r"([\\`|<>\[\]])", r"\\\1", printable(text))
 
 
 def _number(value: float | str) -> str:

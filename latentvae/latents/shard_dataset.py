@@ -82,9 +82,11 @@ class ShardReader:
     def names(self) -> list[str]:
         """Of all items."""
         result: list[str] = []
-        for shard in range(len(self.manifest.shards)):
+        for shard, listed in enumerate(self.manifest.shards):
             data = self._slice(shard, "ids")[:].numpy().tobytes()
             ends = [0, *self._slice(shard, "id_ends")[:].tolist()]
+            if len(ends) != listed.items + 1 or ends[-1] != len(data) or ends != sorted(ends):
+                raise self._damaged(shard)
             result += [_text(data[start:end]) for start, end in pairwise(ends)]
         return result
 
@@ -95,7 +97,10 @@ class ShardReader:
             UserError: names the first item or shard that is not as it should be.
         """
         for shard, end in enumerate(self._ends):
-            rows = self._slice(shard, self.content.payload)[:]
+            rows = self._slice(shard, self.content.payload)
+            if not rows.get_shape():
+                raise self._damaged(shard)
+            rows = rows[:]
             if len(rows) != self.manifest.shards[shard].items:
                 raise self._damaged(shard)
             self._check(rows, shard, first=end - len(rows))

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentvae.errors import UserError
+from latentvae.files import read_text
 
 MANIFEST = "manifest.json"
 HEADER_KEY = "latentvae"  # one key alone: safetensors writes several in no fixed order
@@ -132,7 +133,7 @@ class ShardHeader(_Strict):
 class ShardFile(_Strict):
     """A shard in the manifest; `table_sha256` is that of its parquet file."""
 
-    items: int = Field(ge=0)
+    items: int = Field(ge=0, lt=2**48)
     sha256: str
     table_sha256: str | None = None
 
@@ -178,6 +179,8 @@ def shard_bytes(tensors: Mapping[str, Tensor], header: ShardHeader) -> bytes:
 
 def read_header(path: Path) -> ShardHeader | None:
     """The header of a whole shard; None if there is no such file, or it is cut short or another."""
+    if not path.is_file():  # opening a pipe would wait for a writer
+        return None
     try:
         with safe_open(path, "pt") as file:
             return ShardHeader.model_validate_json((file.metadata() or {}).get(HEADER_KEY, ""))
@@ -192,9 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no shards, an encoding that has not ended, or a manifest of something else.
     """
     path = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         found = len(list(folder.glob("shard-*.safetensors")))
         text = (
             f"'{folder}' has {found} shards but no {MANIFEST}: its encoding has not ended; the "
@@ -202,11 +203,17 @@ def read_manifest(folder: Path) -> Manifest:
             if found
             else f"'{folder}' is no folder of shards: it has no {MANIFEST}"
         )
-        raise UserError(text) from None
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(text)
+    text = read_text(path)
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
         raise UserError(f"'{path}' is not the manifest of shards of latentvae") from error
+    if manifest.num_items != sum(shard.items for shard in manifest.shards):
+        raise UserError(
+            f"'{path}' is damaged: its shards do not hold its {manifest.num_items} items"
+        )
+    return manifest
 
 
 def write_file(path: Path, data: bytes, *, owner: int) -> None:

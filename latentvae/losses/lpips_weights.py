@@ -16,6 +16,7 @@ from typing import Any, Literal
 import lpips
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentvae.errors import UserError, nearest
@@ -46,6 +47,7 @@ _UNREADABLE = (
     TypeError,
     AttributeError,
     pickle.UnpicklingError,
+    SafetensorError,
 )
 
 # The one callable a pickled array needs, under its names in NumPy 1 and 2; taken from an array
@@ -132,6 +134,8 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
         return {name: state[name].float() for name in names}
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's words tell how to run what it holds
+            reason = "it is damaged or holds more than tensors"
         raise UserError(
             f"'{path}' does not hold the weights of the {net} trunk ({reason})"
         ) from error

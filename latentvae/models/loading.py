@@ -5,18 +5,19 @@ net = load_network("stabilityai/stable-diffusion-xl-base-1.0/vae")  # owner/name
 net = load_network("sdxl_vae.safetensors", family="sdxl")
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
-from safetensors import SafetensorError
 
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, check_no_password, nearest
 from latentvae.models.discrete import DiscreteAutoencoder
 from latentvae.models.single_file import Family, load_single_file
 
+MAX_LAYERS = 1000  # of a block
 _INNER = ("export", "vae", "vqvae", "movq")  # where runs and pipelines keep their autoencoder
 
 
@@ -35,11 +36,14 @@ def load_network(
     Raises:
         UserError: no such folder, not an autoencoder, or damaged weights.
     """
+    check_no_password(str(path))
     if Path(path).is_file() and not (Path(path).parent / "config.json").is_file():
         single: Any = load_single_file(Path(path), family=family)
         return single.to(dtype or torch.float32)
     repository, subfolder = _locate(path)
-    cls = _class_of(_read_config(repository, subfolder), path)
+    config = _read_config(repository, subfolder)
+    cls = _class_of(config, path)
+    check_depth(config, f"{path}/config.json")
     try:
         net, loading = cls.from_pretrained(
             repository,
@@ -48,7 +52,8 @@ def load_network(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+    # Not a list of types: a config that is not its class's fails in whichever way the class has.
+    except Exception as error:
         raise UserError(f"cannot load the weights in '{path}': {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
@@ -94,7 +99,7 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
     try:
         config: Any = AutoencoderKL.load_config(repository, subfolder=subfolder)  # of any class
         return config
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         if Path(repository).is_dir():
             text = f"'{where}/config.json' is not the config of a diffusers model"
         else:
@@ -104,6 +109,14 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
                 f"{_first_line(error)}{_near(Path(where))}"
             )
         raise UserError(text) from error
+
+
+def check_depth(config: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a network that would take for ever to build: numbers of layers cost a file nothing."""
+    for name, value in config.items():
+        counts = value if isinstance(value, list | tuple) else [value]
+        if "layers" in name and any(isinstance(n, int) and n > MAX_LAYERS for n in counts):
+            raise UserError(f"'{path}' asks for {name} {value}; {MAX_LAYERS} is the most")
 
 
 def _class_of(config: dict[str, Any], path: str | Path) -> Any:

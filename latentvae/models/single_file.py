@@ -75,8 +75,9 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
             net.load_state_dict({name: value.float() for name, value in tensors.items()})
     except UserError:
         raise
-    except (RuntimeError, KeyError, ValueError) as error:  # tensors are missing or too many
-        reason = str(error).splitlines()[-1].strip()
+    # Tensors are missing, too many or of another shape.
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
     if config["latent_channels"] != _CHANNELS[family]:
         raise UserError(
@@ -136,6 +137,9 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
     if ("0", "0") not in found or "decoder.conv_in.weight" not in tensors:
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
+    layers = 1 + max(int(number) for level, number in found if level == "0")
+    if levels * layers > len(found):  # a number in a name is no reason to build so many
+        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
     if any(width % _GROUPS for width in widths):
         raise UserError(
@@ -149,7 +153,7 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "block_out_channels": widths,
-        "layers_per_block": 1 + max(int(number) for level, number in found if level == "0"),
+        "layers_per_block": layers,
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,

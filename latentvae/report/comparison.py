@@ -6,6 +6,7 @@ latentvae compare a/report.json b/report.json --markdown
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latentvae.errors import UserError
+from latentvae.export.card import markdown_text
 from latentvae.report.names import unique_names
 from latentvae.report.protocol import INCIDENTAL
 from latentvae.report.schema import Mean, ModelReport, Report
@@ -25,10 +27,18 @@ SHOWN = 80  # characters of a value that differs
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
     """Reports, or the folders they are in, by the names to show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
-    if len({file.resolve() for file in files}) < len(files):
+    if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice")
     places = [file.parent if file.name == "report.json" else file.with_suffix("") for file in files]
-    return dict(zip(unique_names(places), map(Report.read, files), strict=True))
+    return dict(zip(unique_names(places), map(_read, files), strict=True))
+
+
+def _read(file: Path) -> Report:
+    report = Report.read(file)
+    parts = [report.protocol.get(part, {}) for part in ("lpips", "distribution")]
+    if "num_images" not in report.data or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"'{file}' is no report of latentvae: its data or its protocol is damaged")
+    return report
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:
@@ -78,7 +88,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
 def markdown(table: Table) -> str:
     """The table for a model card, numbers to the right."""
     headings = [str(column.header) for column in table.columns]
-    cells = [[str(cell).replace("|", "\\|") for cell in column.cells] for column in table.columns]
+    cells = [[markdown_text(str(cell)) for cell in column.cells] for column in table.columns]
     rule = ["---", *["---:"] * (len(headings) - 1)]
     lines = [headings, rule, *zip(*cells, strict=True)]
     note = [f"{table.title}", ""] if table.title else []

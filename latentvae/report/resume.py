@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 
 from latentvae.errors import UserError
+from latentvae.files import read_json
 
 Arrays = dict[str, np.ndarray]
 
@@ -93,7 +93,10 @@ class Progress:
                 for key, array in self._arrays.items()
                 if key.startswith(prefix)
             }
-            part.load_state_dict(state)
+            try:
+                part.load_state_dict(state)
+            except Exception as error:  # of whatever the part makes of other arrays
+                raise self._damaged(error) from error
         self._arrays = {}
 
     def finish(self) -> None:
@@ -111,7 +114,7 @@ class Progress:
 
     def _read(self, out: Path) -> None:
         try:
-            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            state = read_json(self.folder / "state.json")
             if keys := _differing(state["task"], self.task):
                 raise UserError(
                     f"'{out}' holds an evaluation with another {', '.join(keys)}: "
@@ -123,16 +126,29 @@ class Progress:
             if "arrays" not in state:
                 return
             self._saves = int(Path(state["arrays"]).stem)
-            with np.load(self.folder / state["arrays"], allow_pickle=False) as arrays:
+            path = self.folder / f"{self._saves}.npz"
+            if not path.is_file():
+                raise ValueError(f"{path.name} is no file")
+            with np.load(path, allow_pickle=False) as arrays:
                 self._arrays = dict(arrays)
-            self.done, self.values = state["done"], state["values"]
+            self.done, self.values = int(state["done"]), dict(state["values"])
+            _check_rows(out / "per_image.csv", self.values.get("csv_bytes", 0))
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-            raise UserError(
-                f"the saved state in '{self.folder}' is damaged ({error}); start anew with "
-                "--overwrite"
-            ) from error
+        except Exception as error:  # zip, zlib and NumPy each raise their own
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        reason = str(error) or type(error).__name__
+        return UserError(
+            f"the saved state in '{self.folder}' is damaged ({reason}); start anew with --overwrite"
+        )
+
+
+def _check_rows(table: Path, size: int) -> None:
+    """Rows that the state knows of and the table has no longer would be zeros in the end."""
+    if size < 0 or (size and table.stat().st_size < size):
+        raise ValueError(f"{table.name} is shorter than it was")
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from latentvae.errors import UserError
+from latentvae.files import read_text
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -137,11 +138,10 @@ class Report(_Part):
     @classmethod
     def read(cls, path: Path) -> "Report":
         """Raises UserError where the file cannot be read or is no report of this version."""
+        text = read_text(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the report '{path}': {error.strerror}") from error
-        except (ValidationError, UnicodeDecodeError) as error:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
             lines = str(error).splitlines()
             reason = " ".join(line.strip() for line in lines[1:3]) or lines[0]
             raise UserError(f"'{path}' is no report of latentvae: {reason}") from error

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from latentvae.errors import UserError
+from latentvae.files import read_json
 from latentvae.models import ARCHITECTURES, adapt, latent_side, load_network
+from latentvae.models.loading import check_depth
 from latentvae.training.checkpoint import newest_usable
 from latentvae.training.config import TrainConfig
 from latentvae.training.model_config import VQModelConfig
@@ -21,6 +24,15 @@ from latentvae.training.presets import parse
 from latentvae.training.quantizer_config import shape_of
 
 BASE_NAME = "base.json"
+
+
+class _Saved(BaseModel):
+    """base.json."""
+
+    name: str
+    hub_id: str | None = None
+    encoder_sha256: str
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,14 +106,19 @@ def open_base(config: TrainConfig) -> Base | None:
 def read_base(folder: Path, architecture: str) -> Base | None:
     """What a run remembers of its base, with fresh weights; None where it started from nothing."""
     path = folder / BASE_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        net: Any = ARCHITECTURES[architecture].network.from_config(values["config"])
-        return Base(values["name"], net, values["encoder_sha256"], values.get("hub_id"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is not what a fine-tuning wrote: {error}") from error
+        saved = _Saved.model_validate(values)
+        check_depth(saved.config, path)
+        net: Any = ARCHITECTURES[architecture].network.from_config(saved.config)
+    # Not a list of types: a network's class raises what it likes about a config that is not its.
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[:3])
+        raise UserError(f"'{path}' is not what a fine-tuning wrote: {reason}") from error
+    return Base(saved.name, net, saved.encoder_sha256, saved.hub_id)
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:

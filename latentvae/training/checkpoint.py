@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentvae.errors import UserError
+from latentvae.files import read_json
 
 PREFIX = "checkpoint-"
 
@@ -70,13 +72,19 @@ def load_checkpoint(folder: Path) -> Snapshot:
     fault = _fault(folder)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be used: {fault}")
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    return Snapshot(tensors=tensors, values=json.loads((folder / "state.json").read_text()))
+    try:
+        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint '{folder}' cannot be used: {error}") from error
+    values = read_json(folder / "state.json")
+    if not isinstance(values, dict):
+        raise UserError(f"checkpoint '{folder}' cannot be used: state.json is damaged")
+    return Snapshot(tensors=tensors, values=values)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first (by update, not by name)."""
-    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in run.glob(f"{PREFIX}*") if _is_number(path.name[len(PREFIX) :])]
     return sorted(found, key=update_of)
 
 
@@ -160,16 +168,29 @@ def follow_umask(folder: Path) -> None:
 
 def _fault(folder: Path) -> str:
     """Why a checkpoint cannot be used, or an empty string."""
+    if not (folder / "manifest.json").exists():
+        return "manifest.json is missing"
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = read_json(folder / "manifest.json")["files"]
+        present = {path.name for path in folder.glob("*.safetensors")} | {"state.json"}
+        if not present <= files.keys():
+            return f"{min(present - files.keys())} is not in manifest.json"
         for name, expected in files.items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if Path(name).name != name or not (folder / name).is_file():
+                return f"{name} is no file of a checkpoint"
             if _fingerprint(folder / name) != expected:
                 return f"{name} is not what was saved (size or sha256 differs)"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
         return "manifest.json is damaged"
     return ""
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -143,11 +143,13 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last one that a kill cut short."""
+    """The rows of a log, without a last one that a kill cut short or others that are damaged."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("update"), int):
+                rows.append(row)
     return rows
 
 

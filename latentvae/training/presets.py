@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from latentvae.errors import UserError, nearest
+from latentvae.files import read_yaml
 from latentvae.training.config import TrainConfig, option_names
 from latentvae.training.model_config import MODELS
 from latentvae.training.quantizer_config import QUANTIZERS
@@ -38,12 +38,7 @@ def load_preset(name_or_path: str) -> TrainConfig:
             f"config '{name_or_path}' is neither a file nor a preset "
             f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
         )
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"config '{path}' is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(
             f"config '{path}' must hold sections ({', '.join(sections())}), not a "
@@ -82,7 +77,8 @@ def _sentence(fault: Any) -> str:
         hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
         return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
     if fault["type"] == "model_type":
-        return f"{where} is {fault['input']!r}, but should be a section: options with their values"
+        given = _shown(fault["input"])
+        return f"{where} is {given}, but should be a section: options with their values"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     close = (
@@ -92,6 +88,12 @@ def _sentence(fault: Any) -> str:
     )
     names = [part for part in loc if isinstance(part, str)]  # not places in a list
     return (
-        f"{names[-1] if names else where} is {fault['input']!r}, but "
+        f"{names[-1] if names else where} is {_shown(fault['input'])}, but "
         f"{fault['msg'].removeprefix('Input ')}{close}"
     )
+
+
+def _shown(value: Any) -> str:
+    """The beginning of what was given, which may be a whole file's text."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -97,4 +97,5 @@ def _delete_run(folder: Path) -> None:
     read_config(folder / CONFIG_NAME)
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            linked = path.is_symlink()  # what it points to is not the run's
+            shutil.rmtree(path) if path.is_dir() and not linked else path.unlink()

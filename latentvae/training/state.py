@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
+from latentvae.files import read_yaml
 from latentvae.training.checkpoint import Snapshot, load_optimizer_tensors, optimizer_tensors
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.presets import parse
@@ -181,10 +182,7 @@ def read_config(path: Path) -> TrainConfig:
     """
     if not path.is_file():
         raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not the configuration of a run: no valid YAML") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or not values.keys() >= set(TrainConfig.model_fields):
         raise UserError(f"'{path}' is not the configuration of a run")
     for section, options in BEFORE.items():
