@@ -37,10 +37,26 @@ class Snapshot:
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
     """Write ``checkpoint-<update>`` into the folder ``run``, then delete all but the newest
     ``keep``. None is written over: a kill between deleting one and renaming another would leave
-    neither."""
+    neither. What a full disk cuts short is deleted."""
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume sets such ones aside
     temporary = run / f"{PREFIX}{update}.tmp-{os.getpid()}"
+    try:
+        _write(temporary, snapshot, update=update)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    temporary.rename(final)
+    _fsync(run)
+    for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
+        doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
+        old.rename(doomed)  # or a kill would leave half a checkpoint under its name
+        shutil.rmtree(doomed)
+    return final
+
+
+def _write(temporary: Path, snapshot: Snapshot, *, update: int) -> None:
+    """All files of a checkpoint, onto the disk, the manifest last."""
     temporary.mkdir(parents=True)
     for name, tensors in snapshot.tensors.items():
         path = temporary / f"{name}.safetensors"
@@ -54,13 +70,6 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     follow_umask(temporary)
     for path in (*temporary.iterdir(), temporary):
         _fsync(path)
-    temporary.rename(final)
-    _fsync(run)
-    for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
-        doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
-        old.rename(doomed)  # or a kill would leave half a checkpoint under its name
-        shutil.rmtree(doomed)
-    return final
 
 
 def load_checkpoint(folder: Path) -> Snapshot:
