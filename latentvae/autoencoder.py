@@ -321,7 +321,8 @@ def load(
         )
     except UserError:
         raise
-    except (ValueError, TypeError, OverflowError) as error:  # numbers in the config that are none
+    # Numbers in the config that are none, each in its own way.
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"'{path}' cannot be used: {error}") from error
 
 

@@ -79,8 +79,14 @@ class HubImages:
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
         self._table = rows
-        paths = self.rows.flatten().select_columns(f"{self.column}.path")[f"{self.column}.path"]
-        names = _row_names(list(paths), split)
+        column = f"{self.column}.path"
+        try:
+            paths = list(self.rows.flatten().select_columns(column)[column])
+        except Exception as error:  # a damaged table: pyarrow and datasets raise their own
+            raise UserError(
+                f"data set '{spec.name}' cannot be read: {_first_line(error)}"
+            ) from error
+        names = _row_names(paths, split)
         self.numbered = any(name == _number(split, row) for row, name in enumerate(names))
         self._order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[row] for row in self._order]

@@ -115,6 +115,9 @@ class Progress:
     def _read(self, out: Path) -> None:
         try:
             state = read_json(self.folder / "state.json")
+        except UserError as error:
+            raise self._damaged(error) from error
+        try:
             if keys := _differing(state["task"], self.task):
                 raise UserError(
                     f"'{out}' holds an evaluation with another {', '.join(keys)}: "

@@ -270,7 +270,13 @@ PLACES: dict[str, Place] = {
         "yaml",
         may_read=frozenset({"empty", "cut at 50 %", "cut at 99 %"}),
     ),
-    "config of a run": Place(_run, "config.yaml", lambda f: read_config(f / "config.yaml"), "yaml"),
+    "config of a run": Place(
+        _run,
+        "config.yaml",
+        lambda f: read_config(f / "config.yaml"),
+        "yaml",
+        may_read=frozenset({"cut at 99 %"}),  # its last option, with which it ends, is then shorter
+    ),
     "base of a run": Place(
         lambda f: Base("base", kl(), "ab").write(f),
         "base.json",
@@ -310,7 +316,7 @@ PLACES: dict[str, Place] = {
     "single file": Place(
         _single, "vae.safetensors", lambda f: latentvae.load(f / "vae.safetensors", family="sd")
     ),
-    "LPIPS .pth": Place(_trunk("t.pth"), "t.pth", _trunk_of("t.pth"), flip="noticed"),
+    "LPIPS .pth": Place(_trunk("t.pth"), "t.pth", _trunk_of("t.pth")),
     "LPIPS .safetensors": Place(
         _trunk("t.safetensors"), "t.safetensors", _trunk_of("t.safetensors")
     ),
@@ -338,7 +344,11 @@ PLACES: dict[str, Place] = {
         _arrow, "saved/data-00000-of-00001.arrow", lambda f: _rows(f / "saved")
     ),
     "saved data set's state": Place(
-        _arrow, "saved/state.json", lambda f: _rows(f / "saved"), "json"
+        _arrow,
+        "saved/state.json",
+        lambda f: _rows(f / "saved"),
+        "json",
+        optional=True,  # the arrow files are then read as such
     ),
     "saved data set's info": Place(
         _arrow,

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentvae.errors import UserError
+from latentvae.training import updates
 from latentvae.training.log import read_rows
 from latentvae.training.loop import train
 from latentvae.training.run import open_data
@@ -90,8 +91,6 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
 def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentvae.training import loop
-
     drawn: list[torch.Tensor] = []
 
     def recording(images: torch.Tensor) -> torch.Tensor:
@@ -100,8 +99,8 @@ def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(
         drawn.append(background)
         return background
 
-    original = loop.random_background
-    monkeypatch.setattr(loop, "random_background", recording)
+    original = updates.random_background
+    monkeypatch.setattr(updates, "random_background", recording)
     options: dict[str, Any] = {
         "train_data_dir": str(write_images(tmp_path / "images", 4, "8")),
         "image_channels": 4,

@@ -242,7 +242,7 @@ def test_overwriting_refuses_a_folder_that_is_no_run(tmp_path: Path, config: str
     (tmp_path / "dear.txt").write_text("keep")
     if config is not None:
         (tmp_path / "config.yaml").write_text(config)
-    with pytest.raises(UserError, match=r"is not a run|is not the configuration of a run"):
+    with pytest.raises(UserError, match=r"is not (a run|the configuration of a run|valid YAML)"):
         run_to_the_end(tmp_path, overwrite_output_dir=True)
     assert (tmp_path / "dear.txt").read_text() == "keep"
 

@@ -111,7 +111,7 @@ class Rehearsal:
 
     def _noted(self, loader: Any) -> Iterator[Batch]:
         for batch in loader:
-            images = batch.images
+            images = batch.on("cpu")
             digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
             self.batches.append((digest, images.min().item(), images.max().item()))
             if len(self.batches) == 1:
