@@ -139,7 +139,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _measure(
     name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
 ) -> SpeedPoint:
-    with _peak_memory(device) as peak:  # of one call: what follows may fragment the heap
+    with peak_memory(device) as peak:  # of one call: what follows may fragment the heap
         first = _time(call, device)
     runs = 1 if first * MIN_RUNS > budget else _clamp(int(ENOUGH / first), MIN_RUNS, MAX_RUNS)
     seconds = statistics.median(_time(call, device) for _ in range(runs))
@@ -160,7 +160,7 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
     """A list that, afterwards, holds the bytes by which memory rose at most."""
     gc.collect()
     with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:
