@@ -46,7 +46,9 @@ check: $(STAMP)  ## Lint, format and type checks, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## Compare the demo's model with JPEG, WebP and AVIF
+bench: $(STAMP)  ## Short forms of the benchmarks: speed, and the demo's model beside JPEG, WebP and AVIF
+	$(BIN)/python benchmarks/training_step.py --quick
+	$(BIN)/python benchmarks/throughput.py --quick
 	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report --overwrite
 
 schema: $(STAMP)  ## Write the JSON Schema of report.json anew

@@ -136,7 +136,10 @@ def _processor() -> str:
 
 def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
     """Print the table, and write {"machine": ..., "rows": [...]} where a file is given."""
-    Console().print(table(rows, title=title))
+    console = Console()
+    if not console.is_terminal:  # a file may be as wide as the table
+        console = Console(width=120)
+    console.print(table(rows, title=title))
     if json_file is not None:
         result = {"machine": machine(), "rows": [asdict(row) for row in rows]}
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -144,7 +147,8 @@ def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
 
 def table(rows: Sequence[Row], *, title: str) -> Table:
     shown = Table(title=f"{title}; ratio = reference / ours")
-    for column in ("", "ours", "reference", "ratio (least to greatest)", "runs", "equal within"):
+    shown.add_column(no_wrap=True)
+    for column in ("ours", "reference", "ratio (least to greatest)", "runs", "equal within"):
         shown.add_column(column)
     for row in rows:
         equal = "" if row.equal_within is None else f"{row.equal_within:.1e}"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from latentvae.errors import UserError
 from latentvae.models import Family, calls, load_network, normalization
+from latentvae.models.optimization import Optimize, Optimized, check_mode, optimize_network
 from latentvae.models.strips import Strips, check_supported, price_in_strips
 from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
@@ -50,11 +51,13 @@ class Autoencoder:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in.
         name: what reports call it.
         path: the folder, file or Hub id that it was loaded from.
+        optimize: what computes in its place, see `models.optimization`; None is `net` itself.
         strips: compute large images exactly, in little memory, strip by strip; what will take
             longer than ten seconds is told on stderr before it starts, once for each size. For
             `AutoencoderKL` and tokenizers (`VQModel`); others are a `UserError`.
 
     Attributes:
+        optimization: what computes; its text says how near that is. `net` stays as it was given.
         f: pixels on a side of one latent position.
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
@@ -67,6 +70,7 @@ class Autoencoder:
         *,
         name: str,
         path: str | None = None,
+        optimize: Optimize | None = None,
         strips: bool | Strips = False,
     ) -> None:
         self.net: Any = net.eval().requires_grad_(False)
@@ -74,7 +78,10 @@ class Autoencoder:
         self.strips = (Strips() if strips else None) if isinstance(strips, bool) else strips
         self._priced: set[tuple[str, int, int, int]] = set()
         if self.strips is not None:
-            _check_strips(net, name)
+            _check_strips(net, name, optimize)
+        self.optimization = Optimized(self.net, "plain")
+        if optimize is not None:
+            self.optimization = optimize_network(self.net, mode=optimize)
         shape = calls.measure_shape(self.net)
         self.f, self.latent_channels, self.fixed_size = shape.f, shape.channels, shape.fixed_size
         self.image_channels: int = calls.image_channels(net)
@@ -118,7 +125,7 @@ class Autoencoder:
         """
         prepared = self._prepare(self._read(images)[0])
         self._tell_price("encode", prepared.shape)
-        return calls.encode_posterior(self.net, prepared, strips=self.strips)
+        return calls.encode_posterior(self.optimization.net, prepared, strips=self.strips)
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
@@ -217,7 +224,8 @@ class Autoencoder:
     ) -> Tensor:
         images = self._prepare(images)
         self._tell_price("encode", images.shape)
-        z = calls.encode(self.net, images, sample=sample, generator=generator, strips=self.strips)
+        net, strips = self.optimization.net, self.strips
+        z = calls.encode(net, images, sample=sample, generator=generator, strips=strips)
         return self.normalization.apply(z) if scaled else z
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -237,7 +245,7 @@ class Autoencoder:
     @torch.inference_mode()
     def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
         self._tell_price("decode", indices.shape)
-        images = calls.decode_indices(self.net, indices, strips=self.strips)
+        images = calls.decode_indices(self.optimization.net, indices, strips=self.strips)
         return self._cropped(images.float(), size)
 
     @torch.inference_mode()
@@ -245,7 +253,8 @@ class Autoencoder:
         z = z.to(self.net.device, self.net.dtype)
         z = self.normalization.invert(z) if scaled else z
         self._tell_price("decode", z.shape)
-        return self._cropped(calls.decode(self.net, z, strips=self.strips).float(), size)
+        images = calls.decode(self.optimization.net, z, strips=self.strips)
+        return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
         """On stderr, if it is worth it, before a call in strips on images or latents begins."""
@@ -276,6 +285,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     family: Family | None = None,
+    optimize: Optimize | None = None,
     strips: bool | Strips = False,
 ) -> Autoencoder:
     """Open an export of latentvae, or any autoencoder of images that diffusers knows.
@@ -286,16 +296,25 @@ def load(
         device: None is the CPU, as in diffusers.
         dtype: None is float32; float16 may overflow unless the config's `force_upcast` is false.
         family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+        optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
+            `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
+            `optimization` says what was used, and its PSNR against exact.
         strips: for images that do not fit into memory: True, or how; see `Autoencoder`.
 
     Raises:
-        UserError: no such folder, not an autoencoder of images, or damaged weights.
+        UserError: no such folder, not an autoencoder of images, or damaged weights; another
+            `optimize`.
     """
-    net = load_network(path, dtype=dtype, family=family).to(device or "cpu")
-    return Autoencoder(net, name=_name(Path(path)), path=str(path), strips=strips)
+    if optimize is not None:
+        check_mode(optimize)  # before the weights are read
+    net = load_network(path, dtype=dtype, family=family)
+    net, name = net.to(device or "cpu"), _name(Path(path))
+    return Autoencoder(net, name=name, path=str(path), optimize=optimize, strips=strips)
 
 
-def _check_strips(net: Any, name: str) -> None:
+def _check_strips(net: Any, name: str, optimize: str | None) -> None:
+    if optimize is not None:
+        raise UserError(f"'{name}' is computed in strips or by optimize='{optimize}', not by both")
     try:
         check_supported(net)
     except ValueError as error:

@@ -34,6 +34,9 @@ class Reconstruct:
     value_range: tuple[float, float] | None = None
     """Stored numbers that become black and white, as in training; float files may need it."""
 
+    optimize: Literal["exact", "fast", "openvino"] | None = None
+    """Compute sooner: the same numbers to rounding, bfloat16 where it wins, or by OpenVINO."""
+
     def run(self) -> None:
         from latentvae.reconstruct import reconstruct
 
@@ -204,6 +207,9 @@ class Encode:
     overwrite: bool = False
     """Replace shards of another model, other data or other options in `out`."""
 
+    optimize: Literal["exact", "fast", "openvino"] | None = None
+    """Compute sooner (`exact` differs by rounding); the manifest records it. Left out, as is."""
+
     device: str | None = None
     """Torch device; left out, the GPU of this process, if there is one."""
 
@@ -235,6 +241,9 @@ class Decode:
 
     batch_size: int = 16
     """Images a forward pass."""
+
+    optimize: Literal["exact", "fast", "openvino"] | None = None
+    """Compute sooner: the same numbers to rounding, bfloat16 where it wins, or by OpenVINO."""
 
     device: str | None = None
     """Torch device; left out, the GPU of this process, if there is one."""

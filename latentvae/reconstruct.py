@@ -38,6 +38,7 @@ from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.image import SSIM_MIN_SIZE
+from latentvae.models.optimization import Optimize
 from latentvae.pictures import to_pil, to_uint16
 
 DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large
@@ -73,6 +74,7 @@ def reconstruct(
     max_side: int | None = None,
     strips: bool = False,
     value_range: tuple[float, float] | None = None,
+    optimize: Optimize | None = None,
 ) -> Reconstructions:
     """Write a PNG per picture (original, reconstruction, difference), and table.csv; print it.
 
@@ -86,6 +88,7 @@ def reconstruct(
         strips: compute in exact strips, see `Autoencoder`; of a model that is loaded here.
         value_range: stored numbers that become black and white, as in training; float files of a
             grey or RGBA model need it.
+        optimize: of a folder, as `load` takes it.
 
     Raises:
         UserError: a path that is not there, or not one picture that can be read.
@@ -93,7 +96,8 @@ def reconstruct(
     out = Path(out)
     targets = list(_name_pictures(_find_files(inputs, out=out)))
     if not isinstance(model, Autoencoder):
-        model = load(model, device="cuda" if torch.cuda.is_available() else "cpu", strips=strips)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load(model, device=device, optimize=optimize, strips=strips)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
     pixels = None  # as the pictures are seen: 8-bit RGB
     if value_range is not None or model.image_channels != 3:
@@ -110,7 +114,7 @@ def reconstruct(
         recon = round_alike(model.reconstruct(images), images)
         _save(out / picture, images, recon, deep=isinstance(image, DeepImage))
         rows.append(_measure(images, recon, lpips=lpips, image=str(path), picture=picture))
-    _finish(rows, unreadable, out=out, name=model.name)
+    _finish(rows, unreadable, out=out, name=_title(model))
     return Reconstructions(tuple(rows), tuple(unreadable))
 
 
@@ -187,6 +191,12 @@ def _measure(
             lpips_alex=value(lpips, MIN_SIZE["alex"]),
             picture=picture,
         )
+
+
+def _title(model: Autoencoder) -> str:
+    optimization = model.optimization
+    plain = optimization.mode == "plain" and not optimization.why
+    return model.name if plain else f"{model.name}: {optimization}"
 
 
 def _finish(

@@ -439,3 +439,26 @@ def test_a_name_on_the_hub_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda _, **k: real[0](folder, **k))
     monkeypatch.setattr(AutoencoderKL, "load_config", lambda _, **k: real[1](folder, **k))
     assert load("somebody/something").name == "something"
+
+
+def test_exact_computes_the_same_and_says_so(folder: Path, photo: Image.Image) -> None:
+    plain, exact = load(folder), load(folder, optimize="exact")
+    assert (str(plain.optimization), str(exact.optimization)) == ("plain", "exact")
+    assert plain.optimization.net is plain.net
+    assert exact.info() == plain.info()  # the same weights under the same names
+    z = plain.encode(photo, scaled=True)
+    torch.testing.assert_close(exact.encode(photo, scaled=True), z, rtol=0, atol=1e-5)
+    ours, theirs = (m.decode(z, scaled=True) for m in (exact, plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for a, b in zip(exact.encode_posterior(photo), plain.encode_posterior(photo), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_wrong_optimisation_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not 'fats'; did you mean 'fast'"):
+        load(tmp_path / "nowhere", optimize="fats")  # type: ignore[arg-type]
+
+
+def test_strips_and_an_optimisation_are_two_ways(folder: Path) -> None:
+    with pytest.raises(UserError, match="in strips or by optimize='exact', not by both"):
+        load(folder, optimize="exact", strips=True)

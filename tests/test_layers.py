@@ -30,7 +30,7 @@ ALLOWED = {
     "autoencoder": BASE | {"models", "pictures"},
     "report": BASE
     | {"losses", "metrics", "data", "pictures", "models", "latents", "export", "autoencoder"},
-    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "autoencoder"},
+    "reconstruct": BASE | {"losses", "metrics", "data", "pictures", "models", "autoencoder"},
     "caching": BASE | {"metrics", "data", "pictures", "models", "latents", "autoencoder"},
     "training": BASE
     | {

@@ -78,6 +78,18 @@ def test_files_and_a_model_folder(model: Autoencoder, photos: Path, tmp_path: Pa
     assert [row.picture for row in result.rows] == ["a.png", "small.png"]
 
 
+def test_an_optimised_model_says_so(
+    model: Autoencoder, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.net.save_pretrained(tmp_path / "m")
+    both = [
+        reconstruct(tmp_path / "m", [photos / "a.png"], out=tmp_path / "out", optimize=optimize)
+        for optimize in (None, "exact")
+    ]
+    assert both[0].rows[0].psnr == pytest.approx(both[1].rows[0].psnr, abs=0.01)
+    assert capsys.readouterr().out.count("m: exact") == 1
+
+
 def test_large_pictures_are_shrunk_when_asked(model: Autoencoder, photos: Path) -> None:
     result = reconstruct(model, [photos / "a.png"], out=photos.parent / "out", max_side=40)
     assert (result.rows[0].width, result.rows[0].height) == (40, 31)

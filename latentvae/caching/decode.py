@@ -14,24 +14,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from latentvae.autoencoder import Autoencoder, load
+from latentvae.autoencoder import Autoencoder
+from latentvae.caching.model import open_model
 from latentvae.data.folder import inner_name
-from latentvae.distributed import launched_device, launched_rank
+from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.shard_dataset import ShardReader
 from latentvae.latents.shards import MANIFEST, sha256_of, write_file
+from latentvae.models.optimization import Optimize
 from latentvae.pictures import to_pil
 
 RECORD = "decoded.json"
 
 
 class Decoded(BaseModel):
-    """decoded.json: which shards the pictures in a folder are of."""
+    """decoded.json: which shards the pictures in a folder are of, and what computed them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shards: str
     manifest_sha256: str
+    optimize: str | None = None
 
 
 def decode_folder(
@@ -41,6 +44,7 @@ def decode_folder(
     model: Autoencoder | str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    optimize: Optimize | None = None,
     device: str | None = None,
 ) -> list[Path]:
     """Write `<id>.png` below `out` for the items of a folder of shards.
@@ -50,6 +54,7 @@ def decode_folder(
         model: the autoencoder, or its folder or Hub id; None takes the one the manifest names.
         limit: decode the first so many items.
         batch_size: images a forward pass.
+        optimize: of a folder or Hub id, as `load` takes it.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
@@ -67,8 +72,8 @@ def decode_folder(
     count = min(len(reader), limit or len(reader))
     reader.check()
     paths = [out / name for name in picture_names(reader.names())[:count]]
-    network = _fitting_model(reader, model, device=device)
-    _prepare(out, reader, rank=rank)
+    network = _fitting_model(reader, model, device=device, optimize=optimize)
+    _prepare(out, reader, rank=rank, mode=network.optimization.mode)
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     mine = batches[rank::world_size]
     for batch in tqdm(mine, desc=network.name, unit="batch", disable=None if rank == 0 else True):
@@ -94,13 +99,17 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 
 def _fitting_model(
-    reader: ShardReader, model: Autoencoder | str | Path | None, *, device: str | None
+    reader: ShardReader,
+    model: Autoencoder | str | Path | None,
+    *,
+    device: str | None,
+    optimize: Optimize | None,
 ) -> Autoencoder:
     """The model that made the shards, or a sentence."""
     content = reader.content
     if not isinstance(model, Autoencoder):
         try:
-            model = load(model or reader.manifest.model, device=device or launched_device())
+            model = open_model(model or reader.manifest.model, device=device, optimize=optimize)
         except UserError as error:
             if model is not None:
                 raise
@@ -119,9 +128,13 @@ def _fitting_model(
     return model
 
 
-def _prepare(out: Path, reader: ShardReader, *, rank: int) -> None:
+def _prepare(out: Path, reader: ShardReader, *, rank: int, mode: str) -> None:
     """Make the folder, and write down which shards its pictures are of."""
-    record = Decoded(shards=str(reader.folder), manifest_sha256=sha256_of(reader.folder / MANIFEST))
+    record = Decoded(
+        shards=str(reader.folder),
+        manifest_sha256=sha256_of(reader.folder / MANIFEST),
+        optimize=None if mode == "plain" else mode,
+    )
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +146,11 @@ def _prepare(out: Path, reader: ShardReader, *, rank: int) -> None:
     if found is not None and found.manifest_sha256 != record.manifest_sha256:
         raise UserError(
             f"'{out}' holds pictures of other shards ('{found.shards}'): give another folder"
+        )
+    if found is not None and found.optimize != record.optimize:
+        raise UserError(
+            f"'{out}' holds pictures decoded with optimize {found.optimize}, not "
+            f"{record.optimize}: give another folder"
         )
     write_file(path, record.model_dump_json(indent=1).encode(), owner=rank)
 

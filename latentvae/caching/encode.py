@@ -10,13 +10,14 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from latentvae.autoencoder import Autoencoder, load
+from latentvae.autoencoder import Autoencoder
 from latentvae.caching.describe import describe
 from latentvae.caching.finish import finish
 from latentvae.caching.items import Pictures, data_sha256, find_labels, open_items
+from latentvae.caching.model import open_model
 from latentvae.caching.writing import write_shards
 from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
-from latentvae.distributed import launched_device, launched_rank
+from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.shards import (
     MANIFEST,
@@ -30,6 +31,7 @@ from latentvae.latents.shards import (
     sweep_temporary,
     table_path,
 )
+from latentvae.models.optimization import Optimize
 
 
 def encode_folder(
@@ -47,6 +49,7 @@ def encode_folder(
     value_range: tuple[float, float] | None = None,
     label_column: str | None = None,
     overwrite: bool = False,
+    optimize: Optimize | None = None,
     device: str | None = None,
 ) -> Manifest | None:
     """Write the tokens (of a tokenizer) or latents of all images into `out`; see `latents.shards`.
@@ -69,6 +72,7 @@ def encode_folder(
             grey or RGBA model need it.
         label_column: of a table; None takes `label`, if it is there.
         overwrite: replace shards of another model or other data.
+        optimize: of a folder or Hub id, as `load` takes it; the manifest holds what was used.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
@@ -86,7 +90,7 @@ def encode_folder(
         )
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
-        model = load(model, device=device or launched_device())
+        model = open_model(model, device=device, optimize=optimize)
     source = open_items(data, pixels=PixelFormat(model.image_channels, value_range))
     transform = EvalTransform(resolution, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)

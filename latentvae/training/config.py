@@ -226,6 +226,20 @@ class RunConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
     )
+    channels_last: bool = Field(
+        default=False,
+        description=(
+            "Keep images and weights with the channels innermost: faster convolutions on GPUs with "
+            "bf16; on CPUs slower backward passes."
+        ),
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description=(
+            "Compile the network's blocks with torch.compile, which needs a C++ compiler or a GPU "
+            "with Triton and takes minutes at the start."
+        ),
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         default=None,
         description=(
@@ -379,6 +393,16 @@ class TrainConfig(Section):
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
         if self.run.gradient_checkpointing and model.architecture == "dc":
             raise ValueError("gradient_checkpointing is not there for diffusers' AutoencoderDC")
+        if self.run.torch_compile and self.run.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
+                "by itself what the backward pass recomputes"
+            )
+        if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
+            raise ValueError(
+                f"torch_compile has no use with aspect_ratio_buckets {buckets}: every size would "
+                "be compiled for itself, and torch gives up after eight"
+            )
 
 
 def flat(config: BaseModel) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from latentvae.export.card import public_value
 from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
 from latentvae.models import DiscreteAutoencoder
+from latentvae.models.compilation import not_compiled
 from latentvae.training.base import Base, encoder_sha256, read_base
 from latentvae.training.checkpoint import load_checkpoint, newest_usable, update_of
 from latentvae.training.config import TrainConfig, flat
@@ -47,8 +48,8 @@ _PRIVATE = frozenset(
 
 @contextlib.contextmanager
 def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into ``net`` for a while, in eval mode. Its buffers, as a codebook
-    of moving averages, are averages already."""
+    """Put the averaged weights into ``net`` for a while, in eval mode and not compiled. Its
+    buffers, as a codebook of moving averages, are averages already."""
     training = [module for module in net.modules() if module.training]
     parameters = list(net.parameters())
     net.eval()
@@ -56,7 +57,8 @@ def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
         ema.store(parameters)
         ema.copy_to(parameters)
     try:
-        yield
+        with not_compiled():
+            yield
     finally:
         if ema is not None:
             ema.restore(parameters)

@@ -2,12 +2,8 @@
 number of ranks."""
 
 import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from latentvae.data import (
     BadImages,
@@ -16,37 +12,25 @@ from latentvae.data import (
     IndexSampler,
 )
 from latentvae.distributed import (
-    all_reduce_max,
     barrier,
     from_main,
     gather_objects,
     is_main,
-    rank,
     world_size,
 )
 from latentvae.errors import printable
-from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
-from latentvae.losses.colors import random_background
-from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import (
     ActiveUnits,
-    capacity,
-    capacity_kl,
-    free_bits_kl,
-    kl_warmup,
 )
-from latentvae.outputs import AutoencoderOutput
 from latentvae.training.base import BASE_NAME, open_base, with_shape_of
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
-from latentvae.training.codebook import CodebookUpdate, temperature
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.exporting import averaged_weights, export_run, is_exported
 from latentvae.training.interrupt import Interrupt
 from latentvae.training.log import MeanWindow, RunLog
 from latentvae.training.plan import plan
 from latentvae.training.publishing import check_push, push_export, repository
-from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.resume import prepare_folder
 from latentvae.training.run import (
     Run,
@@ -56,10 +40,10 @@ from latentvae.training.run import (
     open_data,
     start_accelerator,
 )
-from latentvae.training.schedule import adversarial_factor, critic_learns_alone, learning_rate
+from latentvae.training.schedule import learning_rate
 from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.tracker import close_tracker, start_tracker
-from latentvae.training.update import Adversary, backward_critic, backward_model, clip_gradients
+from latentvae.training.updates import Made, Updates
 from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
 
 
@@ -171,16 +155,13 @@ class _Loop:
         self.run = run
         self.progress = progress
         self.log = log
-        self.interrupt = interrupt
+        self.updates = Updates(run, progress, requested=lambda: interrupt.requested)
         self.window = MeanWindow(run.accelerator.device, saved=progress.window)
         self.units = ActiveUnits(
             run.config.model.latent_channels,
             device=run.accelerator.device,
             saved=progress.units or None,
         )
-        self.means: list[Tensor] = []  # of the posteriors, in this update's micro-steps
-        quantizer = getattr(run.net, "quantize", None)
-        self.codebook = CodebookUpdate(quantizer, seed=run.config.run.seed)
         self.bad = BadImages()
         self.bad.update(progress.bad_images)
         self.unnamed: list[tuple[str, str]] = []
@@ -189,15 +170,16 @@ class _Loop:
     def go(self, batches: Iterator[Batch]) -> None:
         options, progress = self.run.config.run, self.progress
         while progress.update < options.max_train_steps:
-            signal = self._update(batches)
+            made = self.updates.make(batches)
+            self._take(made)
             last = progress.update == options.max_train_steps
             self.log.step()
             if progress.update % options.log_steps == 0 or last:
                 self._row()
-            if progress.update % options.checkpointing_steps == 0 or last or signal:
+            if progress.update % options.checkpointing_steps == 0 or last or made.signal:
                 checkpoint = self._save()
-                if signal and not last:
-                    raise Stopped(signal, checkpoint)
+                if made.signal and not last:
+                    raise Stopped(made.signal, checkpoint)
             if self._validation_is_due():
                 self._validate()
 
@@ -212,207 +194,24 @@ class _Loop:
             update % options.validation_steps == 0 or update == options.max_train_steps
         )
 
-    def _update(self, batches: Iterator[Batch]) -> int:
-        """One update of the model and, once it has started, of the critic; returns the signal to
-        stop, or 0."""
-        run, progress = self.run, self.progress
-        self._set_learning_rates()
-        adversary = self._adversary()
-        micro_steps = run.config.run.gradient_accumulation_steps
-        logged: list[dict[str, Tensor]] = []
-        for i in range(micro_steps):
-            batch = next(batches)
-            self.unnamed += batch.bad
-            with self._synchronised(i == micro_steps - 1):
-                logged.append(self._micro_step(batch, adversary))
-            progress.micro_step += 1
-        norms = {
-            "grad/model": clip_gradients(
-                run.wrapper.parameters(), run.config.optimizer.max_grad_norm
-            )
-        }
-        if adversary is not None:
-            norms["grad/critic"] = clip_gradients(
-                adversary.critic.parameters(), run.config.optimizer.max_grad_norm
-            )
-        finite, signal = self._verdict(norms)
-        if finite:
-            self._step(adversary)
-            learned = self.codebook.apply(
-                progress.update, optimizer=run.optimizer, averages=run.averages()
-            )
-            for values in (*logged, norms, learned):
+    def _take(self, made: Made) -> None:
+        """Add an update to what the next row tells; end a run whose gradients stay non-finite."""
+        self.unnamed += made.bad
+        if made.finite:
+            for values in made.values:
                 self.window.add(values)
-            self._observe(adversary, logged)
-        self.means.clear()
-        self.codebook.clear()
-        self._count_skipped(finite)
-        run.optimizer.zero_grad()
-        if run.critic_optimizer is not None:
-            run.critic_optimizer.zero_grad()
-        progress.update += 1
-        return signal
-
-    def _micro_step(self, batch: Batch, adversary: Adversary | None) -> dict[str, Tensor]:
-        """Add the gradients of one batch; returns what to log."""
-        run, options = self.run, self.run.config.run
-        seed_everything(Stream.MICRO_STEP, options.seed, self.progress.micro_step, rank())
-        images = batch.images.to(run.accelerator.device, non_blocking=True)
-        background = random_background(images)
-        alone = self._critic_learns_alone()
-        with torch.set_grad_enabled(not alone):
-            out = run.prepared(
-                images,
-                sample=not options.deterministic_posterior,
-                temperature=temperature(run.config, self.progress.update),
-            )
-        logged: dict[str, Tensor] = {}
-        if not alone:
-            logged = backward_model(
-                images,
-                out,
-                objective=run.objective,
-                last_layer=run.wrapper.last_layer,
-                adversary=adversary,
-                kl=self._controlled_kl(out),
-                background=background,
-                divide_by=options.gradient_accumulation_steps,
-            )
-            if out.mean is not None:
-                self.means.append(out.mean.detach())
-            self.codebook.add(out)
-        if adversary is not None:
-            logged |= backward_critic(
-                images,
-                run.objective.picture(out.recon.detach()),
-                adversary=adversary,
-                background=background,
-                divide_by=options.gradient_accumulation_steps,
-            )
-        logged |= {
-            "latent/rms": out.z.detach().square().mean().sqrt(),
-            "objective/output_logvar": out.output_logvar.detach(),
-        }
-        if out.kl_per_channel is None or out.kl is None:
-            return logged
-        nats = out.kl.detach().mean()
-        return logged | {
-            "latent/kl_nats": nats,
-            "latent/kl_bits_per_element": nats / (math.log(2.0) * _kl_elements(out)),
-        }
-
-    def _critic_learns_alone(self) -> bool:
-        return critic_learns_alone(
-            self.progress.update, start=self.progress.critic_start, critic=self.run.config.critic
-        )
-
-    def _adversary(self) -> Adversary | None:
-        run, options = self.run, self.run.config.critic
-        factor = adversarial_factor(
-            self.progress.update, start=self.progress.critic_start, critic=options
-        )
-        if factor is None or run.critic is None or run.critic_prepared is None:
-            return None
-        return Adversary(
-            critic=run.critic,
-            prepared=run.critic_prepared,
-            factor=factor,
-            adaptive=options.disc_adaptive_weight,
-            cap=options.disc_weight_cap,
-            loss=GAN_LOSSES[options.disc_loss],
-            augment=options.disc_augment,
-            r1_weight=lazy_weight(
-                self.progress.update,
-                weight=options.disc_r1_weight,
-                interval=options.disc_r1_interval,
-            ),
-            lecam=run.lecam,
-            lecam_weight=options.disc_lecam_weight,
-        )
-
-    def _controlled_kl(self, out: AutoencoderOutput) -> Tensor | None:
-        """What stands in for the mean KL in the loss, nats per image; None: the KL itself."""
-        options, update = self.run.config.objective, self.progress.update
-        if out.kl is None or out.kl_per_channel is None:
-            return None
-        if not (options.kl_warmup_steps or options.free_bits or options.kl_capacity):
-            return None
-        factor = kl_warmup(update, options.kl_warmup_steps)
-        if options.free_bits:
-            positions = out.z[0, 0].numel()
-            kl = free_bits_kl(out.kl_per_channel, bits=options.free_bits, positions=positions)
-        elif options.kl_capacity:
-            bits = capacity(
-                update, target=options.kl_capacity, growth_updates=options.kl_capacity_steps
-            )
-            kl = capacity_kl(out.kl, bits=bits, elements=_kl_elements(out))
-        else:
-            kl = out.kl.mean()
-        return factor * kl
-
-    @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Reduce gradients over ranks in the last micro-step only."""
-        with contextlib.ExitStack() as stack:
-            if not last:
-                stack.enter_context(self.run.accelerator.no_sync(self.run.prepared))
-                if self.run.critic_prepared is not None:
-                    stack.enter_context(self.run.accelerator.no_sync(self.run.critic_prepared))
-            yield
-
-    def _set_learning_rates(self) -> None:
-        config = self.run.config
-        for optimizer, peak in (
-            (self.run.optimizer, config.optimizer.learning_rate),
-            (self.run.critic_optimizer, config.critic.disc_learning_rate),
-        ):
-            for group in optimizer.param_groups if optimizer is not None else ():
-                group["lr"] = learning_rate(self.progress.update, peak=peak, config=config)
-
-    def _verdict(self, norms: dict[str, Tensor]) -> tuple[bool, int]:
-        """Whether all gradients on all ranks are finite, and the signal any rank has had: the
-        update's one host sync."""
-        finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
-        signal = torch.full_like(finite, self.interrupt.requested, dtype=torch.float32)
-        not_finite, signal = all_reduce_max(torch.stack([(~finite).float(), signal])).tolist()
-        return not_finite == 0, int(signal)
-
-    def _step(self, adversary: Adversary | None) -> None:
-        run = self.run
-        if not self._critic_learns_alone():
-            run.optimizer.step()
-        if adversary is not None and run.critic_optimizer is not None:
-            run.critic_optimizer.step()
-            power_iteration(adversary.critic)
-        if run.ema is not None and not self._critic_learns_alone():
-            run.ema.step(run.net.parameters())
-
-    def _observe(self, adversary: Adversary | None, logged: Sequence[dict[str, Tensor]]) -> None:
-        """What follows the updates: active units, LeCam's averages."""
-        for mean in self.means:
-            self.units.add(mean)
-        if adversary is not None and self.run.lecam is not None:
-            real, fake = (
-                torch.stack([values[f"critic/logits_{kind}"] for values in logged]).mean()
-                for kind in ("real", "fake")
-            )
-            self.run.lecam.update(real, fake)
-
-    def _count_skipped(self, finite: bool) -> None:
-        progress, allowed = self.progress, self.run.config.optimizer.max_skipped_updates
-        if finite:
-            progress.skipped_in_a_row = 0
+            for mean in made.means:
+                self.units.add(mean)
             return
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
+        progress, allowed = self.progress, self.run.config.optimizer.max_skipped_updates
         self.log.say(
-            f"update {progress.update + 1} skipped: its gradient is not finite "
+            f"update {progress.update} skipped: its gradient is not finite "
             f"({progress.skipped} skipped so far)"
         )
         if progress.skipped_in_a_row >= allowed:
             raise RuntimeError(
                 f"{allowed} updates in a row had gradients that are not finite, the last is "
-                f"{progress.update + 1}; the checkpoints are "
+                f"{progress.update}; the checkpoints are "
                 "untouched. Try a lower learning_rate, --mixed_precision no, or a later disc_start"
             )
 
@@ -514,9 +313,3 @@ class _Loop:
                 )
             barrier()
         return path
-
-
-def _kl_elements(out: AutoencoderOutput) -> int:
-    """Latent elements of an image that the KL is a sum over; of Gumbel-softmax its tokens."""
-    assert out.kl_per_channel is not None
-    return out.kl_per_channel.shape[1] * out.z[0, 0].numel()

@@ -46,7 +46,9 @@ from latentvae.models import (
     freeze_encoder,
     keep_batch_statistics,
 )
+from latentvae.models.compilation import compile_blocks
 from latentvae.models.upsampling import fold_upsampling
+from latentvae.training.averages import WeightAverage
 from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
@@ -279,6 +281,12 @@ def build_run(
         )
         if options.disc_lecam_weight > 0:
             lecam = LeCam(device=accelerator.device)
+    if config.run.channels_last:
+        wrapper.to(memory_format=torch.channels_last)
+        if critic is not None:
+            critic.to(memory_format=torch.channels_last)
+    if config.run.torch_compile:
+        compile_blocks(net)
     with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         prepared = accelerator.prepare(wrapper)
@@ -388,4 +396,4 @@ def _adamw(module: nn.Module, config: TrainConfig, *, rate: float) -> torch.opti
 def _ema(net: nn.Module, config: TrainConfig) -> EMAModel | None:
     if not config.optimizer.use_ema:
         return None
-    return EMAModel(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)
+    return WeightAverage(list(net.parameters()), decay=config.optimizer.ema_decay, foreach=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import latentvae
 from latentvae.autoencoder import Autoencoder
-from latentvae.caching import encode_folder
+from latentvae.caching import decode_folder, encode_folder
 from latentvae.data import EvalTransform, ImageFolder, read_image
 from latentvae.errors import UserError
 from latentvae.latents.shards import shard_path
@@ -393,6 +393,26 @@ def test_wrong_options_are_refused_before_a_file_is_written(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         encode_folder(tokenizer, photos, tmp_path / "file", **OPTIONS)
+
+
+def test_what_computed_is_recorded_and_not_mixed(
+    kl: Autoencoder, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kl.net.save_pretrained(tmp_path / "kl")
+    options: dict[str, Any] = {"resolution": 16, "dtype": "float32"}
+    out = tmp_path / "out"
+    manifest = encode_folder(tmp_path / "kl", photos, out, optimize="exact", **options)
+    assert manifest is not None and manifest.content.optimize == "exact"
+    assert capsys.readouterr().out == "kl: exact\n"
+    with pytest.raises(UserError, match="shards with another optimize"):
+        encode_folder(tmp_path / "kl", photos, out, **options)
+    plain = encode_folder(tmp_path / "kl", photos, tmp_path / "plain", **options)
+    assert plain is not None and plain.content.optimize is None
+    ours, theirs = (load_file(shard_path(f, 0))["latents"] for f in (out, tmp_path / "plain"))
+    assert np.abs(ours - theirs).max() < 1e-5
+    decode_folder(out, tmp_path / "pictures", optimize="exact", limit=1)
+    with pytest.raises(UserError, match="decoded with optimize exact, not None"):
+        decode_folder(out, tmp_path / "pictures", limit=1)
 
 
 def test_not_one_readable_image(tokenizer: Path, tmp_path: Path) -> None:

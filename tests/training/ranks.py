@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from latentvae.distributed import rank
 from latentvae.training import loop
+from latentvae.training.updates import Updates
 from tests.training.small import small_config
 
 
@@ -22,9 +23,9 @@ class Done(Exception):
 
 def gradients_after_update(number: int, out: Path) -> Any:
     """Replaces what follows the optimiser's step in update ``number`` (from 1)."""
-    original = loop._Loop._observe
+    original = Updates._observe
 
-    def saving(self: loop._Loop, adversary: Any, logged: Any) -> None:
+    def saving(self: Updates, adversary: Any, logged: Any) -> None:
         original(self, adversary, logged)
         if self.progress.update + 1 < number:
             return
@@ -74,7 +75,7 @@ def model(quantizer: str | None) -> dict[str, Any] | None:
 
 def main(out: Path, batch_size: int, adaptive: bool, quantizer: str | None) -> None:
     torch.set_num_threads(1)
-    loop._Loop._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
+    Updates._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
     config = small_config(
         out.with_suffix(""),
         model(quantizer),

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentvae.training import loop
 from latentvae.training.run import Run
 from latentvae.training.update import Adversary
+from latentvae.training.updates import Made, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +61,24 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
 def recorded() -> Iterator[Recording]:
     """Write down the run that is made inside the block."""
     recording = Recording()
-    build, update, step = loop.build_run, loop._Loop._update, loop._Loop._step
+    build, update, step = loop.build_run, Updates.make, Updates.step
     given: list[float] = []
 
     def building(*args: Any, **kwargs: Any) -> Run:
         recording.run = build(*args, **kwargs)
         return recording.run
 
-    def stepping(self: loop._Loop, adversary: Adversary | None) -> None:
+    def stepping(self: Updates, adversary: Adversary | None) -> None:
         modules = [self.run.wrapper, *([adversary.critic] if adversary is not None else [])]
         recording.inside = False
         given.append(max(_norm(module) for module in modules))
         recording.inside = True
         step(self, adversary)
 
-    def updating(self: loop._Loop, batches: Any) -> int:
+    def updating(self: Updates, batches: Any) -> Made:
         run, before = self.run, tensors_of(self.run)
         recording.progress = self.progress
-        adversary = self._adversary()
+        adversary = self.adversary()
         given.clear()
         recording.inside = True
         result = update(self, batches)
@@ -96,8 +97,8 @@ def recorded() -> Iterator[Recording]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build_run", building)
-        patch.setattr(loop._Loop, "_step", stepping)
-        patch.setattr(loop._Loop, "_update", updating)
+        patch.setattr(Updates, "step", stepping)
+        patch.setattr(Updates, "make", updating)
         yield recording
 
 

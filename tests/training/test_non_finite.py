@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from latentvae.training.checkpoint import load_checkpoint, newest_usable
-from latentvae.training.loop import _Loop, train
+from latentvae.training.loop import train
+from latentvae.training.updates import Updates
 from tests.training.recording import recorded
 from tests.training.small import small_config
 
@@ -21,9 +22,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Put one value into the gradient of ``part`` in the given updates (from 1)."""
 
     def put(part: str, updates: set[int], value: float) -> None:
-        original = _Loop._micro_step
+        original = Updates.micro_step
 
-        def spoiling(self: _Loop, *args: Any) -> Any:
+        def spoiling(self: Updates, *args: Any) -> Any:
             logged = original(self, *args)
             if self.progress.update + 1 in updates:
                 module: Any = getattr(self.run, part)
@@ -31,7 +32,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
                 grads[-1].view(-1)[0] = value
             return logged
 
-        monkeypatch.setattr(_Loop, "_micro_step", spoiling)
+        monkeypatch.setattr(Updates, "micro_step", spoiling)
 
     return put
 
@@ -86,14 +87,14 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every line stays JSON, and the means are of the updates that were made."""
-    original = _Loop._micro_step
+    original = Updates.micro_step
 
-    def poisoned(self: _Loop, batch: Any, adversary: Any) -> Any:
+    def poisoned(self: Updates, batch: Any, adversary: Any, made: Any) -> Any:
         if self.progress.update == 1:
             batch = batch._replace(images=batch.images * float("nan"))
-        return original(self, batch, adversary)
+        return original(self, batch, adversary, made)
 
-    monkeypatch.setattr(_Loop, "_micro_step", poisoned)
+    monkeypatch.setattr(Updates, "micro_step", poisoned)
     train(small_config(tmp_path, max_train_steps=4, log_steps=2, validation_steps=9))
 
     def refuse(constant: str) -> None:

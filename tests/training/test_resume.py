@@ -14,6 +14,7 @@ from latentvae.training.checkpoint import checkpoints, load_checkpoint
 from latentvae.training.loop import Stopped, _Loop, train
 from latentvae.training.run import build_run, open_data, start_accelerator
 from latentvae.training.state import restore
+from latentvae.training.updates import Updates
 from tests.training.small import small_config
 
 
@@ -24,9 +25,9 @@ class Killed(BaseException):
 def kill_in_update(monkeypatch: pytest.MonkeyPatch, update: int, *, micro_step: int = 0) -> None:
     """End the process's work inside update ``update`` (from 1), before its micro-step
     ``micro_step``."""
-    original, calls = _Loop._micro_step, {"now": -1, "micro": 0}
+    original, calls = Updates.micro_step, {"now": -1, "micro": 0}
 
-    def killing(self: _Loop, *args: Any) -> Any:
+    def killing(self: Updates, *args: Any) -> Any:
         number = self.progress.update + 1
         calls["micro"] = calls["micro"] + 1 if number == calls["now"] else 0
         calls["now"] = number
@@ -34,7 +35,7 @@ def kill_in_update(monkeypatch: pytest.MonkeyPatch, update: int, *, micro_step: 
             raise Killed
         return original(self, *args)
 
-    monkeypatch.setattr(_Loop, "_micro_step", killing)
+    monkeypatch.setattr(Updates, "micro_step", killing)
 
 
 def run_to_the_end(folder: Path, **changes: Any) -> Path:
@@ -126,16 +127,16 @@ def test_a_signal_finishes_the_update_and_saves(
     import signal
 
     number = getattr(signal, signal_name)
-    original = _Loop._micro_step
+    original = Updates.micro_step
 
-    def signalling(self: _Loop, *args: Any) -> Any:
+    def signalling(self: Updates, *args: Any) -> Any:
         if self.progress.micro_step == 5:  # in the middle of update 3
             os.kill(os.getpid(), number)
         return original(self, *args)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(_Loop, "_micro_step", signalling)
+        patch.setattr(Updates, "micro_step", signalling)
         with pytest.raises(Stopped, match="checkpoint-3") as stopped:
             run_to_the_end(tmp_path)
     assert stopped.value.signal == number and signal.getsignal(number) is before
@@ -301,13 +302,13 @@ def test_a_running_critic_goes_on_in_a_longer_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = []
-    original = _Loop._adversary
+    original = Updates.adversary
 
-    def noting(self: _Loop) -> Any:
+    def noting(self: Updates) -> Any:
         starts.append(self.progress.critic_start)
         return original(self)
 
-    monkeypatch.setattr(_Loop, "_adversary", noting)
+    monkeypatch.setattr(Updates, "adversary", noting)
     run_to_the_end(tmp_path, max_train_steps=4, disc_start=0.5)
     run_to_the_end(tmp_path, max_train_steps=8, disc_start=0.5)
     assert starts == [2] * 8

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentvae.errors import UserError
-from latentvae.training import loop
 from latentvae.training.command_line import config_from_arguments
 from latentvae.training.loop import train
 from latentvae.training.run import check_paths
+from latentvae.training.updates import Updates
 from latentvae.training.validate import sample_grid_path
 from tests.data.conftest import picture
 from tests.training.small import as_flags, small_config
@@ -36,13 +36,13 @@ def wide_and_tall(tmp_path: Path) -> Path:
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(height, width) of each micro-step from here on."""
     seen: list[tuple[int, int]] = []
-    original = loop._Loop._micro_step
+    original = Updates.micro_step
 
-    def recording(self: Any, batch: Any, adversary: Any) -> Any:
+    def recording(self: Any, batch: Any, *args: Any) -> Any:
         seen.append(tuple(batch.images.shape[2:]))
-        return original(self, batch, adversary)
+        return original(self, batch, *args)
 
-    monkeypatch.setattr(loop._Loop, "_micro_step", recording)
+    monkeypatch.setattr(Updates, "micro_step", recording)
     return seen
 
 

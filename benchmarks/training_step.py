@@ -1,0 +1,232 @@
+"""Time of one generator and critic update: this project's, and the known scripts' ways to write the
+same mathematics (reference_step.py).
+
+    python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
+
+AutoencoderKL, LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample photos. First, from
+equal weights with equal posterior noise, the losses and the gradients of the model, and the
+critic's at one reconstruction, are shown equal: `equal_within` is the largest relative difference
+(of gradients: length of the difference of the whole vectors; of the adversarial loss, a mean of
+logits about 0: the difference). Then all sides make updates in turns.
+Ours are made by what `train` calls, with all that it logs. Rows named bf16 have ours under bf16
+autocast beside references in float32, which is all that the scripts get right; those named
+`bf16 both` give the references the same autocast.
+"""
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from reference_step import SCRIPTS, ReferenceStep, Weights, gradient, relative
+from timing import Row, alternate, finish, row
+from torch import Tensor
+
+from latentvae.data import Batch, EvalTransform, open_source
+from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
+from latentvae.training.presets import parse
+from latentvae.training.randomness import Stream, seed_everything
+from latentvae.training.run import build_run, open_data, start_accelerator
+from latentvae.training.state import Progress
+from latentvae.training.update import backward_critic
+from latentvae.training.updates import Made, Updates
+
+BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # as many pixels as memory of a laptop takes
+WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and where to write it."""
+
+    json: Path | None = None
+    """File for the numbers."""
+
+    resolution: tuple[int, ...] = (64, 128, 256)
+    """Sides of the images in pixels."""
+
+    batch_size: int | None = None
+    """Images of an update; by default 8 at 64 px, 4 at 128 and 2 at 256."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    """Widths of the autoencoder."""
+
+    disc_channels: int = 64
+    """Width of the critic."""
+
+    precision: tuple[Precision, ...] = ("fp32", "bf16")
+    """Of this project's update."""
+
+    runs: int = 5
+    """Timed updates of each side, in turns, after one to warm up."""
+
+    threads: int | None = None
+    """CPU threads; by default all cores."""
+
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+
+    bf16_references: bool = False
+    """Give the references bf16 autocast too, in rows of their own."""
+
+    quick: bool = False
+    """The short form: 64 px, half the widths, three runs."""
+
+
+class OurStep:
+    """A run's own updates on one batch.
+
+    Args:
+        precision: of autocast.
+    """
+
+    def __init__(self, options: Options, images: Tensor, precision: Precision) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            config = parse(_config(options, images, precision, folder), source="training_step.py")
+            self.run = build_run(
+                config,
+                folder=Path(folder),
+                accelerator=start_accelerator(config, Path(folder)),
+                data=open_data(config),
+            )
+        self.updates = Updates(self.run, Progress())
+        self.batch = Batch(images=images, indices=torch.arange(len(images)), bad=[])
+
+    def update(self) -> Made:
+        return self.updates.make(iter([self.batch]))
+
+    def backward(self) -> dict[str, Tensor]:
+        """Add the gradients of the model; the losses as they are logged."""
+        return self.updates.micro_step(self.batch, self.updates.adversary(), Made())
+
+    def backward_critic(self, recon: Tensor) -> Tensor:
+        adversary = self.updates.adversary()
+        assert adversary is not None
+        return backward_critic(self.batch.images, recon, adversary=adversary)["critic/loss"]
+
+    def zero_grad(self) -> None:
+        for module in (self.run.wrapper, self.run.critic):
+            assert module is not None
+            module.zero_grad()
+
+
+def _config(
+    options: Options, images: Tensor, precision: Precision, folder: str
+) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {"block_out_channels": options.channels, "norm_num_groups": 32},
+        "data": {"train_data_dir": "samples", "resolution": images.shape[-1]},
+        "objective": {
+            "rec_loss": "l2",
+            "lpips_net": "vgg",
+            "perceptual_scale": WEIGHTS.lpips,
+            "kl_scale": WEIGHTS.kl,
+        },
+        "critic": {
+            "disc_start": 0,
+            "disc_ramp_steps": 0,
+            "disc_warmup_steps": 0,
+            "disc_scale": WEIGHTS.adversarial,
+            "disc_channels": options.disc_channels,
+        },
+        "optimizer": {"lr_warmup_steps": 0, "lr_scheduler": "constant", "learning_rate": 4.5e-6},
+        "run": {
+            "output_dir": folder,
+            "train_batch_size": len(images),
+            "mixed_precision": {"fp32": "no", "bf16": "bf16"}[precision],
+        },
+    }
+
+
+def photos(resolution: int, count: int) -> Tensor:
+    """(count, 3, resolution, resolution) in [-1, 1]."""
+    source, transform = open_source("samples"), EvalTransform((resolution, resolution))
+    indices = itertools.islice(itertools.cycle(range(len(source))), count)
+    return torch.stack([transform(source.read(i)) for i in indices])
+
+
+def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
+    """The largest relative difference of losses and gradients, from equal weights."""
+    seed_everything(Stream.MICRO_STEP, ours.run.config.run.seed, 0, 0)
+    logged = ours.backward()
+    seed_everything(Stream.MICRO_STEP, ours.run.config.run.seed, 0, 0)
+    losses = reference.backward_model(images)
+    scale = reference.scale(images)
+    pairs = [
+        (logged["loss/nll"], losses["nll"]),
+        (logged["loss/rec"], losses["rec"]),
+        (logged["loss/lpips"], losses["lpips"]),
+        (logged["loss/kl"], losses["kl"]),
+        (logged["critic/adaptive_weight"], losses["adaptive_weight"]),
+    ]
+    net_gradients = gradient(ours.run.net), gradient(reference.net, scale=scale)
+    ours.zero_grad()
+    reference.critic.zero_grad()
+    with torch.no_grad():
+        recon = reference.net(images).sample
+    pairs.append((ours.backward_critic(recon), reference.backward_critic(images, recon)["critic"]))
+    assert ours.run.critic is not None
+    critic_gradients = gradient(ours.run.critic), gradient(reference.critic)
+    ours.zero_grad()
+    for module in (reference.net, reference.critic):
+        module.zero_grad()
+    return max(
+        relative(*net_gradients),
+        relative(*critic_gradients),
+        abs(logged["critic/adversarial"].item() - losses["adversarial"]),
+        *(abs(a.item() / b - 1) for a, b in pairs),
+    )
+
+
+def measure(options: Options, resolution: int) -> Iterator[Row]:
+    """The rows of one resolution: each precision beside each script."""
+    size = options.batch_size or BATCH_SIZES.get(resolution, 4)
+    images = photos(resolution, size).to(options.device)
+    for precision in options.precision:
+        ours = OurStep(options, images, precision)
+        run = ours.run
+        assert run.critic is not None
+        references: dict[str, ReferenceStep] = {}
+        for name, script in SCRIPTS.items():
+            for autocast in (False, True)[: 1 + (options.bf16_references and precision == "bf16")]:
+                references[name + ", bf16 both" * autocast] = ReferenceStep(
+                    script,
+                    run.net,
+                    run.critic,
+                    run.metric.lpips,
+                    weights=WEIGHTS,
+                    autocast=autocast,
+                )
+        equal = {name: difference(ours, each, images) for name, each in references.items()}
+        calls: dict[str, Any] = {"ours": ours.update}
+        calls |= {name: (lambda e=each: e.update(images)) for name, each in references.items()}
+        seconds = alternate(calls, runs=options.runs)
+        for name in references:
+            title = f"{precision}, {resolution} px, batch {size}, {name}"
+            yield row(title, "s", seconds["ours"], seconds[name], equal_within=equal[name])
+
+
+def run(options: Options) -> None:
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.quick:
+        short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}
+        options = Options(**vars(options) | short)
+    rows = [row for resolution in options.resolution for row in measure(options, resolution)]
+    finish(rows, title="one generator and critic update", json_file=options.json)
+
+
+def main() -> None:
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="training_step.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

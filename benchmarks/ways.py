@@ -1,0 +1,151 @@
+"""The ways to encode and decode that throughput.py compares; each maps float32 images and latents.
+
+`plain` is the reference: the network's own calls in float32, on the whole image.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.models import build_autoencoder_kl, calls, load_network
+from latentvae.models.inference import sharing_copy
+from latentvae.models.optimization import Optimize, optimize_network
+from latentvae.models.strips import Strips
+from latentvae.report.speed import MIB, peak_memory
+
+CALLS = ("encode", "decode", "round trip")
+SMALL = 64  # pixels a side of the image that sets a network up
+Call = Callable[[Tensor], Tensor]
+
+
+class Way:
+    """One way to compute a network.
+
+    Args:
+        net: what computes.
+        precision: `"fp32"` or `"bf16"`, of its products, as a row names it.
+        note: what it came to on this machine.
+    """
+
+    def __init__(
+        self, net: Any, precision: str, *, strips: Strips | None = None, note: str = ""
+    ) -> None:
+        self.net, self.precision, self.strips, self.note = net, precision, strips, note
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        return calls.encode(self.net, images, strips=self.strips)
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        return calls.decode(self.net, z, strips=self.strips)
+
+
+class CastWay(Way):
+    """In bfloat16 as a user of diffusers has it: the whole network cast."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(_cast(images)).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(_cast(z)).float()
+
+
+def network(model: str | None, channels: tuple[int, ...], device: str) -> Any:
+    """A network from where users keep it, or one of Stable Diffusion's shape, always the same."""
+    if model is not None:
+        return load_network(model).to(device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    net: Any = build_autoencoder_kl(block_out_channels=channels)
+    return net.to(device).eval().requires_grad_(False)
+
+
+def _optimized(net: Any, *, mode: Optimize) -> Way:
+    optimized = optimize_network(net, mode=mode)
+    precision = "fp32" if optimized.mode in ("exact", "plain") else "bf16"
+    return Way(optimized.net, precision, note=str(optimized))
+
+
+def _tiled(net: Any) -> Way:
+    copied = sharing_copy(net)
+    copied.enable_tiling()
+    return Way(copied, "fp32")
+
+
+def _cast_to_bfloat16(net: Any) -> Way:
+    cast = sharing_copy(net).to(torch.bfloat16, memory_format=torch.channels_last)
+    return CastWay(cast, "bf16")
+
+
+def _compiled(way: Way) -> Way:
+    for half in (way.net.encoder, way.net.decoder):
+        half.compile()
+    return way
+
+
+WAYS: Mapping[str, Callable[[Any], Way]] = {
+    "plain": lambda net: Way(net, "fp32"),
+    "exact": partial(_optimized, mode="exact"),
+    "fast": partial(_optimized, mode="fast"),
+    "openvino": partial(_optimized, mode="openvino"),
+    "cast": _cast_to_bfloat16,
+    "compiled": lambda net: _compiled(Way(sharing_copy(net), "fp32")),
+    "compiled cast": lambda net: _compiled(_cast_to_bfloat16(net)),
+    "tiled": _tiled,
+    "strips": lambda net: Way(net, "fp32", strips=Strips()),
+}
+
+
+def build(name: str, net: Any) -> Way | None:
+    """None where this machine or network does not have it; says why."""
+    try:
+        return WAYS[name](net)
+    except (UserError, ValueError, NotImplementedError, AttributeError) as error:
+        print(f"left out {name}: {error}")
+        return None
+
+
+def installed() -> tuple[str, ...]:
+    """The ways whose packages are there."""
+    missing = () if find_spec("openvino") else ("openvino",)
+    return tuple(name for name in WAYS if name not in ("plain", *missing))
+
+
+def peak(
+    name: str,
+    images: tuple[int, ...],
+    model: str | None,
+    channels: tuple[int, ...],
+    device: str,
+    threads: int | None,
+) -> dict[str, float]:
+    """MiB beyond the network that its two calls take on noise of shape `images`. For a process of
+    its own: what was allocated before hides what is allocated now."""
+    warnings.simplefilter("ignore")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    way = build(name, network(model, channels, device))
+    assert way is not None
+    first = torch.zeros(images if "compiled" in name else (*images[:2], SMALL, SMALL))
+    z = way.encode(first.to(device))
+    way.decode(z)  # so that what is set up once is not counted
+    f = first.shape[3] // z.shape[3]
+    latents = torch.zeros(images[0], z.shape[1], images[2] // f, images[3] // f)
+    inputs = {"encode": torch.zeros(images), "decode": latents}
+    peaks = {}
+    for call, tensor in inputs.items():
+        tensor = tensor.to(device)
+        with peak_memory(torch.device(device)) as found:
+            getattr(way, call)(tensor)
+        peaks[call] = found[0] / MIB
+    return peaks
+
+
+def _cast(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16, memory_format=torch.channels_last)

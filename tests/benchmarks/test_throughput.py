@@ -1,0 +1,99 @@
+"""The benchmark of encode and decode: its rows, what they are compared with, and its errors."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = ["--channels", "32", "32", "--sizes", "64", "--runs", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))  # where it finds ways.py, as when it is run
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_throughput", BENCHMARKS / "throughput.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the option parser reads the source through it
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *TINY, *options])
+    script.main()
+
+
+def test_rows_and_their_equality(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ways = ["exact", "cast", "tiled", "strips"]
+    file = tmp_path / "rows.json"
+    run(script, monkeypatch, "--ways", *ways, "--json", str(file), "--no-memory")
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    precisions = {"exact": "fp32", "cast": "bf16", "tiled": "fp32", "strips": "fp32"}
+    assert list(rows) == [
+        f"{call}, 64 px, {way}, {precisions[way]}"
+        for call in ("encode", "decode", "round trip")
+        for way in ways
+    ]
+    for name, row in rows.items():
+        assert row["unit"] == "s/image" and row["runs"] == 1
+        assert row["ratio_median"] == pytest.approx(row["reference"] / row["ours"])
+        if "cast" in name:
+            assert 1e-5 < row["equal_within"] < 0.2
+        else:
+            assert row["equal_within"] <= 1e-4
+
+
+def test_memory_is_measured_in_other_processes(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def stand_in(name: str, shape: tuple[int, ...], _options: object) -> dict[str, float]:
+        asked.append((name, shape))
+        return {"plain": {"encode": 60.0, "decode": 80.0}, "exact": {"encode": 30, "decode": 20}}[
+            name
+        ]
+
+    monkeypatch.setattr(script, "peak_of", stand_in)
+    file = tmp_path / "rows.json"
+    run(script, monkeypatch, "--ways", "exact", "--json", str(file))
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["unit"] == "MiB"]
+    assert [(row["name"], row["ratio_median"]) for row in rows] == [
+        ("peak memory, encode, 64 px, exact, fp32", 2.0),
+        ("peak memory, decode, 64 px, exact, fp32", 4.0),
+    ]
+    assert asked == [("plain", (1, 3, 64, 64)), ("exact", (1, 3, 64, 64))]
+
+
+@pytest.mark.slow
+def test_peak_of_a_call(script: ModuleType) -> None:
+    options = script.Options(channels=(32, 32), threads=1)
+    found = {
+        name: script.peak_of(name, (1, 3, 512, 512), options)["decode"]
+        for name in ("plain", "exact")
+    }
+    one_map = 32 * 512 * 512 * 4 / 2**20
+    assert 2 * one_map < found["exact"] <= 1.1 * found["plain"] < 12 * one_map
+
+
+def test_a_wrong_way_is_told(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(script, monkeypatch, "--ways", "exakt")
+    assert exit_.value.code == 2
+    assert "there is no way 'exakt'" in (said := capsys.readouterr().err) and "'exact'" in said

@@ -1,0 +1,82 @@
+"""The benchmark of the update: that its references are the same mathematics, and that it would
+notice if they were not."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = ["--resolution", "32", "--batch_size", "1", "--channels", "32", "32"]
+TINY += ["--disc_channels", "16", "--runs", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_accelerate() -> Iterator[None]:
+    """Accelerate as in a new process: it keeps the first run's precision."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))  # where it finds reference_step.py, as when it is run
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_training_step", BENCHMARKS / "training_step.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the option parser reads the source through it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.mark.parametrize(("precision", "within"), [("fp32", 1e-4), ("bf16", 0.2)])
+def test_rows_of_each_script_and_their_equality(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    within: float,
+) -> None:
+    file = tmp_path / "rows.json"
+    arguments = [*TINY, "--precision", precision, "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["training_step.py", *arguments])
+    script.main()
+    rows = json.loads(file.read_text())["rows"]
+    names = ["diffusers as-is", "diffusers mended", "taming"]
+    assert [row["name"] for row in rows] == [f"{precision}, 32 px, batch 1, {n}" for n in names]
+    for row in rows:
+        assert 0 < row["equal_within"] < within
+        assert row["ratio_median"] == pytest.approx(row["reference"] / row["ours"])
+
+
+def test_other_mathematics_is_noticed(script: ModuleType) -> None:
+    options = script.Options(channels=(32, 32), disc_channels=16)
+    images = script.photos(32, 1)
+    ours = script.OurStep(options, images, "fp32")
+
+    def within(**changes: Any) -> float:
+        reference = script.ReferenceStep(
+            script.SCRIPTS["diffusers mended"],
+            ours.run.net,
+            ours.run.critic,
+            ours.run.metric.lpips,
+            weights=replace(script.WEIGHTS, **changes),
+        )
+        return script.difference(ours, reference, images)
+
+    assert within() < 1e-4
+    assert within(lpips=0.51) > 1e-3
+    assert within(adversarial=0.51) > 1e-3
