@@ -472,3 +472,40 @@ def test_a_wrong_optimisation_is_told_before_the_weights_are_read(tmp_path: Path
 def test_strips_and_an_optimisation_are_two_ways(folder: Path) -> None:
     with pytest.raises(UserError, match="in strips or by optimize='exact', not by both"):
         load(folder, optimize="exact", strips=True)
+
+
+def test_in_strips(folder: Path, model: Autoencoder, photo: Image.Image) -> None:
+    """Every call gives what it gives of the whole image."""
+    ours = load(folder, strips=True)
+    z = model.encode(photo, scaled=True)
+    torch.testing.assert_close(ours.encode(photo, scaled=True), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.encode_posterior(photo), model.encode_posterior(photo))
+    images = model.decode(z, size=(30, 45), scaled=True)
+    torch.testing.assert_close(
+        ours.decode(z, size=(30, 45), scaled=True), images, rtol=1e-4, atol=1e-5
+    )
+    batch = tensor(14, 18, 2)
+    assert (ours.reconstruct(batch) - model.reconstruct(batch)).abs().max() < 1e-4
+
+
+def test_the_price_of_strips_is_told_before_and_once(
+    net: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latentvae.autoencoder.PIXELS_WORTH_PRICING", 32 * 16)
+    monkeypatch.setattr("latentvae.autoencoder.PRICE_WORTH_TELLING", 0.0)
+    ours = Autoencoder(net, name="first", strips=True)
+    ours.encode(tensor(8, 16))
+    assert capsys.readouterr().err == ""
+    z = ours.encode(tensor(32, 16))
+    told = capsys.readouterr().err
+    assert told.startswith("first: encode 1 x 32 x 16 px in strips, about ")
+    assert "GiB on disk" in told
+    ours.encode(tensor(32, 16))
+    assert capsys.readouterr().err == ""
+    ours.decode(z)
+    assert "decode 1 x 32 x 16 px" in capsys.readouterr().err
+
+
+def test_no_strips_of_other_networks() -> None:
+    with pytest.raises(UserError, match=r"'taesd' cannot be computed in strips: .*AutoencoderTiny"):
+        Autoencoder(AutoencoderTiny(), name="taesd", strips=True)

@@ -112,6 +112,18 @@ def check_tiling(net: Any, images: Sequence[Tensor], *, f: int) -> TilingCheck |
     )
 
 
+def seam_between(tiled: Tensor, whole: Tensor, *, tile: int, overlap: int, f: int) -> float:
+    """`TilingCheck.seam` of images (B, C, H, W) that were decoded already.
+
+    Args:
+        tile, overlap: of a tile's side, in latent positions.
+        f: pixels on a side of one of them.
+    """
+    tiles = _Tiles(tile, overlap, f)
+    x, y = _levels(tiled).mean(dim=1), _levels(whole).mean(dim=1)  # (B, H, W)
+    return max(_largest_seam(x, y, tiles), _largest_seam(x.mT, y.mT, tiles))
+
+
 @dataclass(frozen=True)
 class _Difference:
     squares: float

@@ -64,9 +64,11 @@ class ChannelStatistics:
         values = rows.flatten(0, 1)
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()
-        mean = values.mean(0)
-        squares = (values - mean).square_().sum(0).cpu().double()
-        count, delta = len(values), mean.cpu().double() - self.mean
+        count, near = len(values), values.mean(0)
+        deviations = values - near
+        rest = deviations.mean(0).cpu().double()  # the rounding of `near`
+        squares = deviations.square_().sum(0).cpu().double() - count * rest.square()
+        delta = near.cpu().double() + rest - self.mean
         total = self.count + count
         self.mean = self.mean + delta * count / total
         self.squares = self.squares + squares + delta.square() * self.count * count / total

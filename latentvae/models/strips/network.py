@@ -10,7 +10,7 @@ after the other, and without gradients.
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> 
         ValueError: the network has a block that is not known; see `check_supported`.
     """
     check_supported(net)
-    features = _run(net.encoder, images, _encoder_body, strips or Strips())
+    features = _run(net.encoder, images, _encoder_steps(net.encoder), strips or Strips())
     if net.quant_conv is not None:
         features = net.quant_conv(features)
     if isinstance(net, VQModel | DiscreteAutoencoder):
@@ -84,7 +84,7 @@ def decode_in_strips(
         z = _quantize(net, z)
     if net.post_quant_conv is not None:
         z = net.post_quant_conv(z)
-    sample = _run(net.decoder, z, _decoder_body, strips or Strips())
+    sample = _run(net.decoder, z, _decoder_steps(net.decoder), strips or Strips())
     if (likelihood := getattr(net, "likelihood", None)) is not None:
         sample = likelihood.mean(sample)
     return DecoderOutput(sample=sample)
@@ -98,17 +98,18 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
     return torch.cat([net.quantize(part)[0] for part in z.split(rows, dim=2)], dim=2)
 
 
-Body = Callable[[Any, FeatureMap, Workspace], FeatureMap]
+Step = tuple[Callable[[Any, FeatureMap, Workspace], FeatureMap], Any]  # and its block
 
 
-def _run(part: Any, inputs: Tensor, body: Body, strips: Strips) -> Tensor:
+def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Tensor:
     """The encoder or decoder on each image; its last convolution writes into the output."""
     space = Workspace(strips, like=inputs)
     outputs: Tensor | None = None
     for i, image in enumerate(inputs):
         x = space.make(part.conv_in.out_channels, *image.shape[1:])
         x.fill(convolved(MemoryMap(image), part.conv_in, space))
-        x = body(part, x, space)
+        for step, block in steps:  # one flat loop: no caller holds on to a map that is done with
+            x = step(block, x, space)
         if outputs is None:
             shape = (len(inputs), part.conv_out.out_channels, x.height, x.width)
             outputs = inputs.new_empty(shape)
@@ -119,37 +120,38 @@ def _run(part: Any, inputs: Tensor, body: Body, strips: Strips) -> Tensor:
     return outputs
 
 
-def _encoder_body(encoder: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    for block in encoder.down_blocks:
-        x = _level(block, x, space)
-        for sampler in block.downsamplers or ():
-            x = downsample(sampler, x, space)
-    return _middle(encoder.mid_block, x, space)
+def _encoder_steps(encoder: Any) -> list[Step]:
+    levels = [
+        step
+        for level in encoder.down_blocks
+        for step in (*_level(level), *((downsample, block) for block in level.downsamplers or ()))
+    ]
+    return [*levels, *_middle(encoder.mid_block)]
 
 
-def _decoder_body(decoder: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    x = _middle(decoder.mid_block, x, space)
-    for block in decoder.up_blocks:
-        x = _level(block, x, space)
-        for sampler in block.upsamplers or ():
-            x = upsample(sampler, x, space)
-    return x
+def _decoder_steps(decoder: Any) -> list[Step]:
+    levels = [
+        step
+        for level in decoder.up_blocks
+        for step in (*_level(level), *((upsample, block) for block in level.upsamplers or ()))
+    ]
+    return [*_middle(decoder.mid_block), *levels]
 
 
-def _level(level: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
+def _level(level: Any) -> Iterator[Step]:
     attentions = getattr(level, "attentions", None) or [None] * len(level.resnets)
     for block, attention in zip(level.resnets, attentions, strict=True):
-        x = resnet(block, x, space)
-        x = x if attention is None else attend(attention, x, space)
-    return x
+        yield resnet, block
+        if attention is not None:
+            yield attend, attention
 
 
-def _middle(middle: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    x = resnet(middle.resnets[0], x, space)
+def _middle(middle: Any) -> Iterator[Step]:
+    yield resnet, middle.resnets[0]
     for attention, block in zip(middle.attentions, middle.resnets[1:], strict=True):
-        x = x if attention is None else attend(attention, x, space)
-        x = resnet(block, x, space)
-    return x
+        if attention is not None:
+            yield attend, attention
+        yield resnet, block
 
 
 def check_supported(net: Any) -> None:

@@ -1,0 +1,166 @@
+"""Large images: encode and decode whole, in diffusers' blended tiles, and in exact strips.
+
+    python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
+
+Every line is measured in a fresh process, whose resident memory is watched: how far it rose above
+what it was before the call. Ours are the strips, the reference is one of the others. `equal within`
+is the largest difference to the whole image (of tiles: of their own). Seams are those of tiles of
+diffusers' size, in levels of 255; above 2 they show (latentvae/report/tiling.py).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from timing import Row, finish, row
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.flags import exit_with, parse_options
+from latentvae.models import calls, load_network
+from latentvae.models.kl import build_autoencoder_kl, downsampling_factor
+from latentvae.models.strips import Strips
+from latentvae.report.speed import MIB, peak_memory
+from latentvae.report.tiling import seam_between
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd": {"block_out_channels": (128, 256, 512, 512)},
+    "kl_small": {
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    },
+}
+CALLS = ("encode", "decode")
+WAYS = ("plain", "tiles", "strips")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    model: str = "sd"
+    """Folder of an AutoencoderKL; or `sd` or `kl_small`, their shapes with random weights."""
+
+    sizes: tuple[int, ...] = (512, 1024)
+    """Pixels on a side."""
+
+    storage: Literal["memory", "disk"] = "disk"
+    """Where the maps of strips are."""
+
+    folder: Path | None = None
+    """For temporary files; left out, that of the system."""
+
+    json: Path | None = None
+    """Write the rows there."""
+
+
+def run(options: Options) -> None:
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for size in options.sizes:
+            for call in CALLS:
+                found = {way: _in_a_process(options, call, way, size, folder) for way in WAYS}
+                rows += _rows(f"{call} {size} px fp32", found, Path(folder))
+                if call == "decode":
+                    _print_seam(options.model, size, Path(folder))
+    finish(rows, title=f"strips on {options.storage}, {options.model}", json_file=options.json)
+
+
+def _in_a_process(
+    options: Options, call: str, way: str, size: int, folder: str
+) -> dict[str, float]:
+    arguments = [options.model, call, way, str(size), folder, options.storage]
+    command = [sys.executable, __file__, "--measure", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _rows(name: str, found: dict[str, dict[str, float]], folder: Path) -> list[Row]:
+    results = {way: load_file(folder / f"{way}.safetensors")["result"] for way in WAYS}
+    rows = []
+    for unit in ("MiB", "s"):
+        for other in ("plain", "tiles"):
+            compared = results["strips" if other == "plain" else "tiles"]
+            difference = (compared - results["plain"]).abs().max().item()
+            values = [found["strips"][unit]], [found[other][unit]]
+            rows.append(row(f"{name}: {other}", unit, *values, equal_within=difference))
+    return rows
+
+
+def _print_seam(model: str, size: int, folder: Path) -> None:
+    whole, tiled = (
+        load_file(folder / f"{way}.safetensors")["result"] for way in ("plain", "tiles")
+    )
+    net = _build(model)
+    f, tile = downsampling_factor(net), net.tile_latent_min_size
+    overlap = int(tile * net.tile_overlap_factor)
+    seam = seam_between(tiled, whole, tile=tile, overlap=overlap, f=f)
+    Console().print(f"decode {size} px: the tiles' largest seam is {seam:.1f} levels of 255")
+
+
+def _build(model: str) -> Any:
+    if model not in SHAPES:
+        return load_network(model).eval()
+    torch.manual_seed(0)
+    return build_autoencoder_kl(sample_size=512, **SHAPES[model]).eval()
+
+
+@torch.inference_mode()
+def measure(model: str, call: str, way: str, size: str, folder: str, storage: Any) -> None:
+    """In a process of its own: one JSON line with MiB and seconds, and the result in a file."""
+    net = _build(model)
+    strips = Strips(storage=storage, folder=Path(folder)) if way == "strips" else None
+    if way == "tiles":
+        net.enable_tiling()
+
+    def work(inputs: Tensor) -> Tensor:
+        run_call: Any = calls.encode if call == "encode" else calls.decode
+        return run_call(net, inputs, strips=strips)
+
+    work(_inputs(net, call, 64))  # what is set up once is not the image's
+    inputs = _inputs(net, call, int(size))
+    with peak_memory(torch.device("cpu")) as peak:
+        start = time.perf_counter()
+        result = work(inputs)
+        seconds = time.perf_counter() - start
+    save_file({"result": result.contiguous()}, Path(folder) / f"{way}.safetensors")
+    process = psutil.Process().memory_info().rss / MIB
+    print(json.dumps({"MiB": peak[0] / MIB, "s": seconds, "process": process}))
+
+
+def _inputs(net: Any, call: str, size: int) -> Tensor:
+    """Images in [-1, 1], or latents of unit variance, of noise that is smooth over 8 positions."""
+    f = downsampling_factor(net)
+    channels, side = (
+        (calls.image_channels(net), size)
+        if call == "encode"
+        else (net.config["latent_channels"], size // f)
+    )
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, channels, max(side // 8, 1), max(side // 8, 1), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    return smooth.clamp(-1, 1) if call == "encode" else smooth
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        measure(*sys.argv[2:])
+        return
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="large_images.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()
