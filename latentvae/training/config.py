@@ -416,6 +416,11 @@ class TrainConfig(Section):
                 "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
                 "by itself what the backward pass recomputes"
             )
+        if self.run.torch_compile and self.run.channels_last:
+            raise ValueError(
+                "torch_compile and channels_last exclude each other: the compiler fails on the "
+                "backward pass of such weights"
+            )
         if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
             raise ValueError(
                 f"torch_compile has no use with aspect_ratio_buckets {buckets}: every size would "

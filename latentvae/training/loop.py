@@ -42,6 +42,7 @@ from latentvae.training.resume import prepare_folder
 from latentvae.training.run import (
     Run,
     build_run,
+    check_compilation,
     check_paths,
     eval_transform,
     open_data,
@@ -83,6 +84,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = start_accelerator(config, folder)
     if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
         IndexSampler(len(data[0]), config.images_read, seed=0, world_size=accelerator.num_processes)
+    check_compilation(config, processes=accelerator.num_processes)
     options = config.run
     if options.push_to_hub:
         check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)

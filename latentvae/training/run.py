@@ -242,6 +242,15 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
+def check_compilation(config: TrainConfig, *, processes: int) -> None:
+    """Refuse what the compiler has failed at."""
+    if config.run.torch_compile and processes > 1:
+        raise UserError(
+            f"torch_compile is for one process so far, and {processes} were started: with several "
+            "the compiler fails in the backward pass; leave --torch_compile out"
+        )
+
+
 def build_run(
     config: TrainConfig,
     *,

@@ -15,9 +15,9 @@ from latentvae.models.compilation import compile_blocks, not_compiled
 from latentvae.training import run as run_module
 from latentvae.training.averages import WeightAverage
 from latentvae.training.log import read_rows
+from latentvae.training.run import check_compilation
 from tests.training.recording import recorded
 from tests.training.small import small_config
-from tests.training.test_ranks import finish, launch, train_flags
 from tests.training.test_resume import (
     assert_same_run,
     killed_and_resumed,
@@ -103,15 +103,16 @@ def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert_same_curve(tmp_path / "plain", tmp_path / "straight")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@needs_compiler
-def test_two_ranks_compiled_and_channels_last(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"learning_rate": RATE, "train_batch_size": 2, **FEW}
-    both = {"torch_compile": True, "channels_last": True}
-    finish(launch(train_flags(tmp_path / "plain", **options), processes=2))
-    finish(launch(train_flags(tmp_path / "both", **options, **both), processes=2))
-    assert_same_curve(tmp_path / "plain", tmp_path / "both")
+def test_several_processes_are_not_compiled(tmp_path: Path) -> None:
+    config = small_config(tmp_path, torch_compile=True)
+    check_compilation(config, processes=1)
+    with pytest.raises(UserError, match="for one process so far, and 2 were started"):
+        check_compilation(config, processes=2)
+
+
+def test_channels_last_is_not_compiled(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="torch_compile and channels_last exclude each other"):
+        small_config(tmp_path, torch_compile=True, channels_last=True)
 
 
 def test_blocks_are_called_as_they_are_inside_not_compiled() -> None:
