@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 MIN_CHANNELS = 32  # narrower convolutions spend more on the transforms than they save
 TILE = 6  # rows and columns that are computed together
-MAX_VALUES = 2**22  # of a map in one call of NNPACK, 16 MiB
+MAX_POSITIONS = 128 * 128  # of one call: enough that transforming the kernel again costs little
 MIN_POSITIONS = 32 * 32  # smaller maps spend more on transforming the kernel
 
 
@@ -36,8 +36,7 @@ def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     almost twice what it reads and writes.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    width = max(weight.shape[:2]) * x.shape[3]
-    rows = max(TILE, MAX_VALUES // width // TILE * TILE)
+    rows = max(TILE, MAX_POSITIONS // x.shape[3] // TILE * TILE)
     parts = [_convolve_by_rows(image, weight, bias, rows) for image in x.split(1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -45,7 +44,7 @@ def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
     """Of one image (1, C, H, W); the same tiles, so the same numbers, whatever `rows` is."""
     height = x.shape[2]
-    if height <= rows:
+    if height * x.shape[3] <= MAX_POSITIONS:
         return torch._nnpack_spatial_convolution(x.contiguous(), weight, bias, [1, 1])
     out = x.new_empty(1, len(weight), height, x.shape[3])
     for start in range(0, height, rows):
