@@ -68,7 +68,7 @@ def network(model: str | None, channels: tuple[int, ...], device: str) -> Any:
 
 def _optimized(net: Any, *, mode: Optimize) -> Way:
     optimized = optimize_network(net, mode=mode)
-    precision = "fp32" if optimized.mode in ("exact", "plain") else "bf16"
+    precision = "bf16" if optimized.bfloat16 else "fp32"
     return Way(optimized.net, precision, note=str(optimized))
 
 

@@ -53,7 +53,7 @@ def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
 @needs_openvino
 def test_pictures_that_are_too_far_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(opt, "MIN_PSNR", 300.0)
+    monkeypatch.setattr(opt, "MIN_PSNR_OPENVINO", 300.0)
     with pytest.raises(UserError, match=r"at \d+\.\d dB against exact, less than 300"):
         optimize_network(kl(), mode="openvino")
 

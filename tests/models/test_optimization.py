@@ -10,7 +10,7 @@ from diffusers import AutoencoderRAE
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.models import calls, inference
+from latentvae.models import calls, inference, winograd
 from latentvae.models import optimization as opt
 from latentvae.models.optimization import Optimized, measure_psnr, optimize_network, probe
 from latentvae.models.winograd import MIN_POSITIONS, WinogradConv2d, has_winograd, winograd_conv
@@ -80,6 +80,19 @@ def test_winograd_against_double_precision() -> None:
         assert largest(winograd_conv(x, weight, None), without) < 2e-4
         one = winograd_conv(x[:1], weight, bias)
         assert torch.equal(winograd_conv(x, weight, bias)[:1], one)  # whatever lies beside it
+
+
+@needs_winograd
+def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(2, 32, 37, 20, generator=generator), torch.randn(48, generator=generator)
+    weight = torch.randn(48, 32, 3, 3, generator=generator) / 17
+    whole = winograd_conv(x, weight, bias)
+    for rows in (6, 12, 36):
+        monkeypatch.setattr(winograd, "MAX_POSITIONS", rows * 20)
+        assert torch.equal(winograd_conv(x, weight, bias), whole)
 
 
 @needs_winograd
