@@ -106,6 +106,8 @@ def build(name: str, net: Any) -> Way | None:
     """None where this machine or network does not have it; says why."""
     try:
         return WAYS[name](net)
+    # A package, a block or a method that is not there: each way has its own manner to say so, and
+    # what is not there is told and has no row.
     except (UserError, ValueError, NotImplementedError, AttributeError) as error:
         print(f"left out {name}: {error}")
         return None

@@ -133,7 +133,7 @@ def _torch_has(interpolation: str) -> bool:
     picture = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
     try:
         F.interpolate(picture, size=(2, 2), mode=interpolation, antialias=True)
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # as older versions of torch say it
         return False
     return True
 

@@ -19,6 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"os error (\d+)")
 _CPU_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+SHOWN = 200  # characters of what another library says
 _PEERS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -56,10 +57,14 @@ def explanation(error: Exception, config: TrainConfig) -> str | None:
     ):
         return (
             "another process of this run has ended, or has hung for longer than ddp_timeout "
-            f"{config.run.ddp_timeout} s; what it said, if anything, is above. The same command "
-            "goes on from the newest checkpoint"
+            f"{config.run.ddp_timeout} s ({_first_line(text)}); what it said is above. "
+            "The same command goes on from the newest checkpoint"
         )
     return _disk(error, text, config)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.splitlines()), "")[:SHOWN]
 
 
 def _disk(error: Exception, text: str, config: TrainConfig) -> str | None:

@@ -38,12 +38,12 @@ from latentvae.training.log import MeanWindow, RunLog
 from latentvae.training.non_finite import describe
 from latentvae.training.plan import plan
 from latentvae.training.publishing import check_push, push_export, repository
+from latentvae.training.refusals import check_compilation, check_paths
 from latentvae.training.resume import prepare_folder
 from latentvae.training.run import (
     Run,
     build_run,
-    check_compilation,
-    check_paths,
+    end_accelerator,
     eval_transform,
     open_data,
     start_accelerator,
@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> Path:
             update = _run(config, folder=folder, accelerator=accelerator, data=data, base=base)
     finally:
         close_tracker(accelerator)
-        accelerator.end_training()  # ends the process group
+        end_accelerator(accelerator)
     export = folder / "export"
     if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
         push_export(

@@ -1,8 +1,7 @@
 """What a run is made of: everything is checked and built here, before the first update."""
 
+import gc
 import hashlib
-import itertools
-import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,10 +35,9 @@ from latentvae.data.folder import SAMPLES
 from latentvae.distributed import is_main, send_from_main
 from latentvae.errors import UserError
 from latentvae.losses.adversarial import LeCam
-from latentvae.losses.discriminators import Critic, build_critic, smallest_side
+from latentvae.losses.discriminators import Critic, build_critic
 from latentvae.losses.objective import Objective
-from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
-from latentvae.metrics.image import SSIM_MIN_SIZE
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import (
     ARCHITECTURES,
     TrainingWrapper,
@@ -53,9 +51,7 @@ from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
 from latentvae.training.config import TrainConfig
 from latentvae.training.model_config import VQModelConfig
-from latentvae.training.publishing import repository
 from latentvae.training.randomness import Stream, seed_everything
-from latentvae.training.tracker import check_tracker
 
 STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 _DTYPES = {"no": None, "bf16": torch.bfloat16}
@@ -102,65 +98,6 @@ class Run:
 def _images_per_update(config: TrainConfig, accelerator: Accelerator) -> int:
     run = config.run
     return run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-
-
-def check_paths(config: TrainConfig) -> Path:
-    """The run's folder; refuses what is missing without touching a file."""
-    if config.data.train_data_dir is None and config.data.dataset_name is None:
-        raise UserError(
-            "train_data_dir is missing: give a folder of images, or `samples` for the "
-            "photos that come with scikit-image; or dataset_name"
-        )
-    if config.run.output_dir is None:
-        raise UserError(
-            "output_dir is missing: give the folder to write the run to, such as runs/first"
-        )
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "
-            "processes and started one; on CPUs launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
-    _check_resolution(config)
-    check_tracker(config.run.report_to)
-    folder = Path(config.run.output_dir)
-    if config.run.push_to_hub:
-        repository(config.run.hub_model_id, folder)
-    return folder
-
-
-def _check_resolution(config: TrainConfig) -> None:
-    """Every part of the run must have something to look at."""
-    net, critic = config.objective.lpips_net, config.critic
-    needs = {
-        "SSIM": SSIM_MIN_SIZE,
-        f"LPIPS-{net}": MIN_SIZE[net],
-        f"the {critic.disc_type} critic": (
-            smallest_side(critic.disc_type, critic.disc_layers) if critic.disc_scale else 0
-        ),
-    }
-    part, least = max(needs.items(), key=lambda need: need[1])
-    height, width = config.data.size
-    own = str(height) if height == width else f"{height} {width}"
-    if min(height, width) < least:
-        raise UserError(f"resolution {own} is too small: {part} needs at least {least} px")
-    narrowest = min(map(min, config.train_sizes))
-    if narrowest < least:
-        raise UserError(
-            f"the narrowest bucket of resolution {own} has a side of {narrowest}, which is too "
-            f"small: {part} needs at least {least} px; resolution {_least(config, least)} is the "
-            "least that has it, or leave aspect_ratio_buckets out"
-        )
-
-
-def _least(config: TrainConfig, side: int) -> str:
-    """The next resolution of about that shape whose buckets all have such a side."""
-    (height, width), f = config.data.size, config.model.f
-    for taller in itertools.count(height + f, f):
-        wider = max(round(taller * width / height / f), 1) * f
-        if min(map(min, config.sizes_at((taller, wider)))) >= side:
-            return str(taller) if height == width else f"{taller} {wider}"
-    raise AssertionError
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
@@ -242,13 +179,13 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Refuse what the compiler has failed at."""
-    if config.run.torch_compile and processes > 1:
-        raise UserError(
-            f"torch_compile is for one process so far, and {processes} were started: with several "
-            "the compiler fails in the backward pass; leave --torch_compile out"
-        )
+def end_accelerator(accelerator: Accelerator) -> None:
+    """Take the process group down with all that uses it: a group that lives on to the end of the
+    interpreter ends it with SIGABRT now and then (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    accelerator.free_memory()
+    gc.collect()  # hooks and generators keep the prepared networks in circles
+    accelerator.end_training()
 
 
 def build_run(

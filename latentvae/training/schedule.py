@@ -3,7 +3,8 @@ secret."""
 
 import math
 
-from latentvae.training.config import CriticConfig, TrainConfig
+from latentvae.training.config import TrainConfig
+from latentvae.training.critic_config import CriticConfig
 
 
 def learning_rate(update: int, *, peak: float, config: TrainConfig) -> float:

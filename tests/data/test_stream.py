@@ -16,6 +16,7 @@ from latentvae.data import (
     read_image,
     stream_loader,
 )
+from latentvae.data.stream import _files
 from latentvae.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -146,3 +147,8 @@ def test_the_column_is_found_or_refused(tmp_path, table, files, make_parquet):
     assert stream(table).column == "image"
     with pytest.raises(UserError, match=r"no column 'imgae', .*did you mean 'image'"):
         ImageStream(DatasetSpec(name=str(table), image_column="imgae"))
+
+
+def test_a_row_that_cannot_be_held_out_is_named(caplog):
+    assert list(_files([{"bytes": None, "path": None}], split="train")) == []
+    assert "not held out" in caplog.text and "train/000000000" in caplog.text

@@ -15,7 +15,7 @@ from latentvae.models.compilation import compile_blocks, not_compiled
 from latentvae.training import run as run_module
 from latentvae.training.averages import WeightAverage
 from latentvae.training.log import read_rows
-from latentvae.training.run import check_compilation
+from latentvae.training.refusals import check_compilation
 from tests.training.recording import recorded
 from tests.training.small import small_config
 from tests.training.test_resume import (

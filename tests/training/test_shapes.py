@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from latentvae.errors import UserError
 from latentvae.training.command_line import config_from_arguments
 from latentvae.training.loop import train
-from latentvae.training.run import check_paths
+from latentvae.training.refusals import check_paths
 from latentvae.training.updates import Updates
 from latentvae.training.validate import sample_grid_path
 from tests.data.conftest import picture

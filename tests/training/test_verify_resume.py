@@ -183,6 +183,21 @@ def test_the_order_of_the_images_from_each_start(
     assert not check.passed and "micro-step 5" in check.value
 
 
+def test_the_order_is_of_the_images_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, crops_per_image=2)  # batches of 4
+    original, read = IndexSampler.__init__, set()
+
+    def noting(self: IndexSampler, count: int, batch_size: int, **kwargs: Any) -> None:
+        read.add(batch_size)
+        original(self, count, batch_size, **kwargs)
+
+    monkeypatch.setattr(IndexSampler, "__init__", noting)
+    assert check_order(config, SamplePhotos("train"), processes=1, starts=[0, 5]).passed
+    assert read == {2}
+
+
 def test_kills_are_spread_over_the_run_and_come_from_the_seed() -> None:
     kills = draw_kills(200, updates=12, save_every=3, seed=3)
     assert kills == draw_kills(200, updates=12, save_every=3, seed=3) == sorted(kills)

@@ -2,7 +2,6 @@
 line each, and the exit code."""
 
 import contextlib
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +16,8 @@ from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
 from latentvae.training.preflight import learning, networks, ranks, resources, saving, terms
 from latentvae.training.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
-from latentvae.training.run import build_run, check_paths, open_data, start_accelerator
+from latentvae.training.refusals import check_paths
+from latentvae.training.run import build_run, end_accelerator, open_data, start_accelerator
 from latentvae.training.state import Progress
 from latentvae.training.updates import Updates
 
@@ -63,15 +63,6 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
     return code
 
 
-def _end(accelerator: Accelerator) -> None:
-    """Take the process group down with all that uses it: a group that lives on to the end of the
-    interpreter ends it with SIGABRT now and then (https://github.com/pytorch/pytorch/issues/190489).
-    """
-    accelerator.free_memory()
-    gc.collect()  # hooks and generators keep the prepared networks in circles
-    accelerator.end_training()
-
-
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
     config = config.model_copy(deep=True)
@@ -82,7 +73,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     copy, config = with_shape_of(copy, base), with_shape_of(config, base)
     data = open_data(copy)
     accelerator = start_accelerator(copy, nowhere)
-    stack.callback(_end, accelerator)
+    stack.callback(end_accelerator, accelerator)
     folder = _temporary(stack)
     run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=copy.critic_start)

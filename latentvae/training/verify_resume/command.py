@@ -14,7 +14,8 @@ from latentvae.data import ImageSource, ImageStream
 from latentvae.errors import UserError
 from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
-from latentvae.training.run import check_paths, open_data
+from latentvae.training.refusals import check_paths
+from latentvae.training.run import open_data
 from latentvae.training.state import write_config
 from latentvae.training.verify_resume.compare import compare, what_is_left
 from latentvae.training.verify_resume.job import Job, on_cpu, shortened

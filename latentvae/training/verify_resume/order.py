@@ -27,15 +27,15 @@ def check_order(
     total = options.max_train_steps * options.gradient_accumulation_steps
     buckets = None
     if config.data.aspect_ratio_buckets:
-        joint = options.train_batch_size * processes
+        joint = config.images_read * processes
         buckets = assign(aspect_ratios(images), config.train_sizes, at_least=joint)
 
     def order(rank: int, start: int) -> list[list[tuple[int, int]]]:
         place = {"rank": rank, "world_size": processes, "start_step": start, "seed": options.seed}
         if buckets is not None:
-            sampler = BucketSampler(buckets, options.train_batch_size, **place)
+            sampler = BucketSampler(buckets, config.images_read, **place)
         else:
-            sampler = IndexSampler(len(images), options.train_batch_size, **place)
+            sampler = IndexSampler(len(images), config.images_read, **place)
         return list(islice(sampler, total - start))
 
     wrong = []
