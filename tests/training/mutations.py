@@ -289,6 +289,8 @@ MUTATIONS = [
                 "ema=_ema(net, config),",
                 "ema=(_ema(net, config), net.to(torch.bfloat16))[0],",
             ),
+            # diffusers' average, which takes weights of any precision; ours refuses these.
+            (TRAINING + "run:_ema", "return WeightAverage(", "return EMAModel("),
         ),
         fails=("weights", "validation"),
         why="outside of autocast such weights refuse float32 images",
@@ -317,7 +319,7 @@ MUTATIONS = [
         "an average in bf16",
         "A5",
         TRAINING + "run:_ema",
-        "return EMAModel(list(net.parameters())",
+        "return WeightAverage(list(net.parameters())",
         "return EMAModel([p.detach().bfloat16() for p in net.parameters()]",
         "average",
     ),
