@@ -6,6 +6,7 @@ gradients, and the weights are copied.
 """
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class CompiledHalf(nn.Module):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        self.compiled: Any = openvino.Core().compile_model(model, "CPU", options)
+        self.compiled: Any = _core().compile_model(model, "CPU", options)
 
     def forward(self, sample: Tensor, *others: None) -> Tensor:
         """What only other uses of a decoder give beside its input must be absent."""
@@ -82,6 +83,14 @@ def build_openvino(net: Any, *, precision: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"OpenVINO cannot convert a {type(net).__name__}: {reason}") from error
     return copied
+
+
+@cache
+def _core() -> Any:
+    """The process's only one, which is never given back: each sets a stack for signal handlers, and
+    of two that go, the first frees the stack that the second restores. The next signal that Python
+    handles, Ctrl-C too, then ends the process with a segmentation fault (OpenVINO 2026.4)."""
+    return _import_openvino().Core()
 
 
 def _import_openvino() -> Any:

@@ -2,6 +2,8 @@
 
 import builtins
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -48,6 +50,23 @@ def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
     optimized = optimize_network(net, mode="openvino").net
     z = calls.encode(net, images(32, 32))
     assert largest(calls.encode(optimized, images(32, 32)), z) <= 1e-5 * z.abs().max()
+
+
+@needs_openvino
+def test_signals_are_handled_after_a_network_has_gone() -> None:
+    code = """
+import gc, signal, torch
+from latentvae.models.openvino import CompiledHalf
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+conv = torch.nn.Conv2d(3, 3, 1).eval()
+halves = [CompiledHalf(conv, torch.zeros(1, 3, 8, 8), precision="f32") for _ in range(2)]
+while halves:
+    del halves[0]
+    gc.collect()
+signal.raise_signal(signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 @needs_openvino
