@@ -300,10 +300,13 @@ class _Run:
 
     def _restore(self, progress: Progress) -> None:
         progress.restore(self._parts())
-        self.seen.load_state(progress.values["seen"])
-        self.examined = progress.values["examined"]
-        for name, failure in progress.values["failures"].items():
-            self.measures[name].failure = failure
+        try:
+            self.seen.load_state(progress.values["seen"])
+            self.examined = {name: dict(progress.values["examined"][name]) for name in self.models}
+            for name, failure in progress.values["failures"].items():
+                self.measures[name].failure = failure
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise progress.damaged(error) from error
         self.console.print(f"going on after {progress.done} images", markup=False)
 
     def _report(self) -> Report:

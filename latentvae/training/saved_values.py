@@ -55,7 +55,9 @@ def check_values(values: dict[str, Any], *, num_channels: int, has_average: bool
     fault = ""
     try:
         checked = _Values.model_validate(values)
-        if any([len(row) for row in own] != [num_channels] * 3 for own in checked.units or []):
+        if any(
+            own and [len(row) for row in own] != [num_channels] * 3 for own in checked.units or []
+        ):
             fault = f"units: not 3 x {num_channels} sums for each process"
         if has_average and checked.ema_steps is None:
             fault = "ema_steps: missing"
