@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional
 
 from latentvae.errors import UserError, nearest
-from latentvae.flags import exit_with, parse_known, parse_options, say_once
+from latentvae.flags import exit_with, parse_known, parse_options, say_once, settled_output
 
 if TYPE_CHECKING:
     from latentvae.training.config import TrainConfig
@@ -400,7 +400,11 @@ COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a wrong argument is told in one sentence and exits with 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with settled_output():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_overview())
         raise SystemExit(0)

@@ -88,6 +88,32 @@ def one_sentence_errors() -> Iterator[None]:
         raise UserError(printed.sentence()) from error
 
 
+@contextlib.contextmanager
+def settled_output() -> Iterator[None]:
+    """For a whole command: names print in every locale (as ``\\xe9`` where it lacks the letter), a
+    stream that is closed swallows what it is given, and a pipe that nothing reads any more ends the
+    command with 141, as the shell has it for SIGPIPE."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # for the process's life
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        forget_output()
+        raise SystemExit(141) from None
+
+
+def forget_output() -> None:
+    """Point stdout elsewhere: Python flushes it once more at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Print the one sentence and exit with 2."""
     say_once(f"error: {error}")

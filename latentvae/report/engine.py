@@ -134,6 +134,8 @@ class _Run:
             return Report.read(self.out / "report.json")
         for model in self.models.values():
             self._check_size(model)
+        if self.plan.resolution is None:
+            self._check_sides()
         if progress.values:
             self._restore(progress)
         else:
@@ -165,6 +167,25 @@ class _Run:
             raise UserError(
                 f"resolution {self.plan.resolution} is smaller than f = {model.f} of '{model.name}'"
             )
+
+    def _check_sides(self) -> None:
+        """By the images' headers, before hours of work: one that is too small for a model cannot be
+        left out for it alone, or models would be compared on other images."""
+        strictest = max(self.models.values(), key=lambda model: model.smallest_side)
+        least = strictest.smallest_side
+        if least <= 1:
+            return
+        for position in range(len(self.pictures)):
+            try:
+                width, height = self.pictures.size(position)
+            except UnreadableImage:
+                continue  # named when it is its turn
+            if min(width, height) < least:
+                raise UserError(
+                    f"'{self.pictures.name(position)}' has {width} x {height} pixels, fewer than "
+                    f"f = {least} of '{strictest.name}' a side; take it out, or give a resolution "
+                    f"of {least} or more, to which images are resized"
+                )
 
     def _measure(self, progress: Progress) -> None:
         """Every picture that is not through yet. The state is saved between pictures alone."""
@@ -279,10 +300,13 @@ class _Run:
 
     def _restore(self, progress: Progress) -> None:
         progress.restore(self._parts())
-        self.seen.load_state(progress.values["seen"])
-        self.examined = progress.values["examined"]
-        for name, failure in progress.values["failures"].items():
-            self.measures[name].failure = failure
+        try:
+            self.seen.load_state(progress.values["seen"])
+            self.examined = {name: dict(progress.values["examined"][name]) for name in self.models}
+            for name, failure in progress.values["failures"].items():
+                self.measures[name].failure = failure
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise progress.damaged(error) from error
         self.console.print(f"going on after {progress.done} images", markup=False)
 
     def _report(self) -> Report:

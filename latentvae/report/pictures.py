@@ -40,6 +40,10 @@ class Pictures:
     def name(self, position: int) -> str:
         return self.source.name(self.indices[position])
 
+    def size(self, position: int) -> tuple[int, int]:
+        """Width and height of the image as it is, from its header. Raises UnreadableImage."""
+        return self.source.size(self.indices[position])
+
     def read(self, position: int) -> Tensor:
         """Raises UnreadableImage."""
         picture = self.source.read(self.indices[position])

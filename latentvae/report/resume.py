@@ -96,7 +96,7 @@ class Progress:
             try:
                 part.load_state_dict(state)
             except Exception as error:  # of whatever the part makes of other arrays
-                raise self._damaged(error) from error
+                raise self.damaged(error) from error
         self._arrays = {}
 
     def finish(self) -> None:
@@ -116,7 +116,7 @@ class Progress:
         try:
             state = read_json(self.folder / "state.json")
         except UserError as error:
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
         try:
             if keys := _differing(state["task"], self.task):
                 raise UserError(
@@ -139,9 +139,10 @@ class Progress:
         except UserError:
             raise
         except Exception as error:  # zip, zlib and NumPy each raise their own
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
 
-    def _damaged(self, error: Exception) -> UserError:
+    def damaged(self, error: Exception) -> UserError:
+        """The sentence for a state that no evaluation has written."""
         reason = str(error) or type(error).__name__
         return UserError(
             f"the saved state in '{self.folder}' is damaged ({reason}); start anew with --overwrite"

@@ -88,6 +88,11 @@ def load_checkpoint(folder: Path) -> Snapshot:
     values = read_json(folder / "state.json")
     if not isinstance(values, dict):
         raise UserError(f"checkpoint '{folder}' cannot be used: state.json is damaged")
+    if values.get("update") != update_of(folder):
+        raise UserError(
+            f"checkpoint '{folder}' cannot be used: its state.json is of update "
+            f"{str(values.get('update'))[:20]}"
+        )
     return Snapshot(tensors=tensors, values=values)
 
 
@@ -151,11 +156,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """The reverse of `optimizer_tensors`."""
+    """The reverse of `optimizer_tensors`.
+
+    Raises:
+        UserError: of a parameter that the module does not have, or of another shape.
+    """
     parameters = dict(module.named_parameters())
     for joined, value in tensors.items():
-        name, key = joined.rsplit("|", 1)
-        parameter = parameters[name]
+        name, _, key = joined.rpartition("|")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
+            raise UserError(f"the checkpoint is not of this configuration: '{joined}'")
         # A moment keeps its parameter's memory format, which the fused update relies on and a file
         # does not hold.
         like = (

@@ -21,8 +21,10 @@ from latentvae.errors import RunError, UserError
 from latentvae.flags import (
     check_names,
     exit_with,
+    forget_output,
     one_sentence_errors,
     say_once,
+    settled_output,
     unknown_flags,
 )
 from latentvae.training.config import TrainConfig, flat
@@ -179,6 +181,11 @@ def run_training(
 
     With `--preflight` the run is only checked (`training.preflight`): 0 if all holds, else 1.
     """
+    with settled_output():
+        _run(arguments, description=description, default_config=default_config)
+
+
+def _run(arguments: Sequence[str], *, description: str, default_config: str) -> None:
     from latentvae.data import UnreadableImage
     from latentvae.export.hub import UploadError
     from latentvae.training.loop import Stopped, train
@@ -201,6 +208,13 @@ def run_training(
         exit_with(error)
     except RunError as error:  # may be of one rank alone
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        forget_output()
+        say_once(
+            "error: nothing reads what this run prints any more; the same command goes on from the "
+            "newest checkpoint (`> log.txt 2>&1` in the place of a pipe outlives its reader)"
+        )
         raise SystemExit(1) from None
     except UploadError as error:
         say_once(f"error: {error}, or run the same command again")

@@ -148,7 +148,9 @@ def export_folder(
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, averaged where there is an average."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
-    trained = {k.removeprefix(prefix): v for k, v in tensors["model"].items() if prefix in k}
+    trained = {
+        k.removeprefix(prefix): v for k, v in tensors.get("model", {}).items() if prefix in k
+    }
     return trained | tensors.get("ema", {})
 
 

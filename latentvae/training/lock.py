@@ -37,7 +37,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that went away has said so before
+                (folder / LOCK_NAME).unlink(missing_ok=True)
             os.close(descriptor)
             if is_new:
                 with contextlib.suppress(OSError):

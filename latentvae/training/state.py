@@ -20,6 +20,7 @@ from latentvae.training.checkpoint import Snapshot, load_optimizer_tensors, opti
 from latentvae.training.config import TrainConfig, flat
 from latentvae.training.presets import parse
 from latentvae.training.run import Run
+from latentvae.training.saved_values import check_values
 
 # What may differ between a run and its continuation: everything else changes the result. Where the
 # images lie may, for what they are is compared apart (`data_identity`); of a stream, which goes
@@ -101,15 +102,21 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
 
     Raises:
         UserError: the run was started with other processes, precision or images, or has another
-            network.
+            network; or no run has written it.
     """
     tensors, values = snapshot.tensors, snapshot.values
+    check_values(
+        values,
+        num_channels=run.config.model.latent_channels,
+        has_average=run.ema is not None,
+    )
+    _check_tensors(run, tensors)
     _check_same_circumstances(values, run)
     started = values["critic_start"] <= values["update"]
     load_weights(run.wrapper, tensors["model"])
     load_optimizer_tensors(run.optimizer, run.wrapper, tensors["optimizer"])
     if run.critic is not None and run.critic_optimizer is not None:
-        run.critic.load_state_dict(tensors["critic"])
+        load_weights(run.critic, tensors["critic"])
         load_optimizer_tensors(run.critic_optimizer, run.critic, tensors["critic_optimizer"])
     if run.lecam is not None:
         run.lecam.load_state_dict(tensors["lecam"])
@@ -129,6 +136,34 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
     )
+
+
+def _check_tensors(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Refuse files that are not there, and names and shapes that are not the run's. Weights are
+    compared where they are loaded."""
+    wanted = {
+        "model": True,
+        "optimizer": True,
+        "critic": run.critic is not None,
+        "critic_optimizer": run.critic_optimizer is not None,
+        "lecam": run.lecam is not None,
+        "ema": run.ema is not None,
+    }
+    expected: dict[str, dict[str, Tensor]] = {}
+    if run.ema is not None:
+        expected["ema"] = dict(run.net.named_parameters())
+    if run.lecam is not None:
+        expected["lecam"] = run.lecam.state_dict()
+    for file, is_wanted in wanted.items():
+        if is_wanted and file not in tensors:
+            raise UserError(f"the checkpoint is not of this configuration: no {file}.safetensors")
+    for file, values in expected.items():
+        for name, value in values.items():
+            if name not in tensors[file] or tensors[file][name].shape != value.shape:
+                raise UserError(
+                    f"the checkpoint is not of this configuration: '{name}' is missing in "
+                    f"{file}.safetensors, or of another shape"
+                )
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -31,6 +31,9 @@ class Photos:
             raise UnreadableImage(self.name(index), "it is broken")
         return picture
 
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.read(index).size
+
 
 @pytest.fixture(scope="session")
 def lpips() -> dict[str, PerceptualLoss]:

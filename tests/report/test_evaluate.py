@@ -282,6 +282,20 @@ def test_a_resolution_below_f_of_a_tokenizer_is_refused(run: Any) -> None:
         run(model, plan=replace(METRICS, resolution=1))
 
 
+def test_an_image_smaller_than_f_of_a_tokenizer_is_named_before_the_work(
+    run: Any, tmp_path: Path
+) -> None:
+    model = pixels()
+    model.smallest_side = 16
+    pictures = (photo(), None, photo(40, 15), photo(16, 16))
+    with pytest.raises(UserError, match=r"'2\.png' has 40 x 15 pixels, fewer than f = 16 of 'pix"):
+        run(model, *pictures)
+    assert not (tmp_path / "report" / "per_image.csv").exists()
+    report = run(model, *pictures, plan=replace(METRICS, resolution=16))
+    assert report.data["num_images"] == 3 and report.data["unreadable"] == ["1.png"]
+    assert run(model, photo(), photo(16, 16)).data["num_images"] == 2
+
+
 def test_the_report_fits_its_schema(run: Any, tmp_path: Path) -> None:
     run(pixels(), plan=SMALL)
     written = json.loads((tmp_path / "report" / "report.json").read_text())

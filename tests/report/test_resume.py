@@ -115,6 +115,27 @@ def test_what_is_finished_is_not_measured_again(tmp_path: Path, trunks: Any) -> 
     assert read
 
 
+def test_a_state_that_no_evaluation_wrote_is_refused(
+    tmp_path: Path, trunks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentvae.report.engine import _Run
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    nets = models()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(_Run, "_examine", killed)
+        measure(nets, Photos(*PICTURES), tmp_path, trunks)
+    path = tmp_path / ".progress" / "state.json"
+    good = json.loads(path.read_text())
+    for name in ("seen", "examined", "failures"):
+        for value in (None, [1], {"a": 1}):
+            path.write_text(json.dumps(good | {"values": good["values"] | {name: value}}))
+            with pytest.raises(UserError, match=r"the saved state in .* is damaged"):
+                measure(nets, Photos(*PICTURES), tmp_path, trunks)
+
+
 def test_another_evaluation_in_the_same_folder_is_refused(tmp_path: Path, trunks: Any) -> None:
     nets = models()
     measure(nets, Photos(*PICTURES), tmp_path, trunks)

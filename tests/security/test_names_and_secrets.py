@@ -6,15 +6,20 @@ from typing import Any
 import pytest
 from rich.table import Table
 
+from latentvae.cli import main
 from latentvae.data import DatasetSpec, open_source
 from latentvae.errors import UserError
 from latentvae.export.card import markdown_text
 from latentvae.models import load_network
 from latentvae.report.comparison import markdown
+from tests.caching.conftest import make_tokenizer
+from tests.data.conftest import picture
+from tests.security.places import kl
 from tests.training.small import small_config
 
 CANARY = "canary-7f3a"
 ADDRESS = f"https://me:{CANARY}@host/a"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
 HOSTILE = "a|b`c`<img src=x>[d](javascript:e)\n# f\x1b[31m"
 
 
@@ -61,7 +66,7 @@ def test_tokens_of_the_environment_are_in_no_file_of_a_run(
 ) -> None:
     from latentvae import train
 
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"):
+    for name in SECRETS:
         monkeypatch.setenv(name, CANARY)
     train(small_config(tmp_path / "run", report_to="tensorboard", max_train_steps=2))
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -69,3 +74,29 @@ def test_tokens_of_the_environment_are_in_no_file_of_a_run(
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
     said = capfd.readouterr()
     assert CANARY not in said.out + said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokens", "latents"])
+def test_tokens_of_the_environment_are_in_no_shard_and_no_evaluation(
+    kind: str,
+    tmp_path: Path,
+    own_caches: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, CANARY)
+    model, data, out = (str(tmp_path / name) for name in ("model", "photos", "out"))
+    (make_tokenizer() if kind == "tokens" else kl()).save_pretrained(model)
+    Path(data).mkdir()
+    for number in range(2):
+        picture(40, 36, seed=number).save(f"{data}/{number}.png")
+    main(["encode", model, "--data", data, "--out", f"{out}/shards", "--resolution", "32"])
+    main(["decode", f"{out}/shards", "--out", f"{out}/pictures"])
+    main(["evaluate", model, "--data", data, "--out", f"{out}/report", "--quick"])
+    written = [path for path in Path(out).rglob("*") if path.is_file()]
+    assert {"manifest.json", "report.json", "per_image.csv"} <= {path.name for path in written}
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]
+    said = capfd.readouterr()
+    assert "shards" in said.out + said.err and CANARY not in said.out + said.err
