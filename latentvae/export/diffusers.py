@@ -29,7 +29,7 @@ from latentvae.export.half_precision import check_half_precision
 from latentvae.export.report import PROFILES, ExportReport, Profile
 from latentvae.latents import LatentStatistics
 from latentvae.models.calls import decode, encode_posterior
-from latentvae.models.upsampling import unfold_upsampling
+from latentvae.models.stock import restore_stock_layers
 
 CLASSES = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC)
 
@@ -98,7 +98,7 @@ def _on_cpu(net: nn.Module) -> Any:
     load the export: what is proved equal is the trained weights' plain forward pass."""
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     assert type(copied) in CLASSES
-    unfold_upsampling(copied)
+    restore_stock_layers(copied)
     if hasattr(copied, "disable_tiling"):
         copied.disable_tiling()
     return copied.eval()

@@ -23,7 +23,7 @@ from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteAutoencoder, calls
 from latentvae.models.discrete import scale_features, to_vq_model, why_no_vq_model
-from latentvae.models.upsampling import unfold_upsampling
+from latentvae.models.stock import restore_stock_layers
 
 MIN_EQUAL = 0.999  # share of indices that must be equal
 TIE = 1e-5  # difference of two squared distances that is rounding, as a share of |z|^2 + |c|^2
@@ -141,7 +141,7 @@ def export_tokenizer(
     if reason and lookup_from_codebook:
         raise UserError(f"lookup_from_codebook is an option of VQModel, and this is none: {reason}")
     trained: Any = copy.deepcopy(net).cpu().float().eval()
-    unfold_upsampling(trained)  # as what is loaded back computes
+    restore_stock_layers(trained)  # as what is loaded back computes
     probe = probe.to("cpu", torch.float32)
     half = check_half_precision(trained, probe)
     written, factor = trained, 1.0

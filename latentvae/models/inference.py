@@ -31,7 +31,8 @@ from latentvae.models.upsampling import (
     fold_upsampling,
     unfold_upsampling,
 )
-from latentvae.models.winograd import has_winograd, swap_convolutions
+from latentvae.models.winograd.layers import swap_convolutions
+from latentvae.models.winograd.nnpack import has_winograd
 
 # Channels out of a block from which Winograd in float32 beats a plain convolution in bfloat16.
 WIDE = 256

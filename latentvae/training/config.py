@@ -153,6 +153,13 @@ class RunConfig(Section):
             "with Triton and takes minutes at the start."
         ),
     )
+    winograd: bool = Field(
+        default=True,
+        description=(
+            "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
+            "multiplications, rounded to some 4e-6 of their size. Elsewhere without effect."
+        ),
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         default=None,
         description=(

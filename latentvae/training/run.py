@@ -46,6 +46,7 @@ from latentvae.models import (
 )
 from latentvae.models.compilation import compile_blocks
 from latentvae.models.upsampling import fold_upsampling
+from latentvae.models.winograd.layers import swap_convolutions
 from latentvae.training.averages import WeightAverage
 from latentvae.training.base import Base
 from latentvae.training.codebook import initialise_codebook, wants_start
@@ -243,6 +244,10 @@ def build_run(
             critic.to(memory_format=torch.channels_last)
     if config.run.torch_compile:
         compile_blocks(net)
+    elif _multiplies_less(config, accelerator):
+        swap_convolutions(net, trained=True)
+        # Channels innermost would be turned for every convolution.
+        swap_convolutions(metric.to(memory_format=torch.contiguous_format), trained=True)
     with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         prepared = accelerator.prepare(wrapper)
@@ -329,6 +334,12 @@ def _losses(
         autocast_dtype=_DTYPES[accelerator.mixed_precision],
     )
     return metric, objective
+
+
+def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether Winograd's convolutions serve: float32 on the CPU, channels outermost."""
+    on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    return config.run.winograd and on_cpu and not config.run.channels_last
 
 
 def latent_weights(config: TrainConfig) -> dict[str, float]:

@@ -37,7 +37,7 @@ RESUME_MAY_CHANGE = frozenset(
 )
 
 # What a run did that is older than the option, where the default of now is another.
-BEFORE = {"data": {"resize_with": "pillow"}}
+BEFORE = {"data": {"resize_with": "pillow"}, "run": {"winograd": False}}
 
 
 @dataclass

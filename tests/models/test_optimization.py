@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderRAE
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.models import calls, inference, winograd
+from latentvae.models import calls, inference
 from latentvae.models import optimization as opt
 from latentvae.models.optimization import Optimized, measure_psnr, optimize_network, probe
-from latentvae.models.winograd import MIN_POSITIONS, WinogradConv2d, has_winograd, winograd_conv
+from latentvae.models.winograd.layers import MIN_POSITIONS, WinogradConv2d
+from latentvae.models.winograd.nnpack import has_winograd
 from tests.models.nets import NETS, images, kl, largest
 
 needs_winograd = pytest.mark.skipif(not has_winograd(), reason="torch has no NNPACK here")
@@ -65,34 +65,6 @@ def test_exact_shares_the_parameters() -> None:
     exact = optimize_network(net, mode="exact").net
     pairs = zip(net.parameters(), exact.parameters(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
-
-
-@needs_winograd
-def test_winograd_against_double_precision() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((1, 32, 40, 33), (3, 64, 3, 50), (1, 33, 1, 1)):
-        x = torch.randn(shape, generator=generator)
-        weight = torch.randn(48, shape[1], 3, 3, generator=generator) / (9 * shape[1]) ** 0.5
-        bias = torch.randn(48, generator=generator)
-        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-        assert largest(winograd_conv(x, weight, bias), exact) < 2e-4
-        without = exact - bias.double().view(1, -1, 1, 1)
-        assert largest(winograd_conv(x, weight, None), without) < 2e-4
-        one = winograd_conv(x[:1], weight, bias)
-        assert torch.equal(winograd_conv(x, weight, bias)[:1], one)  # whatever lies beside it
-
-
-@needs_winograd
-def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, bias = torch.randn(2, 32, 37, 20, generator=generator), torch.randn(48, generator=generator)
-    weight = torch.randn(48, 32, 3, 3, generator=generator) / 17
-    whole = winograd_conv(x, weight, bias)
-    for rows in (6, 12, 36):
-        monkeypatch.setattr(winograd, "MAX_POSITIONS", rows * 20)
-        assert torch.equal(winograd_conv(x, weight, bias), whole)
 
 
 @needs_winograd

@@ -1,5 +1,5 @@
-"""3 x 3 convolutions of stride 1 with fewer multiplications: Winograd's F(6 x 6, 3 x 3), 64 for 36
-outputs instead of 324 (Lavin and Gray 2015, arXiv:1509.09308), by NNPACK inside of torch.
+"""3 x 3 convolutions by NNPACK, which is inside of torch: Winograd's F(6 x 6, 3 x 3), 64 products
+for 36 outputs instead of 324 (Lavin and Gray 2015, arXiv:1509.09308).
 
 In float32 on the CPU. Rounding differs by about 1e-5 of the output's deviation, ten times that of a
 plain convolution and two hundred times less than bfloat16's.
@@ -11,24 +11,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-MIN_CHANNELS = 32  # narrower convolutions spend more on the transforms than they save
 TILE = 6  # rows and columns that are computed together
 MAX_POSITIONS = 128 * 128  # of one call: enough that transforming the kernel again costs little
-MIN_POSITIONS = 32 * 32  # smaller maps spend more on transforming the kernel
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A convolution that `swap_convolutions` found; the plain one of small maps."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2] * input.shape[3] < MIN_POSITIONS:
-            return super().forward(input)
-        return winograd_conv(input, self.weight, self.bias)
-
-
-def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv2d(x, weight, bias, padding=1)` of a 3 x 3 kernel.
 
     Image by image: of a batch NNPACK takes another algorithm, and what an image gives would depend
@@ -67,23 +56,8 @@ def has_winograd() -> bool:
     x, weight = (torch.randn(s, generator=generator) for s in ((1, 32, 33, 35), (32, 32, 3, 3)))
     with torch.inference_mode():
         try:
-            y = winograd_conv(x, weight, None)
+            y = nnpack_conv(x, weight, None)
         except RuntimeError:
             return False
         plain = F.conv2d(x, weight, padding=1)
         return bool((y - plain).abs().max() < 1e-4 * plain.std())
-
-
-def swap_convolutions(part: nn.Module) -> None:
-    """Give the convolutions of `part` that Winograd's transform serves its class."""
-    for module in part.modules():
-        if type(module) is nn.Conv2d and _fits(module):
-            module.__class__ = WinogradConv2d
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    return (
-        (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
-        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
-        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-    )

@@ -1,0 +1,111 @@
+"""Convolutions that take Winograd's algorithms where those are sooner, in float32 on the CPU.
+
+Which one, if any, follows from the shapes alone, so equal runs give equal numbers.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from latentvae.models.winograd.nnpack import has_winograd, nnpack_conv
+from latentvae.models.winograd.tiles import SIDE, tiled_conv, tiled_gradients
+
+MIN_CHANNELS = 32  # narrower convolutions spend more on the transforms than they save
+MIN_POSITIONS = 32 * 32  # at inference: smaller maps spend more on transforming the kernel
+# In training plain convolutions have a batch to work on, so NNPACK, which takes images one by one,
+# needs larger maps, and the tiles some width: more for y or dx alone than for dx and dw together.
+TRAINING_POSITIONS = 64 * 64
+TILED_CHANNELS = {"one": 256, "both": 128}
+
+
+class WinogradConv2d(nn.Conv2d):
+    """At inference; the plain one of small maps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2] * input.shape[3] < MIN_POSITIONS:
+            return super().forward(input)
+        return nnpack_conv(input, self.weight, self.bias)
+
+
+class TrainedWinogradConv2d(nn.Conv2d):
+    """With gradients; the plain one under autocast, in other precisions and on other devices."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = input.device.type != "cpu" or input.dtype != torch.float32
+        if plain or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        return _Convolution.apply(input, self.weight, self.bias)  # pyright: ignore
+
+
+class _Convolution(torch.autograd.Function):
+    """`conv2d(x, weight, bias, padding=1)`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if _fits_nnpack(x):
+            return nnpack_conv(x, weight, bias)
+        if _fits_tiles(x, weight, "one"):
+            return tiled_conv(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        bias = gradient.sum((0, 2, 3)) if of_bias else None
+        if of_x and _fits_nnpack(x):
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+            of_rest = _gradients(gradient, x, weight, of_x=False, of_weight=of_weight)
+            return nnpack_conv(gradient, turned, None), of_rest[1], bias
+        return *_gradients(gradient, x, weight, of_x=of_x, of_weight=of_weight), bias
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, *, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if _fits_tiles(x, weight, "both" if of_weight else "one"):
+        return tiled_gradients(gradient, x, weight, of_x=of_x, of_weight=of_weight)
+    mask = [of_x, of_weight, False]
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+    )[:2]
+
+
+def _fits_nnpack(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] >= TRAINING_POSITIONS and has_winograd()
+
+
+def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
+    """Whether channels are many, and tiles enough to transform their kernels for."""
+    tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
+    narrow, wide = sorted(weight.shape[:2])
+    return narrow >= TILED_CHANNELS[asked] and 4 * tiles >= wide
+
+
+def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
+    """Give the convolutions of `part` that Winograd's transforms serve its class, for training or
+    for inference; returns how many there are. Names, parameters and hooks stay."""
+    found = [m for m in part.modules() if type(m) is nn.Conv2d and _fits(m)]
+    for module in found:
+        module.__class__ = TrainedWinogradConv2d if trained else WinogradConv2d
+    return len(found)
+
+
+def restore_convolutions(part: nn.Module) -> None:
+    """Undo `swap_convolutions`: the stock layers again."""
+    for module in part.modules():
+        if type(module) in (WinogradConv2d, TrainedWinogradConv2d):
+            module.__class__ = nn.Conv2d
+
+
+def _fits(conv: nn.Conv2d) -> bool:
+    return (
+        (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
+        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    )

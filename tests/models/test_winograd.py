@@ -1,0 +1,139 @@
+"""Convolutions with fewer multiplications against plain ones in double precision."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.models.stock import restore_stock_layers
+from latentvae.models.winograd import layers, nnpack, tiles
+from latentvae.models.winograd.layers import TrainedWinogradConv2d, swap_convolutions
+from latentvae.models.winograd.nnpack import has_winograd, nnpack_conv
+from latentvae.models.winograd.tiles import A2, B2, G2, tiled_conv, tiled_gradients
+from tests.models.nets import images, kl, largest
+
+needs_nnpack = pytest.mark.skipif(not has_winograd(), reason="torch has no NNPACK here")
+
+
+@needs_nnpack
+def test_nnpack_against_double_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 32, 40, 33), (3, 64, 3, 50), (1, 33, 1, 1)):
+        x = torch.randn(shape, generator=generator)
+        weight = torch.randn(48, shape[1], 3, 3, generator=generator) / (9 * shape[1]) ** 0.5
+        bias = torch.randn(48, generator=generator)
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        assert largest(nnpack_conv(x, weight, bias), exact) < 2e-4
+        without = exact - bias.double().view(1, -1, 1, 1)
+        assert largest(nnpack_conv(x, weight, None), without) < 2e-4
+        one = nnpack_conv(x[:1], weight, bias)
+        assert torch.equal(nnpack_conv(x, weight, bias)[:1], one)  # whatever lies beside it
+
+
+@needs_nnpack
+def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(2, 32, 37, 20, generator=generator), torch.randn(48, generator=generator)
+    weight = torch.randn(48, 32, 3, 3, generator=generator) / 17
+    whole = nnpack_conv(x, weight, bias)
+    for rows in (6, 12, 36):
+        monkeypatch.setattr(nnpack, "MAX_POSITIONS", rows * 20)
+        assert torch.equal(nnpack_conv(x, weight, bias), whole)
+
+
+def test_the_transforms_are_a_convolution_exactly() -> None:
+    """A2 [(G2 w) (B2 x)] in double precision, where all numbers of G2 are multiples of 1 / 576."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(1, 1, n, n, generator=generator, dtype=torch.float64) for n in (6, 3))
+    unrounded = torch.round(G2.double() * 576) / 576
+    y = A2.double() @ ((unrounded @ w.flatten()) * (B2.double() @ x.flatten()))
+    assert torch.allclose(y.view(4, 4), F.conv2d(x, w)[0, 0], rtol=0, atol=1e-12)
+
+
+def case(shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, (outputs, shape[1], 3, 3), (outputs,), (shape[0], outputs, *shape[2:]))
+    x, weight, bias, gradient = (torch.randn(size, generator=generator) for size in sizes)
+    return x, weight / (9 * shape[1]) ** 0.5, bias, gradient
+
+
+def plain_results(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> list[Tensor]:
+    """The output and the gradients of x, weight and bias, in double precision."""
+    given = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    y = F.conv2d(*given, padding=1)
+    return [y.detach(), *torch.autograd.grad(y, given, gradient.double())]
+
+
+@pytest.mark.parametrize("chunk", [tiles.CHUNK_BYTES, 1 << 14])
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [((2, 5, 9, 6), 7), ((3, 4, 4, 4), 4), ((1, 3, 1, 1), 2), ((2, 32, 17, 30), 40)],
+)
+def test_tiles_and_their_gradients(
+    shape: tuple[int, ...], outputs: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", chunk)
+    x, weight, bias, gradient = case(shape, outputs)
+    y, dx, dweight, _ = plain_results(x, weight, bias, gradient)
+    assert largest(tiled_conv(x, weight, bias), y) < 5e-5
+    of_x, of_weight = tiled_gradients(gradient, x, weight, of_x=True, of_weight=True)
+    assert of_x is not None and largest(of_x, dx) < 5e-5
+    assert of_weight is not None and largest(of_weight, dweight) < 2e-5 * dweight.abs().max()
+    alone, none = tiled_gradients(gradient, x, weight, of_x=True, of_weight=False)
+    assert alone is not None and torch.equal(alone, of_x) and none is None
+
+
+@pytest.mark.parametrize("path", ["nnpack", "tiles", "plain"])
+def test_the_layer_gives_the_gradients_of_a_plain_one(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "nnpack" and not has_winograd():
+        pytest.skip("torch has no NNPACK here")
+    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0 if path == "nnpack" else 10**9)
+    least = 0 if path == "tiles" else 10**9
+    monkeypatch.setattr(layers, "TILED_CHANNELS", {"one": least, "both": least})
+    x, weight, bias, gradient = case((2, 32, 20, 18), 48)
+    expected = plain_results(x, weight, bias, gradient)
+    conv: Any = nn.Conv2d(32, 48, 3, padding=1)
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    assert swap_convolutions(conv, trained=True) == 1 and type(conv) is TrainedWinogradConv2d
+    x.requires_grad_()
+    y = conv(x)
+    found = [y.detach(), *torch.autograd.grad(y, [x, conv.weight, conv.bias], gradient)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert largest(ours, theirs) < 2e-5 * max(2.5, theirs.abs().max())
+    conv.requires_grad_(False)  # as LPIPS is
+    (dx,) = torch.autograd.grad(conv(x), x, gradient)
+    assert largest(dx, expected[1]) < 5e-5
+
+
+def test_shapes_choose_the_algorithm() -> None:
+    wide, narrow = torch.zeros(256, 256, 3, 3), torch.zeros(64, 64, 3, 3)
+    assert layers._fits_tiles(torch.zeros(8, 256, 16, 16), wide, "one")
+    assert not layers._fits_tiles(torch.zeros(8, 256, 8, 8), wide, "one")  # few tiles
+    assert not layers._fits_tiles(torch.zeros(8, 64, 32, 32), narrow, "both")
+    assert layers._fits_nnpack(torch.zeros(1, 32, 64, 64)) == has_winograd()
+    assert not layers._fits_nnpack(torch.zeros(1, 32, 63, 64))
+
+
+def test_a_network_gives_the_same_and_is_stock_again_afterwards() -> None:
+    net: Any = kl()
+    plain = copy.deepcopy(net)
+    assert swap_convolutions(net, trained=True) > 10
+    x = images(72, 64)
+    for each in (net, plain):
+        each(x).sample.square().mean().backward()
+    scale = max(p.grad.abs().max() for p in plain.parameters())
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert largest(ours.grad, theirs.grad) < 1e-4 * scale
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x).sample, plain(x).sample)
+    restore_stock_layers(net)
+    assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()]
+    assert list(net.state_dict()) == list(plain.state_dict())
