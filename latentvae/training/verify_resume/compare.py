@@ -64,7 +64,11 @@ def what_is_left(folder: Path, *, update: int) -> Left:
     config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     scales = {k: v for k, v in config.items() if k.endswith("_factor") and isinstance(v, float)}
     tensors["export"] |= {k: torch.tensor(v, dtype=torch.float64) for k, v in scales.items()}
-    return Left(tensors=tensors, values=snapshot.values, rows=_timeless(folder))
+    values = dict(snapshot.values)
+    if log_factor := values.pop("kl_log_factor", 0.0):  # rounding moves it where it moves losses
+        moved = torch.tensor(log_factor, dtype=torch.float64)
+        tensors["KL's weight"] = {"logarithm over kl_scale": moved}
+    return Left(tensors=tensors, values=values, rows=_timeless(folder))
 
 
 def _timeless(folder: Path) -> list[dict[str, Any]]:
