@@ -75,7 +75,7 @@ def model(quantizer: str | None) -> dict[str, Any] | None:
     return {"architecture": "vq", "quantizer": QUANTIZERS[quantizer], **shape}
 
 
-HELD = {"kl_target": 0.2, "kl_target_rate": 1.0, "kl_scale": 1.0}
+HELD = {"kl_target": 0.1, "kl_target_rate": 1.0, "kl_scale": 1.0}
 
 
 def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None:
