@@ -1,12 +1,14 @@
 """What stands in the loss for the KL, and the weight that moves until a target is held (GECO:
 Rezende and Viola 2018, arXiv:1810.00597; ControlVAE: Shao et al. 2020, arXiv:2004.05988).
 
-    log w <- log w + rate * clip(log(held / target), -1, 1)    held: bits per latent element
-    log w <- log w - rate * clip(log(held / target), -1, 1)    held: reconstruction error
+    e     = clip(log(held / target), -1, 1)          held: bits per latent element
+    e     = clip(log(target / held), -1, 1)          held: reconstruction error
+    log w = log w + rate * e + DAMPING * (e - e of the update before)
 
 The weight is a factor on `kl_scale`, where it starts. What is held is a mean over micro-steps and
 ranks, in units that depend on neither resolution nor channels, and the error is relative: one rate
-serves all. An integral of a logarithm, and no average of GECO's own: the sum is one already.
+serves all. Networks answer late, so that the sum alone swings about the target; the second term
+(ControlVAE's proportional one, of GECO's logarithm) damps it.
 """
 
 import math
@@ -18,6 +20,8 @@ from torch import Tensor
 from latentvae.losses.posterior import capacity, capacity_kl, free_bits_kl, kl_warmup
 from latentvae.outputs import AutoencoderOutput
 from latentvae.training.objective_config import KL_WEIGHTS, ObjectiveConfig
+
+DAMPING = 2.0  # the weight answers an error of 10% by 20% at once
 
 
 def kl_in_loss(
@@ -70,20 +74,24 @@ def held(values: Sequence[Mapping[str, Tensor]], options: ObjectiveConfig) -> Te
     return torch.stack([logged[name].float() for logged in values]).mean(0, keepdim=True)
 
 
-def next_log_factor(log_factor: float, options: ObjectiveConfig, *, found: float) -> float:
-    """The logarithm of the weight over `kl_scale` in the next update; the weight stays within
-    `KL_WEIGHTS`.
+def next_log_factor(
+    log_factor: float, options: ObjectiveConfig, *, found: float, last_error: float = 0.0
+) -> tuple[float, float]:
+    """The logarithm of the weight over `kl_scale` in the next update, the weight within
+    `KL_WEIGHTS`; and the error now.
 
     Args:
         log_factor: in this update.
         found: `held`, the mean over all ranks.
+        last_error: what this returned in the update before; 0 in the first.
     """
     target = options.kl_target or options.rec_target
     ratio = min(max(found / target, math.exp(-1.0)), math.exp(1.0))
     direction = 1.0 if options.kl_target else -1.0  # a lower weight lets the error fall
-    moved = log_factor + direction * options.kl_target_rate * math.log(ratio)
+    error = direction * math.log(ratio)
+    moved = log_factor + options.kl_target_rate * error + DAMPING * (error - last_error)
     lowest, highest = (math.log(weight / options.kl_scale) for weight in KL_WEIGHTS)
-    return min(max(moved, lowest), highest)
+    return min(max(moved, lowest), highest), error
 
 
 def _elements(out: AutoencoderOutput) -> int:

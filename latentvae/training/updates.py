@@ -253,7 +253,7 @@ class Updates:
             return {}
         weight = options.kl_scale * math.exp(progress.kl_log_factor)
         if found:
-            progress.kl_log_factor = next_log_factor(
-                progress.kl_log_factor, options, found=found[0]
+            progress.kl_log_factor, progress.kl_error = next_log_factor(
+                progress.kl_log_factor, options, found=found[0], last_error=progress.kl_error
             )
         return {"objective/kl_weight": torch.full((), weight, device=self.run.accelerator.device)}

@@ -27,15 +27,16 @@ def toy(shape: tuple[int, int, int], pixels: int, options: ObjectiveConfig) -> d
     """Posteriors N(0, v) under the loss `v + w / pixels * KL`, KL = (v - 1 - log v) / 2 an element,
     least where v / (1 - v) = w r / 2 with r latent elements to a pixel; an update goes a tenth of
     the way there."""
-    logvar, log_factor, found = torch.full(shape, -3.0), 0.0, {}
-    for _ in range(600):
+    logvar, log_factor, error, found = torch.full(shape, -3.0), 0.0, 0.0, {}
+    for _ in range(1600):
         kl = 0.5 * (logvar.exp() - 1.0 - logvar).sum((1, 2))
         out = AutoencoderOutput(z=torch.zeros(1, *shape), kl_per_channel=kl[None])
         found = {
             "latent/kl_bits_per_element": bits_per_element(out),
             "loss/rec": logvar.exp().mean(),
         }
-        log_factor = next_log_factor(log_factor, options, found=held([found], options).item())
+        value = held([found], options).item()
+        log_factor, error = next_log_factor(log_factor, options, found=value, last_error=error)
         odds = options.kl_scale * math.exp(log_factor) * logvar.numel() / pixels / 2
         logvar = logvar + 0.1 * (math.log(odds / (1 + odds)) - logvar)
     return {name: value.item() for name, value in found.items()}
@@ -69,16 +70,22 @@ def test_the_factor_is_on_the_gradient_of_the_mean_kl() -> None:
 
 def test_a_step_is_relative_clipped_and_within_bounds() -> None:
     options = ObjectiveConfig(kl_target=2.0, kl_scale=1e-4, kl_target_rate=0.1)
-    assert next_log_factor(0.3, options, found=2.0) == 0.3
-    assert next_log_factor(0.0, options, found=3.0) == pytest.approx(0.1 * math.log(1.5))
-    assert next_log_factor(0.0, options, found=1e9) == pytest.approx(0.1)
-    assert next_log_factor(0.0, options, found=-1e-9) == pytest.approx(-0.1)  # a KL of rounding
-    factor = 0.0
+    assert next_log_factor(0.3, options, found=2.0) == (0.3, 0.0)
+    error = math.log(1.5)
+    first, again = (
+        next_log_factor(0.0, options, found=3.0, last_error=last) for last in (0.0, error)
+    )
+    assert first == pytest.approx((2.1 * error, error))  # rate and damping
+    assert again == pytest.approx((0.1 * error, error))  # the rate alone
+    assert next_log_factor(0.0, options, found=1e9, last_error=1.0) == pytest.approx((0.1, 1.0))
+    # A KL of rounding.
+    assert next_log_factor(0.0, options, found=-1e-9, last_error=-1.0) == pytest.approx((-0.1, -1))
+    factor = error = 0.0
     for _ in range(200):
-        factor = next_log_factor(factor, options, found=0.0)
+        factor, error = next_log_factor(factor, options, found=0.0, last_error=error)
     assert 1e-4 * math.exp(factor) == pytest.approx(1e-8)
     for _ in range(400):
-        factor = next_log_factor(factor, options, found=9.0)
+        factor, error = next_log_factor(factor, options, found=9.0, last_error=error)
     assert 1e-4 * math.exp(factor) == pytest.approx(1e4)
 
 
@@ -96,8 +103,9 @@ TRAINING: dict[str, Any] = {
     "learn_logvar": False,
     "lr_scheduler": "constant",
     "learning_rate": 3e-3,
-    "kl_scale": 1e-2,
-    "kl_target_rate": 0.05,
+    "initial_posterior_logvar": -6.0,
+    "kl_scale": 0.05,
+    "kl_target_rate": 0.02,
     "log_steps": 50,
     "checkpointing_steps": 400,
     "validation_steps": 400,
@@ -142,7 +150,7 @@ def test_a_checkpoint_from_before_the_option_goes_on(tmp_path: Path) -> None:
     config = small_config(tmp_path, max_train_steps=1, validation_steps=9)
     train(config)
     snapshot = load_checkpoint(tmp_path / "checkpoint-1")
-    del snapshot.values["kl_log_factor"]
+    del snapshot.values["kl_log_factor"], snapshot.values["kl_error"]
     accelerator = start_accelerator(config, tmp_path)
     run = build_run(config, folder=tmp_path, accelerator=accelerator, data=open_data(config))
     assert restore(run, snapshot).kl_log_factor == 0.0
@@ -163,14 +171,23 @@ def test_an_update_that_is_skipped_does_not_move_the_weight(
         return logged
 
     monkeypatch.setattr(Updates, "micro_step", spoiling)
-    options = {"gradient_accumulation_steps": 1, "max_train_steps": 4, "validation_steps": 9}
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 4,
+        "validation_steps": 9,
+    }
     train(small_config(tmp_path, **SHORT, **options))
     assert seen[0] == 0.0 and seen[1] != 0.0 and seen[2] == seen[1] and seen[3] != seen[2]
 
 
 def test_the_weight_rests_while_only_the_critic_learns(tmp_path: Path) -> None:
-    critic = {"disc_start": 1, "disc_warmup_steps": 2, "disc_ramp_steps": 0}
-    options = {"rec_target": 0.01, "max_train_steps": 4, "log_steps": 1, "validation_steps": 9}
+    critic: dict[str, Any] = {"disc_start": 1, "disc_warmup_steps": 2, "disc_ramp_steps": 0}
+    options: dict[str, Any] = {
+        "rec_target": 0.01,
+        "max_train_steps": 4,
+        "log_steps": 1,
+        "validation_steps": 9,
+    }
     train(small_config(tmp_path, **critic, **options))
     rows = read_rows(tmp_path / "log.jsonl")
     weights = [row["objective/kl_weight"] for row in rows if "objective/kl_weight" in row]

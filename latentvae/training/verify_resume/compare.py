@@ -65,9 +65,9 @@ def what_is_left(folder: Path, *, update: int) -> Left:
     scales = {k: v for k, v in config.items() if k.endswith("_factor") and isinstance(v, float)}
     tensors["export"] |= {k: torch.tensor(v, dtype=torch.float64) for k, v in scales.items()}
     values = dict(snapshot.values)
-    if log_factor := values.pop("kl_log_factor", 0.0):  # rounding moves it where it moves losses
-        moved = torch.tensor(log_factor, dtype=torch.float64)
-        tensors["KL's weight"] = {"logarithm over kl_scale": moved}
+    control = [values.pop(name, 0.0) for name in ("kl_log_factor", "kl_error")]
+    if any(control):  # rounding moves them where it moves losses
+        tensors["KL's weight"] = {"control": torch.tensor(control, dtype=torch.float64)}
     return Left(tensors=tensors, values=values, rows=_timeless(folder))
 
 
