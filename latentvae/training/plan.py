@@ -125,7 +125,11 @@ def _latent_terms(run: Run) -> str:
         f" + {w:g} {name.replace('_', ' ')}" for name, w in latent_weights(run.config).items() if w
     ]
     if run.config.model.has_kl:
-        terms.append(f" + {run.config.objective.kl_scale:g} KL")
+        options = run.config.objective
+        held = f"{options.kl_target:g} bits per latent element" if options.kl_target else ""
+        held = held or (f"a pixel loss of {options.rec_target:g}" if options.rec_target else "")
+        moves = f", its weight moving to hold {held}" if held else ""
+        terms.append(f" + {options.kl_scale:g} KL{moves}")
     return "".join(terms).replace("+ -", "- ")
 
 

@@ -31,6 +31,7 @@ class _Values(BaseModel):
     world_size: Annotated[int, Field(ge=1)]
     mixed_precision: str
     data: dict[str, Any]
+    kl_log_factor: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # older checkpoints: none
     ema_steps: Count | None = None  # without an average
 
     @model_validator(mode="after")

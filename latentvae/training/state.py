@@ -53,6 +53,8 @@ class Progress:
         bad_images: unreadable files met so far, by name and reason.
         critic_start: the update (from 0) in which the critic starts; it stays when a run with a
             running critic is made longer.
+        kl_log_factor: logarithm of the KL's weight over kl_scale, where a target moves it.
+        kl_error: its relative error in the update before.
     """
 
     update: int = 0
@@ -63,6 +65,8 @@ class Progress:
     units: list[list[float]] = field(default_factory=list)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     critic_start: int = 0
+    kl_log_factor: float = 0.0
+    kl_error: float = 0.0
 
 
 def take_snapshot(run: Run, progress: Progress) -> Snapshot:
@@ -85,6 +89,8 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
         "units": gather_objects(progress.units),
         "bad_images": progress.bad_images,
         "critic_start": progress.critic_start,
+        "kl_log_factor": progress.kl_log_factor,
+        "kl_error": progress.kl_error,
         "world_size": world_size(),
         "mixed_precision": run.accelerator.mixed_precision,
         "data": run.data_identity,
@@ -135,6 +141,8 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         units=values["units"][rank()] if "units" in values else [],  # older checkpoints have none
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
+        kl_log_factor=values.get("kl_log_factor", 0.0),  # older checkpoints have none
+        kl_error=values.get("kl_error", 0.0),
     )
 
 

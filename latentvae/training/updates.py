@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from latentvae.data import Batch
-from latentvae.distributed import all_reduce_max, rank
+from latentvae.distributed import all_reduce_max, all_reduce_mean, rank
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
-from latentvae.losses.posterior import capacity, capacity_kl, free_bits_kl, kl_warmup
-from latentvae.outputs import AutoencoderOutput
 from latentvae.training.codebook import CodebookUpdate, temperature
+from latentvae.training.kl_control import (
+    bits_per_element,
+    held,
+    is_held,
+    kl_in_loss,
+    next_log_factor,
+)
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import Run
 from latentvae.training.schedule import adversarial_factor, critic_learns_alone, learning_rate
@@ -79,14 +84,16 @@ class Updates:
                 made.values.append(self.micro_step(batch, adversary, made))
             progress.micro_step += 1
         norms = self._clip(adversary)
-        made.finite, made.signal = self._verdict(norms)
+        # While only the critic learns nothing answers to the KL's weight, so it rests.
+        measured = held([] if self._critic_learns_alone() else made.values, run.config.objective)
+        made.finite, made.signal, found = self._verdict(norms, measured)
         if made.finite:
             self.step(adversary)
             learned = self.codebook.apply(
                 progress.update, optimizer=run.optimizer, averages=run.averages()
             )
             self._observe(adversary, made)
-            made.values += [norms, learned]
+            made.values += [norms, learned, self._move_kl_weight(found)]
         self.codebook.clear()
         run.optimizer.zero_grad()
         if run.critic_optimizer is not None:
@@ -119,7 +126,12 @@ class Updates:
                 objective=run.objective,
                 last_layer=run.wrapper.last_layer,
                 adversary=adversary,
-                kl=self._controlled_kl(out),
+                kl=kl_in_loss(
+                    out,
+                    run.config.objective,
+                    update=self.progress.update,
+                    log_factor=self.progress.kl_log_factor,
+                ),
                 background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
@@ -140,10 +152,9 @@ class Updates:
         }
         if out.kl_per_channel is None or out.kl is None:
             return logged
-        nats = out.kl.detach().mean()
         return logged | {
-            "latent/kl_nats": nats,
-            "latent/kl_bits_per_element": nats / (math.log(2.0) * _kl_elements(out)),
+            "latent/kl_nats": out.kl.detach().mean(),
+            "latent/kl_bits_per_element": bits_per_element(out),
         }
 
     def _critic_learns_alone(self) -> bool:
@@ -176,26 +187,6 @@ class Updates:
             lecam_weight=options.disc_lecam_weight,
         )
 
-    def _controlled_kl(self, out: AutoencoderOutput) -> Tensor | None:
-        """What stands in for the mean KL in the loss, nats per image; None: the KL itself."""
-        options, update = self.run.config.objective, self.progress.update
-        if out.kl is None or out.kl_per_channel is None:
-            return None
-        if not (options.kl_warmup_steps or options.free_bits or options.kl_capacity):
-            return None
-        factor = kl_warmup(update, options.kl_warmup_steps)
-        if options.free_bits:
-            positions = out.z[0, 0].numel()
-            kl = free_bits_kl(out.kl_per_channel, bits=options.free_bits, positions=positions)
-        elif options.kl_capacity:
-            bits = capacity(
-                update, target=options.kl_capacity, growth_updates=options.kl_capacity_steps
-            )
-            kl = capacity_kl(out.kl, bits=bits, elements=_kl_elements(out))
-        else:
-            kl = out.kl.mean()
-        return factor * kl
-
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Reduce gradients over ranks in the last micro-step only."""
@@ -224,13 +215,16 @@ class Updates:
             norms["grad/critic"] = clip_gradients(adversary.critic.parameters(), largest)
         return norms
 
-    def _verdict(self, norms: dict[str, Tensor]) -> tuple[bool, int]:
-        """Whether all gradients on all ranks are finite, and the signal any rank has had: the
-        update's one host sync."""
+    def _verdict(self, norms: dict[str, Tensor], held: Tensor) -> tuple[bool, int, list[float]]:
+        """Whether all gradients on all ranks are finite, the signal any rank has had, and the mean
+        over ranks of what has a target: the update's one host sync."""
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
         signal = torch.full_like(finite, self.requested(), dtype=torch.float32)
-        not_finite, signal = all_reduce_max(torch.stack([(~finite).float(), signal])).tolist()
-        return not_finite == 0, int(signal)
+        verdict = all_reduce_max(torch.stack([(~finite).float(), signal]))
+        if len(held):
+            verdict = torch.cat([verdict, all_reduce_mean(held)])
+        not_finite, signal, *found = verdict.tolist()
+        return not_finite == 0, int(signal), found
 
     def step(self, adversary: Adversary | None) -> None:
         """Move weights and averages by the gradients that are there."""
@@ -252,8 +246,14 @@ class Updates:
             )
             self.run.lecam.update(real, fake)
 
-
-def _kl_elements(out: AutoencoderOutput) -> int:
-    """Latent elements of an image that the KL is a sum over; of Gumbel-softmax its tokens."""
-    assert out.kl_per_channel is not None
-    return out.kl_per_channel.shape[1] * out.z[0, 0].numel()
+    def _move_kl_weight(self, found: list[float]) -> dict[str, Tensor]:
+        """The KL's weight follows its target; returns the one that was used, to log."""
+        options, progress = self.run.config.objective, self.progress
+        if not is_held(options):
+            return {}
+        weight = options.kl_scale * math.exp(progress.kl_log_factor)
+        if found:
+            progress.kl_log_factor, progress.kl_error = next_log_factor(
+                progress.kl_log_factor, options, found=found[0], last_error=progress.kl_error
+            )
+        return {"objective/kl_weight": torch.full((), weight, device=self.run.accelerator.device)}

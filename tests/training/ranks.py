@@ -1,7 +1,7 @@
 """Run by the launcher in test_ranks.py: the gradients of one update and what a codebook learned in
-it, as each rank holds them, saved to a file.
+it and the KL's weight, as each rank holds them, saved to a file.
 
-ranks.py OUT.safetensors BATCH_SIZE ADAPTIVE [QUANTIZER]
+ranks.py OUT.safetensors BATCH_SIZE fixed|adaptive|held [QUANTIZER]
 """
 
 import sys
@@ -40,6 +40,8 @@ def gradients_after_update(number: int, out: Path) -> Any:
         quantizer = getattr(self.run.net, "quantize", None)
         if quantizer is not None:
             grads |= {f"buffer/{key}": value for key, value in quantizer.named_buffers()}
+        weight = torch.tensor(self.progress.kl_log_factor, dtype=torch.float64)
+        grads["progress/kl_log_factor"] = weight
         save_file(grads, out.with_name(f"{out.stem}-{rank()}.safetensors"))
         raise Done
 
@@ -73,7 +75,10 @@ def model(quantizer: str | None) -> dict[str, Any] | None:
     return {"architecture": "vq", "quantizer": QUANTIZERS[quantizer], **shape}
 
 
-def main(out: Path, batch_size: int, adaptive: bool, quantizer: str | None) -> None:
+HELD = {"kl_target": 0.1, "kl_target_rate": 1.0, "kl_scale": 1.0}
+
+
+def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None:
     torch.set_num_threads(1)
     Updates._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
     config = small_config(
@@ -81,12 +86,13 @@ def main(out: Path, batch_size: int, adaptive: bool, quantizer: str | None) -> N
         model(quantizer),
         train_batch_size=batch_size,
         deterministic_posterior=quantizer is None,
-        disc_adaptive_weight=adaptive,
+        disc_adaptive_weight=weight == "adaptive",
         disc_start=0,
         disc_ramp_steps=1,
         validation_steps=100,
         learning_rate=1e-6,  # whatever AdamW makes of rounding, the second update starts alike
         disc_learning_rate=1e-6,
+        **(HELD if weight == "held" else {}),
     )
     try:
         loop.train(config)
@@ -95,6 +101,4 @@ def main(out: Path, batch_size: int, adaptive: bool, quantizer: str | None) -> N
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "adaptive", (sys.argv[4:] or [None])[0]
-    )
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0])

@@ -62,7 +62,7 @@ def train_flags(folder: Path, **changes: object) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight", ["fixed", "adaptive"])
+@pytest.mark.parametrize("weight", ["fixed", "adaptive", "held"])
 def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
     tmp_path: Path, weight: str
 ) -> None:
@@ -75,6 +75,8 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
         "model/net.decoder.conv_out.weight",
         "critic/layers.0.weight",
     } <= one.keys()
+    log_factor = one["progress/kl_log_factor"].item()  # after one update, at most 1 when clipped
+    assert 0.1 < abs(log_factor) < 0.9 if weight == "held" else log_factor == 0.0
 
 
 @pytest.mark.slow

@@ -225,8 +225,9 @@ def test_before_its_start_the_critic_is_not_even_evaluated(
     assert calls == [2] * 4 + [3] * 4
 
 
+@pytest.mark.parametrize("change", [{}, {"kl_target": 1.0}], ids=["", "kl_target"])
 def test_an_update_waits_for_the_device_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     waits: list[tuple[int, str]] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
@@ -239,7 +240,8 @@ def test_an_update_waits_for_the_device_once(
 
         monkeypatch.setattr(Tensor, name, counting)
     with recorded() as recording:
-        train(small_config(tmp_path, mixed_precision="bf16", max_train_steps=3, disc_start=1))
+        options = {"mixed_precision": "bf16", "max_train_steps": 3, "disc_start": 1}
+        train(small_config(tmp_path, **options, **change))
     waits.remove((0, "item"))  # the loader's seed, drawn on the CPU when it starts
     assert waits == [(i, "tolist") for i in range(3)]
 

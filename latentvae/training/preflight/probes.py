@@ -92,6 +92,7 @@ def plain(config: TrainConfig) -> TrainConfig:
     copy.run.gradient_accumulation_steps = 1
     copy.objective.kl_warmup_steps = 0
     copy.objective.free_bits = copy.objective.kl_capacity = 0.0
+    copy.objective.kl_target = copy.objective.rec_target = 0.0
     return copy
 
 

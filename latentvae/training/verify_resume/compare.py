@@ -64,7 +64,11 @@ def what_is_left(folder: Path, *, update: int) -> Left:
     config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     scales = {k: v for k, v in config.items() if k.endswith("_factor") and isinstance(v, float)}
     tensors["export"] |= {k: torch.tensor(v, dtype=torch.float64) for k, v in scales.items()}
-    return Left(tensors=tensors, values=snapshot.values, rows=_timeless(folder))
+    values = dict(snapshot.values)
+    control = [values.pop(name, 0.0) for name in ("kl_log_factor", "kl_error")]
+    if any(control):  # rounding moves them where it moves losses
+        tensors["KL's weight"] = {"control": torch.tensor(control, dtype=torch.float64)}
+    return Left(tensors=tensors, values=values, rows=_timeless(folder))
 
 
 def _timeless(folder: Path) -> list[dict[str, Any]]:
