@@ -10,6 +10,7 @@ from latentvae.errors import UserError
 from latentvae.files import SHOWN
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = float | int  # NaN too, of an update that was skipped
 Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Named = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -31,8 +32,12 @@ class _Values(BaseModel):
     world_size: Annotated[int, Field(ge=1)]
     mixed_precision: str
     data: dict[str, Any]
-    kl_log_factor: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # older checkpoints: none
     ema_steps: Count | None = None  # without an average
+    # Not in older checkpoints:
+    kl_log_factor: Finite = 0.0
+    kl_error: Finite = 0.0
+    critic_stopped: Count | None = None
+    watch: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_of_each_process(self) -> "_Values":
