@@ -29,10 +29,14 @@ RESUME_MAY_CHANGE = frozenset(
     "shuffle_buffer validation_data_dir "
     "lpips_weights download_lpips max_train_steps eval_batch_size resume_from_checkpoint "
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
-    "num_sample_images log_steps report_to tracker_project_name "
+    "num_sample_images log_steps report_to tracker_project_name critic_watch "
     "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
     "push_to_hub hub_model_id hub_private_repo "
     "max_bad_share max_validation_images".split()
+)
+# Of these, what decides when `critic_watch disable` acts.
+DECIDES_THE_WATCH = frozenset(
+    "validation_data_dir validation_steps log_steps max_validation_images".split()
 )
 
 # What a run did that is older than the option, where the default of now is another.
@@ -52,6 +56,9 @@ class Progress:
         bad_images: unreadable files met so far, by name and reason.
         critic_start: the update (from 0) in which the critic starts; it stays when a run with a
             running critic is made longer.
+        critic_stopped: updates done when the watch switched the critic off, for good; None: it has
+            not.
+        watch: what the watch remembers, see `CollapseWatch.state_dict`.
     """
 
     update: int = 0
@@ -62,6 +69,8 @@ class Progress:
     units: list[list[float]] = field(default_factory=list)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     critic_start: int = 0
+    critic_stopped: int | None = None
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 def take_snapshot(run: Run, progress: Progress) -> Snapshot:
@@ -84,6 +93,8 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
         "units": gather_objects(progress.units),
         "bad_images": progress.bad_images,
         "critic_start": progress.critic_start,
+        "critic_stopped": progress.critic_stopped,
+        "watch": progress.watch,
         "world_size": world_size(),
         "mixed_precision": run.accelerator.mixed_precision,
         "data": run.data_identity,
@@ -128,6 +139,8 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         units=values["units"][rank()] if "units" in values else [],  # older checkpoints have none
         bad_images=[(name, reason) for name, reason in values["bad_images"]],
         critic_start=values["critic_start"] if started else run.config.critic_start,
+        critic_stopped=values.get("critic_stopped"),  # neither is in older checkpoints
+        watch=values.get("watch", {}),
     )
 
 
@@ -194,7 +207,10 @@ def read_config(path: Path) -> TrainConfig:
 def check_same_config(now: TrainConfig, then: TrainConfig) -> None:
     """Refuse to go on with options that change the result; names them."""
     new, old = flat(now), flat(then)
-    changed = [name for name in new if new[name] != old[name] and name not in RESUME_MAY_CHANGE]
+    may_change = RESUME_MAY_CHANGE
+    if new["critic_watch"] == old["critic_watch"] == "disable":
+        may_change -= DECIDES_THE_WATCH
+    changed = [name for name in new if new[name] != old[name] and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in changed)
         raise UserError(

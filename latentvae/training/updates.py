@@ -15,7 +15,13 @@ from latentvae.distributed import all_reduce_max, rank
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
-from latentvae.losses.posterior import capacity, capacity_kl, free_bits_kl, kl_warmup
+from latentvae.losses.posterior import (
+    capacity,
+    capacity_kl,
+    free_bits_kl,
+    kl_warmup,
+    silent_channels,
+)
 from latentvae.outputs import AutoencoderOutput
 from latentvae.training.codebook import CodebookUpdate, temperature
 from latentvae.training.randomness import Stream, seed_everything
@@ -144,20 +150,26 @@ class Updates:
         return logged | {
             "latent/kl_nats": nats,
             "latent/kl_bits_per_element": nats / (math.log(2.0) * _kl_elements(out)),
+            "latent/silent_channels": silent_channels(
+                out.kl_per_channel.detach(), positions=out.z[0, 0].numel()
+            ),
         }
 
     def _critic_learns_alone(self) -> bool:
-        return critic_learns_alone(
+        return self.progress.critic_stopped is None and critic_learns_alone(
             self.progress.update, start=self.progress.critic_start, critic=self.run.config.critic
         )
 
     def adversary(self) -> Adversary | None:
-        """The critic's part in the next update; None before it starts."""
+        """The critic's part in the next update; None before it starts, and after the watch has
+        stopped it."""
         run, options = self.run, self.run.config.critic
         factor = adversarial_factor(
             self.progress.update, start=self.progress.critic_start, critic=options
         )
         if factor is None or run.critic is None or run.critic_prepared is None:
+            return None
+        if self.progress.critic_stopped is not None:
             return None
         return Adversary(
             critic=run.critic,
