@@ -144,13 +144,18 @@ def test_silent_channels_by_hand() -> None:
 
 
 def test_what_there_is_to_watch_follows_the_options(tmp_path: Path) -> None:
-    options = {"disc_ramp_steps": 30, "disc_warmup_steps": 5, "kl_capacity_steps": 900}
+    options: dict[str, Any] = {
+        "disc_ramp_steps": 30,
+        "disc_warmup_steps": 5,
+        "kl_capacity_steps": 900,
+    }
     config = small_config(tmp_path, disc_loss="non_saturating", lr_warmup_steps=200, **options)
     found = what_to_watch(config, critic_start=40, num_codes=None)
     assert (found.posterior_from, found.codes_from) == (900, None)
     assert (found.obeyed_from, found.critic_from) == (45, 75)
     assert found.critic_loss == pytest.approx(2 * 0.693147, rel=1e-5)
-    for change in ({"critic_watch": "off"}, {"disc_scale": 0.0}):
+    changes: list[dict[str, Any]] = [{"critic_watch": "off"}, {"disc_scale": 0.0}]
+    for change in changes:
         silent = what_to_watch(small_config(tmp_path, **change), critic_start=0, num_codes=None)
         assert silent.critic_from is silent.obeyed_from is None
     vector = what_to_watch(small_config(tmp_path, CODES), critic_start=0, num_codes=1024)
@@ -219,7 +224,7 @@ def test_a_codebook_that_stands_still_collapses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantizer = CODES["quantizer"] | {"kmeans_iterations": 0}
-    model = CODES | {"quantizer": quantizer}
+    model = {**CODES, "quantizer": quantizer}
     finished(tmp_path, model=model, learning_rate=1e-12, disc_scale=0.0, validation_steps=5)
     said = capsys.readouterr().out
     assert said.count("the codebook collapses: ") == 2 and "of 1,024 codes are used by 128" in said
@@ -271,7 +276,11 @@ def test_a_validation_decides_whether_or_not_a_kill_came_after_it(
     """It is made after the checkpoint of its update, which knows nothing of it."""
     monkeypatch.setattr(watch, "WORSE", 0.0)  # every LPIPS is worse than the best
     monkeypatch.setattr(watch, "WON_SHARE", 0.0)
-    options = {"critic_watch": "disable", "validation_steps": 4, "max_train_steps": 14}
+    options: dict[str, Any] = {
+        "critic_watch": "disable",
+        "validation_steps": 4,
+        "max_train_steps": 14,
+    }
     options |= {"checkpointing_steps": 4, "log_steps": 3}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finished(straight, **options)
