@@ -323,7 +323,11 @@ def test_what_decides_may_not_change_while_it_may_disable(tmp_path: Path) -> Non
 def test_a_healthy_run_of_some_hundred_updates_is_told_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = PLAIN | {"max_train_steps": 300, "validation_steps": 75, "log_steps": 10}
+    options: dict[str, Any] = PLAIN | {
+        "max_train_steps": 300,
+        "validation_steps": 75,
+        "log_steps": 10,
+    }
     options |= {"disc_start": 100, "disc_ramp_steps": 50, "lr_warmup_steps": 50}
     options |= {"perceptual_scale": 1.0, "train_batch_size": 4, "learning_rate": 1e-3}
     train(small_config(tmp_path, **options))

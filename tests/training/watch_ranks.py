@@ -19,7 +19,7 @@ from tests.training.test_watch import PLAIN, WINNING
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    watch.BEGINNING, watch.LASTING, watch.WON_SHARE = 2, 4, 0.5
+    watch.BEGINNING, watch.LASTING, watch.WON_SHARE = 2, 4, 0.9
     original = loop._Loop._save
 
     def saving(self: Any) -> Path:
