@@ -18,6 +18,9 @@ from torch import Tensor
 from latentvae.distributed import all_reduce_mean, all_reduce_sum
 
 ACTIVE_VARIANCE = 0.01  # of the posterior mean (Burda et al. 2016, arXiv:1509.00519)
+SILENT_KL = (
+    0.01  # nats per element; the epsilon of a collapse (Lucas et al. 2019, arXiv:1911.02469)
+)
 
 
 def kl_warmup(update: int, warmup_updates: int) -> float:
@@ -65,6 +68,19 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
     local = kl.float().mean()
     side = torch.sign(all_reduce_mean(local) - target)
     return side * (local - target)
+
+
+def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
+    """How many channels have a KL of less than `SILENT_KL` per element in the mean of a batch.
+
+    Args:
+        kl_per_channel: (B, d), nats, summed over positions.
+        positions: h * w.
+
+    Returns:
+        Scalar from 0 to d, float32.
+    """
+    return (kl_per_channel.float().mean(0) < SILENT_KL * positions).sum().float()
 
 
 class ActiveUnits:

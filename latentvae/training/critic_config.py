@@ -86,6 +86,15 @@ class CriticConfig(Section):
         ),
     )
 
+    critic_watch: Literal["off", "warn", "disable"] = Field(
+        default="warn",
+        description=(
+            "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "
+            "while it runs: tell so; disable also switches the critic off for the rest of the run; "
+            "off does not look."
+        ),
+    )
+
     @model_validator(mode="after")
     def _check(self) -> "CriticConfig":
         if self.disc_type == "stylegan" and self.disc_norm not in (None, "none"):

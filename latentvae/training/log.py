@@ -79,12 +79,11 @@ class RunLog:
         hidden = None if self.active else True
         self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
         self._mark = (time.perf_counter(), start)
-        self.has_validation = False
+        self.validation: dict[str, Any] | None = None  # of update `start`, if it was made
         if self.active:
-            rows = _keep_rows_up_to(self.path, start)
-            self.has_validation = any(
-                "validation/psnr" in row and row["update"] == start for row in rows
-            )
+            for row in _keep_rows_up_to(self.path, start):
+                if "validation/psnr" in row and row["update"] == start:
+                    self.validation = row
 
     def step(self) -> None:
         self.bar.update(1)

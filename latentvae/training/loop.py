@@ -23,9 +23,8 @@ from latentvae.distributed import (
     world_size,
 )
 from latentvae.errors import RunError, printable
-from latentvae.losses.posterior import (
-    ActiveUnits,
-)
+from latentvae.losses.posterior import ActiveUnits
+from latentvae.models.calls import num_codes
 from latentvae.training.base import BASE_NAME, Base, open_base, with_shape_of
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
@@ -54,6 +53,7 @@ from latentvae.training.tracker import close_tracker, start_tracker
 from latentvae.training.updates import Made, Updates
 from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
 from latentvae.training.waiting import DataWait
+from latentvae.training.watch import CollapseWatch, Finding, what_to_watch
 
 
 class Stopped(Exception):
@@ -173,8 +173,11 @@ def _train(run: Run, progress: Progress) -> None:
     )
     with Interrupt() as interrupt, contextlib.closing(log):
         loop = _Loop(run, progress, log=log, interrupt=interrupt)
-        loop.catch_up()
-        loop.go(waiting)
+        try:
+            loop.catch_up()
+            loop.go(waiting)
+        finally:
+            loop.tell_what_was_seen()
 
 
 class _Loop:
@@ -195,6 +198,14 @@ class _Loop:
         self.bad.update(progress.bad_images)
         self.unnamed: list[tuple[str, str]] = []
         self.bad_validation = BadImages()
+        self.watch = CollapseWatch(
+            what_to_watch(
+                run.config, critic_start=progress.critic_start, num_codes=num_codes(run.net)
+            ),
+            saved=progress.watch,
+        )
+        if progress.critic_stopped is not None:
+            self.log.say(f"the critic is off since update {progress.critic_stopped:,}")
 
     def go(self, batches: Iterator[Batch]) -> None:
         options, progress = self.run.config.run, self.progress
@@ -213,9 +224,35 @@ class _Loop:
                 self._validate()
 
     def catch_up(self) -> None:
-        """Make up for a validation that a kill or a signal came before."""
-        if from_main(self._validation_is_due() and not self.log.has_validation):
+        """Make up for a validation that a kill or a signal came before; the watch, saved before
+        it, sees one that was made."""
+        made = from_main(self.log.validation)
+        if made is not None:
+            self._tell(self.watch.validation(self.progress.update, made))
+        elif self._validation_is_due():
             self._validate()
+
+    def tell_what_was_seen(self) -> None:
+        if (summary := self.watch.summary()) is not None:
+            self.log.say(summary)
+
+    def _tell(self, findings: list[Finding]) -> None:
+        """Say what the watch found, and do what it is asked to. All ranks decide the same."""
+        progress = self.progress
+        for found in findings:
+            self.log.say(f"watch, update {progress.update:,}: {found.sentence}")
+        disable = self.run.config.critic.critic_watch == "disable"
+        if (
+            disable
+            and progress.critic_stopped is None
+            and any(found.of_critic for found in findings)
+        ):
+            progress.critic_stopped = progress.update
+            self.watch.critic_stops(progress.update)
+            self.log.say(
+                f"watch, update {progress.update:,}: the critic is switched off for the rest of "
+                "the run (--critic_watch disable)"
+            )
 
     def _validation_is_due(self) -> bool:
         options, update = self.run.config.run, self.progress.update
@@ -254,15 +291,18 @@ class _Loop:
         means = self.window.means()
         if (active := self.units.count()) is not None:
             means["latent/active_units"] = active
+        findings = self.watch.row(progress.update, means)
         self.log.row(
             progress.update,
             {
                 **means,
+                **self.watch.flags(),
                 "optimizer/learning_rate": rate,
                 "data/bad_images": len(self.bad),
                 "optimizer/skipped": progress.skipped,
             },
         )
+        self._tell(findings)
 
     def _name_bad_images(self) -> None:
         """Name each unreadable file once, over all ranks; stop if there are too many."""
@@ -324,6 +364,7 @@ class _Loop:
             f"SSIM {values['validation/ssim']:.3f}, LPIPS {values['validation/lpips']:.3f}, "
             f"{codes}on {values['validation/images']:,} unseen images"
         )
+        self._tell(self.watch.validation(self.progress.update, values))
 
     def _save(self) -> Path:
         options, progress = self.run.config.run, self.progress
@@ -332,6 +373,7 @@ class _Loop:
             progress.window = self.window.state()
             progress.units = self.units.state()
             progress.bad_images = list(self.bad.reasons.items())
+            progress.watch = self.watch.state_dict()
             snapshot = take_snapshot(self.run, progress)
             path = self.run.folder / f"{PREFIX}{progress.update}"
             if is_main():

@@ -8,12 +8,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentvae.errors import UserError
 from latentvae.files import SHOWN
+from latentvae.training.watch import Condition
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = float | int  # NaN too, of an update that was skipped
 Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Named = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class _Watch(BaseModel):
+    """What `CollapseWatch.state_dict` gives."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    conditions: dict[str, Condition] = {}
+    best_lpips: float | None = None
+    best_update: Count = 0
+    most_used: Count = 0
 
 
 class _Values(BaseModel):
@@ -37,7 +49,7 @@ class _Values(BaseModel):
     kl_log_factor: Finite = 0.0
     kl_error: Finite = 0.0
     critic_stopped: Count | None = None
-    watch: dict[str, Any] = {}
+    watch: _Watch = _Watch()
 
     @model_validator(mode="after")
     def _one_of_each_process(self) -> "_Values":

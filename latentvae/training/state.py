@@ -30,10 +30,14 @@ RESUME_MAY_CHANGE = frozenset(
     "shuffle_buffer validation_data_dir "
     "lpips_weights download_lpips max_train_steps eval_batch_size resume_from_checkpoint "
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
-    "num_sample_images log_steps report_to tracker_project_name "
+    "num_sample_images log_steps report_to tracker_project_name critic_watch "
     "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
     "push_to_hub hub_model_id hub_private_repo "
     "max_bad_share max_validation_images".split()
+)
+# Of these, what decides when `critic_watch disable` acts.
+DECIDES_THE_WATCH = frozenset(
+    "validation_data_dir validation_steps log_steps max_validation_images".split()
 )
 
 # What a run did that is older than the option, where the default of now is another.
@@ -55,6 +59,9 @@ class Progress:
             running critic is made longer.
         kl_log_factor: logarithm of the KL's weight over kl_scale, where a target moves it.
         kl_error: its relative error in the update before.
+        critic_stopped: updates done when the watch switched the critic off, for good; None: it has
+            not.
+        watch: what the watch remembers, see `CollapseWatch.state_dict`.
     """
 
     update: int = 0
@@ -67,6 +74,8 @@ class Progress:
     critic_start: int = 0
     kl_log_factor: float = 0.0
     kl_error: float = 0.0
+    critic_stopped: int | None = None
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 def take_snapshot(run: Run, progress: Progress) -> Snapshot:
@@ -91,6 +100,8 @@ def take_snapshot(run: Run, progress: Progress) -> Snapshot:
         "critic_start": progress.critic_start,
         "kl_log_factor": progress.kl_log_factor,
         "kl_error": progress.kl_error,
+        "critic_stopped": progress.critic_stopped,
+        "watch": progress.watch,
         "world_size": world_size(),
         "mixed_precision": run.accelerator.mixed_precision,
         "data": run.data_identity,
@@ -143,6 +154,8 @@ def restore(run: Run, snapshot: Snapshot) -> Progress:
         critic_start=values["critic_start"] if started else run.config.critic_start,
         kl_log_factor=values.get("kl_log_factor", 0.0),  # older checkpoints have none
         kl_error=values.get("kl_error", 0.0),
+        critic_stopped=values.get("critic_stopped"),  # neither is in older checkpoints
+        watch=values.get("watch", {}),
     )
 
 
@@ -237,7 +250,10 @@ def read_config(path: Path) -> TrainConfig:
 def check_same_config(now: TrainConfig, then: TrainConfig) -> None:
     """Refuse to go on with options that change the result; names them."""
     new, old = flat(now), flat(then)
-    changed = [name for name in new if new[name] != old[name] and name not in RESUME_MAY_CHANGE]
+    may_change = RESUME_MAY_CHANGE
+    if new["critic_watch"] == old["critic_watch"] == "disable":
+        may_change -= DECIDES_THE_WATCH
+    changed = [name for name in new if new[name] != old[name] and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in changed)
         raise UserError(

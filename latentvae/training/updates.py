@@ -15,6 +15,7 @@ from latentvae.distributed import all_reduce_max, all_reduce_mean, rank
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
+from latentvae.losses.posterior import silent_channels
 from latentvae.training.codebook import CodebookUpdate, temperature
 from latentvae.training.kl_control import (
     bits_per_element,
@@ -155,20 +156,26 @@ class Updates:
         return logged | {
             "latent/kl_nats": out.kl.detach().mean(),
             "latent/kl_bits_per_element": bits_per_element(out),
+            "latent/silent_channels": silent_channels(
+                out.kl_per_channel.detach(), positions=out.z[0, 0].numel()
+            ),
         }
 
     def _critic_learns_alone(self) -> bool:
-        return critic_learns_alone(
+        return self.progress.critic_stopped is None and critic_learns_alone(
             self.progress.update, start=self.progress.critic_start, critic=self.run.config.critic
         )
 
     def adversary(self) -> Adversary | None:
-        """The critic's part in the next update; None before it starts."""
+        """The critic's part in the next update; None before it starts, and after the watch has
+        stopped it."""
         run, options = self.run, self.run.config.critic
         factor = adversarial_factor(
             self.progress.update, start=self.progress.critic_start, critic=options
         )
         if factor is None or run.critic is None or run.critic_prepared is None:
+            return None
+        if self.progress.critic_stopped is not None:
             return None
         return Adversary(
             critic=run.critic,

@@ -196,16 +196,18 @@ REQUIRED = (
     *("update", "micro_step", "skipped", "skipped_in_a_row", "windows", "bad_images"),
     *("critic_start", "world_size", "mixed_precision", "data", "ema_steps"),
 )
+# Older checkpoints are without these.
+OPTIONAL = ("units", "kl_log_factor", "kl_error", "critic_stopped", "watch")
 WRONG: tuple[Any, ...] = (None, "text", -1, 1.5, True, 10**30, [], [3], {"a": "b"}, [[{}]])
 
 
 def test_a_forged_state_is_refused_whatever_it_says(finished: Path) -> None:
     """Each entry gone or of another type; the sentence names it."""
     good = load_checkpoint(finished / "checkpoint-4").values
-    assert set(good) == {*REQUIRED, "units", "versions"}
+    assert set(good) == {*REQUIRED, *OPTIONAL, "versions"}
     options = {"num_channels": 4, "has_average": True}
     check_values(good, **options)
-    for name in (*REQUIRED, "units"):
+    for name in (*REQUIRED, *OPTIONAL):
         gone = {key: value for key, value in good.items() if key != name}
         forged = [gone] if name in REQUIRED else []
         forged += [good | {name: value} for value in WRONG if not _is_harmless(name, value)]
@@ -219,7 +221,8 @@ def _is_harmless(name: str, value: Any) -> bool:
     return (
         (name == "bad_images" and value == [])
         or (name == "data" and isinstance(value, dict))
-        or (name == "units" and value is None)
+        or (name in ("units", "critic_stopped") and value is None)
+        or (name.startswith("kl_") and isinstance(value, int | float) and value is not True)
         or (name == "mixed_precision" and isinstance(value, str))
     )
 
@@ -232,6 +235,8 @@ def _is_harmless(name: str, value: Any) -> bool:
         (lambda v: v["units"][0].pop(), "units: not 3 x 4 sums"),
         (lambda v: v["units"][0][1].append(0.0), "units: not 3 x 4 sums"),
         (lambda v: v["bad_images"].append(["a.png"]), "bad_images.0"),
+        (lambda v: v["watch"]["conditions"]["critic_won"].update(extra=1), "watch.conditions"),
+        (lambda v: v.update(kl_error=float("inf")), "kl_error"),
         (lambda v: v.update(update=3), "its state.json is of update 3"),
     ],
 )
