@@ -268,7 +268,7 @@ class CollapseWatch:
         return [Finding(name, now.sentence, of_critic)]
 
 
-def _when(seen: _Condition) -> str:
+def _when(seen: Condition) -> str:
     times = f", then {seen.times - 1} times more, last" if seen.times > 1 else ""
     again = f"{times} from update {seen.last:,}" if times else ""
     return f"from update {seen.first:,}{again} {'on' if seen.holds else f'to {seen.ended:,}'}"
