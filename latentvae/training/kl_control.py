@@ -1,14 +1,17 @@
 """What stands in the loss for the KL, and the weight that moves until a target is held (GECO:
 Rezende and Viola 2018, arXiv:1810.00597; ControlVAE: Shao et al. 2020, arXiv:2004.05988).
 
-    e     = clip(log(held / target), -1, 1)          held: bits per latent element
-    e     = clip(log(target / held), -1, 1)          held: reconstruction error
-    log w = log w + rate * e + DAMPING * (e - e of the update before)
+    e = clip(log(bits / target), -1, 1)               log w += rate * e + DAMPING * (e - last e)
+    e = clip(STEEPNESS * log(target / error), -1, 1)  log w += rate * e
 
-The weight is a factor on `kl_scale`, where it starts. What is held is a mean over micro-steps and
-ranks, in units that depend on neither resolution nor channels, and the error is relative: one rate
-serves all. Networks answer late, so that the sum alone swings about the target; the second term
-(ControlVAE's proportional one, of GECO's logarithm) damps it.
+The weight is a factor on `kl_scale`, where it starts. Bits per latent element, or the error of the
+reconstruction, are a mean over micro-steps and ranks, in units that depend on neither resolution
+nor channels, and e is relative: one rate serves all. Networks answer late, so that the sum alone swings
+about the target in bits; the second term (ControlVAE's proportional one, of GECO's logarithm) damps
+it. A reconstruction error is noisy from batch to batch and answers the weight little, so it is
+without that term and steeper. It also is above its target as long as the network has not learned
+enough, whatever the weight: the weight then falls to a tenth of where it started and no further,
+for it must be found again.
 """
 
 import math
@@ -22,6 +25,7 @@ from latentvae.outputs import AutoencoderOutput
 from latentvae.training.objective_config import KL_WEIGHTS, ObjectiveConfig
 
 DAMPING = 2.0  # the weight answers an error of 10% by 20% at once
+STEEPNESS = 4.0
 
 
 def kl_in_loss(
@@ -85,13 +89,19 @@ def next_log_factor(
         found: `held`, the mean over all ranks.
         last_error: what this returned in the update before; 0 in the first.
     """
-    target = options.kl_target or options.rec_target
-    ratio = min(max(found / target, math.exp(-1.0)), math.exp(1.0))
-    direction = 1.0 if options.kl_target else -1.0  # a lower weight lets the error fall
-    error = direction * math.log(ratio)
-    moved = log_factor + options.kl_target_rate * error + DAMPING * (error - last_error)
     lowest, highest = (math.log(weight / options.kl_scale) for weight in KL_WEIGHTS)
-    return min(max(moved, lowest), highest), error
+    if options.kl_target:
+        error = _clipped_log(found / options.kl_target)
+        moved = options.kl_target_rate * error + DAMPING * (error - last_error)
+    else:
+        error = -_clipped_log((found / options.rec_target) ** STEEPNESS)
+        moved = options.kl_target_rate * error
+        lowest = max(lowest, math.log(0.1))
+    return min(max(log_factor + moved, lowest), highest), error
+
+
+def _clipped_log(ratio: float) -> float:
+    return math.log(min(max(ratio, math.exp(-1.0)), math.exp(1.0)))
 
 
 def _elements(out: AutoencoderOutput) -> int:

@@ -2,6 +2,7 @@
 that was saved, not that this program saved it: a copied or edited one is refused in one sentence.
 """
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,7 +73,7 @@ def check_values(values: dict[str, Any], *, num_channels: int, has_average: bool
     """
     fault = ""
     try:
-        checked = _Values.model_validate(values)
+        checked = _Values.model_validate_json(json.dumps(values))
         if any(
             own and [len(row) for row in own] != [num_channels] * 3 for own in checked.units or []
         ):

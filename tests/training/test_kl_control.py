@@ -50,7 +50,7 @@ def test_bits_are_held_from_both_sides_whatever_the_shape(latent: str, start: fl
     assert found["latent/kl_bits_per_element"] == pytest.approx(1.0, rel=1e-2)
 
 
-@pytest.mark.parametrize("start", [0.1, 100.0])
+@pytest.mark.parametrize("start", [0.1, 10.0])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_an_error_is_held_from_both_sides_whatever_the_shape(latent: str, start: float) -> None:
     options = ObjectiveConfig(rec_target=0.1, kl_scale=start, kl_target_rate=0.02)
@@ -87,6 +87,17 @@ def test_a_step_is_relative_clipped_and_within_bounds() -> None:
     for _ in range(400):
         factor, error = next_log_factor(factor, options, found=9.0, last_error=error)
     assert 1e-4 * math.exp(factor) == pytest.approx(1e4)
+
+
+def test_a_step_by_an_error_is_steeper_and_never_far_below_the_start() -> None:
+    options = ObjectiveConfig(rec_target=0.1, kl_scale=1e-4, kl_target_rate=0.1)
+    moved, error = next_log_factor(0.0, options, found=0.11, last_error=0.3)
+    assert (moved, error) == pytest.approx((0.1 * error, -4.0 * math.log(1.1)))
+    assert next_log_factor(0.0, options, found=0.05) == pytest.approx((0.1, 1.0))
+    factor = 0.0
+    for _ in range(50):  # a network that has learned nothing yet
+        factor, _ = next_log_factor(factor, options, found=0.5)
+    assert math.exp(factor) == pytest.approx(0.1)
 
 
 def test_what_is_held_is_the_mean_of_the_micro_steps() -> None:
