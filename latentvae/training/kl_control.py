@@ -6,12 +6,12 @@ Rezende and Viola 2018, arXiv:1810.00597; ControlVAE: Shao et al. 2020, arXiv:20
 
 The weight is a factor on `kl_scale`, where it starts. Bits per latent element, or the error of the
 reconstruction, are a mean over micro-steps and ranks, in units that depend on neither resolution
-nor channels, and e is relative: one rate serves all. Networks answer late, so that the sum alone swings
-about the target in bits; the second term (ControlVAE's proportional one, of GECO's logarithm) damps
-it. A reconstruction error is noisy from batch to batch and answers the weight little, so it is
-without that term and steeper. It also is above its target as long as the network has not learned
-enough, whatever the weight: the weight then falls to a tenth of where it started and no further,
-for it must be found again.
+nor channels, and e is relative: one rate serves all. Networks answer late, so that the sum alone
+swings about the target in bits; the second term (ControlVAE's proportional one, of GECO's
+logarithm) damps it. A reconstruction error is noisy from batch to batch and answers the weight
+little, so it is without that term and steeper. It also is above its target as long as the network
+has not learned enough, whatever the weight: the weight then falls to a tenth of where it started
+and no further, for it must be found again.
 """
 
 import math
