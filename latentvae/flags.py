@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -105,13 +106,23 @@ def settled_output() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        forget_output()
+        if not forget_output():
+            raise
         raise SystemExit(141) from None
 
 
-def forget_output() -> None:
-    """Point stdout elsewhere: Python flushes it once more at its end, and would complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def forget_output() -> bool:
+    """If nothing reads stdout any more, point it elsewhere, for Python flushes it once more at its
+    end and would complain; else it was another pipe that broke, and this returns False."""
+    try:
+        stdout, poll = sys.stdout.fileno(), select.poll()
+    except OSError:
+        return False
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def exit_with(error: UserError) -> NoReturn:

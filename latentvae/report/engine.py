@@ -134,7 +134,7 @@ class _Run:
             return Report.read(self.out / "report.json")
         for model in self.models.values():
             self._check_size(model)
-        if self.plan.resolution is None:
+        if self.plan.resolution is None and not progress.values:
             self._check_sides()
         if progress.values:
             self._restore(progress)
@@ -175,6 +175,7 @@ class _Run:
         least = strictest.smallest_side
         if least <= 1:
             return
+        self.console.print(f"reading the sizes of {len(self.pictures):,} images", markup=False)
         for position in range(len(self.pictures)):
             try:
                 width, height = self.pictures.size(position)

@@ -210,7 +210,8 @@ def _run(arguments: Sequence[str], *, description: str, default_config: str) -> 
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
-        forget_output()
+        if not forget_output():
+            raise
         say_once(
             "error: nothing reads what this run prints any more; the same command goes on from the "
             "newest checkpoint (`> log.txt 2>&1` in the place of a pipe outlives its reader)"

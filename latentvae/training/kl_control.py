@@ -94,14 +94,15 @@ def next_log_factor(
         error = _clipped_log(found / options.kl_target)
         moved = options.kl_target_rate * error + DAMPING * (error - last_error)
     else:
-        error = -_clipped_log((found / options.rec_target) ** STEEPNESS)
+        error = -_clipped_log(found / options.rec_target, times=STEEPNESS)
         moved = options.kl_target_rate * error
         lowest = max(lowest, math.log(0.1))
     return min(max(log_factor + moved, lowest), highest), error
 
 
-def _clipped_log(ratio: float) -> float:
-    return math.log(min(max(ratio, math.exp(-1.0)), math.exp(1.0)))
+def _clipped_log(ratio: float, *, times: float = 1.0) -> float:
+    """Of 0 and less, which is rounding, -1."""
+    return min(max(times * math.log(ratio), -1.0), 1.0) if ratio > 0 else -1.0
 
 
 def _elements(out: AutoencoderOutput) -> int:

@@ -200,7 +200,10 @@ class _Loop:
         self.bad_validation = BadImages()
         self.watch = CollapseWatch(
             what_to_watch(
-                run.config, critic_start=progress.critic_start, num_codes=num_codes(run.net)
+                run.config,
+                critic_start=progress.critic_start,
+                num_codes=num_codes(run.net),
+                critic_stopped=progress.critic_stopped is not None,
             ),
             saved=progress.watch,
         )
@@ -225,7 +228,9 @@ class _Loop:
 
     def catch_up(self) -> None:
         """Make up for a validation that a kill or a signal came before; the watch, saved before
-        it, sees one that was made."""
+        it, sees one that was made. What was found before, a run that goes on with `--critic_watch
+        disable` acts on now."""
+        self._tell([])
         made = from_main(self.log.validation)
         if made is not None:
             self._tell(self.watch.validation(self.progress.update, made))
@@ -242,11 +247,7 @@ class _Loop:
         for found in findings:
             self.log.say(f"watch, update {progress.update:,}: {found.sentence}")
         disable = self.run.config.critic.critic_watch == "disable"
-        if (
-            disable
-            and progress.critic_stopped is None
-            and any(found.of_critic for found in findings)
-        ):
+        if disable and progress.critic_stopped is None and self.watch.blames_critic():
             progress.critic_stopped = progress.update
             self.watch.critic_stops(progress.update)
             self.log.say(

@@ -75,8 +75,8 @@ class ObjectiveConfig(Section):
     kl_target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.01,
         description=(
-            "Most that an update moves the logarithm of the KL's weight by, for kl_target and "
-            "rec_target."
+            "Speed of kl_target and rec_target: what an update adds to the logarithm of the KL's "
+            "weight while the target is missed by far."
         ),
     )
     output_logvar: float = Field(

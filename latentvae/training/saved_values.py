@@ -5,7 +5,15 @@ that was saved, not that this program saved it: a copied or edited one is refuse
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    model_validator,
+)
 
 from latentvae.errors import UserError
 from latentvae.files import SHOWN
@@ -15,7 +23,8 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = float | int  # NaN too, of an update that was skipped
 Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
-Named = Annotated[list[str], Field(min_length=2, max_length=2)]
+# Of file names, which need not be UTF-8, so no strings to pydantic.
+Named = Annotated[list[InstanceOf[str]], Field(min_length=2, max_length=2)]
 
 
 class _Watch(BaseModel):
@@ -27,6 +36,12 @@ class _Watch(BaseModel):
     best_lpips: float | None = None
     best_update: Count = 0
     most_used: Count = 0
+    validated_on: str = ""
+
+
+def _check_watch(saved: dict[str, Any]) -> dict[str, Any]:
+    _Watch.model_validate_json(json.dumps(saved))
+    return saved
 
 
 class _Values(BaseModel):
@@ -50,7 +65,7 @@ class _Values(BaseModel):
     kl_log_factor: Finite = 0.0
     kl_error: Finite = 0.0
     critic_stopped: Count | None = None
-    watch: _Watch = _Watch()
+    watch: Annotated[dict[str, Any], AfterValidator(_check_watch)] = {}
 
     @model_validator(mode="after")
     def _one_of_each_process(self) -> "_Values":
@@ -73,7 +88,7 @@ def check_values(values: dict[str, Any], *, num_channels: int, has_average: bool
     """
     fault = ""
     try:
-        checked = _Values.model_validate_json(json.dumps(values))
+        checked = _Values.model_validate(values)
         if any(
             own and [len(row) for row in own] != [num_channels] * 3 for own in checked.units or []
         ):

@@ -24,7 +24,8 @@ from latentvae.training.saved_values import check_values
 
 # What may differ between a run and its continuation: everything else changes the result. Where the
 # images lie may, for what they are is compared apart (`data_identity`); of a stream, which goes
-# on approximately, the buffer may too.
+# on approximately, the buffer may too; `winograd` is a matter of rounding, and older runs are
+# without.
 RESUME_MAY_CHANGE = frozenset(
     "config train_data_dir dataset_name dataset_config_name dataset_split image_column cache_dir "
     "shuffle_buffer validation_data_dir "
@@ -32,7 +33,7 @@ RESUME_MAY_CHANGE = frozenset(
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name critic_watch "
     "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
-    "push_to_hub hub_model_id hub_private_repo "
+    "push_to_hub hub_model_id hub_private_repo winograd "
     "max_bad_share max_validation_images".split()
 )
 # Of these, what decides when `critic_watch disable` acts.
@@ -41,7 +42,7 @@ DECIDES_THE_WATCH = frozenset(
 )
 
 # What a run did that is older than the option, where the default of now is another.
-BEFORE = {"data": {"resize_with": "pillow"}, "run": {"winograd": False}}
+BEFORE = {"data": {"resize_with": "pillow"}}
 
 
 @dataclass

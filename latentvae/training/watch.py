@@ -13,13 +13,14 @@ wavers around a bound is not told again and again.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import ConfigDict
 
 from latentvae.losses.adversarial import GAN_LOSSES
+from latentvae.losses.posterior import SILENT_KL
 from latentvae.training.config import TrainConfig
 from latentvae.training.model_config import VQModelConfig
 
@@ -43,11 +44,13 @@ class Watched:
 
     Attributes:
         posterior_from: updates before which a collapsed posterior is no news; None: there is none,
-            or its encoder is frozen.
+            its encoder is frozen, or it is asked for.
+        posterior_remedy: options against it.
         num_channels: d (1 of Gumbel-softmax).
         codes_from: the same for codes; None: there are none.
         num_codes: K.
         codes_remedy: options of this quantiser.
+        validated_on: which images, so that others are not compared with them.
         critic_loss: the critic's where it tells nothing.
         critic_from: updates after which the critic's weight is full; before, the model hardly
             answers it. None: it is not watched.
@@ -55,10 +58,12 @@ class Watched:
     """
 
     posterior_from: int | None = None
+    posterior_remedy: str = ""
     num_channels: int = 1
     codes_from: int | None = None
     num_codes: int = 1
     codes_remedy: str = ""
+    validated_on: str = ""
     critic_loss: float = 1.0
     critic_from: int | None = None
     obeyed_from: int | None = None
@@ -71,12 +76,10 @@ class Finding:
     Attributes:
         name: of the condition.
         sentence: with its numbers and what to try.
-        of_critic: whether the critic is to blame, so that to switch it off may help.
     """
 
     name: str
     sentence: str
-    of_critic: bool
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Condition:
         times: how often it began: `first` and `last` the updates.
         ended: the update at which it last did.
         sentence: what was last told.
+        of_critic: whether the critic was to blame then.
     """
 
     holds: bool = False
@@ -99,6 +103,7 @@ class Condition:
     last: int = 0
     ended: int = 0
     sentence: str = ""
+    of_critic: bool = False
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -138,6 +143,10 @@ class CollapseWatch:
         self._best_lpips: float | None = saved.get("best_lpips")
         self._best_update: int = saved.get("best_update", 0)
         self._most_used: int = saved.get("most_used", 0)
+        if saved and saved.get("validated_on") != watched.validated_on:  # not to be compared
+            self._best_lpips, self._best_update, self._most_used = None, 0, 0
+        if watched.critic_from is None:
+            self._conditions[CRITIC].holds = False
 
     def row(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """What begins with a row of training values, after ``update`` updates."""
@@ -160,8 +169,13 @@ class CollapseWatch:
         ]
         return "\n".join(["what the collapse watch saw in this run:", *told]) if told else None
 
+    def blames_critic(self) -> bool:
+        """Whether something is wrong that switching the critic off may help against."""
+        return any(now.holds and now.of_critic for now in self._conditions.values())
+
     def critic_stops(self, update: int) -> None:
         """The critic is switched off: it has not won any longer."""
+        self.watched = replace(self.watched, critic_from=None, obeyed_from=None)
         critic = self._conditions[CRITIC]
         if critic.holds:
             critic.holds, critic.against, critic.ended = False, 0, update
@@ -173,6 +187,7 @@ class CollapseWatch:
             "best_lpips": self._best_lpips,
             "best_update": self._best_update,
             "most_used": self._most_used,
+            "validated_on": self.watched.validated_on,
         }
 
     def _posterior(self, update: int, values: Mapping[str, float]) -> list[Finding]:
@@ -189,7 +204,7 @@ class CollapseWatch:
             (active is not None and active < ACTIVE_SHARE * d) or silent > (1.0 - ACTIVE_SHARE) * d,
             f"the posterior collapses: of {d} latent channels {silent:.3g} have a KL of nearly "
             f"nothing{vary}, so the decoder is told little",
-            "Try a smaller --kl_scale, --kl_warmup_steps or --free_bits",
+            f"Try {self.watched.posterior_remedy}",
         )
 
     def _critic(self, update: int, values: Mapping[str, float]) -> list[Finding]:
@@ -265,7 +280,8 @@ class CollapseWatch:
         if not now.turns(there, update=update, patience=PATIENCE[name]) or not there:
             return []
         now.sentence = f"{what} (since update {now.since:,}). {remedy}"
-        return [Finding(name, now.sentence, of_critic)]
+        now.of_critic = of_critic
+        return [Finding(name, now.sentence)]
 
 
 def _when(seen: Condition) -> str:
@@ -274,12 +290,21 @@ def _when(seen: Condition) -> str:
     return f"from update {seen.first:,}{again} {'on' if seen.holds else f'to {seen.ended:,}'}"
 
 
-def what_to_watch(config: TrainConfig, *, critic_start: int, num_codes: int | None) -> Watched:
+def what_to_watch(
+    config: TrainConfig,
+    *,
+    critic_start: int,
+    num_codes: int | None,
+    critic_stopped: bool = False,
+) -> Watched:
     """By a run's options; ``critic_start`` is the update in which its critic starts."""
     model, critic = config.model, config.critic
     beginning = max(BEGINNING, config.optimizer.lr_warmup_steps)
-    has_posterior = model.has_kl and not getattr(model, "freeze_encoder", False)
-    has_critic = critic.disc_scale > 0 and critic.critic_watch != "off"
+    # A pixel loss is held by silencing channels, and few bits are hardly any.
+    objective = config.objective
+    asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
+    has_posterior = model.has_kl and not getattr(model, "freeze_encoder", False) and not asked_for
+    has_critic = critic.disc_scale > 0 and critic.critic_watch != "off" and not critic_stopped
     obeyed_from = critic_start + critic.disc_warmup_steps
     nothing = torch.zeros(1)
     return Watched(
@@ -287,14 +312,23 @@ def what_to_watch(config: TrainConfig, *, critic_start: int, num_codes: int | No
         posterior_from=(
             max(beginning, config.objective.kl_capacity_steps) if has_posterior else None
         ),
+        posterior_remedy=_posterior_remedy(config),
         num_channels=1 if isinstance(model, VQModelConfig) else model.latent_channels,
         codes_from=None if num_codes is None else beginning,
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model) if isinstance(model, VQModelConfig) else "",
+        validated_on=f"{config.data.validation_data_dir} {config.run.max_validation_images}",
         critic_loss=float(GAN_LOSSES[critic.disc_loss].critic(nothing, nothing)),
         critic_from=obeyed_from + critic.disc_ramp_steps if has_critic else None,
         obeyed_from=obeyed_from if has_critic else None,
     )
+
+
+def _posterior_remedy(config: TrainConfig) -> str:
+    for name in ("kl_target", "kl_capacity", "free_bits"):
+        if value := getattr(config.objective, name):
+            return f"a higher --{name} than {value:g}"
+    return "a smaller --kl_scale, --kl_warmup_steps or --free_bits"
 
 
 def _codes_remedy(model: VQModelConfig) -> str:

@@ -113,6 +113,26 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
     assert largest(dx, expected[1]) < 5e-5
 
 
+@needs_nnpack
+def test_a_frozen_layer_transforms_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0)
+    monkeypatch.setattr(layers, "TILED_CHANNELS", {"one": 0, "both": 0})
+    monkeypatch.setattr(layers, "tiled_gradients", None)  # not to be called
+    conv = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    swap_convolutions(conv, trained=True)
+    x = torch.randn(1, 32, 12, 12, requires_grad=True)
+    conv(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_a_plain_layer_takes_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0)
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    swap_convolutions(conv, trained=True)
+    assert conv(torch.zeros(0, 32, 8, 8)).shape == (0, 32, 8, 8)  # no image
+    assert conv(torch.zeros(32, 8, 8)).shape == (32, 8, 8)  # one without a batch
+
+
 def test_shapes_choose_the_algorithm() -> None:
     wide, narrow = torch.zeros(256, 256, 3, 3), torch.zeros(64, 64, 3, 3)
     assert layers._fits_tiles(torch.zeros(8, 256, 16, 16), wide, "one")

@@ -207,6 +207,7 @@ def test_a_forged_state_is_refused_whatever_it_says(finished: Path) -> None:
     assert set(good) == {*REQUIRED, *OPTIONAL, "versions"}
     options = {"num_channels": 4, "has_average": True}
     check_values(good, **options)
+    check_values(good | {"bad_images": [["caf\udce9.jpg", "no image"]]}, **options)  # not UTF-8
     for name in (*REQUIRED, *OPTIONAL):
         gone = {key: value for key, value in good.items() if key != name}
         forged = [gone] if name in REQUIRED else []

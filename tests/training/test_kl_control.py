@@ -94,6 +94,8 @@ def test_a_step_by_an_error_is_steeper_and_never_far_below_the_start() -> None:
     moved, error = next_log_factor(0.0, options, found=0.11, last_error=0.3)
     assert (moved, error) == pytest.approx((0.1 * error, -4.0 * math.log(1.1)))
     assert next_log_factor(0.0, options, found=0.05) == pytest.approx((0.1, 1.0))
+    absurd = ObjectiveConfig(rec_target=1e-80, kl_target_rate=0.1)
+    assert next_log_factor(0.0, absurd, found=0.5)[1] == -1.0
     factor = 0.0
     for _ in range(50):  # a network that has learned nothing yet
         factor, _ = next_log_factor(factor, options, found=0.5)

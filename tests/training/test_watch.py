@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,40 @@ def test_nan_diverges_and_the_critic_is_blamed_for_what_came_after_it() -> None:
         watching = CollapseWatch(Watched(obeyed_from=start))
         told = [lpips(watching, 100 * i, v) for i, v in enumerate([0.2, *[float("nan")] * 3], 1)]
         assert [len(found) for found in told] == [0, 0, 0, 1]
-        assert told[3][0].of_critic == blamed == ("disc_scale" in told[3][0].sentence)
+        assert watching.blames_critic() == blamed == ("disc_scale" in told[3][0].sentence)
         assert json.loads(json.dumps(watching.state_dict(), allow_nan=False))["best_lpips"] == 0.2
+
+
+def test_a_critic_that_is_off_is_neither_blamed_nor_left_as_the_winner() -> None:
+    watching = CollapseWatch(WATCHED)
+    for update in (150, 200, 250):
+        critic(watching, update, 0.0)
+    assert watching.blames_critic()
+    saved = watching.state_dict()
+    unwatched = CollapseWatch(replace(WATCHED, critic_from=None, obeyed_from=None), saved=saved)
+    assert unwatched.flags() == {} and not unwatched.blames_critic()
+    watching.critic_stops(250)
+    told = [lpips(watching, 300 + 100 * i, v) for i, v in enumerate([0.2, 0.4, 0.4, 0.4])]
+    assert "disc_scale" not in told[3][0].sentence and not watching.blames_critic()
+
+
+def test_what_other_images_gave_is_not_compared() -> None:
+    watching = CollapseWatch(replace(WATCHED, validated_on="a 1000"))
+    codes(watching, 150, 0.9)
+    for images, told in (("a 1000", 1), ("a 100", 0)):
+        later = CollapseWatch(replace(WATCHED, validated_on=images), saved=watching.state_dict())
+        found = [codes(later, update, 0.3) for update in (200, 250, 300)]
+        assert sum(map(len, found)) == told
+
+
+def test_what_is_asked_for_is_no_collapse_and_remedies_are_open_to_the_run(tmp_path: Path) -> None:
+    def watched(**options: Any) -> Watched:
+        return what_to_watch(small_config(tmp_path, **options), critic_start=0, num_codes=None)
+
+    assert watched(rec_target=0.1).posterior_from is None
+    assert watched(kl_target=0.01).posterior_from is None
+    assert watched(kl_target=2.0).posterior_remedy == "a higher --kl_target than 2"
+    assert "--free_bits" in watched().posterior_remedy
 
 
 def test_silent_channels_by_hand() -> None:
@@ -236,6 +269,10 @@ def test_a_critic_that_has_won_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert said.count("the critic has won") == 2 and "switched off" not in said
     assert "critic/loss" in last_row(tmp_path)
+    # As its sentence advises: what was found is acted on, though it is not found anew.
+    finished(tmp_path, **WINNING, critic_watch="disable", max_train_steps=22)
+    assert "update 20: the critic is switched off for the rest" in capsys.readouterr().out
+    assert "critic/loss" not in last_row(tmp_path)
     finished(tmp_path / "off", **WINNING, critic_watch="off")
     assert "watch" not in capsys.readouterr().out
 

@@ -35,7 +35,7 @@ class TrainedWinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         plain = input.device.type != "cpu" or input.dtype != torch.float32
-        if plain or torch.is_autocast_enabled("cpu"):
+        if plain or input.dim() != 4 or not len(input) or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         return _Convolution.apply(input, self.weight, self.bias)  # pyright: ignore
 
@@ -60,8 +60,8 @@ class _Convolution(torch.autograd.Function):
         bias = gradient.sum((0, 2, 3)) if of_bias else None
         if of_x and _fits_nnpack(x):
             turned = weight.flip(2, 3).transpose(0, 1).contiguous()
-            of_rest = _gradients(gradient, x, weight, of_x=False, of_weight=of_weight)
-            return nnpack_conv(gradient, turned, None), of_rest[1], bias
+            rest = _gradients(gradient, x, weight, of_x=False, of_weight=True) if of_weight else ()
+            return nnpack_conv(gradient, turned, None), rest[1] if rest else None, bias
         return *_gradients(gradient, x, weight, of_x=of_x, of_weight=of_weight), bias
 
 
