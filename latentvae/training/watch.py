@@ -317,7 +317,7 @@ def what_to_watch(
         codes_from=None if num_codes is None else beginning,
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model) if isinstance(model, VQModelConfig) else "",
-        validated_on=f"{config.data.validation_data_dir} {config.run.max_validation_images}",
+        validated_on=f"{config.data.validation_data_dir} {config.data.max_validation_images}",
         critic_loss=float(GAN_LOSSES[critic.disc_loss].critic(nothing, nothing)),
         critic_from=obeyed_from + critic.disc_ramp_steps if has_critic else None,
         obeyed_from=obeyed_from if has_critic else None,
