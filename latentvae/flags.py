@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import select
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +15,8 @@ import tyro
 from latentvae.errors import UserError, nearest
 
 Options = TypeVar("Options", bound=Any)
+
+MIN_COLUMNS = 40
 
 
 def parse_options(
@@ -93,7 +96,10 @@ def one_sentence_errors() -> Iterator[None]:
 def settled_output() -> Iterator[None]:
     """For a whole command: names print in every locale (as ``\\xe9`` where it lacks the letter), a
     stream that is closed swallows what it is given, and a pipe that nothing reads any more ends the
-    command with 141, as the shell has it for SIGPIPE."""
+    command with 141, as the shell has it for SIGPIPE. In a terminal of few columns help is laid out
+    for ``MIN_COLUMNS``: for one column that would take minutes."""
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
