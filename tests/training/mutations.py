@@ -433,7 +433,7 @@ MUTATIONS = [
         "a critic that is not restored",
         "A6",
         RESTORE,
-        'run.critic.load_state_dict(tensors["critic"])',
+        'load_weights(run.critic, tensors["critic"])',
         "pass",
         "checkpoint",
     ),

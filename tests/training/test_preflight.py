@@ -134,6 +134,12 @@ def test_a_sound_run_passes_and_leaves_its_folder_alone(
     assert ("commitment" in checks) == (kind == "tokens") == ("kl" not in checks)
 
 
+def test_the_code_that_each_mutation_breaks_is_there() -> None:
+    for mutation in MUTATIONS:
+        with applied(mutation):
+            pass
+
+
 def test_every_check_but_the_forecasts_is_failed_by_a_mutation() -> None:
     """Those have tests of their own, below."""
     names = {name for mutation in MUTATIONS for name in mutation.fails}
