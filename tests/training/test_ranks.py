@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentvae.training.kl_control import DAMPING
 from tests.training.small import as_flags, small_config
 from tests.training.test_resume import tensors
 
@@ -75,8 +76,9 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
         "model/net.decoder.conv_out.weight",
         "critic/layers.0.weight",
     } <= one.keys()
-    log_factor = one["progress/kl_log_factor"].item()  # after one update, at most 1 when clipped
-    assert 0.1 < abs(log_factor) < 0.9 if weight == "held" else log_factor == 0.0
+    log_factor = one["progress/kl_log_factor"].item()
+    # After one update by the rate, 1, and the damping; as much as that if the error is clipped.
+    assert 0.1 < abs(log_factor) < 0.99 * (1.0 + DAMPING) if weight == "held" else log_factor == 0.0
 
 
 @pytest.mark.slow
