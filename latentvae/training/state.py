@@ -181,10 +181,12 @@ def _check_tensors(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
             raise UserError(f"the checkpoint is not of this configuration: no {file}.safetensors")
     for file, values in expected.items():
         for name, value in values.items():
-            if name not in tensors[file] or tensors[file][name].shape != value.shape:
+            found = tensors[file].get(name)
+            if found is None or found.shape != value.shape:
+                shape = "missing" if found is None else tuple(found.shape)
                 raise UserError(
-                    f"the checkpoint is not of this configuration: '{name}' is missing in "
-                    f"{file}.safetensors, or of another shape"
+                    f"the checkpoint is not of this configuration: size mismatch for {name} in "
+                    f"{file}.safetensors: {shape} there, {tuple(value.shape)} in the network"
                 )
 
 

@@ -218,7 +218,7 @@ def test_lookup_of_a_run_that_has_ended(tmp_path: Path) -> None:
     changed = copy.deepcopy(model) | {"quantizer": STOCK["sphere"] | {"num_codes": 64}}
     with pytest.raises(UserError, match=r"not of this configuration: size mismatch for .*quantize"):
         export_folder(run, out=tmp_path / "other")
-    with pytest.raises(UserError, match=r"not of this configuration: .*quantize"):
+    with pytest.raises(UserError, match=r"not of this configuration: size mismatch for .*quantize"):
         train(small_config(run, model=changed, max_train_steps=2, **options))
     kl = tmp_path / "kl"
     kl.mkdir()
