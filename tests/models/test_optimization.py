@@ -12,7 +12,8 @@ from latentvae.errors import UserError
 from latentvae.models import calls, inference
 from latentvae.models import optimization as opt
 from latentvae.models.optimization import Optimized, measure_psnr, optimize_network, probe
-from latentvae.models.winograd.layers import MIN_POSITIONS, WinogradConv2d
+from latentvae.models.winograd import layers
+from latentvae.models.winograd.layers import WinogradConv2d
 from latentvae.models.winograd.nnpack import has_winograd
 from tests.models.nets import NETS, images, kl, largest
 
@@ -71,7 +72,7 @@ def test_exact_shares_the_parameters() -> None:
 def test_exact_uses_winograd_where_it_serves() -> None:
     exact = optimize_network(kl(), mode="exact").net
     assert sum(type(m) is WinogradConv2d for m in exact.modules()) > 10
-    assert MIN_POSITIONS <= 72 * 64  # so that the images above are convolved by it
+    assert layers.MIN_POSITIONS <= 72 * 64  # so that the images above are convolved by it
     assert type(exact.encoder.conv_in) is type(exact.decoder.conv_out) is torch.nn.Conv2d
 
 

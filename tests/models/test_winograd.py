@@ -1,6 +1,7 @@
 """Convolutions with fewer multiplications against plain ones in double precision."""
 
 import copy
+import runpy
 from typing import Any
 
 import pytest
@@ -140,6 +141,19 @@ def test_shapes_choose_the_algorithm() -> None:
     assert not layers._fits_tiles(torch.zeros(8, 64, 32, 32), narrow, "both")
     assert layers._fits_nnpack(torch.zeros(1, 32, 64, 64)) == has_winograd()
     assert not layers._fits_nnpack(torch.zeros(1, 32, 63, 64))
+
+
+def test_without_avx512_only_wide_convolutions_of_large_maps_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    without = runpy.run_path(layers.__file__)
+    wide, narrow = (torch.nn.Conv2d(n, n, 3, padding=1) for n in (128, 64))
+    assert without["_fits"](wide) and not without["_fits"](narrow)
+    assert not without["_fits_tiles"](
+        torch.zeros(8, 512, 64, 64), torch.zeros(512, 512, 3, 3), "both"
+    )
+    assert without["MIN_POSITIONS"] == 64 * 64
 
 
 def test_a_network_gives_the_same_and_is_stock_again_afterwards() -> None:

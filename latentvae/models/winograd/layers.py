@@ -1,8 +1,10 @@
 """Convolutions that take Winograd's algorithms where those are sooner, in float32 on the CPU.
 
-Which one, if any, follows from the shapes alone, so equal runs give equal numbers.
+Which one, if any, follows from the shapes and the kind of processor, so equal runs on one machine
+give equal numbers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +15,16 @@ from torch.autograd.function import once_differentiable
 from latentvae.models.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.models.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-MIN_CHANNELS = 32  # narrower convolutions spend more on the transforms than they save
-MIN_POSITIONS = 32 * 32  # at inference: smaller maps spend more on transforming the kernel
-# In training plain convolutions have a batch to work on, so NNPACK, which takes images one by one,
-# needs larger maps, and the tiles some width: more for y or dx alone than for dx and dw together.
+# What is sooner depends on how fast plain convolutions are. With AVX-512: NNPACK from 32 channels
+# and 32 x 32 positions; in training from 64 x 64, since plain ones have a batch to work on, which
+# NNPACK takes image by image; the tiles from some width, more for y or dx alone than for dx and dw
+# together. Without: NNPACK on wide and large maps, and no tiles, which gain less in their matrix
+# products than their transforms cost.
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+MIN_CHANNELS = 32 if AVX512 else 128
+MIN_POSITIONS = 32 * 32 if AVX512 else 64 * 64
 TRAINING_POSITIONS = 64 * 64
-TILED_CHANNELS = {"one": 256, "both": 128}
+TILED_CHANNELS = {"one": 256, "both": 128} if AVX512 else {"one": math.inf, "both": math.inf}
 
 
 class WinogradConv2d(nn.Conv2d):
