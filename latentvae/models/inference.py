@@ -89,8 +89,9 @@ def _make_exact(half: Any) -> None:
         _freeze_upsampling(half)
         half.to(memory_format=torch.channels_last)
         return
-    swap_convolutions(half)
     unfold_upsampling(half)  # Winograd on the upsampled map multiplies less than a folded kernel
+    swap_convolutions(half)
+    _freeze_upsampling(half)  # of the others
 
 
 def _make_fast(half: Any) -> None:

@@ -7,6 +7,4 @@ from latentvae.models.winograd import layers
 
 @pytest.fixture(autouse=True)
 def limits_of_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "MIN_CHANNELS", 32)
-    monkeypatch.setattr(layers, "MIN_POSITIONS", 32 * 32)
-    monkeypatch.setattr(layers, "TILED_CHANNELS", {"one": 256, "both": 128})
+    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX512"))

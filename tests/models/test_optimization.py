@@ -72,8 +72,22 @@ def test_exact_shares_the_parameters() -> None:
 def test_exact_uses_winograd_where_it_serves() -> None:
     exact = optimize_network(kl(), mode="exact").net
     assert sum(type(m) is WinogradConv2d for m in exact.modules()) > 10
-    assert layers.MIN_POSITIONS <= 72 * 64  # so that the images above are convolved by it
+    assert layers.LIMITS.positions <= 72 * 64  # so that the images above are convolved by it
     assert type(exact.encoder.conv_in) is type(exact.decoder.conv_out) is torch.nn.Conv2d
+
+
+@needs_winograd
+@torch.inference_mode()
+def test_exact_folds_the_upsampling_that_winograd_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX2"))
+    net: Any = kl()  # narrower than 128 channels
+    exact = optimize_network(net, mode="exact").net
+    assert any(type(m) is inference.FrozenUpsample2D for m in exact.decoder.modules())
+    z = calls.encode(net, images(40, 48))
+    recon = calls.decode(net, z)
+    assert largest(calls.decode(exact, z), recon) <= 1e-5 * recon.abs().max()
 
 
 @pytest.mark.parametrize("name", ["kl", "vq", "discrete", "dc"])

@@ -1,7 +1,7 @@
 """Convolutions with fewer multiplications against plain ones in double precision."""
 
 import copy
-import runpy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,8 +97,8 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
     if path == "nnpack" and not has_winograd():
         pytest.skip("torch has no NNPACK here")
     monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0 if path == "nnpack" else 10**9)
-    least = 0 if path == "tiles" else 10**9
-    monkeypatch.setattr(layers, "TILED_CHANNELS", {"one": least, "both": least})
+    tiled = {"one": 0, "both": 0} if path == "tiles" else {}
+    monkeypatch.setattr(layers, "LIMITS", replace(layers.LIMITS, tiled=tiled))
     x, weight, bias, gradient = case((2, 32, 20, 18), 48)
     expected = plain_results(x, weight, bias, gradient)
     conv: Any = nn.Conv2d(32, 48, 3, padding=1)
@@ -117,7 +117,7 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
 @needs_nnpack
 def test_a_frozen_layer_transforms_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0)
-    monkeypatch.setattr(layers, "TILED_CHANNELS", {"one": 0, "both": 0})
+    monkeypatch.setattr(layers, "LIMITS", replace(layers.LIMITS, tiled={"one": 0, "both": 0}))
     monkeypatch.setattr(layers, "tiled_gradients", None)  # not to be called
     conv = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     swap_convolutions(conv, trained=True)
@@ -146,14 +146,19 @@ def test_shapes_choose_the_algorithm() -> None:
 def test_without_avx512_only_wide_convolutions_of_large_maps_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    without = runpy.run_path(layers.__file__)
-    wide, narrow = (torch.nn.Conv2d(n, n, 3, padding=1) for n in (128, 64))
-    assert without["_fits"](wide) and not without["_fits"](narrow)
-    assert not without["_fits_tiles"](
-        torch.zeros(8, 512, 64, 64), torch.zeros(512, 512, 3, 3), "both"
-    )
-    assert without["MIN_POSITIONS"] == 64 * 64
+    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX2"))
+    wide, narrow = (nn.Conv2d(n, n, 3, padding=1) for n in (128, 64))
+    assert swap_convolutions(wide) == 1 and swap_convolutions(narrow) == 0
+    for asked in ("one", "both"):
+        assert not layers._fits_tiles(
+            torch.zeros(8, 512, 64, 64), torch.zeros(512, 512, 3, 3), asked
+        )
+    called: list[Any] = []
+    monkeypatch.setattr(layers, "nnpack_conv", lambda x, *_: called.append(x))
+    wide(torch.zeros(1, 128, 63, 64))
+    assert not called
+    wide(torch.zeros(1, 128, 64, 64))
+    assert called
 
 
 def test_a_network_gives_the_same_and_is_stock_again_afterwards() -> None:

@@ -4,7 +4,7 @@ Which one, if any, follows from the shapes and the kind of processor, so equal r
 give equal numbers.
 """
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +15,40 @@ from torch.autograd.function import once_differentiable
 from latentvae.models.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.models.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-# What is sooner depends on how fast plain convolutions are. With AVX-512: NNPACK from 32 channels
-# and 32 x 32 positions; in training from 64 x 64, since plain ones have a batch to work on, which
-# NNPACK takes image by image; the tiles from some width, more for y or dx alone than for dx and dw
-# together. Without: NNPACK on wide and large maps, and no tiles, which gain less in their matrix
-# products than their transforms cost.
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-MIN_CHANNELS = 32 if AVX512 else 128
-MIN_POSITIONS = 32 * 32 if AVX512 else 64 * 64
-TRAINING_POSITIONS = 64 * 64
-TILED_CHANNELS = {"one": 256, "both": 128} if AVX512 else {"one": math.inf, "both": math.inf}
+TRAINING_POSITIONS = 64 * 64  # plain ones have a batch to work on, NNPACK takes image by image
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on Winograd's algorithms are sooner than plain convolutions.
+
+    Attributes:
+        channels: of the narrower side.
+        positions: of a map at inference, for NNPACK.
+        tiled: channels for the tiles: of y or dx alone (`one`), of dx and dw together (`both`);
+            without an entry plain ones are always sooner.
+    """
+
+    channels: int
+    positions: int
+    tiled: dict[str, int]
+
+
+def limits_of(capability: str) -> Limits:
+    """Of a processor by the vector instructions that torch uses, measured with AVX-512 and AVX2."""
+    if capability == "AVX512":
+        return Limits(channels=32, positions=32 * 32, tiled={"one": 256, "both": 128})
+    return Limits(channels=128, positions=64 * 64, tiled={})
+
+
+LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
     """At inference; the plain one of small maps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2] * input.shape[3] < MIN_POSITIONS:
+        if input.shape[2] * input.shape[3] < LIMITS.positions:
             return super().forward(input)
         return nnpack_conv(input, self.weight, self.bias)
 
@@ -90,7 +107,8 @@ def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
     """Whether channels are many, and tiles enough to transform their kernels for."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
-    return narrow >= TILED_CHANNELS[asked] and 4 * tiles >= wide
+    least = LIMITS.tiled.get(asked)
+    return least is not None and narrow >= least and 4 * tiles >= wide
 
 
 def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
@@ -113,5 +131,5 @@ def _fits(conv: nn.Conv2d) -> bool:
     return (
         (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
         and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
-        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+        and min(conv.in_channels, conv.out_channels) >= LIMITS.channels
     )
