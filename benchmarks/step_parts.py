@@ -27,6 +27,7 @@ from training_step import Options as StepOptions
 
 from latentvae.errors import UserError
 from latentvae.flags import exit_with, parse_options
+from latentvae.memory import keep_freed_memory
 from latentvae.training.update import backward_critic, clip_gradients
 
 
@@ -142,6 +143,7 @@ def table(parts: list[Part], best: float, title: str) -> Table:
 
 def run(options: Options) -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    keep_freed_memory()  # as `train` does
     for precision in options.precision:
         best = peak(precision, options.runs)
         for resolution in options.resolution:

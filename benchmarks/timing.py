@@ -13,8 +13,11 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,7 +77,12 @@ def row(
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], *, runs: int, warmup: int = 1, per: float = 1.0
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    runs: int,
+    warmup: int = 1,
+    per: float = 1.0,
+    clock: Callable[[Any], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round, all calls once per round.
 
@@ -82,12 +90,14 @@ def alternate(
         runs: timed rounds.
         warmup: rounds before, untimed.
         per: seconds are divided by it, such as the images of a call.
+        clock: seconds of a call, by default `timed`; calls of `own_process` tell theirs.
     """
+    clock = clock or timed
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + runs):
         # Every other round backwards, so that a drift of the machine's speed favours none.
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            elapsed = timed(calls[name])
+            elapsed = clock(calls[name])
             if i >= warmup:
                 seconds[name].append(elapsed / per)
     return seconds
@@ -101,6 +111,47 @@ def timed(call: Callable[[], object]) -> float:
     call()
     _wait()
     return time.perf_counter() - start
+
+
+@contextmanager
+def own_process(build: Callable[..., Callable[[], object]], *args: Any) -> Iterator[Any]:
+    """What `build(*args)` returns, as a call in a process of its own that returns its seconds: for
+    sides that set what holds for a whole process, such as its allocator.
+
+        with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
+            alternate({"ours": ours, "plain": plain}, runs=5, clock=lambda call: call())
+
+    Args:
+        build: a function of a module, with arguments that can be pickled.
+    """
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, build, args), daemon=True)
+    process.start()
+    there.close()
+
+    def call() -> float:
+        try:
+            here.send(None)
+            return here.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise RuntimeError(f"the process of {args} has ended, see above") from error
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Connection, build: Callable[..., Callable[[], object]], args: Any) -> None:
+    call = build(*args)
+    while True:
+        try:
+            connection.recv()
+        except EOFError:
+            return
+        connection.send(timed(call))
 
 
 def _wait() -> None:

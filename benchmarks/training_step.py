@@ -7,7 +7,8 @@ AutoencoderKL, LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample p
 equal weights with equal posterior noise, the losses and the gradients of the model, and the
 critic's at one reconstruction, are shown equal: `equal_within` is the largest relative difference
 (of gradients: length of the difference of the whole vectors; of the adversarial loss, a mean of
-logits about 0: the difference). Then all sides make updates in turns.
+logits about 0: the difference). Then both sides of a row make updates in turns, each in a process
+of its own, as `train` and the script would have one: ours keeps freed memory, as `train` does.
 Ours are made by what `train` calls, with all that it logs. Rows named bf16 have ours under bf16
 autocast beside references in float32, which is all that the scripts get right; those named
 `bf16 both` give the references the same autocast.
@@ -16,19 +17,20 @@ autocast beside references in float32, which is all that the scripts get right; 
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from reference_step import SCRIPTS, ReferenceStep, TamingStep, Weights, gradient, relative
-from timing import Row, alternate, finish, row
+from timing import Row, alternate, finish, own_process, row
 from torch import Tensor
 
 from latentvae.data import Batch, EvalTransform, open_source
 from latentvae.errors import UserError
 from latentvae.flags import exit_with, parse_options
+from latentvae.memory import keep_freed_memory
 from latentvae.training.presets import parse
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import build_run, open_data, start_accelerator
@@ -39,6 +41,7 @@ from latentvae.training.updates import Made, Updates
 BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # as many pixels as memory of a laptop takes
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
 Precision = Literal["fp32", "bf16"]
+OURS, BOTH, PEER = "ours", ", bf16 both", "taming's own loss"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Options:
     """Of this project's update."""
 
     runs: int = 5
-    """Timed updates of each side, in turns, after one to warm up."""
+    """Timed updates of each side, in turns, after three to warm up."""
 
     threads: int | None = None
     """CPU threads; by default all cores."""
@@ -190,39 +193,69 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
 def measure(options: Options, resolution: int) -> Iterator[Row]:
     """The rows of one resolution: each precision beside each script."""
     size = options.batch_size or BATCH_SIZES.get(resolution, 4)
-    images = photos(resolution, size).to(options.device)
     for precision in options.precision:
-        ours = OurStep(options, images, precision)
-        references = _references(ours, options, precision)
-        equal = {name: difference(ours, each, images) for name, each in references.items()}
-        calls: dict[str, Any] = {"ours": ours.update}
-        calls |= {name: (lambda e=each: e.update(images)) for name, each in references.items()}
-        seconds = alternate(calls, runs=options.runs)
-        for name in references:
-            title = f"{precision}, {resolution} px, batch {size}, {name}"
-            yield row(title, "s", seconds["ours"], seconds[name], equal_within=equal[name])
+        equal = _equality(options, resolution, precision)
+        with own_process(build_side, OURS, options, resolution, precision) as ours:
+            for name, within in equal.items():
+                with own_process(build_side, name, options, resolution, precision) as theirs:
+                    calls = {OURS: ours, name: theirs}
+                    seconds = alternate(
+                        calls, runs=options.runs, warmup=3, clock=lambda call: call()
+                    )
+                title = f"{precision}, {resolution} px, batch {size}, {name}"
+                yield row(title, "s", seconds[OURS], seconds[name], equal_within=within)
 
 
-def _references(ours: OurStep, options: Options, precision: Precision) -> dict[str, ReferenceStep]:
-    """By name, all from the weights of ours."""
+def build_side(
+    name: str, options: Options, resolution: int, precision: Precision
+) -> Callable[[], object]:
+    """The update of a side, for a process of its own."""
+    _set_threads(options)
+    images = _images(options, resolution)
+    ours = OurStep(options, images, precision)
+    if name != OURS:
+        reference = _reference(name, ours, options)
+        return lambda: reference.update(images)
+    if images.device.type == "cpu":
+        keep_freed_memory()
+    return ours.update
+
+
+def _equality(options: Options, resolution: int, precision: Precision) -> dict[str, float]:
+    """The largest relative difference from ours, by the name of the reference."""
+    images = _images(options, resolution)
+    ours = OurStep(options, images, precision)
+    names = list(SCRIPTS)
+    if options.bf16_references and precision == "bf16":
+        names += [name + BOTH for name in SCRIPTS]
+    if options.peer_script is not None:
+        names.append(PEER)
+    return {name: difference(ours, _reference(name, ours, options), images) for name in names}
+
+
+def _reference(name: str, ours: OurStep, options: Options) -> ReferenceStep:
+    """From the weights of ours."""
     run = ours.run
     assert run.critic is not None
     parts: Any = (run.net, run.critic, run.metric.lpips)
-    found = {
-        name: ReferenceStep(script, *parts, weights=WEIGHTS) for name, script in SCRIPTS.items()
-    }
-    if options.bf16_references and precision == "bf16":
-        found |= {
-            f"{name}, bf16 both": ReferenceStep(script, *parts, weights=WEIGHTS, autocast=True)
-            for name, script in SCRIPTS.items()
-        }
-    if options.peer_script is not None:
-        found["taming's own loss"] = TamingStep(options.peer_script, *parts, weights=WEIGHTS)
-    return found
+    if name == PEER:
+        assert options.peer_script is not None
+        return TamingStep(options.peer_script, *parts, weights=WEIGHTS)
+    script = SCRIPTS[name.removesuffix(BOTH)]
+    return ReferenceStep(script, *parts, weights=WEIGHTS, autocast=name.endswith(BOTH))
+
+
+def _images(options: Options, resolution: int) -> Tensor:
+    count = options.batch_size or BATCH_SIZES.get(resolution, 4)
+    return photos(resolution, count).to(options.device)
+
+
+def _set_threads(options: Options) -> None:
+    torch.set_num_threads(options.threads or torch.get_num_threads())
 
 
 def run(options: Options) -> None:
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    _set_threads(options)
     if options.quick:
         short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}
         options = Options(**vars(options) | short)

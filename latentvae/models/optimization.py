@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.errors import UserError, nearest
+from latentvae.memory import keep_freed_memory
 from latentvae.models import calls
 from latentvae.models.inference import build_exact, build_fast, multiplies_bfloat16
 
@@ -49,7 +50,8 @@ class Optimized:
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """What computes as `net` does, by the means of this machine.
+    """What computes as `net` does, by the means of this machine. On the CPU the process keeps the
+    memory that a call frees for the next one (`latentvae.memory`).
 
     Args:
         net: a diffusers autoencoder of images, in eval mode, on its device.
@@ -64,6 +66,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         raise UserError(f"optimize='{mode}' chooses the precision: leave out dtype, not {given}")
     if not _has_halves(net):
         return Optimized(net, "plain", why=f"{type(net).__name__} is not optimised")
+    if net.device.type == "cpu":
+        keep_freed_memory()
     return _MODES[mode](net)
 
 

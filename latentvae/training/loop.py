@@ -24,6 +24,7 @@ from latentvae.distributed import (
 )
 from latentvae.errors import RunError, printable
 from latentvae.losses.posterior import ActiveUnits
+from latentvae.memory import keep_freed_memory
 from latentvae.models.calls import num_codes
 from latentvae.training.base import BASE_NAME, Base, open_base, with_shape_of
 from latentvae.training.batches import batches
@@ -82,6 +83,8 @@ def train(config: TrainConfig) -> Path:
     config = with_shape_of(config, base)
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
         IndexSampler(len(data[0]), config.images_read, seed=0, world_size=accelerator.num_processes)
     check_compilation(config, processes=accelerator.num_processes)

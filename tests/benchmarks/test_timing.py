@@ -1,8 +1,10 @@
 """The mechanism that the benchmarks share: rounds, ratios and the JSON."""
 
-import importlib.util
+import importlib
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,13 +14,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def timing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_timing", BENCHMARKS / "timing.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def timing() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))  # where processes that it starts find it too
+    yield importlib.import_module("timing")
+    sys.path.remove(str(BENCHMARKS))
 
 
 def test_ratios_are_taken_within_each_round(timing: ModuleType) -> None:
@@ -40,6 +39,29 @@ def test_calls_take_turns_and_the_first_changes(
     seconds = timing.alternate(calls, runs=2, warmup=1, per=2.0)
     assert called == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     assert seconds == {"ours": [13 / 2, 17 / 2], "theirs": [9 / 2, 21 / 2]}
+
+
+def sleeper(seconds: float) -> Callable[[], object]:
+    """Sleeps, and longer each time, as what keeps its state does."""
+    slept: list[float] = []
+
+    def sleep() -> None:
+        slept.append(seconds)
+        time.sleep(sum(slept))
+
+    return sleep
+
+
+def failing() -> Callable[[], object]:
+    return lambda: 1 / 0
+
+
+def test_a_process_of_its_own_tells_its_seconds(timing: ModuleType) -> None:
+    with timing.own_process(sleeper, 0.2) as call:
+        first, second = call(), call()
+    assert 0.2 <= first and 0.4 <= second
+    with timing.own_process(failing) as call, pytest.raises(RuntimeError, match="has ended"):
+        call()
 
 
 def test_json_holds_the_machine_and_the_rows(
