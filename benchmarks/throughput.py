@@ -5,21 +5,23 @@
 Without a model, one of Stable Diffusion's shape with random weights. The reference is the network
 in float32, eager, on the whole image; the ways to compute it are those of `latentvae.load`
 (`exact`, `fast`, `openvino`, `strips`) and diffusers' own (`tiled`, `cast` to bfloat16, `compiled`
-by torch). All take turns; `equal_within` is the largest difference of latents or pixels (range 2).
-Peak memory is what a call takes beyond the network, each measured in a process of its own.
+by torch). Each takes turns with the reference, both in processes of their own, as what a process
+does with freed memory is a part of it (`latentvae.memory`). `equal_within` is the largest
+difference of latents or pixels (range 2). Peak memory is what a call takes beyond the network.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from timing import Row, alternate, finish, row
+from timing import Row, alternate, finish, own_process, row
 from torch import Tensor
 from ways import CALLS, WAYS, Way, build, installed, network, peak
 
@@ -51,7 +53,7 @@ class Options:
     """Which to compare with the plain call; by default all that are installed."""
 
     runs: int = 5
-    """Timed calls of each way, in turns, after one to warm up."""
+    """Timed calls of each way, in turns, after two to warm up."""
 
     memory: bool = True
     """Measure peak memory too."""
@@ -80,44 +82,92 @@ def checked(options: Options) -> Options:
 
 
 def measure(options: Options) -> Iterator[Row]:
+    compared = compare(options)
+    times: dict[tuple[int, str, str], Row] = {}
+    with own_process(serve, "plain", options) as plain:
+        for name in dict.fromkeys(name for *_, name in compared):
+            with own_process(serve, name, options) as way:
+                times |= {
+                    key: time(key, plain, way, found, options)
+                    for key, found in compared.items()
+                    if key[2] == name
+                }
+    memory = peaks(compared, options) if options.memory else {}
+    for size in options.sizes:
+        yield from (times[key] for key in compared if key[0] == size)
+        yield from memory.get(size, ())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A call of a way beside the plain one.
+
+    Attributes:
+        side: of its images, pixels.
+        largest: difference of the results.
+        mse: their mean squared difference.
+    """
+
+    precision: str
+    side: int
+    largest: float
+    mse: float
+
+
+def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
+    """By size, call and way, in the order of the rows; tells what each way came to."""
     net = network(options.model, options.channels, options.device)
-    shape, channels = measure_shape(net), image_channels(net)
     plain = build("plain", net)
     built = {name: build(name, net) for name in options.ways}
     ways = {name: way for name, way in built.items() if way is not None}
     assert plain is not None
     for name, way in ways.items():
         print(f"{name}: {way.note}" if way.note else name)
+    found = {}
     for size in options.sizes:
-        side = size // shape.f * shape.f
-        images = noise((options.batch_size, channels, side, side)).to(options.device)
-        z = plain.encode(images)
+        inputs = inputs_of(plain, size, options)
         for call in CALLS:
-            yield from times(call, z if call == "decode" else images, plain, ways, options)
-        if options.memory:
-            yield from peaks(tuple(images.shape), ways, options)
+            expected = function(plain, call)(inputs[call])
+            for name, way in ways.items():
+                error = function(way, call)(inputs[call]) - expected
+                mse = error.double().square().mean().item()
+                side = inputs["encode"].shape[-1]
+                found[size, call, name] = Compared(
+                    way.precision, side, error.abs().max().item(), mse
+                )
+    return found
 
 
-def times(
-    call: str, inputs: Tensor, plain: Way, ways: dict[str, Way], options: Options
-) -> Iterator[Row]:
-    calls = {name: function(way, call) for name, way in {"plain": plain, **ways}.items()}
-    expected = calls["plain"](inputs)
-    errors = {name: calls[name](inputs) - expected for name in ways}
+def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
+    """A way's calls by call and size, for a process of its own."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    way = build(name, network(options.model, options.channels, options.device))
+    assert way is not None
+    inputs = lru_cache(lambda size: inputs_of(way, size, options))
+    return lambda call, size: function(way, call)(inputs(size)[call])
+
+
+def inputs_of(way: Way, size: int, options: Options) -> dict[str, Tensor]:
+    """Of each call: images, or their latents."""
+    side = size // measure_shape(way.net).f * measure_shape(way.net).f
+    images = noise((options.batch_size, image_channels(way.net), side, side)).to(options.device)
+    return {"encode": images, "decode": way.encode(images), "round trip": images}
+
+
+def time(key: tuple[int, str, str], plain: Any, way: Any, found: Compared, options: Options) -> Row:
+    size, call, name = key
     seconds = alternate(
-        {name: lambda f=f: f(inputs) for name, f in calls.items()},
+        {"plain": partial(plain, call, size), name: partial(way, call, size)},
         runs=options.runs,
-        warmup=0,  # the results above were one
+        warmup=2,
         per=options.batch_size,
+        clock=lambda run: run(),
     )
-    size = (expected if call == "decode" else inputs).shape[-1]
-    for name, way in ways.items():
-        title = f"{call}, {size} px, {name}, {way.precision}"
-        ours, theirs = seconds[name], seconds["plain"]
-        mse = errors[name].double().square().mean().item()
-        print(f"{title}: {speed(ours)}, plain {speed(theirs)}; mean squared error {mse:.1e}")
-        largest = errors[name].abs().max().item()
-        yield row(title, "s/image", ours, theirs, equal_within=largest)
+    ours, theirs = seconds[name], seconds["plain"]
+    title = f"{call}, {found.side} px, {name}, {found.precision}"
+    print(f"{title}: {speed(ours)}, plain {speed(theirs)}; mean squared error {found.mse:.1e}")
+    return row(title, "s/image", ours, theirs, equal_within=found.largest)
 
 
 def function(way: Way, call: str) -> Any:
@@ -130,20 +180,27 @@ def speed(seconds: list[float]) -> str:
     return f"{1 / median(seconds):.3g} images/s"
 
 
-def peaks(shape: tuple[int, ...], ways: dict[str, Way], options: Options) -> Iterator[Row]:
-    found = {name: peak_of(name, shape, options) for name in ("plain", *ways)}
-    for call in ("encode", "decode"):
-        for name, way in ways.items():
-            title = f"peak memory, {call}, {shape[-1]} px, {name}, {way.precision}"
-            ours, theirs = max(found[name][call], 1.0), found["plain"][call]
-            yield row(title, "MiB", [ours], [theirs], equal_within=None)
+def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> dict[int, list[Row]]:
+    """By size."""
+    ways = {name: found.precision for (*_, name), found in compared.items()}
+    sides = {size: found.side for (size, *_), found in compared.items()}
+    rows: dict[int, list[Row]] = {}
+    for size, side in sides.items():
+        found = {name: peak_of(name, side, options) for name in ("plain", *ways)}
+        for call in ("encode", "decode"):
+            for name, precision in ways.items():
+                title = f"peak memory, {call}, {side} px, {name}, {precision}"
+                ours, theirs = max(found[name][call], 1.0), found["plain"][call]
+                made = row(title, "MiB", [ours], [theirs], equal_within=None)
+                rows.setdefault(size, []).append(made)
+    return rows
 
 
-def peak_of(name: str, shape: tuple[int, ...], options: Options) -> dict[str, float]:
-    """In a process of its own."""
+def peak_of(name: str, side: int, options: Options) -> dict[str, float]:
+    """MiB of encode and of decode of a batch of images, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         given = (options.model, options.channels, options.device, options.threads)
-        return executor.submit(peak, name, shape, *given).result()
+        return executor.submit(peak, name, options.batch_size, side, *given).result()
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:

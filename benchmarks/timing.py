@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -114,9 +115,9 @@ def timed(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def own_process(build: Callable[..., Callable[[], object]], *args: Any) -> Iterator[Any]:
+def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
     """What `build(*args)` returns, as a call in a process of its own that returns its seconds: for
-    sides that set what holds for a whole process, such as its allocator.
+    sides that set what holds for a whole process, such as its allocator. Arguments go with it.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
             alternate({"ours": ours, "plain": plain}, runs=5, clock=lambda call: call())
@@ -130,9 +131,9 @@ def own_process(build: Callable[..., Callable[[], object]], *args: Any) -> Itera
     process.start()
     there.close()
 
-    def call() -> float:
+    def call(*given: Any) -> float:
         try:
-            here.send(None)
+            here.send(given)
             return here.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             raise RuntimeError(f"the process of {args} has ended, see above") from error
@@ -144,14 +145,14 @@ def own_process(build: Callable[..., Callable[[], object]], *args: Any) -> Itera
         process.join()
 
 
-def _serve(connection: Connection, build: Callable[..., Callable[[], object]], args: Any) -> None:
+def _serve(connection: Connection, build: Callable[..., Callable[..., object]], args: Any) -> None:
     call = build(*args)
     while True:
         try:
-            connection.recv()
+            given = connection.recv()
         except EOFError:
             return
-        connection.send(timed(call))
+        connection.send(timed(partial(call, *given)))
 
 
 def _wait() -> None:

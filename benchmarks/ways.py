@@ -121,25 +121,27 @@ def installed() -> tuple[str, ...]:
 
 def peak(
     name: str,
-    images: tuple[int, ...],
+    batch_size: int,
+    side: int,
     model: str | None,
     channels: tuple[int, ...],
     device: str,
     threads: int | None,
 ) -> dict[str, float]:
-    """MiB beyond the network that its two calls take on noise of shape `images`. For a process of
-    its own: what was allocated before hides what is allocated now."""
+    """MiB beyond the network that its two calls take on a batch of images of `side` pixels. For a
+    process of its own: what was allocated before hides what is allocated now."""
     warnings.simplefilter("ignore")
     if threads is not None:
         torch.set_num_threads(threads)
     way = build(name, network(model, channels, device))
     assert way is not None
-    first = torch.zeros(images if "compiled" in name else (*images[:2], SMALL, SMALL))
+    shape = batch_size, calls.image_channels(way.net), side, side
+    first = torch.zeros(shape if "compiled" in name else (*shape[:2], SMALL, SMALL))
     z = way.encode(first.to(device))
     way.decode(z)  # so that what is set up once is not counted
     f = first.shape[3] // z.shape[3]
-    latents = torch.zeros(images[0], z.shape[1], images[2] // f, images[3] // f)
-    inputs = {"encode": torch.zeros(images), "decode": latents}
+    latents = torch.zeros(batch_size, z.shape[1], side // f, side // f)
+    inputs = {"encode": torch.zeros(shape), "decode": latents}
     peaks = {}
     for call, tensor in inputs.items():
         tensor = tensor.to(device)

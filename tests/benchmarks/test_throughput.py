@@ -1,6 +1,6 @@
 """The benchmark of encode and decode: its rows, what they are compared with, and its errors."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,20 +10,16 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.benchmarks.processes import this_process
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--channels", "32", "32", "--sizes", "64", "--runs", "1", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))  # where it finds ways.py, as when it is run
-    spec = importlib.util.spec_from_file_location(
-        "benchmark_throughput", BENCHMARKS / "throughput.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the option parser reads the source through it
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(BENCHMARKS))  # where it and its processes find the modules beside it
+    module = importlib.import_module("throughput")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
@@ -31,6 +27,7 @@ def script() -> Iterator[ModuleType]:
 
 
 def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(script, "own_process", this_process)
     monkeypatch.setattr(sys, "argv", ["throughput.py", *TINY, *options])
     script.main()
 
@@ -60,10 +57,10 @@ def test_rows_and_their_equality(
 def test_memory_is_measured_in_other_processes(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[tuple[str, tuple[int, ...]]] = []
+    asked: list[tuple[str, int]] = []
 
-    def stand_in(name: str, shape: tuple[int, ...], _options: object) -> dict[str, float]:
-        asked.append((name, shape))
+    def stand_in(name: str, side: int, _options: object) -> dict[str, float]:
+        asked.append((name, side))
         return {"plain": {"encode": 60.0, "decode": 80.0}, "exact": {"encode": 30, "decode": 20}}[
             name
         ]
@@ -76,19 +73,28 @@ def test_memory_is_measured_in_other_processes(
         ("peak memory, encode, 64 px, exact, fp32", 2.0),
         ("peak memory, decode, 64 px, exact, fp32", 4.0),
     ]
-    assert asked == [("plain", (1, 3, 64, 64)), ("exact", (1, 3, 64, 64))]
+    assert asked == [("plain", 64), ("exact", 64)]
 
 
 @pytest.mark.slow
 def test_peak_of_a_call(script: ModuleType) -> None:
     options = script.Options(channels=(32, 32, 32, 32), threads=1)
-    found = {
-        name: script.peak_of(name, (1, 3, 512, 512), options)["decode"]
-        for name in ("plain", "exact")
-    }
+    found = {name: script.peak_of(name, 512, options)["decode"] for name in ("plain", "exact")}
     one_map = 32 * 512 * 512 * 4 / 2**20
     assert 2 * one_map < found["plain"] < 12 * one_map
-    assert 2 * one_map < found["exact"] <= found["plain"] + 3 * one_map  # its tiles
+    assert 2 * one_map < found["exact"] <= found["plain"] + 6 * one_map  # its tiles, and what it keeps
+
+
+@pytest.mark.slow
+def test_ways_in_processes_of_their_own(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.json"
+    given = [*TINY, "--ways", "exact", "--json", str(file), "--no-memory"]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *given])
+    script.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3 and all(row["ours"] > 0 and row["reference"] > 0 for row in rows)
 
 
 def test_a_wrong_way_is_told(

@@ -4,9 +4,7 @@ notice if they were not."""
 import importlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+
+from tests.benchmarks.processes import this_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--resolution", "32", "--batch_size", "1", "--channels", "32", "32"]
@@ -33,19 +33,6 @@ def script() -> Iterator[ModuleType]:
     sys.path.insert(0, str(BENCHMARKS))  # where it and its processes find the modules beside it
     yield importlib.import_module("training_step")
     sys.path.remove(str(BENCHMARKS))
-
-
-@contextmanager
-def this_process(build: Callable[..., Callable[[], object]], *args: Any) -> Iterator[Any]:
-    """`own_process` without a process, which takes long to start."""
-    call = build(*args)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    yield seconds
 
 
 @pytest.mark.parametrize(("precision", "within"), [("fp32", 1e-4), ("bf16", 0.2)])
