@@ -2,10 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from latentvae.memory import keep_freed_memory
+from latentvae.models import optimization
+from latentvae.training import loop
+from tests.models.nets import kl
+from tests.training.small import small_config
 
 ROUNDS = """
 import resource, sys, torch
@@ -42,3 +47,12 @@ def test_a_tensor_takes_the_pages_of_the_one_before(monkeypatch: pytest.MonkeyPa
 def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     assert not keep_freed_memory()
+
+
+def test_who_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[str] = []
+    for module in (loop, optimization):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda m=module: called.append(m.__name__))
+    optimization.optimize_network(kl(), mode="exact")
+    loop.train(small_config(tmp_path, max_train_steps=1))
+    assert called == [optimization.__name__, loop.__name__]

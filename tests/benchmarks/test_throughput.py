@@ -82,7 +82,9 @@ def test_peak_of_a_call(script: ModuleType) -> None:
     found = {name: script.peak_of(name, 512, options)["decode"] for name in ("plain", "exact")}
     one_map = 32 * 512 * 512 * 4 / 2**20
     assert 2 * one_map < found["plain"] < 12 * one_map
-    assert 2 * one_map < found["exact"] <= found["plain"] + 6 * one_map  # its tiles, and what it keeps
+    assert (
+        2 * one_map < found["exact"] <= found["plain"] + 6 * one_map
+    )  # its tiles, and what it keeps
 
 
 @pytest.mark.slow
