@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from typing import Any
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 
@@ -12,15 +13,25 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives every tensor of more than 32 MiB back to the system, and much of the
     rest, and the next one faults its pages in again, 4 KiB at a time: in a virtual machine, that
-    is a tenth to a fifth of an update or a decode on the CPU. Kept memory stays with the process,
-    up to the most that it needed at once.
+    is about a tenth of an update or a decode on the CPU. Kept memory stays with the process, about
+    as much as it needed at once; of large images up to half more, for holes that do not fit.
 
     Returns:
         Whether it does. Not with another C library, nor where the environment has settings of its
         own for the allocator (`MALLOC_...`, `GLIBC_TUNABLES`).
     """
-    configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if sys.platform != "linux" or configured:
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _c_function("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> None:
+    """Give what the C library keeps back to the system, where it is glibc."""
+    if (trim := _c_function("malloc_trim")) is not None:
+        trim(0)
+
+
+def _c_function(name: str) -> Any:
+    """Of the process; None where there is none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -4,10 +4,8 @@ On CUDA the peak is what torch allocated beyond the network; elsewhere it is how
 resident memory rose above what it was before the call, sampled every few milliseconds.
 """
 
-import ctypes
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentvae.memory import release_freed_memory
 from latentvae.models.calls import decode, encode
 
 INTERVAL = 0.002  # seconds between two looks at the memory
@@ -178,8 +177,7 @@ def _peak_on_cuda(device: torch.device) -> Iterator[list[int]]:
 
 @contextmanager
 def _peak_of_process() -> Iterator[list[int]]:
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # glibc keeps freed pages: filling them again would go unseen
+    release_freed_memory()  # filling it again would go unseen
     process, done = psutil.Process(), Event()
     before = process.memory_info().rss
     peak = [0]
