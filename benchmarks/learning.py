@@ -211,7 +211,8 @@ def run(options: Options) -> None:
 
 
 def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
-    """Seconds per update of both arms, measured twice in turns, or as an earlier command found."""
+    """Seconds per update of both arms, measured twice in turns, or as an earlier command found. In
+    one process, so the reference has the allocator that `train` sets."""
     path = options.out / "speed.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -27,6 +27,7 @@ from ways import CALLS, WAYS, Way, build, installed, network, peak
 
 from latentvae.errors import UserError, nearest
 from latentvae.flags import exit_with, parse_options
+from latentvae.memory import release_freed_memory
 from latentvae.models.calls import image_channels, measure_shape
 
 
@@ -83,6 +84,7 @@ def checked(options: Options) -> Options:
 
 def measure(options: Options) -> Iterator[Row]:
     compared = compare(options)
+    release_freed_memory()  # that ways kept, so that it is there for the processes
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "plain", options) as plain:
         for name in dict.fromkeys(name for *_, name in compared):
@@ -124,14 +126,15 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
     for name, way in ways.items():
         print(f"{name}: {way.note}" if way.note else name)
     found = {}
+    f = measure_shape(net).f
     for size in options.sizes:
-        inputs = inputs_of(plain, size, options)
+        side = size // f * f
+        inputs = inputs_of(plain, side, options)
         for call in CALLS:
             expected = function(plain, call)(inputs[call])
             for name, way in ways.items():
                 error = function(way, call)(inputs[call]) - expected
                 mse = error.double().square().mean().item()
-                side = inputs["encode"].shape[-1]
                 found[size, call, name] = Compared(
                     way.precision, side, error.abs().max().item(), mse
                 )
@@ -139,26 +142,25 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """A way's calls by call and size, for a process of its own."""
+    """A way's calls by call and side of the images, for a process of its own."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     way = build(name, network(options.model, options.channels, options.device))
     assert way is not None
-    inputs = lru_cache(lambda size: inputs_of(way, size, options))
-    return lambda call, size: function(way, call)(inputs(size)[call])
+    inputs = lru_cache(lambda side: inputs_of(way, side, options))
+    return lambda call, side: function(way, call)(inputs(side)[call])
 
 
-def inputs_of(way: Way, size: int, options: Options) -> dict[str, Tensor]:
+def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
     """Of each call: images, or their latents."""
-    side = size // measure_shape(way.net).f * measure_shape(way.net).f
     images = noise((options.batch_size, image_channels(way.net), side, side)).to(options.device)
     return {"encode": images, "decode": way.encode(images), "round trip": images}
 
 
 def time(key: tuple[int, str, str], plain: Any, way: Any, found: Compared, options: Options) -> Row:
-    size, call, name = key
+    _, call, name = key
     seconds = alternate(
-        {"plain": partial(plain, call, size), name: partial(way, call, size)},
+        {"plain": partial(plain, call, found.side), name: partial(way, call, found.side)},
         runs=options.runs,
         warmup=2,
         per=options.batch_size,

@@ -136,7 +136,9 @@ def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iter
             here.send(given)
             return here.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise RuntimeError(f"the process of {args} has ended, see above") from error
+            process.join(1)
+            name = f"{build.__name__}{args}"
+            raise RuntimeError(f"{name} has ended with {process.exitcode}, see above") from error
 
     try:
         yield call

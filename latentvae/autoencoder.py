@@ -304,7 +304,8 @@ def load(
         family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
         optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
             `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
-            `optimization` says what was used, and its PSNR against exact.
+            `optimization` says what was used, and its PSNR against exact. On the CPU the process
+            then keeps the memory that a call frees (`latentvae.memory`).
         strips: for images that do not fit into memory: True, or how; see `Autoencoder`.
 
     Raises:

@@ -14,11 +14,13 @@ def keep_freed_memory() -> bool:
     By default glibc gives every tensor of more than 32 MiB back to the system, and much of the
     rest, and the next one faults its pages in again, 4 KiB at a time: in a virtual machine, that
     is about a tenth of an update or a decode on the CPU. Kept memory stays with the process, about
-    as much as it needed at once; of large images up to half more, for holes that do not fit.
+    as much as it needed at once; of large images half more and above, for holes that do not fit.
+    Tensors of more than 64 MiB are kept in the main thread alone, and a process that is forked
+    makes the pages that both write new once more: start workers before the work, or keep them.
 
     Returns:
-        Whether it does. Not with another C library, nor where the environment has settings of its
-        own for the allocator (`MALLOC_...`, `GLIBC_TUNABLES`).
+        Whether it does. Not with another C library, nor where the environment has a name of the
+        allocator's settings (`MALLOC_...`, `GLIBC_TUNABLES`; of the second an empty value will do).
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False

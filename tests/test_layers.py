@@ -13,12 +13,13 @@ ROOT = PACKAGE.parent
 
 # What each part of the package may import of it. `latentvae` itself is the door: it names what it
 # offers, and loads it when first used.
-BASE = {"errors", "distributed", "outputs", "files"}
+BASE = {"errors", "distributed", "outputs", "files", "memory"}
 ALLOWED = {
     "errors": set[str](),
     "distributed": set[str](),
     "outputs": set[str](),
     "files": {"errors"},
+    "memory": set[str](),
     "bottlenecks": BASE,
     "likelihoods": BASE,
     "models": BASE | {"bottlenecks", "likelihoods"},

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from latentvae.distributed import barrier, from_main, gather_objects, is_main, world_size
+from latentvae.memory import keep_freed_memory
 from latentvae.training.base import open_base, with_shape_of
 from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
@@ -74,6 +75,8 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     data = open_data(copy)
     accelerator = start_accelerator(copy, nowhere)
     stack.callback(end_accelerator, accelerator)
+    if accelerator.device.type == "cpu":  # as `train` does: time and memory are foretold
+        keep_freed_memory()
     folder = _temporary(stack)
     run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=copy.critic_start)
