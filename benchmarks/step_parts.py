@@ -143,7 +143,7 @@ def table(parts: list[Part], best: float, title: str) -> Table:
 
 def run(options: Options) -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    keep_freed_memory()  # as `train` does
+    keep_freed_memory(torch.device("cpu"))  # as `train` does
     for precision in options.precision:
         best = peak(precision, options.runs)
         for resolution in options.resolution:

@@ -216,8 +216,7 @@ def build_side(
     if name != OURS:
         reference = _reference(name, ours, options)
         return lambda: reference.update(images)
-    if images.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(images.device)
     return ours.update
 
 

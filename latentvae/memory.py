@@ -5,10 +5,12 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(device: torch.device) -> bool:
     """Let the C library keep freed memory of this process for its next tensors, from now on.
 
     By default glibc gives every tensor of more than 32 MiB back to the system, and much of the
@@ -18,11 +20,15 @@ def keep_freed_memory() -> bool:
     Tensors of more than 64 MiB are kept in the main thread alone, and a process that is forked
     makes the pages that both write new once more: start workers before the work, or keep them.
 
+    Args:
+        device: where the tensors are; but for the CPU there is nothing to do.
+
     Returns:
         Whether it does. Not with another C library, nor where the environment has a name of the
         allocator's settings (`MALLOC_...`, `GLIBC_TUNABLES`; of the second an empty value will do).
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if device.type != "cpu" or configured:
         return False
     mallopt = _c_function("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))

@@ -17,7 +17,7 @@ from tests.training.small import small_config
 ROUNDS = """
 import resource, sys, torch
 from latentvae.memory import keep_freed_memory
-kept = keep_freed_memory() if "keep" in sys.argv else False
+kept = keep_freed_memory(torch.device("cpu")) if "keep" in sys.argv else False
 def fill():
     return torch.ones(64 << 20, dtype=torch.uint8)
 for _ in range(10):  # the first few lie one after another
@@ -50,15 +50,19 @@ def test_a_tensor_takes_the_pages_of_the_one_before(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_settings_of_the_environment_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
-    assert not keep_freed_memory()
+    assert not keep_freed_memory(torch.device("cpu"))
+
+
+def test_there_is_nothing_to_keep_for_other_devices() -> None:
+    assert not keep_freed_memory(torch.device("cuda"))
 
 
 def test_who_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("training is not on the CPU here")
     called: list[str] = []
     for module in (loop, optimization):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda m=module: called.append(m.__name__))
+        monkeypatch.setattr(
+            module, "keep_freed_memory", lambda _device, m=module: called.append(m.__name__)
+        )
     optimization.optimize_network(kl(), mode="exact")
     loop.train(small_config(tmp_path, max_train_steps=1))
     assert called == [optimization.__name__, loop.__name__]

@@ -66,8 +66,7 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         raise UserError(f"optimize='{mode}' chooses the precision: leave out dtype, not {given}")
     if not _has_halves(net):
         return Optimized(net, "plain", why=f"{type(net).__name__} is not optimised")
-    if net.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(net.device)
     return _MODES[mode](net)
 
 

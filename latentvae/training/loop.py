@@ -83,8 +83,7 @@ def train(config: TrainConfig) -> Path:
     config = with_shape_of(config, base)
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(accelerator.device)
     if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
         IndexSampler(len(data[0]), config.images_read, seed=0, world_size=accelerator.num_processes)
     check_compilation(config, processes=accelerator.num_processes)

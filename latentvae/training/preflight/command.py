@@ -75,8 +75,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     data = open_data(copy)
     accelerator = start_accelerator(copy, nowhere)
     stack.callback(end_accelerator, accelerator)
-    if accelerator.device.type == "cpu":  # as `train` does: time and memory are foretold
-        keep_freed_memory()
+    keep_freed_memory(accelerator.device)  # as `train` does: time and memory are foretold
     folder = _temporary(stack)
     run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
     progress = Progress(critic_start=copy.critic_start)
