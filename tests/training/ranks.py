@@ -90,8 +90,10 @@ def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None
         disc_start=0,
         disc_ramp_steps=1,
         validation_steps=100,
-        learning_rate=1e-6,  # whatever AdamW makes of rounding, the second update starts alike
-        disc_learning_rate=1e-6,
+        # AdamW's first step is the rate whatever the gradient, rounding included; at 1e-6 that is
+        # enough to put one pixel on the other side of a leaky ReLU.
+        learning_rate=1e-9,
+        disc_learning_rate=1e-9,
         **(HELD if weight == "held" else {}),
     )
     try:
