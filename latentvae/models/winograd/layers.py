@@ -25,8 +25,7 @@ class Limits:
     Attributes:
         channels: of the narrower side.
         positions: of a map at inference, for NNPACK.
-        tiled: channels for the tiles: of y or dx alone (`one`), of dx and dw together (`both`);
-            without an entry plain ones are always sooner.
+        tiled: channels for the tiles: of y or dx alone (`one`), of dx and dw together (`both`).
     """
 
     channels: int
@@ -38,7 +37,7 @@ def limits_of(capability: str) -> Limits:
     """Of a processor by the vector instructions that torch uses, measured with AVX-512 and AVX2."""
     if capability == "AVX512":
         return Limits(channels=32, positions=32 * 32, tiled={"one": 256, "both": 128})
-    return Limits(channels=128, positions=64 * 64, tiled={})
+    return Limits(channels=128, positions=64 * 64, tiled={"one": 128, "both": 128})
 
 
 LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
@@ -107,8 +106,7 @@ def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
     """Whether channels are many, and tiles enough to transform their kernels for."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
-    least = LIMITS.tiled.get(asked)
-    return least is not None and narrow >= least and 4 * tiles >= wide
+    return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
 
 
 def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:

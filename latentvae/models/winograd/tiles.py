@@ -81,7 +81,7 @@ def tiled_gradients(
             _add_overlapping(_tiles(of_seen, SIDE + 2)[part], added)
     return (
         tiling.crop(of_seen[:, 1:, 1:]) if of_x else None,
-        (of_kernel.flatten(1).t() @ G2).view_as(weight) if of_weight else None,
+        (G2.t() @ of_kernel.flatten(1)).t().reshape_as(weight) if of_weight else None,
     )
 
 
