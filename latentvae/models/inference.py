@@ -25,6 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latentvae.models import calls
+from latentvae.models.residual import is_plain
 from latentvae.models.upsampling import (
     FoldedUpsample2D,
     fold_kernel,
@@ -129,7 +130,7 @@ def _wide_parts(half: Any) -> Iterator[nn.Module]:
 
 def _swap_blocks(half: nn.Module) -> None:
     for module in half.modules():
-        if type(module) is ResnetBlock2D and _is_plain_block(module):
+        if type(module) is ResnetBlock2D and is_plain(module):
             module.__class__ = InPlaceResnetBlock2D
 
 
@@ -141,19 +142,6 @@ def _freeze_upsampling(half: nn.Module) -> None:
             module.__class__ = FrozenUpsample2D
             kernel = fold_kernel(cast(Any, module.conv).weight)
             module.register_buffer("kernel", kernel, persistent=False)
-
-
-def _is_plain_block(block: Any) -> bool:
-    """Norm, SiLU, convolution, twice, with a shortcut; nothing that only U-Nets have."""
-    return (
-        block.time_emb_proj is None
-        and block.upsample is None
-        and block.downsample is None
-        and block.time_embedding_norm != "scale_shift"
-        and block.output_scale_factor == 1.0
-        and isinstance(block.norm1, nn.GroupNorm)
-        and isinstance(block.nonlinearity, nn.SiLU)
-    )
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

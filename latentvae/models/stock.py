@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from latentvae.models.residual import restore_blocks
 from latentvae.models.upsampling import unfold_upsampling
 from latentvae.models.winograd.layers import restore_convolutions
 
@@ -9,4 +10,5 @@ from latentvae.models.winograd.layers import restore_convolutions
 def restore_stock_layers(net: nn.Module) -> None:
     """Let `net` compute what its classes do once it is loaded back; parameters stay."""
     unfold_upsampling(net)
+    restore_blocks(net)
     restore_convolutions(net)

@@ -45,6 +45,7 @@ from latentvae.models import (
     keep_batch_statistics,
 )
 from latentvae.models.compilation import compile_blocks
+from latentvae.models.residual import plain_blocks
 from latentvae.models.upsampling import fold_upsampling
 from latentvae.models.winograd.layers import swap_convolutions
 from latentvae.training.averages import WeightAverage
@@ -210,6 +211,7 @@ def build_run(
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     fold_upsampling(net)
+    plain_blocks(net)
     wrapper = ARCHITECTURES[config.model.architecture].wrapper(
         net,
         output_logvar=config.objective.output_logvar,

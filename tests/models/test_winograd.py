@@ -97,7 +97,7 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
     if path == "nnpack" and not has_winograd():
         pytest.skip("torch has no NNPACK here")
     monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0 if path == "nnpack" else 10**9)
-    tiled = {"one": 0, "both": 0} if path == "tiles" else {}
+    tiled = {"one": 0, "both": 0} if path == "tiles" else {"one": 9999, "both": 9999}
     monkeypatch.setattr(layers, "LIMITS", replace(layers.LIMITS, tiled=tiled))
     x, weight, bias, gradient = case((2, 32, 20, 18), 48)
     expected = plain_results(x, weight, bias, gradient)
@@ -143,16 +143,16 @@ def test_shapes_choose_the_algorithm() -> None:
     assert not layers._fits_nnpack(torch.zeros(1, 32, 63, 64))
 
 
-def test_without_avx512_only_wide_convolutions_of_large_maps_change(
+def test_without_avx512_only_wide_convolutions_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX2"))
     wide, narrow = (nn.Conv2d(n, n, 3, padding=1) for n in (128, 64))
     assert swap_convolutions(wide) == 1 and swap_convolutions(narrow) == 0
     for asked in ("one", "both"):
-        assert not layers._fits_tiles(
-            torch.zeros(8, 512, 64, 64), torch.zeros(512, 512, 3, 3), asked
-        )
+        maps = {n: torch.zeros(8, n, 32, 32) for n in (64, 128)}
+        assert layers._fits_tiles(maps[128], wide.weight, asked)
+        assert not layers._fits_tiles(maps[64], narrow.weight, asked)
     called: list[Any] = []
     monkeypatch.setattr(layers, "nnpack_conv", lambda x, *_: called.append(x))
     wide(torch.zeros(1, 128, 63, 64))
