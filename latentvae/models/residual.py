@@ -29,9 +29,9 @@ def plain_blocks(net: nn.Module) -> int:
 
 def restore_blocks(net: nn.Module) -> None:
     """Undo `plain_blocks`: the stock layers again."""
-    for module in net.modules():
-        if type(module) is PlainResnetBlock2D:
-            module.__class__ = ResnetBlock2D
+    found: list[nn.Module] = [m for m in net.modules() if type(m) is PlainResnetBlock2D]
+    for module in found:
+        module.__class__ = ResnetBlock2D
 
 
 def is_plain(block: Any) -> bool:
