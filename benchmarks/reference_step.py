@@ -42,6 +42,7 @@ from lpips import LPIPS
 from torch import Tensor, nn
 
 from latentvae.errors import UserError
+from latentvae.models.stock import restore_stock_layers
 
 LEARNING_RATE, EMA_DECAY, MAX_NORM, CAP = 4.5e-6, 0.9999, 1.0, 1e4
 
@@ -91,8 +92,11 @@ class ReferenceStep:
         weights: Weights,
         autocast: bool = False,
     ) -> None:
-        self.script, self.weights, self.lpips = script, weights, lpips
+        self.script, self.weights = script, weights
         self.net: Any = copy.deepcopy(net)
+        self.lpips = copy.deepcopy(lpips).to(memory_format=torch.contiguous_format)
+        for part in (self.net, self.lpips):  # in a run some layers are those that compute less
+            restore_stock_layers(part)
         self.critic = copy.deepcopy(critic)
         self.autocast = autocast
         self.optimizer, self.critic_optimizer = (
@@ -198,7 +202,7 @@ class TamingStep(ReferenceStep):
         super().__init__(own, net, critic, lpips, weights=weights)
         module = _imported(folder, "taming.modules.losses.vqperceptual")
         # What it would download, and a critic that is to start from the same weights.
-        module.LPIPS = lambda: lpips
+        module.LPIPS = lambda: self.lpips
         module.NLayerDiscriminator = lambda **_: self.critic
         module.weights_init = lambda _: None
         self.loss = module.VQLPIPSWithDiscriminator(

@@ -25,7 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latentvae.models import calls
-from latentvae.models.residual import is_plain
+from latentvae.models.residual import is_plain, restore_blocks
 from latentvae.models.upsampling import (
     FoldedUpsample2D,
     fold_kernel,
@@ -129,6 +129,7 @@ def _wide_parts(half: Any) -> Iterator[nn.Module]:
 
 
 def _swap_blocks(half: nn.Module) -> None:
+    restore_blocks(half)  # of a network that is being trained
     for module in half.modules():
         if type(module) is ResnetBlock2D and is_plain(module):
             module.__class__ = InPlaceResnetBlock2D

@@ -15,7 +15,8 @@ class PlainResnetBlock2D(ResnetBlock2D):
         hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
         if self.conv_shortcut is None:
             return input_tensor + hidden
-        return self.conv_shortcut(input_tensor.contiguous()) + hidden
+        x = input_tensor.contiguous() if self.training else input_tensor  # as the stock layer
+        return self.conv_shortcut(x) + hidden
 
 
 def plain_blocks(net: nn.Module) -> int:

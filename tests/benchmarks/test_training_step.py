@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from latentvae.models.residual import PlainResnetBlock2D
+from latentvae.models.upsampling import FoldedUpsample2D
+from latentvae.models.winograd.layers import TrainedWinogradConv2d
 from tests.benchmarks.processes import this_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -86,3 +89,23 @@ def test_other_mathematics_is_noticed(script: ModuleType) -> None:
     assert within() < 1e-4
     assert within(lpips=0.51) > 1e-3
     assert within(adversarial=0.51) > 1e-3
+
+
+def test_references_compute_with_stock_layers(script: ModuleType) -> None:
+    """A run's own layers are the network's to the letter, so an equality would not tell them."""
+    ours = script.OurStep(
+        script.Options(channels=(64, 128), disc_channels=16), script.photos(32, 1), "fp32"
+    )
+    parts = (ours.run.net, ours.run.metric.lpips)
+    before = [[type(m) for m in part.modules()] for part in parts]
+    assert {PlainResnetBlock2D, FoldedUpsample2D, TrainedWinogradConv2d} <= set(before[0])
+    reference = script.ReferenceStep(
+        script.SCRIPTS["diffusers mended"],
+        parts[0],
+        ours.run.critic,
+        parts[1],
+        weights=script.WEIGHTS,
+    )
+    for part in (reference.net, reference.lpips):
+        assert not any(type(m).__module__.startswith("latentvae.models") for m in part.modules())
+    assert before == [[type(m) for m in part.modules()] for part in parts]  # ours keep theirs

@@ -91,7 +91,8 @@ def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None
         disc_ramp_steps=1,
         validation_steps=100,
         # AdamW's first step is the rate whatever the gradient, rounding included; at 1e-6 that is
-        # enough to put one pixel on the other side of a leaky ReLU.
+        # enough to put one pixel on the other side of a leaky ReLU. Most weights stand still then:
+        # what is compared is gradients, codebooks and the KL's weight.
         learning_rate=1e-9,
         disc_learning_rate=1e-9,
         **(HELD if weight == "held" else {}),

@@ -46,6 +46,7 @@ from latentvae.models.strips.layers import (
     upsample,
 )
 from latentvae.models.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
+from latentvae.models.residual import PlainResnetBlock2D
 from latentvae.models.upsampling import FoldedUpsample2D
 
 CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
@@ -209,6 +210,7 @@ _WHOLE = (Encoder, Decoder, UNetMidBlock2D, nn.ModuleList, nn.GroupNorm, nn.Line
 _KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
     **dict.fromkeys((*_POINTWISE, *_LEVELS, *_WHOLE), _always),
     ResnetBlock2D: _known_resnet,
+    PlainResnetBlock2D: _known_resnet,
     Attention: _known_attention,
     Downsample2D: lambda block: block.use_conv and block.padding == 0 and block.norm is None,
     Upsample2D: _known_upsampler,
