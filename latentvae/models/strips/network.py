@@ -37,6 +37,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from latentvae.models.discrete import DiscreteAutoencoder
+from latentvae.models.residual import PlainResnetBlock2D
 from latentvae.models.strips.layers import (
     attend,
     convolved,
@@ -46,7 +47,6 @@ from latentvae.models.strips.layers import (
     upsample,
 )
 from latentvae.models.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
-from latentvae.models.residual import PlainResnetBlock2D
 from latentvae.models.upsampling import FoldedUpsample2D
 
 CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
