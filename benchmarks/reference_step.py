@@ -80,6 +80,7 @@ class ReferenceStep:
         net, critic: copied, so that all references start from the same weights.
         lpips: frozen.
         autocast: run both steps in bfloat16 autocast, as none of the scripts rightly does.
+        stock: with the stock layers, as the scripts compute; else with those that `net` has.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class ReferenceStep:
         *,
         weights: Weights,
         autocast: bool = False,
+        stock: bool = True,
     ) -> None:
         self.script, self.weights = script, weights
         self.net: Any = copy.deepcopy(net)
-        self.lpips = copy.deepcopy(lpips).to(memory_format=torch.contiguous_format)
-        for part in (self.net, self.lpips):  # in a run some layers are those that compute less
-            restore_stock_layers(part)
+        self.lpips = copy.deepcopy(lpips)
+        if stock:  # in a run some layers are those that compute less
+            restore_stock_layers(self.net)
+            restore_stock_layers(self.lpips.to(memory_format=torch.contiguous_format))
         self.critic = copy.deepcopy(critic)
         self.autocast = autocast
         self.optimizer, self.critic_optimizer = (
@@ -194,12 +197,19 @@ class TamingStep(ReferenceStep):
     """
 
     def __init__(
-        self, folder: Path, net: AutoencoderKL, critic: nn.Module, lpips: LPIPS, *, weights: Weights
+        self,
+        folder: Path,
+        net: AutoencoderKL,
+        critic: nn.Module,
+        lpips: LPIPS,
+        *,
+        weights: Weights,
+        stock: bool = True,
     ) -> None:
         own = Script(
             summed=False, freezes_critic=True, detaches=True, lpips_in_critic_step=False
         )  # for its loss does that
-        super().__init__(own, net, critic, lpips, weights=weights)
+        super().__init__(own, net, critic, lpips, weights=weights, stock=stock)
         module = _imported(folder, "taming.modules.losses.vqperceptual")
         # What it would download, and a critic that is to start from the same weights.
         module.LPIPS = lambda: self.lpips

@@ -229,19 +229,44 @@ def _equality(options: Options, resolution: int, precision: Precision) -> dict[s
         names += [name + BOTH for name in SCRIPTS]
     if options.peer_script is not None:
         names.append(PEER)
-    return {name: difference(ours, _reference(name, ours, options), images) for name in names}
+    of_layers = layers_difference(ours, images)
+    return {
+        name: max(of_layers, difference(ours, _reference(name, ours, options, stock=False), images))
+        for name in names
+    }
 
 
-def _reference(name: str, ours: OurStep, options: Options) -> ReferenceStep:
-    """From the weights of ours."""
+def layers_difference(ours: OurStep, images: Tensor) -> float:
+    """The largest relative difference that the layers of ours make, beside stock ones: in the
+    reconstruction, in the gradient of a linear function of it, and in LPIPS of one pair of images.
+
+    Apart from the update's own: LPIPS' gradient turns by 1e-3 if its images move by 1e-6, since of
+    flat maxima another is taken, so whole updates with the two kinds of layers tell nothing.
+    """
+    stock = _reference("diffusers mended", ours, Options())
+    mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)
+    found = []
+    for net, lpips in ((ours.run.net, ours.run.metric.lpips), (stock.net, stock.lpips)):
+        recon = net(images).sample
+        net.zero_grad()
+        (recon * mix).sum().backward()
+        with torch.no_grad():
+            distances = lpips(images, 0.5 * images).flatten()
+        found.append((recon.detach().flatten(), gradient(net), distances))
+        net.zero_grad()
+    return max(relative(*pair) for pair in zip(*found, strict=True))
+
+
+def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
+    """From the weights of ours; with the stock layers or those of ours."""
     run = ours.run
     assert run.critic is not None
     parts: Any = (run.net, run.critic, run.metric.lpips)
     if name == PEER:
         assert options.peer_script is not None
-        return TamingStep(options.peer_script, *parts, weights=WEIGHTS)
+        return TamingStep(options.peer_script, *parts, weights=WEIGHTS, stock=stock)
     script = SCRIPTS[name.removesuffix(BOTH)]
-    return ReferenceStep(script, *parts, weights=WEIGHTS, autocast=name.endswith(BOTH))
+    return ReferenceStep(script, *parts, weights=WEIGHTS, autocast=name.endswith(BOTH), stock=stock)
 
 
 def _images(options: Options, resolution: int) -> Tensor:

@@ -83,6 +83,7 @@ def test_other_mathematics_is_noticed(script: ModuleType) -> None:
             ours.run.critic,
             ours.run.metric.lpips,
             weights=replace(script.WEIGHTS, **changes),
+            stock=False,
         )
         return script.difference(ours, reference, images)
 
@@ -106,6 +107,7 @@ def test_references_compute_with_stock_layers(script: ModuleType) -> None:
         parts[1],
         weights=script.WEIGHTS,
     )
+    assert 0 < script.layers_difference(ours, script.photos(32, 1)) < 1e-4
     for part in (reference.net, reference.lpips):
         assert not any(type(m).__module__.startswith("latentvae.models") for m in part.modules())
     assert before == [[type(m) for m in part.modules()] for part in parts]  # ours keep theirs
