@@ -240,8 +240,7 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
     """The largest relative difference that the layers of ours make, beside stock ones: in the
     reconstruction, in the gradient of a linear function of it, and in LPIPS of one pair of images.
 
-    Apart from the update's own: LPIPS' gradient turns by 1e-3 if its images move by 1e-6, since of
-    flat maxima another is taken, so whole updates with the two kinds of layers tell nothing.
+    Apart from the update's own, for in float32 rounding alone turns LPIPS' gradient by 1e-3.
     """
     stock = _reference("diffusers mended", ours, Options())
     mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from latentvae.models.residual import PlainResnetBlock2D
 from latentvae.models.upsampling import FoldedUpsample2D
@@ -111,3 +112,25 @@ def test_references_compute_with_stock_layers(script: ModuleType) -> None:
     for part in (reference.net, reference.lpips):
         assert not any(type(m).__module__.startswith("latentvae.models") for m in part.modules())
     assert before == [[type(m) for m in part.modules()] for part in parts]  # ours keep theirs
+
+
+def test_in_float64_the_whole_update_is_that_of_stock_layers(script: ModuleType) -> None:
+    """Where rounding is too small to turn LPIPS' gradient; Winograd's serve float32 alone."""
+    images = script.photos(32, 2)
+    ours = script.OurStep(script.Options(channels=(32, 32), disc_channels=16), images, "fp32")
+    reference = script.ReferenceStep(
+        script.SCRIPTS["diffusers mended"],
+        ours.run.net,
+        ours.run.critic,
+        ours.run.metric.lpips,
+        weights=script.WEIGHTS,
+    )
+    for module in (ours.run.net, ours.run.critic, ours.run.metric, *vars(reference).values()):
+        if isinstance(module, nn.Module):
+            module.double()
+    for net in (ours.run.net, reference.net):  # a posterior is always float32
+        net.quant_conv.register_forward_hook(lambda _module, _inputs, moments: moments.float())
+        net.post_quant_conv.register_forward_pre_hook(lambda _module, inputs: inputs[0].double())
+    images = images.double()
+    ours.batch = ours.batch._replace(images=images)
+    assert script.difference(ours, reference, images) < 2e-6

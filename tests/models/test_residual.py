@@ -7,8 +7,10 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from latentvae.models import build_autoencoder_kl
+from latentvae.models.inference import InPlaceResnetBlock2D, build_exact
 from latentvae.models.residual import PlainResnetBlock2D, is_plain, plain_blocks
 from latentvae.models.stock import restore_stock_layers
+from latentvae.models.strips.network import check_supported
 
 
 def kl() -> Any:
@@ -31,6 +33,16 @@ def test_a_network_gives_the_same_to_the_bit_and_is_stock_again_afterwards() -> 
     restore_stock_layers(net)
     assert [type(m) for m in net.modules()] == [type(m) for m in stock.modules()]
     assert list(net.state_dict()) == list(stock.state_dict())
+
+
+def test_a_network_in_training_is_served_by_exact_and_by_strips() -> None:
+    net = kl()
+    plain_blocks(net)
+    exact = build_exact(net)
+    assert not any(type(m) is PlainResnetBlock2D for m in exact.modules())
+    assert any(type(m) is InPlaceResnetBlock2D for m in exact.modules())
+    assert any(type(m) is PlainResnetBlock2D for m in net.modules())  # itself keeps its own
+    check_supported(net)
 
 
 def test_blocks_of_unets_and_scaled_sums_stay() -> None:
