@@ -42,9 +42,25 @@ def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
     x, bias = torch.randn(2, 32, 37, 20, generator=generator), torch.randn(48, generator=generator)
     weight = torch.randn(48, 32, 3, 3, generator=generator) / 17
     whole = nnpack_conv(x, weight, bias)
-    for rows in (6, 12, 36):
-        monkeypatch.setattr(nnpack, "MAX_POSITIONS", rows * 20)
+    calls: list[int] = []
+    compute = torch._nnpack_spatial_convolution
+
+    def count(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(x.shape[2])
+        return compute(x, *rest)
+
+    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", count)
+    row_of_tiles = 4 * 8 * 8 * (32 + 48) * 4  # bytes; four tiles are 20 columns, seven 37 rows
+    for workspace, rows in (
+        (0, [8] * 6 + [3]),  # a row of tiles at least, with the positions around it
+        (2 * row_of_tiles, [14, 14, 14, 3]),
+        (6 * row_of_tiles, [26, 15]),  # about halves
+        (7 * row_of_tiles, [37]),
+    ):
+        calls.clear()
+        monkeypatch.setattr(nnpack, "WORKSPACE", workspace)
         assert torch.equal(nnpack_conv(x, weight, bias), whole)
+        assert calls == 2 * rows
 
 
 def test_the_transforms_are_a_convolution_exactly() -> None:

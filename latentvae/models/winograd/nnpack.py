@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 6  # rows and columns that are computed together
-MAX_POSITIONS = 128 * 128  # of one call: enough that transforming the kernel again costs little
+WORKSPACE = 256 << 20  # bytes for the tiles of one call; parts cost a copy of what goes in and out
 
 
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,15 +25,24 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     almost twice what it reads and writes.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    rows = max(TILE, MAX_POSITIONS // x.shape[3] // TILE * TILE)
+    rows = _rows(x, outputs=len(weight))
     parts = [_convolve_by_rows(image, weight, bias, rows) for image in x.split(1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows(x: Tensor, *, outputs: int) -> int:
+    """How many of (B, C, H, W) to compute in one call: parts of about one size that fit."""
+    height, width = x.shape[2:]
+    tiles = -(-height // TILE)
+    bytes_of_a_row = 4 * (TILE + 2) ** 2 * (x.shape[1] + outputs) * -(-width // TILE)
+    parts = -(-tiles // max(1, WORKSPACE // bytes_of_a_row))
+    return TILE * -(-tiles // parts)
 
 
 def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
     """Of one image (1, C, H, W); the same tiles, so the same numbers, whatever `rows` is."""
     height = x.shape[2]
-    if height * x.shape[3] <= MAX_POSITIONS:
+    if height <= rows:
         return torch._nnpack_spatial_convolution(x.contiguous(), weight, bias, [1, 1])
     out = x.new_empty(1, len(weight), height, x.shape[3])
     for start in range(0, height, rows):
