@@ -15,7 +15,7 @@ from latentvae.data.pixels import DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
-from latentvae.data.split import Subset, open_images, open_source
+from latentvae.data.split import Subset, open_images, open_source, some_of, spread
 from latentvae.data.stream import ImageStream, stream_loader
 from latentvae.data.tar import TarShards
 from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
@@ -49,6 +49,8 @@ __all__ = [
     "open_images",
     "open_source",
     "read_image",
+    "some_of",
+    "spread",
     "stream_loader",
     "to_tensor",
     "train_loader",

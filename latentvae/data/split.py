@@ -52,6 +52,20 @@ class Subset:
         return self.source.size(self.indices[index])
 
 
+def spread(total: int, at_most: int | None) -> list[int]:
+    """Up to `at_most` of the numbers below `total`, evenly spaced, from 0."""
+    if at_most is None or at_most >= total:
+        return list(range(total))
+    if at_most < 1:
+        raise UserError(f"the number of images is {at_most}; at least 1 is needed")
+    return [i * total // at_most for i in range(at_most)]
+
+
+def some_of(source: ImageSource, at_most: int) -> Subset:
+    """Up to so many images, evenly spread: the first by name are often of one class."""
+    return Subset(source, spread(len(source), at_most))
+
+
 def open_source(
     spec: Spec, *, split: str = "validation", pixels: PixelFormat | None = None
 ) -> ImageSource:

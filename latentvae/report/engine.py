@@ -26,7 +26,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
-from latentvae.data import ImageSource, UnreadableImage
+from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.metrics.rate import bd_rate
@@ -35,7 +35,7 @@ from latentvae.report.figures import rate_figure, sheet, sheet_row
 from latentvae.report.measures import Judge, Means, Row, codec_rows
 from latentvae.report.model import ModelMeasures
 from latentvae.report.passport import passport
-from latentvae.report.pictures import Pictures, Seen, center_crop, spread
+from latentvae.report.pictures import Pictures, Seen, center_crop
 from latentvae.report.plan import FULL, Plan
 from latentvae.report.protocol import protocol
 from latentvae.report.resume import Accumulator, Progress

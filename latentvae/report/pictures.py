@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentvae.data import EvalTransform, ImageSource, UnreadableImage, to_tensor
-from latentvae.errors import UserError, printable
+from latentvae.data import EvalTransform, ImageSource, UnreadableImage, spread, to_tensor
+from latentvae.errors import printable
 from latentvae.metrics import to_8bit
 from latentvae.pictures import to_pil, to_uint8
 
@@ -118,15 +118,6 @@ class Seen:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.count, self._hash = state["count"], int(state["hash"], 16)
         self.sizes, self.unreadable = Counter(state["sizes"]), list(state["unreadable"])
-
-
-def spread(total: int, at_most: int | None) -> list[int]:
-    """Up to `at_most` of the numbers below `total`, evenly spaced, from 0."""
-    if at_most is None or at_most >= total:
-        return list(range(total))
-    if at_most < 1:
-        raise UserError(f"the number of images is {at_most}; at least 1 is needed")
-    return [i * total // at_most for i in range(at_most)]
 
 
 def to_picture(images: Tensor) -> Image.Image:

@@ -94,11 +94,11 @@ def initialise_codebook(
     images_per_update: int,
     seed: int,
 ) -> None:
-    """Start the codes at what the untrained encoder gives for the first training images."""
+    """Start the codes at what the untrained encoder gives for random training images."""
     wanted = START_VECTORS * net.quantize.num_codes
     vectors: list[Tensor] = []
     vectors_per_image = 0
-    for images in _batches(source, transform):
+    for images in _batches(source, transform, seed=seed):
         features = net.encode(images.to(net.device)).latents
         vectors_per_image = features[0, 0].numel()
         vectors.append(features.movedim(1, -1).flatten(0, -2))
@@ -119,9 +119,10 @@ def initialise_codebook(
     )
 
 
-def _batches(source: ImageSource, transform: EvalTransform) -> Iterator[Tensor]:
+def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Iterator[Tensor]:
+    order = torch.randperm(len(source), generator=generator_for(Stream.CODEBOOK, seed, 0, 1))
     images: list[Tensor] = []
-    for i in range(len(source)):
+    for i in map(int, order):
         try:
             images.append(transform(source.read(i)))
         except UnreadableImage:

@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from latentvae.data import ImageSource, ImageStream, validation_batches
+from latentvae.data import ImageSource, ImageStream, some_of, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
 from latentvae.errors import UserError
 from latentvae.export import (
@@ -34,7 +34,7 @@ from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.randomness import Stream, seed_everything
 from latentvae.training.run import Run, build_net, eval_transform, open_data
 from latentvae.training.state import load_weights, read_config
-from latentvae.training.validate import First, first_readable, sample_grid_path
+from latentvae.training.validate import readable_images, sample_grid_path
 
 STATISTICS_IMAGES = 1024
 PROBE_IMAGES = 2
@@ -170,7 +170,7 @@ def _export(
     transform = eval_transform(config)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
-        First(data[1] if isinstance(data[0], ImageStream) else data[0], STATISTICS_IMAGES),
+        some_of(data[1] if isinstance(data[0], ImageStream) else data[0], STATISTICS_IMAGES),
         transform,
         batch_size=config.run.eval_batch_size,
         rank=rank(),
@@ -179,7 +179,7 @@ def _export(
     statistics = latent_statistics(net, (images.to(device) for images, _ in shard)).joined()
     report = None
     if is_main():
-        probe = first_readable(data[1], transform, count=PROBE_IMAGES)
+        probe = readable_images(data[1], transform, count=PROBE_IMAGES)
         if isinstance(net, DiscreteAutoencoder):
             report = export_tokenizer(
                 net,

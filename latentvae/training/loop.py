@@ -52,7 +52,7 @@ from latentvae.training.schedule import learning_rate
 from latentvae.training.state import Progress, restore, take_snapshot
 from latentvae.training.tracker import close_tracker, start_tracker
 from latentvae.training.updates import Made, Updates
-from latentvae.training.validate import first_readable, sample_grid_path, save_grid, validate
+from latentvae.training.validate import readable_images, sample_grid_path, save_grid, validate
 from latentvae.training.waiting import DataWait
 from latentvae.training.watch import CollapseWatch, Finding, what_to_watch
 
@@ -150,7 +150,7 @@ def _train_and_export(run: Run, progress: Progress) -> None:
 
 def _train(run: Run, progress: Progress) -> None:
     options = run.config.run
-    first_readable(run.validation_images, eval_transform(run.config), count=1)
+    readable_images(run.validation_images, eval_transform(run.config), count=1)
     loader, steps_per_epoch = batches(run, start_step=progress.micro_step)
     run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
     start_tracker(

@@ -1,6 +1,7 @@
 """Validation: PSNR, SSIM and LPIPS of the averaged weights on whole, unaugmented images, and a grid
 to look at."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,9 @@ from latentvae.data import (
     BadImages,
     EvalTransform,
     ImageSource,
-    Picture,
     UnreadableImage,
+    some_of,
+    spread,
     validation_batches,
 )
 from latentvae.distributed import gather_objects, rank, world_size
@@ -25,26 +27,6 @@ from latentvae.models import calls
 from latentvae.pictures import to_pil
 
 DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
-
-
-class First:
-    """The first images of a source."""
-
-    def __init__(self, source: ImageSource, limit: int) -> None:
-        self.source = source
-        self.limit = limit
-
-    def __len__(self) -> int:
-        return min(self.limit, len(self.source))
-
-    def name(self, index: int, /) -> str:
-        return self.source.name(index)
-
-    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
-        return self.source.read(index, at_least=at_least)
-
-    def size(self, index: int, /) -> tuple[int, int]:
-        return self.source.size(index)
 
 
 @torch.inference_mode()
@@ -59,8 +41,8 @@ def validate(
     device: torch.device,
     bad: BadImages,
 ) -> dict[str, float]:
-    """Means over the first ``limit`` images, each measured once over all ranks, at the posterior's
-    mode; rounded to 8 bits where the image is of 8 bits (`metrics.round_alike`).
+    """Means over up to ``limit`` images, evenly spread, each measured once over all ranks, at the
+    posterior's mode; rounded to 8 bits where the image is of 8 bits (`metrics.round_alike`).
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
@@ -77,7 +59,7 @@ def validate(
     num_codes = calls.num_codes(net)
     usage = None if num_codes is None else TokenUsage(num_codes)
     shard = validation_batches(
-        First(source, limit),
+        some_of(source, limit),
         transform,
         batch_size=batch_size,
         rank=rank(),
@@ -115,15 +97,18 @@ def _token_measures(usage: TokenUsage) -> dict[str, float]:
     return {f"validation/{name}": joined.result()[name] for name in names}
 
 
-def first_readable(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
-    """The first ``count`` images that can be read, (count or fewer, C, R, R).
+def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
+    """``count`` images, evenly spread, (count or fewer, C, R, R); others in the place of those that
+    cannot be read.
 
     Raises:
         UserError: there is none.
     """
     images: list[Tensor] = []
     reasons: list[str] = []
-    for i in range(len(source)):
+    chosen = spread(len(source), count)
+    others = (i for i in range(len(source)) if i not in chosen)
+    for i in itertools.chain(chosen, others):
         if len(images) == count:
             break
         try:
@@ -160,7 +145,7 @@ def save_grid(
 ) -> None:
     """Write a PNG with a column per image: original, reconstruction, difference (mid-grey is
     none); what has alpha is laid over mid-grey."""
-    images = first_readable(source, transform, count=count).to(device)
+    images = readable_images(source, transform, count=count).to(device)
     images, recon = _visible(images), _visible(reconstruct_mode(net, images))
     difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
     rows = [

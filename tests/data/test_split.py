@@ -18,6 +18,7 @@ from latentvae.data import (
     TrainTransform,
     open_images,
     open_source,
+    spread,
     to_tensor,
     train_loader,
 )
@@ -244,3 +245,10 @@ def test_max_train_samples_takes_a_nested_spread_share(tmp_path):
     assert names(train) == names(every)
     with pytest.raises(UserError, match="max_train_samples is 0; 1 or more"):
         open_images(tmp_path, max_train_samples=0)
+
+
+def test_spread_is_even_and_starts_at_the_first() -> None:
+    assert spread(10, 5) == [0, 2, 4, 6, 8]
+    assert spread(3, None) == spread(3, 7) == [0, 1, 2]
+    with pytest.raises(UserError, match="at least 1"):
+        spread(3, 0)

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from latentvae.errors import UserError
 from latentvae.report import Report
 from latentvae.report.figures import CAPTION_HEIGHT, CROP, MARGIN, Tile, rate_figure, sheet
-from latentvae.report.pictures import center_crop, spread, to_picture
+from latentvae.report.pictures import center_crop, to_picture
 from latentvae.report.schema import Point
 from latentvae.report.tables import point_at_rate, summary
 from tests.report.conftest import photo
@@ -56,13 +55,6 @@ def test_the_rate_figure_is_drawn_without_what_is_infinite(report: Report, tmp_p
 def test_point_at_rate_is_the_cheapest_not_below() -> None:
     points = [Point(bpp=bpp, psnr=30.0) for bpp in (0.5, 2.0, 1.0)]
     assert [point_at_rate(points, bpp).bpp for bpp in (0.1, 0.6, 1.0, 9.0)] == [0.5, 1.0, 1.0, 2.0]
-
-
-def test_spread_is_even_and_starts_at_the_first() -> None:
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert spread(3, None) == spread(3, 7) == [0, 1, 2]
-    with pytest.raises(UserError, match="at least 1"):
-        spread(3, 0)
 
 
 def test_a_sheet_shows_the_middle_at_whole_pixels(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from latentvae.data import EvalTransform, SamplePhotos
+from latentvae.data import EvalTransform, ImageFolder, SamplePhotos
 from latentvae.losses.discriminators import PatchGAN
 from latentvae.losses.perceptual import load_lpips, weights_id
 from latentvae.metrics import to_8bit
+from latentvae.training import exporting, loop
 from latentvae.training.log import read_rows
 from latentvae.training.loop import train
 from tests.training.recording import Recording, changed, recorded
@@ -181,6 +183,45 @@ def test_the_exported_scaling_factor_is_one_over_the_standard_deviation(
     variance = posterior.mean.var() + posterior.var.mean()
     assert net.config["scaling_factor"] == pytest.approx(variance.item() ** -0.5, rel=0.05)
     assert abs(net.config["scaling_factor"] / 0.18215 - 1) > 0.1
+
+
+def test_what_is_measured_on_some_images_is_measured_all_over_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first by name may be of one class."""
+    monkeypatch.setattr(exporting, "STATISTICS_IMAGES", 3)
+    seen: dict[str, list[str]] = {"train": [], "validation": []}
+    for split in seen:
+        folder = tmp_path / split
+        folder.mkdir()
+        for i in range(9):
+            Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(folder / f"{i}.png")
+    read = ImageFolder.read
+
+    def noted(self: ImageFolder, index: int, /, **options: Any) -> Any:
+        seen[self.root.name].append(self.name(index))
+        return read(self, index, **options)
+
+    config = small_config(
+        tmp_path / "run",
+        train_data_dir=str(tmp_path / "train"),
+        validation_data_dir=str(tmp_path / "validation"),
+        max_validation_images=3,
+        num_sample_images=3,
+        max_train_steps=1,
+        disc_start=1,
+    )
+    export_run = loop.export_run
+
+    def exported(*args: Any, **options: Any) -> Path:
+        seen["train"].clear()
+        return export_run(*args, **options)
+
+    monkeypatch.setattr(ImageFolder, "read", noted)
+    monkeypatch.setattr(loop, "export_run", exported)
+    train(config)
+    assert seen["train"] == ["0.png", "3.png", "6.png"]
+    assert set(seen["validation"]) == {"0.png", "3.png", "6.png", "4.png"}  # two to prove it
 
 
 def rates(recording: Recording) -> list[float]:

@@ -16,7 +16,7 @@ from latentvae.training.preflight.rehearsal import Rehearsal, align, fingerprint
 from latentvae.training.run import Run, eval_transform
 from latentvae.training.state import restore, take_snapshot
 from latentvae.training.updates import Updates
-from latentvae.training.validate import first_readable, validate
+from latentvae.training.validate import readable_images, validate
 
 VALIDATION_IMAGES = 8
 GPU_TOLERANCE = 1e-2  # of a loss: sums there are in no fixed order
@@ -53,7 +53,7 @@ def image_range(rehearsal: Rehearsal) -> Check:
         min(low for _, low, _ in rehearsal.batches),
         max(high for _, _, high in rehearsal.batches),
     )
-    images = first_readable(
+    images = readable_images(
         rehearsal.run.validation_images, eval_transform(rehearsal.run.config), count=4
     )
     shown = (images.min().item(), images.max().item())
