@@ -2,7 +2,9 @@
 
 import latentvae
 
-export = latentvae.train(latentvae.load_preset("kl_small"))     # or train/train_kl.py
+config = latentvae.load_preset("kl_small")                      # or train/train_kl.py
+config.data.train_data_dir, config.run.output_dir = "photos", "runs/first"
+export = latentvae.train(config)
 model = latentvae.load("runs/first/export")
 z = model.encode(photo)
 photo = model.decode(z, size=photo.size[::-1], output_type="pil")

@@ -209,7 +209,8 @@ class Encode:
     """Classes of a table; left out, `label`. Those of other data are its first folders."""
 
     overwrite: bool = False
-    """Replace shards of another model, other data or other options in `out`."""
+    """Replace shards of another model, other data (by names and labels, not by what is in the
+    images) or other options in `out`."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute sooner (`exact` differs by rounding); the manifest records it. Left out, as is."""
@@ -262,8 +263,12 @@ class Decode:
 class Convert:
     """Write an AutoencoderKL or a VQModel under the original names of CompVis and taming.
 
-    What `latentvae.load` and other programs take as a single file; the matching `ddconfig` of the
-    original code is printed, and kept in the file's metadata.
+    The matching `ddconfig` of the original code is printed, and kept in the file's metadata. Other
+    programs take it as a single file; `latentvae.load` does so for AutoencoderKLs shaped as those
+    of Stable Diffusion (4 latent channels) or SD3 and FLUX (16), without attention in their levels:
+    of a VQModel or another AutoencoderKL it needs the folder. Of networks without quant_conv and
+    post_quant_conv, as SD3's and FLUX's, identities are written, since the original classes always
+    have these layers.
     """
 
     model: Positional[str]

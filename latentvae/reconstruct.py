@@ -91,10 +91,12 @@ def reconstruct(
         optimize: of a folder, as `load` takes it.
 
     Raises:
-        UserError: a path that is not there, or not one picture that can be read.
+        UserError: a path that is not there, an `out` where an input would be written over, or not
+            one picture that can be read.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     targets = list(_name_pictures(_find_files(inputs, out=out)))
+    _keep_inputs(targets, out)
     if not isinstance(model, Autoencoder):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load(model, device=device, optimize=optimize, strips=strips)
@@ -150,6 +152,16 @@ def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, s
             name = below.with_name(f"{below.stem}-{number}.png")
         taken.add(name.as_posix())
         yield path, name.as_posix()
+
+
+def _keep_inputs(targets: Sequence[tuple[Path, str]], out: Path) -> None:
+    given = {path.resolve() for path, _ in targets}
+    for _, picture in targets:
+        if (out / picture).resolve() in given:
+            raise UserError(
+                f"'{out / picture}' is an input, and would be written over: give another folder "
+                "for out"
+            )
 
 
 def _shrink(image: Picture, max_side: int | None) -> Picture:

@@ -116,6 +116,17 @@ def test_a_second_run_does_not_take_its_own_pictures(model: Autoencoder, photos:
     assert [row.picture for row in first.rows] == [row.picture for row in second.rows]
 
 
+@pytest.mark.parametrize("inputs", [["a.png"], ["sub/small.png", "sub/../a.png"]])
+def test_an_input_is_not_written_over(
+    model: Autoencoder, photos: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    with pytest.raises(UserError, match="is an input, and would be written over"):
+        reconstruct(model, inputs, out=".")
+    assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
+
+
 def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="did you mean 'photos'"):

@@ -67,7 +67,7 @@ def decode_folder(
 
     Raises:
         UserError: before anything is decoded: damaged shards, indices out of range, another model,
-            or `out` holds pictures of other shards.
+            or `out` holds pictures of other shards, or files of these names that are not decoded.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -78,7 +78,7 @@ def decode_folder(
     reader.check()
     paths = [out / name for name in picture_names(reader.names())[:count]]
     network = _fitting_model(reader, model, device=device, optimize=optimize)
-    _prepare(out, reader, rank=rank, mode=network.optimization.mode)
+    _prepare(out, paths, reader, rank=rank, mode=network.optimization.mode)
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     mine = batches[rank::world_size]
     for batch in tqdm(mine, desc=network.name, unit="batch", disable=None if rank == 0 else True):
@@ -148,7 +148,9 @@ def _fitting_model(
     return model
 
 
-def _prepare(out: Path, reader: ShardReader, *, rank: int, mode: str) -> None:
+def _prepare(
+    out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
+) -> None:
     """Make the folder, and write down which shards its pictures are of."""
     record = Decoded(
         shards=str(reader.folder),
@@ -158,11 +160,16 @@ def _prepare(out: Path, reader: ShardReader, *, rank: int, mode: str) -> None:
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
+        there = next((picture for picture in paths if picture.exists()), None)  # before the record
         found = Decoded.model_validate_json(read_text(path)) if path.exists() else None
     except OSError as error:
         raise UserError(f"cannot use the folder '{out}': {error.strerror}") from error
     except ValidationError as error:
         raise UserError(f"'{path}' was not written by `latentvae decode`") from error
+    if found is None and there is not None:
+        raise UserError(
+            f"'{there}' is there, and `latentvae decode` has not written it: give another folder"
+        )
     if found is not None and found.manifest_sha256 != record.manifest_sha256:
         raise UserError(
             f"'{out}' holds pictures of other shards ('{found.shards}'): give another folder"

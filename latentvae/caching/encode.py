@@ -71,7 +71,8 @@ def encode_folder(
         value_range: stored numbers that become black and white, as in training; float files of a
             grey or RGBA model need it.
         label_column: of a table; None takes `label`, if it is there.
-        overwrite: replace shards of another model or other data.
+        overwrite: replace shards of another model or other data, which are told apart by the names
+            and labels of the images, not by what is in them.
         optimize: of a folder or Hub id, as `load` takes it; the manifest holds what was used.
         device: None is the GPU of this rank, if there is one.
 
@@ -134,6 +135,11 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
     found = {path: read_header(path) for path in sorted(out.glob("shard-*.safetensors"))}
     if not overwrite:
         _refuse_others(out, content, manifest, found)
+    if overwrite and manifest is not None and manifest.content == content and rank == 0:
+        print(
+            f"'{out}' holds shards of this model and of images of these names: whole ones stay, "
+            "overwrite or not; delete the folder if the images have changed"
+        )
     if manifest is not None and manifest.content != content:
         (out / MANIFEST).unlink(missing_ok=True)
         manifest = None

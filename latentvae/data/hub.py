@@ -35,9 +35,10 @@ class DatasetSpec:
     Attributes:
         name: a Hub id such as ``"user/photos"``, or a path that exists.
         config_name: the configuration, where the data set has several.
-        split: the split; a data set with only one gives that.
+        split: the split; for `train`, a data set with only one gives that.
         image_column: the column of images, where there are several.
         cache_dir: where ``datasets`` keeps what it downloads and prepares.
+        any_split: a data set with one split gives that, whatever ``split`` is.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetSpec:
     split: str = "train"
     image_column: str | None = None
     cache_dir: str | None = None
+    any_split: bool = False
 
     def __post_init__(self) -> None:
         check_no_password(self.name)
@@ -165,16 +167,20 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
     # Not a list of types: the network, the Hub's client, pyarrow and datasets raise their own.
     except Exception as error:
         raise UserError(f"data set '{spec.name}' cannot be opened: {_first_line(error)}") from error
-    if not isinstance(found, dict):  # a data set saved alone: of whatever split
-        return found, spec.split
-    if spec.split not in found and len(found) > 1:
-        splits = [str(split) for split in found]
-        raise UserError(
-            f"data set '{spec.name}' has no split '{spec.split}', only {', '.join(splits)}"
-            f"{nearest(spec.split, splits)}"
-        )
-    split = spec.split if spec.split in found else next(iter(found))
-    return found[split], str(split)
+    any_split = spec.any_split or spec.split == "train"
+    if not isinstance(found, dict):  # a data set saved alone
+        if any_split or found.split is None:
+            return found, spec.split
+        found = {found.split: found}
+    splits = {str(split): rows for split, rows in found.items()}
+    if spec.split in splits:
+        return splits[spec.split], spec.split
+    if any_split and len(splits) == 1:
+        return next(iter(splits.values())), next(iter(splits))
+    raise UserError(
+        f"data set '{spec.name}' has no split '{spec.split}', only {', '.join(splits)}"
+        f"{nearest(spec.split, splits)}"
+    )
 
 
 def _check_files(path: Path) -> None:

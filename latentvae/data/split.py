@@ -85,7 +85,7 @@ def open_source(
     if isinstance(spec, DatasetSpec):
         kind = _kind_with_options(spec)
     else:
-        spec = DatasetSpec(name=os.fspath(spec), split=split)
+        spec = DatasetSpec(name=os.fspath(spec), split=split, any_split=True)
         kind = _kind(spec.name) or "folder"
     if kind == "samples":
         return SamplePhotos(spec.split, pixels=pixels)

@@ -6,6 +6,7 @@ one sentence.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -165,12 +166,11 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _config_flag(arguments: list[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-        if argument == "--config" and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
+    given = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    given += [after for a, after in itertools.pairwise(arguments) if a == "--config"]
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}; give one")
+    return given[0] if given else None
 
 
 def run_training(

@@ -5,9 +5,10 @@ names are unique over the sections, so every option is one flat flag, named as H
 training scripts name it.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from latentvae.data.buckets import bucket_sizes
 from latentvae.training.critic_config import CriticConfig
@@ -160,6 +161,12 @@ class RunConfig(Section):
     ddp_timeout: Positive = Field(
         default=1800, description="Seconds after which a hanging rank ends the run."
     )
+
+    @field_validator("output_dir")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        """The shell leaves the ~ of --output_dir=~/runs as it is."""
+        return None if value is None else os.path.expanduser(value)
 
 
 class TrainConfig(Section):

@@ -39,7 +39,10 @@ class DataConfig(Section):
     dataset_config_name: str | None = Field(
         default=None, description="Configuration of the data set, where it has several."
     )
-    dataset_split: str = Field(default="train", description="Split of the data set to train on.")
+    dataset_split: str = Field(
+        default="train",
+        description="Split of the data set to train on; where there is one alone, `train` is that.",
+    )
     image_column: str | None = Field(
         default=None, description="Column with the images, where the data set has several."
     )
@@ -190,6 +193,6 @@ class DataConfig(Section):
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 f"max_train_samples {self.max_train_samples} cannot be chosen from a stream; leave "
-                "streaming out, or give the split as train[:N]"
+                "streaming out"
             )
         return self

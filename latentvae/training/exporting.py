@@ -66,10 +66,20 @@ def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
             module.training = True
 
 
-def is_exported(folder: Path, update: int) -> bool:
-    """Whether the run's export is there and was made after that update."""
-    made = [row["update"] for row in read_rows(folder / "log.jsonl") if "export/scaling" in row]
-    return made[-1:] == [update] and is_export(folder / "export")
+def is_exported(folder: Path, update: int, *, config: TrainConfig) -> bool:
+    """Whether the run's export is there and was made after that update, by the same options."""
+    made = [row for row in read_rows(folder / "log.jsonl") if "export/scaling" in row]
+    wanted = {"update": update} | _export_options(config)
+    return bool(made) and wanted.items() <= made[-1].items() and is_export(folder / "export")
+
+
+def _export_options(config: TrainConfig) -> dict[str, Any]:
+    """What changes an export of the same weights, for the log."""
+    options = config.run
+    return {
+        "export/profile": options.export_profile,
+        "export/lookup_from_codebook": options.lookup_from_codebook,
+    }
 
 
 def export_run(run: Run, *, update: int) -> Path:
@@ -86,6 +96,7 @@ def export_run(run: Run, *, update: int) -> Path:
         )
     if report is not None:
         row = {"update": update, "export/scaling": report.scaling_factor}
+        row |= _export_options(run.config)
         append_row(run.folder / "log.jsonl", row)
     return run.folder / "export"
 

@@ -14,6 +14,7 @@ from latentvae.data import (
     ImageSource,
     ImageStream,
     IndexSampler,
+    some_of,
 )
 from latentvae.distributed import (
     barrier,
@@ -26,7 +27,7 @@ from latentvae.errors import RunError, printable
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.memory import keep_freed_memory
 from latentvae.models.calls import num_codes
-from latentvae.training.base import BASE_NAME, Base, open_base, with_shape_of
+from latentvae.training.base import Base, open_base, with_shape_of
 from latentvae.training.batches import batches
 from latentvae.training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.training.config import TrainConfig, flat
@@ -37,9 +38,10 @@ from latentvae.training.lock import locked
 from latentvae.training.log import MeanWindow, RunLog
 from latentvae.training.non_finite import describe
 from latentvae.training.plan import plan
+from latentvae.training.presets import checked
 from latentvae.training.publishing import check_push, push_export, repository
 from latentvae.training.refusals import check_compilation, check_paths
-from latentvae.training.resume import prepare_folder
+from latentvae.training.resume import find_start, take_folder
 from latentvae.training.run import (
     Run,
     build_run,
@@ -78,19 +80,20 @@ def train(config: TrainConfig) -> Path:
         UploadError: the run is done and exported, but the Hub did not take it.
         Stopped: after SIGTERM or SIGINT, with everything saved.
     """
+    config = checked(config)
     folder = check_paths(config)
     base = open_base(config)
     config = with_shape_of(config, base)
     data = open_data(config)
     accelerator = start_accelerator(config, folder)
-    keep_freed_memory(accelerator.device)
-    if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
-        IndexSampler(len(data[0]), config.images_read, seed=0, world_size=accelerator.num_processes)
-    check_compilation(config, processes=accelerator.num_processes)
-    options = config.run
-    if options.push_to_hub:
-        check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
+    options, processes = config.run, accelerator.num_processes
     try:
+        keep_freed_memory(accelerator.device)
+        if not isinstance(data[0], ImageStream):  # is there one batch for each rank?
+            IndexSampler(len(data[0]), config.images_read, seed=0, world_size=processes)
+        check_compilation(config, processes=processes)
+        if options.push_to_hub:
+            check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
         with explained(config), locked(folder):
             update = _run(config, folder=folder, accelerator=accelerator, data=data, base=base)
     finally:
@@ -116,12 +119,7 @@ def _run(
     base: Base | None,
 ) -> int:
     """From the folder to the export; returns the updates done."""
-    checkpoint = prepare_folder(config, folder)
-    if is_main():
-        if base is not None:
-            base.write(folder)
-        else:
-            (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
+    checkpoint = find_start(config, folder)
     run = build_run(
         config,
         folder=folder,
@@ -133,6 +131,7 @@ def _run(
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
+    take_folder(config, folder, checkpoint=checkpoint, base=base)
     _train_and_export(run, progress)
     return progress.update
 
@@ -142,7 +141,7 @@ def _train_and_export(run: Run, progress: Progress) -> None:
         run.accelerator.print(
             f"the run in '{run.folder}' has made all its {progress.update:,} updates"
         )
-        if from_main(is_exported(run.folder, progress.update)):
+        if from_main(is_exported(run.folder, progress.update, config=run.config)):
             return
     _train(run, progress)
     export_run(run, update=progress.update)
@@ -150,7 +149,8 @@ def _train_and_export(run: Run, progress: Progress) -> None:
 
 def _train(run: Run, progress: Progress) -> None:
     options = run.config.run
-    readable_images(run.validation_images, eval_transform(run.config), count=1)
+    validated = some_of(run.validation_images, run.config.data.max_validation_images)
+    readable_images(validated, eval_transform(run.config), count=1)
     loader, steps_per_epoch = batches(run, start_step=progress.micro_step)
     run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
     start_tracker(

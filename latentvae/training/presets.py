@@ -61,6 +61,15 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
         ) from error
 
 
+def checked(config: TrainConfig) -> TrainConfig:
+    """The same options, of which those that were set by assignment have not been looked at yet.
+
+    Raises:
+        UserError: one that is not allowed.
+    """
+    return parse(config.model_dump(warnings=False), source="config")
+
+
 def _sentence(fault: Any) -> str:
     """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
     kinds = [part for part in fault["loc"] if part in MODELS or part in QUANTIZERS]

@@ -24,6 +24,12 @@ def check_paths(config: TrainConfig) -> Path:
         raise UserError(
             "output_dir is missing: give the folder to write the run to, such as runs/first"
         )
+    wanted = config.run.resume_from_checkpoint
+    if config.run.overwrite_output_dir and wanted != "latest":
+        raise UserError(
+            f"resume_from_checkpoint '{wanted}' goes on with a run that overwrite_output_dir "
+            "deletes; give one of them"
+        )
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "

@@ -2,11 +2,12 @@
 command again."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from latentvae.distributed import from_main, is_main
 from latentvae.errors import UserError, nearest
-from latentvae.training.base import BASE_NAME
+from latentvae.training.base import BASE_NAME, Base
 from latentvae.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -32,15 +33,27 @@ RUN_FILES = (
 )
 
 
-def prepare_folder(config: TrainConfig, folder: Path) -> Path | None:
-    """Make the run's folder and find the checkpoint to go on from, if any.
+def find_start(config: TrainConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if any; nothing of a run is touched yet.
 
-    Rank 0 looks and touches; every rank gets its result or its error.
+    Rank 0 looks; every rank gets its result or its error.
     """
+    return _on_main(lambda: _find_start(config, folder))
+
+
+def take_folder(
+    config: TrainConfig, folder: Path, *, checkpoint: Path | None, base: Base | None
+) -> None:
+    """Make the folder that of this run, once all that may be refused has been: an earlier run goes
+    if it is to, checkpoints after the one to go on from are set aside."""
+    _on_main(lambda: _take_folder(config, folder, checkpoint=checkpoint, base=base))
+
+
+def _on_main(work: Callable[[], Path | None]) -> Path | None:
     result: Path | UserError | None = None
     if is_main():
         try:
-            result = _find_start(config, folder)
+            result = work()
         except UserError as error:
             result = error
     result = from_main(result)
@@ -50,24 +63,35 @@ def prepare_folder(config: TrainConfig, folder: Path) -> Path | None:
 
 
 def _find_start(config: TrainConfig, folder: Path) -> Path | None:
-    saved = folder / CONFIG_NAME
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir '{folder}' is a file; give a folder")
-    if config.run.overwrite_output_dir:
-        _delete_run(folder)
     sweep_temporary(folder)
+    if config.run.overwrite_output_dir:
+        _check_run(folder)
+        return None
     checkpoint = _checkpoint(config.run.resume_from_checkpoint, folder)
     if checkpoint is not None:
-        check_same_config(config, read_config(saved))
+        check_same_config(config, read_config(folder / CONFIG_NAME))
+    return checkpoint
+
+
+def _take_folder(
+    config: TrainConfig, folder: Path, *, checkpoint: Path | None, base: Base | None
+) -> None:
+    if config.run.overwrite_output_dir:
+        _delete_run(folder)
     for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
         print(f"{aside.name.removeprefix('aside-')} is not gone on from: it is now {aside.name}")
     print(f"going on from {checkpoint}" if checkpoint else f"starting anew in {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, saved)
+        write_config(config, folder / CONFIG_NAME)
+        if base is not None:
+            base.write(folder)
+        else:
+            (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
     except OSError as error:
         raise UserError(f"output_dir '{folder}' cannot be written: {error.strerror}") from error
-    return checkpoint
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
@@ -89,12 +113,14 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
     return path
 
 
+def _check_run(folder: Path) -> None:
+    """Refuse a folder that has something in it, but no run."""
+    if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
+        read_config(folder / CONFIG_NAME)
+
+
 def _delete_run(folder: Path) -> None:
-    """Delete what a run writes; all else in the folder stays, and a folder without a run is
-    refused."""
-    if not folder.is_dir() or not any(path.name != LOCK_NAME for path in folder.iterdir()):
-        return
-    read_config(folder / CONFIG_NAME)
+    """Delete what a run writes; all else in the folder stays."""
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             linked = path.is_symlink()  # what it points to is not the run's

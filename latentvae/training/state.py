@@ -25,7 +25,7 @@ from latentvae.training.saved_values import check_values
 # What may differ between a run and its continuation: everything else changes the result. Where the
 # images lie may, for what they are is compared apart (`data_identity`); of a stream, which goes
 # on approximately, the buffer may too; `winograd` is a matter of rounding, and older runs are
-# without.
+# without; the precision may come from the launcher, and is compared apart.
 RESUME_MAY_CHANGE = frozenset(
     "config train_data_dir dataset_name dataset_config_name dataset_split image_column cache_dir "
     "shuffle_buffer validation_data_dir "
@@ -33,7 +33,7 @@ RESUME_MAY_CHANGE = frozenset(
     "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
     "num_sample_images log_steps report_to tracker_project_name critic_watch "
     "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
-    "push_to_hub hub_model_id hub_private_repo winograd "
+    "push_to_hub hub_model_id hub_private_repo winograd mixed_precision "
     "max_bad_share max_validation_images".split()
 )
 # Of these, what decides when `critic_watch disable` acts.

@@ -217,7 +217,9 @@ class Updates:
     def _clip(self, adversary: Adversary | None) -> dict[str, Tensor]:
         """Clip the gradients; returns their norms before."""
         largest = self.run.config.optimizer.max_grad_norm
-        norms = {"grad/model": clip_gradients(self.run.wrapper.parameters(), largest)}
+        norms: dict[str, Tensor] = {}
+        if not self._critic_learns_alone():
+            norms["grad/model"] = clip_gradients(self.run.wrapper.parameters(), largest)
         if adversary is not None:
             norms["grad/critic"] = clip_gradients(adversary.critic.parameters(), largest)
         return norms

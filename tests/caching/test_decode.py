@@ -157,6 +157,19 @@ def test_pictures_of_other_shards_are_not_mixed(
         decode_folder(tokens, tmp_path / "out")
 
 
+def test_pictures_that_it_did_not_write_stay(tokens: Path, photos: Path, tmp_path: Path) -> None:
+    """The names are those of the sources: a folder of these is a likely slip."""
+    for folder, missing in ((tmp_path / "some", True), (tmp_path / "all", False)):
+        for name in picture_names([item["id"] for item in latentvae.TokenDataset(tokens)]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"mine")
+        if missing:
+            (folder / name).unlink()
+        with pytest.raises(UserError, match="has not written it: give another folder"):
+            decode_folder(tokens, folder)
+        assert {path.read_bytes() for path in folder.rglob("*.*")} == {b"mine"}
+
+
 def test_folders_that_are_none(tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder of shards"):
         decode_folder(tmp_path, tmp_path / "out")

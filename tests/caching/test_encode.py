@@ -217,6 +217,17 @@ def test_other_shards_are_refused_or_replaced(
     assert contents(tmp_path) == contents(unbroken)
 
 
+def test_what_overwriting_does_not_see_is_told(
+    tokenizer: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for overwrite in (False, True, True):
+        before = contents(tmp_path)
+        encode_folder(tokenizer, photos, tmp_path, overwrite=overwrite, **OPTIONS)
+        told = "delete the folder if the images have changed" in capsys.readouterr().out
+        assert told == bool(before and overwrite)
+    assert contents(tmp_path) == before
+
+
 def test_files_of_others_are_not_touched(tokenizer: Path, photos: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "shard-00000.safetensors"
     save_file({"weight": np.ones(2)}, foreign)

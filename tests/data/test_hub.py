@@ -1,6 +1,7 @@
 """Tables of images: the same pixels and names as files, whatever the table; one line where not."""
 
 import io
+import re
 
 import datasets
 import numpy as np
@@ -9,7 +10,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from latentvae.data import DatasetSpec, HubImages, ImageFolder, UnreadableImage, read_image
+from latentvae.data import (
+    DatasetSpec,
+    HubImages,
+    ImageFolder,
+    UnreadableImage,
+    open_source,
+    read_image,
+)
 from latentvae.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -114,7 +122,10 @@ def test_splits(tmp_path, files, make_parquet):
     with pytest.raises(UserError, match=r"no split 'tests', only .*did you mean 'test'"):
         images(tmp_path / "set", split="tests")
     alone = make_parquet(tmp_path / "alone.parquet", cells(files))
-    assert len(images(alone, split="validation")) == 12
+    assert len(images(alone)) == len(open_source(alone, split="validation")) == 12
+    for split in ("validation", "tset", "train[:3]"):
+        with pytest.raises(UserError, match=f"no split '{re.escape(split)}', only train"):
+            images(alone, split=split)
 
 
 def test_the_column_of_images(tmp_path, files, make_parquet):

@@ -1,6 +1,7 @@
 """Wrong options fail before any work, in one sentence that names the value and the nearest valid
 one."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from latentvae.training.command_line import (
     config_from_arguments,
 )
 from latentvae.training.config import TrainConfig, flat, option_names
+from latentvae.training.loop import train
 from latentvae.training.model_config import MODELS
+from latentvae.training.preflight import preflight
 from latentvae.training.presets import load_preset, parse, preset_names
 from latentvae.training.quantizer_config import QUANTIZERS
+from tests.training.small import small_config
 
 PRESETS = {
     "kl_f4": (4, 3),
@@ -120,6 +124,14 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert config_from_arguments(["--config", str(path)], description="").data.resolution == 32
 
 
+def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = config_from_arguments(["--output_dir=~/runs/first"], description="")
+    assert config.run.output_dir == "/home/someone/runs/first"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -147,6 +159,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
             ["--export_profile", "sdxl", "--latent_channels", "8"],
             "export_profile sdxl needs latent_channels 4",
         ),
+        (["--config", "kl_f8", "--config=kl_f16"], "--config is given 2 times: kl_f16, kl_f8"),
         (["stray"], "stray"),
         (["--seed"], "--seed"),
         (["--learn_logvar", "maybe"], "maybe"),
@@ -286,3 +299,22 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in flat(TrainConfig()) if name != "architecture")
+
+
+@pytest.mark.parametrize("call", [train, preflight])
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("data", "resolution", 33, "resolution 33 is not a multiple of the model's f = 4"),
+        ("objective", "rec_loss", "huber", "rec_loss is 'huber', but should be"),
+        ("optimizer", "lr_scheduler", "linear", "lr_scheduler is 'linear', but should be"),
+    ],
+)
+def test_options_set_by_assignment_are_checked_too(
+    call: Any, section: str, name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path / "run")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=re.escape(said)):
+        call(config)
+    assert not (tmp_path / "run").exists()

@@ -2,12 +2,14 @@
 number."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from latentvae.errors import UserError
@@ -178,9 +180,20 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_more_updates_go_on_from_the_end(straight: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_finished_run_is_exported_again_with_another_profile(
+    straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    assert run_to_the_end(run, export_profile="sdxl") == run / "export"
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert len(config["latents_mean"]) == 4 and config["scaling_factor"] == 1.0
+    made = (run / "export" / "config.json").stat().st_mtime_ns
+    run_to_the_end(run, export_profile="sdxl")
+    assert (run / "export" / "config.json").stat().st_mtime_ns == made
 
+
+def test_more_updates_go_on_from_the_end(straight: Path, tmp_path: Path) -> None:
     longer = tmp_path / "longer"
     shutil.copytree(straight, longer)
     run_to_the_end(longer, max_train_steps=7)
@@ -235,6 +248,37 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
     (run / "notes.txt").write_text("keep")
     run_to_the_end(run, max_train_steps=1, seed=1, overwrite_output_dir=True)
     assert (run / "notes.txt").read_text() == "keep" and len(rows(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"overwrite_output_dir": True, "resume_from_checkpoint": "checkpoint-2"},
+            "resume_from_checkpoint 'checkpoint-2' goes on with a run that overwrite_output_dir",
+        ),
+        ({"overwrite_output_dir": True, "lpips_weights": "nowhere.pth"}, "no LPIPS weights at"),
+        ({"lpips_weights": "nowhere.pth", "export_profile": "sdxl"}, "no LPIPS weights at"),
+        (
+            {"train_data_dir": "{photos}", "resume_from_checkpoint": "checkpoint-2"},
+            "images are not those the run was started with",
+        ),
+    ],
+)
+def test_what_is_refused_has_touched_nothing(
+    straight: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    shutil.copytree(straight, run)
+    photos.mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(photos / f"{i}.png")
+    if "train_data_dir" in changes:
+        changes = changes | {"train_data_dir": str(photos)}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=said):
+        run_to_the_end(run, **changes)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("config", [None, "name: my photos", "a: b: c"])

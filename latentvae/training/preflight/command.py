@@ -17,6 +17,7 @@ from latentvae.training.checks import Check, check_json_file, conclude
 from latentvae.training.config import TrainConfig
 from latentvae.training.preflight import learning, networks, ranks, resources, saving, terms
 from latentvae.training.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
+from latentvae.training.presets import checked
 from latentvae.training.refusals import check_paths
 from latentvae.training.run import build_run, end_accelerator, open_data, start_accelerator
 from latentvae.training.state import Progress
@@ -66,7 +67,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
 
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
-    config = config.model_copy(deep=True)
+    config = checked(config)
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # no run lies there
     copy = rehearsed(config, nowhere)
     check_paths(copy)

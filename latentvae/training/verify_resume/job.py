@@ -113,7 +113,7 @@ class Job:
         try:
             for kill in kills:
                 ended = self._once(kill, pace)
-                if ended or is_exported(self.work / "killed", total):
+                if ended or is_exported(self.work / "killed", total, config=self.config):
                     break  # a kill after the export: nothing is left to kill
             ended = ended or self._once(None, pace)
         except Hung:
