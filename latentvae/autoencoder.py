@@ -32,8 +32,8 @@ _GENERIC_NAMES = ("export", "vae", "vqvae", "movq")  # that say nothing: their p
 PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0  # of a call in strips; seconds
 
 
-class NotFiniteError(RuntimeError):
-    """What a network decodes is not finite."""
+class NotFiniteError(UserError, RuntimeError):
+    """What a network computes is not finite."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -49,7 +49,9 @@ class Autoencoder:
     a generator can be trained on it.
 
     Args:
-        net: a diffusers autoencoder of images, on the device and in the dtype to work in.
+        net: a diffusers autoencoder of images, on the device and in the dtype to work in. It is
+            used as it is, not copied: from then on it is in eval mode, and none of its parameters
+            requires a gradient. To train on, give a `copy.deepcopy`.
         name: what reports call it.
         path: the folder, file or Hub id that it was loaded from.
         optimize: what computes in its place, see `models.optimization`; None is `net` itself.
@@ -58,7 +60,8 @@ class Autoencoder:
             `AutoencoderKL` and tokenizers (`VQModel`); others are a `UserError`.
 
     Attributes:
-        optimization: what computes; its text says how near that is. `net` stays as it was given.
+        optimization: what computes; its text says how near that is. The weights of `net` stay as
+            they were given.
         f: pixels on a side of one latent position.
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the only images it makes (AutoencoderRAE), or None.
@@ -131,10 +134,18 @@ class Autoencoder:
         return calls.encode_posterior(self.optimization.net, prepared, strips=self.strips)
 
     def encode_tokens(self, images: Images) -> Tensor:
-        """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer."""
+        """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer.
+
+        Raises:
+            UserError: not a tokenizer.
+            NotFiniteError: its features overflow, and no code is near them.
+        """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
-        return calls.tokenize(self.net, self.encode(images))
+        features = self.encode(images)
+        if not features.isfinite().all():
+            raise NotFiniteError(self.name, self.net.dtype)
+        return calls.tokenize(self.net, features)
 
     def decode(
         self,
@@ -181,7 +192,7 @@ class Autoencoder:
 
         A list may hold PIL images of different sizes. Tensors come back clamped to [-1, 1].
         """
-        if isinstance(images, Sequence) and len({i.size for i in images}) > 1:
+        if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
         batch, kind = self._read(images)
         z = self._encode(batch, False, None, False)

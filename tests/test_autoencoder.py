@@ -23,6 +23,7 @@ from skimage import data
 import latentvae
 from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
 from latentvae.errors import UserError
+from latentvae.models import DiscreteAutoencoder
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,25 @@ def test_overflow_is_an_error_and_not_a_black_picture(folder: Path) -> None:
         model.reconstruct(tensor(8, 8))
 
 
+@pytest.mark.parametrize("kind", ["stock", "vq", "fsq"])
+def test_overflow_is_an_error_and_no_tokens(kind: str) -> None:
+    quantizer: dict[str, Any] = {"type": "vq", "num_codes": 16, "code_channels": 4}
+    if kind == "fsq":
+        quantizer = {"type": "fsq", "levels": [8, 5, 5]}
+    shape: dict[str, Any] = {"block_out_channels": (8, 8), "latent_channels": 4}
+    net: Any = (
+        VQModel(**VQ)
+        if kind == "stock"
+        else DiscreteAutoencoder(**shape, norm_num_groups=4, quantizer=quantizer)
+    )
+    model = Autoencoder(net, name=kind)
+    assert model.encode_tokens(tensor(8, 8)).min() >= 0
+    with torch.no_grad():
+        net.encoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=f"'{kind}' overflows in float32"):
+        model.encode_tokens(tensor(8, 8))
+
+
 def test_wrong_images_are_refused(model: Autoencoder) -> None:
     wrong = [
         (tensor(8, 8)[0], r"\(B, C, H, W\), not \(3, 8, 8\)"),
@@ -206,10 +226,13 @@ def test_wrong_images_are_refused(model: Autoencoder) -> None:
         (np.zeros((0, 8, 3), np.uint8), "not"),
         ([], "empty"),
         ("photo.jpg", "not str"),
+        (["photo.jpg"], "not list"),
+        (["photo.jpg", Image.new("RGB", (8, 8))], "not list|not str"),
     ]
     for images, message in wrong:
-        with pytest.raises(UserError, match=message):
-            model.encode(images)  # pyright: ignore[reportArgumentType]
+        for call in (model.encode, model.reconstruct):
+            with pytest.raises(UserError, match=message):
+                call(images)  # pyright: ignore[reportArgumentType]
 
 
 def test_wrong_latents_and_sizes_are_refused(model: Autoencoder) -> None:

@@ -10,6 +10,7 @@ from latentvae.bottlenecks.nearest import nearest_codes
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.bottlenecks.residual import ResidualQuantizer
 from latentvae.bottlenecks.vector import VectorQuantizer
+from latentvae.errors import UserError, nearest
 
 QUANTIZERS: dict[str, Any] = {
     "vq": VectorQuantizer,
@@ -26,7 +27,15 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
     Args:
         type: a key of `QUANTIZERS`.
         arguments: of its class.
+
+    Raises:
+        UserError: another type, or arguments that are out of range.
     """
+    if type not in QUANTIZERS:
+        allowed = ", ".join(QUANTIZERS)
+        raise UserError(
+            f"there is no quantiser {type!r}; it is one of {allowed}{nearest(type, QUANTIZERS)}"
+        )
     return QUANTIZERS[type](**arguments)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from latentvae.bottlenecks.nearest import nearest_codes
 from latentvae.bottlenecks.quantized import Quantized
 from latentvae.bottlenecks.vector import GRADIENTS, VectorQuantizer
+from latentvae.errors import UserError
 
 
 class ResidualQuantizer(nn.Module):
@@ -28,6 +29,9 @@ class ResidualQuantizer(nn.Module):
         shared_codebook: one codebook for all levels, as RQ-VAE has, or one for each.
         ema_decay, gradient, restart_threshold, kmeans_iterations: as of `VectorQuantizer`; dead
             codes restart at what is left over at their level, shared ones at that of any level.
+
+    Raises:
+        UserError: no level, or what `VectorQuantizer` refuses.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class ResidualQuantizer(nn.Module):
         kmeans_iterations: int = 10,
     ) -> None:
         super().__init__()
+        if num_levels < 1:
+            raise UserError(f"num_levels is {num_levels}; residual quantisation has at least 1")
         self.num_levels = num_levels
         self.num_codes = num_codes
         self.code_channels = self.in_channels = code_channels

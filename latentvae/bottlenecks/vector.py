@@ -66,6 +66,9 @@ class VectorQuantizer(nn.Module):
         entropy_temperature: of the softmax over negative squared distances whose entropies are the
             losses `sample_entropy` and `batch_entropy`; None: neither is computed.
         kmeans_iterations: of `initialise`; 0: the codebook stays random.
+
+    Raises:
+        UserError: no code, no channel, or an option out of range.
     """
 
     num_levels = 1
@@ -87,6 +90,11 @@ class VectorQuantizer(nn.Module):
         kmeans_iterations: int = 10,
     ) -> None:
         super().__init__()
+        if num_codes < 1 or code_channels < 1:
+            raise UserError(
+                f"a codebook has at least 1 code of at least 1 channel, not {num_codes} of "
+                f"{code_channels}"
+            )
         self.gradient = _gradient(gradient)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"ema_decay is {ema_decay}; it lies between 0 and 1, as 0.99 does")

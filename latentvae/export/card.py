@@ -175,8 +175,8 @@ recon = vae.decode_indices(indices).sample""",
 def _latents(config: Mapping[str, Any]) -> str:
     if config.get("latents_mean") is not None:
         return (
-            "(z - torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1)) / "
-            "torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)"
+            "(z - torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1)) * "
+            "vae.config.scaling_factor / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)"
         )
     return "(z - vae.config.shift_factor) * vae.config.scaling_factor"
 

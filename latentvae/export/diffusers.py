@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def export_autoencoder(
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check; the
             first is compared, at its size and at an odd one.
         profile: `"sd"` serves every pipeline; `"sd3"` (FLUX too) writes the measured shift;
-            `"sdxl"` writes mean and std per channel.
+            `"sdxl"` writes mean and std per channel. Both are for `AutoencoderKL`: the other
+            classes have no such options.
         frozen_encoder: the latents are the base model's, so its scale and shift are kept.
         overwrite: replace an earlier export.
 
@@ -70,7 +71,7 @@ def export_autoencoder(
     half = check_half_precision(trained, probe)
     identity = not half.safe and getattr(trained, "post_quant_conv", trained) is None
     config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
-    config |= _known(config, {"sample_size": int(sample_size), "force_upcast": not half.safe})
+    config |= _known(trained, {"sample_size": int(sample_size), "force_upcast": not half.safe})
     report = ExportReport(
         path=out,
         network=type(trained).__name__,
@@ -83,6 +84,7 @@ def export_autoencoder(
         scaling_factor=config["scaling_factor"],
         shift_factor=config.get("shift_factor", 0.0),
         half_precision=half,
+        has_force_upcast="force_upcast" in _options(trained),
         identity_post_quant_conv=identity,
         compared_sizes=tuple((p.shape[2], p.shape[3]) for p in probes(trained, probe)),
     )
@@ -108,10 +110,22 @@ def _check_options(net: Any, out: Path, *, profile: str, overwrite: bool) -> Non
     if profile not in PROFILES:
         hint = nearest(profile, PROFILES)
         raise UserError(f"no export profile '{profile}': it must be sd, sd3 or sdxl{hint}")
+    if lacking := [name for name in _WRITTEN[profile] if name not in _options(net)]:
+        raise UserError(
+            f"export profile '{profile}' writes {' and '.join(lacking)}, which "
+            f"{type(net).__name__} does not have; take 'sd'"
+        )
     if profile == "sdxl" and net.config["latent_channels"] != 4:
         channels = net.config["latent_channels"]
         raise UserError(f"export profile 'sdxl' needs 4 latent channels, not {channels}; take 'sd'")
     check_folder(out, overwrite=overwrite)
+
+
+_WRITTEN: dict[str, tuple[str, ...]] = {  # by profile, beside the scaling_factor that all have
+    "sd": (),
+    "sd3": ("shift_factor",),
+    "sdxl": ("latents_mean", "latents_std"),
+}
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
@@ -140,13 +154,19 @@ def _exported_config(
     """The network's own config (without private keys, which hold paths), and the scale."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:
-        return config | _known(config, {"shift_factor": config.get("shift_factor") or 0.0})
-    return config | _known(config, _scale(net, statistics, profile=profile))
+        return config | _known(net, {"shift_factor": config.get("shift_factor") or 0.0})
+    return config | _known(net, _scale(net, statistics, profile=profile))
 
 
-def _known(config: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the values that the network's class has."""
-    return {key: value for key, value in values.items() if key in config}
+def _known(net: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that the network's class takes; a config may hold others, which it sets
+    by itself."""
+    return {key: value for key, value in values.items() if key in _options(net)}
+
+
+def _options(net: Any) -> Collection[str]:
+    """What the network's class takes."""
+    return inspect.signature(type(net).__init__).parameters.keys()
 
 
 def _scale(net: Any, statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
@@ -176,9 +196,8 @@ def _build(trained: Any, config: Mapping[str, Any], *, identity: bool) -> Any:
         weights["post_quant_conv.weight"] = torch.eye(d)[:, :, None, None]  # (d, d, 1, 1)
         weights["post_quant_conv.bias"] = torch.zeros(d)
         config = {**config, "use_post_quant_conv": True}
-    expected = inspect.signature(type(trained).__init__).parameters
     with torch.device("meta"):
-        net: Any = type(trained).from_config({k: v for k, v in config.items() if k in expected})
+        net: Any = type(trained).from_config(_known(trained, config))
     net.load_state_dict(weights, assign=True)
     return net.eval()
 

@@ -5,6 +5,11 @@
 
 diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 under other names. Levels of
 the decoder are counted from the other end, and the attention's matrices are 1 x 1 convolutions.
+
+The original classes always have a quant_conv and a post_quant_conv, and load without asking for all
+weights: what a file does not have stays random. Where the network has none (SD3, FLUX), identities
+are written. Readers without these layers skip them (diffusers, with a warning), latentvae's reads
+from the file that they are there: the numbers are the same.
 """
 
 import json
@@ -14,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import save
@@ -39,7 +45,8 @@ _GROUPS = 32  # of the original GroupNorm, written into its code
 
 
 def to_original(net: Any) -> dict[str, Tensor]:
-    """The weights of a stock `VQModel` or `AutoencoderKL` by their original names.
+    """The weights of a stock `VQModel` or `AutoencoderKL` by their original names, and identities
+    for 1 x 1 convolutions beside the latent that the network does without.
 
     Raises:
         UserError: the original code has no such network.
@@ -51,7 +58,7 @@ def to_original(net: Any) -> dict[str, Tensor]:
     for name, value in net.state_dict().items():
         matrix = value.ndim == 2 and "attentions" in name
         tensors[_renamed(name, levels)] = value[:, :, None, None] if matrix else value
-    return tensors
+    return _identities(net) | tensors
 
 
 def from_original(tensors: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
@@ -116,6 +123,17 @@ def _renamed(name: str, levels: int) -> str:
     return re.sub(r"\bup\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
 
 
+def _identities(net: Any) -> dict[str, Tensor]:
+    """1 x 1 convolutions of moments (2 d) and latents (d) that change nothing."""
+    d, like = net.config["latent_channels"], {"dtype": net.dtype, "device": net.device}
+    return {
+        "quant_conv.weight": torch.eye(2 * d, **like)[:, :, None, None],
+        "quant_conv.bias": torch.zeros(2 * d, **like),
+        "post_quant_conv.weight": torch.eye(d, **like)[:, :, None, None],
+        "post_quant_conv.bias": torch.zeros(d, **like),
+    }
+
+
 def _why_not(net: Any) -> str:
     """Why the original code cannot be this network, as a clause; empty if it can."""
     if type(net) not in (VQModel, AutoencoderKL):
@@ -128,6 +146,13 @@ def _why_not(net: Any) -> str:
         return f"its widths are multiples of the first, not {', '.join(map(str, widths))}"
     if not config["mid_block_add_attention"]:
         return "its middle block has attention"
+    encoder, decoder = (
+        ["Attn" in block for block in config[f"{side}_block_types"]] for side in ("down", "up")
+    )
+    if encoder != decoder[::-1]:
+        return "its encoder and decoder have attention at the same levels"
+    if config["act_fn"] != "silu":
+        return f"its activation is silu, not {config['act_fn']}"
     if config.get("norm_type", "group") != "group":
         return "its decoder has no spatial norm"
     if config.get("lookup_from_codebook"):

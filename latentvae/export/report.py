@@ -23,7 +23,8 @@ class ExportReport:
         old_scaling_factor, old_shift_factor: what the network's config said before.
         measured_scaling_factor: 1 / std of its latents now (also with a frozen encoder).
         scaling_factor, shift_factor: what was written.
-        half_precision: the float16 check; `force_upcast` is written as its opposite.
+        half_precision: the float16 check.
+        has_force_upcast: whether the class has that option, which is then written as the opposite.
         identity_post_quant_conv: whether one was added, for pipelines that read its dtype.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """
@@ -39,12 +40,13 @@ class ExportReport:
     scaling_factor: float
     shift_factor: float
     half_precision: HalfPrecision
+    has_force_upcast: bool
     identity_post_quant_conv: bool
     compared_sizes: tuple[tuple[int, int], ...]
 
     @property
     def force_upcast(self) -> bool:
-        return not self.half_precision.safe
+        return self.has_force_upcast and not self.half_precision.safe
 
     @property
     def kind(self) -> str:
@@ -57,8 +59,7 @@ class ExportReport:
 
     def summary(self) -> str:
         """A few lines for the screen."""
-        half, sizes = self.half_precision, ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
-        verdict = "safe" if half.safe else "not safe: pipelines will decode in float32"
+        sizes = ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         return "\n".join(
             [
                 f"export {self.path} (profile {self.profile})",
@@ -66,22 +67,29 @@ class ExportReport:
                 f"{self.old_scaling_factor:.5f}, measured {self.measured_scaling_factor:.5f} "
                 f"on {self.num_images} images",
                 f"  shift_factor {self.shift_factor:.5f}, before {self.old_shift_factor}",
-                f"  float16 {verdict} ({half})",
+                f"  float16 {self._verdict()} ({self.half_precision})",
                 f"  loaded back by diffusers: equal to the trained network at {sizes}",
             ]
         )
 
+    def _verdict(self) -> str:
+        if self.half_precision.safe:
+            return "safe"
+        if self.has_force_upcast:
+            return "not safe, so pipelines decode in float32"
+        return "not safe: load it in float32 or bfloat16"
+
     def facts(self) -> str:
         """The same for the model card."""
-        half = self.half_precision
-        upcast = "false" if half.safe else "true: pipelines decode in float32"
+        upcast = f"`force_upcast` {str(self.force_upcast).lower()}: " * self.has_force_upcast
         lines = [
             "## Export",
             "",
             f"- Profile `{self.profile}`: `scaling_factor` {self.scaling_factor:.6g} (before "
             f"{self.old_scaling_factor:.6g}; measured on posterior samples of {self.num_images} "
             f"images: {self.measured_scaling_factor:.6g}), `shift_factor` {self.shift_factor:.6g}.",
-            f"- `force_upcast` {upcast}. Measured with float16 weights and activations: {half}.",
+            f"- {upcast}float16 is {self._verdict()}. Measured with float16 weights and "
+            f"activations: {self.half_precision}.",
             "- Loaded back with diffusers and compared with the trained network: equal, bit for "
             "bit.",
         ]

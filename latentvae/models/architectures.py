@@ -45,7 +45,8 @@ class Architecture:
 
 def adapt(net: Any, architecture: str, options: dict[str, Any]) -> Any | None:
     """A pretrained network as that architecture: itself, a stock `VQModel` with our quantiser, or a
-    larger decoder on an `AutoencoderKL`'s encoder; None where it is another kind.
+    larger decoder on an `AutoencoderKL`'s encoder; None where it is another kind, or has blocks
+    that the architecture does not have.
 
     Args:
         options: of the architecture's builder, for what the pretrained network does not have.
@@ -58,13 +59,15 @@ def adapt(net: Any, architecture: str, options: dict[str, Any]) -> Any | None:
 
 
 def _with_larger_decoder(net: AutoencoderKL, options: dict[str, Any]) -> Any | None:
-    if net.quant_conv is None or any("Attn" in name for name in net.config["down_block_types"]):
+    config = net.config
+    plain = set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
+    if net.quant_conv is None or not plain or not config["mid_block_add_attention"]:
         return None  # AsymmetricAutoencoderKL has no such encoder
-    own = {name: net.config[name] for name in _ENCODER}
+    own = {name: config[name] for name in _ENCODER} | {"image_channels": config["in_channels"]}
     larger = build_asymmetric_kl(**options | own)
     for name in ("encoder", "quant_conv"):
         getattr(larger, name).load_state_dict(getattr(net, name).state_dict())
-    larger.register_to_config(scaling_factor=net.config["scaling_factor"])
+    larger.register_to_config(scaling_factor=config["scaling_factor"])
     return larger
 
 

@@ -35,6 +35,9 @@ from latentvae.likelihoods import LogitLaplace
 from latentvae.models.kl import TrainingWrapper, block_types
 from latentvae.outputs import AutoencoderOutput
 
+# taming-transformers' configs/imagenet_vqgan.yaml, which has the widths of the class's defaults.
+_QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
+
 
 @dataclass
 class TokenOutput(BaseOutput):
@@ -79,7 +82,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         attention_levels: Sequence[int] = (),
         mid_block_add_attention: bool = True,
-        quantizer: Mapping[str, Any] | None = None,
+        quantizer: Mapping[str, Any] = _QUANTIZER,
         likelihood: str | None = None,
         sample_size: int = 256,
         scaling_factor: float = 1.0,
@@ -92,7 +95,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
             "norm_num_groups": norm_num_groups,
             "mid_block_add_attention": mid_block_add_attention,
         }
-        quantize: Quantizer = build_quantizer(**(quantizer or {"type": "vq"}))
+        quantize: Quantizer = build_quantizer(**quantizer)
         self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
         maps = out_channels * (1 if self.likelihood is None else 2)
         self.encoder = Encoder(
@@ -106,7 +109,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
         """Another quantiser of the same shape, such as one that learns otherwise, with the codes
-        of the present one."""
+        of the present one, in its mode, precision and place."""
         old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
         module: Any = new
         module.load_state_dict(old, strict=False)
@@ -114,7 +117,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
             averages = getattr(part, "embed_sum", None)
             if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
                 averages.copy_(part.weight)  # each code counts as one vector
-        self.quantize = module.to(self.device)
+        self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
         self.register_to_config(quantizer=dict(quantizer))
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
@@ -146,7 +149,11 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Images of indices, which must be those of codes: a `UserError` otherwise."""
+        """Images of indices, integers of any type, which must be those of codes: a `UserError`
+        otherwise."""
+        if indices.is_floating_point():
+            raise UserError(f"indices are integers, not {indices.dtype}")
+        indices = indices.long()  # uint16 has no minimum, uint8 no embedding
         low, high = (int(value) for value in indices.aminmax())  # waits for the device
         if low < 0 or high >= self.quantize.num_codes:
             last = self.quantize.num_codes - 1
@@ -193,7 +200,8 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     """A stock `VQModel` as the same network with this package's quantiser: same weights, codes and
     indices, its own commitment and codebook terms. None where its blocks (spatial norms, another
-    activation) or its pixels (aMUSEd's) are others.
+    activation, attention at other levels of the decoder than of the encoder) or its pixels
+    (aMUSEd's) are others.
 
     Codes of length 1, as exports of l2-normalised quantisers have, stay on the unit sphere.
     """
@@ -202,10 +210,14 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
         return None
     if config["lookup_from_codebook"]:
         return None
+    attention = [i for i, block in enumerate(config["down_block_types"]) if "Attn" in block]
+    blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
+    if blocks != block_types(len(config["block_out_channels"]), attention):
+        return None
     lengths = net.quantize.embedding.weight.detach().float().norm(dim=1)
     ours = DiscreteAutoencoder(
         **{name: config[name] for name in (*_SHARED, "scaling_factor")},
-        attention_levels=[i for i, b in enumerate(config["down_block_types"]) if "Attn" in b],
+        attention_levels=attention,
         quantizer={
             "type": "vq",
             "num_codes": config["num_vq_embeddings"],

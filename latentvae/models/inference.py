@@ -1,7 +1,11 @@
 """Networks for inference alone: the same numbers sooner, or bfloat16.
 
-    exact = build_exact(net)  # `net` stays as it is; the two share parameters
+    exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
+
+The copy shares the storage of the parameters that it keeps as they are. Those that it converts (to
+channels-last order on a GPU and in other precisions than float32, to bfloat16) and its folded
+kernels are its own: after a change of `net`'s weights, build another.
 
 Exact, in float32: 3 x 3 convolutions with fewer multiplications (`winograd`), or upsampling folded
 into them where there is no Winograd (`upsampling`); activations and residual sums in place.

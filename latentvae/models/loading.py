@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from torch import nn
 
 from latentvae.errors import UserError, check_no_password, nearest
 from latentvae.models.discrete import DiscreteAutoencoder
@@ -39,7 +40,8 @@ def load_network(
     check_no_password(str(path))
     if Path(path).is_file() and not (Path(path).parent / "config.json").is_file():
         single: Any = load_single_file(Path(path), family=family)
-        return single.to(dtype or torch.float32)
+        # diffusers' own `to` warns of "modules that should be kept in float32: []" at any dtype.
+        return nn.Module.to(single, dtype or torch.float32)
     repository, subfolder = _locate(path)
     config = _read_config(repository, subfolder)
     cls = _class_of(config, path)

@@ -31,7 +31,8 @@ class Optimized:
     """A network that computes what another one does.
 
     Attributes:
-        net: with the same calls, for inference alone; it shares the parameters of the other.
+        net: with the same calls, for inference alone; made of the other's weights as they were,
+            whose storage it shares where it converts nothing (`inference`).
         mode: what it does: `"plain"` or one of `Optimize`.
         psnr: dB of its pictures of a probe against those of `exact`; None of plain and exact.
         why: why it is not what was asked for, as a clause; empty if it is.

@@ -82,7 +82,7 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
     if config["latent_channels"] != _CHANNELS[family]:
         raise UserError(
             f"'{path}' has {config['latent_channels']} latent channels, those of the family "
-            f"'{family}' {_CHANNELS[family]}"
+            f"'{family}' {_CHANNELS[family]}; give its diffusers folder, if it is of no family"
         )
     return net
 
@@ -103,6 +103,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Family | None]:
             own += [
                 n for n in names if n.startswith((f"{prefix}quant_conv", f"{prefix}post_quant"))
             ]
+            if f"{prefix}quantize.embedding.weight" in names:
+                raise UserError(
+                    f"'{path}' holds a VQModel, and as a single file only an AutoencoderKL is "
+                    "read; give its diffusers folder"
+                )
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
     except StopIteration as error:
         raise UserError(f"'{path}' holds no autoencoder: no tensor is called encoder.*") from error
@@ -138,6 +143,11 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
+    if any(re.search(r"\b(down|up)(_blocks)?\.\d+\.att(n|entions)\.", name) for name in tensors):
+        raise UserError(
+            f"'{path}' has attention in its levels, and those of these families have it in the "
+            "middle alone; give its diffusers folder"
+        )
     if levels * layers > len(found):  # a number in a name is no reason to build so many
         raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))

@@ -6,6 +6,7 @@ from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
 from latentvae.bottlenecks import Quantizer, ResidualQuantizer
+from latentvae.errors import UserError
 from tests.bottlenecks.test_nearest import exact
 from tests.bottlenecks.test_vector import flat, seeded
 
@@ -158,3 +159,8 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float32
     for name, loss in expected.losses.items():
         assert torch.equal(found.losses[name], loss) and found.losses[name].dtype == torch.float32
+
+
+def test_no_level_is_refused() -> None:
+    with pytest.raises(UserError, match="num_levels is 0; residual quantisation has at least 1"):
+        build(num_levels=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from latentvae.bottlenecks import Quantizer, VectorQuantizer, nearest_codes
+from latentvae.bottlenecks import Quantizer, VectorQuantizer, build_quantizer, nearest_codes
 from latentvae.bottlenecks.entropy import code_entropies
 from latentvae.errors import UserError
 from tests.bottlenecks import ranks
@@ -345,6 +345,13 @@ def test_save_and_load(ema_decay: float | None, tmp_path: Path) -> None:
 def test_options_that_are_wrong() -> None:
     with pytest.raises(UserError, match="did you mean 'rotation'"):
         build(gradient="rotate")
+    for num_codes, code_channels in ((0, 4), (16, 0)):
+        with pytest.raises(
+            UserError, match=f"at least 1 code .*, not {num_codes} of {code_channels}"
+        ):
+            VectorQuantizer(num_codes=num_codes, code_channels=code_channels)
+    with pytest.raises(UserError, match=r"one of vq, residual, fsq, .* did you mean 'fsq'"):
+        build_quantizer("fsqq")
     with pytest.raises(UserError, match="between 0 and 1"):
         build(ema_decay=1.0)
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 
 import latentvae.export.diffusers as export_module
 from latentvae.errors import UserError
 from latentvae.export import ExportReport, ModelCard, export_autoencoder
 from latentvae.latents import LatentStatistics, latent_statistics
+from latentvae.models.kl import build_asymmetric_kl
+from latentvae.models.normalization import read_normalization
+from tests.models.nets import dc
 
 
 def tiny(d: int = 4, *, quant: bool = True) -> AutoencoderKL:
@@ -179,6 +182,39 @@ def test_a_folder_of_something_else_is_never_replaced(write, tmp_path: Path) -> 
     assert load(write(tiny(), out=tmp_path / "empty"))
 
 
+def asymmetric() -> AsymmetricAutoencoderKL:
+    torch.manual_seed(0)
+    return build_asymmetric_kl(
+        block_out_channels=(8, 8, 8, 8),
+        up_block_out_channels=(8, 16, 32, 32),
+        layers_per_block=1,
+        layers_per_up_block=1,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.mark.parametrize("build", [asymmetric, dc])
+def test_no_pipeline_upcasts_a_class_without_the_option(write, build, tmp_path: Path) -> None:
+    net = build()
+    report = write(net, out=tmp_path / "safe")
+    assert "float16 safe" in report.summary() and "float16 is safe" in report.facts()
+    with torch.no_grad():
+        net.decoder.conv_in.bias.fill_(7e4)
+    report = write(net, out=tmp_path / "unsafe")
+    assert not report.half_precision.safe and not report.force_upcast
+    assert not type(net).load_config(report.path).get("force_upcast")
+    for text in (report.summary(), (report.path / "README.md").read_text()):
+        assert "not safe: load it in float32 or bfloat16" in text
+        assert "force_upcast" not in text and "pipelines decode" not in text
+
+
+@pytest.mark.parametrize("build", [asymmetric, dc])
+def test_profiles_need_a_class_that_has_their_options(write, build) -> None:
+    for profile, names in (("sd3", "shift_factor"), ("sdxl", "latents_mean and latents_std")):
+        with pytest.raises(UserError, match=f"writes {names}, which .* does not have; take 'sd'"):
+            write(build(), profile=profile)
+
+
 def test_wrong_profiles_are_refused(write) -> None:
     with pytest.raises(UserError, match="did you mean 'sdxl'"):
         write(tiny(), profile="sdlx")
@@ -252,6 +288,20 @@ def test_the_cards_code_runs(write, monkeypatch) -> None:
     exec(code.replace("path/to/this/folder", str(report.path)), scope)
     assert scope["recon"].shape == (1, 3, 16, 16)
     assert scope["latents"].shape == (1, 4, 4, 4)
+
+
+@torch.no_grad()
+def test_the_cards_latents_are_those_of_pipelines(write) -> None:
+    net = tiny()
+    per_channel = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [2.0, 1.0, 0.5, 3.0]}
+    net.register_to_config(scaling_factor=0.5, **per_channel)
+    report = write(net, frozen_encoder=True)
+    text = (report.path / "README.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("latents = "))
+    scope = {"torch": torch, "vae": load(report), "z": torch.randn(1, 4, 2, 3)}
+    exec(line, scope)
+    expected = read_normalization(net).apply(scope["z"])
+    torch.testing.assert_close(scope["latents"], expected)
 
 
 def test_config_is_plain_json(write) -> None:

@@ -109,12 +109,13 @@ def vq_model(**options: Any) -> Any:
     return VQModel(**shape | options)
 
 
-def kl(levels: int = 3) -> Any:
+def kl(levels: int = 3, **options: Any) -> Any:
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(32, 32, 64)[:levels],
+        **options,
     )
 
 
@@ -174,6 +175,28 @@ def test_a_kl_file_loads_here_again(tmp_path: Path) -> None:
     assert same(loaded.state_dict(), kl().state_dict())
 
 
+@pytest.mark.parametrize(("family", "channels"), [("sd", 4), ("flux", 16)])
+@torch.no_grad()
+def test_a_network_without_quant_conv_gets_identities(
+    family: Any, channels: int, tmp_path: Path
+) -> None:
+    net = kl(latent_channels=channels, use_quant_conv=False, use_post_quant_conv=False).eval()
+    net.save_pretrained(tmp_path / "vae")
+    main(["convert", str(tmp_path / "vae"), "--out", str(tmp_path / "vae.safetensors")])
+    tensors = load_file(tmp_path / "vae.safetensors")
+    for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        assert torch.equal(tensors[f"{name}.weight"][:, :, 0, 0], torch.eye(width))
+        assert torch.equal(tensors[f"{name}.bias"], torch.zeros(width))
+    loaded, images = (
+        load_network(tmp_path / "vae.safetensors", family=family).eval(),
+        torch.rand(1, 3, 16, 24),
+    )
+    moments = net.encode(images).latent_dist.parameters
+    torch.testing.assert_close(loaded.encode(images).latent_dist.parameters, moments)
+    z = moments[:, :channels]
+    torch.testing.assert_close(loaded.decode(z).sample, net.decode(z).sample)
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
@@ -181,6 +204,8 @@ def test_a_kl_file_loads_here_again(tmp_path: Path) -> None:
         (vq_model(norm_num_groups=16), "32 groups, not 16"),
         (vq_model(block_out_channels=(64, 96)), "multiples of the first, not 64, 96"),
         (vq_model(mid_block_add_attention=False), "middle block has attention"),
+        (vq_model(up_block_types=("UpDecoderBlock2D",) * 2), "attention at the same levels"),
+        (kl(act_fn="relu"), "activation is silu, not relu"),
         (vq_model(norm_type="spatial"), "no spatial norm"),
         (vq_model(lookup_from_codebook=True), "export without lookup_from_codebook"),
     ],

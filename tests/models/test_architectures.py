@@ -95,6 +95,21 @@ def test_another_kind_is_refused() -> None:
     assert adapt(without, "asymmetric", {**ENCODER, **DECODER}) is None
 
 
+def test_a_larger_decoder_is_for_the_encoder_it_fits() -> None:
+    options = {**ENCODER, **DECODER}
+    grey = build_autoencoder_kl(**ENCODER, image_channels=1).eval()
+    larger = adapt(grey, "asymmetric", options)
+    assert larger is not None and larger.config["in_channels"] == 1
+    images = torch.rand(1, 1, 32, 32) * 2 - 1
+    assert torch.equal(larger.encode(images)[0].mean, grey.encode(images)[0].mean)
+    assert larger.decode(larger.encode(images)[0].mean).sample.shape == images.shape
+    for other in ({"mid_block_add_attention": False}, {"attention_levels": (3,)}):
+        assert adapt(build_autoencoder_kl(**ENCODER, **other), "asymmetric", options) is None
+    relu = build_autoencoder_kl(**ENCODER)
+    relu.register_to_config(act_fn="relu")
+    assert adapt(relu, "asymmetric", options) is None
+
+
 @pytest.mark.parametrize("architecture", ["kl", "asymmetric", "dc"])
 def test_the_config_tells_the_options(architecture: str) -> None:
     """Built anew from what its config says, a network has the same parameters."""

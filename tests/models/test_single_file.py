@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models import modeling_utils
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -146,6 +147,17 @@ def test_half_precision_files_become_float32(tmp_path: Path) -> None:
     assert loaded.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_diffusers_says_nothing(
+    dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", said.append)
+    path = file_of(tmp_path / "vae.safetensors", original(network()))
+    loaded = load_network(path, family="sd", dtype=dtype)
+    assert loaded.dtype == (dtype or torch.float32) and not said
+
+
 def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     net = network()
     alone = file_of(tmp_path / "vae.safetensors", original(net))
@@ -171,6 +183,16 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     wrong += [
         (file_of(tmp_path / "narrow.safetensors", narrow), "sd", "48 channels.* multiples of 32")
     ]
+    tokenizer = original(net) | {"quantize.embedding.weight": torch.zeros(8, 4)}
+    attention = {"encoder.down.1.attn.0.q.weight": torch.zeros(32, 32, 1, 1)}
+    in_diffusers_names = {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(32, 32)}
+    for name, more, message in (
+        ("vq", tokenizer, "holds a VQModel.* diffusers folder"),
+        ("attention", original(net) | attention, "attention in its levels.* diffusers folder"),
+        ("new", net.state_dict() | in_diffusers_names, "attention in its levels"),
+        ("wide", original(network(8)), "8 latent channels.* diffusers folder"),
+    ):
+        wrong.append((file_of(tmp_path / f"{name}.safetensors", more), "sd", message))
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "text.safetensors").write_text("hello")
     wrong += [

@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentvae.models.inference import build_exact
 from latentvae.models.stock import restore_stock_layers
 from latentvae.models.winograd import layers, nnpack, tiles
-from latentvae.models.winograd.layers import TrainedWinogradConv2d, swap_convolutions
+from latentvae.models.winograd.layers import (
+    TrainedWinogradConv2d,
+    WinogradConv2d,
+    swap_convolutions,
+)
 from latentvae.models.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.models.winograd.tiles import A2, B2, G2, tiled_conv, tiled_gradients
 from tests.models.nets import images, kl, largest
@@ -128,6 +133,24 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
     conv.requires_grad_(False)  # as LPIPS is
     (dx,) = torch.autograd.grad(conv(x), x, gradient)
     assert largest(dx, expected[1]) < 5e-5
+
+
+@needs_nnpack
+def test_inference_is_plain_under_autocast_and_in_other_precisions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX512"))
+    net: Any = kl()
+    exact, x = build_exact(net), images(72, 64)
+    assert any(type(module) is WinogradConv2d for module in exact.modules())
+    with torch.inference_mode():
+        recon = net(x).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = (n(x).sample.sub(recon).square().mean() for n in (exact, net))
+    assert 0 < ours < 2 * theirs  # residual sums in place round once more
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    swap_convolutions(conv.requires_grad_(False))
+    assert conv.double()(torch.zeros(1, 32, 40, 40).double()).dtype == torch.float64
 
 
 @needs_nnpack

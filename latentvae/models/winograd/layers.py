@@ -44,22 +44,27 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """At inference; the plain one of small maps."""
+    """At inference; the plain one of small maps, and where `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2] * input.shape[3] < LIMITS.positions:
+        if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
             return super().forward(input)
         return nnpack_conv(input, self.weight, self.bias)
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """With gradients; the plain one under autocast, in other precisions and on other devices."""
+    """With gradients; the plain one where `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = input.device.type != "cpu" or input.dtype != torch.float32
-        if plain or input.dim() != 4 or not len(input) or torch.is_autocast_enabled("cpu"):
+        if _is_plain(input):
             return super().forward(input)
         return _Convolution.apply(input, self.weight, self.bias)  # pyright: ignore
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Under autocast, in other precisions, on other devices, and what is no batch of maps."""
+    known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
+    return not known or torch.is_autocast_enabled("cpu")
 
 
 class _Convolution(torch.autograd.Function):
