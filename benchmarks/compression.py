@@ -25,7 +25,8 @@ class Options:
     """Folder or Hub id of an autoencoder; give the option again for each further model."""
 
     data: str
-    """Folder of images, or `samples`: the photos that come with scikit-image."""
+    """Folder of images that the models were not trained on, or `samples`: the two photos that
+    training on `samples` leaves out."""
 
     out: Path
     """Folder for the report; made if it is not there."""

@@ -5,7 +5,8 @@
 Every line is measured in a fresh process, whose resident memory is watched: how far it rose above
 what it was before the call. Ours are the strips, the reference is one of the others. `equal within`
 is the largest difference to the whole image (of tiles: of their own). Seams are those of tiles of
-diffusers' size, in levels of 255; above 2 they show (latentvae/report/tiling.py).
+diffusers' size, in levels of 255; above 2 they show (latentvae/report/tiling.py). Images that are
+not larger than a tile have no row of tiles.
 """
 
 import json
@@ -66,14 +67,21 @@ class Options:
 
 def run(options: Options) -> None:
     rows: list[Row] = []
+    tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:
             for call in CALLS:
-                found = {way: _in_a_process(options, call, way, size, folder) for way in WAYS}
+                ways = ways_at(size, tile=tile)
+                found = {way: _in_a_process(options, call, way, size, folder) for way in ways}
                 rows += _rows(f"{call} {size} px fp32", found, Path(folder))
-                if call == "decode":
+                if call == "decode" and "tiles" in ways:
                     _print_seam(options.model, size, Path(folder))
     finish(rows, title=f"strips on {options.storage}, {options.model}", json_file=options.json)
+
+
+def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
+    """diffusers cuts no tiles of what is not larger than one."""
+    return tuple(way for way in WAYS if way != "tiles" or size > tile)
 
 
 def _in_a_process(
@@ -86,10 +94,10 @@ def _in_a_process(
 
 
 def _rows(name: str, found: dict[str, dict[str, float]], folder: Path) -> list[Row]:
-    results = {way: load_file(folder / f"{way}.safetensors")["result"] for way in WAYS}
+    results = {way: load_file(folder / f"{way}.safetensors")["result"] for way in found}
     rows = []
     for unit in ("MiB", "s"):
-        for other in ("plain", "tiles"):
+        for other in (way for way in found if way != "strips"):
             compared = results["strips" if other == "plain" else "tiles"]
             difference = (compared - results["plain"]).abs().max().item()
             values = [found["strips"][unit]], [found[other][unit]]

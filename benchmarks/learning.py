@@ -16,7 +16,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
 Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
+UNTIMED = 10  # updates of the speed that do not count; a row of train_kl.py's log is of as many
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Options:
     """Precision of train_kl.py; the reference is float32, as the scripts are on a CPU."""
 
     speed_updates: int = 30
-    """Updates in each measurement of the speed; two for each arm, in turns."""
+    """Updates in each measurement of the speed, of which the first 10 do not count; two for each
+    arm, in turns."""
 
     arms: tuple[Arm, ...] = ("latentvae", "reference")
     """Which to train in this command; a seed is measured once both of its networks are there."""
@@ -85,14 +87,15 @@ class Arms:
         self.perceptual = PerceptualLoss(load_lpips("vgg"))
 
     def speed(self, arm: Arm) -> float:
-        """Seconds per update, of a few."""
+        """Seconds per update, of a few after those that warm up."""
         n, threads = self.options.speed_updates, self.options.threads
         if arm == "reference":
-            return self._reference(n, seed=0, threads=threads).seconds / n
+            return mean(self._reference(n, seed=0, threads=threads).seconds[UNTIMED:])
         out = self.options.out / "speed"
         self._train(n, seed=0, out=out, overwrite=True, threads=threads)
         rows = [row for row in read_rows(out / "log.jsonl") if "time/images_per_second" in row]
-        return BATCH / median(row["time/images_per_second"] for row in rows[1:])
+        speeds = [row["time/images_per_second"] for row in rows if row["update"] > UNTIMED]
+        return BATCH / median(speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
         """Train one network, unless it is there; a run of train_kl.py goes on where it was."""
@@ -138,7 +141,7 @@ class Arms:
                 "seed": seed,
                 "max_train_steps": updates,
                 "validation_steps": updates,
-                "log_steps": 10,
+                "log_steps": UNTIMED,
                 "mixed_precision": self.options.mixed_precision,
             },
         }

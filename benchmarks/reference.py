@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,11 @@ class CentreCrops(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """Both kinds of weights, and the seconds that the updates took."""
+    """Both kinds of weights, and the seconds that each update took."""
 
     raw: AutoencoderKL
     averaged: AutoencoderKL
-    seconds: float
+    seconds: list[float]
 
 
 def train_reference(
@@ -85,7 +86,7 @@ def train_reference(
     )
     ema = EMAModel(list(net.parameters()), decay=EMA_DECAY)
     batches = _endless(loader)
-    start = time.perf_counter()
+    ends = [time.perf_counter()]
     for _ in range(updates):
         loss = reference_loss(net, next(batches), perceptual)
         loss.backward()
@@ -94,10 +95,10 @@ def train_reference(
         schedule.step()
         optimizer.zero_grad(set_to_none=False)
         ema.step(net.parameters())
-    seconds = time.perf_counter() - start
+        ends.append(time.perf_counter())
     averaged = copy.deepcopy(net)
     ema.copy_to(averaged.parameters())
-    return Trained(net, averaged, seconds)
+    return Trained(net, averaged, [end - start for start, end in pairwise(ends)])
 
 
 def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLoss) -> Tensor:

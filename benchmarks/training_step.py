@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import patch_environment
 from reference_step import SCRIPTS, ReferenceStep, TamingStep, Weights, gradient, relative
 from timing import Row, alternate, finish, own_process, row
 from torch import Tensor
@@ -93,7 +94,9 @@ class OurStep:
     """
 
     def __init__(self, options: Options, images: Tensor, precision: Precision) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        on_cpu = {"ACCELERATE_USE_CPU": "true"} if options.device == "cpu" else {}
+        # Accelerate takes a GPU that is there, wherever the images are.
+        with tempfile.TemporaryDirectory() as folder, patch_environment(**on_cpu):
             config = parse(_config(options, images, precision, folder), source="training_step.py")
             self.run = build_run(
                 config,

@@ -60,7 +60,8 @@ class Evaluate:
     """Folders of autoencoders, such as runs' exports, or Hub ids (owner/name/folder)."""
 
     data: str
-    """Folder of images, or `samples`: the photos that come with scikit-image."""
+    """Folder of images that no model was trained on, or `samples`: the two photos that training on
+    `samples` leaves out."""
 
     out: Path
     """Folder for the report; made if it is not there."""

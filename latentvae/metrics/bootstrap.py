@@ -19,10 +19,10 @@ SEED = 0
 
 class Interval(TypedDict):
     """A mean over images, its 95 % bootstrap interval, over how many images, and how many of them
-    had an infinite value, which is left out of the mean."""
+    had an infinite value, which is left out of the mean. One value has no interval."""
 
     mean: float
-    ci95: list[float]
+    ci95: list[float] | None
     images: int
     infinite: int
 
@@ -84,7 +84,7 @@ class BootstrapMean:
         mean, low, high = (self._mean, *self._percentiles()) if self._finite else (math.inf,) * 3
         return {
             "mean": mean,
-            "ci95": [low, high],
+            "ci95": [low, high] if (self._finite or self._infinite) > 1 else None,
             "images": self._finite + self._infinite,
             "infinite": self._infinite,
         }

@@ -10,7 +10,8 @@ the unit. A channel is dead where the decoder learns next to nothing from it.
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from statistics import fmean
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -275,7 +276,9 @@ class LatentHealth:
         return means.mean().item(), variance.sqrt().item()
 
 
-class TokenReport(TypedDict):
+class LevelReport(TypedDict):
+    """Of one codebook."""
+
     tokens: int
     num_codes_used: int
     usage: float  # share of the K codes
@@ -284,43 +287,58 @@ class TokenReport(TypedDict):
     raw_bits: float  # per token, log2 K
 
 
+class TokenReport(LevelReport):
+    """Of several codebooks the means, of `tokens` and `num_codes_used` the sums."""
+
+    levels: NotRequired[list[LevelReport]]  # of several codebooks, each
+
+
 class TokenUsage:
-    """How evenly the codes of a codebook are used, over any number of batches.
+    """How evenly the codes of a codebook are used, over any number of batches; or those of several
+    codebooks, each for itself.
 
     usage = TokenUsage(num_codes=8192)
     usage.update(indices)  # any shape
+
+    Args:
+        num_codes: K, of each codebook.
+        codebooks: L. With several, level l of indices (B, L, h, w) is of codebook l.
     """
 
-    def __init__(self, num_codes: int) -> None:
-        self._counts = torch.zeros(num_codes, dtype=torch.int64)
+    def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
+        self._counts = torch.zeros(codebooks, num_codes, dtype=torch.int64)
 
     def update(self, indices: Tensor) -> None:
-        """Take in integer indices in 0..K - 1, of any shape."""
-        flat, num_codes = indices.detach().cpu().flatten(), len(self._counts)
+        """Take in integer indices in 0..K - 1, of any shape; of several codebooks (B, L, h, w)."""
+        codebooks, num_codes = self._counts.shape
+        indices = indices.detach().cpu()
+        flat = indices.flatten()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
             seen = f"{int(flat.min())}..{int(flat.max())}"
             raise ValueError(f"indices are in 0..{num_codes - 1}, not {seen}")
-        self._counts += torch.bincount(flat, minlength=num_codes)
+        parts = [flat] if codebooks == 1 else indices.unbind(1)
+        for counts, part in zip(self._counts, parts, strict=True):
+            counts += torch.bincount(part.flatten(), minlength=num_codes)
 
     def result(self) -> TokenReport:
-        tokens, used = int(self._counts.sum()), self._counts[self._counts > 0]
-        if tokens == 0:
-            raise ValueError("no tokens were seen")
-        share = used.double() / tokens
-        nats = -(share * share.log()).sum().item()
+        levels = [_level_report(counts) for counts in self._counts]
+        if len(levels) == 1:
+            return {**levels[0]}
         return {
-            "tokens": tokens,
-            "num_codes_used": len(used),
-            "usage": len(used) / len(self._counts),
-            "perplexity": math.exp(nats),
-            "entropy_bits": max(0.0, nats / math.log(2)),
-            "raw_bits": math.log2(len(self._counts)),
+            "tokens": sum(level["tokens"] for level in levels),
+            "num_codes_used": sum(level["num_codes_used"] for level in levels),
+            "usage": fmean(level["usage"] for level in levels),
+            "perplexity": fmean(level["perplexity"] for level in levels),
+            "entropy_bits": fmean(level["entropy_bits"] for level in levels),
+            "raw_bits": levels[0]["raw_bits"],
+            "levels": levels,
         }
 
     @classmethod
     def joined(cls, states: Sequence[dict[str, np.ndarray]]) -> "TokenUsage":
         """Of several state dicts together."""
-        total = cls(len(states[0]["counts"]))
+        codebooks, num_codes = states[0]["counts"].shape
+        total = cls(num_codes, codebooks=codebooks)
         for state in states:
             total._counts += torch.from_numpy(state["counts"])
         return total
@@ -330,6 +348,22 @@ class TokenUsage:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._counts = torch.from_numpy(state["counts"].copy())
+
+
+def _level_report(counts: Tensor) -> LevelReport:
+    tokens, used = int(counts.sum()), counts[counts > 0]
+    if tokens == 0:
+        raise ValueError("no tokens were seen")
+    share = used.double() / tokens
+    nats = -(share * share.log()).sum().item()
+    return {
+        "tokens": tokens,
+        "num_codes_used": len(used),
+        "usage": len(used) / len(counts),
+        "perplexity": math.exp(nats),
+        "entropy_bits": max(0.0, nats / math.log(2)),
+        "raw_bits": math.log2(len(counts)),
+    }
 
 
 def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | None:

@@ -92,6 +92,12 @@ def num_levels(net: Any) -> int:
     return net.quantize.num_levels if isinstance(net, DiscreteAutoencoder) else 1
 
 
+def num_codebooks(net: Any) -> int:
+    """Of a tokenizer: one, which levels share, or one for each level."""
+    quantizer = net.quantize if isinstance(net, DiscreteAutoencoder) else None
+    return 1 if getattr(quantizer, "shared_codebook", True) else num_levels(net)
+
+
 @torch.no_grad()
 def tokenize(net: Any, z: Tensor) -> Tensor:
     """Indices (B, h, w), of L levels (B, L, h, w), of the codes nearest to a tokenizer's latents,

@@ -19,7 +19,7 @@ from latentvae.export.card import markdown_text
 from latentvae.report.names import unique_names
 from latentvae.report.protocol import INCIDENTAL
 from latentvae.report.schema import Mean, ModelReport, Report
-from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS
+from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS, images_note
 
 SHOWN = 80  # characters of a value that differs
 
@@ -36,7 +36,8 @@ def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
 def _read(file: Path) -> Report:
     report = Report.read(file)
     parts = [report.protocol.get(part, {}) for part in ("lpips", "distribution")]
-    if "num_images" not in report.data or not all(isinstance(part, dict) for part in parts):
+    count = report.data.get("num_images")
+    if not isinstance(count, int) or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"'{file}' is no report of latentvae: its data or its protocol is damaged")
     return report
 
@@ -106,7 +107,8 @@ def _facts(report: Report) -> dict[str, Any]:
 
 def _same_rates(reports: Sequence[Report]) -> bool:
     """Whether points and anchor of the curves were measured with the same settings."""
-    first, *others = ([r.protocol.get(key) for key in ("bitstream", "codecs")] for r in reports)
+    keys = ("curves", "bitstream", "codecs")
+    first, *others = ([report.protocol.get(key) for key in keys] for report in reports)
     return all(other == first for other in others)
 
 
@@ -140,7 +142,10 @@ def _cell(report: Report, name: str, heading: str) -> str:
     mean: Mean | None = getattr(model.metrics, metric)
     if mean is None:
         return ABSENT
-    return "exact" if math.isinf(mean.mean) else f"{mean.mean:.{2 if metric == 'psnr' else 4}f}"
+    if math.isinf(mean.mean):
+        return "exact"
+    note = images_note(report, mean.num_values)
+    return f"{mean.mean:.{2 if metric == 'psnr' else 4}f}{note}"
 
 
 def _shown(value: Any) -> str:

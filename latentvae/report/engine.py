@@ -16,7 +16,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,8 +29,8 @@ from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss
-from latentvae.metrics.rate import bd_rate
 from latentvae.report.codecs import CODECS, available_codecs
+from latentvae.report.curves import Curves, bd_rates
 from latentvae.report.figures import rate_figure, sheet, sheet_row
 from latentvae.report.measures import Judge, Means, Row, codec_rows
 from latentvae.report.model import ModelMeasures
@@ -39,12 +39,11 @@ from latentvae.report.pictures import Pictures, Seen, center_crop
 from latentvae.report.plan import FULL, Plan
 from latentvae.report.protocol import protocol
 from latentvae.report.resume import Accumulator, Progress
-from latentvae.report.schema import BDRate, Point, Report
+from latentvae.report.schema import Report
 from latentvae.report.speed import measure_speed
 
 SAVE_SECONDS = 30.0  # between two states on disk
 PASSPORT_SIDE = 512  # pixels; larger pictures are cropped for the passport
-ANCHOR = "jpeg"  # of the BD-rates
 CIRCUMSTANCES = ("device", "threads")  # an evaluation may go on with others
 
 
@@ -118,7 +117,7 @@ class _Run:
         indices = spread(len(source), max_images)
         self.pictures = Pictures(source, indices, resolution=plan.resolution)
         self.console = Console(stderr=True)
-        self.seen, self.codec_means = Seen(), Means()
+        self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
         self.measures = {
             name: ModelMeasures(
                 name, model, judge=self.judge, plan=plan, num_pictures=len(self.pictures)
@@ -234,6 +233,7 @@ class _Run:
                     rows += measures.update(original)
         of_codecs = codec_rows(self.judge, original, self.codecs)
         self.codec_means.update(of_codecs, position=position)
+        self.curves.update(rows + of_codecs)
         self.seen.add(images)
         return rows + of_codecs
 
@@ -285,7 +285,7 @@ class _Run:
         )
 
     def _parts(self) -> dict[str, Accumulator]:
-        parts: dict[str, Accumulator] = {"codecs": self.codec_means}
+        parts: dict[str, Accumulator] = {"codecs": self.codec_means, "curves": self.curves}
         for number, measures in enumerate(self.measures.values()):
             parts |= {f"{number}.{name}": part for name, part in measures.parts().items()}
         return parts
@@ -313,13 +313,14 @@ class _Run:
     def _report(self) -> Report:
         models = {
             name: measures.report(
+                curves=self.curves,
                 passport=self.examined[name].get("passport"),
                 speed=self.examined[name].get("speed"),
             )
             for name, measures in self.measures.items()
         }
         codecs = {
-            name: self.codec_means.points("codec", name, codec.qualities)
+            name: self.curves.points("codec", name, codec.qualities, means=self.codec_means)
             for name, codec in self.codecs.items()
         }
         return Report(
@@ -351,27 +352,6 @@ class _Run:
             for position, images in self.pictures.some(count)
         ]
         sheet(rows, self.out / "sheet.png")
-
-
-def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
-    """Of every curve beside JPEG's; LPIPS counts downwards. Empty where JPEG was not measured."""
-    if not curves.get(ANCHOR):
-        return {}
-    rates: dict[str, BDRate] = {}
-    for name, points in curves.items():
-        if name == ANCHOR or len(points) < 2:
-            continue
-        found = {
-            metric: bd_rate(*(_curve(p, metric, sign) for p in (curves[ANCHOR], points)))
-            for metric, sign in (("psnr", 1), ("lpips_alex", -1))
-        }
-        rates[name] = BDRate(**found)
-    return rates
-
-
-def _curve(points: Sequence[Point], metric: str, sign: int) -> list[tuple[float, float]]:
-    values = [(point.bpp, getattr(point, metric)) for point in points]
-    return [(bpp, sign * value) for bpp, value in values if value is not None]
 
 
 @contextlib.contextmanager

@@ -19,9 +19,12 @@ from latentvae.metrics import psnr, to_8bit
 from latentvae.report.codecs import CODECS, bits_per_pixel, encode_at_rate
 from latentvae.report.model import raw_bits
 from latentvae.report.pictures import to_picture
-from latentvae.report.schema import Point, Report
+from latentvae.report.schema import Metric, Point, Report
 
-PANELS = (("psnr", "PSNR (dB), higher is better"), ("lpips_alex", "LPIPS (alex), lower is better"))
+PANELS: tuple[tuple[Metric, str], ...] = (
+    ("psnr", "PSNR (dB), higher is better"),
+    ("lpips_alex", "LPIPS (alex), lower is better"),
+)
 TICKS = (0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 CROP = 320  # pixels a side of what a sheet shows of a picture, at one to one
@@ -31,8 +34,8 @@ MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 def rate_figure(report: Report, path: Path) -> None:
     """Two panels over bits per pixel (log scale): every curve of real files, and models' raw rates.
 
-    A model's star stands at the raw bits of its latent, its dashed curve at those of its files. An
-    exact copy, of infinite PSNR, is not drawn.
+    A model's star stands at the raw bits of its latent, its dashed curve at those of its files. The
+    points of curves are means over the same images, as `Point.curves` has them.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
     for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
@@ -54,7 +57,7 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]
 
 
-def _draw_panel(axes: Axes, report: Report, metric: str) -> None:
+def _draw_panel(axes: Axes, report: Report, metric: Metric) -> None:
     for name, points in report.codecs.items():
         axes.plot(*_curve(points, metric), marker=".", label=name)
     for name, model in report.models.items():
@@ -70,10 +73,9 @@ def _draw_panel(axes: Axes, report: Report, metric: str) -> None:
             axes.plot(*_curve(model.rate.points, metric), "--", marker=".", color=color)
 
 
-def _curve(points: Sequence[Point], metric: str) -> tuple[list[float], list[float]]:
-    values = [(point.bpp, getattr(point, metric)) for point in points]
-    found = [(bpp, value) for bpp, value in values if value is not None and math.isfinite(value)]
-    return [bpp for bpp, _ in found], [value for _, value in found]
+def _curve(points: Sequence[Point], metric: Metric) -> tuple[list[float], list[float]]:
+    found = [point.curves[metric] for point in points if metric in point.curves]
+    return [point.bpp for point in found], [point.value for point in found]
 
 
 def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> list["Tile"]:

@@ -22,10 +22,9 @@ from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.report.codecs import Codec, bits_per_pixel
 from latentvae.report.pictures import to_picture
 from latentvae.report.resume import Arrays
-from latentvae.report.schema import Mean, Point
+from latentvae.report.schema import Mean
 
 COLUMNS = ("bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
-POINT_COLUMNS = ("bpp", "psnr", "lpips_alex")
 
 
 @dataclass(frozen=True)
@@ -190,18 +189,6 @@ class Means:
         """A `schema.Mean`, or None where there was no value."""
         found = self._means.get((kind, coder, setting, column))
         return None if found is None else Mean.model_validate(found.result())
-
-    def points(self, kind: str, coder: str, settings: Sequence[float | None]) -> list[Point]:
-        """A curve; `settings` are codecs' qualities or bitstreams' noise PSNR."""
-        name = "quality" if kind == "codec" else "noise_psnr"
-        points = []
-        for setting in settings:
-            means = {c: self.mean(kind, coder, c, setting=setting) for c in POINT_COLUMNS}
-            if means["bpp"] is None:  # no image that this codec can hold
-                continue
-            values = {c: mean.mean for c, mean in means.items() if mean is not None}
-            points.append(Point.model_validate(values | {name: setting}))
-        return points
 
     def state_dict(self) -> Arrays:
         keys = json.dumps(list(self._means)).encode()

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.latents.codec import channel_steps, decode_latent, encode_latent
-from latentvae.latents.token_codec import decode_tokens, encode_tokens
+from latentvae.latents.token_codec import MAX_CODES, decode_tokens, encode_tokens
 from latentvae.metrics import to_8bit
 from latentvae.metrics.distribution import FrechetDistance, KernelDistance
 from latentvae.metrics.latent import LatentHealth, TokenUsage
 from latentvae.models import calls
+from latentvae.report.curves import Curves
 from latentvae.report.measures import Judge, Means, Original, PooledError, Row, row
 from latentvae.report.plan import KERNEL_IMAGES, Plan
 from latentvae.report.priors import Priors
 from latentvae.report.protocol import LATENT_BITS
 from latentvae.report.resume import Accumulator
-from latentvae.report.schema import Distribution, Metrics, ModelReport, Rate
+from latentvae.report.schema import Distribution, Metrics, ModelReport, Point, Rate
 
 MIN_FRECHET_IMAGES = 2000  # with fewer, it is mostly the bias of a rank-deficient covariance
 MAX_CORRELATED = 64  # channels whose correlations are listed one by one
@@ -52,7 +53,9 @@ class ModelMeasures:
             frechet, kernel = DISTANCES[extractor]
             self.distances |= {frechet: FrechetDistance(width), kernel: KernelDistance()}
         self.latent = None if model.num_codes else LatentHealth(model.latent_channels)
-        self.tokens = TokenUsage(model.num_codes) if model.num_codes else None
+        self.tokens = None
+        if model.num_codes is not None:
+            self.tokens = TokenUsage(model.num_codes, codebooks=calls.num_codebooks(model.net))
 
     def parts(self) -> dict[str, Accumulator]:
         """What is saved so that an evaluation can go on."""
@@ -60,8 +63,8 @@ class ModelMeasures:
             "means": self.means,
             "pooled": self.pooled,
             "latent": self.latent,
-            "tokens": self.tokens,
             "priors": self.priors,
+            "tokens": self.tokens,
             **self.distances,
         }
         return {name: part for name, part in kept.items() if part is not None}
@@ -82,7 +85,7 @@ class ModelMeasures:
         bpp = raw_bits(self.model, z) / original.pixels
         rows = [row(original, "model", self.name, bpp=bpp, **compared.metrics)]
         if self.tokens is not None:
-            rows.append(self._token_row(original, z))
+            rows += self._token_rows(original, z, self.tokens)
         elif self.priors is not None:
             rows += self._bitstream_rows(original, mean, self.priors)
         if self.latent is not None:
@@ -97,7 +100,9 @@ class ModelMeasures:
         self.means.update(rows, position=original.position)
         return rows
 
-    def report(self, *, passport: Mapping[str, Any] | None, speed: Any | None) -> ModelReport:
+    def report(
+        self, *, curves: Curves, passport: Mapping[str, Any] | None, speed: Any | None
+    ) -> ModelReport:
         if self.failure is not None:
             return ModelReport(info=self._info(), warnings=[self.failure])
         metrics = {name: self._mean(name) for name in Metrics.model_fields if name != "psnr_pooled"}
@@ -112,12 +117,17 @@ class ModelMeasures:
             )
         if self.tokens is not None:
             tokens = dict(self.tokens.result())
+        if (self.model.num_codes or 0) > MAX_CODES:
+            warnings.append(
+                f"No bitstream is measured: tokens of at most {MAX_CODES:,} codes can be coded, "
+                f"not of {self.model.num_codes:,}."
+            )
         if passport is not None:
             passport = dict(passport)
             warnings += passport.pop("warnings", [])
         return ModelReport(
             metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
-            rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points()),
+            rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points(curves)),
             distribution=self._distribution(),
             info=self._info(),
             latent=latent,
@@ -143,17 +153,19 @@ class ModelMeasures:
         images: Any = self.model.decode(z, size=(height, width))
         return to_8bit(images).to(original.images.device)
 
-    def _token_row(self, original: Original, z: Tensor) -> Row:
-        """Through the bytes and back; what is decoded is measured."""
-        assert self.tokens is not None and self.model.num_codes is not None
+    def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
+        """Through the bytes and back; what is decoded is measured. None of too many codes."""
+        assert self.model.num_codes is not None
         indices = calls.tokenize(self.model.net, z)
-        self.tokens.update(indices)
-        content = encode_tokens(indices.cpu().numpy(), num_codes=self.model.num_codes)
-        decoded = torch.from_numpy(decode_tokens(content)).to(z.device)
+        usage.update(indices)
+        if self.model.num_codes > MAX_CODES:
+            return []
+        content = encode_tokens(indices[0].cpu().numpy(), num_codes=self.model.num_codes)
+        decoded = torch.from_numpy(decode_tokens(content))[None].to(z.device)
         size = original.images.shape[2], original.images.shape[3]
         images: Any = self.model.decode_tokens(decoded, size=size)
         recon = to_8bit(images).to(original.images.device)
-        return self._bitstream_row(original, content, recon, setting=None)
+        return [self._bitstream_row(original, content, recon, setting=None)]
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
         half, rows = priors.other(original.position), []
@@ -174,11 +186,10 @@ class ModelMeasures:
     def _mean(self, column: str) -> Any:
         return self.means.mean("model", self.name, column)
 
-    def _points(self) -> list[Any]:
-        if self.tokens is not None:
-            return self.means.points("bitstream", self.name, [None])
+    def _points(self, curves: Curves) -> list[Point]:
         levels = self.plan.noise_psnr if self.priors is not None else ()
-        return self.means.points("bitstream", self.name, levels)
+        settings = levels if self.tokens is None else [None]
+        return curves.points("bitstream", self.name, settings, means=self.means)
 
     def _distribution(self) -> Distribution | None:
         """Frechet distances of enough images alone."""
@@ -214,4 +225,5 @@ def raw_bits(model: Autoencoder, z: Tensor) -> float:
     """Of one image's latent (1, d, h, w), or of its tokens, with no entropy coding."""
     if model.num_codes is None:
         return LATENT_BITS * z.numel()
-    return math.log2(model.num_codes) * z.shape[2] * z.shape[3]
+    tokens = calls.num_levels(model.net) * z.shape[2] * z.shape[3]
+    return math.log2(model.num_codes) * tokens

@@ -42,6 +42,8 @@ def protocol(
         "distribution": _distribution(judge),
         "raw_bpp": f"latent elements x {LATENT_BITS} bits (tokens: log2 K) / pixels; no coding",
         "bpp": "bits of the whole file / pixels, per image",
+        "curves": "rate and quality over the same images: those where every coder has a finite "
+        "value at every setting",
         "bitstream": _bitstream(plan),
         "codecs": {name: codec.describe() for name, codec in codecs.items()},
         "versions": {package: _version(package) for package in PACKAGES},

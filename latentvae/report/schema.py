@@ -31,13 +31,18 @@ class Mean(_Part):
     """A mean over `images` images with its 95 % bootstrap interval (low, high).
 
     `infinite` of the images have an infinite value (PSNR of an exact copy) and are not in the mean,
-    unless they all are.
+    unless they all are. One value has no interval.
     """
 
     mean: Unbounded
-    ci95: tuple[Unbounded, Unbounded]
+    ci95: tuple[Unbounded, Unbounded] | None = None
     images: int = Field(ge=1)
     infinite: int = Field(default=0, ge=0)
+
+    @property
+    def num_values(self) -> int:
+        """How many images are in the mean."""
+        return self.images - self.infinite or self.images
 
 
 class Metrics(_Part):
@@ -55,8 +60,24 @@ class Metrics(_Part):
     lpips_vgg: Mean | None = None
 
 
+Metric = Literal["psnr", "lpips_alex"]
+"""What rate curves are drawn over."""
+
+
+class CurvePoint(_Part):
+    """Means of bits per pixel and of a metric over the same `images` images: those where every
+    coder has a finite value of it at every setting."""
+
+    images: int = Field(ge=1)
+    bpp: float = Field(ge=0)
+    value: float
+
+
 class Point(_Part):
-    """One point of a rate curve: means over all images at one setting of the coder.
+    """One setting of a coder: means over all images that it could be measured on.
+
+    `images` says over how many each mean is: an exact copy has no finite PSNR, a small image no
+    LPIPS. `curves` has means over the same images, by metric.
 
     The setting is a codec's `quality`, or for latents the `noise_psnr`: what the decoder's error
     would be, in dB, if it came from the quantised latent alone. Tokens have none.
@@ -65,6 +86,8 @@ class Point(_Part):
     bpp: float = Field(ge=0)
     psnr: Unbounded
     lpips_alex: float | None = None
+    images: dict[str, int] = {}
+    curves: dict[Metric, CurvePoint] = {}
     quality: int | None = None
     noise_psnr: float | None = None
 
@@ -109,7 +132,8 @@ class ModelReport(_Part):
 
 
 class BDRate(_Part):
-    """Percent of JPEG's bits needed more (negative: fewer) at equal quality; see `metrics.rate`."""
+    """Percent of JPEG's bits needed more (negative: fewer) at equal quality, of points' `curves`;
+    see `metrics.rate`. Absent where the curves do not meet or are over different images."""
 
     psnr: float | None = None
     lpips_alex: float | None = None

@@ -36,7 +36,10 @@ def summary(report: Report) -> Group:
 
 
 def models_table(report: Report) -> Table:
-    """One line a model: raw rate, and the mean of each metric with half its interval's width."""
+    """One line a model: raw rate, and the mean of each metric with half its interval's width.
+
+    A mean over fewer images than the title says has their number beside it.
+    """
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
     table = Table("model", "raw bpp", title=title, title_justify="left")
     for heading in HEADINGS.values():
@@ -45,7 +48,7 @@ def models_table(report: Report) -> Table:
     for distance in distances:
         table.add_column(distance, justify="right")
     for name, model in report.models.items():
-        cells = [_cell(getattr(model.metrics, m), digits=_digits(m)) for m in HEADINGS]
+        cells = [_cell(report, getattr(model.metrics, m), digits=_digits(m)) for m in HEADINGS]
         cells += [_distance(model, distance) or ABSENT for distance in distances]
         raw = ABSENT if model.rate is None else f"{model.rate.raw_bpp:.3f}"
         table.add_row(Text(name), raw, *cells)
@@ -63,7 +66,7 @@ def codecs_table(report: Report) -> Table:
             if model.rate is None or not points:
                 continue
             point = point_at_rate(points, model.rate.raw_bpp)
-            table.add_row(Text(name), codec, str(point.quality), *_point_cells(point))
+            table.add_row(Text(name), codec, str(point.quality), *_point_cells(report, point))
     return table
 
 
@@ -76,7 +79,7 @@ def bits_table(report: Report) -> Table:
     for name, model in report.models.items():
         for number, point in enumerate(model.rate.points if model.rate else ()):
             rates = _bd_cells(report, name) if number == 0 else ("", "")
-            table.add_row(Text(name if number == 0 else ""), *_point_cells(point), *rates)
+            table.add_row(Text(name if number == 0 else ""), *_point_cells(report, point), *rates)
     for name in (name for name in report.bd_rate if name not in report.models):
         table.add_row(name, "", "", "", *_bd_cells(report, name))
     return table
@@ -105,9 +108,20 @@ def point_at_rate(points: Sequence[Point], bpp: float) -> Point:
     return min(enough, key=lambda point: point.bpp)
 
 
-def _point_cells(point: Point) -> tuple[str, str, str]:
-    lpips = ABSENT if point.lpips_alex is None else f"{point.lpips_alex:.4f}"
-    return f"{point.bpp:.3f}", f"{point.psnr:.2f}", lpips
+def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
+    """In brackets: over how many images a mean is, if not over all, and how many are exact."""
+    fewer = images is not None and images < report.data["num_images"]
+    notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
+    notes += [f"{exact} exact"] if exact else []
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def _point_cells(report: Report, point: Point) -> Iterator[str]:
+    """Bits per pixel, PSNR, LPIPS."""
+    for column, digits in (("bpp", 3), ("psnr", 2), ("lpips_alex", 4)):
+        value = getattr(point, column)
+        note = images_note(report, point.images.get(column))
+        yield ABSENT if value is None else f"{value:.{digits}f}{note}"
 
 
 def _bd_cells(report: Report, name: str) -> tuple[str, str]:
@@ -158,11 +172,11 @@ def _digits(metric: str) -> int:
     return 2 if metric == "psnr" else 4
 
 
-def _cell(mean: Mean | None, *, digits: int) -> str:
+def _cell(report: Report, mean: Mean | None, *, digits: int) -> str:
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):
         return "exact"
-    half = (mean.ci95[1] - mean.ci95[0]) / 2
-    exact = f" ({mean.infinite} exact)" if mean.infinite else ""
-    return f"{mean.mean:.{digits}f} \u00b1{half:.{digits}f}{exact}"
+    half = ABSENT if mean.ci95 is None else f"{(mean.ci95[1] - mean.ci95[0]) / 2:.{digits}f}"
+    note = images_note(report, mean.images, exact=mean.infinite)
+    return f"{mean.mean:.{digits}f} \u00b1{half}{note}"

@@ -48,7 +48,8 @@ def validate(
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
         `validation/images`; of a tokenizer, over the whole set, `validation/usage` (share of the
         codes), `validation/perplexity`, `validation/entropy_bits` (per token), and
-        `validation/tokens`, more than which no codes can be used.
+        `validation/tokens`, more than which no codes can be used; where each level has codes of its
+        own, means over the levels.
     """
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "psnr": psnr,
@@ -57,7 +58,9 @@ def validate(
     }
     sums, count = dict.fromkeys(measures, 0.0), 0
     num_codes = calls.num_codes(net)
-    usage = None if num_codes is None else TokenUsage(num_codes)
+    usage = None
+    if num_codes is not None:
+        usage = TokenUsage(num_codes, codebooks=calls.num_codebooks(net))
     shard = validation_batches(
         some_of(source, limit),
         transform,

@@ -3,6 +3,7 @@ notice if they were not."""
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -70,6 +71,21 @@ def test_sides_in_processes_of_their_own(
     script.main()
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 3 and all(row["ours"] > 0 and row["reference"] > 0 for row in rows)
+
+
+def test_on_the_cpu_no_gpu_is_taken(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, asked = script.start_accelerator, []
+
+    def recorded(*args: Any) -> Any:
+        asked.append(os.environ.get("ACCELERATE_USE_CPU"))
+        return start(*args)
+
+    monkeypatch.setattr(script, "start_accelerator", recorded)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for device in ("cpu", "cuda"):
+        options = script.Options(channels=(32, 32), disc_channels=16, device=device)
+        script.OurStep(options, script.photos(32, 1), "fp32")
+    assert asked == ["true", None] and "ACCELERATE_USE_CPU" not in os.environ
 
 
 def test_other_mathematics_is_noticed(script: ModuleType) -> None:

@@ -61,9 +61,10 @@ def test_the_weights_of_an_image_depend_on_its_index_alone(values: np.ndarray) -
         resample_weights(0)[0] = 2  # all accumulators share it
 
 
-def test_one_image_and_equal_images_have_no_width() -> None:
-    expected = {"mean": 0.1, "ci95": [0.1, 0.1], "images": 1, "infinite": 0}
+def test_one_image_has_no_interval_and_that_of_equal_images_no_width() -> None:
+    expected = {"mean": 0.1, "ci95": None, "images": 1, "infinite": 0}
     assert collect([0.1], first=7).result() == expected
+    assert collect([0.1, math.inf]).result()["ci95"] is None
     assert collect([0.1] * 3).result()["ci95"] == [0.1, 0.1]
 
 

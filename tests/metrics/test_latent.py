@@ -279,6 +279,22 @@ def test_token_usage_continues_exactly() -> None:
     assert resumed.result() == usage_of(indices, num_codes=40).result()
 
 
+def test_codebooks_of_levels_are_counted_apart() -> None:
+    """Two levels that use halves of their codes: pooled, all would seem used."""
+    levels = [torch.arange(32).view(2, 4, 4) % 8, torch.arange(32).view(2, 4, 4) % 8 + 8]
+    indices = torch.stack(levels, dim=1)  # (B, L, h, w)
+    pooled = usage_of(indices, num_codes=16).result()
+    assert pooled["usage"] == 1.0 and "levels" not in pooled
+    apart = TokenUsage(16, codebooks=2)
+    for batch in indices.split(1):
+        apart.update(batch)
+    result = TokenUsage.joined([apart.state_dict()]).result()
+    each = [usage_of(level, num_codes=16).result() for level in levels]
+    assert result.pop("levels") == each
+    assert result == each[0] | {"tokens": 64, "num_codes_used": 16}
+    assert (each[0]["usage"], each[0]["tokens"]) == (0.5, 32)
+
+
 def test_wrong_tokens_are_refused() -> None:
     for wrong in (-1, 8):
         with pytest.raises(ValueError, match=r"0\.\.7"):

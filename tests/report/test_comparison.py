@@ -116,8 +116,16 @@ def test_what_does_not_touch_the_numbers_may_differ(tmp_path: Path) -> None:
     assert "BD-rate" in markdown(compare(paths))
 
 
-def test_rates_of_other_settings_are_left_out(tmp_path: Path) -> None:
-    changes = {"bitstream": {"noise_psnr": [10, 20]}}
+def test_a_mean_over_fewer_images_has_their_number(tmp_path: Path) -> None:
+    fewer = report(30.0, lpips_vgg=0.25)
+    assert fewer.models["m"].metrics.lpips_vgg is not None
+    fewer.models["m"].metrics.lpips_vgg.images = 2
+    shown = markdown(compare(write(tmp_path, fewer, report(31.0, lpips_vgg=0.5))))
+    assert "| 30.00 | 0.2500 (2 images) |" in shown and "| 31.00 | 0.5000 |" in shown
+
+
+@pytest.mark.parametrize("changes", [{"bitstream": {"noise_psnr": [10, 20]}}, {"curves": "other"}])
+def test_rates_of_other_settings_are_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
     paths = write(tmp_path, report(30.0), report(31.0, protocol=changes))
     assert "BD-rate" not in markdown(compare(paths))
 
@@ -128,6 +136,10 @@ def test_what_is_no_report_is_told(tmp_path: Path) -> None:
         compare(paths)
     with pytest.raises(UserError, match="given twice"):
         compare([*paths, paths[0] / "report.json"])
+    damaged = report(30.0).model_copy(update={"data": {"num_images": "three"}})
+    damaged.write(tmp_path / "damaged.json")
+    with pytest.raises(UserError, match="its data or its protocol is damaged"):
+        compare([*paths, tmp_path / "damaged.json"])
     with pytest.raises(UserError, match="cannot read '"):
         compare([*paths, tmp_path / "nothing.json"])
     for content in ("{", "[]", '{"schema_version": 2}'):

@@ -16,6 +16,7 @@ from PIL import Image
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models import DiscreteAutoencoder
 from latentvae.report import METRICS_ONLY, Plan, Report, evaluate
 from latentvae.report.schema import SCHEMA_FILE, json_schema
 from tests.report.conftest import Photos, photo
@@ -133,6 +134,39 @@ def test_bd_rates_are_beside_jpeg(run: Any) -> None:
     assert report.bd_rate["m"].psnr > 100  # pixels, entropy-coded one by one
 
 
+def test_curves_are_means_over_the_same_images(run: Any, tmp_path: Path) -> None:
+    """What JPEG copies exactly and what is too small for LPIPS changes no BD-rate."""
+    plan = replace(SMALL, qualities=(5, 30, 60, 95), noise_psnr=())
+    photos = [photo(160, 120), photo(160, 120, left=200)]
+    alone = run(pixels(), *photos, plan=plan)
+    flat, small = Image.new("RGB", (160, 120), (128, 128, 128)), photo(24, 24)
+    report = run(pixels(), *photos, flat, small, plan=plan)
+    low, *_ = report.codecs["jpeg"]
+    assert low.images == {"bpp": 4, "psnr": 3, "lpips_alex": 3}
+    assert [point.images for point in low.curves.values()] == [3, 3]
+    table = [row for row in rows(tmp_path / "report") if row["setting"] == "5"]
+    without = {"psnr": "2.png", "lpips_alex": "3.png"}
+    for metric, left_out in without.items():
+        found = [r for r in table if r["coder"] == "jpeg" and r["image"] != left_out]
+        bpp, value = (np.mean([float(r[name]) for r in found]) for name in ("bpp", metric))
+        assert low.curves[metric].bpp == pytest.approx(bpp)
+        assert low.curves[metric].value == pytest.approx(value)
+    flat_too, small_too = (run(pixels(), *photos, other, plan=plan) for other in (flat, small))
+    for coder in ("webp", "avif"):
+        expected = alone.bd_rate[coder]
+        assert flat_too.bd_rate[coder].psnr == pytest.approx(expected.psnr)
+        assert small_too.bd_rate[coder].lpips_alex == pytest.approx(expected.lpips_alex)
+
+
+def test_no_bd_rate_between_curves_of_different_images(run: Any) -> None:
+    plan = replace(METRICS, qualities=(5, 60))
+    wide = photo().resize((16400, 8))  # more than WebP can hold
+    report = run(pixels(), wide, photo(160, 120), plan=plan)
+    assert report.codecs["webp"][0].curves["psnr"].images == 1
+    assert report.bd_rate["webp"].psnr is None and report.bd_rate["avif"].psnr is not None
+    assert report.bd_rate["webp"].lpips_alex is not None  # the wide one is too small for it
+
+
 def test_small_images_leave_out_what_they_do_not_allow(run: Any) -> None:
     metrics = run(pixels(), photo(8, 8), photo(40, 40)).models["m"].metrics
     counts = [m.images for m in (metrics.psnr, metrics.ssim, metrics.lpips_alex)]
@@ -188,6 +222,43 @@ def test_tokens_are_counted_and_coded(run: Any) -> None:
     assert point.psnr == pytest.approx(found.metrics.psnr.mean)  # the very same picture
     assert found.rate.raw_bpp == pytest.approx(4 / 4, rel=0.05)  # 4 bits on 2 x 2 pixels, padded
     assert point.bpp < found.rate.raw_bpp + 0.15
+
+
+def tokenizer(**quantizer: Any) -> Autoencoder:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"block_out_channels": (8, 8), "latent_channels": 8}
+    net = DiscreteAutoencoder(**shape, norm_num_groups=4, quantizer=quantizer)
+    return Autoencoder(net.eval(), name="tokens")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_levels_of_tokens_are_counted_and_coded(run: Any, shared: bool) -> None:
+    codebook = {"num_levels": 2, "num_codes": 16, "code_channels": 4, "shared_codebook": shared}
+    model = tokenizer(type="residual", **codebook)
+    found = run(model, plan=replace(SMALL, passport_images=1)).models["m"]
+    assert found.rate.raw_bpp == pytest.approx(2 * 4 / 4, rel=0.05)  # two of 4 bits on 2 x 2 pixels
+    (point,) = found.rate.points
+    assert point.psnr == pytest.approx(found.metrics.psnr.mean)  # the very same picture
+    assert point.bpp < found.rate.raw_bpp + 0.15
+    indices = [model.encode_tokens(picture)[0] for picture in PHOTOS.pictures if picture]
+    levels = torch.cat([index.flatten(1) for index in indices], dim=1)
+    used = [len(level.unique()) for level in levels]
+    if shared:
+        assert found.tokens["usage"] == len(levels.unique()) / 16 and "levels" not in found.tokens
+        return
+    assert [level["num_codes_used"] for level in found.tokens["levels"]] == used
+    assert found.tokens["usage"] == pytest.approx(sum(used) / 32)
+    assert found.tokens["tokens"] == levels.numel()
+    perplexities = [level["perplexity"] for level in found.tokens["levels"]]
+    assert found.tokens["perplexity"] == pytest.approx(sum(perplexities) / 2)
+
+
+def test_more_codes_than_a_file_can_hold_have_no_bitstream(run: Any) -> None:
+    found = run(tokenizer(type="lfq", num_bits=21), plan=SMALL).models["m"]
+    assert found.rate.points == [] and found.tokens["raw_bits"] == 21
+    assert found.rate.raw_bpp == pytest.approx(21 / 4, rel=0.05)
+    (warning,) = [text for text in found.warnings if "bitstream" in text]
+    assert "at most 1,048,576 codes can be coded, not of 2,097,152" in warning
 
 
 def test_an_unreadable_image_is_named_and_left_out(run: Any, capfd: Any) -> None:

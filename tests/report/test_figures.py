@@ -17,18 +17,27 @@ from latentvae.report.tables import point_at_rate, summary
 from tests.report.conftest import photo
 
 MEAN = {"mean": 31.5, "ci95": [31.0, 32.0], "images": 2}
+ONE = {"mean": 0.2, "images": 1}
 EXACT = {"mean": "Infinity", "ci95": ["Infinity", "Infinity"], "images": 2, "infinite": 2}
 
 
 @pytest.fixture
 def report() -> Report:
-    points = [{"bpp": 0.5, "psnr": 30.0, "quality": 20}, {"bpp": 2.0, "psnr": "Infinity"}]
+    images = {"bpp": 2, "psnr": 1}
+    curves = {"psnr": {"bpp": 0.4, "value": 30.0, "images": 1}}
+    points = [
+        {"bpp": 0.5, "psnr": 30.0, "images": images, "curves": curves, "quality": 20},
+        {"bpp": 2.0, "psnr": "Infinity"},
+    ]
     return Report.model_validate(
         {
             "protocol": {"size": "own size"},
             "data": {"num_images": 2},
             "models": {
-                "fair": {"metrics": {"psnr": MEAN}, "rate": {"raw_bpp": 1, "points": points}},
+                "fair": {
+                    "metrics": {"psnr": MEAN, "lpips_alex": ONE},
+                    "rate": {"raw_bpp": 1, "points": points},
+                },
                 "copy": {"metrics": {"psnr": EXACT}, "rate": {"raw_bpp": 24}, "warnings": ["Hm."]},
             },
             "codecs": {"jpeg": points},
@@ -41,7 +50,8 @@ def test_tables_show_the_numbers_and_warnings(report: Report) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(summary(report))
     shown = console.export_text()
-    for text in ("31.50 ±0.50", "exact", "n/a", "jpeg", "+8 %", "warning: copy: Hm."):
+    shown_texts = ("31.50 ±0.50", "exact", "n/a", "jpeg", "+8 %", "warning: copy: Hm.")
+    for text in (*shown_texts, "0.2000 ±n/a (1 image)", "30.00 (1 image)"):
         assert text in shown
 
 
