@@ -78,7 +78,7 @@ class DataConfig(Section):
         ),
     )
     max_validation_images: Positive = Field(
-        default=1000, description="Validate on at most this many images (the first by name)."
+        default=1000, description="Validate on at most this many images, evenly spread."
     )
     image_channels: int = Field(
         default=3,
