@@ -16,7 +16,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any, Literal
 
 import torch
@@ -95,7 +95,7 @@ class Arms:
         self._train(n, seed=0, out=out, overwrite=True, threads=threads)
         rows = [row for row in read_rows(out / "log.jsonl") if "time/images_per_second" in row]
         speeds = [row["time/images_per_second"] for row in rows if row["update"] > UNTIMED]
-        return BATCH / median(speeds)
+        return mean(BATCH / speed for speed in speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
         """Train one network, unless it is there; a run of train_kl.py goes on where it was."""
@@ -188,6 +188,11 @@ def measured(
 
 
 def run(options: Options) -> None:
+    if options.speed_updates <= UNTIMED:
+        raise UserError(
+            f"speed_updates is {options.speed_updates}: the first {UNTIMED} do not count, so it is "
+            f"at least {2 * UNTIMED}"
+        )
     arms = Arms(options)
     speeds = _speeds(arms, options)
     updates = {arm: int(60 * options.minutes / min(seconds)) for arm, seconds in speeds.items()}

@@ -155,13 +155,22 @@ def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, s
 
 
 def _keep_inputs(targets: Sequence[tuple[Path, str]], out: Path) -> None:
-    given = {path.resolve() for path, _ in targets}
+    given = {_identity(path) for path, _ in targets} - {None}
     for _, picture in targets:
-        if (out / picture).resolve() in given:
+        if _identity(out / picture) in given:
             raise UserError(
                 f"'{out / picture}' is an input, and would be written over: give another folder "
                 "for out"
             )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The file itself, whatever its name there: some file systems take .PNG for .png."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _shrink(image: Picture, max_side: int | None) -> Picture:

@@ -127,6 +127,18 @@ def test_an_input_is_not_written_over(
     assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
 
 
+def test_an_input_by_another_name_is_not_written_over(
+    model: Autoencoder, photos: Path, tmp_path: Path
+) -> None:
+    """As where A.PNG and A.png are one file."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (photos / "a.png").rename(photos / "A.PNG")
+    (out / "A.png").hardlink_to(photos / "A.PNG")
+    with pytest.raises(UserError, match="is an input, and would be written over"):
+        reconstruct(model, [photos / "A.PNG"], out=out)
+
+
 def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="did you mean 'photos'"):

@@ -160,7 +160,8 @@ def _prepare(
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = next((picture for picture in paths if picture.exists()), None)  # before the record
+        # Before the record is read: another rank writes it before its first picture.
+        there = None if path.exists() else next((p for p in paths if p.exists()), None)
         found = Decoded.model_validate_json(read_text(path)) if path.exists() else None
     except OSError as error:
         raise UserError(f"cannot use the folder '{out}': {error.strerror}") from error

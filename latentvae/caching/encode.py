@@ -135,7 +135,8 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
     found = {path: read_header(path) for path in sorted(out.glob("shard-*.safetensors"))}
     if not overwrite:
         _refuse_others(out, content, manifest, found)
-    if overwrite and manifest is not None and manifest.content == content and rank == 0:
+    same = any(header is not None and header.content == content for header in found.values())
+    if overwrite and same and rank == 0:
         print(
             f"'{out}' holds shards of this model and of images of these names: whole ones stay, "
             "overwrite or not; delete the folder if the images have changed"

@@ -316,6 +316,11 @@ class TokenUsage:
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
             seen = f"{int(flat.min())}..{int(flat.max())}"
             raise ValueError(f"indices are in 0..{num_codes - 1}, not {seen}")
+        if codebooks > 1 and (indices.ndim != 4 or indices.shape[1] != codebooks):
+            shape = tuple(indices.shape)
+            raise ValueError(
+                f"indices of {codebooks} codebooks are (B, {codebooks}, h, w), not {shape}"
+            )
         parts = [flat] if codebooks == 1 else indices.unbind(1)
         for counts, part in zip(self._counts, parts, strict=True):
             counts += torch.bincount(part.flatten(), minlength=num_codes)

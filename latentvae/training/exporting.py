@@ -67,10 +67,12 @@ def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
 
 
 def is_exported(folder: Path, update: int, *, config: TrainConfig) -> bool:
-    """Whether the run's export is there and was made after that update, by the same options."""
+    """Whether the run's export is there and was made after that update, by the same options; of
+    those, older logs tell nothing."""
     made = [row for row in read_rows(folder / "log.jsonl") if "export/scaling" in row]
     wanted = {"update": update} | _export_options(config)
-    return bool(made) and wanted.items() <= made[-1].items() and is_export(folder / "export")
+    same = made and all(made[-1].get(name, value) == value for name, value in wanted.items())
+    return bool(same) and is_export(folder / "export")
 
 
 def _export_options(config: TrainConfig) -> dict[str, Any]:

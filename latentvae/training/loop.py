@@ -131,6 +131,9 @@ def _run(
     progress = Progress(critic_start=config.critic_start)
     if checkpoint is not None:
         progress = restore(run, load_checkpoint(checkpoint))
+    if progress.update < config.run.max_train_steps:
+        validated = some_of(run.validation_images, config.data.max_validation_images)
+        readable_images(validated, eval_transform(config), count=1)
     take_folder(config, folder, checkpoint=checkpoint, base=base)
     _train_and_export(run, progress)
     return progress.update
@@ -149,8 +152,6 @@ def _train_and_export(run: Run, progress: Progress) -> None:
 
 def _train(run: Run, progress: Progress) -> None:
     options = run.config.run
-    validated = some_of(run.validation_images, run.config.data.max_validation_images)
-    readable_images(validated, eval_transform(run.config), count=1)
     loader, steps_per_epoch = batches(run, start_step=progress.micro_step)
     run.accelerator.print(plan(run, steps_per_epoch=steps_per_epoch, start=progress.update))
     start_tracker(

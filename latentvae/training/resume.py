@@ -21,8 +21,7 @@ from latentvae.training.lock import LOCK_NAME
 from latentvae.training.state import check_same_config, read_config, write_config
 
 CONFIG_NAME = "config.yaml"
-RUN_FILES = (
-    CONFIG_NAME,
+RUN_FILES = (  # all but the configuration, which is replaced: the folder stays a run's
     BASE_NAME,
     "log.jsonl",
     "samples",
@@ -44,8 +43,9 @@ def find_start(config: TrainConfig, folder: Path) -> Path | None:
 def take_folder(
     config: TrainConfig, folder: Path, *, checkpoint: Path | None, base: Base | None
 ) -> None:
-    """Make the folder that of this run, once all that may be refused has been: an earlier run goes
-    if it is to, checkpoints after the one to go on from are set aside."""
+    """Make the folder that of this run, once all but a tracker that does not start could be
+    refused: an earlier run goes if it is to, checkpoints after the one to go on from are set
+    aside."""
     _on_main(lambda: _take_folder(config, folder, checkpoint=checkpoint, base=base))
 
 

@@ -94,10 +94,12 @@ def validate(
 
 def _token_measures(usage: TokenUsage) -> dict[str, float]:
     """Over the images of all ranks."""
-    joined = TokenUsage.joined(gather_objects(usage.state_dict()))
-    names: tuple[Literal["usage", "perplexity", "entropy_bits", "tokens"], ...]
-    names = ("usage", "perplexity", "entropy_bits", "tokens")
-    return {f"validation/{name}": joined.result()[name] for name in names}
+    joined = TokenUsage.joined(gather_objects(usage.state_dict())).result()
+    tokens = joined["levels"][0]["tokens"] if "levels" in joined else joined["tokens"]
+    names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
+    names = ("usage", "perplexity", "entropy_bits")
+    measured = {f"validation/{name}": joined[name] for name in names}
+    return measured | {"validation/tokens": tokens}  # of one codebook
 
 
 def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:

@@ -284,6 +284,14 @@ class CollapseWatch:
         return [Finding(name, now.sentence)]
 
 
+def _validated_on(config: TrainConfig) -> str:
+    """Which images, and how use of the codes is counted; older runs did both otherwise."""
+    quantizer = getattr(config.model, "quantizer", None)
+    counted = "" if getattr(quantizer, "shared_codebook", True) else ", levels apart"
+    data = config.data
+    return f"{data.max_validation_images} all over {data.validation_data_dir}{counted}"
+
+
 def _when(seen: Condition) -> str:
     times = f", then {seen.times - 1} times more, last" if seen.times > 1 else ""
     again = f"{times} from update {seen.last:,}" if times else ""
@@ -317,7 +325,7 @@ def what_to_watch(
         codes_from=None if num_codes is None else beginning,
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model) if isinstance(model, VQModelConfig) else "",
-        validated_on=f"{config.data.validation_data_dir} {config.data.max_validation_images}",
+        validated_on=_validated_on(config),
         critic_loss=float(GAN_LOSSES[critic.disc_loss].critic(nothing, nothing)),
         critic_from=obeyed_from + critic.disc_ramp_steps if has_critic else None,
         obeyed_from=obeyed_from if has_critic else None,

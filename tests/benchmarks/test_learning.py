@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from latentvae.data import open_source
+from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
 from latentvae.training.log import append_row
@@ -29,18 +31,23 @@ def test_the_first_updates_of_neither_arm_count(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(_: Any, n: int, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(seconds=[9.0] * 10 + [2.0] * (n - 10))
+        return SimpleNamespace(seconds=[9.0] * 10 + [1.0] * 10 + [4.0] * (n - 20))
 
     def train(_: Any, n: int, *, out: Path, **__: Any) -> None:
         out.mkdir()
         for update in range(10, n + 1, 10):
-            speed = script.BATCH / (9.0 if update == 10 else 2.0)
+            speed = script.BATCH / {10: 9.0, 20: 1.0}.get(update, 4.0)
             append_row(out / "log.jsonl", {"update": update, "time/images_per_second": speed})
 
     monkeypatch.setattr(script.Arms, "_reference", trained)
     monkeypatch.setattr(script.Arms, "_train", train)
-    arms = script.Arms(script.Options(data="samples", validation_data="samples", out=tmp_path))
-    assert arms.speed("reference") == arms.speed("latentvae") == 2.0
+    options = script.Options(
+        data="samples", validation_data="samples", out=tmp_path, speed_updates=40
+    )
+    arms = script.Arms(options)
+    assert arms.speed("reference") == arms.speed("latentvae") == 3.0
+    with pytest.raises(UserError, match="at least 20"):
+        script.run(replace(options, speed_updates=10))
 
 
 def test_every_update_of_the_reference_is_timed(script: ModuleType) -> None:

@@ -226,6 +226,9 @@ def test_what_overwriting_does_not_see_is_told(
         told = "delete the folder if the images have changed" in capsys.readouterr().out
         assert told == bool(before and overwrite)
     assert contents(tmp_path) == before
+    (tmp_path / "manifest.json").unlink()  # a killed one has none
+    encode_folder(tokenizer, photos, tmp_path, overwrite=True, **OPTIONS)
+    assert "delete the folder if the images have changed" in capsys.readouterr().out
 
 
 def test_files_of_others_are_not_touched(tokenizer: Path, photos: Path, tmp_path: Path) -> None:

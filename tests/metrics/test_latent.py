@@ -293,6 +293,9 @@ def test_codebooks_of_levels_are_counted_apart() -> None:
     assert result.pop("levels") == each
     assert result == each[0] | {"tokens": 64, "num_codes_used": 16}
     assert (each[0]["usage"], each[0]["tokens"]) == (0.5, 32)
+    for wrong in (indices[:, 0], indices.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"are \(B, 2, h, w\)"):
+            apart.update(wrong)
 
 
 def test_wrong_tokens_are_refused() -> None:

@@ -180,6 +180,21 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_an_older_log_does_not_say_how_it_was_exported(straight: Path, tmp_path: Path) -> None:
+    """Its export stays as it is, for a generator may have been trained on it."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    log = run / "log.jsonl"
+    kept = [json.loads(line) for line in log.read_text().splitlines()]
+    names = ("export/profile", "export/lookup_from_codebook")
+    assert any(name in row for row in kept for name in names)
+    older = [{k: v for k, v in row.items() if k not in names} for row in kept]
+    log.write_text("".join(json.dumps(row) + "\n" for row in older))
+    made = (run / "export" / "config.json").stat().st_mtime_ns
+    run_to_the_end(run)
+    assert (run / "export" / "config.json").stat().st_mtime_ns == made
+
+
 def test_a_finished_run_is_exported_again_with_another_profile(
     straight: Path, tmp_path: Path
 ) -> None:
@@ -263,6 +278,14 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
             {"train_data_dir": "{photos}", "resume_from_checkpoint": "checkpoint-2"},
             "images are not those the run was started with",
         ),
+        (
+            {"overwrite_output_dir": True, "validation_data_dir": "{bad}"},
+            "not one of the 1 validation images can be read",
+        ),
+        (
+            {"resume_from_checkpoint": "checkpoint-2", "validation_data_dir": "{bad}"},
+            "not one of the 1 validation images can be read",
+        ),
     ],
 )
 def test_what_is_refused_has_touched_nothing(
@@ -273,12 +296,33 @@ def test_what_is_refused_has_touched_nothing(
     photos.mkdir()
     for i in range(20):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(photos / f"{i}.png")
-    if "train_data_dir" in changes:
-        changes = changes | {"train_data_dir": str(photos)}
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "page.jpg").write_bytes(b"<html>")
+    folders = {"{photos}": str(photos), "{bad}": str(bad)}
+    changes = {name: folders.get(value, value) for name, value in changes.items()}
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=said):
         run_to_the_end(run, **changes)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_an_overwriting_that_is_killed_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_to_the_end(tmp_path / "run", max_train_steps=2, checkpointing_steps=1)
+    delete = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        delete(path)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentvae.training.resume.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            run_to_the_end(tmp_path / "run", max_train_steps=1, overwrite_output_dir=True)
+    run_to_the_end(tmp_path / "run", max_train_steps=1, overwrite_output_dir=True)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("config", [None, "name: my photos", "a: b: c"])
