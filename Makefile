@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 WORKERS ?= auto
+PARALLEL := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(CORES)
@@ -32,11 +33,11 @@ demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, 
 	@echo "pictures: runs/demo/samples/*.png, runs/demo/pipeline.png, runs/demo/report/sheet.png, runs/demo/report/rate.png"
 	@echo "report:   runs/demo/report/report.json"
 
-test: $(STAMP)  ## Run the tests (some minutes), a file of them on each core; WORKERS=0 for one after another
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+test: $(STAMP)  ## Run the tests (some minutes), on all cores; WORKERS=0 for one after another
+	$(PARALLEL) --dist loadfile
 
 test-slow: $(STAMP)  ## Run the long tests: kills, resumes, two processes, whole runs
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) --dist worksteal -m slow
 
 style: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff format .

@@ -84,8 +84,9 @@ def test_peak_of_a_call(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     found = {name: script.peak_of(name, 512, options)["decode"] for name in ("plain", "exact")}
     one_map = 32 * 512 * 512 * 4 / 2**20
     assert 2 * one_map < found["plain"] < 12 * one_map
-    assert 2 * one_map < found["exact"] <= found["plain"] + 3 * one_map  # its tiles
-    assert kept <= found["exact"] + 5 * one_map  # holes that do not fit
+    tiles = 4 * one_map  # of NNPACK: 64 numbers for 36, of what goes in and out
+    assert 2 * one_map < found["exact"] <= found["plain"] + tiles + 2 * one_map
+    assert kept <= found["exact"] + 8 * one_map  # holes that do not fit
 
 
 @pytest.mark.slow
