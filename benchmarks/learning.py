@@ -188,7 +188,7 @@ def measured(
 
 
 def run(options: Options) -> None:
-    if options.speed_updates <= UNTIMED:
+    if options.speed_updates < 2 * UNTIMED:
         raise UserError(
             f"speed_updates is {options.speed_updates}: the first {UNTIMED} do not count, so it is "
             f"at least {2 * UNTIMED}"

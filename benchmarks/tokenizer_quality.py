@@ -41,7 +41,7 @@ from latentvae.flags import exit_with, parse_options
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.image import psnr, to_8bit
-from latentvae.metrics.latent import TokenUsage
+from latentvae.metrics.tokens import TokenUsage
 from latentvae.models.discrete import (
     DiscreteAutoencoder,
     DiscreteTrainingWrapper,
@@ -198,20 +198,18 @@ def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
     """Means over unseen images; use and perplexity of all their tokens, the mean over levels."""
     net.eval()
     lpips = PerceptualLoss(load_lpips("alex"))
-    levels = [TokenUsage(net.quantize.num_codes) for _ in range(net.quantize.num_levels)]
+    usage = TokenUsage(net.quantize.num_codes, codebooks=net.quantize.num_levels)
     values: dict[str, list[Tensor]] = {"psnr": [], "lpips_alex": []}
     for part in images.split(16):
         found = net.quantize(net.encode(part).latents)
         recon = to_8bit(net.decode_parameters(found.z))
         values["psnr"].append(psnr(part, recon))
         values["lpips_alex"].append(lpips(part, recon))
-        indices = found.indices.reshape(len(part), len(levels), -1).unbind(1)
-        for level, own in zip(levels, indices, strict=True):
-            level.update(own)
-    tokens = [level.result() for level in levels]
+        usage.update(found.indices)
+    tokens = usage.result()
     return {name: torch.cat(parts).mean().item() for name, parts in values.items()} | {
-        "usage": mean(level["usage"] for level in tokens),
-        "perplexity": mean(level["perplexity"] for level in tokens),
+        "usage": tokens["usage"],
+        "perplexity": tokens["perplexity"],
     }
 
 

@@ -30,7 +30,7 @@ from latentvae.latents.shards import (
     write_file,
 )
 from latentvae.latents.token_codec import MAX_CODES, encode_tokens
-from latentvae.metrics.latent import TokenUsage
+from latentvae.metrics.tokens import TokenUsage
 
 CODED_IMAGES = 64  # of evenly spread images true bits are measured
 

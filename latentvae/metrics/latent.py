@@ -1,17 +1,16 @@
-"""What latents are like: moments, information, dead and doubled channels, scale; use of codes.
+"""What latents are like: moments, information, dead and doubled channels, scale.
 
 Sums are kept in float64 and joined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
 https://doi.org/10.2172/1028931). Active units are Burda et al. 2016's
 (https://arxiv.org/abs/1509.00519, section 5.4), with a channel over all images and positions as
 the unit. A channel is dead where the decoder learns next to nothing from it.
 
-`B` batch, `d` latent channels, `h w` latent space, `K` codes.
+`B` batch, `d` latent channels, `h w` latent space.
 """
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -274,101 +273,6 @@ class LatentHealth:
         noise = (self._sums["variance"] * factor**2).sum() / (count * channels)
         variance = (within + between) / (count * channels - 1) + noise
         return means.mean().item(), variance.sqrt().item()
-
-
-class LevelReport(TypedDict):
-    """Of one codebook."""
-
-    tokens: int
-    num_codes_used: int
-    usage: float  # share of the K codes
-    perplexity: float  # 1 to K: how many codes, used equally, have this entropy
-    entropy_bits: float  # per token; too low where tokens are not many times K
-    raw_bits: float  # per token, log2 K
-
-
-class TokenReport(LevelReport):
-    """Of several codebooks the means, of `tokens` and `num_codes_used` the sums."""
-
-    levels: NotRequired[list[LevelReport]]  # of several codebooks, each
-
-
-class TokenUsage:
-    """How evenly the codes of a codebook are used, over any number of batches; or those of several
-    codebooks, each for itself.
-
-    usage = TokenUsage(num_codes=8192)
-    usage.update(indices)  # any shape
-
-    Args:
-        num_codes: K, of each codebook.
-        codebooks: L. With several, level l of indices (B, L, h, w) is of codebook l.
-    """
-
-    def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
-        self._counts = torch.zeros(codebooks, num_codes, dtype=torch.int64)
-
-    def update(self, indices: Tensor) -> None:
-        """Take in integer indices in 0..K - 1, of any shape; of several codebooks (B, L, h, w)."""
-        codebooks, num_codes = self._counts.shape
-        indices = indices.detach().cpu()
-        flat = indices.flatten()
-        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
-            seen = f"{int(flat.min())}..{int(flat.max())}"
-            raise ValueError(f"indices are in 0..{num_codes - 1}, not {seen}")
-        if codebooks > 1 and (indices.ndim != 4 or indices.shape[1] != codebooks):
-            shape = tuple(indices.shape)
-            raise ValueError(
-                f"indices of {codebooks} codebooks are (B, {codebooks}, h, w), not {shape}"
-            )
-        parts = [flat] if codebooks == 1 else indices.unbind(1)
-        for counts, part in zip(self._counts, parts, strict=True):
-            counts += torch.bincount(part.flatten(), minlength=num_codes)
-
-    def result(self) -> TokenReport:
-        levels = [_level_report(counts) for counts in self._counts]
-        if len(levels) == 1:
-            return {**levels[0]}
-        return {
-            "tokens": sum(level["tokens"] for level in levels),
-            "num_codes_used": sum(level["num_codes_used"] for level in levels),
-            "usage": fmean(level["usage"] for level in levels),
-            "perplexity": fmean(level["perplexity"] for level in levels),
-            "entropy_bits": fmean(level["entropy_bits"] for level in levels),
-            "raw_bits": levels[0]["raw_bits"],
-            "levels": levels,
-        }
-
-    @classmethod
-    def joined(cls, states: Sequence[dict[str, np.ndarray]]) -> "TokenUsage":
-        """Of several state dicts together."""
-        codebooks, num_codes = states[0]["counts"].shape
-        total = cls(num_codes, codebooks=codebooks)
-        for state in states:
-            total._counts += torch.from_numpy(state["counts"])
-        return total
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return {"counts": self._counts.numpy().copy()}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._counts = torch.from_numpy(state["counts"].copy())
-
-
-def _level_report(counts: Tensor) -> LevelReport:
-    tokens, used = int(counts.sum()), counts[counts > 0]
-    if tokens == 0:
-        raise ValueError("no tokens were seen")
-    share = used.double() / tokens
-    nats = -(share * share.log()).sum().item()
-    return {
-        "tokens": tokens,
-        "num_codes_used": len(used),
-        "usage": len(used) / len(counts),
-        "perplexity": math.exp(nats),
-        "entropy_bits": max(0.0, nats / math.log(2)),
-        "raw_bits": math.log2(len(counts)),
-    }
 
 
 def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | None:

@@ -12,7 +12,8 @@ from latentvae.latents.codec import channel_steps, decode_latent, encode_latent
 from latentvae.latents.token_codec import MAX_CODES, decode_tokens, encode_tokens
 from latentvae.metrics import to_8bit
 from latentvae.metrics.distribution import FrechetDistance, KernelDistance
-from latentvae.metrics.latent import LatentHealth, TokenUsage
+from latentvae.metrics.latent import LatentHealth
+from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import calls
 from latentvae.report.curves import Curves
 from latentvae.report.measures import Judge, Means, Original, PooledError, Row, row

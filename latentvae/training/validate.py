@@ -22,7 +22,7 @@ from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.errors import UserError
 from latentvae.losses.colors import to_rgb
 from latentvae.metrics import psnr, round_alike, ssim
-from latentvae.metrics.latent import TokenUsage
+from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import calls
 from latentvae.pictures import to_pil
 

@@ -47,7 +47,7 @@ def test_the_first_updates_of_neither_arm_count(
     arms = script.Arms(options)
     assert arms.speed("reference") == arms.speed("latentvae") == 3.0
     with pytest.raises(UserError, match="at least 20"):
-        script.run(replace(options, speed_updates=10))
+        script.run(replace(options, speed_updates=19))
 
 
 def test_every_update_of_the_reference_is_timed(script: ModuleType) -> None:

@@ -23,7 +23,7 @@ from latentvae.data import EvalTransform, ImageFolder, read_image
 from latentvae.errors import UserError
 from latentvae.latents.shards import shard_path
 from latentvae.latents.token_codec import encode_tokens
-from latentvae.metrics.latent import TokenUsage
+from latentvae.metrics.tokens import TokenUsage
 from tests.caching.conftest import contents, make_tokenizer
 
 OPTIONS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_items": 3}
