@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
+from latentvae.cli.evaluate import evaluate_command
+from latentvae.cli.flags import exit_with, parse_options
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
-from latentvae.report.command import evaluate_command
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from timing import Row, alternate, finish, row
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentvae.cli.flags import exit_with, parse_options
 from latentvae.data import (
     ImageSource,
     IndexSampler,
@@ -45,7 +46,6 @@ from latentvae.data import (
 from latentvae.data.resampling import INTERPOLATIONS
 from latentvae.data.transforms import Window
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
 
 SIDE, RESOLUTION, QUALITY = 1000, 256, 90
 SHARES = (0.5, 1.0)  # of the shorter side

@@ -5,8 +5,8 @@
 Every line is measured in a fresh process, whose resident memory is watched: how far it rose above
 what it was before the call. Ours are the strips, the reference is one of the others. `equal within`
 is the largest difference to the whole image (of tiles: of their own). Seams are those of tiles of
-diffusers' size, in levels of 255; above 2 they show (latentvae/report/tiling.py). Images that are
-not larger than a tile have no row of tiles.
+diffusers' size, in levels of 255; above 2 they show (latentvae/evaluation/tiling.py). Images that
+are not larger than a tile have no row of tiles.
 """
 
 import json
@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from timing import Row, finish, row
 from torch import Tensor
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.strips import StripComputation, Strips
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
+from latentvae.evaluation.speed import MIB, peak_memory
+from latentvae.evaluation.tiling import seam_between
 from latentvae.models import calls, load_network
-from latentvae.models.kl import build_autoencoder_kl, downsampling_factor
-from latentvae.models.strips import Strips
-from latentvae.report.speed import MIB, peak_memory
-from latentvae.report.tiling import seam_between
+from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd": {"block_out_channels": (128, 256, 512, 512)},
@@ -133,7 +133,9 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
 
     def work(inputs: Tensor) -> Tensor:
         run_call: Any = calls.encode if call == "encode" else calls.decode
-        return run_call(net, inputs, strips=strips)
+        return run_call(
+            net, inputs, computation=None if strips is None else StripComputation(strips)
+        )
 
     work(_inputs(net, call, 64))  # what is set up once is not the image's
     inputs = _inputs(net, call, int(size))

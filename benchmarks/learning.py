@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from latentvae.autoencoder import Autoencoder, load
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.config.presets import parse
 from latentvae.data import ImageSource, open_source
+from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
+from latentvae.evaluation import METRICS_ONLY, evaluate
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
-from latentvae.report import METRICS_ONLY, evaluate
-from latentvae.training import load_preset, train
-from latentvae.training.log import read_rows
-from latentvae.training.presets import parse
+from latentvae.tasks.autoencoder import load_preset, train
 
 PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size

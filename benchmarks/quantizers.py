@@ -33,8 +33,8 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
 from latentvae.bottlenecks import VectorQuantizer
+from latentvae.cli.flags import exit_with, parse_options
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
 
 MIB = 2**20
 VECTORS = 16_384

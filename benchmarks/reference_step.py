@@ -41,8 +41,8 @@ from diffusers.training_utils import EMAModel
 from lpips import LPIPS
 from torch import Tensor, nn
 
+from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.errors import UserError
-from latentvae.models.stock import restore_stock_layers
 
 LEARNING_RATE, EMA_DECAY, MAX_NORM, CAP = 4.5e-6, 0.9999, 1.0, 1e4
 

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_step import BATCH_SIZES, OurStep, Precision, photos
 from training_step import Options as StepOptions
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.memory import keep_freed_memory
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
-from latentvae.memory import keep_freed_memory
-from latentvae.training.update import backward_critic, clip_gradients
+from latentvae.tasks.autoencoder.update import backward_critic, clip_gradients
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Without a model, one of Stable Diffusion's shape with random weights. The refere
 in float32, eager, on the whole image; the ways to compute it are those of `latentvae.load`
 (`exact`, `fast`, `openvino`, `strips`) and diffusers' own (`tiled`, `cast` to bfloat16, `compiled`
 by torch). Each takes turns with the reference, both in processes of their own, as what a process
-does with freed memory is a part of it (`latentvae.memory`). `equal_within` is the largest
+does with freed memory is a part of it (`latentvae.compute.memory`). `equal_within` is the largest
 difference of latents or pixels (range 2). Peak memory is what a call takes beyond the network.
 """
 
@@ -25,9 +25,9 @@ from timing import Row, alternate, finish, own_process, row
 from torch import Tensor
 from ways import CALLS, WAYS, Way, build, installed, network, peak
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.memory import release_freed_memory
 from latentvae.errors import UserError, nearest
-from latentvae.flags import exit_with, parse_options
-from latentvae.memory import release_freed_memory
 from latentvae.models.calls import image_channels, measure_shape
 
 

@@ -34,24 +34,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.config.presets import parse
 from latentvae.data import EvalTransform, open_source
 from latentvae.data.dataset import validation_batches
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.image import psnr, to_8bit
 from latentvae.metrics.tokens import TokenUsage
-from latentvae.models.discrete import (
-    DiscreteAutoencoder,
-    DiscreteTrainingWrapper,
-    build_discrete,
-)
-from latentvae.training import load_preset
-from latentvae.training.codebook import CodebookUpdate
-from latentvae.training.presets import parse
-from latentvae.training.schedule import learning_rate
-from latentvae.training.update import backward_model, clip_gradients
+from latentvae.models.conv.vq import DiscreteAutoencoder, DiscreteTrainingWrapper, build_discrete
+from latentvae.tasks.autoencoder import load_preset
+from latentvae.tasks.autoencoder.codebook import CodebookUpdate
+from latentvae.tasks.autoencoder.schedule import learning_rate
+from latentvae.tasks.autoencoder.update import backward_model, clip_gradients
 
 PRESET = load_preset("vq_small")
 START_VECTORS = 8  # for each code, of k-means

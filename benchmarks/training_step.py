@@ -28,16 +28,16 @@ from reference_step import SCRIPTS, ReferenceStep, TamingStep, Weights, gradient
 from timing import Row, alternate, finish, own_process, row
 from torch import Tensor
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.memory import keep_freed_memory
+from latentvae.config.presets import parse
 from latentvae.data import Batch, EvalTransform, open_source
+from latentvae.engine.randomness import Stream, seed_everything
 from latentvae.errors import UserError
-from latentvae.flags import exit_with, parse_options
-from latentvae.memory import keep_freed_memory
-from latentvae.training.presets import parse
-from latentvae.training.randomness import Stream, seed_everything
-from latentvae.training.run import build_run, open_data, start_accelerator
-from latentvae.training.state import Progress
-from latentvae.training.update import backward_critic
-from latentvae.training.updates import Made, Updates
+from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
+from latentvae.tasks.autoencoder.state import Progress
+from latentvae.tasks.autoencoder.update import backward_critic
+from latentvae.tasks.autoencoder.updates import Made, Updates
 
 BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # as many pixels as memory of a laptop takes
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentvae.compute.inference import sharing_copy
+from latentvae.compute.optimization import Optimize, optimize_network
+from latentvae.compute.strips import StripComputation, Strips
 from latentvae.errors import UserError
+from latentvae.evaluation.speed import MIB, peak_memory
 from latentvae.models import build_autoencoder_kl, calls, load_network
-from latentvae.models.inference import sharing_copy
-from latentvae.models.optimization import Optimize, optimize_network
-from latentvae.models.strips import Strips
-from latentvae.report.speed import MIB, peak_memory
 
 CALLS = ("encode", "decode", "round trip")
 SMALL = 64  # pixels a side of the image that sets a network up
@@ -34,17 +34,17 @@ class Way:
     """
 
     def __init__(
-        self, net: Any, precision: str, *, strips: Strips | None = None, note: str = ""
+        self, net: Any, precision: str, *, strips: StripComputation | None = None, note: str = ""
     ) -> None:
         self.net, self.precision, self.strips, self.note = net, precision, strips, note
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        return calls.encode(self.net, images, strips=self.strips)
+        return calls.encode(self.net, images, computation=self.strips)
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        return calls.decode(self.net, z, strips=self.strips)
+        return calls.decode(self.net, z, computation=self.strips)
 
 
 class CastWay(Way):
@@ -98,7 +98,7 @@ WAYS: Mapping[str, Callable[[Any], Way]] = {
     "compiled": lambda net: _compiled(Way(sharing_copy(net), "fp32")),
     "compiled cast": lambda net: _compiled(_cast_to_bfloat16(net)),
     "tiled": _tiled,
-    "strips": lambda net: Way(net, "fp32", strips=Strips()),
+    "strips": lambda net: Way(net, "fp32", strips=StripComputation(Strips())),
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentvae.autoencoder import Autoencoder, load
     from latentvae.latents.shard_dataset import LatentDataset, TokenDataset
-    from latentvae.training import TrainConfig, load_preset, train
+    from latentvae.tasks.autoencoder import TrainConfig, load_preset, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,4 +38,4 @@ def __getattr__(name: str) -> Any:
     homes |= dict.fromkeys(["LatentDataset", "TokenDataset"], "latents.shard_dataset")
     if name not in __all__:
         raise AttributeError(f"module 'latentvae' has no attribute '{name}'")
-    return getattr(import_module(f"latentvae.{homes.get(name, 'training')}"), name)
+    return getattr(import_module(f"latentvae.{homes.get(name, 'tasks.autoencoder')}"), name)

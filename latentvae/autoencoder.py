@@ -19,10 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from latentvae.compute.optimization import Optimize, Optimized, check_mode, optimize_network
+from latentvae.compute.strips import (
+    StripComputation,
+    Strips,
+    check_supported,
+    price_in_strips,
+)
 from latentvae.errors import UserError
 from latentvae.models import Family, calls, load_network, normalization
-from latentvae.models.optimization import Optimize, Optimized, check_mode, optimize_network
-from latentvae.models.strips import Strips, check_supported, price_in_strips
 from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
@@ -95,6 +100,10 @@ class Autoencoder:
         self.normalization = normalization.read_normalization(net)
 
     @property
+    def _computation(self) -> calls.Computation | None:
+        return None if self.strips is None else StripComputation(self.strips)
+
+    @property
     def scaling_factor(self) -> float:
         return self.normalization.scaling_factor
 
@@ -131,7 +140,9 @@ class Autoencoder:
         """
         prepared = self._prepare(self._read(images)[0])
         self._tell_price("encode", prepared.shape)
-        return calls.encode_posterior(self.optimization.net, prepared, strips=self.strips)
+        return calls.encode_posterior(
+            self.optimization.net, prepared, computation=self._computation
+        )
 
     def encode_tokens(self, images: Images) -> Tensor:
         """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer.
@@ -241,8 +252,8 @@ class Autoencoder:
     ) -> Tensor:
         images = self._prepare(images)
         self._tell_price("encode", images.shape)
-        net, strips = self.optimization.net, self.strips
-        z = calls.encode(net, images, sample=sample, generator=generator, strips=strips)
+        net, by = self.optimization.net, self._computation
+        z = calls.encode(net, images, sample=sample, generator=generator, computation=by)
         return self.normalization.apply(z) if scaled else z
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -262,7 +273,7 @@ class Autoencoder:
     @torch.inference_mode()
     def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
         self._tell_price("decode", indices.shape)
-        images = calls.decode_indices(self.optimization.net, indices, strips=self.strips)
+        images = calls.decode_indices(self.optimization.net, indices, computation=self._computation)
         return self._cropped(images.float(), size)
 
     @torch.inference_mode()
@@ -270,7 +281,7 @@ class Autoencoder:
         z = z.to(self.net.device, self.net.dtype)
         z = self.normalization.invert(z) if scaled else z
         self._tell_price("decode", z.shape)
-        images = calls.decode(self.optimization.net, z, strips=self.strips)
+        images = calls.decode(self.optimization.net, z, computation=self._computation)
         return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
@@ -316,7 +327,7 @@ def load(
         optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
             `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
             `optimization` says what was used, and its PSNR against exact. On the CPU the process
-            then keeps the memory that a call frees (`latentvae.memory`).
+            then keeps the memory that a call frees (`latentvae.compute.memory`).
         strips: for images that do not fit into memory: True, or how; see `Autoencoder`.
 
     Raises:

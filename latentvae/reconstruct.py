@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, load
+from latentvae.compute.optimization import Optimize
 from latentvae.data import (
     DeepImage,
     ImageFolder,
@@ -38,7 +39,6 @@ from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.image import SSIM_MIN_SIZE
-from latentvae.models.optimization import Optimize
 from latentvae.pictures import to_pil, to_uint16
 
 DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large

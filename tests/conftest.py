@@ -11,6 +11,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 
 from tests.export.hub_stand_in import TOKEN, HubStandIn, hub_stand_in
@@ -22,6 +23,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def own_accelerate() -> Iterator[None]:
+    """Accelerate as in a new process, for a module of tests and after it: it keeps the precision of
+    the first run in a process for good."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

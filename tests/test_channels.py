@@ -11,10 +11,10 @@ from PIL import Image
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
+from latentvae.evaluation import evaluate
+from latentvae.evaluation.settings import QUICK
 from latentvae.models import build_autoencoder_kl
 from latentvae.reconstruct import GAP, reconstruct
-from latentvae.report import evaluate
-from latentvae.report.plan import QUICK
 
 
 def model(channels: int) -> Autoencoder:

@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from tests.training.mutations import MUTATIONS
+from tests.proofs.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 

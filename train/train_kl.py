@@ -11,7 +11,7 @@ scikit-image.
 
 import sys
 
-from latentvae.training.command_line import run_training
+from latentvae.cli.train import run_training
 
 if __name__ == "__main__":
     run_training(sys.argv[1:], description=__doc__ or "")

@@ -23,13 +23,13 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.errors import UserError, nearest
 from latentvae.export.card import ModelCard, write_card
 from latentvae.export.half_precision import check_half_precision
 from latentvae.export.report import PROFILES, ExportReport, Profile
 from latentvae.latents import LatentStatistics
 from latentvae.models.calls import decode, encode_posterior
-from latentvae.models.stock import restore_stock_layers
 
 CLASSES = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC)
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.errors import UserError
 from latentvae.export.card import ModelCard, write_card
 from latentvae.export.diffusers import check_folder, load_back, probes, written_whole
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteAutoencoder, calls
-from latentvae.models.discrete import scale_features, to_vq_model, why_no_vq_model
-from latentvae.models.stock import restore_stock_layers
+from latentvae.models.conv.vq import scale_features, to_vq_model, why_no_vq_model
 
 MIN_EQUAL = 0.999  # share of indices that must be equal
 TIE = 1e-5  # difference of two squared distances that is rounding, as a share of |z|^2 + |c|^2

@@ -1,4 +1,4 @@
-"""What is measured on latents and, later, how they are stored."""
+"""Latents and tokens: statistics, shards on disk, `encode` (images to shards), `decode` (back)."""
 
 from latentvae.latents.statistics import LatentStatistics, latent_statistics
 

@@ -3,7 +3,7 @@ appendix G).
 
     nll = mean(pixel + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
     loss = nll + kl_scale * kl + weighted terms of a codebook + adversarial part (see
-    training/update.py)
+    tasks/autoencoder/update.py)
 
 Reductions, once and for all: pixel terms are means over image elements; the KL is its sum over
 latent elements divided by the number of image elements. Everything is thus Stable Diffusion's sum

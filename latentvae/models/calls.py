@@ -12,18 +12,29 @@ is quantised; `tokenize` gives the indices.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.models.discrete import DiscreteAutoencoder
-from latentvae.models.kl import downsampling_factor
-from latentvae.models.strips import Strips, decode_in_strips, encode_in_strips
+from latentvae.models.conv.kl import downsampling_factor
+from latentvae.models.conv.vq import DiscreteAutoencoder
 
 PROBE = 192  # pixels a side of the image that `measure_shape` tries; no fixed size is this
+
+
+class Computation(Protocol):
+    """What computes a network's calls by other means, such as `compute.strips`."""
+
+    def encode(self, net: Any, images: Tensor) -> Any:
+        """Return what `net.encode(images)` returns."""
+        ...
+
+    def decode(self, net: Any, z: Tensor, *, force_not_quantize: bool = False) -> Any:
+        """Return what `net.decode(z)` returns; of codes with `force_not_quantize`."""
+        ...
 
 
 def encode(
@@ -32,36 +43,39 @@ def encode(
     *,
     sample: bool = False,
     generator: torch.Generator | None = None,
-    strips: Strips | None = None,
+    computation: Computation | None = None,
 ) -> Tensor:
-    """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it; with
-    `strips`, computed strip by strip."""
-    output = _encode(net, images, strips)
+    """Latents of images in [-1, 1]: the posterior's mode or, with `sample`, a draw from it.
+
+    Args:
+        computation: what computes in place of the network's own methods; None is these.
+    """
+    output = _encode(net, images, computation)
     posterior = read_posterior(output)
     if posterior is not None and sample:
         return posterior.sample(generator)
     return _mean_of(output)  # a Gaussian's mode is its mean
 
 
-def decode(net: Any, z: Tensor, *, strips: Strips | None = None) -> Tensor:
+def decode(net: Any, z: Tensor, *, computation: Computation | None = None) -> Tensor:
     """Images of latents, about [-1, 1]: as the network gives them, not clamped."""
-    output = net.decode(z) if strips is None else decode_in_strips(net, z, strips)
+    output = net.decode(z) if computation is None else computation.decode(net, z)
     images: Tensor = output.sample
     return images * 2 - 1 if takes_unit_range(net) else images
 
 
 def encode_posterior(
-    net: Any, images: Tensor, *, strips: Strips | None = None
+    net: Any, images: Tensor, *, computation: Computation | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Mean and log-variance of the posterior of images in [-1, 1]; without one, latent and None."""
-    output = _encode(net, images, strips)
+    output = _encode(net, images, computation)
     posterior = read_posterior(output)
     return _mean_of(output), None if posterior is None else posterior.logvar
 
 
-def _encode(net: Any, images: Tensor, strips: Strips | None) -> Any:
+def _encode(net: Any, images: Tensor, computation: Computation | None) -> Any:
     images = _to_range_of(net, images)
-    return net.encode(images) if strips is None else encode_in_strips(net, images, strips)
+    return net.encode(images) if computation is None else computation.encode(net, images)
 
 
 def _mean_of(output: Any) -> Tensor:
@@ -109,14 +123,14 @@ def tokenize(net: Any, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_indices(net: Any, indices: Tensor, *, strips: Strips | None = None) -> Tensor:
+def decode_indices(net: Any, indices: Tensor, *, computation: Computation | None = None) -> Tensor:
     """Images of indices, as the network gives them, in about [-1, 1]."""
     if not isinstance(net, DiscreteAutoencoder):
-        return decode(net, codes_of(net, indices), strips=strips)
-    if strips is None:
+        return decode(net, codes_of(net, indices), computation=computation)
+    if computation is None:
         return net.decode_indices(indices).sample
     codes = net.quantize.codes(indices)
-    return decode_in_strips(net, codes, strips, force_not_quantize=True).sample
+    return computation.decode(net, codes, force_not_quantize=True).sample
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 
 from latentvae.errors import UserError, check_no_password, nearest
-from latentvae.models.discrete import DiscreteAutoencoder
+from latentvae.models.conv.vq import DiscreteAutoencoder
 from latentvae.models.single_file import Family, load_single_file
 
 MAX_LAYERS = 1000  # of a block

@@ -17,10 +17,11 @@ from rich.text import Text
 from latentvae.errors import UserError
 from latentvae.export.card import markdown_text
 from latentvae.report.names import unique_names
-from latentvae.report.protocol import INCIDENTAL
 from latentvae.report.schema import Mean, ModelReport, Report
 from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS, images_note
 
+# Reports that differ in these parts of the protocol alone are still comparable.
+INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads")
 SHOWN = 80  # characters of a value that differs
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from latentvae.data import open_source
+from latentvae.engine.log import append_row
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
-from latentvae.training.log import append_row
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -15,9 +15,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from latentvae.models.residual import PlainResnetBlock2D
-from latentvae.models.upsampling import FoldedUpsample2D
-from latentvae.models.winograd.layers import TrainedWinogradConv2d
+from latentvae.compute.residual import PlainResnetBlock2D
+from latentvae.compute.upsampling import FoldedUpsample2D
+from latentvae.compute.winograd.layers import TrainedWinogradConv2d
 from tests.benchmarks.processes import this_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

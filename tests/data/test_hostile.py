@@ -31,7 +31,7 @@ from latentvae.data import (
 )
 from latentvae.data.tar import MAX_BYTES
 from latentvae.errors import UserError
-from tests.hostile import LEFT_OUT, bad_files, fill, odd_entries, odd_files
+from tests.faults.hostile import LEFT_OUT, bad_files, fill, odd_entries, odd_files
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 FORMS = ("folder", "tar", "table")

@@ -14,7 +14,7 @@ import latentvae.export.diffusers as export_module
 from latentvae.errors import UserError
 from latentvae.export import ExportReport, ModelCard, export_autoencoder
 from latentvae.latents import LatentStatistics, latent_statistics
-from latentvae.models.kl import build_asymmetric_kl
+from latentvae.models.conv.kl import build_asymmetric_kl
 from latentvae.models.normalization import read_normalization
 from tests.models.nets import dc
 

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from latentvae.cli import main
+from latentvae.cli.main import main
 from latentvae.errors import UserError
 from latentvae.export.original import from_original, original_config, to_original
 from latentvae.models import load_network

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import latentvae
 import latentvae.export.tokenizer as export_module
-from latentvae.cli import main
+from latentvae.cli.main import main
 from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder
-from latentvae.training.exporting import export_folder
-from latentvae.training.loop import train
-from latentvae.training.state import write_config
+from latentvae.tasks.autoencoder.exporting import export_folder
+from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder.state import write_config
 from tests.export.tokenizers import OTHER, STOCK, export, photos, tokenizer
-from tests.training.small import small_config
+from tests.tasks.autoencoder.small import small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

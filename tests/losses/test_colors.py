@@ -8,7 +8,7 @@ from latentvae.losses.adversarial import GAN_LOSSES
 from latentvae.losses.colors import random_background, to_rgb
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.training.update import Adversary, _adversarial, backward_critic
+from latentvae.tasks.autoencoder.update import Adversary, _adversarial, backward_critic
 
 
 def images(channels: int, *, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from torch import Tensor
 
 from latentvae.models import DiscreteAutoencoder, build_autoencoder_kl
-from latentvae.models.kl import build_autoencoder_dc
+from latentvae.models.conv.kl import build_autoencoder_dc
 
 
 def kl(**options: Any) -> AutoencoderKL:

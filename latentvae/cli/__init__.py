@@ -1,0 +1,1 @@
+"""Every command line: `main` (`latentvae ...`), `train` (the training scripts), and their flags."""

@@ -1,0 +1,66 @@
+"""`latentvae encode` and `latentvae decode`: the calls, and what they say."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from latentvae.errors import printable
+from latentvae.latents.decode import decode_folder
+from latentvae.latents.encode import encode_folder
+from latentvae.latents.shards import Manifest
+
+
+def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
+    """Encode, and print what is there; the options are those of `encode_folder`."""
+    with _stoppable():
+        manifest = encode_folder(model, data, out, **options)
+    if manifest is None:
+        return  # another rank is not through; the last one speaks
+    for name, reason in manifest.unreadable:
+        _say(printable(f"left out {name}: {reason}"), style="yellow")
+    _say(summary(manifest, out))
+
+
+def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
+    """Decode, and print how many pictures this process has made."""
+    with _stoppable():
+        pictures = decode_folder(shards, out, **options)
+    _say(f"{len(pictures)} pictures in {out}")
+
+
+def summary(manifest: Manifest, out: Path) -> str:
+    """What was encoded, in a few lines."""
+    content, facts = manifest.content, manifest.statistics
+    shape = " x ".join(map(str, content.item_shape))
+    lines = [
+        f"{manifest.num_items} images in {len(manifest.shards)} shards in {out}: "
+        f"{content.kind}, {shape} {content.dtype}"
+    ]
+    if content.kind == "tokens":
+        coded = facts.get("coded_bpp")
+        true = f", {coded:.4f} coded (mean of {facts['coded_images']} images)" if coded else ""
+        lines += [
+            f"bits per pixel: {facts['raw_bpp']:.4f} raw{true}",
+            f"{facts['num_codes_used']} of {content.num_codes} codes used, perplexity "
+            f"{facts['perplexity']:.1f}",
+        ]
+    else:
+        lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None  # as the shell has it for Ctrl-C
+
+
+def _say(text: str, *, style: str = "") -> None:
+    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,232 @@
+"""Flags for the training scripts: `--config` names the preset, every option of the schema is a flag
+that overrides it.
+
+tyro reads the flags and writes the help; pydantic judges the values, so that every fault is told in
+one sentence.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import diffusers
+import tyro
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from latentvae.cli.flags import (
+    check_names,
+    exit_with,
+    forget_output,
+    one_sentence_errors,
+    say_once,
+    settled_output,
+    unknown_flags,
+)
+from latentvae.config.autoencoder import TrainConfig, flat
+from latentvae.config.presets import load_preset, parse, preset_names
+from latentvae.errors import RunError, UserError
+
+# Which options there are depends on these, so they are no flags.
+CHOSEN_BY_PRESET = ("architecture", "type")
+# What other trainers of tokenizers call them (taming-transformers, LlamaGen, diffusers,
+# vector-quantize-pytorch).
+NAMES_ELSEWHERE = {
+    "architecture": "arch model_type",
+    "type": "quantizer quantizer_type quantize bottleneck",
+    "num_codes": "codebook_size n_embed num_embeddings num_vq_embeddings vocab_size",
+    "code_channels": "embed_dim vq_embed_dim codebook_dim codebook_embed_dim embedding_dim",
+    "commitment_weight": "beta commitment_cost commit_loss_beta commit_weight",
+    "entropy_weight": "entropy_loss_ratio entropy_loss_weight",
+    "l2_normalize": "l2_norm codebook_l2_norm use_cosine_sim",
+    "codebook_decay": "codebook_ema_decay",
+    "gradient": "rotation_trick",
+    "restart_threshold": "restart_unused_codes threshold_ema_dead_code",
+    "kmeans_iterations": "kmeans_init kmeans_iters",
+    "num_levels": "num_quantizers",
+    "latent_channels": "z_channels",
+}
+
+PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
+
+
+def config_from_arguments(
+    arguments: Sequence[str],
+    *,
+    description: str,
+    default_config: str = "kl_small",
+    also: Sequence[str] = (),
+) -> TrainConfig:
+    """The run that the command line asks for.
+
+    Args:
+        description: of the script, for its help.
+        default_config: the preset without `--config`.
+        also: options that the command has beside these and has read already; a wrong one may have
+            been meant for one of them.
+
+    Raises:
+        UserError: an unknown flag, or a value that is not allowed.
+        SystemExit: after `--help`.
+    """
+    arguments = list(arguments)
+    preset = load_preset(_config_flag(arguments) or default_config)
+    if "-h" in arguments or "--help" in arguments:
+        _read_flags(preset, ["--help"], description=description)
+    _check_flags(arguments, preset, also=also)
+    with one_sentence_errors():
+        flags = _read_flags(preset, arguments, description=description)
+    return parse(dataclasses.asdict(flags), source="command line")
+
+
+def _check_flags(
+    arguments: Sequence[str], preset: TrainConfig, *, also: Sequence[str] = ()
+) -> None:
+    """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
+    here."""
+    names = [name for name in flat(preset) if name not in CHOSEN_BY_PRESET]
+    ours = {other: name for name, others in NAMES_ELSEWHERE.items() for other in others.split()}
+    for flag, given in unknown_flags(arguments, names):
+        given = given.rpartition(".")[2].removeprefix("no_")
+        name = ours.get(given, given)
+        if name in names:
+            raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
+        if name in CHOSEN_BY_PRESET:
+            raise UserError(
+                f"unknown option '{flag}': --config chooses it, a preset ({_kinds(name)}) or a "
+                "YAML file of your own"
+            )
+        if presets := [p for p in preset_names() if name in flat(load_preset(p))]:
+            called = "" if name == given else f" (here '--{name}')"
+            raise UserError(
+                f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
+                f"have it: {', '.join(presets)}"
+            )
+    check_names(arguments, [*names, *also])
+
+
+def _kinds(name: str) -> str:
+    """Which presets have which architecture or type of quantiser."""
+    kinds: dict[str, list[str]] = {}
+    for preset in preset_names():
+        if kind := flat(load_preset(preset)).get(name):
+            kinds.setdefault(kind, []).append(preset)
+    return "; ".join(f"{kind}: {', '.join(presets)}" for kind, presets in sorted(kinds.items()))
+
+
+def _read_flags(preset: TrainConfig, arguments: list[str], *, description: str) -> Any:
+    return tyro.cli(
+        _flags_of(preset),
+        args=arguments,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+    )
+
+
+def _flags_of(section: BaseModel) -> type:
+    """A plain dataclass with the options of ``section`` as fields, for tyro: no ranges, the present
+    values as defaults."""
+    fields: list[Any] = []
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name in CHOSEN_BY_PRESET:
+            fields.append((name, tyro.conf.Suppress[str], dataclasses.field(default=value)))
+        elif isinstance(value, BaseModel):
+            nested = _flags_of(value)
+            fields.append((name, nested, dataclasses.field(default_factory=nested)))
+        else:
+            fields.append((name, _flag_type(info), dataclasses.field(default=value)))
+    flags = dataclasses.make_dataclass(type(section).__name__, fields)
+    flags.__doc__ = type(section).__doc__
+    return flags
+
+
+def _flag_type(info: FieldInfo) -> Any:
+    """The type tyro parses: choices become strings (pydantic refuses wrong ones) whose help lists
+    them."""
+    text = info.description or ""
+    choices = _choices(info.annotation)
+    if choices and get_origin(info.annotation) is tuple:
+        metavar = f"[{'|'.join(choices)} ...]"
+        return Annotated[tuple[str, ...], tyro.conf.arg(help=text, metavar=metavar)]
+    if choices:
+        return Annotated[str | None, tyro.conf.arg(help=text, metavar="|".join(choices))]
+    return Annotated[info.annotation, tyro.conf.arg(help=text)]
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _config_flag(arguments: list[str]) -> str | None:
+    given = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    given += [after for a, after in itertools.pairwise(arguments) if a == "--config"]
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}; give one")
+    return given[0] if given else None
+
+
+def run_training(
+    arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
+) -> None:
+    """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
+    after signal n, 1 if the run failed or all is done but the upload to the Hub.
+
+    With `--preflight` the run is only checked (`training.preflight`): 0 if all holds, else 1.
+    """
+    with settled_output():
+        _run(arguments, description=description, default_config=default_config)
+
+
+def _run(arguments: Sequence[str], *, description: str, default_config: str) -> None:
+    from latentvae.data import UnreadableImage
+    from latentvae.export.hub import UploadError
+    from latentvae.proofs.preflight import preflight
+    from latentvae.tasks.autoencoder.loop import Stopped, train
+
+    try:
+        config = config_from_arguments(
+            [argument for argument in arguments if argument != PREFLIGHT],
+            description=description,
+            default_config=default_config,
+            also=[PREFLIGHT.removeprefix("--")],
+        )
+        if PREFLIGHT in arguments:
+            raise SystemExit(preflight(config))
+        export = train(config)
+    except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except UserError as error:
+        exit_with(error)
+    except RunError as error:  # may be of one rank alone
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        if not forget_output():
+            raise
+        say_once(
+            "error: nothing reads what this run prints any more; the same command goes on from the "
+            "newest checkpoint (`> log.txt 2>&1` in the place of a pipe outlives its reader)"
+        )
+        raise SystemExit(1) from None
+    except UploadError as error:
+        say_once(f"error: {error}, or run the same command again")
+        raise SystemExit(1) from None
+    except Stopped as stopped:
+        say_once(str(stopped))
+        raise SystemExit(128 + stopped.signal) from None
+    kind = json.loads((export / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
+    say_once(f"done: {export} loads with {module}.{kind}.from_pretrained('{export}')")
+
+
+if __name__ == "__main__":  # `accelerate launch -m latentvae.cli.train`, where there are no scripts
+    run_training(sys.argv[1:], description="Train an autoencoder; --config takes every preset.")

@@ -1,0 +1,1 @@
+"""True bits: image codecs, and bitstreams of latents and tokens with their entropy models."""

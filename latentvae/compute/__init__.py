@@ -1,0 +1,1 @@
+"""How networks are computed faster or in less memory, never what. Nothing below imports it."""

@@ -1,0 +1,184 @@
+"""Networks for inference alone: the same numbers sooner, or bfloat16.
+
+    exact = build_exact(net)  # `net` stays as it is
+    z = encode(exact, images)
+
+The copy shares the storage of the parameters that it keeps as they are. Those that it converts (to
+channels-last order on a GPU and in other precisions than float32, to bfloat16) and its folded
+kernels are its own: after a change of `net`'s weights, build another.
+
+Exact, in float32: 3 x 3 convolutions with fewer multiplications (`winograd`), or upsampling folded
+into them where there is no Winograd (`upsampling`); activations and residual sums in place.
+
+Fast: bfloat16 weights and maps in channels-last order. On a CPU without matrix units (AMX), where
+bfloat16 has twice the products of float32 and no more, wide blocks stay in float32: there
+Winograd's transform saves more, and the numbers are better. A tokenizer's encoder stays exact,
+since rounding turns codes.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from latentvae.compute.residual import is_plain, restore_blocks
+from latentvae.compute.upsampling import (
+    FoldedUpsample2D,
+    fold_kernel,
+    fold_upsampling,
+    unfold_upsampling,
+)
+from latentvae.compute.winograd.layers import swap_convolutions
+from latentvae.compute.winograd.nnpack import has_winograd
+from latentvae.models import calls
+
+# Channels out of a block from which Winograd in float32 beats a plain convolution in bfloat16.
+WIDE = 256
+
+
+def build_exact(net: Any) -> Any:
+    """A copy of a network that computes the same to rounding, in its precision."""
+    copied = sharing_copy(net)
+    for half in (copied.encoder, copied.decoder):
+        _make_exact(half)
+    return copied
+
+
+def build_fast(net: Any) -> Any:
+    """A copy of a float32 network that computes in bfloat16 where that wins; float32 goes in and
+    comes out."""
+    copied = sharing_copy(net)
+    halves = [copied.encoder, copied.decoder]
+    if calls.num_codes(net) is not None:
+        _make_exact(halves.pop(0))
+    for half in halves:
+        _make_fast(half)
+    return copied
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16, sooner than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _has_instructions("avx512_bf16", "amx_bf16")
+
+
+def _has_instructions(*names: str) -> bool:
+    """Whether the processor has one of these sets of instructions."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not tell
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in names)
+
+
+def sharing_copy(net: Any) -> Any:
+    """A copy of the modules on the same storage; each parameter an object of its own, since
+    `Module.to` changes the object."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
+    memo |= {id(tensor): tensor.detach() for tensor in net.buffers()}
+    return copy.deepcopy(net, memo)
+
+
+def _make_exact(half: Any) -> None:
+    parameter = next(half.parameters())
+    winograd = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    _swap_blocks(half)
+    if not (winograd and has_winograd()):
+        _freeze_upsampling(half)
+        half.to(memory_format=torch.channels_last)
+        return
+    unfold_upsampling(half)  # Winograd on the upsampled map multiplies less than a folded kernel
+    swap_convolutions(half)
+    _freeze_upsampling(half)  # of the others
+
+
+def _make_fast(half: Any) -> None:
+    _swap_blocks(half)
+    _freeze_upsampling(half)
+    wide = list(_wide_parts(half))
+    kept = [(parameter, parameter.data) for part in wide for parameter in part.parameters()]
+    half.to(torch.bfloat16, memory_format=torch.channels_last)
+    for parameter, data in kept:
+        parameter.data = data
+    for part in wide:
+        swap_convolutions(part)
+    half.register_forward_pre_hook(_cast_inputs)
+    half.register_forward_hook(lambda _half, _inputs, output: output.float())
+    if wide:
+        half.conv_norm_out.register_forward_pre_hook(_cast_inputs)
+        for module in half.modules():
+            if isinstance(module, (Attention, Downsample2D, FrozenUpsample2D)):
+                module.register_forward_pre_hook(_cast_inputs)
+
+
+def _wide_parts(half: Any) -> Iterator[nn.Module]:
+    """What of a half in bfloat16 stays in float32: residual blocks and attentions, if they are wide
+    and Winograd serves them."""
+    known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
+    on_cpu = next(half.parameters()).device.type == "cpu"
+    if not (known and on_cpu and has_winograd()) or _has_instructions("amx_bf16"):
+        return
+    for module in half.modules():
+        if type(module) is InPlaceResnetBlock2D and module.out_channels >= WIDE:
+            yield module
+        elif isinstance(module, Attention) and module.query_dim >= WIDE:
+            yield module
+
+
+def _swap_blocks(half: nn.Module) -> None:
+    restore_blocks(half)  # of a network that is being trained
+    for module in half.modules():
+        if type(module) is ResnetBlock2D and is_plain(module):
+            module.__class__ = InPlaceResnetBlock2D
+
+
+def _freeze_upsampling(half: nn.Module) -> None:
+    fold_upsampling(half)
+    modules: list[Any] = list(half.modules())
+    for module in modules:
+        if type(module) is FoldedUpsample2D and module.norm is None and module.name == "conv":
+            module.__class__ = FrozenUpsample2D
+            kernel = fold_kernel(cast(Any, module.conv).weight)
+            module.register_buffer("kernel", kernel, persistent=False)
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: the inputs in the precision of the module that is called."""
+    parameter = next(module.parameters())
+    return tuple(_cast(x, parameter) if isinstance(x, Tensor) else x for x in inputs)
+
+
+def _cast(x: Tensor, parameter: Tensor) -> Tensor:
+    """In the precision of a parameter, and in the order that its convolutions read."""
+    if x.dtype == parameter.dtype:
+        return x
+    half = parameter.dtype == torch.bfloat16
+    order = torch.channels_last if half else torch.contiguous_format
+    return x.to(parameter.dtype, memory_format=order)
+
+
+class InPlaceResnetBlock2D(ResnetBlock2D):
+    """A residual block without a time embedding; its map may be of another precision than it."""
+
+    def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = _cast(input_tensor, self.conv1.weight)
+        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
+        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        return hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class FrozenUpsample2D(FoldedUpsample2D):
+    """Upsampling and convolution as one, the kernel folded beforehand."""
+
+    kernel: Tensor
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        conv: Any = self.conv
+        return F.conv_transpose2d(hidden_states, self.kernel, conv.bias, stride=2, padding=1)

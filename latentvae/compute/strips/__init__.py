@@ -1,0 +1,21 @@
+"""Large images in exact strips; see `network` for what it computes, and
+`price` for what it costs."""
+
+from latentvae.compute.strips.maps import Strips
+from latentvae.compute.strips.network import (
+    StripComputation,
+    check_supported,
+    decode_in_strips,
+    encode_in_strips,
+)
+from latentvae.compute.strips.price import Price, price_in_strips
+
+__all__ = [
+    "Price",
+    "StripComputation",
+    "Strips",
+    "check_supported",
+    "decode_in_strips",
+    "encode_in_strips",
+    "price_in_strips",
+]

@@ -1,0 +1,166 @@
+"""diffusers' blocks on feature maps that are never whole in memory, strip by strip.
+
+A convolution of 3 x 3 needs one row above and one below its strip; a group norm needs the whole
+map's statistics, which were summed while the map was written. So a residual block reads x once for
+norm1 -> activation -> conv1 -> h and once, with h, for norm2 -> activation -> conv2, and writes the
+sum in place of x (of h, where the block changes the width): two maps, whatever the block's depth.
+
+`C` channels, `H W` space, `N` positions, `n` of a strip.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.compute.strips.maps import FeatureMap, Workspace
+from latentvae.compute.upsampling import fold_kernel
+
+Prepare = Callable[[Tensor], Tensor]
+
+
+def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
+    """The norm with the statistics that `x` has now, and the activation, of strips of `x`."""
+    mean, variance = x.statistics.of_groups(norm.num_groups)
+    size = x.channels // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(size)
+    shift = -mean.repeat_interleave(size) * scale
+    if norm.affine:
+        weight, bias = (value.detach().cpu().double() for value in (norm.weight, norm.bias))
+        scale, shift = scale * weight, shift * weight + bias
+
+    def prepare(strip: Tensor) -> Tensor:
+        exact = strip.dtype if strip.dtype == torch.float64 else torch.float32
+        factor, offset = (
+            value.to(strip.device, exact).view(1, -1, 1, 1) for value in (scale, shift)
+        )
+        values = torch.addcmul(offset, strip.to(exact), factor).to(strip.dtype)
+        if isinstance(activation, nn.SiLU):
+            return F.silu(values, inplace=True)
+        return values if activation is None else activation(values)
+
+    return prepare
+
+
+def convolved(
+    x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Strips of a 3 x 3 convolution of `x`, each with its first row."""
+    for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
+        strip = _with_halo(x, top, bottom, prepare)
+        yield top, F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
+
+
+def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = None) -> Tensor:
+    """A row more above and below; at the image's border it is zero after the activation."""
+    strip = x.read(max(top - 1, 0), min(bottom + 1, x.height))
+    if prepare is not None:
+        strip = prepare(strip)
+    above, below = int(top == 0), int(bottom == x.height)
+    return F.pad(strip, (0, 0, above, below)) if above or below else strip
+
+
+def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
+    """`ResnetBlock2D`; `x` is written over or let go."""
+    h = space.make(block.conv1.out_channels, x.height, x.width)
+    first = normalizer(block.norm1, x, block.nonlinearity)
+    h.fill(convolved(x, block.conv1, space, prepare=first))
+    second = normalizer(block.norm2, h, block.nonlinearity)
+    strips = convolved(h, block.conv2, space, prepare=second)
+    target = x if block.conv_shortcut is None else h
+    target.fill(_with_residual(strips, x, block))
+    return target
+
+
+def _with_residual(
+    strips: Iterator[tuple[int, Tensor]], x: FeatureMap, block: Any
+) -> Iterator[tuple[int, Tensor]]:
+    for top, strip in strips:
+        residual = x.read(top, top + strip.shape[2])
+        if (shortcut := block.conv_shortcut) is not None:
+            residual = F.conv2d(residual, shortcut.weight, shortcut.bias)
+        strip += residual
+        yield top, strip.div_(block.output_scale_factor)
+
+
+def downsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
+    """`Downsample2D` of stride 2, with a zero row below and a zero column at the right."""
+    conv = block.conv
+    y = space.make(conv.out_channels, (x.height - 2) // 2 + 1, (x.width - 2) // 2 + 1)
+    y.fill(_strided(x, y, conv, space))
+    return y
+
+
+def _strided(
+    x: FeatureMap, y: FeatureMap, conv: Any, space: Workspace
+) -> Iterator[tuple[int, Tensor]]:
+    for top, bottom in space.slices(y.height, 2 * x.channels * x.width):
+        end = min(2 * bottom + 1, x.height)
+        strip = F.pad(x.read(2 * top, end), (0, 1, 0, 2 * bottom + 1 - end))
+        yield top, F.conv2d(strip, conv.weight, conv.bias, stride=2)
+
+
+def upsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
+    """`Upsample2D`: nearest x2 and a 3 x 3 convolution, as one transposed convolution."""
+    y = space.make(block.conv.out_channels, 2 * x.height, 2 * x.width)
+    y.fill(_doubled(x, block.conv, space))
+    return y
+
+
+def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, Tensor]]:
+    kernel = fold_kernel(conv.weight)
+    for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
+        strip = _with_halo(x, top, bottom)
+        # Padding 1, as `upsample_conv` has it, and 2 more rows: those of the rows around the strip.
+        yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
+
+
+def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
+    """Self-attention over all positions, in place: keys and values whole, queries by strips."""
+    prepare = normalizer(block.group_norm, x)
+    keys, values = _keys_and_values(block, x, prepare, space)
+    x.fill(_attended(block, x, prepare, keys, values, space))
+    return x
+
+
+def _keys_and_values(
+    block: Any, x: FeatureMap, prepare: Prepare, space: Workspace
+) -> tuple[Tensor, Tensor]:
+    """(1, heads, N, C / heads) each."""
+    keys: Any = None
+    values: Any = None
+    for top, bottom in space.slices(x.height, x.channels * x.width):
+        tokens = _tokens(prepare(x.read(top, bottom)))
+        k, v = block.to_k(tokens), block.to_v(tokens)
+        if keys is None:
+            keys, values = (part.new_empty(x.height * x.width, part.shape[1]) for part in (k, v))
+        keys[top * x.width : bottom * x.width] = k
+        values[top * x.width : bottom * x.width] = v
+    return _heads(keys, block), _heads(values, block)
+
+
+def _attended(
+    block: Any, x: FeatureMap, prepare: Prepare, keys: Tensor, values: Tensor, space: Workspace
+) -> Iterator[tuple[int, Tensor]]:
+    scores = x.width * block.heads * keys.shape[2]  # of a row: some kernels hold them all
+    for top, bottom in space.slices(x.height, max(scores, x.channels * x.width)):
+        strip = x.read(top, bottom)
+        queries = _heads(block.to_q(_tokens(prepare(strip))), block)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)  # (1, heads, n, C / heads)
+        mixed = block.to_out[0](mixed[0].transpose(0, 1).flatten(1))
+        result = mixed.view(bottom - top, x.width, -1).permute(2, 0, 1)[None]
+        if block.residual_connection:
+            result = result + strip
+        yield top, result / block.rescale_output_factor
+
+
+def _tokens(strip: Tensor) -> Tensor:
+    """(1, C, rows, W) to (n, C)."""
+    return strip[0].permute(1, 2, 0).flatten(0, 1)
+
+
+def _heads(tokens: Tensor, block: Any) -> Tensor:
+    """(n, C) to (1, heads, n, C / heads)."""
+    return tokens.unflatten(1, (block.heads, -1)).transpose(0, 1)[None]

@@ -1,0 +1,117 @@
+"""What an image costs in strips, told before it starts.
+
+Time: a band of the image's width, four latent positions high, is computed in strips (at f = 8 that
+is 3 % of 1,024 pixels), and its time multiplied by the work of the whole over that of the band.
+Work is counted by torch on tensors without storage, the attention's square of the positions
+included.
+
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentvae.compute.strips.maps import Strips, Workspace
+from latentvae.compute.strips.network import decode_in_strips, encode_in_strips
+
+BAND = 4  # latent rows
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one call.
+
+    Args:
+        seconds: about; on the CPU, other work on the machine counts.
+        map_bytes: of the two largest feature maps that are held at a time.
+        on_disk: whether they are there.
+    """
+
+    seconds: float
+    map_bytes: int
+    on_disk: bool
+
+    def __str__(self) -> str:
+        where = "on disk" if self.on_disk else "of memory"
+        return f"about {_duration(self.seconds)} and {self.map_bytes / 2**30:.1f} GiB {where}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+@torch.no_grad()
+def price_in_strips(
+    net: Any,
+    call: Literal["encode", "decode"],
+    size: tuple[int, int],
+    strips: Strips | None = None,
+    *,
+    batch: int = 1,
+) -> Price:
+    """Price of `encode_in_strips` or `decode_in_strips`, measured on a band of black pixels or of
+    zeros on the network's device.
+
+    Args:
+        size: (H, W) of the images, in pixels.
+        batch: B.
+
+    Raises:
+        ValueError: as for those.
+    """
+    strips = strips or Strips()
+    f = 2 ** (len(net.encoder.down_blocks) - 1)
+    shape = _input_shape(net, call, size, f)
+    rows = min(BAND * (f if call == "encode" else 1), shape[2])
+    band = torch.zeros(1, shape[1], rows, shape[3], device=net.device, dtype=net.dtype)
+    start = time.perf_counter()
+    if call == "encode":
+        encode_in_strips(net, band, strips)
+    else:
+        decode_in_strips(net, band, strips, force_not_quantize=True)
+    if band.device.type == "cuda":
+        torch.cuda.synchronize(band.device)
+    seconds = time.perf_counter() - start
+    part = net.encoder if call == "encode" else net.decoder
+    whole, map_bytes = _work(part, shape[2:], band.element_size())
+    probed, _ = _work(part, band.shape[2:], band.element_size())
+    on_disk = Workspace(strips, like=band).on_disk
+    return Price(batch * seconds * whole / probed, map_bytes, on_disk)
+
+
+def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[int, int, int, int]:
+    if call == "encode":
+        return 1, net.encoder.conv_in.in_channels, *size
+    first = net.decoder.conv_in if net.post_quant_conv is None else net.post_quant_conv
+    return 1, first.in_channels, -(-size[0] // f), -(-size[1] // f)
+
+
+def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
+    """Multiply-adds (doubled) of a forward pass, and bytes of the two maps of its largest step."""
+    largest = 0
+
+    def see(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, given[0].numel() + result.numel())
+
+    steps = (ResnetBlock2D, Downsample2D, Upsample2D)
+    hooks = [m.register_forward_hook(see) for m in part.modules() if isinstance(m, steps)]
+    values = {name: value.to("meta") for name, value in part.state_dict().items()}
+    shape = (1, part.conv_in.in_channels, *size)
+    image = torch.empty(shape, device="meta", dtype=part.conv_in.weight.dtype)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(part, values, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops(), largest * itemsize

@@ -1,0 +1,138 @@
+"""Convolutions that take Winograd's algorithms where those are sooner, in float32 on the CPU.
+
+Which one, if any, follows from the shapes and the kind of processor, so equal runs on one machine
+give equal numbers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
+from latentvae.compute.winograd.tiles import SIDE, tiled_conv, tiled_gradients
+
+TRAINING_POSITIONS = 64 * 64  # plain ones have a batch to work on, NNPACK takes image by image
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on Winograd's algorithms are sooner than plain convolutions.
+
+    Attributes:
+        channels: of the narrower side.
+        positions: of a map at inference, for NNPACK.
+        tiled: channels for the tiles: of y or dx alone (`one`), of dx and dw together (`both`).
+    """
+
+    channels: int
+    positions: int
+    tiled: dict[str, int]
+
+
+def limits_of(capability: str) -> Limits:
+    """Of a processor by the vector instructions that torch uses, measured with AVX-512 and AVX2."""
+    if capability == "AVX512":
+        return Limits(channels=32, positions=32 * 32, tiled={"one": 256, "both": 128})
+    return Limits(channels=128, positions=64 * 64, tiled={"one": 128, "both": 128})
+
+
+LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
+
+
+class WinogradConv2d(nn.Conv2d):
+    """At inference; the plain one of small maps, and where `_is_plain`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
+            return super().forward(input)
+        return nnpack_conv(input, self.weight, self.bias)
+
+
+class TrainedWinogradConv2d(nn.Conv2d):
+    """With gradients; the plain one where `_is_plain`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_plain(input):
+            return super().forward(input)
+        return _Convolution.apply(input, self.weight, self.bias)  # pyright: ignore
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Under autocast, in other precisions, on other devices, and what is no batch of maps."""
+    known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
+    return not known or torch.is_autocast_enabled("cpu")
+
+
+class _Convolution(torch.autograd.Function):
+    """`conv2d(x, weight, bias, padding=1)`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if _fits_nnpack(x):
+            return nnpack_conv(x, weight, bias)
+        if _fits_tiles(x, weight, "one"):
+            return tiled_conv(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        bias = gradient.sum((0, 2, 3)) if of_bias else None
+        if of_x and _fits_nnpack(x):
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+            rest = _gradients(gradient, x, weight, of_x=False, of_weight=True) if of_weight else ()
+            return nnpack_conv(gradient, turned, None), rest[1] if rest else None, bias
+        return *_gradients(gradient, x, weight, of_x=of_x, of_weight=of_weight), bias
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, *, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if _fits_tiles(x, weight, "both" if of_weight else "one"):
+        return tiled_gradients(gradient, x, weight, of_x=of_x, of_weight=of_weight)
+    mask = [of_x, of_weight, False]
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+    )[:2]
+
+
+def _fits_nnpack(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] >= TRAINING_POSITIONS and has_winograd()
+
+
+def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
+    """Whether channels are many, and tiles enough to transform their kernels for."""
+    tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
+    narrow, wide = sorted(weight.shape[:2])
+    return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
+
+
+def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
+    """Give the convolutions of `part` that Winograd's transforms serve its class, for training or
+    for inference; returns how many there are. Names, parameters and hooks stay."""
+    found = [m for m in part.modules() if type(m) is nn.Conv2d and _fits(m)]
+    for module in found:
+        module.__class__ = TrainedWinogradConv2d if trained else WinogradConv2d
+    return len(found)
+
+
+def restore_convolutions(part: nn.Module) -> None:
+    """Undo `swap_convolutions`: the stock layers again."""
+    for module in part.modules():
+        if type(module) in (WinogradConv2d, TrainedWinogradConv2d):
+            module.__class__ = nn.Conv2d
+
+
+def _fits(conv: nn.Conv2d) -> bool:
+    return (
+        (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding, conv.padding_mode, conv.groups) == ((1, 1), "zeros", 1)
+        and min(conv.in_channels, conv.out_channels) >= LIMITS.channels
+    )

@@ -1,0 +1,108 @@
+"""From YAML and nested values to a checked configuration; every fault is one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from latentvae.bottlenecks.config import QUANTIZERS
+from latentvae.config.autoencoder import TrainConfig, option_names
+from latentvae.errors import UserError, nearest
+from latentvae.files import read_yaml
+from latentvae.models.config import MODELS
+
+
+def presets_folder() -> Path:
+    """Where the presets lie: inside an installed package, or `train/configs` of a checkout."""
+    installed = Path(__file__).parents[1] / "presets"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+def load_preset(name_or_path: str) -> TrainConfig:
+    """The configuration in a YAML file, or in the preset of that name.
+
+    Raises:
+        UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
+            range.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = presets_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = preset_names()
+        raise UserError(
+            f"config '{name_or_path}' is neither a file nor a preset "
+            f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
+        )
+    values = read_yaml(path) or {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config '{path}' must hold sections ({', '.join(sections())}), not a "
+            f"{type(values).__name__}"
+        )
+    return parse(values | {"config": name_or_path}, source=str(path))
+
+
+def sections() -> list[str]:
+    return [name for name, field in TrainConfig.model_fields.items() if name != "config"]
+
+
+def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
+    """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: {'; '.join(_sentence(fault) for fault in error.errors())}"
+        ) from error
+
+
+def checked(config: TrainConfig) -> TrainConfig:
+    """The same options, of which those that were set by assignment have not been looked at yet.
+
+    Raises:
+        UserError: one that is not allowed.
+    """
+    return parse(config.model_dump(warnings=False), source="config")
+
+
+def _sentence(fault: Any) -> str:
+    """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
+    kinds = [part for part in fault["loc"] if part in MODELS or part in QUANTIZERS]
+    loc = [part for part in fault["loc"] if part not in kinds]  # as the user wrote it
+    where = ".".join(str(part) for part in loc)
+    if fault["type"] == "extra_forbidden":
+        if loc[-1] == "quantizer":
+            return f"'{where}' has no meaning here; it goes under model, with architecture: vq"
+        if loc[-1] in option_names():
+            return f"'{where}' is no option of {kinds[-1] if kinds else 'this section'}"
+        return f"unknown option '{where}'{nearest(str(loc[-1]), [*option_names(), *sections()])}"
+    if fault["type"] == "union_tag_invalid":
+        choices = fault["ctx"]["expected_tags"]
+        hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
+        return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
+    if fault["type"] == "model_type":
+        given = _shown(fault["input"])
+        return f"{where} is {given}, but should be a section: options with their values"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    close = (
+        nearest(str(fault["input"]), fault["ctx"]["expected"].split("'"))
+        if fault["type"] == "literal_error"
+        else ""
+    )
+    names = [part for part in loc if isinstance(part, str)]  # not places in a list
+    return (
+        f"{names[-1] if names else where} is {_shown(fault['input'])}, but "
+        f"{fault['msg'].removeprefix('Input ')}{close}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """The beginning of what was given, which may be a whole file's text."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

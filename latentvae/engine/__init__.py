@@ -1,0 +1,1 @@
+"""Any training run: checkpoints, resume, lock, log, signals, weight average."""

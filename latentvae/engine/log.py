@@ -1,0 +1,166 @@
+"""What a run tells: a progress bar, rows in log.jsonl, and a tracker when asked."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from latentvae.distributed import all_reduce_mean
+from latentvae.engine.data_wait import DataWait
+from latentvae.engine.tracker import Tracker
+
+
+class MeanWindow:
+    """Running means of device scalars between two rows of the log; no host sync until `means`."""
+
+    def __init__(
+        self, device: torch.device, *, saved: Mapping[str, list[float]] | None = None
+    ) -> None:
+        saved = saved or {}
+        self.sums = {name: torch.tensor(total, device=device) for name, (total, _) in saved.items()}
+        self.counts = {name: int(count) for name, (_, count) in saved.items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means over updates and ranks; empties the window."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        local = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, all_reduce_mean(local).tolist(), strict=True))
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: [float(total), self.counts[name]] for name, total in self.sums.items()}
+
+
+class RunLog:
+    """log.jsonl, the progress bar and the tracker; silent on all ranks but the first.
+
+    Args:
+        folder: the run's folder.
+        accelerator: knows the ranks and the tracker.
+        start: updates done already; rows of later updates, left by a killed run, are dropped.
+        total: updates of the whole run.
+        images_per_update: effective batch.
+        waiting: the clock of the batches, for `time/data_wait_share` and a warning.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        start: int,
+        total: int,
+        images_per_update: int,
+        waiting: DataWait | None = None,
+    ) -> None:
+        self.tracker = Tracker(accelerator, say=self.say)
+        self.active = accelerator.is_main_process
+        self.path = folder / "log.jsonl"
+        self.total = total
+        self.images_per_update = images_per_update
+        self.waiting = waiting
+        # None: no bar where there is no terminal; `row` prints lines instead.
+        hidden = None if self.active else True
+        self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
+        self._mark = (time.perf_counter(), start)
+        self.validation: dict[str, Any] | None = None  # of update `start`, if it was made
+        if self.active:
+            for row in _keep_rows_up_to(self.path, start):
+                if "validation/psnr" in row and row["update"] == start:
+                    self.validation = row
+
+    def step(self) -> None:
+        self.bar.update(1)
+
+    def row(self, update: int, values: Mapping[str, float]) -> None:
+        """Append a row of training values, with the speed since the last one."""
+        now, (then, done) = time.perf_counter(), self._mark
+        elapsed = max(now - then, 1e-9)
+        speed = (update - done) * self.images_per_update / elapsed
+        self._mark = (now, update)
+        images = update * self.images_per_update
+        times = {"time/images_per_second": speed}
+        if self.waiting is not None:
+            waited = self.waiting.take()
+            times["time/data_wait_share"] = waited / elapsed
+            if advice := self.waiting.advice(waited, elapsed, updates=update - done):
+                self.say(advice)
+        self.write(update, {"images": images, **values, **times})
+        shown = {
+            name.split("/")[1]: f"{values[name]:.3g}"
+            for name in ("loss/rec", "loss/lpips")
+            if name in values
+        } | {"images/s": f"{speed:.1f}"}
+        self.bar.set_postfix(shown)
+        if self.active and self.bar.disable:
+            left = timedelta(seconds=round((self.total - update) * self.images_per_update / speed))
+            told = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"update {update:,} of {self.total:,}: {told}, {left} left", flush=True)
+
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        if not self.active:
+            return
+        append_row(self.path, {"update": update, **values})
+        self.tracker.log(values, update=update)
+
+    def picture(self, update: int, path: Path) -> None:
+        """Show the tracker a picture that was written."""
+        if self.active:
+            self.tracker.picture(path, update=update)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self.bar.write(text)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what is done inside out of the speed: it is not training."""
+        start = time.perf_counter()
+        yield
+        then, done = self._mark
+        self._mark = (then + time.perf_counter() - start, done)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without a last one that a kill cut short or others that are damaged."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("update"), int):
+                rows.append(row)
+    return rows
+
+
+def append_row(path: Path, values: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
+    """Drop the rows of later updates, which are made again; returns the rows that stay."""
+    kept = [row for row in read_rows(path) if row["update"] <= update]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(path)
+    return kept

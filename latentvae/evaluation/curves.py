@@ -1,0 +1,97 @@
+"""Rate curves whose rate and quality are means over the same images, and BD-rates between them.
+
+An exact copy has an infinite PSNR and small images have no LPIPS. The mean rate over all images
+beside the mean quality over the others would lie on no coder's curve. So an image counts for a
+metric's curves where every coder has a finite value of it at every setting.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from latentvae.evaluation.measures import Means, Row
+from latentvae.evaluation.saved_progress import Arrays
+from latentvae.metrics.rate import bd_rate
+from latentvae.report.schema import BDRate, CurvePoint, Metric, Point
+
+ANCHOR = "jpeg"  # of the BD-rates
+SIGNS: dict[Metric, int] = {"psnr": 1, "lpips_alex": -1}  # LPIPS counts downwards
+
+Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
+
+
+class Curves:
+    """Sums over images for every point and metric: images, bits per pixel, values."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Key, np.ndarray] = {}
+
+    def update(self, rows: Sequence[Row]) -> None:
+        """All rows of one image; those of `kind` model are no points."""
+        points = [row for row in rows if row.kind != "model"]
+        for metric in SIGNS:
+            values = [getattr(row, metric) for row in points]
+            if any(value is None or math.isinf(value) for value in values):
+                continue
+            for row, value in zip(points, values, strict=True):
+                key = (row.kind, row.coder, row.setting, metric)
+                sums = self._sums.setdefault(key, np.zeros(3))
+                sums += (1, row.bpp, value)
+
+    def points(
+        self, kind: str, coder: str, settings: Sequence[float | None], *, means: Means
+    ) -> list[Point]:
+        """At `settings`, codecs' qualities or bitstreams' noise PSNR; beside each point's place on
+        the curves its `means` over all images."""
+        name = "quality" if kind == "codec" else "noise_psnr"
+        points = []
+        for setting in settings:
+            found = {c: means.mean(kind, coder, c, setting=setting) for c in ("bpp", *SIGNS)}
+            if found["bpp"] is None:  # no image that this codec can hold
+                continue
+            found = {column: mean for column, mean in found.items() if mean is not None}
+            point = {column: mean.mean for column, mean in found.items()} | {name: setting}
+            point["images"] = {column: mean.num_values for column, mean in found.items()}
+            point["curves"] = self._of(kind, coder, setting)
+            points.append(Point.model_validate(point))
+        return points
+
+    def _of(self, kind: str, coder: str, setting: float | None) -> dict[Metric, CurvePoint]:
+        found: dict[Metric, CurvePoint] = {}
+        for metric in SIGNS:
+            if (sums := self._sums.get((kind, coder, setting, metric))) is not None:
+                images, bpp, value = sums
+                found[metric] = CurvePoint(
+                    images=int(images), bpp=bpp / images, value=value / images
+                )
+        return found
+
+    def state_dict(self) -> Arrays:
+        keys = json.dumps(list(self._sums)).encode()
+        sums = np.array(list(self._sums.values())).reshape(-1, 3)
+        return {"keys": np.frombuffer(keys, dtype=np.uint8), "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        keys = [tuple(key) for key in json.loads(state["keys"].tobytes())]
+        self._sums = dict(zip(keys, state["sums"], strict=True))
+
+
+def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
+    """Of every curve beside JPEG's. Empty where JPEG was not measured."""
+    if not curves.get(ANCHOR):
+        return {}
+    return {
+        name: BDRate(**{metric: _bd_rate(curves[ANCHOR], points, metric) for metric in SIGNS})
+        for name, points in curves.items()
+        if name != ANCHOR and len(points) > 1
+    }
+
+
+def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -> float | None:
+    """None too where one curve lacks images of the other, as pictures too wide for WebP."""
+    both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
+    if len({point.images for side in both for point in side}) != 1:
+        return None
+    return bd_rate(*([(p.bpp, SIGNS[metric] * p.value) for p in side] for side in both))

@@ -1,0 +1,113 @@
+"""What a latent's bitstream needs to know beforehand, learned from other images than it codes.
+
+The images are dealt into two halves by the parity of their position; those of one half are coded
+with the model of the latents and the steps that were fitted on the other.
+
+`d` latent channels, `h w` latent positions, `n` samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentvae.autoencoder import Autoencoder, NotFiniteError
+from latentvae.coding.latent_codec import LatentPrior, channel_gains
+from latentvae.errors import UserError
+from latentvae.evaluation.picture_source import Pictures
+from latentvae.evaluation.saved_progress import Arrays
+from latentvae.evaluation.settings import Plan
+from latentvae.models import calls
+
+MAX_POSITIONS = 4096  # of one image's latent that the fit looks at
+PROBES = 4  # backward passes of one image; steps are kept to 2 percent anyway
+GAIN_PIXELS = 256  # a side of what is decoded, with gradients, for the decoder's gains
+
+
+@dataclass(frozen=True)
+class HalfPrior:
+    """From one half of the images: the latents' distribution, and the decoder's gains, (d,)."""
+
+    prior: LatentPrior
+    gains: Tensor
+
+
+class Priors:
+    """Those of both halves, once they are fitted; `other` is what a picture is coded with.
+
+    Attributes:
+        own: one half had no image, so the other is coded with what was fitted on itself.
+    """
+
+    def __init__(self) -> None:
+        self.halves: list[HalfPrior] = []
+        self.own = False
+
+    def other(self, position: int) -> HalfPrior:
+        return self.halves[1 - position % 2]
+
+    @torch.no_grad()
+    def fit(self, model: Autoencoder, pictures: Pictures, *, plan: Plan) -> None:
+        """From at most `plan.prior_images` of each half, evenly spread."""
+        halves = [_fit(model, pictures, parity, plan) for parity in (0, 1)]
+        found = [half for half in halves if half is not None]
+        if not found:
+            read = list(pictures.some(1))
+            if read:
+                raise NotFiniteError(model.name, model.net.dtype)
+            raise UserError(f"not one of {len(pictures)} images can be read")
+        self.own = len(found) == 1
+        self.halves = [half or found[0] for half in halves]
+
+    def state_dict(self) -> Arrays:
+        arrays = {"own": np.array(self.own)}
+        for number, half in enumerate(self.halves):
+            values = {**vars(half.prior), "gains": half.gains}
+            arrays |= {f"{number}.{name}": value.numpy() for name, value in values.items()}
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        self.own, self.halves = bool(state["own"]), []
+        for number in range(2):
+            values = {
+                name: torch.from_numpy(state[f"{number}.{name}"])
+                for name in ("location", "scale", "gaussian", "gains")
+            }
+            gains = values.pop("gains")
+            self.halves.append(HalfPrior(LatentPrior(**values), gains))
+
+
+def _fit(model: Autoencoder, pictures: Pictures, parity: int, plan: Plan) -> HalfPrior | None:
+    positions = range(parity, len(pictures), 2)
+    if not positions:
+        return None
+    samples: list[Tensor] = []
+    gains: list[Tensor] = []
+    for _, images in pictures.some(plan.prior_images, positions=positions):
+        z, _ = model.encode_posterior(images)
+        samples.append(_some_positions(z))
+        if len(gains) < plan.gain_images:
+            gains.append(_gains(model, z))
+    samples, gains = ([x for x in found if x.isfinite().all()] for found in (samples, gains))
+    if not samples or not gains:
+        return None
+    prior = LatentPrior.fit(torch.cat(samples, dim=1))
+    return HalfPrior(prior, torch.stack(gains).mean(dim=0))
+
+
+def _gains(model: Autoencoder, z: Tensor) -> Tensor:
+    side = model.fixed_size or GAIN_PIXELS  # a network of one size decodes no part of a latent
+    return channel_gains(
+        lambda y: calls.decode(model.net, y),
+        z,
+        probes=PROBES,
+        max_side=max(side // model.f, 4),
+    )
+
+
+def _some_positions(z: Tensor) -> Tensor:
+    """(1, d, h, w) to (d, n), n at most MAX_POSITIONS, evenly spread."""
+    flat = z[0].flatten(1).float().cpu()
+    return flat[:, :: max(1, -(-flat.shape[1] // MAX_POSITIONS))]

@@ -1,0 +1,372 @@
+"""Measure autoencoders and image codecs on the same pictures, under one stated protocol.
+
+    models = {"mine": latentvae.load("runs/mine/export")}
+    report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
+
+Each picture is brought to the protocol's size, coded and rebuilt by every model and codec, rounded
+to 8 bits, and compared with the original. One picture is in memory at a time; what is kept of it is
+sums. The same call again goes on where the last one was stopped.
+"""
+
+import contextlib
+import copy
+import csv
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from latentvae.autoencoder import Autoencoder, NotFiniteError
+from latentvae.coding.image_codecs import CODECS, available_codecs
+from latentvae.data import ImageSource, UnreadableImage, spread
+from latentvae.errors import UserError
+from latentvae.evaluation.curves import Curves, bd_rates
+from latentvae.evaluation.measures import Judge, Means, Row, codec_rows
+from latentvae.evaluation.model import ModelMeasures
+from latentvae.evaluation.passport import passport
+from latentvae.evaluation.picture_source import Pictures, Seen, center_crop
+from latentvae.evaluation.protocol import protocol
+from latentvae.evaluation.saved_progress import Accumulator, Progress
+from latentvae.evaluation.settings import FULL, Plan
+from latentvae.evaluation.sheet import sheet, sheet_row
+from latentvae.evaluation.speed import measure_speed
+from latentvae.losses.perceptual import PerceptualLoss
+from latentvae.report.figures import rate_figure
+from latentvae.report.schema import Report
+
+SAVE_SECONDS = 30.0  # between two states on disk
+PASSPORT_SIDE = 512  # pixels; larger pictures are cropped for the passport
+CIRCUMSTANCES = ("device", "threads")  # an evaluation may go on with others
+
+
+def evaluate(
+    models: Mapping[str, Autoencoder],
+    source: ImageSource,
+    out: Path,
+    *,
+    data_name: str,
+    lpips: Mapping[str, PerceptualLoss],
+    inception: Any | None = None,
+    plan: Plan = FULL,
+    max_images: int | None = None,
+    sheet_images: int = 4,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Measure, write the report into `out` (report.json, per_image.csv, pictures) and return it.
+
+    Args:
+        models: by the names to show.
+        source: the images; unreadable ones are named on the screen, counted and left out.
+        data_name: what the report calls the source.
+        lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
+        inception: as `metrics.distribution.load_inception` gives it, or None.
+        max_images: at most so many, evenly spread over the source.
+        sheet_images: how many images the sheet shows, evenly spread too.
+        overwrite: forget what is in `out`.
+        device: where models and metrics run.
+
+    Raises:
+        UserError: `out` holds another evaluation, or not one image can be read.
+    """
+    if sheet_images < 1:
+        raise UserError(f"the sheet is to show {sheet_images} images; at least 1 is needed")
+    if set(lpips) != set(plan.lpips_nets):
+        raise UserError(f"the plan asks for LPIPS on {plan.lpips_nets}, given is {tuple(lpips)}")
+    for name, model in models.items():
+        if model.image_channels != 3:
+            raise UserError(
+                f"'{name}' takes {model.image_channels}-channel images, and evaluate measures RGB "
+                "alone, beside codecs of RGB; `latentvae reconstruct` measures PSNR, SSIM and "
+                "LPIPS of any"
+            )
+    if clash := sorted(models.keys() & CODECS.keys()):
+        raise UserError(f"a model cannot be called '{clash[0]}', as a codec is; rename its folder")
+    run = _Run(models, source, out, data_name, lpips, inception, plan, max_images, device)
+    return run(sheet_images=sheet_images, overwrite=overwrite)
+
+
+class _Run:
+    """One evaluation: its parts, and the order of the work."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Autoencoder],
+        source: ImageSource,
+        out: Path,
+        data_name: str,
+        lpips: Mapping[str, PerceptualLoss],
+        inception: Any | None,
+        plan: Plan,
+        max_images: int | None,
+        device: torch.device | str,
+    ) -> None:
+        self.models, self.out, self.plan, self.data_name = dict(models), out, plan, data_name
+        self.device = torch.device(device)
+        on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
+        self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
+        self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
+        indices = spread(len(source), max_images)
+        self.pictures = Pictures(source, indices, resolution=plan.resolution)
+        self.console = Console(stderr=True)
+        self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
+        self.measures = {
+            name: ModelMeasures(
+                name, model, judge=self.judge, plan=plan, num_pictures=len(self.pictures)
+            )
+            for name, model in self.models.items()
+        }
+        self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
+
+    def __call__(self, *, sheet_images: int, overwrite: bool) -> Report:
+        progress = Progress(self.out, self._task(), overwrite=overwrite)
+        if progress.finished:
+            self.console.print(f"measured already: {self.out / 'report.json'}", markup=False)
+            return Report.read(self.out / "report.json")
+        for model in self.models.values():
+            self._check_size(model)
+        if self.plan.resolution is None and not progress.values:
+            self._check_sides()
+        if progress.values:
+            self._restore(progress)
+        else:
+            self._fit_priors()
+        self._measure(progress)
+        self._report().write(self.out / "report.json")  # should what follows not come to its end
+        self._examine(progress)
+        report = self._report()
+        report.write(self.out / "report.json")
+        rate_figure(report, self.out / "rate.png")
+        self._draw_sheet(sheet_images)
+        progress.finish()
+        return report
+
+    def _fit_priors(self) -> None:
+        for name, measures in self.measures.items():
+            if measures.priors is not None:
+                self.console.print(f"{name}: fitting the bitstream's model", markup=False)
+                with _failing(measures):
+                    measures.priors.fit(measures.model, self.pictures, plan=self.plan)
+
+    def _check_size(self, model: Autoencoder) -> None:
+        only = model.fixed_size
+        if only is not None and self.plan.resolution != only:
+            raise UserError(
+                f"'{model.name}' makes {only} x {only} images alone: measure with resolution {only}"
+            )
+        if self.plan.resolution is not None and self.plan.resolution < model.smallest_side:
+            raise UserError(
+                f"resolution {self.plan.resolution} is smaller than f = {model.f} of '{model.name}'"
+            )
+
+    def _check_sides(self) -> None:
+        """By the images' headers, before hours of work: one that is too small for a model cannot be
+        left out for it alone, or models would be compared on other images."""
+        strictest = max(self.models.values(), key=lambda model: model.smallest_side)
+        least = strictest.smallest_side
+        if least <= 1:
+            return
+        self.console.print(f"reading the sizes of {len(self.pictures):,} images", markup=False)
+        for position in range(len(self.pictures)):
+            try:
+                width, height = self.pictures.size(position)
+            except UnreadableImage:
+                continue  # named when it is its turn
+            if min(width, height) < least:
+                raise UserError(
+                    f"'{self.pictures.name(position)}' has {width} x {height} pixels, fewer than "
+                    f"f = {least} of '{strictest.name}' a side; take it out, or give a resolution "
+                    f"of {least} or more, to which images are resized"
+                )
+
+    def _measure(self, progress: Progress) -> None:
+        """Every picture that is not through yet. The state is saved between pictures alone."""
+        with self._open_csv(progress) as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            if file.tell() == 0:
+                writer.writeheader()
+            saved = time.monotonic()
+            for position in self._bar(progress.done):
+                writer.writerows(row.to_dict() for row in self._update(position))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._save(progress, position + 1, csv_bytes=_written(file))
+                    saved = time.monotonic()
+            if not self.seen.count:
+                raise UserError(f"not one of {len(self.pictures)} images can be read")
+            self._save(progress, len(self.pictures), csv_bytes=_written(file))
+
+    def _open_csv(self, progress: Progress) -> TextIO:
+        """Cut to the rows that the saved state knows of."""
+        path, rows = self.out / "per_image.csv", progress.values.get("csv_bytes", 0)
+        try:
+            file = path.open("r+" if rows else "w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write '{path}': {error.strerror}") from error
+        file.seek(rows)
+        file.truncate()
+        return file
+
+    def _bar(self, done: int) -> Iterable[int]:
+        total = len(self.pictures)
+        return tqdm(range(done, total), "measuring", initial=done, total=total, unit="image")
+
+    def _update(self, position: int) -> list[Row]:
+        name = self.pictures.name(position)
+        try:
+            images = self.pictures.read(position)
+        except UnreadableImage as error:
+            self.seen.leave_out(name, error)
+            return []
+        original = self.judge.original(name, position, images.to(self.device))
+        rows: list[Row] = []
+        for measures in self.measures.values():
+            if measures.failure is None:
+                with _failing(measures, name):
+                    rows += measures.update(original)
+        of_codecs = codec_rows(self.judge, original, self.codecs)
+        self.codec_means.update(of_codecs, position=position)
+        self.curves.update(rows + of_codecs)
+        self.seen.add(images)
+        return rows + of_codecs
+
+    def _examine(self, progress: Progress) -> None:
+        """Passports and speeds; each is saved when it is there.
+
+        One that ended the process, out of memory, is not tried again.
+        """
+        sections = {"passport": self._passport, "speed": self._speed}
+        for (name, model), (section, examine) in itertools.product(
+            self.models.items(), sections.items()
+        ):
+            found = self.examined[name]
+            if section in found or self.measures[name].failure is not None:
+                continue
+            self.console.print(f"{name}: {section}", markup=False)
+            found[section] = {"skipped": "the process ended here"}
+            self._save(progress, progress.done)
+            try:
+                found[section] = examine(model)
+            except KeyboardInterrupt:
+                del found[section]
+                raise
+            except torch.OutOfMemoryError:
+                found[section] = {"skipped": "out of memory"}
+            finally:
+                self._save(progress, progress.done)
+
+    def _passport(self, model: Autoencoder) -> dict[str, Any] | None:
+        if not self.plan.passport_images:
+            return None
+        side, multiple = model.fixed_size or PASSPORT_SIDE, model.f * model.normalization.fold
+        images = [
+            center_crop(images, side=side, multiple=multiple).to(model.net.device)
+            for _, images in self.pictures.some(self.plan.passport_images)
+        ]
+        net = model.net if model.net.dtype == torch.float32 else copy.deepcopy(model.net).float()
+        return passport(net, images, f=model.f)
+
+    def _speed(self, model: Autoencoder) -> dict[str, Any] | None:
+        if not self.plan.speed_sizes:
+            return None
+        return measure_speed(
+            model.net,
+            sizes=self.plan.speed_sizes if model.fixed_size is None else (model.fixed_size,),
+            f=model.f * model.normalization.fold,
+            budget_s=self.plan.speed_budget,
+            device=model.net.device,
+        )
+
+    def _parts(self) -> dict[str, Accumulator]:
+        parts: dict[str, Accumulator] = {"codecs": self.codec_means, "curves": self.curves}
+        for number, measures in enumerate(self.measures.values()):
+            parts |= {f"{number}.{name}": part for name, part in measures.parts().items()}
+        return parts
+
+    def _save(self, progress: Progress, done: int, *, csv_bytes: int | None = None) -> None:
+        values = {
+            "csv_bytes": progress.values["csv_bytes"] if csv_bytes is None else csv_bytes,
+            "seen": self.seen.state(),
+            "examined": self.examined,
+            "failures": {name: measures.failure for name, measures in self.measures.items()},
+        }
+        progress.save(done, values, self._parts())
+
+    def _restore(self, progress: Progress) -> None:
+        progress.restore(self._parts())
+        try:
+            self.seen.load_state(progress.values["seen"])
+            self.examined = {name: dict(progress.values["examined"][name]) for name in self.models}
+            for name, failure in progress.values["failures"].items():
+                self.measures[name].failure = failure
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise progress.damaged(error) from error
+        self.console.print(f"going on after {progress.done} images", markup=False)
+
+    def _report(self) -> Report:
+        models = {
+            name: measures.report(
+                curves=self.curves,
+                passport=self.examined[name].get("passport"),
+                speed=self.examined[name].get("speed"),
+            )
+            for name, measures in self.measures.items()
+        }
+        codecs = {
+            name: self.curves.points("codec", name, codec.qualities, means=self.codec_means)
+            for name, codec in self.codecs.items()
+        }
+        return Report(
+            protocol=self._protocol(),
+            data={"source": self.data_name, **self.seen.describe()},
+            models=models,
+            codecs=codecs,
+            bd_rate=bd_rates(codecs | {n: m.rate.points for n, m in models.items() if m.rate}),
+        )
+
+    def _task(self) -> dict[str, Any]:
+        """All that the numbers depend on; names, not pixels, tell the images."""
+        names = "\n".join(self.pictures.name(i) for i in range(len(self.pictures)))
+        return {
+            "models": {name: model.info() for name, model in self.models.items()},
+            "images": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+            "data": self.data_name,
+            "plan": asdict(self.plan),
+            "protocol": {k: v for k, v in self._protocol().items() if k not in CIRCUMSTANCES},
+        }
+
+    def _protocol(self) -> dict[str, Any]:
+        return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
+
+    def _draw_sheet(self, count: int) -> None:
+        shown = {n: m for n, m in self.models.items() if self.measures[n].failure is None}
+        rows = [
+            sheet_row(shown, self.pictures.name(position), images.to(self.device))
+            for position, images in self.pictures.some(count)
+        ]
+        sheet(rows, self.out / "sheet.png")
+
+
+@contextlib.contextmanager
+def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
+    """A model that overflows is measured no further; the others are."""
+    try:
+        yield
+    except NotFiniteError as error:
+        measures.failure = f"Not measured: {error}{f', on {image}' if image else ''}."
+        tqdm.write(f"{measures.name}: {measures.failure}", file=sys.stderr)
+
+
+def _written(file: TextIO) -> int:
+    """Bytes of the file, all of them on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()

@@ -1,0 +1,239 @@
+"""One picture through a model or a codec: what is measured of it, and what is kept.
+
+`B` batch, `C` channels, `H W` pixels, `d` latent channels, `h w` latent positions.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from latentvae.coding.image_codecs import Codec, bits_per_pixel
+from latentvae.data import to_tensor
+from latentvae.data.folder import spreadsheet_text
+from latentvae.evaluation.picture_source import to_picture
+from latentvae.evaluation.saved_progress import Arrays
+from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss
+from latentvae.metrics import ms_ssim, psnr, ssim
+from latentvae.metrics.bootstrap import BootstrapMean
+from latentvae.metrics.distribution import trunk_features
+from latentvae.metrics.image import SSIM_MIN_SIZE
+from latentvae.report.schema import Mean
+
+COLUMNS = ("bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture through one coder. A metric that its size does not allow is None.
+
+    Args:
+        kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, or `"codec"`.
+        setting: a codec's quality, or a bitstream's noise PSNR in dB.
+    """
+
+    image: str
+    kind: str
+    coder: str
+    setting: float | None
+    width: int
+    height: int
+    bpp: float
+    psnr: float
+    ssim: float | None = None
+    ms_ssim: float | None = None
+    lpips_alex: float | None = None
+    lpips_vgg: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
+        return asdict(self) | names
+
+
+@dataclass(frozen=True)
+class Original:
+    """What all coders are compared with.
+
+    Args:
+        position: of the picture in the evaluation.
+        images: (1, 3, H, W) on the 8-bit grid.
+        levels: LPIPS' features by trunk.
+        inception: Inception's features (1, 2048), where it is measured.
+    """
+
+    name: str
+    position: int
+    images: Tensor
+    levels: Mapping[str, Sequence[Tensor]]
+    inception: Tensor | None
+
+    @property
+    def pixels(self) -> int:
+        return self.images.shape[2] * self.images.shape[3]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A reconstruction beside its original: metrics by name, and features by extractor, (1, D)."""
+
+    metrics: dict[str, float | None]
+    features: dict[str, Tensor]
+
+
+class Judge:
+    """Compares reconstructions with originals, whose features it computes once.
+
+    Args:
+        lpips: by trunk.
+        inception: (B, 3, H, W) in [-1, 1] to (B, 2048), or None.
+    """
+
+    def __init__(self, lpips: Mapping[str, PerceptualLoss], inception: Any | None = None) -> None:
+        self.lpips, self.inception = dict(lpips), inception
+
+    @property
+    def extractors(self) -> dict[str, int]:
+        """Width of the features that distributions are compared on."""
+        vgg = {"vgg": 512} if "vgg" in self.lpips else {}
+        return vgg | ({"inception": 2048} if self.inception is not None else {})
+
+    def original(self, name: str, position: int, images: Tensor) -> Original:
+        size = min(images.shape[2:])
+        levels = {n: p.features(images) for n, p in self.lpips.items() if size >= MIN_SIZE[n]}
+        inception = None if self.inception is None else self.inception.features(images)
+        return Original(name, position, images, levels, inception)
+
+    def features_of(self, original: Original) -> dict[str, Tensor]:
+        """As those of `Compared`."""
+        return _features(original.levels, original.inception)
+
+    def compare(self, original: Original, recon: Tensor) -> Compared:
+        """Every metric; `recon` (1, 3, H, W) on the 8-bit grid."""
+        images, size = original.images, min(original.images.shape[2:])
+        levels = {net: self.lpips[net].features(recon) for net in original.levels}
+        metrics = {
+            "psnr": psnr(images, recon).item(),
+            "ssim": ssim(images, recon).item() if size >= SSIM_MIN_SIZE else None,
+            "ms_ssim": _item(ms_ssim(images, recon)),
+            **{f"lpips_{net}": self._lpips(original, net, value) for net, value in levels.items()},
+        }
+        inception = None if self.inception is None else self.inception.features(recon)
+        return Compared(metrics, _features(levels, inception))
+
+    def compare_point(self, original: Original, recon: Tensor) -> dict[str, float]:
+        """PSNR and LPIPS (alex) alone, for the points of a curve."""
+        metrics = {"psnr": psnr(original.images, recon).item()}
+        if "alex" in original.levels:
+            levels = self.lpips["alex"].features(recon)
+            metrics["lpips_alex"] = self._lpips(original, "alex", levels)
+        return metrics
+
+    def _lpips(self, original: Original, net: str, levels: Sequence[Tensor]) -> float:
+        return self.lpips[net].distance(original.levels[net], levels).item()
+
+
+def codec_rows(judge: Judge, original: Original, codecs: Mapping[str, Codec]) -> list[Row]:
+    """The picture through every codec at each of its qualities, unless it is too large for it."""
+    rows, picture = [], to_picture(original.images)
+    for name, codec in codecs.items():
+        for quality in codec.qualities if max(picture.size) <= codec.max_side else ():
+            content = codec.encode(picture, quality=quality)
+            recon = to_tensor(codec.decode(content))[None].to(original.images.device)
+            metrics = judge.compare_point(original, recon)
+            bpp = bits_per_pixel(content, picture)
+            rows.append(row(original, "codec", name, setting=quality, bpp=bpp, **metrics))
+    return rows
+
+
+def row(
+    original: Original,
+    kind: str,
+    coder: str,
+    *,
+    bpp: float,
+    setting: float | None = None,
+    **metrics: Any,
+) -> Row:
+    """`metrics` are `Row`'s, by name; psnr is always among them."""
+    height, width = original.images.shape[2:]
+    return Row(
+        image=original.name,
+        kind=kind,
+        coder=coder,
+        setting=setting,
+        width=width,
+        height=height,
+        bpp=bpp,
+        **metrics,
+    )
+
+
+class Means:
+    """Means over images of every column of the rows, by kind, coder and setting."""
+
+    def __init__(self) -> None:
+        self._means: dict[tuple[str, str, float | None, str], BootstrapMean] = {}
+
+    def update(self, rows: Sequence[Row], *, position: int) -> None:
+        for entry in rows:
+            for column in COLUMNS:
+                if (value := getattr(entry, column)) is not None:
+                    key = (entry.kind, entry.coder, entry.setting, column)
+                    self._means.setdefault(key, BootstrapMean()).update(value, index=position)
+
+    def mean(self, kind: str, coder: str, column: str, *, setting: float | None = None) -> Any:
+        """A `schema.Mean`, or None where there was no value."""
+        found = self._means.get((kind, coder, setting, column))
+        return None if found is None else Mean.model_validate(found.result())
+
+    def state_dict(self) -> Arrays:
+        keys = json.dumps(list(self._means)).encode()
+        arrays = {"keys": np.frombuffer(keys, dtype=np.uint8)}
+        for number, mean in enumerate(self._means.values()):
+            arrays |= {f"{number}.{key}": value for key, value in mean.state_dict().items()}
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        self._means = {}
+        for number, key in enumerate(json.loads(state["keys"].tobytes())):
+            prefix, mean = f"{number}.", BootstrapMean()
+            mean.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+            self._means[tuple(key)] = mean
+
+
+class PooledError:
+    """Mean squared error over the elements of all images together, as PSNR with peak 2."""
+
+    def __init__(self) -> None:
+        self.squares, self.elements = 0.0, 0
+
+    def update(self, images: Tensor, recon: Tensor) -> None:
+        self.squares += (images - recon).cpu().double().square().sum().item()
+        self.elements += images.numel()
+
+    @property
+    def psnr(self) -> float:
+        return 10 * math.log10(4 * self.elements / self.squares) if self.squares else math.inf
+
+    def state_dict(self) -> Arrays:
+        return {"squares": np.array(self.squares), "elements": np.array(self.elements)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        self.squares, self.elements = float(state["squares"]), int(state["elements"])
+
+
+def _features(
+    levels: Mapping[str, Sequence[Tensor]], inception: Tensor | None
+) -> dict[str, Tensor]:
+    vgg = {"vgg": trunk_features(levels["vgg"])} if "vgg" in levels else {}
+    return vgg | ({} if inception is None else {"inception": inception})
+
+
+def _item(value: Tensor | None) -> float | None:
+    return None if value is None else value.item()

@@ -1,0 +1,105 @@
+"""A network's passport: what it needs to be run, in which precisions and whether in tiles."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.evaluation.tiling import TilingCheck, can_tile, check_tiling
+from latentvae.export.half_precision import (
+    FLOAT16_MAX,
+    LATENTS,
+    MARGIN,
+    RECONSTRUCTION,
+    HalfPrecision,
+    check_precisions,
+)
+
+NUM_LAYERS = 10
+
+
+def passport(net: Any, images: Sequence[Tensor], *, f: int) -> dict[str, Any]:
+    """Check precision and tiling on `images`; plain values, of which some may be infinite.
+
+    Args:
+        net: any diffusers autoencoder, float32, in eval mode.
+        images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
+        f: pixels on a side of one latent position.
+
+    Returns:
+        `precision` by dtype, `max_activation` and the `layers` with the largest, `tiling`, and
+        `warnings`, one sentence each.
+
+    Raises:
+        ValueError: reconstructions are not finite, in float32 already.
+    """
+    float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, torch.bfloat16))
+    tiling = check_tiling(net, images, f=f)
+    return {
+        "precision": {"float16": _verdict(float16), "bfloat16": _verdict(bfloat16)},
+        "max_activation": float16.max_activation,
+        "layers": _largest(float16.layers),
+        "tiling": {"supported": can_tile(net, f=f), **(tiling.to_dict() if tiling else {})},
+        "warnings": [
+            *_float16_warnings(float16),
+            *_bfloat16_warnings(bfloat16),
+            *_tiling_warnings(tiling),
+        ],
+    }
+
+
+def _verdict(check: HalfPrecision) -> dict[str, Any]:
+    """`psnr` and `psnr_cost` are None where the reconstruction is not finite."""
+    finite = not math.isnan(check.psnr)
+    return {
+        "safe": check.safe,
+        "finite": finite,
+        "psnr": check.psnr if finite else None,
+        "psnr_cost": check.psnr_cost if finite else None,
+    }
+
+
+def _largest(layers: dict[str, float]) -> dict[str, float]:
+    """The layers with the largest outputs; a block that hands on its last part's is left out."""
+
+    def is_part(name: str, whole: str) -> bool:
+        return whole in (LATENTS, RECONSTRUCTION) or name.startswith(f"{whole}.")
+
+    own = {
+        whole: peak
+        for whole, peak in layers.items()
+        if not any(n != whole and layers[n] == peak and is_part(n, whole) for n in layers)
+    }
+    return dict(sorted(own.items(), key=lambda item: -item[1])[:NUM_LAYERS])
+
+
+def _float16_warnings(check: HalfPrecision) -> list[str]:
+    if check.safe:
+        return []
+    peak = f"the output of {check.largest_layer} reaches {check.max_activation:.4g}"
+    if check.max_activation > FLOAT16_MAX:
+        return [f"float16 overflows: {peak}, above its maximum {FLOAT16_MAX:.0f}"]
+    if check.max_activation * MARGIN > FLOAT16_MAX:
+        margin = f"less than a factor {MARGIN:.0f} below its maximum {FLOAT16_MAX:.0f}"
+        return [f"float16 is not safe: {peak}, {margin}"]
+    return [f"float16 is not safe: the reconstructions are {_close(check)}"]
+
+
+def _bfloat16_warnings(check: HalfPrecision) -> list[str]:
+    if check.safe:
+        return []
+    return [f"bfloat16 is costly: the reconstructions are {_close(check)}"]
+
+
+def _close(check: HalfPrecision) -> str:
+    if math.isnan(check.psnr):
+        return "not finite"
+    return f"{check.psnr:.1f} dB from float32's and {check.psnr_cost:.2f} dB worse"
+
+
+def _tiling_warnings(check: TilingCheck | None) -> list[str]:
+    if check is None or not check.seam_visible:
+        return []
+    return [f"tiles leave visible seams: a step of {check.seam:.1f} of 255 levels at their borders"]

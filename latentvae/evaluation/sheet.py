@@ -1,0 +1,82 @@
+"""The sheet of an evaluation: originals, reconstructions and JPEG side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.coding.image_codecs import CODECS, bits_per_pixel, encode_at_rate
+from latentvae.data import to_tensor
+from latentvae.errors import printable
+from latentvae.evaluation.model import raw_bits
+from latentvae.evaluation.picture_source import to_picture
+from latentvae.metrics import psnr, to_8bit
+
+CROP = 320  # pixels a side of what a sheet shows of a picture, at one to one
+MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
+
+
+def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> list["Tile"]:
+    """The original, each model, and JPEG at the nearest rate not below each model's.
+
+    Args:
+        images: (1, 3, H, W) on the 8-bit grid.
+    """
+    source = to_picture(images)
+    caption = f"{printable(Path(name).name)}\n{source.width} x {source.height}"
+    tiles, rates = [Tile(source, caption)], set()
+    for label, model in models.items():
+        z = model.encode(images)
+        decoded: Any = model.decode(z, size=(source.height, source.width))
+        recon = to_8bit(decoded)
+        bpp = raw_bits(model, z) / (source.width * source.height)
+        caption = f"{label}\n{bpp:.2f} bpp raw, {psnr(images, recon.to(images)).item():.1f} dB"
+        tiles.append(Tile(to_picture(recon), caption))
+        rates.add(bpp)
+    for rate in sorted(rates):
+        content, quality = encode_at_rate(CODECS["jpeg"], source, bpp=rate)
+        decoded = CODECS["jpeg"].decode(content)
+        decibel = psnr(images.cpu(), to_tensor(decoded)[None]).item()
+        caption = f"JPEG, quality {quality}\n{bits_per_pixel(content, source):.2f} bpp, "
+        tiles.append(Tile(decoded, f"{caption}{decibel:.1f} dB"))
+    return tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a sheet and the one or two lines above it."""
+
+    picture: Image.Image
+    caption: str
+
+
+def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
+    """Rows of pictures, each the middle of its picture, whole pixels: cut at 320, enlarged below.
+
+    All tiles of a row show the same part.
+    """
+    tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
+    width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN
+    heights = [max(picture.height for picture, _ in row) + CAPTION_HEIGHT for row in tiles]
+    canvas = Image.new("RGB", (width, sum(heights) + MARGIN), "white")
+    draw, font, top = ImageDraw.Draw(canvas), ImageFont.load_default(size=13), 0
+    for row, height in zip(tiles, heights, strict=True):
+        left = MARGIN
+        for picture, caption in row:
+            draw.multiline_text((left, top + 4), caption, fill="black", font=font)
+            canvas.paste(picture, (left, top + CAPTION_HEIGHT))
+            left += picture.width + MARGIN
+        top += height
+    canvas.save(path)
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    width, height = min(picture.width, CROP), min(picture.height, CROP)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    part = picture.crop((left, top, left + width, top + height))
+    factor = max(CROP // max(width, height), 1)
+    return part.resize((width * factor, height * factor), Image.Resampling.NEAREST)

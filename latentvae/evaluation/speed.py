@@ -1,0 +1,195 @@
+"""How fast a network encodes and decodes one image, and how much memory that takes.
+
+On CUDA the peak is what torch allocated beyond the network; elsewhere it is how far the process's
+resident memory rose above what it was before the call, sampled every few milliseconds.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentvae.compute.memory import release_freed_memory
+from latentvae.models.calls import decode, encode
+
+INTERVAL = 0.002  # seconds between two looks at the memory
+MIN_RUNS, MAX_RUNS, ENOUGH = 3, 20, 1.0  # timed runs; between the two, as many as fill a second
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class SpeedPoint:
+    """One call at one size, one image at a time.
+
+    Args:
+        call: `"encode"` or `"decode"`.
+        size: pixels on a side of the image.
+        images_per_second: of the median run; None if it was skipped.
+        peak_mib: memory beyond what was held before the call, MiB.
+        runs: timed runs after the first.
+        skipped: why nothing was measured.
+    """
+
+    call: str
+    size: int
+    images_per_second: float | None = None
+    peak_mib: float | None = None
+    runs: int = 0
+    skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the absent ones."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@torch.inference_mode()
+def measure_speed(
+    net: Any,
+    *,
+    sizes: Sequence[int] = (256, 512, 1024),
+    f: int,
+    in_channels: int = 3,
+    budget_s: float = 60.0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Time `encode` and `decode` of `net` on noise, from the smallest size up.
+
+    Args:
+        net: in eval mode, on `device`.
+        sizes: pixels on a side, rounded to multiples of `f`; of a network with a fixed size
+            that alone.
+        budget_s: seconds; a call that would take longer, by the last size, is skipped.
+
+    Returns:
+        Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
+        `peak_mib` counts), and `points`, each a `SpeedPoint`.
+    """
+    device, dtype = torch.device(device), net.dtype
+    rounded = sorted({max(round(size / f), 1) * f for size in sizes})
+    generator = torch.Generator().manual_seed(0)
+    smallest = torch.rand(1, in_channels, rounded[0], rounded[0], generator=generator) * 2 - 1
+    smallest = smallest.to(device, dtype)
+    z = encode(net, smallest)
+    decode(net, z)  # so that what is set up once is not counted as the smallest size's memory
+    calls = {"encode": (encode, smallest), "decode": (decode, z)}
+    points = [
+        point
+        for name, (call, inputs) in calls.items()
+        for point in _measure_sizes(name, partial(call, net), inputs, rounded, budget_s)
+    ]
+    return {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
+        "memory": "torch on the device" if device.type == "cuda" else "the process",
+        "points": [point.to_dict() for point in points],
+    }
+
+
+def _measure_sizes(
+    name: str, call: Callable[[Tensor], Any], smallest: Tensor, sizes: Sequence[int], budget: float
+) -> Iterator[SpeedPoint]:
+    """`smallest` is the call's input at the first of `sizes`; the others are stretched from it."""
+    last: SpeedPoint | None = None
+    for size in sizes:
+        reason = None if last is None else _reason_to_skip(last, size, budget, smallest.device)
+        if reason is None:
+            side = smallest.shape[3] * size // sizes[0]
+            inputs = F.interpolate(smallest.float(), size=(side, side)).to(smallest.dtype)
+            try:
+                last = _measure(name, size, partial(call, inputs), smallest.device, budget)
+                yield last
+                continue
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = "out of memory"
+        yield SpeedPoint(name, size, skipped=reason)
+
+
+def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
+    """Time and memory grow at least as the number of pixels."""
+    assert last.images_per_second is not None and last.peak_mib is not None
+    ratio = (size / last.size) ** 2
+    seconds, mib = ratio / last.images_per_second, ratio * last.peak_mib
+    if seconds > budget:
+        return f"would take about {seconds:.0f} s"
+    # Linux hands out more memory than there is and then kills the process: no error to catch.
+    if device.type != "cuda" and mib * MIB > psutil.virtual_memory().available:
+        return f"would need about {mib / 1024:.1f} GiB of memory"
+    return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On the CPU torch raises a plain error."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _measure(
+    name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
+) -> SpeedPoint:
+    with peak_memory(device) as peak:  # of one call: what follows may fragment the heap
+        first = _time(call, device)
+    runs = 1 if first * MIN_RUNS > budget else _clamp(int(ENOUGH / first), MIN_RUNS, MAX_RUNS)
+    seconds = statistics.median(_time(call, device) for _ in range(runs))
+    return SpeedPoint(name, size, 1 / seconds, peak[0] / MIB, runs)
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+def _time(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the result is there."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # calls return before the GPU is done
+    return time.perf_counter() - start
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that, afterwards, holds the bytes by which memory rose at most."""
+    gc.collect()
+    with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:
+        yield peak
+
+
+@contextmanager
+def _peak_on_cuda(device: torch.device) -> Iterator[list[int]]:
+    peak: list[int] = []
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield peak
+    peak.append(torch.cuda.max_memory_allocated(device) - before)
+
+
+@contextmanager
+def _peak_of_process() -> Iterator[list[int]]:
+    release_freed_memory()  # filling it again would go unseen
+    process, done = psutil.Process(), Event()
+    before = process.memory_info().rss
+    peak = [0]
+
+    def watch() -> None:
+        while not done.wait(INTERVAL):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,200 @@
+"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item, of 8 bits and
+the channels of the model.
+
+Rank r of W decodes the batches r, r + W, r + 2W...; a batch whose pictures are all there is passed
+over, so the same command again goes on where it was killed.
+"""
+
+import hashlib
+import io
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.compute.optimization import Optimize
+from latentvae.data.folder import inner_name
+from latentvae.distributed import launched_rank
+from latentvae.errors import UserError, printable
+from latentvae.files import read_text
+from latentvae.latents.opening import open_model
+from latentvae.latents.shard_dataset import ShardReader
+from latentvae.latents.shards import MANIFEST, sha256_of, write_file
+from latentvae.pictures import to_pil
+
+RECORD = "decoded.json"
+MAX_PART = 200  # bytes; what is written aside has a longer name
+
+
+class Decoded(BaseModel):
+    """decoded.json: which shards the pictures in a folder are of, and what computed them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shards: str
+    manifest_sha256: str
+    optimize: str | None = None
+
+
+def decode_folder(
+    shards: str | Path,
+    out: str | Path,
+    *,
+    model: Autoencoder | str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    optimize: Optimize | None = None,
+    device: str | None = None,
+) -> list[Path]:
+    """Write `<id>.png` below `out` for the items of a folder of shards.
+
+    Args:
+        shards: what `encode_folder` wrote; every file is compared with its sha256 first.
+        model: the autoencoder, or its folder or Hub id; None takes the one the manifest names.
+        limit: decode the first so many items.
+        batch_size: images a forward pass.
+        optimize: of a folder or Hub id, as `load` takes it.
+        device: None is the GPU of this rank, if there is one.
+
+    Returns:
+        The pictures of this rank, in the order of the items.
+
+    Raises:
+        UserError: before anything is decoded: damaged shards, indices out of range, another model,
+            or `out` holds pictures of other shards, or files of these names that are not decoded.
+    """
+    out, (rank, world_size) = Path(out).expanduser(), launched_rank()
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError(f"batch_size {batch_size} and limit {limit} must be 1 or more")
+    reader = ShardReader(shards)
+    reader.verify()
+    count = min(len(reader), limit or len(reader))
+    reader.check()
+    paths = [out / name for name in picture_names(reader.names())[:count]]
+    network = _fitting_model(reader, model, device=device, optimize=optimize)
+    _prepare(out, paths, reader, rank=rank, mode=network.optimization.mode)
+    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    mine = batches[rank::world_size]
+    for batch in tqdm(mine, desc=network.name, unit="batch", disable=None if rank == 0 else True):
+        if not all(paths[index].exists() for index in batch):
+            _write_pictures(reader, network, batch, paths)
+    return [paths[index] for batch in mine for index in batch]
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """A PNG's path for each item's name: never outside of the folder, never twice the same."""
+    inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
+    stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
+    times, taken, result = Counter(stems), set[str](), list[str]()
+    for name, stem in zip(inner, stems, strict=True):
+        base = stem if times[stem] == 1 else name  # a.jpg and a.png stay apart
+        candidate, number = base, 1
+        while candidate in taken:
+            number += 1
+            candidate = f"{base}-{number}"
+        taken.add(candidate)
+        result.append(f"{candidate}.png")
+    return result
+
+
+def _on_disk(name: str) -> str:
+    """A name whose parts every file system takes: no control characters, no part too long."""
+    plain = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
+    return "/".join(map(_short, plain.replace("\\", "_").split("/")))
+
+
+def _short(part: str) -> str:
+    """A file name holds 255 bytes; the end of a hash keeps those apart that begin alike."""
+    data = os.fsencode(part)
+    if len(data) <= MAX_PART:
+        return part
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: MAX_PART - 17].decode(errors='ignore')}-{digest}"
+
+
+def _fitting_model(
+    reader: ShardReader,
+    model: Autoencoder | str | Path | None,
+    *,
+    device: str | None,
+    optimize: Optimize | None,
+) -> Autoencoder:
+    """The model that made the shards, or a sentence."""
+    content = reader.content
+    if not isinstance(model, Autoencoder):
+        try:
+            model = open_model(model or reader.manifest.model, device=device, optimize=optimize)
+        except UserError as error:
+            if model is not None:
+                raise
+            raise UserError(f"{error} (the manifest says so; --model gives another)") from error
+    if model.num_codes != content.num_codes:
+        has, needs = (
+            "continuous latents" if codes is None else f"{codes} codes"
+            for codes in (model.num_codes, content.num_codes)
+        )
+        raise UserError(f"'{reader.folder}' is of a model with {needs}; '{model.name}' has {has}")
+    if model.info()["weights_sha256"] != content.model_sha256:
+        raise UserError(
+            f"'{model.name}' has other weights than the model that made '{reader.folder}' "
+            f"('{reader.manifest.model}'); give that one"
+        )
+    return model
+
+
+def _prepare(
+    out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
+) -> None:
+    """Make the folder, and write down which shards its pictures are of."""
+    record = Decoded(
+        shards=str(reader.folder),
+        manifest_sha256=sha256_of(reader.folder / MANIFEST),
+        optimize=None if mode == "plain" else mode,
+    )
+    path = out / RECORD
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Before the record is read: another rank writes it before its first picture.
+        there = None if path.exists() else next((p for p in paths if p.exists()), None)
+        found = Decoded.model_validate_json(read_text(path)) if path.exists() else None
+    except OSError as error:
+        raise UserError(f"cannot use the folder '{out}': {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"'{path}' was not written by `latentvae decode`") from error
+    if found is None and there is not None:
+        raise UserError(
+            f"'{there}' is there, and `latentvae decode` has not written it: give another folder"
+        )
+    if found is not None and found.manifest_sha256 != record.manifest_sha256:
+        raise UserError(
+            f"'{out}' holds pictures of other shards ('{found.shards}'): give another folder"
+        )
+    if found is not None and found.optimize != record.optimize:
+        raise UserError(
+            f"'{out}' holds pictures decoded with optimize {found.optimize}, not "
+            f"{record.optimize}: give another folder"
+        )
+    write_file(path, record.model_dump_json(indent=1).encode(), owner=rank)
+
+
+def _write_pictures(
+    reader: ShardReader, model: Autoencoder, batch: range, paths: Sequence[Path]
+) -> None:
+    side = reader.content.resolution
+    stored = torch.stack([reader.payload(index) for index in batch])
+    if reader.content.kind == "tokens":
+        images = model.decode_tokens(stored.long(), size=(side, side))
+    else:
+        images = model.decode(stored.float(), size=(side, side))
+    assert isinstance(images, torch.Tensor)
+    for index, picture in zip(batch, to_pil(images), strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        paths[index].parent.mkdir(parents=True, exist_ok=True)
+        write_file(paths[index], buffer.getvalue(), owner=index)

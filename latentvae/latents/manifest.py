@@ -1,0 +1,143 @@
+"""The end of an encoding: the manifest, with what the tokens or latents are like.
+
+All of it is read from the shards, so that every rank and every resumed run writes the same.
+
+`K` codes, `L` levels, `h w` latent positions.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentvae.coding.token_codec import MAX_CODES, encode_tokens
+from latentvae.errors import UserError
+from latentvae.latents import LatentStatistics
+from latentvae.latents.shard_table import CARD
+from latentvae.latents.shards import (
+    MANIFEST,
+    Content,
+    Manifest,
+    ShardFile,
+    ShardHeader,
+    read_header,
+    read_manifest,
+    sha256_of,
+    shard_path,
+    table_path,
+    write_file,
+)
+from latentvae.metrics.tokens import TokenUsage
+
+CODED_IMAGES = 64  # of evenly spread images true bits are measured
+
+
+def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:
+    """Write the manifest if every shard is there; None if one is missing.
+
+    Raises:
+        UserError: not one image could be read.
+    """
+    headers = [read_header(shard_path(out, shard)) for shard in range(content.num_shards)]
+    whole = [h for h in headers if h is not None and h.content == content]
+    if len(whole) < content.num_shards:
+        return None
+    if (out / MANIFEST).exists():
+        return read_manifest(out)
+    manifest = _manifest(out, whole, model=model, data=data)
+    if manifest.num_items == 0:
+        name, reason = manifest.unreadable[0]
+        raise UserError(
+            f"not one of {len(manifest.unreadable)} images can be read; the first is '{name}': "
+            f"{reason}"
+        )
+    if content.kind == "tokens":
+        write_file(out / "README.md", CARD.encode(), owner=rank)
+    text = manifest.model_dump_json(indent=1) + "\n"
+    write_file(out / MANIFEST, text.encode(), owner=rank)
+    return manifest
+
+
+def _manifest(out: Path, headers: list[ShardHeader], *, model: str, data: str) -> Manifest:
+    content = headers[0].content
+    tokens = content.kind == "tokens"
+    counts = [len(load_shard(out, header.shard)) for header in headers]
+    files = [
+        ShardFile(
+            items=count,
+            sha256=sha256_of(shard_path(out, header.shard)),
+            table_sha256=sha256_of(table_path(out, header.shard)) if tokens and count else None,
+        )
+        for header, count in zip(headers, counts, strict=True)
+    ]
+    measure = _token_statistics if tokens else _latent_statistics
+    return Manifest(
+        model=model,
+        data=data,
+        num_items=sum(counts),
+        content=content,
+        statistics=measure(out, content, counts) if sum(counts) else {},
+        unreadable=[entry for header in headers for entry in header.unreadable],
+        shards=files,
+    )
+
+
+def load_shard(out: Path, shard: int) -> Tensor:
+    """Tokens or latents of a shard, (n, ...)."""
+    tensors = load_file(shard_path(out, shard))
+    return tensors["indices"] if "indices" in tensors else tensors["latents"]
+
+
+def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
+    """Use of the codes, and bits per pixel of the square that was encoded: log2 K, and true."""
+    assert content.num_codes is not None
+    usage, total, first = TokenUsage(content.num_codes), sum(counts), 0
+    chosen = {i * total // CODED_IMAGES for i in range(CODED_IMAGES)} if total else set[int]()
+    coded: list[int] = []
+    for shard, count in enumerate(counts):
+        indices = load_shard(out, shard).long()
+        usage.update(indices)
+        rows = [item - first for item in sorted(chosen) if first <= item < first + count]
+        if content.num_codes <= MAX_CODES:
+            coded += [_coded_bits(indices[row], content.num_codes) for row in rows]
+        first += count
+    pixels = content.resolution**2
+    raw = math.prod(content.item_shape) * math.log2(content.num_codes) / pixels
+    report = {name: _rounded(value) for name, value in usage.result().items()}
+    report["raw_bpp"] = _rounded(raw)
+    if coded:
+        report["coded_bpp"] = _rounded(sum(coded) / len(coded) / pixels)
+        report["coded_images"] = len(coded)
+    return report
+
+
+def _coded_bits(indices: Tensor, num_codes: int) -> int:
+    return 8 * len(encode_tokens(indices.numpy(), num_codes=num_codes))
+
+
+def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
+    """Of the stored means, before scaling."""
+    statistics = LatentStatistics()
+    for shard, count in enumerate(counts):
+        if count:
+            latents = load_shard(out, shard)
+            for batch in latents.split(256):  # float64 copies of a whole shard are large
+                statistics.update(batch)
+    if math.prod(statistics.channel_mean.shape) == 0:
+        return {}
+    return {
+        "mean": _rounded(statistics.mean),
+        "std": _rounded(statistics.std),
+        "channel_mean": _rounded(statistics.channel_mean),
+        "channel_std": _rounded(statistics.channel_std),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Nine digits: the order of a sum, which threads may change, is not seen in them."""
+    if isinstance(value, torch.Tensor):
+        return [_rounded(item) for item in value.tolist()]
+    return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -1,0 +1,17 @@
+"""The autoencoder of an encoding or a decoding, opened where this process computes."""
+
+from pathlib import Path
+
+from latentvae.autoencoder import Autoencoder, load
+from latentvae.compute.optimization import Optimize
+from latentvae.distributed import launched_device, launched_rank
+
+
+def open_model(
+    path: str | Path, *, device: str | None, optimize: Optimize | None = None
+) -> Autoencoder:
+    """Load it; the first rank prints what an optimisation came to."""
+    model = load(path, device=device or launched_device(), optimize=optimize)
+    if optimize is not None and launched_rank()[0] == 0:
+        print(f"{model.name}: {model.optimization}")
+    return model

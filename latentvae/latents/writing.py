@@ -1,0 +1,135 @@
+"""Images to the files of one shard."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.errors import UserError
+from latentvae.latents.items import Labels, Picture, Pictures
+from latentvae.latents.shard_table import table_bytes
+from latentvae.latents.shards import (
+    DTYPES,
+    Content,
+    ShardHeader,
+    pack_names,
+    shard_bytes,
+    shard_path,
+    table_path,
+    write_file,
+)
+
+
+def write_shards(
+    out: Path,
+    shards: Sequence[int],
+    pictures: Pictures,
+    *,
+    model: Autoencoder,
+    content: Content,
+    labels: Labels | None,
+    batch_size: int,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Encode the items of these shards and write each when its last batch is through."""
+    counts = {shard: -(-len(content.items_of(shard)) // batch_size) for shard in shards}
+    bar = tqdm(
+        _read(pictures, content, shards, batch_size, num_workers),
+        total=sum(counts.values()),
+        desc=model.name,
+        unit="batch",
+        disable=None if progress else True,  # None: only where nobody looks
+    )
+    batches = iter(bar)
+    for shard, count in counts.items():
+        own = itertools.islice(batches, count)
+        _write_shard(out, shard, own, model=model, content=content, labels=labels)
+    bar.close()
+
+
+def _read(
+    pictures: Pictures, content: Content, shards: Sequence[int], batch_size: int, num_workers: int
+) -> Iterator[list[Picture]]:
+    """Batches of the shards, one shard after the other."""
+    batches = [
+        list(items[start : start + batch_size])
+        for items in map(content.items_of, shards)
+        for start in range(0, len(items), batch_size)
+    ]
+    loader = DataLoader(
+        pictures,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # else iter() draws from the global generator
+    )
+    return iter(loader)
+
+
+def _write_shard(
+    out: Path,
+    shard: int,
+    batches: Iterator[list[Picture]],
+    *,
+    model: Autoencoder,
+    content: Content,
+    labels: Labels | None,
+) -> None:
+    read: list[Picture] = []
+    unreadable: list[tuple[str, str]] = []
+    encoded: list[dict[str, Tensor]] = []
+    for batch in batches:
+        unreadable += [(_printable(p.name), p.reason) for p in batch if p.image is None]
+        read += [p._replace(image=None) for p in batch if p.image is not None]
+        if images := [p.image for p in batch if p.image is not None]:
+            encoded.append(_encode(model, torch.stack(images), content))
+    names = [p.name for p in read]
+    tensors = _joined(encoded, content)
+    tensors["sizes"] = torch.tensor([p.size for p in read], dtype=torch.int32).reshape(-1, 2)
+    tensors.update(pack_names(names))
+    if labels is not None:
+        values = [labels.values[p.number] for p in read]
+        tensors["labels"] = torch.tensor(values, dtype=torch.int64)
+    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows
+        table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
+        write_file(table_path(out, shard), table, owner=shard)
+    header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
+    write_file(shard_path(out, shard), shard_bytes(tensors, header), owner=shard)
+
+
+def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:
+    """What is stored of images (b, C, R, R), on the CPU."""
+    dtype = DTYPES[content.dtype]
+    if content.num_codes is not None:
+        indices = model.encode_tokens(images).cpu()
+        assert 0 <= int(indices.min()) and int(indices.max()) < content.num_codes
+        return {"indices": indices.to(dtype)}
+    mean, logvar = model.encode_posterior(images)
+    tensors = {"latents": mean.cpu().to(dtype)}
+    if content.moments:
+        assert logvar is not None
+        tensors["stds"] = (logvar.float() / 2).exp().cpu().to(dtype)
+    if not all(value.isfinite().all() for value in tensors.values()):
+        advice = "" if content.dtype == "float32" else ": try float32"
+        raise UserError(f"latents of '{model.name}' are not finite in {content.dtype}{advice}")
+    return tensors
+
+
+def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str, Tensor]:
+    """All batches; without one, tensors of no items."""
+    if encoded:
+        return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+    names = [content.payload, *(["stds"] if content.moments else [])]
+    empty = torch.zeros(0, *content.item_shape).to(DTYPES[content.dtype])
+    return {name: empty.clone() for name in names}
+
+
+def _printable(name: str) -> str:
+    """A name that JSON can hold: file names need not be UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -1,0 +1,104 @@
+"""The options of the critic."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.options import Count, Positive, Section
+
+
+class CriticConfig(Section):
+    """The critic, its loss and what keeps it stable."""
+
+    disc_type: Literal["patch", "stylegan"] = Field(
+        default="patch",
+        description="Logits of image patches (PatchGAN), or one per image (StyleGAN2's).",
+    )
+    disc_norm: Literal["group", "spectral", "none"] | None = Field(
+        default=None, description="Norm of the patch critic, by default group; stylegan has none."
+    )
+    disc_loss: Literal["hinge", "non_saturating"] = Field(
+        default="hinge", description="GAN loss of both sides."
+    )
+    disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
+        default=(), description="DiffAugment of all that the critic sees."
+    )
+    disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Weight of the R1 penalty on real images, for an image's mean logit; StyleGAN2's rule "
+            "is 0.0002 * resolution^2 / images per update."
+        ),
+    )
+    disc_r1_interval: Positive = Field(
+        default=1, description="Take R1 in every so many updates, weighted up by as much."
+    )
+    disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="Weight of LeCam regularisation; 0 leaves it out."
+    )
+
+    disc_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.5, description="Weight of the adversarial term; 0 leaves the critic out."
+    )
+    disc_start: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.5,
+        description="When the critic starts: below 1 a share of max_train_steps, else an update.",
+    )
+    disc_warmup_steps: Count = Field(
+        default=0,
+        description=(
+            "Updates after the start in which the critic learns alone, the model standing still: "
+            "for a pretrained model, whose critic starts from nothing."
+        ),
+    )
+    disc_ramp_steps: Count = Field(
+        default=1000,
+        description=(
+            "Updates over which the adversarial weight then grows from 0; the critic "
+            "learns in each of them."
+        ),
+    )
+    disc_adaptive_weight: bool = Field(
+        default=True,
+        description=(
+            "Balance the adversarial against the reconstruction gradient at the last layer."
+        ),
+    )
+    disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0,
+        description=(
+            "Largest adaptive weight. Losses are means here: Stable Diffusion's cap of 1e4 on sums "
+            "is 1e4 / (3 * resolution^2), 0.05 at 256 px."
+        ),
+    )
+    disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-4,
+        description="Peak learning rate of the critic; it follows the model's schedule.",
+    )
+    disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
+        default=64, description="Width of the critic's first layer."
+    )
+    disc_layers: Positive | None = Field(
+        default=None,
+        description=(
+            "Layers that halve the critic's map; by default 3 for patch (patches of 70 pixels), "
+            "for stylegan down to 4 pixels of the shorter side."
+        ),
+    )
+
+    critic_watch: Literal["off", "warn", "disable"] = Field(
+        default="warn",
+        description=(
+            "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "
+            "while it runs: tell so; disable also switches the critic off for the rest of the run; "
+            "off does not look."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriticConfig":
+        if self.disc_type == "stylegan" and self.disc_norm not in (None, "none"):
+            raise ValueError(
+                f"disc_norm {self.disc_norm} is for the patch critic; stylegan has none"
+            )
+        return self

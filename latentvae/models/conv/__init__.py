@@ -1,0 +1,1 @@
+"""Convolutional networks: AutoencoderKL and its kin, and VQGAN's around any bottleneck."""

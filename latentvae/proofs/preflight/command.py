@@ -1,0 +1,143 @@
+"""`latentvae preflight` and `--preflight`: a few updates of the run, the checks of what they did, a
+line each, and the exit code."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from latentvae.compute.memory import keep_freed_memory
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.config.presets import checked
+from latentvae.distributed import barrier, from_main, gather_objects, is_main, world_size
+from latentvae.proofs.checks import Check, check_json_file, conclude
+from latentvae.proofs.preflight import learning, networks, ranks, resources, saving, terms
+from latentvae.proofs.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
+from latentvae.tasks.autoencoder.base import open_base, with_shape_of
+from latentvae.tasks.autoencoder.refusals import check_paths
+from latentvae.tasks.autoencoder.run import build_run, end_accelerator, open_data, start_accelerator
+from latentvae.tasks.autoencoder.state import Progress
+from latentvae.tasks.autoencoder.updates import Updates
+
+GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
+    learning.checks,
+    ranks.checks,
+    networks.checks,
+    terms.checks,
+    saving.checks,
+    resources.checks,
+)
+
+
+def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
+    """Check a run before it starts; prints a line per check. All ranks call it.
+
+    Nothing is read from or written to the run's own folder.
+
+    Args:
+        config: of the run.
+        json: file to write the checks to.
+
+    Returns:
+        The exit code: 0 if all hold, 1 if one failed.
+
+    Raises:
+        UserError: a wrong option, path or image folder.
+    """
+    check_json_file(json)
+    with contextlib.ExitStack() as stack:
+        return _report(_open(config, stack), json=json)
+
+
+def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
+    """Make the checks and tell them; the exit code on all ranks."""
+    tell, checks = rehearsal.run.accelerator.print, []
+    tell(_heading(rehearsal), flush=True)
+    for check in _checks(rehearsal):
+        checks.append(_joined(check))
+        tell(checks[-1], flush=True)
+    code = from_main(conclude(checks, json_file=json) if is_main() else 0)
+    barrier()  # none may take its process group down while another is still being told
+    return code
+
+
+def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
+    """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
+    config = checked(config)
+    nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # no run lies there
+    copy = rehearsed(config, nowhere)
+    check_paths(copy)
+    base = open_base(copy)
+    copy, config = with_shape_of(copy, base), with_shape_of(config, base)
+    data = open_data(copy)
+    accelerator = start_accelerator(copy, nowhere)
+    stack.callback(end_accelerator, accelerator)
+    keep_freed_memory(accelerator.device)  # as `train` does: time and memory are foretold
+    folder = _temporary(stack)
+    run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
+    progress = Progress(critic_start=copy.critic_start)
+    return Rehearsal(
+        asked=config, run=run, folder=folder, progress=progress, updates=Updates(run, progress)
+    )
+
+
+def _temporary(stack: contextlib.ExitStack) -> Path:
+    """The first process's temporary folder, for all. It goes at the end, which all processes reach
+    together."""
+    name = None
+    if is_main():
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentvae-preflight-"))
+    return Path(from_main(name))
+
+
+def _heading(rehearsal: Rehearsal) -> str:
+    run = rehearsal.run
+    accelerator: Accelerator = run.accelerator
+    return (
+        f"preflight of {rehearsal.asked.config}: {type(run.net).__name__}, "
+        f"{run.images_per_update} images an update in {world_size()} "
+        f"process{'es' if world_size() > 1 else ''} on {accelerator.device}, precision "
+        f"{accelerator.mixed_precision}"
+    )
+
+
+def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """In their order, as far as they can be made: after a failed update nothing can be judged."""
+    try:
+        rehearsal.rehearse()
+    except torch.cuda.OutOfMemoryError as error:
+        if world_size() > 1:  # the other ranks wait in the update: the launcher ends them all
+            raise
+        yield _out_of_memory(rehearsal, error)
+        return
+    finite = learning.updates(rehearsal)
+    yield finite
+    if all(gather_objects(finite.passed)):
+        for group in GROUPS:
+            yield from group(rehearsal)
+
+
+def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
+    batch = rehearsal.run.config.run.train_batch_size
+    return Check(
+        name="updates",
+        passed=False,
+        value=str(error).partition(". ")[0],
+        expected=f"{UPDATES} updates of {batch} images a process",
+        advice=f"give --train_batch_size {max(batch // 2, 1)} and twice the "
+        "gradient_accumulation_steps, --gradient_checkpointing or --mixed_precision bf16",
+    )
+
+
+def _joined(check: Check) -> Check:
+    """What all ranks found: the first that failed speaks for them."""
+    found: list[Check] = gather_objects(check)
+    failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]
+    if not failed:
+        return found[0]
+    rank, one = failed[0]
+    return replace(one, value=f"process {rank}: {one.value}") if len(found) > 1 else one

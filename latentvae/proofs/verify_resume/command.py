@@ -1,0 +1,151 @@
+"""The whole of `latentvae verify-resume`.
+
+A short form of the user's run is made twice through `accelerate launch`: straight, and in another
+folder with SIGKILL to all its processes at random moments, each time with the same command again.
+Then everything that the two leave behind is compared.
+"""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.data import ImageSource, ImageStream
+from latentvae.errors import UserError
+from latentvae.proofs.checks import Check, check_json_file, conclude
+from latentvae.proofs.verify_resume.compare import compare, what_is_left
+from latentvae.proofs.verify_resume.job import Job, on_cpu, shortened
+from latentvae.proofs.verify_resume.kills import draw_kills
+from latentvae.proofs.verify_resume.order import check_order
+from latentvae.tasks.autoencoder.refusals import check_paths
+from latentvae.tasks.autoencoder.run import open_data
+from latentvae.tasks.autoencoder.state import write_config
+
+LEAST_UPDATES = 4
+EXACT_PROCESSES = 2  # equality to the bit is promised for so many, on the CPU
+
+
+def verify_resume(
+    config: TrainConfig,
+    *,
+    updates: int = 12,
+    kills: int = 3,
+    processes: int = 1,
+    kill_seed: int = 0,
+    work_dir: Path | None = None,
+    json: Path | None = None,
+    launch_timeout: int = 3600,
+) -> int:
+    """Train straight, and with kills and resumes; print a line for each check.
+
+    Args:
+        config: the run. How long it is, what it logs and saves and where are set here; nothing is
+            written to its `output_dir`.
+        updates: of each of the two runs.
+        kills: SIGKILLs to all processes of the second.
+        processes: of each launch.
+        kill_seed: of the moments.
+        work_dir: new folder for both runs, which is kept; by default a temporary one, which is
+            kept where a check failed.
+        json: file for the checks.
+        launch_timeout: seconds after which a launch counts as hung.
+
+    Returns:
+        the exit code: 0 all holds, 1 a check failed.
+
+    Raises:
+        UserError: an option that cannot be, or a run that does not come to its end unbroken.
+    """
+    for name, value, least in (
+        ("updates", updates, LEAST_UPDATES),
+        ("kills", kills, 1),
+        ("processes", processes, 1),
+        ("kill_seed", kill_seed, 0),
+        ("launch_timeout", launch_timeout, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}, but should be {least} or more")
+    check_json_file(json)
+    short = shortened(config, updates=updates)
+    check_paths(short)
+    images, _ = open_data(short)
+    if isinstance(images, ImageStream):
+        raise UserError(
+            "streaming resumes approximately, so that there is nothing to compare; leave it out"
+        )
+    work = _new_folder(work_dir)
+    write_config(short, work / "config.yaml")
+    job = Job(config=short, work=work, processes=processes, seconds=launch_timeout)
+    print(_plan(job, kills=kills), flush=True)
+    checks = _checks(job, images, kills=kills, seed=kill_seed)
+    for check in checks:
+        print(check)
+    code = conclude(checks, json_file=json)
+    if work_dir is None and code == 0:
+        shutil.rmtree(work)
+    else:
+        print(f"both runs, and all that they printed, stay in {work}")
+    return code
+
+
+def _new_folder(work_dir: Path | None) -> Path:
+    if work_dir is None:
+        return Path(tempfile.mkdtemp(prefix="verify-resume-"))
+    try:
+        work_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"work_dir '{work_dir}' cannot be made: {error.strerror}; give a new folder"
+        ) from error
+    return work_dir
+
+
+def _plan(job: Job, *, kills: int) -> str:
+    run, device = job.config.run, "CPU" if on_cpu() else "GPU"
+    return (
+        f"verify-resume: {run.max_train_steps} updates of {run.gradient_accumulation_steps} "
+        f"micro-steps, checkpoints every {run.checkpointing_steps}, processes: {job.processes} "
+        f"({device}); once straight and once with {kills} kills, in {job.work}"
+    )
+
+
+def _checks(job: Job, images: ImageSource, *, kills: int, seed: int) -> list[Check]:
+    updates, options = job.config.run.max_train_steps, job.config.run
+    pace = job.straight("straight", title="straight")
+    print(f"straight: done, {pace.update:.2g} s an update, {pace.save:.2g} s a save", flush=True)
+    drawn = draw_kills(kills, updates=updates, save_every=options.checkpointing_steps, seed=seed)
+    checks = job.killed(drawn, pace)
+    if not checks[1].passed:  # the run did not come to its end
+        return checks
+    order = check_order(
+        job.config,
+        images,
+        processes=job.processes,
+        starts=[start * options.gradient_accumulation_steps for start in job.starts],
+    )
+    return [*checks, order, *_compared(job)]
+
+
+def _compared(job: Job) -> list[Check]:
+    """To the bit where that is promised; where it is not, or does not hold, beside a second run
+    that is not killed."""
+    update = job.config.run.max_train_steps
+    straight, resumed = (
+        what_is_left(job.work / name, update=update) for name in ("straight", "killed")
+    )
+    exact = on_cpu() and job.processes <= EXACT_PROCESSES
+    checks = compare(straight, resumed)
+    if all(check.passed for check in checks):
+        return checks
+    job.straight("again", title="straight again")
+    again = what_is_left(job.work / "again", update=update)
+    if not exact:
+        return compare(straight, resumed, again=again)
+    if all(check.passed for check in compare(straight, again)):
+        return checks
+    advice = (
+        "two runs that were not killed differ as well: it is not the resume, but the machine or "
+        "this configuration that does not repeat itself"
+    )
+    return [check if check.passed else replace(check, advice=advice) for check in checks]

@@ -1,0 +1,191 @@
+"""The short form of a user's run, and its launches: one straight, one killed and resumed."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.engine.checkpoint import (
+    checkpoints,
+    half_written,
+    load_checkpoint,
+    newest_usable,
+    update_of,
+)
+from latentvae.errors import UserError
+from latentvae.proofs.checks import Check
+from latentvae.proofs.verify_resume.kills import AFTER_LAST, Kill, carry_out
+from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_command
+from latentvae.tasks.autoencoder.exporting import is_exported
+
+VALIDATION_IMAGES = 8
+
+
+def shortened(config: TrainConfig, *, updates: int) -> TrainConfig:
+    """The same run with everything that can go wrong in a few updates: the critic starts, the rate
+    warms up, micro-steps accumulate, checkpoints come and go."""
+    early, critic, run = updates // 4, config.critic, config.run
+    changes = {
+        "data": {
+            "max_validation_images": min(config.data.max_validation_images, VALIDATION_IMAGES)
+        },
+        "critic": {
+            "disc_start": float(early),
+            "disc_warmup_steps": min(critic.disc_warmup_steps, early),
+            "disc_ramp_steps": min(critic.disc_ramp_steps, early),
+        },
+        "optimizer": {"lr_warmup_steps": min(config.optimizer.lr_warmup_steps, early)},
+        "run": {
+            "max_train_steps": updates,
+            "gradient_accumulation_steps": max(run.gradient_accumulation_steps, 2),
+            "checkpointing_steps": early,
+            "validation_steps": updates // 2,
+            "num_sample_images": 1,
+            "log_steps": 1,
+            "output_dir": "set by each launch",
+            "resume_from_checkpoint": "latest",
+            "overwrite_output_dir": False,
+            "report_to": "none",
+            "push_to_hub": False,
+        },
+    }
+    return config.model_copy(
+        update={name: _changed(getattr(config, name), values) for name, values in changes.items()}
+    )
+
+
+def _changed(section: BaseModel, values: dict[str, object]) -> BaseModel:
+    return section.model_copy(update=values)
+
+
+def on_cpu() -> bool:
+    """Whether launches train on the CPU, as Accelerate decides it."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return forced or not torch.accelerator.is_available()
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What is launched, again and again.
+
+    Attributes:
+        config: the short run.
+        work: folder of the runs, of what they print, and of their `config.yaml`.
+        seconds: after which a launch counts as hung.
+        starts: the updates done when each launch of the killed run began.
+        hits: what each kill hit.
+    """
+
+    config: TrainConfig
+    work: Path
+    processes: int
+    seconds: float
+    starts: list[int] = field(default_factory=list)
+    hits: list[str] = field(default_factory=list)
+
+    def straight(self, name: str, *, title: str) -> Pace:
+        """A run that is not killed.
+
+        Raises:
+            UserError: it does not come to its end.
+        """
+        with self._launch(name, output=name) as launch:
+            try:
+                code, pace = launch.watch(total=self.config.run.max_train_steps, title=title)
+            except Hung:
+                raise UserError(
+                    f"a run that is not killed did not end within {self.seconds:g} s; what it "
+                    f"printed is in {launch.output}"
+                ) from None
+        if code:
+            raise UserError(
+                f"a run that is not killed ends with code {code}, so that there is nothing to "
+                f"compare: {launch.last_words()} (all that it printed: {launch.output})"
+            )
+        return pace
+
+    def killed(self, kills: list[Kill], pace: Pace) -> list[Check]:
+        """A run that is killed, and started again until it is done."""
+        ended, total = "", self.config.run.max_train_steps
+        try:
+            for kill in kills:
+                ended = self._once(kill, pace)
+                if ended or is_exported(self.work / "killed", total, config=self.config):
+                    break  # a kill after the export: nothing is left to kill
+            ended = ended or self._once(None, pace)
+        except Hung:
+            ended = f"launch {len(self.starts)} did not end within {self.seconds:g} s"
+        done, room = ended == "done", len(self.hits) == len(kills)
+        over = self.hits[-1:] == [AFTER_LAST]
+        starts = ", ".join(map(str, self.starts))
+        return [
+            Check(
+                name="kills",
+                passed=room or over,
+                value=f"{len(self.hits)}, in {', '.join(self.hits) or 'nothing'}",
+                expected=f"{len(kills)}, or one that came after the export",
+                advice=f"more --updates than {total} give them room",
+            ),
+            Check(
+                name="resumes",
+                passed=done,
+                value=f"launches began after {starts} updates" if done else ended,
+                expected="each goes on from the newest whole checkpoint, the last to the end",
+                advice=f"what the launches printed is in {self.work}",
+            ),
+            self._leftovers(),
+        ]
+
+    def _once(self, kill: Kill | None, pace: Pace) -> str:
+        """One launch of the killed run: nothing if it was killed, `done`, or how it failed."""
+        folder, number = self.work / "killed", len(self.starts) + 1
+        checkpoint, _ = newest_usable(folder)
+        self.starts.append(update_of(checkpoint) if checkpoint else 0)
+        total = self.config.run.max_train_steps
+        with self._launch("killed", output=f"killed-{number}") as launch:
+            if kill is None:
+                launch.watch(total=total, title=f"launch {number}")
+            else:
+                hit = carry_out(kill, launch, resumed_at=self.starts[-1], updates=total, pace=pace)
+                if hit:
+                    self.hits.append(hit)
+                    print(f"kill {len(self.hits)}: {hit}", flush=True)
+                    return ""
+        code = launch.process.returncode
+        if code:
+            return f"launch {number} ended with code {code}: {launch.last_words()}"
+        return "done"
+
+    def _leftovers(self) -> Check:
+        folder = self.work / "killed"
+        found = [path.name for path in half_written(folder)]
+        for path in checkpoints(folder):
+            try:
+                load_checkpoint(path)
+            except UserError:
+                found.append(path.name)
+        return Check(
+            name="half-written folders",
+            passed=not found,
+            value=", ".join(found) or "none",
+            expected="none after the last launch",
+            advice="delete them; no launch reads them, but they take space",
+        )
+
+    def _launch(self, name: str, *, output: str) -> Launch:
+        command = training_command(
+            self.work / "config.yaml",
+            self.work / name,
+            processes=self.processes,
+            precision=self.config.run.mixed_precision or "no",
+        )
+        return Launch(
+            command,
+            folder=self.work / name,
+            output=self.work / f"{output}.txt",
+            on_cpu=on_cpu(),
+            seconds=self.seconds,
+        )

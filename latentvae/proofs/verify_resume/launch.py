@@ -1,0 +1,193 @@
+"""Training as users start it: `accelerate launch` with its processes, watched through the files it
+writes, and killed as a power cut would."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+from tqdm.auto import tqdm
+
+from latentvae.engine.checkpoint import PREFIX
+from latentvae.engine.log import read_rows
+
+POLL_SECONDS = 0.002  # a save of a small network takes some ten of these
+
+
+class Hung(Exception):
+    """A launch did not end in its time; it was killed."""
+
+
+def training_command(config: Path, folder: Path, *, processes: int, precision: str) -> list[str]:
+    """The run of a YAML file in a folder, as docs/launching.md has it."""
+    many = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *many]
+    launcher += ["--num_processes", str(processes), "--num_machines", "1"]
+    launcher += ["--mixed_precision", precision, "--dynamo_backend", "no"]
+    training = ["-m", "latentvae.cli.train", "--config", str(config), "--output_dir", str(folder)]
+    return [*launcher, *training]
+
+
+@dataclass
+class Pace:
+    """Seconds that parts of a run take, as an unbroken one shows them."""
+
+    updates: list[float] = field(default_factory=list)
+    saves: list[float] = field(default_factory=list)
+    tail: float = 0.0  # from the last row of the log to the end: save, validation, export
+
+    @property
+    def update(self) -> float:
+        return statistics.median(self.updates or [0.1])
+
+    @property
+    def save(self) -> float:
+        return statistics.median(self.saves or [0.02])
+
+
+class Launch:
+    """A training that was started: what it has done by now, to its end or its kill.
+
+    Args:
+        command: what to start.
+        folder: the run's folder; what an earlier launch left there does not count.
+        output: file that takes all it prints.
+        on_cpu: train on the CPU even where there is a GPU.
+        seconds: after which it counts as hung.
+    """
+
+    def __init__(
+        self, command: list[str], *, folder: Path, output: Path, on_cpu: bool, seconds: float
+    ) -> None:
+        self.folder = folder
+        self.output = output
+        self._log = folder / "log.jsonl"
+        self._old_log = _inode(self._log)
+        self._old_saves = self._temporary()
+        cpu = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | cpu,
+                start_new_session=True,  # Ctrl-C is for this command, which then kills it
+            )
+        self._deadline = time.monotonic() + seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever happens in between, nothing of it lives on."""
+        if self.running:
+            self.kill()
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def updates(self) -> int | None:
+        """Updates that its log holds; None until it has opened the log (by a new file)."""
+        if _inode(self._log) in (None, self._old_log):
+            return None
+        return max((row["update"] for row in read_rows(self._log)), default=0)
+
+    def saving(self) -> bool:
+        return bool(self._temporary() - self._old_saves)
+
+    def wait_for(self, event: Callable[[], bool]) -> bool:
+        """Whether an event came before the end of the training.
+
+        Raises:
+            Hung: neither came in time; nothing of the training is left.
+        """
+        while self.running:
+            if event():
+                return True
+            if time.monotonic() > self._deadline:
+                self.kill()
+                raise Hung
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def family(self) -> list[psutil.Process]:
+        """The launcher and all below it; workers may have sessions of their own."""
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.process.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        return []
+
+    def kill(self, known: list[psutil.Process] | None = None) -> None:
+        """SIGKILL to all at once; `known` ones are halted before the others are looked for."""
+        _send(known or [], signal.SIGSTOP)
+        family = self.family()
+        _send(family, signal.SIGSTOP)
+        family += [process for process in known or [] if process not in family]
+        _send([*family, *self.family()], signal.SIGKILL)
+        self.process.wait()
+        while any(_alive(process) for process in family):
+            time.sleep(POLL_SECONDS)
+
+    def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
+        """To the end, with a progress bar; returns the exit code and the pace."""
+        pace, mark, before, began = Pace(), time.monotonic(), None, None
+        with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
+
+            def look() -> bool:
+                nonlocal mark, before, began
+                now, done = time.monotonic(), self.updates()
+                if done != before:
+                    if before is not None and done is not None:
+                        pace.updates.append((now - mark) / max(done - before, 1))
+                    bar.update((done or 0) - (before or 0))
+                    mark, before = now, done
+                if self.saving():
+                    began = began or now
+                elif began is not None:
+                    pace.saves.append(now - began)
+                    began = None
+                return False
+
+            self.wait_for(look)
+        pace.tail = time.monotonic() - mark
+        return self.process.wait(), pace
+
+    def last_words(self) -> str:
+        """The last line it printed that is not the launcher's traceback."""
+        lines = [line.strip() for line in self.output.read_text(errors="replace").splitlines()]
+        told = [line for line in lines if line.startswith("error:")]
+        raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+        return next(iter([*told, *raised[:1], *reversed(lines), "nothing"]))
+
+    def _temporary(self) -> set[str]:
+        return {path.name for path in self.folder.glob(f"{PREFIX}*.tmp-*")}
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    """A zombie that nobody has waited for writes nothing any more."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

@@ -1,0 +1,154 @@
+"""What training does for a discrete bottleneck beside its loss: the start by k-means, what codes
+learn from all ranks once per update, and the temperature.
+
+`N` vectors, `c` feature channels, `K` codes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.config import GumbelConfig
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.data import EvalTransform, ImageSource, UnreadableImage
+from latentvae.distributed import all_reduce_sum, gather_cat
+from latentvae.engine.randomness import Stream, generator_for
+from latentvae.errors import UserError
+from latentvae.models.config import VQModelConfig
+from latentvae.outputs import AutoencoderOutput
+from latentvae.tasks.autoencoder.schedule import cosine_decay
+
+START_BATCH = 16  # images encoded at a time
+START_VECTORS = 32  # vectors for each code that k-means sees, at most
+
+
+class CodebookUpdate:
+    """Gathers what codes learn from over the micro-steps of an update, then over ranks.
+
+    Args:
+        quantizer: the bottleneck, bare.
+        seed: of the choice of vectors at which dead codes restart.
+    """
+
+    def __init__(self, quantizer: Any, *, seed: int) -> None:
+        self.quantizer = quantizer
+        self.seed = seed
+        self._sums: dict[str, Tensor] = {}
+        self._features: Tensor | None = None
+
+    def add(self, out: AutoencoderOutput) -> None:
+        """One micro-step."""
+        for name, value in (out.statistics or {}).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._features = out.features
+
+    @torch.no_grad()
+    def apply(
+        self,
+        update: int,
+        *,
+        optimizer: torch.optim.Optimizer,
+        averages: Mapping[nn.Parameter, Tensor],
+    ) -> dict[str, Tensor]:
+        """After the optimiser; the same on every rank.
+
+        Args:
+            optimizer: forgets what it knew of codes that restart.
+            averages: of the weights; those of a code that restarts restart with it.
+
+        Returns:
+            What to log.
+        """
+        if not self._sums or self._features is None:
+            return {}
+        sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
+        vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
+        restarts = self.quantizer.restart_threshold > 0
+        before = {w: w.clone() for w in self.quantizer.parameters()} if restarts else {}
+        restarted = self.quantizer.update(
+            sums,
+            features=gather_cat(vectors) if restarts else vectors,
+            generator=generator_for(Stream.CODEBOOK, self.seed, update),
+        )
+        for weight, old in before.items():
+            changed = (weight != old).any(1, keepdim=True)  # (K, 1); no host sync
+            if weight in averages:
+                averages[weight].copy_(torch.where(changed, weight, averages[weight]))
+            for moment in optimizer.state.get(weight, {}).values():
+                if moment.shape == weight.shape:
+                    moment.masked_fill_(changed, 0.0)
+        return {"tokens/restarted": restarted.float()}
+
+    def clear(self) -> None:
+        self._sums, self._features = {}, None
+
+
+@torch.no_grad()
+def initialise_codebook(
+    net: Any,
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    images_per_update: int,
+    seed: int,
+) -> None:
+    """Start the codes at what the untrained encoder gives for random training images."""
+    wanted = START_VECTORS * net.quantize.num_codes
+    vectors: list[Tensor] = []
+    vectors_per_image = 0
+    for images in _batches(source, transform, seed=seed):
+        features = net.encode(images.to(net.device)).latents
+        vectors_per_image = features[0, 0].numel()
+        vectors.append(features.movedim(1, -1).flatten(0, -2))
+        if sum(map(len, vectors)) >= wanted:
+            break
+    if not vectors:
+        raise UserError(f"not one of the {len(source):,} images for k-means can be read")
+    found = torch.cat(vectors)[:wanted]
+    if len(found) < net.quantize.num_codes:
+        print(
+            f"k-means has {len(found):,} vectors for {net.quantize.num_codes:,} codes: some codes "
+            "start alike, and are idle until they restart (restart_threshold)"
+        )
+    net.quantize.initialise(
+        found,
+        generator=generator_for(Stream.CODEBOOK, seed, 0),
+        batch_vectors=images_per_update * vectors_per_image,
+    )
+
+
+def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Iterator[Tensor]:
+    order = torch.randperm(len(source), generator=generator_for(Stream.CODEBOOK, seed, 0, 1))
+    images: list[Tensor] = []
+    for i in map(int, order):
+        try:
+            images.append(transform(source.read(i)))
+        except UnreadableImage:
+            continue  # the training names it
+        if len(images) == START_BATCH:
+            yield torch.stack(images)
+            images = []
+    if images:
+        yield torch.stack(images)
+
+
+def wants_start(config: TrainConfig) -> bool:
+    """Whether the codes of a new run start by k-means."""
+    model = config.model
+    return isinstance(model, VQModelConfig) and getattr(model.quantizer, "kmeans_iterations", 0) > 0
+
+
+def temperature(config: TrainConfig, update: int) -> float:
+    """Of the bottleneck in an update (from 0); 1 but for Gumbel-softmax."""
+    model = config.model
+    if not (isinstance(model, VQModelConfig) and isinstance(model.quantizer, GumbelConfig)):
+        return 1.0
+    options = model.quantizer
+    return cosine_decay(
+        update,
+        start=options.temperature,
+        end=options.final_temperature,
+        steps=options.temperature_steps,
+    )

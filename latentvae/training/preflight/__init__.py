@@ -1,5 +1,0 @@
-"""Proof of the wiring before a run: what the user's own run does in its first updates, checked."""
-
-from latentvae.training.preflight.command import preflight
-
-__all__ = ["preflight"]

@@ -1,0 +1,10 @@
+"""The convolutions of a processor with AVX-512, whatever runs the tests."""
+
+import pytest
+
+from latentvae.compute.winograd import layers
+
+
+@pytest.fixture(autouse=True)
+def limits_of_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX512"))

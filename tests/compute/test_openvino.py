@@ -1,0 +1,98 @@
+"""OpenVINO in a network's place; without the package, only what is said then."""
+
+import builtins
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from latentvae.compute import optimization as opt
+from latentvae.compute.optimization import optimize_network
+from latentvae.errors import UserError
+from latentvae.models import calls
+from tests.models.nets import NETS, images, kl, largest, movq
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt, "PROBE", 32)
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["kl", "vq", "discrete", "tiny"])
+@torch.inference_mode()
+def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
+    net: Any = NETS[name]()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimized = optimize_network(net, mode="openvino")
+    assert optimized.mode == "openvino" and (optimized.psnr or 0) > 80
+    for batch in (images(40, 36), images(16, 24, count=2)):
+        z = calls.encode(net, batch)
+        assert largest(calls.encode(optimized.net, batch), z) <= 1e-5 * z.abs().max()
+        recon = calls.decode(net, z)
+        assert largest(calls.decode(optimized.net, z), recon) <= 1e-5 * recon.abs().max()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@needs_openvino
+@torch.inference_mode()
+def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: True)
+    net: Any = NETS["vq"]()
+    optimized = optimize_network(net, mode="openvino").net
+    z = calls.encode(net, images(32, 32))
+    assert largest(calls.encode(optimized, images(32, 32)), z) <= 1e-5 * z.abs().max()
+
+
+@needs_openvino
+def test_signals_are_handled_after_a_network_has_gone() -> None:
+    code = """
+import gc, signal, torch
+from latentvae.compute.openvino import CompiledHalf
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+conv = torch.nn.Conv2d(3, 3, 1).eval()
+halves = [CompiledHalf(conv, torch.zeros(1, 3, 8, 8), precision="f32") for _ in range(2)]
+while halves:
+    del halves[0]
+    gc.collect()
+signal.raise_signal(signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+@needs_openvino
+def test_pictures_that_are_too_far_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(opt, "MIN_PSNR_OPENVINO", 300.0)
+    with pytest.raises(UserError, match=r"at \d+\.\d dB against exact, less than 300"):
+        optimize_network(kl(), mode="openvino")
+
+
+@needs_openvino
+def test_what_it_cannot_do_is_told() -> None:
+    with pytest.raises(UserError, match="spatial norms"):
+        optimize_network(movq(), mode="openvino")
+    with pytest.raises(UserError, match="runs on the CPU, not on 'meta'"):
+        optimize_network(kl().to("meta"), mode="openvino")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "openvino":
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"pip install latentvae\[openvino\]"):
+        optimize_network(kl(), mode="openvino")

@@ -1,0 +1,43 @@
+"""No option of the schema is read by nobody."""
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import latentvae
+from latentvae.bottlenecks import QUANTIZERS
+from latentvae.bottlenecks import config as quantizer_config
+from latentvae.config.autoencoder import TrainConfig, flat
+from latentvae.models import ARCHITECTURES
+from latentvae.models.config import MODELS
+
+PACKAGE = Path(latentvae.__file__).parent
+
+
+def test_every_option_is_used() -> None:
+    read: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    options = set(flat(TrainConfig())) - set(flat(TrainConfig().model)) - {"config"}
+    assert options - read == set()
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_option_of_the_model_is_one_of_its_builder(architecture: str) -> None:
+    kind = ARCHITECTURES[architecture]
+    build: Any = kind.network if architecture == "vq" else kind.build
+    builder = set(inspect.signature(build).parameters)
+    builder -= {"sample_size", "image_channels", "in_channels", "out_channels", "scaling_factor"}
+    assert set(MODELS[architecture]().shape()) == builder
+
+
+@pytest.mark.parametrize("kind", quantizer_config.QUANTIZERS)
+def test_every_option_of_a_quantiser_is_one_of_its_module(kind: str) -> None:
+    module = set(inspect.signature(QUANTIZERS[kind]).parameters) - {"group_bits"}
+    arguments = quantizer_config.QUANTIZERS[kind]().arguments()
+    assert arguments.pop("type") == kind
+    assert set(arguments) == module

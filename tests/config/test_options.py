@@ -1,0 +1,316 @@
+"""Wrong options fail before any work, in one sentence that names the value and the nearest valid
+one."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from latentvae.bottlenecks.config import QUANTIZERS
+from latentvae.cli.train import CHOSEN_BY_PRESET, NAMES_ELSEWHERE, config_from_arguments
+from latentvae.config.autoencoder import TrainConfig, flat, option_names
+from latentvae.config.presets import load_preset, parse, preset_names
+from latentvae.errors import UserError
+from latentvae.models import build_autoencoder_kl
+from latentvae.models.config import MODELS
+from latentvae.proofs.preflight import preflight
+from latentvae.tasks.autoencoder.loop import train
+from tests.tasks.autoencoder.small import small_config
+
+PRESETS = {
+    "kl_f4": (4, 3),
+    "kl_f8": (8, 4),
+    "kl_f8_d16": (8, 16),
+    "kl_f16": (16, 16),
+    "kl_f32": (32, 64),
+    "dc_f32": (32, 32),
+    "sd_asymmetric": (8, 4),
+    "vq_small": (8, 64),
+    "vq_f4": (4, 3),
+    "vq_f8": (8, 4),
+    "vq_f16": (16, 256),
+    "vq_f16_l2": (16, 256),
+    "fsq_f8": (8, 256),
+    "lfq_f16": (16, 256),
+    "rq_f16": (16, 256),
+    "dvae_f8": (8, 256),
+    "kl_small": (8, 4),
+    "sd_decoder_finetune": (8, 4),
+    "sdxl_decoder_finetune": (8, 4),
+    "flux_decoder_finetune": (8, 16),
+}
+
+
+def test_the_presets_are_those_the_help_names() -> None:
+    assert set(preset_names()) == set(PRESETS)
+    text = TrainConfig.model_fields["config"].description or ""
+    assert all(name in text for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_its_shape_and_an_origin(name: str) -> None:
+    config = load_preset(name)
+    assert (config.model.f, config.model.latent_channels) == PRESETS[name]
+    from latentvae.config.presets import presets_folder
+
+    assert (presets_folder() / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_kl_f8_has_stable_diffusions_parameters() -> None:
+    """83,653,863: the parameter count of Stable Diffusion 1.x's autoencoder."""
+    config = load_preset("kl_f8")
+    net = build_autoencoder_kl(**config.model.shape())
+    assert sum(p.numel() for p in net.parameters()) == 83_653_863
+    assert net.config["latent_channels"] == 4
+
+
+def test_kl_f8_d16_has_the_shape_of_sd3s_autoencoder() -> None:
+    """83,819,683: the parameter count of SD3's and FLUX.1's autoencoder."""
+    net = build_autoencoder_kl(**load_preset("kl_f8_d16").model.shape())
+    assert sum(p.numel() for p in net.parameters()) == 83_819_683
+    assert net.quant_conv is None and net.post_quant_conv is None
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_leaf_names_are_unique(architecture: str, quantizer: str) -> None:
+    model: dict[str, Any] = {"architecture": architecture}
+    if architecture == "vq":
+        model["quantizer"] = {"type": quantizer}
+    config = parse({"model": model}, source="test")
+    names = list(leaves(config))
+    assert len(names) == len(set(names)) == len(flat(config))
+
+
+def leaves(section: BaseModel) -> Iterator[str]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        yield from leaves(value) if isinstance(value, BaseModel) else [name]
+
+
+def test_flags_override_the_preset_and_both_spellings_work() -> None:
+    config = config_from_arguments(
+        [
+            "--config",
+            "kl_f8",
+            "--train-batch-size",
+            "3",
+            "--no-random_flip",
+            "--block_out_channels",
+            "32",
+            "64",
+            "--disc_augment",
+            "color",
+            "cutout",
+        ],
+        description="",
+    )
+    assert config.critic.disc_augment == ("color", "cutout")
+    assert (config.run.train_batch_size, config.data.random_flip, config.model.f) == (3, False, 2)
+    assert config.optimizer.adam_beta1 == 0.5
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"data": {"resolution": 32}}))
+    assert config_from_arguments(["--config", str(path)], description="").data.resolution == 32
+
+
+def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = config_from_arguments(["--output_dir=~/runs/first"], description="")
+    assert config.run.output_dir == "/home/someone/runs/first"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resolutoin", "64"], "unknown option '--resolutoin'; did you mean '--resolution'?"),
+        (["--zzz"], "unknown option '--zzz'; `--help` lists them all"),
+        (["--config", "kl_f9"], "did you mean 'kl_f8'?"),
+        (["--config", "nowhere/kl_f8.yml"], "neither a file nor a preset"),
+        (["--rec_loss", "l3"], "rec_loss is 'l3', but should be 'l1' or 'l2'"),
+        (["--crop", "centre"], "did you mean 'center'?"),
+        (
+            ["--resolution", "60"],
+            "resolution 60 is not a multiple of the model's f = 8; the nearest that is: 64",
+        ),
+        (
+            ["--crops_per_image", "5"],
+            "train_batch_size 8 is not a multiple of crops_per_image 5; the nearest that is: 10",
+        ),
+        (["--resolution", "big"], "--resolution"),
+        (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
+        (["--max_train_steps", "0"], "max_train_steps is 0"),
+        (["--mixed_precision", "fp16"], "fp16 is refused"),
+        (["--norm_num_groups", "24"], "norm_num_groups 24 does not divide the width 32"),
+        (["--attention_levels", "7"], "attention_levels names level 7"),
+        (
+            ["--export_profile", "sdxl", "--latent_channels", "8"],
+            "export_profile sdxl needs latent_channels 4",
+        ),
+        (["--config", "kl_f8", "--config=kl_f16"], "--config is given 2 times: kl_f16, kl_f8"),
+        (["stray"], "stray"),
+        (["--seed"], "--seed"),
+        (["--learn_logvar", "maybe"], "maybe"),
+        (["--disc_channels", "12"], "disc_channels is 12"),
+        (["--validation_share", "1"], "validation_share is 1.0"),
+        (["--disc_augment", "color", "colour"], "disc_augment is 'colour', but should be"),
+        (["--pretrained_family", "sdx"], "did you mean 'sdxl'?"),
+    ],
+)
+def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_arguments(arguments, description="")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("vq_small --num_codes 1", "num_codes is 1, but should be greater than or equal to 2"),
+        ("fsq_f8 --levels 2 2", "each channel has 3 to 1000, as in (8, 5, 5, 5); the preset lfq"),
+        ("fsq_f8 --levels", "levels is ()"),
+        ("fsq_f8 --levels 1000 1000 1000", "1,000,000,000 codes; at most 16,777,216 are counted"),
+        ("lfq_f16 --num_bits 25", "num_bits is 25"),
+        ("fsq_f8 --no-l2_normalize", "presets that have it: vq_f16, vq_f16_l2, vq_f4, vq_f8"),
+        ("kl_small --commitment_weight 1", "has no meaning for config kl_small; presets that have"),
+        ("fsq_f8 --codebook_size 9", "'--codebook_size' (here '--num_codes') has no meaning for"),
+        ("vq_small --codebook_size 9", "did you mean '--num_codes'?"),
+        ("vq_small --n_embed 9", "did you mean '--num_codes'?"),
+        ("vq_small --num_vq_embeddings=9", "did you mean '--num_codes'?"),
+        ("vq_small --embed-dim 9", "did you mean '--code_channels'?"),
+        ("vq_small --beta 1", "did you mean '--commitment_weight'?"),
+        (
+            "vq_small --quantizer fsq",
+            "--config chooses it, a preset (fsq: fsq_f8; gumbel: dvae_f8;",
+        ),
+        ("vq_small --quantizer.type fsq", "--config chooses it"),
+        ("kl_small --architecture vq", "--config chooses it, a preset (asymmetric: sd_asymmetric;"),
+        (
+            "vq_small --kl_scale 1",
+            "kl_scale 1 has no meaning for the architecture vq (vq), which has",
+        ),
+        (
+            "vq_small --entropy_temperature 0.1",
+            "entropy_temperature 0.1 has no meaning while entropy_weight is 0; give that too",
+        ),
+        (
+            "lfq_f16 --entropy_weight 0 --batch_entropy_gamma 2",
+            "batch_entropy_gamma 2 has no meaning while entropy_weight is 0",
+        ),
+        (
+            "vq_small --codebook_decay 0.9 --codebook_weight 0.5",
+            "codebook_weight 0.5 has no meaning with codebook_decay 0.9",
+        ),
+        (
+            "rq_f16 --codebook_weight 0",
+            "codebook_weight 0 has no meaning with codebook_decay 0.99",
+        ),
+        (
+            "dvae_f8 --rec_loss l2",
+            "rec_loss l2 has no meaning with likelihood logit_laplace, which takes its place; "
+            "leave it at l1",
+        ),
+        ("fsq_f8 --lookup_from_codebook", "no search of the nearest code in a list"),
+        ("kl_f8 --lookup_from_codebook", "which has no codes"),
+        (
+            "vq_f16 --resolution 250",
+            "not a multiple of the model's f = 16; the nearest that is: 256",
+        ),
+    ],
+)
+def test_wrong_options_of_tokenizers(arguments: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_arguments(["--config", *arguments.split()], description="")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "vq_small --entropy_weight 0.1 --entropy_temperature 0.1 --batch_entropy_gamma 2",
+        "vq_small --batch_entropy_gamma 1 --codebook_decay 0.9 --codebook_weight 1",
+        "vq_small --codebook_weight 0.5",
+        "dvae_f8 --rec_loss l1",
+        "vq_small --likelihood logit_laplace --rec_loss l1",
+    ],
+)
+def test_options_that_have_a_meaning_or_their_defaults_are_taken(arguments: str) -> None:
+    config_from_arguments(["--config", *arguments.split()], description="")
+
+
+def test_names_of_other_trainers_are_none_of_ours() -> None:
+    ours = set(option_names()) | set(CHOSEN_BY_PRESET)
+    assert set(NAMES_ELSEWHERE) <= ours
+    others = [other for names in NAMES_ELSEWHERE.values() for other in names.split()]
+    assert not ours & set(others) and len(others) == len(set(others))
+
+
+@pytest.mark.parametrize("script", ["kl_small", "vq_small"])
+def test_every_script_takes_every_preset(script: str) -> None:
+    for name in ("kl_small", "fsq_f8", "dc_f32"):
+        config = config_from_arguments(["--config", name], description="", default_config=script)
+        assert config == load_preset(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: vq", "model is 'vq', but should be a section"),
+        (
+            "model: {architecture: vq, quantizer: fsq}",
+            "quantizer is 'fsq', but should be a section",
+        ),
+        ("model: {architecture: vq, quantizer: [1]}", "quantizer is [1], but should be a section"),
+        ("model: {architecture: vq, quantizer: {type: fsqq}}", "did you mean 'fsq'?"),
+        ("model: {quantizer: {type: fsq}}", "goes under model, with architecture: vq"),
+        ("quantizer: {type: fsq}", "goes under model, with architecture: vq"),
+        ("data: {resolutoin: 64}", "unknown option 'data.resolutoin'; did you mean 'resolution'?"),
+        ("dta: {resolution: 64}", "unknown option 'dta'; did you mean 'data'?"),
+        ("data: [1, 2]", "data"),
+        ("- 1", "must hold sections"),
+        ("a: b: c", "not valid YAML"),
+        ("run: {seed: !!python/object/apply:os.system [true]}", "not valid YAML"),
+    ],
+)
+def test_wrong_files_are_told_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_preset(str(path))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        config_from_arguments(["--help"], description="Train.")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in flat(TrainConfig()) if name != "architecture")
+
+
+@pytest.mark.parametrize("call", [train, preflight])
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("data", "resolution", 33, "resolution 33 is not a multiple of the model's f = 4"),
+        ("objective", "rec_loss", "huber", "rec_loss is 'huber', but should be"),
+        ("optimizer", "lr_scheduler", "linear", "lr_scheduler is 'linear', but should be"),
+    ],
+)
+def test_options_set_by_assignment_are_checked_too(
+    call: Any, section: str, name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path / "run")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=re.escape(said)):
+        call(config)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,251 @@
+"""A checkpoint that was damaged, or written by something else: the run goes on from the one before
+and says so, or ends in one sentence; never otherwise than it would have."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentvae.cli import train as command_line
+from latentvae.engine.checkpoint import load_checkpoint
+from latentvae.errors import UserError
+from latentvae.losses.perceptual import load_lpips
+from latentvae.tasks.autoencoder import loop
+from latentvae.tasks.autoencoder import run as building
+from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder.run import Run
+from latentvae.tasks.autoencoder.saved_values import check_values
+from latentvae.tasks.autoencoder.state import Progress, take_snapshot
+from tests.tasks.autoencoder.small import as_flags, small_config
+
+pytestmark = pytest.mark.usefixtures("own_accelerate")
+
+FILES = (
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "critic.safetensors",
+    "critic_optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80  # in the manifest no text any more, whichever digit it hits
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": _flip,
+    "a folder": _folder,
+}
+
+
+def _few_at_once(*, files: bool) -> list[Any]:
+    """One damage of each file, or one alone; the other pairs are slow in their number."""
+    slow = pytest.mark.slow
+    if not files:
+        return [pytest.param(kind, marks=[slow] if i else []) for i, kind in enumerate(DAMAGES)]
+    return [
+        pytest.param(file, kind, marks=[] if j == i % len(DAMAGES) else [slow])
+        for i, file in enumerate(FILES)
+        for j, kind in enumerate(DAMAGES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory: pytest.TempPathFactory, own_accelerate: None) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(small_config(folder, max_train_steps=4, validation_steps=4, disc_start=0.0))
+    shutil.rmtree(folder / "export")
+    return folder
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Path:
+    """A run with checkpoints 2 and 4 of its six updates."""
+    return shutil.copytree(_finished, tmp_path / "run")
+
+
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Run, Progress]]:
+    """What a command line builds and restores, in the place of its training."""
+    found: list[tuple[Run, Progress]] = []
+
+    def taken(run: Run, progress: Progress) -> None:
+        found.append((run, progress))
+        raise _Enough
+
+    monkeypatch.setattr(loop, "_train_and_export", taken)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _trunk_read_once(monkeypatch: pytest.MonkeyPatch, _trunk: torch.nn.Module) -> None:
+    monkeypatch.setattr(building, "load_lpips", lambda *_, **__: copy.deepcopy(_trunk))
+
+
+@pytest.fixture(scope="module")
+def _trunk() -> torch.nn.Module:
+    return load_lpips("alex")
+
+
+class _Enough(Exception):
+    pass
+
+
+def resume(folder: Path, **changes: Any) -> None:
+    config = small_config(folder, max_train_steps=6, validation_steps=4, disc_start=0.0, **changes)
+    command_line.run_training(as_flags(config), description="")
+
+
+def test_the_files_are_all_that_a_checkpoint_has(finished: Path) -> None:
+    assert {path.name for path in (finished / "checkpoint-4").iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize(("file", "damage"), _few_at_once(files=True))
+def test_every_damage_of_every_file_falls_back_and_says_so(
+    file: str,
+    damage: str,
+    finished: Path,
+    resumed: list[tuple[Run, Progress]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    DAMAGES[damage](finished / "checkpoint-4" / file)
+    with pytest.raises(_Enough):
+        resume(finished)
+    said = capsys.readouterr().out
+    assert f"checkpoint-4 is passed over: {file} " in said
+    assert f"going on from {finished / 'checkpoint-2'}" in said
+    ((run, progress),) = resumed
+    good = load_checkpoint(finished / "checkpoint-2")
+    snapshot = take_snapshot(run, progress)
+    assert json.loads(json.dumps(snapshot.values)) == good.values
+    assert snapshot.tensors.keys() == good.tensors.keys()
+    for name, values in good.tensors.items():
+        assert values.keys() == snapshot.tensors[name].keys() and values
+        assert all(torch.equal(value, snapshot.tensors[name][key]) for key, value in values.items())
+    assert (finished / "aside-checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("damage", _few_at_once(files=False))
+def test_where_all_are_damaged_it_starts_anew_and_says_so(
+    damage: str,
+    finished: Path,
+    resumed: list[tuple[Run, Progress]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number in (2, 4):
+        DAMAGES[damage](finished / f"checkpoint-{number}" / "optimizer.safetensors")
+    with pytest.raises(_Enough):
+        resume(finished)
+    said = capsys.readouterr().out
+    assert said.count("is passed over: optimizer.safetensors ") == 2
+    assert f"starting anew in {finished}" in said and resumed[0][1].update == 0
+
+
+@pytest.mark.parametrize("damage", _few_at_once(files=False))
+def test_a_damaged_one_that_was_asked_for_is_one_sentence(
+    damage: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES[damage](finished / "checkpoint-4" / "ema.safetensors")
+    assert _refused(finished, capsys, resume_from_checkpoint="checkpoint-4").startswith(
+        f"error: checkpoint '{finished / 'checkpoint-4'}' cannot be used: ema.safetensors "
+    )
+
+
+def _refused(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
+    """The one line of a command that exits with 2."""
+    with pytest.raises(SystemExit) as ended:
+        resume(folder, **changes)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def forge(checkpoint: Path, values: Any) -> None:
+    """Write a state, and the hash and size of it into the manifest."""
+    content = json.dumps(values).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+REQUIRED = (
+    *("update", "micro_step", "skipped", "skipped_in_a_row", "windows", "bad_images"),
+    *("critic_start", "world_size", "mixed_precision", "data", "ema_steps"),
+)
+# Older checkpoints are without these.
+OPTIONAL = ("units", "kl_log_factor", "kl_error", "critic_stopped", "watch")
+WRONG: tuple[Any, ...] = (None, "text", -1, 1.5, True, 10**30, [], [3], {"a": "b"}, [[{}]])
+
+
+def test_a_forged_state_is_refused_whatever_it_says(finished: Path) -> None:
+    """Each entry gone or of another type; the sentence names it."""
+    good = load_checkpoint(finished / "checkpoint-4").values
+    assert set(good) == {*REQUIRED, *OPTIONAL, "versions"}
+    options = {"num_channels": 4, "has_average": True}
+    check_values(good, **options)
+    check_values(good | {"bad_images": [["caf\udce9.jpg", "no image"]]}, **options)  # not UTF-8
+    for name in (*REQUIRED, *OPTIONAL):
+        gone = {key: value for key, value in good.items() if key != name}
+        forged = [gone] if name in REQUIRED else []
+        forged += [good | {name: value} for value in WRONG if not _is_harmless(name, value)]
+        for values in forged:
+            with pytest.raises(UserError, match=f"{name}|processes"):
+                check_values(values, **options)
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    """Of the right type after all, or as an older checkpoint has it."""
+    return (
+        (name == "bad_images" and value == [])
+        or (name == "data" and isinstance(value, dict))
+        or (name in ("units", "critic_stopped") and value is None)
+        or (name.startswith("kl_") and isinstance(value, int | float) and value is not True)
+        or (name == "mixed_precision" and isinstance(value, str))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v["windows"].append({}), "windows: 2 of 1 processes"),
+        (lambda v: v["windows"][0].update({"loss/rec": [1.0]}), r"windows.0.loss/rec"),
+        (lambda v: v["units"][0].pop(), "units: not 3 x 4 sums"),
+        (lambda v: v["units"][0][1].append(0.0), "units: not 3 x 4 sums"),
+        (lambda v: v["bad_images"].append(["a.png"]), "bad_images.0"),
+        (lambda v: v["watch"]["conditions"]["critic_won"].update(extra=1), "watch.conditions"),
+        (lambda v: v.update(kl_error=float("inf")), "kl_error"),
+        (lambda v: v.update(update=3), "its state.json is of update 3"),
+    ],
+)
+def test_a_forged_entry_is_named(
+    change: Callable[[Any], object], said: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = copy.deepcopy(load_checkpoint(finished / "checkpoint-4").values)
+    change(values)
+    forge(finished / "checkpoint-4", values)
+    assert said in _refused(finished, capsys)

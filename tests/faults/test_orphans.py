@@ -1,0 +1,73 @@
+"""Nothing lives on whose parent was killed: readers without their trainer, trainers without their
+launcher."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from latentvae.engine.checkpoint import newest_usable
+from tests.tasks.autoencoder.test_ranks import launch, train_flags
+
+WORKERS = 2
+READERS_END = 20.0  # seconds; they look for their trainer every 5
+TRAINERS_END = 60.0  # the update in hand and a save
+
+
+@pytest.fixture
+def options() -> dict[str, object]:
+    return {
+        "train_batch_size": 2,
+        "max_train_steps": 4000,
+        "checkpointing_steps": 4000,
+        "validation_steps": 4000,
+        "log_steps": 1,
+        "dataloader_num_workers": WORKERS,
+    }
+
+
+def below(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
+    """All that a launch has started, once it trains."""
+    deadline = time.monotonic() + 240
+    log = folder / "log.jsonl"
+    while not log.exists() or not log.stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def ended(family: list[psutil.Process], *, seconds: float) -> None:
+    _, alive = psutil.wait_procs(family, timeout=seconds)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+@pytest.mark.slow
+def test_readers_end_with_a_trainer_that_was_killed(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    process = launch(train_flags(tmp_path, **options), processes=1)
+    family = below(process, tmp_path)
+    trainer = next(p for p in family if p.ppid() == process.pid)
+    readers = [p for p in family if p.ppid() == trainer.pid]
+    assert len(readers) >= WORKERS
+    trainer.kill()
+    ended(family, seconds=READERS_END)
+    assert process.wait(timeout=30) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trainers_save_and_end_with_a_launcher_that_was_killed(
+    tmp_path: Path, processes: int, options: dict[str, object]
+) -> None:
+    process = launch(train_flags(tmp_path, **options), processes=processes)
+    family = below(process, tmp_path)
+    assert len(family) >= processes * (1 + WORKERS)
+    process.kill()
+    ended(family, seconds=TRAINERS_END)
+    assert newest_usable(tmp_path)[0] is not None

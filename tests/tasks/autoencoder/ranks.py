@@ -1,0 +1,107 @@
+"""Run by the launcher in test_ranks.py: the gradients of one update and what a codebook learned in
+it and the KL's weight, as each rank holds them, saved to a file.
+
+ranks.py OUT.safetensors BATCH_SIZE fixed|adaptive|held [QUANTIZER]
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from latentvae.distributed import rank
+from latentvae.tasks.autoencoder import loop
+from latentvae.tasks.autoencoder.updates import Updates
+from tests.tasks.autoencoder.small import small_config
+
+
+class Done(Exception):
+    pass
+
+
+def gradients_after_update(number: int, out: Path) -> Any:
+    """Replaces what follows the optimiser's step in update ``number`` (from 1)."""
+    original = Updates._observe
+
+    def saving(self: Updates, adversary: Any, logged: Any) -> None:
+        original(self, adversary, logged)
+        if self.progress.update + 1 < number:
+            return
+        modules = {"model": self.run.wrapper, "critic": self.run.critic}
+        grads = {
+            f"{name}/{key}": p.grad.clone()
+            for name, module in modules.items()
+            if module is not None
+            for key, p in module.named_parameters()
+            if p.grad is not None
+        }
+        quantizer = getattr(self.run.net, "quantize", None)
+        if quantizer is not None:
+            grads |= {f"buffer/{key}": value for key, value in quantizer.named_buffers()}
+        weight = torch.tensor(self.progress.kl_log_factor, dtype=torch.float64)
+        grads["progress/kl_log_factor"] = weight
+        save_file(grads, out.with_name(f"{out.stem}-{rank()}.safetensors"))
+        raise Done
+
+    return saving
+
+
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "average": {
+        "type": "vq",
+        "num_codes": 8,
+        "code_channels": 4,
+        "codebook_decay": 0.5,
+        "kmeans_iterations": 2,
+    },
+    "entropy": {
+        "type": "vq",
+        "num_codes": 8,
+        "code_channels": 4,
+        "l2_normalize": True,
+        "entropy_weight": 1.0,
+        "entropy_temperature": 0.5,
+    },
+    "lfq": {"type": "lfq", "num_bits": 4, "entropy_weight": 1.0, "entropy_temperature": 0.5},
+}
+
+
+def model(quantizer: str | None) -> dict[str, Any] | None:
+    if quantizer is None:
+        return None
+    shape = {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    return {"architecture": "vq", "quantizer": QUANTIZERS[quantizer], **shape}
+
+
+HELD = {"kl_target": 0.1, "kl_target_rate": 1.0, "kl_scale": 1.0}
+
+
+def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None:
+    torch.set_num_threads(1)
+    Updates._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
+    config = small_config(
+        out.with_suffix(""),
+        model(quantizer),
+        train_batch_size=batch_size,
+        deterministic_posterior=quantizer is None,
+        disc_adaptive_weight=weight == "adaptive",
+        disc_start=0,
+        disc_ramp_steps=1,
+        validation_steps=100,
+        # AdamW's first step is the rate whatever the gradient, rounding included; at 1e-6 that is
+        # enough to put one pixel on the other side of a leaky ReLU. Most weights stand still then:
+        # what is compared is gradients, codebooks and the KL's weight.
+        learning_rate=1e-9,
+        disc_learning_rate=1e-9,
+        **(HELD if weight == "held" else {}),
+    )
+    try:
+        loop.train(config)
+    except Done:
+        pass
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0])

@@ -1,0 +1,74 @@
+"""A run of seconds: a tiny network on the sample photos at 32 px, with every part of the loop in
+it."""
+
+from pathlib import Path
+from typing import Any
+
+from latentvae.config.autoencoder import TrainConfig
+from latentvae.config.presets import parse
+from latentvae.models.config import MODELS
+
+
+def small_config(
+    output_dir: Path, model: dict[str, Any] | None = None, **changes: Any
+) -> TrainConfig:
+    """Six updates of two micro-steps over epochs of three batches: edges fall inside updates.
+
+    Args:
+        model: the whole section, for another architecture.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "model": {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+        "data": {
+            "train_data_dir": "samples",
+            "resolution": 32,
+            "image_interpolation_mode": "bilinear",
+        },
+        "objective": {"lpips_net": "alex", "learn_logvar": True},
+        "critic": {"disc_start": 2, "disc_ramp_steps": 2, "disc_channels": 16, "disc_layers": 2},
+        "optimizer": {"lr_warmup_steps": 2, "lr_scheduler": "cosine", "learning_rate": 1e-3},
+        "run": {
+            "output_dir": str(output_dir),
+            "max_train_steps": 6,
+            "train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "checkpointing_steps": 2,
+            "checkpoints_total_limit": 9,
+            "validation_steps": 3,
+            "log_steps": 2,
+        },
+    }
+    if model is not None:
+        options["model"] = model
+    for name, value in changes.items():
+        options[section_of(name)][name] = value
+    return parse(options, source="test")
+
+
+def section_of(option: str) -> str:
+    """The section of an option, of whichever architecture."""
+    if any(option in model.model_fields for model in MODELS.values()):
+        return "model"
+    return next(
+        section
+        for section, field in TrainConfig.model_fields.items()
+        if option in getattr(field.annotation, "model_fields", {})
+    )
+
+
+def as_flags(config: TrainConfig) -> list[str]:
+    """The same run on a command line."""
+    from latentvae.cli.train import CHOSEN_BY_PRESET
+    from latentvae.config.autoencoder import flat
+
+    flags: list[str] = []
+    for name, value in flat(config).items():
+        if name in ("config", *CHOSEN_BY_PRESET) or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, tuple):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags

@@ -1,0 +1,190 @@
+"""Fine-tuning a pretrained network: the decoder alone, and all of it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
+from skimage import data
+from torch import Tensor
+
+from latentvae.engine.log import read_rows
+from latentvae.errors import UserError
+from latentvae.models import build_autoencoder_kl, load_network
+from latentvae.tasks.autoencoder.base import BASE_NAME, open_base, with_shape_of
+from latentvae.tasks.autoencoder.exporting import export_folder
+from latentvae.tasks.autoencoder.loop import train
+from tests.tasks.autoencoder.small import small_config
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock network of another shape than the run's preset, with a scale and a shift."""
+    torch.manual_seed(0)
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=3,
+        sample_size=64,
+        scaling_factor=0.3,
+        shift_factor=0.1,
+    )
+    folder = tmp_path_factory.mktemp("pretrained") / "vae"
+    net.save_pretrained(folder)
+    return folder
+
+
+def fine_tune(folder: Path, base: Path, **changes: Any) -> Any:
+    options = {"pretrained_model_name_or_path": str(base), "freeze_encoder": True, "kl_scale": 0.0}
+    return small_config(folder, **options | changes)
+
+
+def unseen() -> Tensor:
+    pixels = torch.from_numpy(np.array(data.chelsea()[100:164, 100:196]))
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def load(folder: Path) -> Any:
+    net: Any = AutoencoderKL.from_pretrained(folder)
+    return net.eval()
+
+
+@torch.no_grad()
+def error(net: Any) -> float:
+    return (
+        (net.decode(net.encode(unseen()).latent_dist.mode()).sample - unseen())
+        .square()
+        .mean()
+        .item()
+    )
+
+
+def test_the_decoder_learns_and_the_encoder_stays(pretrained: Path, tmp_path: Path) -> None:
+    options = {"max_train_steps": 40, "gradient_accumulation_steps": 1, "disc_scale": 0.0}
+    options |= {"ema_decay": 0.5, "validation_steps": 40, "checkpointing_steps": 40}
+    export = train(fine_tune(tmp_path / "run", pretrained, **options))
+    base, tuned = load(pretrained), load(export)
+    with torch.no_grad():
+        latents = [net.encode(unseen()).latent_dist.parameters for net in (base, tuned)]
+    assert torch.equal(*latents)
+    assert error(tuned) < 0.8 * error(base)
+    kept = ("scaling_factor", "shift_factor", "sample_size", "latent_channels")
+    assert all(tuned.config[key] == base.config[key] for key in kept)
+    card = (export / "README.md").read_text()
+    assert "bit for bit that of the base" in card and str(pretrained.parent) not in card
+    assert json.loads((tmp_path / "run" / BASE_NAME).read_text())["encoder_sha256"] in card
+
+
+def test_it_goes_on_to_the_bit_without_the_base(pretrained: Path, tmp_path: Path) -> None:
+    base, broken, constant = tmp_path / "base", tmp_path / "broken", {"lr_scheduler": "constant"}
+    shutil.copytree(pretrained, base)
+    whole = train(fine_tune(tmp_path / "whole", base, max_train_steps=6, **constant))
+    train(fine_tune(broken, base, max_train_steps=4, **constant))
+    shutil.rmtree(base)
+    resumed = train(fine_tune(broken, base, max_train_steps=6, **constant))
+    expected, found = load(whole), load(resumed)
+    for key in ("scaling_factor", "shift_factor", "sample_size", "block_out_channels"):
+        assert found.config[key] == expected.config[key]
+    assert all(torch.equal(v, found.state_dict()[k]) for k, v in expected.state_dict().items())
+    export_folder(broken, out=tmp_path / "again")
+    again = load(tmp_path / "again").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in expected.state_dict().items())
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_base(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    config = fine_tune(tmp_path / "run", pretrained, max_train_steps=1)
+    first = open_base(config)
+    assert first is not None
+    (tmp_path / "run").mkdir()
+    first.write(tmp_path / "run")
+    again = open_base(config)
+    assert again is not None
+    weights = again.net.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in first.net.state_dict().items())
+
+
+def test_the_presets_attention_does_not_matter(pretrained: Path, tmp_path: Path) -> None:
+    shape = {"block_out_channels": [8, 8, 8], "attention_levels": [2]}
+    config = fine_tune(tmp_path / "run", pretrained, **shape)
+    assert with_shape_of(config, open_base(config)).model.f == 2
+
+
+def test_the_bases_attention_is_recorded(tmp_path: Path) -> None:
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    )
+    net.save_pretrained(tmp_path / "vae")
+    config = fine_tune(tmp_path / "run", tmp_path / "vae")
+    shape = with_shape_of(config, open_base(config)).model.shape()
+    assert shape["attention_levels"] == (1,)
+    own = build_autoencoder_kl(**shape, sample_size=32).state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+def test_all_of_it_can_learn(pretrained: Path, tmp_path: Path) -> None:
+    export = train(fine_tune(tmp_path / "run", pretrained, freeze_encoder=False, kl_scale=1e-6))
+    base, tuned = load(pretrained), load(export)
+    moved = [
+        name
+        for name, value in tuned.state_dict().items()
+        if not torch.equal(value, base.state_dict()[name])
+    ]
+    assert any(name.startswith("encoder.") for name in moved)
+    assert tuned.config["scaling_factor"] != 0.3  # measured anew
+
+
+def test_a_new_critic_learns_alone_first(pretrained: Path, tmp_path: Path) -> None:
+    options = {"disc_start": 0, "disc_warmup_steps": 3, "disc_ramp_steps": 0, "log_steps": 1}
+    options |= {"max_train_steps": 3, "ema_decay": 0.0, "validation_steps": 3}
+    base, alone = load(pretrained), load(train(fine_tune(tmp_path / "a", pretrained, **options)))
+    assert all(torch.equal(v, base.state_dict()[k]) for k, v in alone.state_dict().items())
+    rows = [row for row in read_rows(tmp_path / "a" / "log.jsonl") if "critic/loss" in row]
+    assert len(rows) == 3
+    assert all("loss/rec" not in row and "grad/model" not in row for row in rows)
+    assert rows[2]["critic/loss"] != rows[0]["critic/loss"]
+    then = load(train(fine_tune(tmp_path / "b", pretrained, **options | {"max_train_steps": 5})))
+    assert not torch.equal(then.decoder.conv_out.weight, base.decoder.conv_out.weight)
+    last = [row for row in read_rows(tmp_path / "b" / "log.jsonl") if "loss/rec" in row]
+    assert [row["update"] for row in last] == [4, 5]
+    assert last[0]["critic/adaptive_weight"] > 0
+
+
+def test_what_cannot_be_is_told_before_the_work(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="freeze_encoder needs pretrained_model_name_or_path"):
+        small_config(tmp_path / "run", freeze_encoder=True)
+    with pytest.raises(UserError, match="did you mean 'vae'"):
+        train(fine_tune(tmp_path / "run", pretrained.with_name("vaa")))
+    with pytest.raises(UserError, match=r"resolution 33 .* f = 2.*34"):
+        train(fine_tune(tmp_path / "run", pretrained, block_out_channels=[8], resolution=33))
+    grey = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    grey.save_pretrained(tmp_path / "grey")
+    with pytest.raises(UserError, match="takes 1-channel images"):
+        train(fine_tune(tmp_path / "run", tmp_path / "grey"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_card_links_a_base_of_the_hub(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_network(pretrained)
+    monkeypatch.setattr("latentvae.tasks.autoencoder.base.load_network", lambda *_, **__: loaded)
+    train(fine_tune(tmp_path / "run", Path("us/models/vae"), max_train_steps=1))
+    monkeypatch.undo()
+    export_folder(tmp_path / "run", out=tmp_path / "again")  # what it remembers of the base
+    for export in (tmp_path / "run" / "export", tmp_path / "again"):
+        card = ModelCard.load(export / "README.md")
+        assert card.data.get("base_model") == "us/models"
+        assert card.data.get("base_model_relation") == "finetune"
+        assert "The decoder of us/models/vae, fine-tuned." in card.text

@@ -1,0 +1,324 @@
+"""One update, term by term, against the plain way of writing it: a sum of losses and one
+`.backward()`."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from latentvae.losses.adversarial import (
+    GAN_LOSSES,
+    LeCam,
+    hinge_critic_loss,
+    hinge_generator_loss,
+    non_saturating_critic_loss,
+    non_saturating_generator_loss,
+)
+from latentvae.losses.augment import diff_augment
+from latentvae.losses.discriminators import PatchGAN, build_critic
+from latentvae.losses.objective import Objective
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.tasks.autoencoder.update import (
+    Adversary,
+    backward_critic,
+    backward_model,
+    clip_gradients,
+)
+
+
+@pytest.fixture(scope="module")
+def perceptual() -> PerceptualLoss:
+    return PerceptualLoss(load_lpips("alex"))
+
+
+def parts(perceptual: nn.Module | None, *, factor: float = 0.3, adaptive: bool = True):
+    torch.manual_seed(1)
+    net = build_autoencoder_kl(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    wrapper = KLTrainingWrapper(net, output_logvar=-0.5, learn_logvar=True)
+    critic = PatchGAN(channels=8, num_layers=2, norm_groups=4)
+    objective = Objective(rec_loss="l1", perceptual=perceptual, perceptual_scale=0.8, kl_scale=1e-2)
+    adversary = Adversary(critic=critic, prepared=critic, factor=factor, adaptive=adaptive, cap=1e4)
+    return wrapper, critic, objective, adversary
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_gradients_equal_one_backward_of_the_written_out_loss(
+    perceptual: PerceptualLoss, adaptive: bool
+) -> None:
+    wrapper, critic, objective, adversary = parts(perceptual, adaptive=adaptive)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+
+    torch.manual_seed(7)
+    logged = backward_model(
+        images,
+        wrapper(images),
+        objective=objective,
+        last_layer=wrapper.last_layer,
+        adversary=adversary,
+    )
+    ours = gradients(wrapper)
+    assert not gradients(critic)
+    wrapper.zero_grad()
+
+    torch.manual_seed(7)
+    out = wrapper(images)
+    error = (images - out.recon).abs().mean() + 0.8 * perceptual(images, out.recon).mean()
+    nll = error / wrapper.output_logvar.exp() + wrapper.output_logvar
+    adversarial = hinge_generator_loss(critic(out.recon))
+    weight = torch.ones(())
+    if adaptive:
+        norms = [
+            torch.autograd.grad(t, wrapper.last_layer, retain_graph=True)[0].norm()
+            for t in (nll, adversarial)
+        ]
+        weight = norms[0] / (norms[1] + 1e-4)
+    (nll + 1e-2 * out.kl.mean() / images[0].numel() + 0.3 * weight * adversarial).backward()
+    theirs = gradients(wrapper)
+
+    assert ours.keys() == theirs.keys() == dict(wrapper.named_parameters()).keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(logged["critic/adaptive_weight"], weight)
+    torch.testing.assert_close(logged["loss/nll"], nll.detach())
+
+
+def test_the_perceptual_term_alone_trains_the_decoder(perceptual: PerceptualLoss) -> None:
+    wrapper, _, objective, _ = parts(perceptual)
+    objective.pixel_loss = lambda recon, images, reduction: torch.zeros_like(images)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    backward_model(
+        images, wrapper(images), objective=objective, last_layer=wrapper.last_layer, adversary=None
+    )
+    for name, p in wrapper.net.decoder.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_the_critics_part_leaves_nothing_on_the_model_and_equals_two_forwards() -> None:
+    wrapper, critic, _, adversary = parts(None)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    out = wrapper(images)
+    logged = backward_critic(images, out.recon, adversary=adversary)
+    ours = gradients(critic)
+    assert not gradients(wrapper)
+    critic.zero_grad()
+    loss = hinge_critic_loss(critic(images), critic(out.recon.detach()))
+    loss.backward()
+    torch.testing.assert_close(logged["critic/loss"], loss.detach())
+    for name, grad in gradients(critic).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
+    wrapper, critic, objective, adversary = parts(None, adaptive=False)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    for part in images.chunk(2):
+        out = wrapper(part, sample=False)
+        backward_model(
+            part,
+            out,
+            objective=objective,
+            last_layer=wrapper.last_layer,
+            adversary=adversary,
+            divide_by=2,
+        )
+        backward_critic(part, out.recon, adversary=adversary, divide_by=2)
+    halves = gradients(wrapper) | gradients(critic)
+    wrapper.zero_grad()
+    critic.zero_grad()
+    out = wrapper(images, sample=False)
+    backward_model(
+        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+    )
+    backward_critic(images, out.recon, adversary=adversary)
+    for name, grad in (gradients(wrapper) | gradients(critic)).items():
+        torch.testing.assert_close(halves[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_another_kl_takes_its_place_in_the_loss_and_not_in_the_log() -> None:
+    wrapper, _, objective, _ = parts(None)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    grads = {}
+    for factor in (1.0, 0.0, 0.25):
+        wrapper.zero_grad()
+        out = wrapper(images, sample=False)
+        logged = backward_model(
+            images,
+            out,
+            objective=objective,
+            last_layer=wrapper.last_layer,
+            adversary=None,
+            kl=factor * out.kl.mean(),
+        )
+        torch.testing.assert_close(logged["loss/kl"], out.kl.detach().mean() / images[0].numel())
+        grads[factor] = gradients(wrapper)
+    wrapper.zero_grad()
+    backward_model(
+        images,
+        wrapper(images, sample=False),
+        objective=objective,
+        last_layer=wrapper.last_layer,
+        adversary=None,
+    )
+    name = "net.encoder.conv_in.weight"
+    torch.testing.assert_close(grads[1.0][name], gradients(wrapper)[name])
+    assert not torch.allclose(grads[0.0][name], grads[1.0][name], rtol=1e-2)
+    mixed = 0.75 * grads[0.0][name] + 0.25 * grads[1.0][name]
+    torch.testing.assert_close(grads[0.25][name], mixed, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_and_augmentation_are_the_same_on_both_sides() -> None:
+    """The written-out update, with the same random numbers."""
+    wrapper, critic, objective, adversary = parts(None, adaptive=False)
+    policy = ("color", "translation", "cutout")
+    adversary = dataclasses.replace(adversary, loss=GAN_LOSSES["non_saturating"], augment=policy)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    out = wrapper(images, sample=False)
+    torch.manual_seed(3)
+    logged = backward_model(
+        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+    )
+    logged |= backward_critic(images, out.recon, adversary=adversary)
+    ours = gradients(wrapper) | gradients(critic)
+    wrapper.zero_grad()
+    critic.zero_grad()
+
+    out = wrapper(images, sample=False)
+    torch.manual_seed(3)
+    adversarial = non_saturating_generator_loss(critic(diff_augment(out.recon, policy)))
+    terms = objective.reconstruction_terms(images, out.recon)
+    kl = objective.latent_loss(objective.latent_terms(images, out))
+    (objective.nll(terms, out.output_logvar) + kl + 0.3 * adversarial).backward()
+    critic.zero_grad()
+    seen = diff_augment(torch.cat([images, out.recon.detach()]), policy)
+    loss = non_saturating_critic_loss(critic(seen[:2]), critic(seen[2:]))
+    loss.backward()
+    torch.testing.assert_close(logged["critic/adversarial"], adversarial.detach())
+    torch.testing.assert_close(logged["critic/loss"], loss.detach())
+    for name, grad in (gradients(wrapper) | gradients(critic)).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def steadied(critic: nn.Module, prepared: nn.Module, *, r1_weight: float) -> Adversary:
+    lecam = LeCam()
+    lecam.load_state_dict({"anchors": torch.tensor([0.5, -0.25])})
+    return Adversary(
+        critic=critic,
+        prepared=prepared,
+        factor=1.0,
+        adaptive=False,
+        cap=1.0,
+        loss=GAN_LOSSES["non_saturating"],
+        r1_weight=r1_weight,
+        lecam=lecam,
+        lecam_weight=0.1,
+    )
+
+
+def test_penalties_join_the_critics_loss_with_their_weights() -> None:
+    critic = build_critic("stylegan", image_size=(16, 16), channels=8)
+    images, recon = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    logged = backward_critic(images, recon, adversary=steadied(critic, critic, r1_weight=1e4))
+    ours = gradients(critic)
+    critic.zero_grad()
+    x = images.clone().requires_grad_()
+    real, fake = critic(x), critic(recon)
+    (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    r1 = 0.5 * slope.square().sum() / 2
+    lecam = (real + 0.25).square().mean() + (fake - 0.5).square().mean()
+    loss = non_saturating_critic_loss(real, fake)
+    assert 0.1 < 1e4 * r1 < 10.0
+    (loss + 1e4 * r1 + 0.1 * lecam).backward()
+    for name, value in (("loss", loss), ("r1", r1), ("lecam", lecam)):
+        torch.testing.assert_close(logged[f"critic/{name}"], value.detach())
+    for name, grad in gradients(critic).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# With the weight by which R1 is about as large as the loss.
+CRITICS_OF_RANKS = [("patch", "group", 1e2), ("patch", "spectral", 1e4), ("stylegan", None, 1e4)]
+
+
+def critic_gradients(folder: Path, *, rank: int, ranks: int) -> None:
+    """One update of each critic on this rank's share of four images, in micro-steps of one image
+    over two ranks and of four over one; gradients and LeCam's averages to a file."""
+    found = {}
+    for kind, norm, r1_weight in CRITICS_OF_RANKS:
+        torch.manual_seed(5)
+        critic = build_critic(kind, image_size=(24, 24), channels=8, norm=norm)
+        images, recon = torch.randn(2, 4, 3, 24, 24).unbind()
+        prepared = DistributedDataParallel(critic, broadcast_buffers=False) if ranks > 1 else critic
+        adversary = steadied(critic, prepared, r1_weight=r1_weight)
+        shares = [[rank], [rank + 2]] if ranks > 1 else [[0, 1, 2, 3]]
+        logs = []
+        for share in shares:
+            if isinstance(prepared, DistributedDataParallel):
+                prepared.require_backward_grad_sync = share is shares[-1]  # as `no_sync` does
+            logs.append(
+                backward_critic(
+                    images[share], recon[share], adversary=adversary, divide_by=len(shares)
+                )
+            )
+        assert adversary.lecam is not None and 0.1 < r1_weight * logs[0]["critic/r1"] < 10.0
+        adversary.lecam.update(
+            *(
+                torch.stack([log[f"critic/logits_{side}"] for log in logs]).mean()
+                for side in ("real", "fake")
+            )
+        )
+        found |= {f"{kind}-{norm}/{name}": grad for name, grad in gradients(critic).items()}
+        found[f"{kind}-{norm}/lecam"] = adversary.lecam.anchors
+    save_file(found, folder / f"{ranks}-{rank}.safetensors")
+
+
+def critic_of_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    critic_gradients(folder, rank=rank, ranks=2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_penalised_critics_of_two_ranks_are_one_with_the_joined_batch(tmp_path: Path) -> None:
+    """R1 through the bare network and the loss through DDP, in one backward pass."""
+    spawn(critic_of_rank, args=(tmp_path,), nprocs=2)
+    critic_gradients(tmp_path, rank=0, ranks=1)
+    joined, first, second = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    )
+    assert joined.keys() == first.keys() == second.keys()
+    for name, grad in joined.items():
+        assert torch.equal(first[name], second[name]), name
+        scale = grad.abs().max().clamp(min=1e-4)
+        torch.testing.assert_close(first[name] / scale, grad / scale, rtol=1e-3, atol=1e-4)
+
+
+def test_the_decoder_runs_once_forward_and_once_back() -> None:
+    wrapper, _, objective, adversary = parts(None)
+    calls = {"forward": 0, "backward": 0}
+    middle = wrapper.net.decoder.mid_block
+    middle.register_forward_hook(lambda *_: calls.update(forward=calls["forward"] + 1))
+    middle.register_full_backward_hook(lambda *_: calls.update(backward=calls["backward"] + 1))
+    images = torch.rand(1, 3, 32, 32)
+    out = wrapper(images)
+    backward_model(
+        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+    )
+    backward_critic(images, out.recon, adversary=adversary)
+    assert calls == {"forward": 1, "backward": 1}
+
+
+def test_a_model_that_stands_still_has_its_norm_on_its_own_device() -> None:
+    """torch gives a zero on the CPU, which does not stack with the critic's norm on a GPU."""
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    assert clip_gradients([parameter], 1.0).device.type == "meta"
