@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.latents.conftest import contents, photos, tokenizer  # noqa: F401
+from tests.latents.conftest import contents
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
