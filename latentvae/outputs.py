@@ -1,7 +1,7 @@
-"""What the networks return in training: flat `BaseOutput`s, whose docstrings are the contract.
+"""What networks return in training: `BaseOutput`s, whose docstrings are the contract.
 
-They are `OrderedDict`s underneath, so DDP finds the tensors in them and Accelerate converts their
-dtype; a plain dataclass passes both by, silently.
+A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
+tensor in it, also inside a tuple of them. They would skip the tensors of other classes silently.
 
 `B` batch, `C` image channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes,
 `L` levels of codes.
@@ -12,38 +12,81 @@ from dataclasses import dataclass
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+# The default of every field is None, which lets `type(output)({...})` work. Accelerate rebuilds an
+# output in another dtype that way.
+
 
 @dataclass
-class AutoencoderOutput(BaseOutput):
-    """One forward pass of an autoencoder. What a kind of bottleneck does not have is None.
+class Latent(BaseOutput):
+    """One latent of a network. A field is None where this kind of bottleneck does not have it.
 
     Attributes:
-        recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped; of a network with a
-            likelihood of its own its parameters, (B, 2 C, H, W).
-        z: the latent that was decoded, (B, d, h, w), float32.
-        output_logvar: scalar log-variance of the output likelihood, natural logarithm; learned or
-            fixed.
-        mean: of the posterior, (B, d, h, w), float32.
-        kl_per_channel: KL divergence from the posterior to the prior, (B, d), nats per image and
-            channel (summed over positions), float32; of Gumbel-softmax (B, 1).
+        z: what the decoder reads, (B, d, h, w), float32.
+        kl: KL divergence from the posterior to the prior, (B,), nats per image, float32.
+        kl_per_channel: the same, not yet summed over channels, (B, d), nats per image and channel.
+            A KL over tokens (Gumbel-softmax) counts as one channel, (B, 1).
+        mean: mean of the posterior, (B, d, h, w), float32; z itself where there is no posterior.
+        indices: the codes, (B, h, w) or (B, L, h, w), int64.
         features: what was quantised, (B, c, h, w).
-        indices: of the codes, (B, h, w) or (B, L, h, w), int64.
-        latent_losses: unweighted scalars by name, see `bottlenecks.Quantized.losses`.
+        losses: unweighted scalars by name, see `bottlenecks.Quantized.losses`.
         statistics: what a codebook learns from, see `bottlenecks.Quantized.statistics`.
     """
 
-    # The defaults let `type(output)({...})` work, by which Accelerate rebuilds it in another dtype.
-    recon: Tensor = None  # type: ignore[assignment]
     z: Tensor = None  # type: ignore[assignment]
-    output_logvar: Tensor = None  # type: ignore[assignment]
-    mean: Tensor | None = None
+    kl: Tensor | None = None
     kl_per_channel: Tensor | None = None
-    features: Tensor | None = None
+    mean: Tensor | None = None
     indices: Tensor | None = None
-    latent_losses: dict[str, Tensor] | None = None
+    features: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
     statistics: dict[str, Tensor] | None = None
 
     @property
+    def positions(self) -> int:
+        """Number of latent positions of an image, h * w."""
+        return self.z[0, 0].numel()
+
+    @property
+    def kl_elements(self) -> int:
+        """Number of elements of an image that the KL is a sum over: d * h * w, or the tokens of a
+        KL over tokens."""
+        if self.kl_per_channel is None:
+            return self.z[0].numel()
+        return self.kl_per_channel.shape[1] * self.positions
+
+
+@dataclass
+class AutoencoderOutput(BaseOutput):
+    """One forward pass of an autoencoder.
+
+    Attributes:
+        recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with a
+            likelihood of its own gives the parameters of that, (B, 2 C, H, W).
+        latents: every latent that the decoder read; most networks have one, a hierarchy has many.
+        output_logvar: scalar log-variance of the output likelihood, natural logarithm; learned or
+            fixed.
+    """
+
+    recon: Tensor = None  # type: ignore[assignment]
+    latents: tuple[Latent, ...] = None  # type: ignore[assignment]
+    output_logvar: Tensor = None  # type: ignore[assignment]
+
+    @property
     def kl(self) -> Tensor | None:
-        """(B,), nats per image."""
-        return None if self.kl_per_channel is None else self.kl_per_channel.sum(dim=1)
+        """Sum of the KLs of all latents, (B,), nats per image; None if no latent has one."""
+        kls = [latent.kl for latent in self.latents if latent.kl is not None]
+        return sum(kls[1:], start=kls[0]) if kls else None
+
+    @property
+    def kl_elements(self) -> int:
+        """Number of elements of an image that `kl` is a sum over."""
+        return sum(latent.kl_elements for latent in self.latents if latent.kl is not None)
+
+    @property
+    def latent_losses(self) -> dict[str, Tensor]:
+        """Losses of all latents by name, each name a sum over the latents that have it; scalars."""
+        total: dict[str, Tensor] = {}
+        for latent in self.latents:
+            for name, value in (latent.losses or {}).items():
+                total[name] = total[name] + value if name in total else value
+        return total

@@ -102,7 +102,7 @@ class Objective(nn.Module):
     def latent_terms(self, images: Tensor, out: AutoencoderOutput) -> dict[str, Tensor]:
         """Unweighted terms that depend on the latent: `kl` (B,) in nats per image element, and
         those of a discrete bottleneck, scalars."""
-        terms = dict(out.latent_losses or {})
+        terms = out.latent_losses
         return terms if out.kl is None else terms | {"kl": out.kl / images[0].numel()}
 
     def latent_loss(self, terms: dict[str, Tensor]) -> Tensor | None:

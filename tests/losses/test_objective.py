@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.losses.objective import Objective
-from latentvae.outputs import AutoencoderOutput
+from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class Blur(nn.Module):
@@ -26,7 +26,7 @@ def test_equals_latent_diffusions_sums_divided_by_the_image_elements(
     kl = torch.tensor([120.0, 30.0])
     objective = Objective(rec_loss=rec_loss, perceptual=Blur(), perceptual_scale=0.7, kl_scale=1e-6)
     out = AutoencoderOutput(
-        recon=recon, kl_per_channel=kl[:, None], output_logvar=torch.tensor(logvar)
+        recon=recon, latents=(Latent(kl=kl),), output_logvar=torch.tensor(logvar)
     )
     ours = objective.nll(objective.reconstruction_terms(images, recon), out.output_logvar)
     ours = ours + objective.latent_loss(objective.latent_terms(images, out))
@@ -52,8 +52,9 @@ def test_no_term_depends_on_resolution_or_batch() -> None:
     for batch, side in ((1, 8), (3, 32)):
         images = torch.full((batch, 3, side, side), 0.5)
         kl = torch.full((batch,), 2.0 * (side // 8) ** 2)  # two nats per latent pixel
-        kl = kl[:, None]
-        out = AutoencoderOutput(recon=-images, kl_per_channel=kl, output_logvar=torch.zeros(()))
+        out = AutoencoderOutput(
+            recon=-images, latents=(Latent(kl=kl),), output_logvar=torch.zeros(())
+        )
         terms = objective.reconstruction_terms(images, out.recon)
         values.append(
             (

@@ -33,7 +33,7 @@ def test_dc_has_no_posterior_and_decodes_what_it_encodes() -> None:
     net, images = tiny_dc(), torch.rand(2, 3, 32, 48) * 2 - 1
     out = DCTrainingWrapper(net)(images)
     assert out.kl is None
-    assert out.z.shape == (2, 4, 8, 12)
+    assert out.latents[0].z.shape == (2, 4, 8, 12)
     assert torch.equal(out.recon, net(images).sample)
     assert any("attn" in name for name, _ in net.named_modules())
 
@@ -60,7 +60,7 @@ def test_a_mask_of_ones_is_no_picture_at_all(monkeypatch: pytest.MonkeyPatch) ->
         "latentvae.models.conv.kl.random_masks", lambda images: images[:, :1] * 0 + 1
     )
     out = wrapper(images, sample=False)
-    assert torch.equal(out.recon, net.decode(out.mean).sample)
+    assert torch.equal(out.recon, net.decode(out.latents[0].mean).sample)
     out.recon.sum().backward()
     assert all(p.grad is not None for p in net.decoder.parameters())  # none unused, as DDP needs
 

@@ -12,7 +12,7 @@ def test_shapes_and_factor(quant: bool) -> None:
     )
     out = KLTrainingWrapper(net)(torch.rand(2, 3, 32, 48))
     assert downsampling_factor(net) == 4
-    assert out.recon.shape == (2, 3, 32, 48) and out.z.shape == (2, 5, 8, 12)
+    assert out.recon.shape == (2, 3, 32, 48) and out.latents[0].z.shape == (2, 5, 8, 12)
     assert out.kl.shape == (2,) and out.output_logvar.item() == 0.0
     assert (net.quant_conv is not None) == quant
 

@@ -135,7 +135,7 @@ MUTATIONS = [
         "A10",
         TERMS + "latent_terms",
         "out.kl / images[0].numel()",
-        "out.kl / out.z[0].numel()",
+        "out.kl / out.latents[0].z[0].numel()",
         "kl",
     ),
     one(
@@ -150,8 +150,8 @@ MUTATIONS = [
         "a KL of detached moments",
         "",
         "latentvae.models.conv.kl:KLTrainingWrapper.forward",
-        "kl_per_channel=latent.kl",
-        "kl_per_channel=latent.kl.detach()",
+        "kl=found.kl.sum(dim=1)",
+        "kl=found.kl.sum(dim=1).detach()",
         "kl-gradient",
     ),
     one(

@@ -17,7 +17,7 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
 from latentvae.bottlenecks import gaussian_bottleneck
-from latentvae.outputs import AutoencoderOutput
+from latentvae.outputs import AutoencoderOutput, Latent
 
 
 def build_autoencoder_kl(
@@ -196,12 +196,11 @@ class KLTrainingWrapper(TrainingWrapper):
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> AutoencoderOutput:
         moments = self.net.encode(images).latent_dist.parameters
-        latent = gaussian_bottleneck(moments, sample=sample, temperature=temperature)
+        found = gaussian_bottleneck(moments, sample=sample, temperature=temperature)
+        latent = Latent(z=found.z, kl=found.kl.sum(dim=1), kl_per_channel=found.kl, mean=found.mean)
         return AutoencoderOutput(
             recon=self.decode(latent.z, images),
-            z=latent.z,
-            mean=latent.mean,
-            kl_per_channel=latent.kl,
+            latents=(latent,),
             output_logvar=self.output_logvar,
         )
 
@@ -228,8 +227,7 @@ class DCTrainingWrapper(TrainingWrapper):
         z = self.net.encode(images).latent
         return AutoencoderOutput(
             recon=self.net.decode(z).sample,
-            z=z.float(),
-            mean=z.float(),
+            latents=(Latent(z=z.float(), mean=z.float()),),
             output_logvar=self.output_logvar,
         )
 

@@ -33,7 +33,7 @@ from latentvae.bottlenecks import (
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.kl import TrainingWrapper, block_types
-from latentvae.outputs import AutoencoderOutput
+from latentvae.outputs import AutoencoderOutput, Latent
 
 # taming-transformers' configs/imagenet_vqgan.yaml, which has the widths of the class's defaults.
 _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
@@ -185,15 +185,20 @@ class DiscreteTrainingWrapper(TrainingWrapper):
         losses = dict(quantized.losses)
         kl = losses.pop("kl", None)  # nats per token, the mean
         tokens = quantized.indices[0].numel()
+        kl_per_channel = None if kl is None else (kl * tokens).expand(len(images), 1)
+        latent = Latent(
+            z=quantized.z,
+            kl=None if kl_per_channel is None else kl_per_channel.sum(dim=1),
+            kl_per_channel=kl_per_channel,
+            indices=quantized.indices,
+            features=features,
+            losses=losses,
+            statistics=quantized.statistics,
+        )
         return AutoencoderOutput(
             recon=self.net.decode_parameters(quantized.z),
-            z=quantized.z,
+            latents=(latent,),
             output_logvar=self.output_logvar,
-            kl_per_channel=None if kl is None else (kl * tokens).expand(len(images), 1),
-            features=features,
-            indices=quantized.indices,
-            latent_losses=losses,
-            statistics=quantized.statistics,
         )
 
 

@@ -159,7 +159,7 @@ def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
     """Beta on the wrong term moves the codes where it should move the features."""
     if rehearsal.run.config.model.freeze_encoder:
         return
-    weighted = _latent_losses(rehearsal) & set(pixels.out.latent_losses or {})
+    weighted = _latent_losses(rehearsal) & set(pixels.out.latent_losses)
     if "commitment" in weighted:
         yield commitment(probe(rehearsal, "commitment"))
     if "codebook" in weighted:

@@ -40,9 +40,13 @@ class CodebookUpdate:
 
     def add(self, out: AutoencoderOutput) -> None:
         """One micro-step."""
-        for name, value in (out.statistics or {}).items():
+        learned_from = [latent for latent in out.latents if latent.statistics]
+        if not learned_from:
+            return
+        (latent,) = learned_from  # there is one quantizer
+        for name, value in latent.statistics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._features = out.features
+        self._features = latent.features
 
     @torch.no_grad()
     def apply(

@@ -38,7 +38,7 @@ def kl_in_loss(
         update: from 0.
         log_factor: of the held weight over `kl_scale`, see `next_log_factor`.
     """
-    if out.kl is None or out.kl_per_channel is None:
+    if out.kl is None:
         return None
     if is_held(options):
         return math.exp(log_factor) * out.kl.mean()
@@ -46,23 +46,23 @@ def kl_in_loss(
         return None
     factor = kl_warmup(update, options.kl_warmup_steps)
     if options.free_bits:
-        positions = out.z[0, 0].numel()
-        kl = free_bits_kl(out.kl_per_channel, bits=options.free_bits, positions=positions)
+        kl = torch.stack(
+            [
+                free_bits_kl(
+                    latent.kl_per_channel, bits=options.free_bits, positions=latent.positions
+                )
+                for latent in out.latents
+                if latent.kl_per_channel is not None
+            ]
+        ).sum()
     elif options.kl_capacity:
         bits = capacity(
             update, target=options.kl_capacity, growth_updates=options.kl_capacity_steps
         )
-        kl = capacity_kl(out.kl, bits=bits, elements=_elements(out))
+        kl = capacity_kl(out.kl, bits=bits, elements=out.kl_elements)
     else:
         kl = out.kl.mean()
     return factor * kl
-
-
-def bits_per_element(out: AutoencoderOutput) -> Tensor:
-    """The mean KL in bits per latent element, a scalar without gradient; of Gumbel-softmax in bits
-    per token."""
-    assert out.kl is not None
-    return out.kl.detach().mean() / (math.log(2.0) * _elements(out))
 
 
 def is_held(options: ObjectiveConfig) -> bool:
@@ -103,9 +103,3 @@ def next_log_factor(
 def _clipped_log(ratio: float, *, times: float = 1.0) -> float:
     """Of 0 and less, which is rounding, -1."""
     return min(max(times * math.log(ratio), -1.0), 1.0) if ratio > 0 else -1.0
-
-
-def _elements(out: AutoencoderOutput) -> int:
-    """Latent elements of an image that the KL is a sum over; of Gumbel-softmax its tokens."""
-    assert out.kl_per_channel is not None
-    return out.kl_per_channel.shape[1] * out.z[0, 0].numel()

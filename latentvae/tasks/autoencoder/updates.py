@@ -16,15 +16,14 @@ from latentvae.engine.randomness import Stream, seed_everything
 from latentvae.losses.adversarial import GAN_LOSSES, lazy_weight
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
-from latentvae.losses.posterior import silent_channels
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate, temperature
 from latentvae.tasks.autoencoder.kl_control import (
-    bits_per_element,
     held,
     is_held,
     kl_in_loss,
     next_log_factor,
 )
+from latentvae.tasks.autoencoder.latent_values import latent_values
 from latentvae.tasks.autoencoder.run import Run
 from latentvae.tasks.autoencoder.schedule import (
     adversarial_factor,
@@ -145,8 +144,8 @@ class Updates:
                 background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
-            if out.mean is not None:
-                made.means.append(out.mean.detach())
+            means = [latent.mean for latent in out.latents if latent.mean is not None]
+            made.means += [mean.detach() for mean in means]
             self.codebook.add(out)
         if adversary is not None:
             logged |= backward_critic(
@@ -156,19 +155,8 @@ class Updates:
                 background=background,
                 divide_by=options.gradient_accumulation_steps,
             )
-        logged |= {
-            "latent/rms": out.z.detach().square().mean().sqrt(),
-            "objective/output_logvar": out.output_logvar.detach(),
-        }
-        if out.kl_per_channel is None or out.kl is None:
-            return logged
-        return logged | {
-            "latent/kl_nats": out.kl.detach().mean(),
-            "latent/kl_bits_per_element": bits_per_element(out),
-            "latent/silent_channels": silent_channels(
-                out.kl_per_channel.detach(), positions=out.z[0, 0].numel()
-            ),
-        }
+        logged |= {"objective/output_logvar": out.output_logvar.detach()}
+        return logged | latent_values(out)
 
     def _critic_learns_alone(self) -> bool:
         return self.progress.critic_stopped is None and critic_learns_alone(

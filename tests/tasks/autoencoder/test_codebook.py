@@ -5,15 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.bottlenecks import VectorQuantizer
-from latentvae.outputs import AutoencoderOutput
+from latentvae.outputs import AutoencoderOutput, Latent
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate
 
 
 def output(quantizer: VectorQuantizer, features: Tensor) -> AutoencoderOutput:
     quantized = quantizer(features)
-    return AutoencoderOutput(
-        recon=features, z=quantized.z, features=features, statistics=quantized.statistics
-    )
+    latent = Latent(z=quantized.z, features=features, statistics=quantized.statistics)
+    return AutoencoderOutput(recon=features, latents=(latent,))
 
 
 def test_micro_steps_are_one_batch() -> None:
@@ -59,7 +58,8 @@ def test_what_is_known_of_a_dead_code_goes_with_it() -> None:
 def test_nothing_is_done_without_statistics() -> None:
     quantizer = VectorQuantizer(num_codes=4, code_channels=2)
     update = CodebookUpdate(quantizer, seed=0)
-    update.add(AutoencoderOutput(recon=torch.zeros(1), features=torch.zeros(1, 2, 1, 1)))
+    latent = Latent(z=torch.zeros(1, 2, 1, 1), features=torch.zeros(1, 2, 1, 1))
+    update.add(AutoencoderOutput(recon=torch.zeros(1), latents=(latent,)))
     assert update.apply(0, optimizer=torch.optim.AdamW(quantizer.parameters()), averages={}) == {}
 
 

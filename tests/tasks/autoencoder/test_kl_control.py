@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from latentvae.engine.checkpoint import load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.losses.objective_config import ObjectiveConfig
-from latentvae.outputs import AutoencoderOutput
-from latentvae.tasks.autoencoder.kl_control import (
-    bits_per_element,
-    held,
-    kl_in_loss,
-    next_log_factor,
-)
+from latentvae.outputs import AutoencoderOutput, Latent
+from latentvae.tasks.autoencoder.kl_control import held, kl_in_loss, next_log_factor
+from latentvae.tasks.autoencoder.latent_values import bits_per_element
 from latentvae.tasks.autoencoder.loop import train
 from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
 from latentvae.tasks.autoencoder.state import restore
@@ -28,6 +25,11 @@ from tests.tasks.autoencoder.test_resume import assert_same_run, killed_and_resu
 LATENTS = {"few": ((4, 8, 8), 3 * 64**2), "many": ((16, 4, 4), 3 * 32**2)}  # and image elements
 
 
+def output(z: Tensor, kl_per_channel: Tensor) -> AutoencoderOutput:
+    latent = Latent(z=z, kl=kl_per_channel.sum(1), kl_per_channel=kl_per_channel)
+    return AutoencoderOutput(latents=(latent,))
+
+
 def toy(shape: tuple[int, int, int], pixels: int, options: ObjectiveConfig) -> dict[str, float]:
     """Posteriors N(0, v) under the loss `v + w / pixels * KL`, KL = (v - 1 - log v) / 2 an element,
     least where v / (1 - v) = w r / 2 with r latent elements to a pixel; an update goes a tenth of
@@ -35,7 +37,7 @@ def toy(shape: tuple[int, int, int], pixels: int, options: ObjectiveConfig) -> d
     logvar, log_factor, error, found = torch.full(shape, -3.0), 0.0, 0.0, {}
     for _ in range(1600):
         kl = 0.5 * (logvar.exp() - 1.0 - logvar).sum((1, 2))
-        out = AutoencoderOutput(z=torch.zeros(1, *shape), kl_per_channel=kl[None])
+        out = output(torch.zeros(1, *shape), kl[None])
         found = {
             "latent/kl_bits_per_element": bits_per_element(out),
             "loss/rec": logvar.exp().mean(),
@@ -65,7 +67,7 @@ def test_an_error_is_held_from_both_sides_whatever_the_shape(latent: str, start:
 
 def test_the_factor_is_on_the_gradient_of_the_mean_kl() -> None:
     kl = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    out = AutoencoderOutput(z=torch.zeros(2, 2, 3, 3), kl_per_channel=kl)
+    out = output(torch.zeros(2, 2, 3, 3), kl)
     in_loss = kl_in_loss(out, ObjectiveConfig(kl_target=1.0), update=0, log_factor=math.log(3.0))
     assert in_loss is not None and in_loss.item() == pytest.approx(3.0 * 5.0)
     in_loss.backward()

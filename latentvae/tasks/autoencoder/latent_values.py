@@ -1,0 +1,37 @@
+"""What the log says about the latents of a micro-step: their size, and how much their posteriors
+say."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from latentvae.losses.posterior import silent_channels
+from latentvae.outputs import AutoencoderOutput
+
+
+@torch.no_grad()
+def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
+    """Scalars without gradient by log name, over all latents of ``out``; those of the KL only
+    where there is one."""
+    elements = torch.cat([latent.z.flatten() for latent in out.latents])
+    values = {"latent/rms": elements.square().mean().sqrt()}
+    if out.kl is None:
+        return values
+    values["latent/kl_nats"] = out.kl.mean()
+    values["latent/kl_bits_per_element"] = bits_per_element(out)
+    silent = [
+        silent_channels(latent.kl_per_channel, positions=latent.positions)
+        for latent in out.latents
+        if latent.kl_per_channel is not None
+    ]
+    if silent:
+        values["latent/silent_channels"] = torch.stack(silent).sum()
+    return values
+
+
+@torch.no_grad()
+def bits_per_element(out: AutoencoderOutput) -> Tensor:
+    """Mean KL in bits per latent element (Gumbel-softmax: per token), a scalar."""
+    assert out.kl is not None
+    return out.kl.mean() / (math.log(2.0) * out.kl_elements)
