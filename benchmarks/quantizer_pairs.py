@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, VectorQuantize
 
 from latentvae.bottlenecks import Quantized, Quantizer
-from latentvae.bottlenecks.quantized import GradientQuantizer
 
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights
 DECAY, DEAD = 0.8, 0.02  # theirs by default; a share of the mean use
@@ -82,7 +81,7 @@ KINDS: dict[Name, Kind] = {
 }
 
 
-class Theirs(GradientQuantizer):
+class Theirs(Quantizer):
     """A module of vector-quantize-pytorch behind our calls; it updates itself as it quantises."""
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:

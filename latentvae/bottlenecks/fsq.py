@@ -11,14 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from latentvae.bottlenecks.quantized import GradientQuantizer, Quantized, straight_through
+from latentvae.bottlenecks.gradients import straight_through
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
 MARGIN = 1e-3  # of the half range: the outermost levels are reached at a finite h
 MAX_LEVELS = 1000  # beyond, the margin would round to a level that is not there
 
 
-class FiniteScalarQuantizer(GradientQuantizer):
+class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` without a codebook, losses or parameters.
 
     The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o with o = 1/2 for even L and 0 for odd L, s
@@ -36,6 +37,8 @@ class FiniteScalarQuantizer(GradientQuantizer):
     Raises:
         UserError: no levels, or fewer or more of them than that.
     """
+
+    kind = "fsq"
 
     levels: Tensor
     basis: Tensor

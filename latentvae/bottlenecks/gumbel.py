@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentvae.bottlenecks.quantized import GradientQuantizer, Quantized, straight_through
+from latentvae.bottlenecks.gradients import straight_through
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
 
-class GumbelQuantizer(GradientQuantizer):
+class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
     `indices` are the largest logits, without noise, in training too: they are what encoding gives
@@ -37,6 +38,8 @@ class GumbelQuantizer(GradientQuantizer):
     Raises:
         UserError: fewer than 2 codes, or no channel.
     """
+
+    kind = "gumbel"
 
     def __init__(
         self, *, num_codes: int, code_channels: int, straight_through: bool = False

@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentvae.bottlenecks.quantized import GradientQuantizer, Quantized, straight_through
+from latentvae.bottlenecks.gradients import SMALLEST_NORM, straight_through
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.distributed import all_reduce_mean
 from latentvae.errors import UserError
 
 MAX_BITS = 62  # indices are int64
-SMALLEST_NORM = 1e-6  # a shorter vector has no direction
+MAX_LISTED_BITS = 16  # 65,536 codes
 # In the logarithm of the batch entropy a smaller share counts as this, about as in MAGVIT-v2, or
 # codes that nothing is near would pull at the few tokens between two codes with all the gradient.
 SMALLEST_SHARE = 1e-5
 
 
-class LookupFreeQuantizer(GradientQuantizer):
+class LookupFreeQuantizer(Quantizer):
     """A `Quantizer` without a codebook or parameters; sign(0) is +1.
 
     The index is sum_i 2^i [h_i >= 0]: the first channel is the lowest bit (arXiv:2310.05737).
@@ -52,6 +53,8 @@ class LookupFreeQuantizer(GradientQuantizer):
     Raises:
         UserError: bits or a temperature out of range.
     """
+
+    kind = "lfq"
 
     def __init__(
         self,
@@ -88,6 +91,17 @@ class LookupFreeQuantizer(GradientQuantizer):
     def codes(self, indices: Tensor) -> Tensor:
         """(B, D, h, w) of indices (B, h, w)."""
         return self._code(indices.unsqueeze(1) >> self._places(indices) & 1 == 1)
+
+    def why_not_listed(self) -> str:
+        """Codes that are too many to list."""
+        if self.num_codes <= 2**MAX_LISTED_BITS:
+            return ""
+        most = 2**MAX_LISTED_BITS
+        return f"its {self.num_codes:,} codes are too many to list (at most {most:,})"
+
+    def listed_codes(self) -> Tensor:
+        """See `Quantizer.listed_codes`."""
+        return self.codes(torch.arange(self.num_codes).view(-1, 1, 1))[:, :, 0, 0].clone()
 
     def _code(self, bits: Tensor) -> Tensor:
         return (2.0 * bits.float() - 1.0) * self.scale

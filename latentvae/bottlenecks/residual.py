@@ -9,13 +9,14 @@ r_0 = h, k_l = nearest(r_{l-1}), r_l = r_{l-1} - code(k_l), z = sum_l code(k_l)
 import torch
 from torch import Tensor, nn
 
+from latentvae.bottlenecks.gradients import gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.quantized import Quantized
-from latentvae.bottlenecks.vector import GRADIENTS, VectorQuantizer
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
 
 
-class ResidualQuantizer(nn.Module):
+class ResidualQuantizer(Quantizer):
     """A `Quantizer` with L codes per position, whose sum is z.
 
     The losses are means over levels: `commitment` of |h - sg(sum of the codes so far)|^2, as in
@@ -33,6 +34,8 @@ class ResidualQuantizer(nn.Module):
     Raises:
         UserError: no level, or what `VectorQuantizer` refuses.
     """
+
+    kind = "residual"
 
     def __init__(
         self,
@@ -65,7 +68,12 @@ class ResidualQuantizer(nn.Module):
             )
             for _ in range(1 if shared_codebook else num_levels)
         )
-        self.gradient = GRADIENTS[gradient]
+        self.gradient = gradient_of(gradient)
+
+    @property
+    def num_codebooks(self) -> int:
+        """Number of codebooks: one, which all levels share, or one for each level."""
+        return 1 if self.shared_codebook else self.num_levels
 
     @property
     def levels(self) -> list[VectorQuantizer]:

@@ -10,47 +10,23 @@ arXiv:2110.04627). The gradient passes the quantiser as it is or turned and scal
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentvae.bottlenecks.entropy import code_entropies
+from latentvae.bottlenecks.gradients import SMALLEST_NORM, gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.quantized import Quantized, straight_through
-from latentvae.errors import UserError, nearest
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
+from latentvae.errors import UserError
 
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
 USES = 2.0  # that the average is over, for a code of mean use
-SMALLEST_NORM = 1e-6  # a shorter vector has no direction
 
 
-def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """``quantised`` exactly, as the rotation and scaling of ``vectors`` (N, D) that leads there,
-    which count as constants (arXiv:2410.06424, section 4.2)."""
-    vector, quantised = vectors.detach(), quantised.detach()
-    norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))
-    e, q = vector / norm.clamp(min=SMALLEST_NORM), quantised / target.clamp(min=SMALLEST_NORM)
-    r = F.normalize(e + q, dim=1)
-    scale = torch.where(norm > SMALLEST_NORM, target / norm.clamp(min=SMALLEST_NORM), 1.0)
-
-    def along(a: Tensor, b: Tensor) -> Tensor:
-        return b * (moved * a).sum(1, keepdim=True)
-
-    moved = vectors - vector  # zero, with a gradient
-    return quantised + scale * (moved - 2 * along(r, r) + 2 * along(e, q))
-
-
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "straight_through": straight_through,
-    "rotation": rotation,
-}
-
-
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """A `Quantizer` with one code per position.
 
     Args:
@@ -71,7 +47,7 @@ class VectorQuantizer(nn.Module):
         UserError: no code, no channel, or an option out of range.
     """
 
-    num_levels = 1
+    kind = "vq"
     weight: Tensor
     usage: Tensor
     cluster_size: Tensor
@@ -95,7 +71,7 @@ class VectorQuantizer(nn.Module):
                 f"a codebook has at least 1 code of at least 1 channel, not {num_codes} of "
                 f"{code_channels}"
             )
-        self.gradient = _gradient(gradient)
+        self.gradient = gradient_of(gradient)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"ema_decay is {ema_decay}; it lies between 0 and 1, as 0.99 does")
         self.num_codes = num_codes
@@ -192,6 +168,15 @@ class VectorQuantizer(nn.Module):
         self._set(source, restarted, size=self.restart_threshold * mean)
         return restarted.sum()
 
+    def why_not_listed(self) -> str:
+        """Nothing against it. Codes on the unit sphere stay there: nearest by Euclid is then
+        nearest by cosine, whatever the vectors' length."""
+        return ""
+
+    def listed_codes(self) -> Tensor:
+        """See `Quantizer.listed_codes`."""
+        return self.codebook.detach().clone()
+
     def _place(self, vectors: Tensor) -> Tensor:
         """On the sphere, where that is asked."""
         return F.normalize(vectors, dim=1, eps=SMALLEST_NORM) if self.l2_normalize else vectors
@@ -235,13 +220,6 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is not None:
             self.cluster_size.copy_(torch.where(mask, size, self.cluster_size))
             self.embed_sum.copy_(torch.where(mask[:, None], codes * size, self.embed_sum))
-
-
-def _gradient(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if name not in GRADIENTS:
-        allowed = " or ".join(GRADIENTS)
-        raise UserError(f"gradient is {name!r}; it is {allowed}{nearest(name, GRADIENTS)}")
-    return GRADIENTS[name]
 
 
 def _counts(indices: Tensor, num_codes: int) -> Tensor:
