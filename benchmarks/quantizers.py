@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
-from latentvae.bottlenecks import VectorQuantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.errors import UserError
 

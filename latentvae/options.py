@@ -1,7 +1,15 @@
-"""What every group of options is made of."""
+"""What every group of options is made of: sections, ranges, and marks.
 
-from collections.abc import Callable
-from typing import Annotated, Any
+A mark is a fact about one option that is told on its field, beside its type:
+
+    cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
+
+`marked` and `marks` read them back, over nested sections and every member of a union.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,6 +32,81 @@ class Section(BaseModel):
         if isinstance(value, str):
             check_no_password(value)
         return value
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A fact about an option, on its field."""
+
+
+@dataclass(frozen=True)
+class MayChange(Mark):
+    """A run may resume with another value. Every other option changes the result."""
+
+
+@dataclass(frozen=True)
+class DecidesTheWatch(Mark):
+    """It decides when `critic_watch disable` acts, so with that it may not change after all."""
+
+
+@dataclass(frozen=True)
+class Private(Mark):
+    """It says where things lie or who is told, not what was trained: model cards leave it out."""
+
+
+@dataclass(frozen=True)
+class ChosenByPreset(Mark):
+    """Which other options there are depends on it, so it is no flag."""
+
+
+@dataclass(frozen=True)
+class OfTheRun(Mark):
+    """The run reads it. It is no argument of what the section builds."""
+
+
+@dataclass(frozen=True)
+class Elsewhere(Mark):
+    """Names that other trainers have for it, separated by spaces."""
+
+    names: str
+
+
+M = TypeVar("M", bound=Mark)
+
+
+def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
+    """Return the names of the options that have a mark of that kind, in order; see `marks`."""
+    return list(marks(section, kind))
+
+
+def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
+    """Return every mark of that kind by the name of its option.
+
+    Nested sections count, and every member of a union of sections. A mark in a base class holds for
+    a subclass's field of the same name.
+    """
+    found: dict[str, M] = {}
+    for name, field in section.model_fields.items():
+        for mark in _own_marks(section, name):
+            if isinstance(mark, kind):
+                found[name] = mark
+        for nested in sections_in(field.annotation):
+            found |= marks(nested, kind)
+    return found
+
+
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the classes of options in a field's type: one, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from sections_in(part)
+
+
+def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
+    for base in section.__mro__:
+        if issubclass(base, BaseModel) and name in base.model_fields:
+            yield from base.model_fields[name].metadata
 
 
 def tag_in(name: str, default: str) -> Callable[[Any], str]:

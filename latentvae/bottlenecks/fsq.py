@@ -7,16 +7,43 @@ features h (B, D, h, w) -> bounded by tanh -> rounded -> z (B, D, h, w) in [-1, 
 """
 
 import math
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentvae.bottlenecks.gradients import straight_through
+from latentvae.bottlenecks.options import MAX_CODES, BottleneckConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
 MARGIN = 1e-3  # of the half range: the outermost levels are reached at a finite h
 MAX_LEVELS = 1000  # beyond, the margin would round to a level that is not there
+
+
+class FSQConfig(BottleneckConfig):
+    """The quantiser: each channel rounded to a few levels (FSQ)."""
+
+    type: Literal["fsq"] = "fsq"
+    levels: Annotated[tuple[int, ...], Shape()] = Field(
+        default=(8, 5, 5, 5), description="Levels of each channel; K is their product."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "FSQConfig":
+        if not self.levels or not all(3 <= number <= MAX_LEVELS for number in self.levels):
+            hint = "; the preset lfq_f16 has two" if 2 in self.levels else ""
+            raise ValueError(
+                f"levels is {self.levels}; each channel has 3 to {MAX_LEVELS}, as in "
+                f"(8, 5, 5, 5){hint}"
+            )
+        if math.prod(self.levels) > MAX_CODES:
+            raise ValueError(
+                f"levels {self.levels} are {math.prod(self.levels):,} codes; at most "
+                f"{MAX_CODES:,} are counted"
+            )
+        return self
 
 
 class FiniteScalarQuantizer(Quantizer):

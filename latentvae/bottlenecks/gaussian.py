@@ -3,12 +3,18 @@ autocast.
 
 moments (B, 2d, h, w) -> mean, logvar (B, d, h, w) -> z = mean + exp(logvar / 2) * temperature *
 noise
+
+`B` batch, `d` latent channels, `h w` latent positions.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.options import Positive
 
 
 class GaussianLatent(NamedTuple):
@@ -25,22 +31,49 @@ class GaussianLatent(NamedTuple):
     kl: Tensor
 
 
-def gaussian_bottleneck(
-    moments: Tensor, *, sample: bool = True, temperature: float = 1.0
-) -> GaussianLatent:
-    """Latent and KL of the posterior that ``moments`` describe.
+class GaussianConfig(BottleneckConfig):
+    """The bottleneck: a diagonal Gaussian posterior, with a KL to N(0, I)."""
 
-    The KL is in closed form (arXiv:1312.6114, appendix B): 0.5 * sum(mean^2 + var - 1 - logvar)
-    over positions.
+    type: Literal["gaussian"] = "gaussian"
+    latent_channels: Positive = Field(default=4, description="Latent channels d.")
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether its latent has a KL divergence to a prior: N(0, I)."""
+        return True
+
+
+class GaussianBottleneck(nn.Module):
+    """The posterior that the encoder's moments describe, a draw from it, and its KL.
 
     Args:
-        moments: mean and log-variance joined on the channel axis, (B, 2d, h, w); the log-variance
-            is clamped to [-30, 20] as diffusers does.
-        sample: draw from the posterior with the global generator, or take its mode.
-        temperature: factor on the posterior's standard deviation; 1 is the posterior itself.
+        latent_channels: d. The features have 2 d channels: mean and log-variance.
     """
-    posterior = DiagonalGaussianDistribution(moments.float())
-    mean, var, logvar = posterior.mean, posterior.var, posterior.logvar
-    kl = 0.5 * (mean.square() + var - 1.0 - logvar).sum(dim=(2, 3))  # (B, d)
-    z = mean + temperature * (posterior.sample() - mean) if sample else mean
-    return GaussianLatent(z, mean, kl)
+
+    kind: ClassVar[str] = "gaussian"
+
+    def __init__(self, *, latent_channels: int) -> None:
+        super().__init__()
+        self.in_channels = 2 * latent_channels
+        self.code_channels = latent_channels
+
+    def forward(
+        self, moments: Tensor, *, sample: bool = True, temperature: float = 1.0
+    ) -> GaussianLatent:
+        """Return latent and KL.
+
+        The KL is in closed form (arXiv:1312.6114, appendix B): 0.5 * sum(mean^2 + var - 1 - logvar)
+        over positions.
+
+        Args:
+            moments: mean and log-variance joined on the channel axis, (B, 2d, h, w). The
+                log-variance is clamped to [-30, 20] as diffusers does.
+            sample: draw from the posterior with the global generator, or take its mode.
+            temperature: factor on the posterior's standard deviation; 1 is the posterior itself.
+        """
+        assert moments.shape[1] == self.in_channels, moments.shape
+        posterior = DiagonalGaussianDistribution(moments.float())
+        mean, var, logvar = posterior.mean, posterior.var, posterior.logvar
+        kl = 0.5 * (mean.square() + var - 1.0 - logvar).sum(dim=(2, 3))  # (B, d)
+        z = mean + temperature * (posterior.sample() - mean) if sample else mean
+        return GaussianLatent(z, mean, kl)

@@ -10,14 +10,57 @@ one-hot vector of the largest logit.
 """
 
 import math
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from latentvae.bottlenecks.gradients import straight_through
+from latentvae.bottlenecks.options import BottleneckConfig, CodeChannels, NumCodes
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
+from latentvae.options import OfTheRun, Positive
+
+Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
+
+
+class GumbelConfig(BottleneckConfig):
+    """The quantiser: a relaxed sample of K logits (Gumbel-softmax); its KL has kl_scale."""
+
+    type: Literal["gumbel"] = "gumbel"
+    num_codes: NumCodes = Field(default=8192, description="Codes K.")
+    code_channels: CodeChannels = Field(default=128, description="Width D of a code.")
+    straight_through: bool = Field(default=False, description="Hard samples, soft gradients.")
+    temperature: Temperature = Field(default=1.0, description="Temperature of the first update.")
+    final_temperature: Temperature = Field(
+        default=0.0625, description="Temperature that a cosine then reaches."
+    )
+    temperature_steps: Annotated[Positive, OfTheRun()] = Field(
+        default=150_000, description="Updates until the final temperature."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "GumbelConfig":
+        if self.final_temperature > self.temperature:
+            raise ValueError(
+                f"final_temperature {self.final_temperature:g} is above temperature "
+                f"{self.temperature:g}; it falls"
+            )
+        return self
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether its latent has a KL divergence to a prior: the uniform one."""
+        return True
+
+    def temperature_at(self, update: int) -> float:
+        """Return the temperature of an update, counted from 0: along half a cosine
+        (arXiv:2102.12092, appendix A.2)."""
+        start, end = self.temperature, self.final_temperature
+        progress = min(update / self.temperature_steps, 1.0)
+        return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class GumbelQuantizer(Quantizer):

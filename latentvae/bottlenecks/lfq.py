@@ -16,11 +16,15 @@ product: its entropy is taken exactly within groups of bits and added over group
 `B` batch, `D` bits, `K` = 2^D codes, `N = B * h * w` tokens, `s` scale, `t` entropy temperature.
 """
 
+from typing import Annotated, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from latentvae.bottlenecks.gradients import SMALLEST_NORM, straight_through
+from latentvae.bottlenecks.options import EntropyConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.distributed import all_reduce_mean
 from latentvae.errors import UserError
@@ -30,6 +34,18 @@ MAX_LISTED_BITS = 16  # 65,536 codes
 # In the logarithm of the batch entropy a smaller share counts as this, about as in MAGVIT-v2, or
 # codes that nothing is near would pull at the few tokens between two codes with all the gradient.
 SMALLEST_SHARE = 1e-5
+
+
+class LFQConfig(EntropyConfig):
+    """The quantiser: the sign of each channel (LFQ; on the unit sphere BSQ); K = 2 ** bits."""
+
+    type: Literal["lfq"] = "lfq"
+    num_bits: Annotated[int, Field(ge=1, le=24), Shape()] = Field(
+        default=16, description="Channels, log2 K."
+    )
+    spherical: Annotated[bool, Shape()] = Field(
+        default=False, description="BSQ: vectors and codes on the unit sphere."
+    )
 
 
 class LookupFreeQuantizer(Quantizer):

@@ -6,14 +6,36 @@ r_0 = h, k_l = nearest(r_{l-1}), r_l = r_{l-1} - code(k_l), z = sum_l code(k_l)
 `B` batch, `D` code width, `K` codes of a level, `L` levels, `N = B * h * w` vectors.
 """
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from latentvae.bottlenecks.gradients import gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
+from latentvae.bottlenecks.options import LearnedCodebookConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
+from latentvae.options import Elsewhere, Positive
+
+
+class ResidualConfig(LearnedCodebookConfig):
+    """The quantiser: several codes for each position, each for what the last left (RQ)."""
+
+    type: Literal["residual"] = "residual"
+    num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
+        default=4, description="Codes for each position."
+    )
+    shared_codebook: Annotated[bool, Shape()] = Field(
+        default=True, description="One codebook for all levels."
+    )
+
+    @property
+    def num_codebooks(self) -> int:
+        """Number of codebooks: one, which all levels share, or one for each level."""
+        return 1 if self.shared_codebook else self.num_levels
 
 
 class ResidualQuantizer(Quantizer):

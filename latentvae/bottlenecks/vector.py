@@ -10,20 +10,47 @@ arXiv:2110.04627). The gradient passes the quantiser as it is or turned and scal
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
 
+from typing import Annotated, Any, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from latentvae.bottlenecks.entropy import code_entropies
 from latentvae.bottlenecks.gradients import SMALLEST_NORM, gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
+from latentvae.bottlenecks.options import (
+    EntropyConfig,
+    KeepsCodesInUse,
+    LearnedCodebookConfig,
+    Shape,
+)
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
+from latentvae.options import Elsewhere
 
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
 MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
 USES = 2.0  # that the average is over, for a code of mean use
+
+
+class VectorConfig(LearnedCodebookConfig, EntropyConfig):
+    """The quantiser: nearest of K learned vectors (VQ)."""
+
+    type: Literal["vq"] = "vq"
+    l2_normalize: Annotated[
+        bool,
+        Shape(),
+        KeepsCodesInUse(3, "--l2_normalize"),
+        Elsewhere("l2_norm codebook_l2_norm use_cosine_sim"),
+    ] = Field(default=False, description="Vectors and codes on the unit sphere: nearest by cosine.")
+
+    def arguments(self) -> dict[str, Any]:
+        """See `BottleneckConfig.arguments`. Without a weight the entropies are not computed."""
+        temperature = (self.entropy_temperature or 0.01) if self.entropy_weight else None
+        return super().arguments() | {"entropy_temperature": temperature}
 
 
 class VectorQuantizer(Quantizer):

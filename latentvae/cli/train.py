@@ -30,26 +30,7 @@ from latentvae.cli.flags import (
 from latentvae.config.autoencoder import TrainConfig, flat
 from latentvae.config.presets import load_preset, parse, preset_names
 from latentvae.errors import RunError, UserError
-
-# Which options there are depends on these, so they are no flags.
-CHOSEN_BY_PRESET = ("architecture", "type")
-# What other trainers of tokenizers call them (taming-transformers, LlamaGen, diffusers,
-# vector-quantize-pytorch).
-NAMES_ELSEWHERE = {
-    "architecture": "arch model_type",
-    "type": "quantizer quantizer_type quantize bottleneck",
-    "num_codes": "codebook_size n_embed num_embeddings num_vq_embeddings vocab_size",
-    "code_channels": "embed_dim vq_embed_dim codebook_dim codebook_embed_dim embedding_dim",
-    "commitment_weight": "beta commitment_cost commit_loss_beta commit_weight",
-    "entropy_weight": "entropy_loss_ratio entropy_loss_weight",
-    "l2_normalize": "l2_norm codebook_l2_norm use_cosine_sim",
-    "codebook_decay": "codebook_ema_decay",
-    "gradient": "rotation_trick",
-    "restart_threshold": "restart_unused_codes threshold_ema_dead_code",
-    "kmeans_iterations": "kmeans_init kmeans_iters",
-    "num_levels": "num_quantizers",
-    "latent_channels": "z_channels",
-}
+from latentvae.options import ChosenByPreset, Elsewhere, marked, marks
 
 PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
 
@@ -88,14 +69,16 @@ def _check_flags(
 ) -> None:
     """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
     here."""
-    names = [name for name in flat(preset) if name not in CHOSEN_BY_PRESET]
-    ours = {other: name for name, others in NAMES_ELSEWHERE.items() for other in others.split()}
+    chosen = marked(TrainConfig, ChosenByPreset)
+    names = [name for name in flat(preset) if name not in chosen]
+    elsewhere = marks(TrainConfig, Elsewhere)
+    ours = {other: name for name, mark in elsewhere.items() for other in mark.names.split()}
     for flag, given in unknown_flags(arguments, names):
         given = given.rpartition(".")[2].removeprefix("no_")
         name = ours.get(given, given)
         if name in names:
             raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
-        if name in CHOSEN_BY_PRESET:
+        if name in chosen:
             raise UserError(
                 f"unknown option '{flag}': --config chooses it, a preset ({_kinds(name)}) or a "
                 "YAML file of your own"
@@ -132,24 +115,31 @@ def _flags_of(section: BaseModel) -> type:
     """A plain dataclass with the options of ``section`` as fields, for tyro: no ranges, the present
     values as defaults."""
     fields: list[Any] = []
+    chosen = marked(type(section), ChosenByPreset)
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if name in CHOSEN_BY_PRESET:
+        if name in chosen:
             fields.append((name, tyro.conf.Suppress[str], dataclasses.field(default=value)))
         elif isinstance(value, BaseModel):
             nested = _flags_of(value)
             fields.append((name, nested, dataclasses.field(default_factory=nested)))
         else:
-            fields.append((name, _flag_type(info), dataclasses.field(default=value)))
+            text = info.description or ""
+            if name == "config":
+                text = f"{text} Presets: {', '.join(preset_names())}."
+            fields.append((name, _flag_type(info, text), dataclasses.field(default=value)))
     flags = dataclasses.make_dataclass(type(section).__name__, fields)
     flags.__doc__ = type(section).__doc__
     return flags
 
 
-def _flag_type(info: FieldInfo) -> Any:
+def _flag_type(info: FieldInfo, text: str) -> Any:
     """The type tyro parses: choices become strings (pydantic refuses wrong ones) whose help lists
-    them."""
-    text = info.description or ""
+    them.
+
+    Args:
+        text: the help.
+    """
     choices = _choices(info.annotation)
     if choices and get_origin(info.annotation) is tuple:
         metavar = f"[{'|'.join(choices)} ...]"

@@ -10,13 +10,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from latentvae.bottlenecks.config import QUANTIZERS
+from latentvae.bottlenecks.table import QUANTIZERS
 from latentvae.data.buckets import bucket_sizes
 from latentvae.data.config import DataConfig
 from latentvae.losses.discriminator_config import CriticConfig
-from latentvae.losses.objective_config import KL_TARGETS, ObjectiveConfig
+from latentvae.losses.objective_config import KLTarget, NeedsKL, ObjectiveConfig
 from latentvae.models.config import MODELS, AnyModelConfig, KLModelConfig, VQModelConfig
-from latentvae.options import Count, Positive, Section
+from latentvae.options import (
+    Count,
+    DecidesTheWatch,
+    MayChange,
+    Positive,
+    Private,
+    Section,
+    marked,
+)
 
 BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
 
@@ -67,12 +75,16 @@ class OptimizerConfig(Section):
 class RunConfig(Section):
     """Length, batch, precision, files and logs of the run."""
 
-    output_dir: str | None = Field(
+    output_dir: Annotated[str | None, MayChange(), Private()] = Field(
         default=None, description="Folder of the run: checkpoints, log, samples, export."
     )
-    max_train_steps: Positive = Field(default=100_000, description="Updates of the model.")
+    max_train_steps: Annotated[Positive, MayChange()] = Field(
+        default=100_000, description="Updates of the model."
+    )
     train_batch_size: Positive = Field(default=12, description="Images per process and micro-step.")
-    eval_batch_size: Positive = Field(default=8, description="Images per process in validation.")
+    eval_batch_size: Annotated[Positive, MayChange()] = Field(
+        default=8, description="Images per process in validation."
+    )
     gradient_accumulation_steps: Positive = Field(default=1, description="Micro-steps per update.")
     gradient_checkpointing: bool = Field(
         default=False,
@@ -92,14 +104,16 @@ class RunConfig(Section):
             "with Triton and takes minutes at the start."
         ),
     )
-    winograd: bool = Field(
+    # May change on resume: a matter of rounding, and older runs are without it.
+    winograd: Annotated[bool, MayChange()] = Field(
         default=True,
         description=(
             "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
             "multiplications, rounded to some 4e-6 of their size. Elsewhere without effect."
         ),
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+    # May change on resume, for the launcher may give it; it is compared apart.
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
             "bf16 autocast over float32 weights, or no; by default what `accelerate "
@@ -110,55 +124,61 @@ class RunConfig(Section):
     deterministic_posterior: bool = Field(
         default=False, description="Decode the posterior's mode in training instead of a sample."
     )
-    resume_from_checkpoint: str = Field(
+    resume_from_checkpoint: Annotated[str, MayChange(), Private()] = Field(
         default="latest", description="`latest`, or a checkpoint folder of this run."
     )
-    overwrite_output_dir: bool = Field(
+    overwrite_output_dir: Annotated[bool, MayChange(), Private()] = Field(
         default=False, description="Delete an earlier run in output_dir and start anew."
     )
-    checkpointing_steps: Positive = Field(default=1000, description="Updates between checkpoints.")
-    checkpoints_total_limit: Positive = Field(default=2, description="Checkpoints kept.")
-    validation_steps: Positive = Field(
+    checkpointing_steps: Annotated[Positive, MayChange()] = Field(
+        default=1000, description="Updates between checkpoints."
+    )
+    checkpoints_total_limit: Annotated[Positive, MayChange()] = Field(
+        default=2, description="Checkpoints kept."
+    )
+    validation_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
         default=1000, description="Updates between validations (and after the last)."
     )
-    num_sample_images: Positive = Field(
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=6, description="Validation images shown in each sample grid."
     )
-    log_steps: Positive = Field(default=50, description="Updates between rows of log.jsonl.")
-    report_to: Literal["none", "tensorboard", "wandb"] = Field(
+    log_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
+        default=50, description="Updates between rows of log.jsonl."
+    )
+    report_to: Annotated[Literal["none", "tensorboard", "wandb"], MayChange(), Private()] = Field(
         default="none", description="Tracker beside log.jsonl, through Accelerate."
     )
-    tracker_project_name: str = Field(
+    tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
         default="latentvae", description="Project name given to the tracker."
     )
-    export_profile: Literal["sd", "sdxl", "sd3"] = Field(
+    export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
         default="sd",
         description=(
             "Which pipelines the export's scaling and shift are written for; sd serves "
             "all, sd3 (also FLUX) measures a shift, sdxl writes per-channel statistics."
         ),
     )
-    lookup_from_codebook: bool = Field(
+    lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
             "Export a VQModel for aMUSEd: codes looked up by index, pixels in [0, 1]; without it "
             "for all other pipelines."
         ),
     )
-    push_to_hub: bool = Field(
+    push_to_hub: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
             "Upload the export to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."
         ),
     )
-    hub_model_id: str | None = Field(
+    hub_model_id: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description="Repository to upload to, owner/name; by default output_dir's name, your own.",
     )
-    hub_private_repo: bool = Field(
+    hub_private_repo: Annotated[bool, MayChange(), Private()] = Field(
         default=False, description="Make that repository private, if it is new."
     )
-    ddp_timeout: Positive = Field(
+    ddp_timeout: Annotated[Positive, MayChange()] = Field(
         default=1800, description="Seconds after which a hanging rank ends the run."
     )
 
@@ -172,14 +192,9 @@ class RunConfig(Section):
 class TrainConfig(Section):
     """A whole training run."""
 
-    config: str = Field(
+    config: Annotated[str, MayChange()] = Field(
         default="kl_small",
-        description=(
-            "YAML file, or the name of a preset. Continuous latents: kl_small, kl_f4, kl_f8, "
-            "kl_f8_d16, kl_f16, kl_f32, dc_f32, sd_decoder_finetune, sdxl_decoder_finetune, "
-            "flux_decoder_finetune, sd_asymmetric; tokenizers: vq_small, vq_f4, vq_f8, vq_f16, "
-            "vq_f16_l2, fsq_f8, lfq_f16, rq_f16, dvae_f8. Flags override it."
-        ),
+        description="YAML file, or the name of a preset. Flags override it.",
     )
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
@@ -261,11 +276,10 @@ class TrainConfig(Section):
                     f"{model.likelihood}, which is no error; hold the KL by kl_target"
                 )
         without = f"has no meaning for the architecture {kind}"
-        holds_kl = ("kl_warmup_steps", "free_bits", "kl_capacity", *KL_TARGETS)
-        for name in () if model.has_kl else holds_kl:
+        for name in () if model.has_kl else marked(ObjectiveConfig, NeedsKL):
             if value := getattr(self.objective, name):
                 raise ValueError(f"{name} {value:g} {without}, which has no KL")
-        for name in KL_TARGETS if model.freeze_encoder else ():
+        for name in marked(ObjectiveConfig, KLTarget) if model.freeze_encoder else ():
             if value := getattr(self.objective, name):
                 raise ValueError(
                     f"{name} {value:g} and freeze_encoder exclude each other: the KL "
@@ -316,6 +330,7 @@ def flat(config: BaseModel) -> dict[str, Any]:
 
 def option_names() -> list[str]:
     """Of every architecture and quantiser."""
-    kinds: tuple[Any, ...] = (*MODELS.values(), *QUANTIZERS.values())
-    sections = (TrainConfig(), *(kind() for kind in kinds))
+    models = [kind() for kind in MODELS.values()]
+    quantizers = [entry.config() for entry in QUANTIZERS.values()]
+    sections = (TrainConfig(), *models, *quantizers)
     return list(dict.fromkeys(name for section in sections for name in flat(section)))

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from latentvae.bottlenecks.config import QUANTIZERS
+from latentvae.bottlenecks.table import QUANTIZERS
 from latentvae.config.autoencoder import TrainConfig, option_names
 from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml

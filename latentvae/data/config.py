@@ -4,7 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from latentvae.options import Count, Positive, Section, Share
+from latentvae.options import (
+    Count,
+    DecidesTheWatch,
+    MayChange,
+    Positive,
+    Private,
+    Section,
+    Share,
+)
 
 
 def _checked_resolution(value: Any) -> Any:
@@ -21,7 +29,8 @@ def _checked_resolution(value: Any) -> Any:
 class DataConfig(Section):
     """The images."""
 
-    train_data_dir: str | None = Field(
+    # Where images lie may change: what they are is compared apart (`data_identity`).
+    train_data_dir: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
             "Folder of images (sub-folders welcome), of tar shards or of parquet files, one of "
@@ -29,24 +38,24 @@ class DataConfig(Section):
             "that come with scikit-image."
         ),
     )
-    dataset_name: str | None = Field(
+    dataset_name: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
             "Instead of train_data_dir, a data set of the Hub (owner/name), or a local one that "
             "`datasets` reads, with the options below."
         ),
     )
-    dataset_config_name: str | None = Field(
+    dataset_config_name: Annotated[str | None, MayChange()] = Field(
         default=None, description="Configuration of the data set, where it has several."
     )
-    dataset_split: str = Field(
+    dataset_split: Annotated[str, MayChange()] = Field(
         default="train",
         description="Split of the data set to train on; where there is one alone, `train` is that.",
     )
-    image_column: str | None = Field(
+    image_column: Annotated[str | None, MayChange()] = Field(
         default=None, description="Column with the images, where the data set has several."
     )
-    cache_dir: str | None = Field(
+    cache_dir: Annotated[str | None, MayChange(), Private()] = Field(
         default=None, description="Where `datasets` keeps what it downloads and prepares."
     )
     streaming: bool = Field(
@@ -56,14 +65,15 @@ class DataConfig(Section):
             "approximately."
         ),
     )
-    shuffle_buffer: Positive = Field(
+    # A stream resumes approximately in any case.
+    shuffle_buffer: Annotated[Positive, MayChange()] = Field(
         default=1000, description="Images that wait in memory when streaming, drawn at random."
     )
     max_train_samples: Positive | None = Field(
         default=None,
         description="Train on at most so many images, the same ones for the same seed.",
     )
-    validation_data_dir: str | None = Field(
+    validation_data_dir: Annotated[str | None, MayChange(), DecidesTheWatch()] = Field(
         default=None,
         description=(
             "Validation images, in any form that train_data_dir takes; without it a share of the "
@@ -77,7 +87,7 @@ class DataConfig(Section):
             "file's name (at least one image)."
         ),
     )
-    max_validation_images: Positive = Field(
+    max_validation_images: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
         default=1000, description="Validate on at most this many images, evenly spread."
     )
     image_channels: int = Field(
@@ -144,10 +154,10 @@ class DataConfig(Section):
             "Training crops taken of each image that is read; train_batch_size is a multiple of it."
         ),
     )
-    dataloader_num_workers: Count = Field(
+    dataloader_num_workers: Annotated[Count, MayChange()] = Field(
         default=0, description="Processes that read images; 0 reads them in the training process."
     )
-    max_bad_share: Share = Field(
+    max_bad_share: Annotated[Share, MayChange()] = Field(
         default=0.01,
         description=(
             "Stop if more than this share of the training images (and more than one) cannot be "

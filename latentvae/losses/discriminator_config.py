@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.options import Count, Positive, Section
+from latentvae.options import Count, MayChange, Positive, Section
 
 
 class CriticConfig(Section):
@@ -86,7 +86,7 @@ class CriticConfig(Section):
         ),
     )
 
-    critic_watch: Literal["off", "warn", "disable"] = Field(
+    critic_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
             "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "

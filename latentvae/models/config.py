@@ -1,11 +1,23 @@
 """Options of the network: one class for each architecture, which the preset chooses."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from latentvae.bottlenecks.config import AnyQuantizerConfig, GumbelConfig, VectorConfig
-from latentvae.options import Count, Positive, Section, tag_in
+from latentvae.bottlenecks.gaussian import GaussianConfig
+from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.table import AnyQuantizerConfig
+from latentvae.bottlenecks.vector import VectorConfig
+from latentvae.options import (
+    ChosenByPreset,
+    Count,
+    Elsewhere,
+    OfTheRun,
+    Positive,
+    Section,
+    marked,
+    tag_in,
+)
 
 Widths = tuple[Positive, ...]
 
@@ -17,25 +29,26 @@ class ModelConfig(Section):
         architecture: the name in a preset that chooses the class.
     """
 
-    ABOUT_THE_START: ClassVar[frozenset[str]] = frozenset(
-        "architecture pretrained_model_name_or_path pretrained_family freeze_encoder".split()
-    )
-
-    architecture: Any
+    architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
         description=(
             "Width of each level, from full resolution down; f = 2 ** (number of levels - 1)."
         ),
     )
-    latent_channels: Positive = Field(
+    latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
         default=4, description="Latent channels d: 4 serves the SD family, 16 SD3 and FLUX."
     )
 
     @property
     def has_kl(self) -> bool:
         """Whether its latent has a KL divergence to a prior."""
-        return self.architecture in ("kl", "asymmetric")
+        return self.bottleneck.has_kl
+
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        """Options of what turns encoder features into its latent; here none does."""
+        return BottleneckConfig()
 
     @property
     def f(self) -> int:
@@ -43,7 +56,7 @@ class ModelConfig(Section):
 
     def shape(self) -> dict[str, Any]:
         """What the architecture's builder takes: all but what a fine-tuning starts from."""
-        return self.model_dump(exclude=set(self.ABOUT_THE_START))
+        return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
     def _check_levels(self, name: str, levels: tuple[int, ...]) -> None:
         for level in levels:
@@ -64,14 +77,14 @@ class ModelConfig(Section):
 class _Pretrained(Section):
     """What a fine-tuning starts from."""
 
-    pretrained_model_name_or_path: str | None = Field(
+    pretrained_model_name_or_path: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
             "Fine-tune this network instead of starting from nothing: a diffusers folder, a "
             "single .safetensors file, or a Hub id (owner/name/folder). Its own shape counts."
         ),
     )
-    freeze_encoder: bool = Field(
+    freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
             "Train the decoder alone: latents, scaling and shift stay those of the pretrained "
@@ -92,7 +105,7 @@ class _Pretrained(Section):
 class _SingleFile(_Pretrained):
     """Of Stable Diffusion's kinds alone."""
 
-    pretrained_family: Literal["sd", "sdxl", "sd3", "flux"] | None = Field(
+    pretrained_family: Annotated[Literal["sd", "sdxl", "sd3", "flux"] | None, OfTheRun()] = Field(
         default=None,
         description="Of a single file: whose autoencoder it is, which says how latents are scaled.",
     )
@@ -150,6 +163,11 @@ class KLModelConfig(_WithAttention, _SingleFile):
         ),
     )
 
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        """Options of what turns encoder features into its latent."""
+        return GaussianConfig(latent_channels=self.latent_channels)
+
 
 class AsymmetricModelConfig(_Convolutional, _SingleFile):
     """The network: a stock diffusers AsymmetricAutoencoderKL, Stable Diffusion's encoder with a
@@ -163,6 +181,11 @@ class AsymmetricModelConfig(_Convolutional, _SingleFile):
     layers_per_up_block: Positive = Field(
         default=3, description="Residual blocks per level of the decoder, less one."
     )
+
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        """Options of what turns encoder features into its latent."""
+        return GaussianConfig(latent_channels=self.latent_channels)
 
     @model_validator(mode="after")
     def _check_decoder(self) -> "AsymmetricModelConfig":
@@ -233,8 +256,9 @@ class VQModelConfig(_WithAttention, _Pretrained):
     quantizer: AnyQuantizerConfig = VectorConfig()
 
     @property
-    def has_kl(self) -> bool:
-        return isinstance(self.quantizer, GumbelConfig)
+    def bottleneck(self) -> BottleneckConfig:
+        """Options of what turns encoder features into its latent."""
+        return self.quantizer
 
     def shape(self) -> dict[str, Any]:
         return super().shape() | {"quantizer": self.quantizer.arguments()}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from latentvae.bottlenecks import LookupFreeQuantizer
+from latentvae.bottlenecks.lfq import LookupFreeQuantizer
 
 
 def joined_batch() -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from latentvae.bottlenecks import ResidualQuantizer, VectorQuantizer
+from latentvae.bottlenecks.residual import ResidualQuantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.distributed import all_reduce_mean, all_reduce_sum, gather_objects
 
 

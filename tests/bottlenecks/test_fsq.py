@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from vector_quantize_pytorch import FSQ
 
-from latentvae.bottlenecks import FiniteScalarQuantizer
+from latentvae.bottlenecks.fsq import FiniteScalarQuantizer
 from latentvae.errors import UserError
 
 LEVELS = [(8, 8, 8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 6, 5), (3, 4), (1000,)]

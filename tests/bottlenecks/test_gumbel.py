@@ -6,7 +6,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from latentvae.bottlenecks import GumbelQuantizer
+from latentvae.bottlenecks.gumbel import GumbelConfig, GumbelQuantizer
 from latentvae.errors import UserError
 
 
@@ -162,6 +162,13 @@ def test_it_learns_by_gradient_alone() -> None:
     assert statistics == {}
     assert quantiser.update(statistics, features=features, generator=generator).item() == 0
     assert torch.equal(quantiser.codebook, before)
+
+
+def test_the_temperature_falls_along_half_a_cosine() -> None:
+    options = GumbelConfig(temperature=1.0, final_temperature=1 / 16, temperature_steps=4)
+    values = [options.temperature_at(update) for update in (0, 1, 2, 4, 9)]
+    quarter = 1 / 16 + (15 / 16) * 0.5 * (1 + 0.5**0.5)
+    assert values == pytest.approx([1.0, quarter, 17 / 32, 1 / 16, 1 / 16])
 
 
 @pytest.mark.parametrize(("num_codes", "code_channels"), [(1, 4), (4, 0)])

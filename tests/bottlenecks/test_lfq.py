@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vector_quantize_pytorch import LFQ
 
-from latentvae.bottlenecks import LookupFreeQuantizer, lfq
+from latentvae.bottlenecks import lfq
+from latentvae.bottlenecks.lfq import LookupFreeQuantizer
 from latentvae.errors import UserError
 from tests.bottlenecks.lfq_ranks import joined_batch, losses_and_gradient
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
-from latentvae.bottlenecks import Quantizer, ResidualQuantizer
+from latentvae.bottlenecks import Quantizer
+from latentvae.bottlenecks.residual import ResidualQuantizer
 from latentvae.errors import UserError
 from tests.bottlenecks.test_nearest import exact
 from tests.bottlenecks.test_vector import flat, seeded

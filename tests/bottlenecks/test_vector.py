@@ -14,8 +14,9 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from latentvae.bottlenecks import Quantizer, VectorQuantizer, build_quantizer, nearest_codes
+from latentvae.bottlenecks import Quantizer, build_quantizer, nearest_codes
 from latentvae.bottlenecks.entropy import code_entropies
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
 from tests.bottlenecks import ranks
 from tests.bottlenecks.test_nearest import LargestTensor, exact

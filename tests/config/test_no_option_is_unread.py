@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import latentvae
-from latentvae.bottlenecks import QUANTIZERS
-from latentvae.bottlenecks import config as quantizer_config
+from latentvae.bottlenecks import BOTTLENECKS
 from latentvae.config.autoencoder import TrainConfig, flat
 from latentvae.models import ARCHITECTURES
 from latentvae.models.config import MODELS
@@ -35,9 +34,10 @@ def test_every_option_of_the_model_is_one_of_its_builder(architecture: str) -> N
     assert set(MODELS[architecture]().shape()) == builder
 
 
-@pytest.mark.parametrize("kind", quantizer_config.QUANTIZERS)
-def test_every_option_of_a_quantiser_is_one_of_its_module(kind: str) -> None:
-    module = set(inspect.signature(QUANTIZERS[kind]).parameters) - {"group_bits"}
-    arguments = quantizer_config.QUANTIZERS[kind]().arguments()
+@pytest.mark.parametrize("kind", BOTTLENECKS)
+def test_every_option_of_a_bottleneck_is_one_of_its_module(kind: str) -> None:
+    entry = BOTTLENECKS[kind]
+    module = set(inspect.signature(entry.module).parameters) - {"group_bits"}
+    arguments = entry.config().arguments()
     assert arguments.pop("type") == kind
     assert set(arguments) == module

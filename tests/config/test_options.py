@@ -10,13 +10,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from latentvae.bottlenecks.config import QUANTIZERS
-from latentvae.cli.train import CHOSEN_BY_PRESET, NAMES_ELSEWHERE, config_from_arguments
+from latentvae.bottlenecks import QUANTIZERS
+from latentvae.cli.train import config_from_arguments
 from latentvae.config.autoencoder import TrainConfig, flat, option_names
 from latentvae.config.presets import load_preset, parse, preset_names
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
 from latentvae.models.config import MODELS
+from latentvae.options import Elsewhere, marks
 from latentvae.proofs.preflight import preflight
 from latentvae.tasks.autoencoder.loop import train
 from tests.tasks.autoencoder.small import small_config
@@ -45,10 +46,8 @@ PRESETS = {
 }
 
 
-def test_the_presets_are_those_the_help_names() -> None:
+def test_every_preset_is_known_here() -> None:
     assert set(preset_names()) == set(PRESETS)
-    text = TrainConfig.model_fields["config"].description or ""
-    assert all(name in text for name in PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -248,9 +247,9 @@ def test_options_that_have_a_meaning_or_their_defaults_are_taken(arguments: str)
 
 
 def test_names_of_other_trainers_are_none_of_ours() -> None:
-    ours = set(option_names()) | set(CHOSEN_BY_PRESET)
-    assert set(NAMES_ELSEWHERE) <= ours
-    others = [other for names in NAMES_ELSEWHERE.values() for other in names.split()]
+    ours, elsewhere = set(option_names()), marks(TrainConfig, Elsewhere)
+    assert set(elsewhere) <= ours
+    others = [other for mark in elsewhere.values() for other in mark.names.split()]
     assert not ours & set(others) and len(others) == len(set(others))
 
 
@@ -295,6 +294,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in flat(TrainConfig()) if name != "architecture")
+    assert all(name in text for name in preset_names())
 
 
 @pytest.mark.parametrize("call", [train, preflight])

@@ -2,7 +2,7 @@ import pytest
 
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.config.presets import parse
-from latentvae.tasks.autoencoder.schedule import adversarial_factor, cosine_decay, learning_rate
+from latentvae.tasks.autoencoder.schedule import adversarial_factor, learning_rate
 
 
 def config(**sections: dict[str, object]) -> TrainConfig:
@@ -36,11 +36,3 @@ def test_disc_start_is_a_share_of_the_run_below_one_and_an_update_above() -> Non
     assert config(critic={"disc_start": 0.25}, run={"max_train_steps": 1000}).critic_start == 250
     assert config(critic={"disc_start": 50_000}).critic_start == 50_000
     assert config(critic={"disc_start": 0}).critic_start == 0
-
-
-def test_a_cosine_from_one_value_to_another() -> None:
-    values = [cosine_decay(u, start=1.0, end=1 / 16, steps=4) for u in (0, 1, 2, 4, 9)]
-    quarter = 1 / 16 + (15 / 16) * 0.5 * (1 + 0.5**0.5)
-    assert values == pytest.approx([1.0, quarter, 17 / 32, 1 / 16, 1 / 16])
-    assert cosine_decay(2500, start=0.0, end=6.6, steps=5000) == pytest.approx(3.3)
-    assert cosine_decay(0, start=1.0, end=0.5, steps=0) == 0.5

@@ -16,7 +16,7 @@ import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
-from latentvae.bottlenecks import gaussian_bottleneck
+from latentvae.bottlenecks.gaussian import GaussianBottleneck
 from latentvae.outputs import AutoencoderOutput, Latent
 
 
@@ -192,11 +192,15 @@ class TrainingWrapper(nn.Module):
 class KLTrainingWrapper(TrainingWrapper):
     """Encode, sample (or take the mode of) the posterior, decode."""
 
+    def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
+        super().__init__(net, output_logvar=output_logvar, learn_logvar=learn_logvar)
+        self.bottleneck = GaussianBottleneck(latent_channels=net.config["latent_channels"])
+
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> AutoencoderOutput:
         moments = self.net.encode(images).latent_dist.parameters
-        found = gaussian_bottleneck(moments, sample=sample, temperature=temperature)
+        found = self.bottleneck(moments, sample=sample, temperature=temperature)
         latent = Latent(z=found.z, kl=found.kl.sum(dim=1), kl_per_channel=found.kl, mean=found.mean)
         return AutoencoderOutput(
             recon=self.decode(latent.z, images),

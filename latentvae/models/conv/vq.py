@@ -24,12 +24,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.bottlenecks import (
-    LookupFreeQuantizer,
-    Quantizer,
-    VectorQuantizer,
-    build_quantizer,
-)
+from latentvae.bottlenecks import Quantizer, build_quantizer
+from latentvae.bottlenecks.lfq import LookupFreeQuantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.kl import TrainingWrapper, block_types

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from latentvae.bottlenecks.config import shape_of
+from latentvae.bottlenecks import QUANTIZERS
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.config.presets import parse
 from latentvae.engine.checkpoint import newest_usable
@@ -129,7 +129,8 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
     own = kind.shape(dict(base.net.config))
     if quantizer := own.pop("quantizer", None):
         same = values["model"]["quantizer"]["type"] == quantizer["type"]
-        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | shape_of(quantizer)
+        shape = QUANTIZERS[quantizer["type"]].config().shape_of(quantizer)
+        own["quantizer"] = (values["model"]["quantizer"] if same else {}) | shape
     values["model"] |= own
     config = parse(values, source="the pretrained network's config")
     if isinstance(config.model, VQModelConfig):

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentvae.bottlenecks.config import GumbelConfig
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage
 from latentvae.distributed import all_reduce_sum, gather_cat
 from latentvae.engine.randomness import Stream, generator_for
 from latentvae.errors import UserError
-from latentvae.models.config import VQModelConfig
 from latentvae.outputs import AutoencoderOutput
-from latentvae.tasks.autoencoder.schedule import cosine_decay
 
 START_BATCH = 16  # images encoded at a time
 START_VECTORS = 32  # vectors for each code that k-means sees, at most
@@ -140,19 +137,9 @@ def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Ite
 
 def wants_start(config: TrainConfig) -> bool:
     """Whether the codes of a new run start by k-means."""
-    model = config.model
-    return isinstance(model, VQModelConfig) and getattr(model.quantizer, "kmeans_iterations", 0) > 0
+    return config.model.bottleneck.starts_by_kmeans
 
 
 def temperature(config: TrainConfig, update: int) -> float:
     """Of the bottleneck in an update (from 0); 1 but for Gumbel-softmax."""
-    model = config.model
-    if not (isinstance(model, VQModelConfig) and isinstance(model.quantizer, GumbelConfig)):
-        return 1.0
-    options = model.quantizer
-    return cosine_decay(
-        update,
-        start=options.temperature,
-        end=options.final_temperature,
-        steps=options.temperature_steps,
-    )
+    return config.model.bottleneck.temperature_at(update)

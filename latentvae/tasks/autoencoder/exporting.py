@@ -31,6 +31,7 @@ from latentvae.export.card import public_value
 from latentvae.export.diffusers import is_export
 from latentvae.latents import latent_statistics
 from latentvae.models import DiscreteAutoencoder
+from latentvae.options import Private, marked
 from latentvae.tasks.autoencoder.base import Base, encoder_sha256, read_base
 from latentvae.tasks.autoencoder.run import Run, build_net, eval_transform, open_data
 from latentvae.tasks.autoencoder.state import load_weights, read_config
@@ -38,12 +39,6 @@ from latentvae.tasks.autoencoder.validate import readable_images, sample_grid_pa
 
 STATISTICS_IMAGES = 1024
 PROBE_IMAGES = 2
-# Options that say where things lie and who is told, not what was trained.
-_PRIVATE = frozenset(
-    "output_dir cache_dir lpips_weights download_lpips resume_from_checkpoint "
-    "overwrite_output_dir report_to tracker_project_name push_to_hub hub_model_id "
-    "hub_private_repo".split()
-)
 
 
 @contextlib.contextmanager
@@ -271,7 +266,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         if row
         else ""
     )
-    grid = sample_grid_path(folder, update)
+    grid, private = sample_grid_path(folder, update), marked(TrainConfig, Private)
     data_set, repo_id = config.data.dataset_name, config.run.hub_model_id
     return ModelCard(
         name=folder.resolve().name,
@@ -281,5 +276,5 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         protocol=protocol,
         sample_grid=grid if grid.is_file() else None,
         location=repo_id if config.run.push_to_hub and repo_id else ModelCard.location,
-        training={name: v for name, v in flat(config).items() if name not in _PRIVATE},
+        training={name: v for name, v in flat(config).items() if name not in private},
     )

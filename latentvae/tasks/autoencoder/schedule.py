@@ -38,10 +38,3 @@ def adversarial_factor(update: int, *, start: int, critic: CriticConfig) -> floa
 def critic_learns_alone(update: int, *, start: int, critic: CriticConfig) -> bool:
     """Whether the model stands still in update ``update`` (from 0)."""
     return critic.disc_scale > 0 and start <= update < start + critic.disc_warmup_steps
-
-
-def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
-    """From ``start`` in update 0 along half a cosine to ``end`` in update ``steps`` and after (the
-    temperature of DALL-E's dVAE: Ramesh et al. 2021, arXiv:2102.12092, appendix A.2)."""
-    progress = min(update / steps, 1.0) if steps else 1.0
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -19,27 +19,9 @@ from latentvae.distributed import gather_objects, rank, world_size
 from latentvae.engine.checkpoint import Snapshot, load_optimizer_tensors, optimizer_tensors
 from latentvae.errors import UserError
 from latentvae.files import read_yaml
+from latentvae.options import DecidesTheWatch, MayChange, marked
 from latentvae.tasks.autoencoder.run import Run
 from latentvae.tasks.autoencoder.saved_values import check_values
-
-# What may differ between a run and its continuation: everything else changes the result. Where the
-# images lie may, for what they are is compared apart (`data_identity`); of a stream, which goes
-# on approximately, the buffer may too; `winograd` is a matter of rounding, and older runs are
-# without; the precision may come from the launcher, and is compared apart.
-RESUME_MAY_CHANGE = frozenset(
-    "config train_data_dir dataset_name dataset_config_name dataset_split image_column cache_dir "
-    "shuffle_buffer validation_data_dir "
-    "lpips_weights download_lpips max_train_steps eval_batch_size resume_from_checkpoint "
-    "overwrite_output_dir checkpointing_steps checkpoints_total_limit validation_steps "
-    "num_sample_images log_steps report_to tracker_project_name critic_watch "
-    "output_dir dataloader_num_workers ddp_timeout export_profile lookup_from_codebook "
-    "push_to_hub hub_model_id hub_private_repo winograd mixed_precision "
-    "max_bad_share max_validation_images".split()
-)
-# Of these, what decides when `critic_watch disable` acts.
-DECIDES_THE_WATCH = frozenset(
-    "validation_data_dir validation_steps log_steps max_validation_images".split()
-)
 
 # What a run did that is older than the option, where the default of now is another.
 BEFORE = {"data": {"resize_with": "pillow"}}
@@ -253,9 +235,9 @@ def read_config(path: Path) -> TrainConfig:
 def check_same_config(now: TrainConfig, then: TrainConfig) -> None:
     """Refuse to go on with options that change the result; names them."""
     new, old = flat(now), flat(then)
-    may_change = RESUME_MAY_CHANGE
+    may_change = set(marked(TrainConfig, MayChange))
     if new["critic_watch"] == old["critic_watch"] == "disable":
-        may_change -= DECIDES_THE_WATCH
+        may_change -= set(marked(TrainConfig, DecidesTheWatch))
     changed = [name for name in new if new[name] != old[name] and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in changed)

@@ -286,8 +286,7 @@ class CollapseWatch:
 
 def _validated_on(config: TrainConfig) -> str:
     """Which images, and how use of the codes is counted; older runs did both otherwise."""
-    quantizer = getattr(config.model, "quantizer", None)
-    counted = "" if getattr(quantizer, "shared_codebook", True) else ", levels apart"
+    counted = ", levels apart" if config.model.bottleneck.num_codebooks > 1 else ""
     data = config.data
     return f"{data.max_validation_images} all over {data.validation_data_dir}{counted}"
 
@@ -341,12 +340,4 @@ def _posterior_remedy(config: TrainConfig) -> str:
 
 def _codes_remedy(model: VQModelConfig) -> str:
     """Options of its quantiser that keep codes in use and are not in use themselves."""
-    remedies = {
-        "restart_threshold": "--restart_threshold 0.02",
-        "kmeans_iterations": "--kmeans_iterations 10",
-        "l2_normalize": "--l2_normalize",
-        "entropy_weight": "--entropy_weight 0.1",
-    }
-    options = model.quantizer
-    open_to_it = [flag for name, flag in remedies.items() if getattr(options, name, True) in (0,)]
-    return ", ".join([*open_to_it, "a lower --learning_rate"])
+    return ", ".join([*model.quantizer.remedies(), "a lower --learning_rate"])

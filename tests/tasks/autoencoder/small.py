@@ -7,6 +7,7 @@ from typing import Any
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.config.presets import parse
 from latentvae.models.config import MODELS
+from latentvae.options import ChosenByPreset, marked
 
 
 def small_config(
@@ -58,12 +59,12 @@ def section_of(option: str) -> str:
 
 def as_flags(config: TrainConfig) -> list[str]:
     """The same run on a command line."""
-    from latentvae.cli.train import CHOSEN_BY_PRESET
     from latentvae.config.autoencoder import flat
 
     flags: list[str] = []
+    no_flags = ("config", *marked(TrainConfig, ChosenByPreset))
     for name, value in flat(config).items():
-        if name in ("config", *CHOSEN_BY_PRESET) or value is None:
+        if name in no_flags or value is None:
             continue
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentvae.bottlenecks import VectorQuantizer
+from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.outputs import AutoencoderOutput, Latent
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate
 

@@ -1,0 +1,81 @@
+"""Every bottleneck there is. A new one is a file with a module and its Config, and a line here."""
+
+import operator
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Tag
+from torch import nn
+
+from latentvae.bottlenecks.fsq import FiniteScalarQuantizer, FSQConfig
+from latentvae.bottlenecks.gaussian import GaussianBottleneck, GaussianConfig
+from latentvae.bottlenecks.gumbel import GumbelConfig, GumbelQuantizer
+from latentvae.bottlenecks.lfq import LFQConfig, LookupFreeQuantizer
+from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.quantized import Quantizer
+from latentvae.bottlenecks.residual import ResidualConfig, ResidualQuantizer
+from latentvae.bottlenecks.vector import VectorConfig, VectorQuantizer
+from latentvae.errors import UserError, nearest
+from latentvae.options import tag_in
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """One kind of bottleneck.
+
+    Attributes:
+        module: what turns encoder features into a latent; built from `config.arguments()`.
+        config: its options, and what a run asks of it.
+    """
+
+    module: type[nn.Module]
+    config: type[BottleneckConfig]
+
+    @property
+    def discrete(self) -> bool:
+        """Whether its latent has indices: the module is a `Quantizer`."""
+        return issubclass(self.module, Quantizer)
+
+    def build(self, arguments: dict[str, Any]) -> Any:
+        """Return a freshly initialised module; `type` among the arguments has no effect."""
+        return self.module(**{name: v for name, v in arguments.items() if name != "type"})
+
+
+BOTTLENECKS: dict[str, Bottleneck] = {
+    "gaussian": Bottleneck(GaussianBottleneck, GaussianConfig),
+    "vq": Bottleneck(VectorQuantizer, VectorConfig),
+    "residual": Bottleneck(ResidualQuantizer, ResidualConfig),
+    "fsq": Bottleneck(FiniteScalarQuantizer, FSQConfig),
+    "lfq": Bottleneck(LookupFreeQuantizer, LFQConfig),
+    "gumbel": Bottleneck(GumbelQuantizer, GumbelConfig),
+}
+QUANTIZERS = {name: entry for name, entry in BOTTLENECKS.items() if entry.discrete}
+
+if TYPE_CHECKING:
+    AnyQuantizerConfig = BottleneckConfig
+else:  # a union of what the table holds, of which the preset's `type` chooses one
+    AnyQuantizerConfig = Annotated[
+        reduce(
+            operator.or_, (Annotated[entry.config, Tag(name)] for name, entry in QUANTIZERS.items())
+        ),
+        Discriminator(tag_in("type", "vq")),
+    ]
+
+
+def build_quantizer(type: str, **arguments: Any) -> Quantizer:
+    """Return a freshly initialised quantiser.
+
+    Args:
+        type: a key of `QUANTIZERS`.
+        arguments: of its class.
+
+    Raises:
+        UserError: another type, or arguments that are out of range.
+    """
+    if type not in QUANTIZERS:
+        allowed = ", ".join(QUANTIZERS)
+        raise UserError(
+            f"there is no quantiser {type!r}; it is one of {allowed}{nearest(type, QUANTIZERS)}"
+        )
+    return QUANTIZERS[type].build(arguments)
