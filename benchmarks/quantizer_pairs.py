@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, VectorQuantize
+from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 
 from latentvae.bottlenecks import Quantized, Quantizer
 
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights
 DECAY, DEAD = 0.8, 0.02  # theirs by default; a share of the mean use
-Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual"]
+Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Kind:
         ours: type and arguments of `build_quantizer`.
         weights: of its losses.
         theirs: from the least average use of a live code, in vectors per update.
+        start_alike: gives theirs the weights of ours, where no k-means does.
     """
 
     ours: dict[str, Any]
     weights: dict[str, float]
     theirs: Callable[[float], nn.Module]
+    start_alike: Callable[[Any, Any], None] = lambda ours, theirs: None
 
 
 def _learned(K: int, D: int, *, ema: bool = True, l2: bool = False) -> Kind:
@@ -53,6 +55,12 @@ def _shared(dead: float) -> dict[str, Any]:
         "commitment_weight": COMMITMENT,
         "rotation_trick": False,
     }
+
+
+@torch.no_grad()
+def _same_codes(ours: Any, theirs: Any) -> None:
+    theirs.frozen_codebook.copy_(ours.frozen)
+    theirs.code_transform.load_state_dict(ours.projection.state_dict())
 
 
 KINDS: dict[Name, Kind] = {
@@ -77,6 +85,12 @@ KINDS: dict[Name, Kind] = {
         },
         {"commitment": COMMITMENT},
         lambda dead: ResidualVQ(dim=64, num_quantizers=2, codebook_size=256, **_shared(dead)),
+    ),
+    "simvq": Kind(
+        {"type": "simvq", "num_codes": 1024, "code_channels": 64},
+        {"commitment": COMMITMENT, "codebook": 1.0},
+        lambda _: SimVQ(64, 1024, rotation_trick=False),  # has these weights by default
+        _same_codes,
     ),
 }
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -113,7 +114,8 @@ class GumbelQuantizer(Quantizer):
 
     def codes(self, indices: Tensor) -> Tensor:
         """(B, D, h, w) of indices (B, h, w)."""
-        return F.embedding(indices, self.codebook.float()).permute(0, 3, 1, 2).contiguous()
+        codes = F.embedding(indices, self.codebook.float())
+        return rearrange(codes, "B h w D -> B D h w").contiguous()
 
     def _mixture(self, logits: Tensor, temperature: float) -> Tensor:
         weights = F.gumbel_softmax(logits, tau=temperature, dim=1)

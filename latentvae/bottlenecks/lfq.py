@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
@@ -127,7 +128,7 @@ class LookupFreeQuantizer(Quantizer):
 
     def _entropies(self, h: Tensor) -> dict[str, Tensor]:
         logits = h * (4.0 * self.scale / self.entropy_temperature)  # of bit 1 against bit 0
-        logits = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
+        logits = rearrange(logits, "B D h w -> (B h w) D")
         groups = logits.split(self.group_bits, dim=1)
         batch = [_batch_entropy(group, over_ranks=self.training) for group in groups]
         return {

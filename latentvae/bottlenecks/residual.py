@@ -9,6 +9,7 @@ r_0 = h, k_l = nearest(r_{l-1}), r_l = r_{l-1} - code(k_l), z = sum_l code(k_l)
 from typing import Annotated, Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -171,10 +172,10 @@ class ResidualQuantizer(Quantizer):
 
     def _passing(self, features: Tensor, z: Tensor) -> Tensor:
         """``z`` by value, with the gradient to the features."""
-        B, D, h, w = features.shape
-        vectors, quantised = (t.permute(0, 2, 3, 1).reshape(-1, D) for t in (features, z))
+        B, _, h, w = features.shape
+        vectors, quantised = (rearrange(t, "B D h w -> (B h w) D") for t in (features, z))
         passing = self.gradient(vectors, quantised)
-        return passing.view(B, h, w, D).permute(0, 3, 1, 2).contiguous()
+        return rearrange(passing, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Of all levels: added for a shared codebook, else on a first axis of L."""

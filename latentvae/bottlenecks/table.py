@@ -15,6 +15,7 @@ from latentvae.bottlenecks.lfq import LFQConfig, LookupFreeQuantizer
 from latentvae.bottlenecks.options import BottleneckConfig
 from latentvae.bottlenecks.quantized import Quantizer
 from latentvae.bottlenecks.residual import ResidualConfig, ResidualQuantizer
+from latentvae.bottlenecks.simvq import SimVQ, SimVQConfig
 from latentvae.bottlenecks.vector import VectorConfig, VectorQuantizer
 from latentvae.errors import UserError, nearest
 from latentvae.options import tag_in
@@ -49,6 +50,7 @@ BOTTLENECKS: dict[str, Bottleneck] = {
     "fsq": Bottleneck(FiniteScalarQuantizer, FSQConfig),
     "lfq": Bottleneck(LookupFreeQuantizer, LFQConfig),
     "gumbel": Bottleneck(GumbelQuantizer, GumbelConfig),
+    "simvq": Bottleneck(SimVQ, SimVQConfig),
 }
 QUANTIZERS = {name: entry for name, entry in BOTTLENECKS.items() if entry.discrete}
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -130,19 +131,20 @@ class VectorQuantizer(Quantizer):
         """Quantise (B, D, h, w); statistics in training mode only. ``temperature`` has no use."""
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
-            B, D, h, w = features.shape
-            vectors = self._place(features.float().permute(0, 2, 3, 1).reshape(-1, D))
+            B, _, h, w = features.shape
+            vectors = self._place(rearrange(features.float(), "B D h w -> (B h w) D"))
             codebook = self.codebook
             indices = nearest_codes(vectors, codebook)
             quantised = F.embedding(indices, codebook)
-            z = self.gradient(vectors, quantised).view(B, h, w, D).permute(0, 3, 1, 2)
+            z = self.gradient(vectors, quantised)
+            z = rearrange(z, "(B h w) D -> B D h w", B=B, h=h, w=w)
             losses = self._losses(vectors, quantised, codebook)
             statistics = self._statistics(vectors.detach(), indices) if self.training else {}
         return Quantized(z.contiguous(), indices.view(B, h, w), losses, statistics)
 
     def codes(self, indices: Tensor) -> Tensor:
         """(B, D, h, w) of indices (B, h, w)."""
-        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2).contiguous()
+        return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     @torch.no_grad()
     def initialise(

@@ -108,8 +108,7 @@ def num_levels(net: Any) -> int:
 
 def num_codebooks(net: Any) -> int:
     """Of a tokenizer: one, which levels share, or one for each level."""
-    quantizer = net.quantize if isinstance(net, DiscreteAutoencoder) else None
-    return 1 if getattr(quantizer, "shared_codebook", True) else num_levels(net)
+    return net.quantize.num_codebooks if isinstance(net, DiscreteAutoencoder) else 1
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ PRESETS = {
     "lfq_f16": (16, 256),
     "rq_f16": (16, 256),
     "dvae_f8": (8, 256),
+    "simvq_f16": (16, 256),
     "kl_small": (8, 4),
     "sd_decoder_finetune": (8, 4),
     "sdxl_decoder_finetune": (8, 4),

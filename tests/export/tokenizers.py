@@ -18,6 +18,7 @@ STOCK: dict[str, dict[str, Any]] = {  # what a VQModel can express
     "average_sphere": {"type": "vq", "l2_normalize": True, "ema_decay": 0.9, **CODEBOOK},
     "lfq": {"type": "lfq", "num_bits": 10},
     "bsq": {"type": "lfq", "num_bits": 10, "spherical": True},
+    "simvq": {"type": "simvq", **CODEBOOK},
 }
 OTHER: dict[str, dict[str, Any]] = {
     "fsq": {"type": "fsq", "levels": [4, 3, 3]},

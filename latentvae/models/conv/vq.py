@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentvae.bottlenecks import Quantizer, build_quantizer
-from latentvae.bottlenecks.lfq import LookupFreeQuantizer
-from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.kl import TrainingWrapper, block_types
@@ -234,23 +232,16 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     return ours
 
 
-MAX_BITS = 16  # of an LFQ whose codes a `VQModel` can list
-
-
 def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
     """Why a stock `VQModel` cannot be the same tokenizer, as a clause; empty if it can.
 
     Args:
         quantizer, likelihood: as `DiscreteAutoencoder` takes them.
     """
-    kind = quantizer["type"]
     if likelihood is not None:
         return f"its decoder gives the parameters of a {likelihood} likelihood"
-    if kind not in ("vq", "lfq"):
-        return f"the quantiser {kind} is no search of the nearest code in a list"
-    if kind == "lfq" and (codes := build_quantizer(**quantizer).num_codes) > 2**MAX_BITS:
-        return f"its {codes:,} codes are too many to list (at most {2**MAX_BITS:,})"
-    return ""
+    with torch.device("meta"):  # its options are asked, not its weights
+        return build_quantizer(**quantizer).why_not_listed()
 
 
 @torch.no_grad()
@@ -270,7 +261,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
     """
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
-    codebook = weights["quantize.embedding.weight"] = _listed_codes(net.quantize)
+    codebook = weights["quantize.embedding.weight"] = net.quantize.listed_codes()
     config = {name: net.config[name] for name in _SHARED}
     if unit_range:
         _fold_unit_range(weights)
@@ -314,14 +305,6 @@ _SHARED = (
     "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups "
     "mid_block_add_attention sample_size"
 ).split()
-
-
-def _listed_codes(quantize: Any) -> Tensor:
-    """(K, D), among which the nearest by Euclid is what `quantize` finds."""
-    if isinstance(quantize, VectorQuantizer):
-        return quantize.codebook.detach().clone()
-    assert isinstance(quantize, LookupFreeQuantizer)
-    return quantize.codes(torch.arange(quantize.num_codes).view(-1, 1, 1))[:, :, 0, 0].clone()
 
 
 def _fold_unit_range(weights: dict[str, Tensor]) -> None:

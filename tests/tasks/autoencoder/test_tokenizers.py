@@ -10,7 +10,7 @@ from diffusers import VQModel
 from safetensors.torch import load_file
 
 import latentvae
-from latentvae.bottlenecks.vector import GRADIENTS
+from latentvae.bottlenecks.gradients import GRADIENTS
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.models.config import VQModelConfig
@@ -29,8 +29,9 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "fsq": {"type": "fsq", "levels": [4, 3, 3]},
     "lfq": {"type": "lfq", "num_bits": 6, "entropy_weight": 0.1},
     "gumbel": {"type": "gumbel", "num_codes": 32, "code_channels": 4, "temperature_steps": 3},
+    "simvq": {"type": "simvq", "num_codes": 32, "code_channels": 4},
 }
-STOCK = {"vq", "vq_average", "vq_sphere", "lfq"}
+STOCK = {"vq", "vq_average", "vq_sphere", "lfq", "simvq"}
 
 
 def tokenizer(name: str, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""SimVQ (arXiv:2411.02038): the codebook is a frozen random matrix times one learned matrix.
+
+features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
+
+C (K, D) never learns and W (D, D) does. A gradient at one code moves all of them, so no code is
+left behind, and there is nothing to restart. As in the authors' code and in
+vector-quantize-pytorch, C starts normal with variance 1 / D and W as any linear layer.
+
+`B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from latentvae.bottlenecks.gradients import gradient_of
+from latentvae.bottlenecks.nearest import nearest_codes
+from latentvae.bottlenecks.options import CodebookConfig, GradientName
+from latentvae.bottlenecks.quantized import Quantized, Quantizer
+from latentvae.errors import UserError
+
+
+class SimVQConfig(CodebookConfig):
+    """The quantiser: nearest of K random vectors that one learned matrix moves together (SimVQ)."""
+
+    type: Literal["simvq"] = "simvq"
+    gradient: GradientName = Field(
+        default="straight_through", description="How the decoder's gradient passes the codes."
+    )
+
+
+class SimVQ(Quantizer):
+    """A `Quantizer` with one code per position, of a codebook that moves as a whole.
+
+    The losses are those of VQ: `commitment` of |h - sg(code)|^2 and `codebook` of
+    |sg(h) - code|^2, whose gradient reaches W alone.
+
+    Args:
+        num_codes: K.
+        code_channels: D, also the channels of the features.
+        gradient: `"straight_through"` (the paper's) or `"rotation"`.
+
+    Raises:
+        UserError: no code, no channel, or another gradient.
+    """
+
+    kind = "simvq"
+    frozen: Tensor
+
+    def __init__(
+        self, *, num_codes: int, code_channels: int, gradient: str = "straight_through"
+    ) -> None:
+        super().__init__()
+        if num_codes < 1 or code_channels < 1:
+            raise UserError(
+                f"a codebook has at least 1 code of at least 1 channel, not {num_codes} of "
+                f"{code_channels}"
+            )
+        self.gradient = gradient_of(gradient)
+        self.num_codes = num_codes
+        self.code_channels = self.in_channels = code_channels
+        self.register_buffer("frozen", torch.randn(num_codes, code_channels) * code_channels**-0.5)
+        self.projection = nn.Linear(code_channels, code_channels, bias=False)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as the decoder reads them, (K, D), float32, with a gradient to W."""
+        with torch.autocast(self.frozen.device.type, enabled=False):
+            return F.linear(self.frozen.float(), self.projection.weight.float())
+
+    def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantise (B, D, h, w). ``temperature`` has no use."""
+        assert features.shape[1] == self.in_channels, features.shape
+        with torch.autocast(features.device.type, enabled=False):
+            B, _, h, w = features.shape
+            vectors = rearrange(features.float(), "B D h w -> (B h w) D")
+
+            codebook = self.codebook
+            indices = nearest_codes(vectors, codebook)
+            quantised = F.embedding(indices, codebook)
+
+            losses = {
+                "commitment": F.mse_loss(vectors, quantised.detach()),
+                "codebook": F.mse_loss(quantised, vectors.detach()),
+            }
+            z = self.gradient(vectors, quantised)
+            z = rearrange(z, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
+        return Quantized(z, indices.view(B, h, w), losses, statistics={})
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Return (B, D, h, w) of indices (B, h, w)."""
+        return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
+
+    def why_not_listed(self) -> str:
+        """Nothing against it: the products C W are a list."""
+        return ""
+
+    def listed_codes(self) -> Tensor:
+        """See `Quantizer.listed_codes`."""
+        return self.codebook.detach().clone()
