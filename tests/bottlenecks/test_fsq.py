@@ -79,16 +79,6 @@ def test_zero_is_the_middle_level_and_extremes_the_outermost(levels: tuple[int, 
         assert features.grad is not None and features.grad.isfinite().all()
 
 
-def test_float32_under_autocast() -> None:
-    quantiser = FiniteScalarQuantizer((8, 5))
-    features = torch.randn(2, 2, 4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = quantiser(features)
-    assert found.z.dtype == torch.float32 and torch.equal(found.z, quantiser(features).z)
-    assert quantiser(features.bfloat16()).z.dtype == torch.float32
-    assert torch.equal(quantiser.bfloat16()(features).z, found.z)
-
-
 def test_there_is_nothing_to_learn_or_to_save() -> None:
     quantiser = FiniteScalarQuantizer((8, 5))
     features, generator = torch.randn(9, 2), torch.Generator()

@@ -31,8 +31,3 @@ def test_mode_temperature_and_sample() -> None:
     many = NARROW(moments.expand(20_000, -1, -1, -1), temperature=0.5)[0]
     torch.testing.assert_close(many.mean(0), mean[0], atol=0.03, rtol=0.0)
     torch.testing.assert_close(many.std(0), 0.5 * (logvar[0] / 2).exp(), atol=0.03, rtol=0.03)
-
-
-def test_half_precision_moments_are_handled_in_float32() -> None:
-    found = NARROW(torch.randn(1, 4, 2, 2).bfloat16())
-    assert {value.dtype for value in found} == {torch.float32}

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -129,30 +128,6 @@ def test_extremes_are_finite(value: float, straight_through: bool) -> None:
         assert leaf.grad is not None and leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_float32_under_autocast(training: bool) -> None:
-    quantiser, logits = quantiser_and_logits()
-    quantiser.train(training)
-    found = []
-    for enabled in (False, True):
-        torch.manual_seed(3)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            found.append(quantiser(logits))
-    assert found[1].z.dtype == torch.float32 and torch.equal(found[0].z, found[1].z)
-    assert torch.equal(found[0].losses["kl"], found[1].losses["kl"])
-    half = quantiser.bfloat16()(logits.bfloat16())
-    assert half.z.dtype == half.losses["kl"].dtype == torch.float32
-
-
-def test_saved_and_loaded_it_gives_the_same_codes() -> None:
-    quantiser, logits = quantiser_and_logits()
-    other = GumbelQuantizer(num_codes=7, code_channels=3)
-    assert not torch.equal(other.eval()(logits).z, quantiser.eval()(logits).z)
-    other.load_state_dict(load(save(quantiser.state_dict())))
-    assert torch.equal(other(logits).z, quantiser(logits).z)
-    assert list(quantiser.state_dict()) == ["codebook"]
-
-
 def test_it_learns_by_gradient_alone() -> None:
     quantiser, logits = quantiser_and_logits()
     before = quantiser.codebook.detach().clone()
@@ -162,6 +137,7 @@ def test_it_learns_by_gradient_alone() -> None:
     assert statistics == {}
     assert quantiser.update(statistics, features=features, generator=generator).item() == 0
     assert torch.equal(quantiser.codebook, before)
+    assert list(quantiser.state_dict()) == ["codebook"]
 
 
 def test_the_temperature_falls_along_half_a_cosine() -> None:

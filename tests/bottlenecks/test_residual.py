@@ -152,16 +152,6 @@ def test_averages_start_at_the_size_of_an_update(shared_codebook: bool) -> None:
         torch.testing.assert_close(book.cluster_size.sum(), counts.sum())
 
 
-def test_autocast_changes_nothing() -> None:
-    quantiser, features = build(), torch.randn(2, 4, 3, 3).bfloat16()
-    expected = quantiser(features.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        found = quantiser(features)
-    assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float32
-    for name, loss in expected.losses.items():
-        assert torch.equal(found.losses[name], loss) and found.losses[name].dtype == torch.float32
-
-
 def test_no_level_is_refused() -> None:
     with pytest.raises(UserError, match="num_levels is 0; residual quantisation has at least 1"):
         build(num_levels=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
@@ -316,31 +316,6 @@ def test_entropies_of_one_and_of_equally_distant_codes() -> None:
         found = code_entropies(vectors, codebook, temperature=1.0, over_ranks=False)
         for value, share in zip(found, expected, strict=True):
             torch.testing.assert_close(value, share * torch.tensor(4.0).log())
-
-
-def test_autocast_changes_nothing() -> None:
-    quantiser, features = build(entropy_temperature=1.0, ema_decay=0.9), torch.randn(2, 4, 3, 3)
-    features = features.bfloat16()
-    expected = quantiser(features.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        found = quantiser(features)
-    for ours, plain in ((found.losses, expected.losses), (found.statistics, expected.statistics)):
-        assert ours.keys() == plain.keys()
-        assert all(torch.equal(ours[name], plain[name]) for name in plain)
-        assert {value.dtype for value in ours.values()} == {torch.float32}
-    assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float32
-
-
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_save_and_load(ema_decay: float | None, tmp_path: Path) -> None:
-    quantiser = build(ema_decay=ema_decay, l2_normalize=True, restart_threshold=0.1)
-    features = torch.randn(2, 4, 3, 3)
-    out = quantiser(features)
-    quantiser.update(out.statistics, features=flat(features), generator=seeded())
-    save_file(quantiser.state_dict(), tmp_path / "quantiser.safetensors")
-    loaded = build(ema_decay=ema_decay, l2_normalize=True, restart_threshold=0.1)
-    loaded.load_state_dict(load_file(tmp_path / "quantiser.safetensors"))
-    assert torch.equal(loaded(features).z, quantiser(features).z)
 
 
 def test_options_that_are_wrong() -> None:
