@@ -330,7 +330,6 @@ def flat(config: BaseModel) -> dict[str, Any]:
 
 def option_names() -> list[str]:
     """Of every architecture and quantiser."""
-    models = [kind() for kind in MODELS.values()]
-    quantizers = [entry.config() for entry in QUANTIZERS.values()]
-    sections = (TrainConfig(), *models, *quantizers)
+    kinds: list[Any] = [*MODELS.values(), *(entry.config for entry in QUANTIZERS.values())]
+    sections = (TrainConfig(), *(kind() for kind in kinds))
     return list(dict.fromkeys(name for section in sections for name in flat(section)))
