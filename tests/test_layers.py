@@ -13,13 +13,14 @@ ROOT = PACKAGE.parent
 
 # What each part of the package may import of it. `latentvae` itself is the door: it names what it
 # offers, and loads it when first used.
-BASE = {"errors", "distributed", "outputs", "files", "options"}
+BASE = {"errors", "distributed", "outputs", "files", "options", "moments"}
 ALLOWED = {
     "errors": set[str](),
     "distributed": set[str](),
     "outputs": set[str](),
     "files": {"errors"},
     "options": {"errors"},
+    "moments": {"distributed"},
     "bottlenecks": BASE,
     "likelihoods": BASE,
     "models": BASE | {"bottlenecks", "likelihoods"},

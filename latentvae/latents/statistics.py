@@ -1,8 +1,7 @@
 """Mean and standard deviation of latents: what an export's `scaling_factor` and shift come from.
 
 A diffusion model is trained on latents of about unit variance (Rombach et al. 2022, appendix G,
-https://arxiv.org/abs/2112.10752). The sums are kept in float64 and joined by Chan's rule, so that
-batches and ranks may come in any number and order.
+https://arxiv.org/abs/2112.10752).
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from latentvae.distributed import gather_objects
 from latentvae.models.calls import encode
+from latentvae.moments import RunningMoments
 
 
 class LatentStatistics:
@@ -28,37 +28,27 @@ class LatentStatistics:
 
     def __init__(self) -> None:
         self.num_images = 0
-        self._count = 0  # elements per channel
-        self._mean = torch.zeros(0, dtype=torch.float64)  # (d,)
-        self._squares = torch.zeros(0, dtype=torch.float64)  # (d,), about the channel's mean
+        self._moments = RunningMoments()  # of the channels, over images and positions
 
     def update(self, z: Tensor) -> None:
         """Take in a batch of latents, (B, d, h, w)."""
         if z.ndim != 4 or z.numel() == 0:
             raise ValueError(f"latents are (B, d, h, w), not {tuple(z.shape)}")
-        values = z.detach().cpu().double().transpose(0, 1).flatten(1)  # (d, B * h * w)
         batch = LatentStatistics()
-        batch.num_images, batch._count = len(z), values.shape[1]
-        batch._mean = values.mean(dim=1)
-        batch._squares = values.var(dim=1, correction=0) * batch._count
-        if not batch._squares.isfinite().all():
+        batch.num_images = len(z)
+        # A row per channel, each in one piece: so the sums have had this order always.
+        values = z.detach().cpu().double().transpose(0, 1).flatten(1)  # (d, B * h * w)
+        batch._moments.update(values, axis=0)
+        if not batch._moments.scatter.isfinite().all():
             raise ValueError("latents hold values that are not finite: nothing can be measured")
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Take in everything that `other` has seen (Chan, Golub and LeVeque 1979)."""
-        if other._count == 0:
-            return
-        if self._count == 0:
-            self._mean, self._squares = other._mean.clone(), other._squares.clone()
-        else:
-            if self.num_channels != other.num_channels:
-                channels = f"{self.num_channels} and {other.num_channels}"
-                raise ValueError(f"latents have one number of channels, not {channels}")
-            total, delta = self._count + other._count, other._mean - self._mean
-            self._squares += other._squares + delta.square() * (self._count * other._count / total)
-            self._mean += delta * (other._count / total)
-        self._count += other._count
+        """Take in everything that `other` has seen."""
+        if self.num_images and other.num_images and self.num_channels != other.num_channels:
+            channels = f"{self.num_channels} and {other.num_channels}"
+            raise ValueError(f"latents have one number of channels, not {channels}")
+        self._moments.join(other._moments)
         self.num_images += other.num_images
 
     def joined(self) -> "LatentStatistics":
@@ -70,39 +60,40 @@ class LatentStatistics:
 
     @property
     def num_channels(self) -> int:
-        return len(self._mean)
+        return self._moments.num_features
 
     @property
     def channel_mean(self) -> Tensor:
         """(d,), float64."""
-        return self._mean.clone()
+        return self._moments.mean.clone()
 
     @property
     def channel_std(self) -> Tensor:
         """(d,), float64; each about its own channel's mean (divisor n - 1)."""
-        self._require(self._count)
-        return (self._squares / (self._count - 1)).sqrt()
+        return self._moments.std()
 
     @property
     def mean(self) -> float:
         """The pooled mean, over all channels."""
-        self._require(self._count)
-        return self._mean.mean().item()
+        self._require(self._moments.count)
+        return self._moments.mean.mean().item()
 
     @property
     def std(self) -> float:
         """The pooled standard deviation, about the pooled mean (divisor n - 1)."""
-        elements = self._count * self.num_channels
+        moments, elements = self._moments, self._moments.count * self.num_channels
         self._require(elements)
-        between = (self._mean - self._mean.mean()).square().sum() * self._count
-        return math.sqrt((self._squares.sum() + between).item() / (elements - 1))
+        # `RunningMoments.pooled` adds in another order, which would change an export's last digit.
+        between = (moments.mean - moments.mean.mean()).square().sum() * moments.count
+        return math.sqrt((moments.scatter.sum() + between).item() / (elements - 1))
 
     @property
     def rms(self) -> float:
         """The pooled root mean square, about zero."""
-        self._require(self._count * self.num_channels)
-        squares = self._squares.sum() + self._count * self._mean.square().sum()
-        return math.sqrt(squares.item() / (self._count * self.num_channels))
+        count = self._moments.count
+        self._require(count * self.num_channels)
+        squares = self._moments.scatter.sum() + count * self._moments.mean.square().sum()
+        return math.sqrt(squares.item() / (count * self.num_channels))
 
     @property
     def scaling_factor(self) -> float:

@@ -11,11 +11,14 @@ KL, its bend is decided by the mean over all ranks: two ranks equal one with the
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.distributed import all_reduce_mean, all_reduce_sum
+from latentvae.distributed import all_reduce_mean
+from latentvae.moments import RunningMoments
 
 ACTIVE_VARIANCE = 0.01  # of the posterior mean (Burda et al. 2016, arXiv:1509.00519)
 SILENT_KL = (
@@ -87,8 +90,7 @@ class ActiveUnits:
     """Counts the channels whose posterior mean varies over images and positions, in a window of
     updates: variance above 0.01 (arXiv:1509.00519, section 5.4).
 
-    Sums stay on the device, in float64 (on Apple's GPUs, which have none, in float32); one host
-    sync in `count`.
+    Sums stay on the device; one host sync in `count`.
 
     Args:
         num_channels: d.
@@ -103,25 +105,29 @@ class ActiveUnits:
         device: torch.device | str = "cpu",
         saved: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        zeros = torch.zeros(3, num_channels, dtype=dtype)
-        start = torch.tensor(saved, dtype=dtype) if saved else zeros
-        self._sums = start.to(device)  # of 1, x and x^2
+        self._empty = partial(RunningMoments, num_channels, device=device)
+        self._moments = self._empty()
+        if saved:
+            counts, mean, squares = (np.asarray(row) for row in saved)
+            self._moments.load_state_dict({"count": counts[0], "mean": mean, "scatter": squares})
 
     def add(self, mean: Tensor) -> None:
         """Take in the posterior means of a batch, (B, d, h, w)."""
-        values = mean.detach().to(self._sums.dtype)
-        powers = torch.stack([torch.ones_like(values), values, values.square()])
-        self._sums = self._sums + powers.sum(dim=(1, 3, 4))
+        self._moments.update(mean, axis=1)
 
     def count(self) -> int | None:
-        """Active channels over all ranks, None if nothing was added; empties the window. All ranks
-        call it."""
-        number, total, squares = all_reduce_sum(self._sums).unbind()
-        self._sums = torch.zeros_like(self._sums)
-        variance = squares / number - (total / number).square()
-        values = variance.tolist()
-        return None if math.isnan(values[0]) else sum(value > ACTIVE_VARIANCE for value in values)
+        """Active channels over all ranks; empties the window. All ranks call it.
+
+        Returns:
+            0 to d. None if nothing was added, or something that is not finite.
+        """
+        moments, self._moments = self._moments.joined(), self._empty()
+        if moments.count == 0 or moments.mean.isnan().any():
+            return None
+        return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 
     def state(self) -> list[list[float]]:
-        return self._sums.tolist()
+        """Count, mean and summed squares about it, d numbers each."""
+        moments = self._moments
+        counts = [float(moments.count)] * moments.num_features
+        return [counts, moments.mean.tolist(), moments.scatter.tolist()]

@@ -9,56 +9,13 @@ comparable among equal features: see `trunk_features` and `inception`.
 `N` images, `B` batch, `D` features.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class RunningCovariance:
-    """Mean and covariance of rows in one pass, float64, joined by Chan's rule.
-
-    covariance = RunningCovariance(dim)
-    covariance.update(rows)  # (B, D), any number of times
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # products about the mean, summed
-
-    def update(self, rows: Tensor) -> None:
-        """Take in rows (B, D), B at least 1."""
-        rows = _checked(rows, len(self.mean))
-        batch, total = len(rows), self.count + len(rows)
-        center = rows.mean(dim=0)
-        delta = center - self.mean
-        # The step between the two means is one more row of the product.
-        step = delta * math.sqrt(self.count * batch / total)
-        centered = torch.cat([rows - center, step[None]])
-        self.scatter.addmm_(centered.T, centered)
-        self.mean += delta * (batch / total)
-        self.count = total
-
-    def covariance(self) -> Tensor:
-        """(D, D), divisor n - 1."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
-        return self.scatter / (self.count - 1)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return {
-            "count": np.asarray(self.count),
-            "mean": self.mean.numpy().copy(),
-            "scatter": self.scatter.numpy().copy(),
-        }
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self.count = int(state["count"])
-        self.mean = torch.from_numpy(state["mean"].copy())
-        self.scatter = torch.from_numpy(state["scatter"].copy())
+from latentvae.moments import RunningMoments
 
 
 class FrechetDistance:
@@ -72,8 +29,8 @@ class FrechetDistance:
     """
 
     def __init__(self, dim: int) -> None:
-        self._real = RunningCovariance(dim)
-        self._recon = RunningCovariance(dim)
+        self._real = RunningMoments(dim, covariance=True)
+        self._recon = RunningMoments(dim, covariance=True)
 
     @property
     def num_images(self) -> int:
@@ -82,8 +39,8 @@ class FrechetDistance:
     def update(self, real: Tensor, recon: Tensor) -> None:
         """Take in the features of a batch, (B, D) each."""
         _check_pairs(real, recon)
-        self._real.update(real)
-        self._recon.update(recon)
+        self._real.update(_checked(real, self._real.num_features))
+        self._recon.update(_checked(recon, self._recon.num_features))
 
     def result(self) -> float:
         """At least 0, and 0 for a perfect copy; needs 2 images, and means something from D on."""

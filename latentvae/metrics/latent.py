@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.metrics.distribution import RunningCovariance
+from latentvae.moments import RunningMoments
 
 ACTIVE_VARIANCE = 0.01  # of the posterior mean, Burda et al. 2016
 DEAD_SIGNAL_TO_NOISE = 0.01  # variance of the posterior mean / mean posterior variance
@@ -79,7 +79,7 @@ class LatentHealth:
 
     def __init__(self, num_channels: int) -> None:
         self._images = 0
-        self._moments = RunningCovariance(num_channels)  # of the rows of all positions
+        self._moments = RunningMoments(num_channels, covariance=True)  # of all positions
         zeros = torch.zeros(num_channels, dtype=torch.float64)
         self._sums = {
             "third": zeros.clone(),  # powers about the mean

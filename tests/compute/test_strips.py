@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, VQModel
 from diffusers.models.autoencoders.vae import Decoder
+from einops import rearrange
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,11 +23,12 @@ from latentvae.compute.strips import (
     price_in_strips,
 )
 from latentvae.compute.strips.layers import normalizer
-from latentvae.compute.strips.maps import ChannelStatistics, FileMap, MemoryMap
+from latentvae.compute.strips.maps import FileMap, MemoryMap, moments_of_rows
 from latentvae.compute.upsampling import fold_upsampling
 from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder, calls
 from latentvae.models.conv.kl import build_autoencoder_kl
+from latentvae.moments import RunningMoments
 
 WIDTHS = (16, 32, 32)  # f = 4
 
@@ -180,13 +182,14 @@ def test_our_tokenizers() -> None:
 def test_statistics_of_a_large_mean() -> None:
     """float32 around 10,000 with a deviation of 1: sums of squares would keep no digit."""
     values = (torch.randn(40, 30, 8, dtype=torch.float64) + 1e4).float()
-    statistics = ChannelStatistics()
+    moments = RunningMoments(8)
     for rows in values.split(7):
-        statistics.add(rows)
-    mean, variance = statistics.of_groups(4)
-    groups = values.double().permute(2, 0, 1).reshape(4, -1)
-    torch.testing.assert_close(mean, groups.mean(1), rtol=1e-8, atol=0)
-    torch.testing.assert_close(variance, groups.var(1, correction=0), rtol=1e-4, atol=0)
+        moments.join(moments_of_rows(rows))
+    pooled = moments.pooled(4)
+    groups = rearrange(values.double(), "h w (g c) -> g (c h w)", g=4)
+    torch.testing.assert_close(pooled.mean, groups.mean(1), rtol=1e-8, atol=0)
+    expected = groups.var(1, correction=0)
+    torch.testing.assert_close(pooled.variance(correction=0), expected, rtol=1e-4, atol=0)
 
 
 def test_a_norm_of_strips_is_the_norm() -> None:

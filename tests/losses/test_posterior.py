@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentvae import moments
 from latentvae.losses import posterior
 from latentvae.losses.posterior import (
     ActiveUnits,
@@ -12,6 +13,7 @@ from latentvae.losses.posterior import (
     free_bits_kl,
     kl_warmup,
 )
+from latentvae.moments import RunningMoments
 
 
 def with_other_rank(monkeypatch: pytest.MonkeyPatch, other: Tensor) -> None:
@@ -24,15 +26,6 @@ def test_schedules_are_linear_and_then_stay() -> None:
     assert kl_warmup(0, 0) == 1.0
     assert [capacity(u, target=3.0, growth_updates=2) for u in (0, 1, 2, 5)] == [0, 1.5, 3, 3]
     assert capacity(0, target=3.0, growth_updates=0) == 3.0
-
-
-def test_units_are_summed_in_the_precision_that_the_device_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Apple's GPUs have no float64; the device itself is not needed to see the dtype."""
-    monkeypatch.setattr(Tensor, "to", lambda self, *_: self)
-    assert ActiveUnits(2, device="mps")._sums.dtype == torch.float32
-    assert ActiveUnits(2, device="cpu")._sums.dtype == torch.float64
 
 
 def test_free_bits_is_the_papers_sum_of_maxima() -> None:
@@ -89,6 +82,8 @@ def test_active_units_are_the_channels_whose_mean_varies() -> None:
         units.add(100.0 + scales * torch.randn(4, 4, 5, 7))
     assert units.count() == 2
     assert units.count() is None
+    units.add(torch.full((4, 4, 5, 7), math.nan))
+    assert units.count() is None
 
 
 def test_active_units_know_the_exact_variance_and_go_on_from_their_state() -> None:
@@ -103,10 +98,8 @@ def test_active_units_know_the_exact_variance_and_go_on_from_their_state() -> No
 
 def test_active_units_join_the_ranks_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constant on each rank, but not the same constant."""
-    other = ActiveUnits(1)
-    other.add(torch.ones(2, 1, 3, 3))
-    units = ActiveUnits(1)
+    other, units = RunningMoments(1), ActiveUnits(1)
+    other.update(torch.ones(2, 1, 3, 3), axis=1)
     units.add(torch.zeros(2, 1, 3, 3))
-    elsewhere = torch.tensor(other.state(), dtype=torch.float64)
-    monkeypatch.setattr(posterior, "all_reduce_sum", lambda mine: mine + elsewhere)
+    monkeypatch.setattr(moments, "gather_objects", lambda mine: [mine, other.state_dict()])
     assert units.count() == 1

@@ -20,7 +20,6 @@ from latentvae.metrics import inception
 from latentvae.metrics.distribution import (
     FrechetDistance,
     KernelDistance,
-    RunningCovariance,
     trunk_features,
 )
 from latentvae.metrics.inception import load_inception
@@ -48,16 +47,6 @@ def resume(distance, fresh, folder: Path):
     with np.load(folder / "state.npz", allow_pickle=False) as state:
         fresh.load_state_dict(dict(state))
     return fresh
-
-
-def test_covariance_in_batches_is_that_of_all_rows() -> None:
-    rows = normal(50, 6) * torch.tensor([1.0, 1e-3, 5, 2, 1, 1]) + 1e5
-    running = RunningCovariance(6)
-    for batch in rows.split([1, 7, 30, 12]):
-        running.update(batch)
-    torch.testing.assert_close(running.mean, rows.mean(0), rtol=1e-14, atol=0)
-    expected = torch.from_numpy(np.cov((rows - 1e5).numpy(), rowvar=False))
-    torch.testing.assert_close(running.covariance(), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_frechet_equals_torch_fidelity_and_the_matrix_root() -> None:

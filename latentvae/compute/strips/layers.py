@@ -23,7 +23,8 @@ Prepare = Callable[[Tensor], Tensor]
 
 def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
     """The norm with the statistics that `x` has now, and the activation, of strips of `x`."""
-    mean, variance = x.statistics.of_groups(norm.num_groups)
+    groups = x.statistics.pooled(norm.num_groups)
+    mean, variance = groups.mean, groups.variance(correction=0)
     size = x.channels // norm.num_groups
     scale = (variance + norm.eps).rsqrt().repeat_interleave(size)
     shift = -mean.repeat_interleave(size) * scale

@@ -4,8 +4,7 @@
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
 Rows lie one after the other with their channels last, so that a strip is one piece of memory or of
-a file. Statistics are combined from strips as Chan et al. 1983 do (doi:10.2307/2683386): deviations
-are taken from each strip's own mean, so that a large mean costs no digits.
+a file. Deviations are taken from each strip's own mean, so that a large mean costs no digits.
 
 `C` channels, `H W` space.
 """
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from latentvae.errors import UserError
+from latentvae.moments import RunningMoments
 
 CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes; a GPU has launches to save
 SMALL_MAP = 16 * 2**20  # bytes of a map that stays in memory
@@ -52,47 +52,29 @@ class Strips:
             raise UserError(f"maps are stored in 'memory' or on 'disk', not '{self.storage}'")
 
 
-class ChannelStatistics:
-    """Mean and summed squared deviation of each channel over the rows seen, float64 (C,)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        """Rows (n, W, C), of which nothing is kept."""
-        values = rows.flatten(0, 1)
-        if values.dtype in (torch.float16, torch.bfloat16):
-            values = values.float()
-        count, near = len(values), values.mean(0)
-        deviations = values - near
-        rest = deviations.mean(0).cpu().double()  # the rounding of `near`
-        squares = deviations.square_().sum(0).cpu().double() - count * rest.square()
-        delta = near.cpu().double() + rest - self.mean
-        total = self.count + count
-        self.mean = self.mean + delta * count / total
-        self.squares = self.squares + squares + delta.square() * self.count * count / total
-        self.count = total
-
-    def of_groups(self, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance (biased, as a group norm's) of each group, float64 (num_groups,)."""
-        mean = self.mean.view(num_groups, -1)
-        squares = self.squares.view(num_groups, -1).sum(1)
-        pooled = mean.mean(1)
-        squares = squares + self.count * (mean - pooled[:, None]).square().sum(1)
-        return pooled, squares / (self.count * mean.shape[1])
+def moments_of_rows(rows: Tensor) -> RunningMoments:
+    """The moments of each channel over rows (n, W, C), exact enough for float32 rows whose mean is
+    thousands of times their deviation, without a copy of them in float64."""
+    values = rows.flatten(0, 1)
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    near = values.mean(0)
+    deviations = values - near
+    rest = deviations.mean(0).cpu().double()  # the rounding of `near`
+    squares = deviations.square_().sum(0).cpu().double() - len(values) * rest.square()
+    return RunningMoments.known(len(values), near.cpu().double() + rest, squares)
 
 
 class FeatureMap(ABC):
     """(C, H, W) of one image.
 
     Attributes:
-        statistics: of what `fill` has written last.
+        statistics: of each channel, over what `fill` has written last.
     """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
         self.channels, self.height, self.width = channels, height, width
-        self.statistics = ChannelStatistics()
+        self.statistics = RunningMoments(channels)
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Rows, (1, C, bottom - top, W), channels last; not to be changed."""
@@ -104,7 +86,7 @@ class FeatureMap(ABC):
         Each is written when the next has been computed: a map may be filled from its own strips,
         if these read but one row above their own.
         """
-        statistics, last = ChannelStatistics(), None
+        statistics, last = RunningMoments(self.channels), None
         for strip in strips:
             if last is not None:
                 self._write(*last, statistics if measure else None)
@@ -113,11 +95,11 @@ class FeatureMap(ABC):
         self._write(*last, statistics if measure else None)
         self.statistics = statistics
 
-    def _write(self, top: int, strip: Tensor, statistics: ChannelStatistics | None) -> None:
+    def _write(self, top: int, strip: Tensor, statistics: RunningMoments | None) -> None:
         rows = strip[0].permute(1, 2, 0)
         self._store(top, rows)
         if statistics is not None:
-            statistics.add(rows)
+            statistics.join(moments_of_rows(rows))
 
     @abstractmethod
     def _load(self, top: int, bottom: int) -> Tensor:
