@@ -28,7 +28,6 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latentvae.compute.residual import is_plain, restore_blocks
 from latentvae.compute.upsampling import (
     FoldedUpsample2D,
     fold_kernel,
@@ -133,10 +132,22 @@ def _wide_parts(half: Any) -> Iterator[nn.Module]:
 
 
 def _swap_blocks(half: nn.Module) -> None:
-    restore_blocks(half)  # of a network that is being trained
     for module in half.modules():
-        if type(module) is ResnetBlock2D and is_plain(module):
+        if type(module) is ResnetBlock2D and _is_plain(module):
             module.__class__ = InPlaceResnetBlock2D
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether it has nothing that only U-Nets have, and its sum is not scaled."""
+    return (
+        block.time_emb_proj is None
+        and block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm != "scale_shift"
+        and block.output_scale_factor == 1.0
+        and isinstance(block.norm1, nn.GroupNorm)
+        and isinstance(block.nonlinearity, nn.SiLU)
+    )
 
 
 def _freeze_upsampling(half: nn.Module) -> None:

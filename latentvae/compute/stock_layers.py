@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from latentvae.compute.residual import restore_blocks
 from latentvae.compute.upsampling import unfold_upsampling
 from latentvae.compute.winograd.layers import restore_convolutions
 
@@ -10,5 +9,4 @@ from latentvae.compute.winograd.layers import restore_convolutions
 def restore_stock_layers(net: nn.Module) -> None:
     """Let `net` compute what its classes do once it is loaded back; parameters stay."""
     unfold_upsampling(net)
-    restore_blocks(net)
     restore_convolutions(net)

@@ -15,7 +15,6 @@ import pytest
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from latentvae.compute.residual import PlainResnetBlock2D
 from latentvae.compute.upsampling import FoldedUpsample2D
 from latentvae.compute.winograd.layers import TrainedWinogradConv2d
 from tests.benchmarks.processes import this_process
@@ -116,7 +115,7 @@ def test_references_compute_with_stock_layers(script: ModuleType) -> None:
     )
     parts = (ours.run.net, ours.run.metric.lpips)
     before = [[type(m) for m in part.modules()] for part in parts]
-    assert {PlainResnetBlock2D, FoldedUpsample2D, TrainedWinogradConv2d} <= set(before[0])
+    assert {FoldedUpsample2D, TrainedWinogradConv2d} <= set(before[0])
     reference = script.ReferenceStep(
         script.SCRIPTS["diffusers mended"],
         parts[0],

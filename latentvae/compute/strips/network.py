@@ -37,7 +37,6 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from latentvae.compute.residual import PlainResnetBlock2D
 from latentvae.compute.strips.layers import (
     attend,
     convolved,
@@ -228,7 +227,6 @@ _WHOLE = (Encoder, Decoder, UNetMidBlock2D, nn.ModuleList, nn.GroupNorm, nn.Line
 _KNOWN: dict[type[nn.Module], Callable[[Any], bool]] = {
     **dict.fromkeys((*_POINTWISE, *_LEVELS, *_WHOLE), _always),
     ResnetBlock2D: _known_resnet,
-    PlainResnetBlock2D: _known_resnet,
     Attention: _known_attention,
     Downsample2D: lambda block: block.use_conv and block.padding == 0 and block.norm is None,
     Upsample2D: _known_upsampler,

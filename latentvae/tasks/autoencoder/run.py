@@ -20,7 +20,6 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latentvae.compute.compilation import compile_blocks
-from latentvae.compute.residual import plain_blocks
 from latentvae.compute.upsampling import fold_upsampling
 from latentvae.compute.winograd.layers import swap_convolutions
 from latentvae.config.autoencoder import TrainConfig
@@ -211,7 +210,6 @@ def build_run(
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     fold_upsampling(net)
-    plain_blocks(net)
     wrapper = ARCHITECTURES[config.model.architecture].wrapper(
         net,
         output_logvar=config.objective.output_logvar,
