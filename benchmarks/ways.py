@@ -21,7 +21,6 @@ from latentvae.models import build_autoencoder_kl, calls, load_network
 
 CALLS = ("encode", "decode", "round trip")
 SMALL = 64  # pixels a side of the image that sets a network up
-Call = Callable[[Tensor], Tensor]
 
 
 class Way:

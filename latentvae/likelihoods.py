@@ -26,7 +26,6 @@ class LogitLaplace:
     """
 
     eps = 0.1
-    maps_per_channel = 2
 
     def nll(self, images: Tensor, parameters: Tensor) -> Tensor:
         """-ln f of each element, (B, C, H, W), nats.

@@ -33,22 +33,6 @@ def bd_rate(anchor: Curve, curve: Curve) -> float | None:
     return float(np.expm1((second - first) / (high - low)) * 100)
 
 
-def rate_at(curve: Curve, quality: float) -> float | None:
-    """Bits per pixel at which `curve` reaches a quality; None outside of what it reaches."""
-    points = _rising(curve)
-    if len(points) < 2 or not points[0, 1] <= quality <= points[-1, 1]:
-        return None
-    return float(np.exp(PchipInterpolator(points[:, 1], np.log(points[:, 0]))(quality)))
-
-
-def quality_at(curve: Curve, bpp: float) -> float | None:
-    """The quality that `curve` has at a rate; None outside of its rates."""
-    points = _rising(curve)
-    if len(points) < 2 or not points[0, 0] <= bpp <= points[-1, 0]:
-        return None
-    return float(PchipInterpolator(np.log(points[:, 0]), points[:, 1])(np.log(bpp)))
-
-
 def _rising(curve: Curve) -> np.ndarray:
     """(n, 2), finite, by rate, quality rising strictly: the points that no other one beats."""
     kept: list[tuple[float, float]] = []

@@ -31,7 +31,6 @@ _SCALES: dict[Family, dict[str, Any]] = {
     "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of a whole checkpoint, and of the part alone
 _MARKS: dict[str, Family] = {  # a whole checkpoint's other parts
     "conditioner.embedders.": "sdxl",

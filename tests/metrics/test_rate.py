@@ -6,7 +6,7 @@ import bjontegaard
 import numpy as np
 import pytest
 
-from latentvae.metrics.rate import bd_rate, quality_at, rate_at
+from latentvae.metrics.rate import bd_rate
 
 JPEG = [(0.221, 23.78), (0.327, 26.58), (0.508, 29.04), (0.85, 31.70), (1.572, 35.24)]
 WEBP = [(0.234, 28.33), (0.353, 29.82), (0.513, 31.44), (0.675, 32.88), (0.998, 35.1)]
@@ -38,10 +38,3 @@ def test_curves_that_do_not_meet_have_no_difference() -> None:
     assert bd_rate(JPEG, [(0.1, 10.0), (0.2, 12.0)]) is None
     assert bd_rate(JPEG, [(0.5, 30.0)]) is None
     assert bd_rate([], JPEG) is None
-
-
-def test_reading_a_curve() -> None:
-    assert rate_at(JPEG, 29.04) == pytest.approx(0.508)
-    assert quality_at(JPEG, 0.508) == pytest.approx(29.04)
-    assert 31.44 < (quality_at(WEBP, 0.6) or 0) < 32.88
-    assert rate_at(JPEG, 50) is None and quality_at(JPEG, 0.1) is None
