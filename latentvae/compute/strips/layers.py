@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from latentvae.compute.strips.maps import FeatureMap, Workspace
@@ -150,8 +151,8 @@ def _attended(
         strip = x.read(top, bottom)
         queries = _heads(block.to_q(_tokens(prepare(strip))), block)
         mixed = F.scaled_dot_product_attention(queries, keys, values)  # (1, heads, n, C / heads)
-        mixed = block.to_out[0](mixed[0].transpose(0, 1).flatten(1))
-        result = mixed.view(bottom - top, x.width, -1).permute(2, 0, 1)[None]
+        mixed = block.to_out[0](rearrange(mixed, "1 heads n c -> n (heads c)"))
+        result = rearrange(mixed, "(h w) c -> 1 c h w", w=x.width)
         if block.residual_connection:
             result = result + strip
         yield top, result / block.rescale_output_factor
@@ -159,9 +160,9 @@ def _attended(
 
 def _tokens(strip: Tensor) -> Tensor:
     """(1, C, rows, W) to (n, C)."""
-    return strip[0].permute(1, 2, 0).flatten(0, 1)
+    return rearrange(strip, "1 c h w -> (h w) c")
 
 
 def _heads(tokens: Tensor, block: Any) -> Tensor:
     """(n, C) to (1, heads, n, C / heads)."""
-    return tokens.unflatten(1, (block.heads, -1)).transpose(0, 1)[None]
+    return rearrange(tokens, "n (heads c) -> 1 heads n c", heads=block.heads)

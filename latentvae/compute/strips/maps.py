@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from latentvae.errors import UserError
@@ -78,7 +79,7 @@ class FeatureMap(ABC):
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Rows, (1, C, bottom - top, W), channels last; not to be changed."""
-        return self._load(top, bottom).permute(2, 0, 1)[None]
+        return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
         """Write strips, each with its first row, from top to bottom.
@@ -96,7 +97,7 @@ class FeatureMap(ABC):
         self.statistics = statistics
 
     def _write(self, top: int, strip: Tensor, statistics: RunningMoments | None) -> None:
-        rows = strip[0].permute(1, 2, 0)
+        rows = rearrange(strip, "1 c h w -> h w c")
         self._store(top, rows)
         if statistics is not None:
             statistics.join(moments_of_rows(rows))
@@ -114,7 +115,7 @@ class MemoryMap(FeatureMap):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(*values.shape)
-        self._rows = values.permute(1, 2, 0)
+        self._rows = rearrange(values, "c h w -> h w c")  # a view
 
     def _load(self, top: int, bottom: int) -> Tensor:
         return self._rows[top:bottom]
@@ -180,7 +181,8 @@ class Workspace:
             folder = self._strips.folder
             return FileMap(channels, height, width, like=self._like, folder=folder)
         # Channels last: `MemoryMap` wants rows of one piece.
-        return MemoryMap(self._like.new_empty(height, width, channels).permute(2, 0, 1))
+        rows = self._like.new_empty(height, width, channels)
+        return MemoryMap(rearrange(rows, "h w c -> c h w"))
 
     def slices(self, height: int, row_elements: int) -> Iterator[tuple[int, int]]:
         """First row and end of strips whose rows have so many elements."""

@@ -11,6 +11,8 @@ matrix product with a Kronecker square (`A2`, `B2`, `G2`). The gradients are tho
 and where the tiles of X overlap, their dX are added. Rounding in float32 is 2e-6 to 4e-6 of the
 result's deviation, ten times that of a plain convolution.
 
+What is called for every part of the tiles views and permutes: einops costs 10 us a call there.
+
 `N` images, `I O` channels in and out, `H W` space, `T` tiles.
 """
 
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 SIDE = 4  # of a tile of the output; it sees two more
@@ -59,7 +62,7 @@ def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out[part].copy_(tiles.permute(0, 1, 4, 2, 5, 3))
     if bias is not None:
         out += bias
-    return tiling.crop(out.flatten(3, 4).flatten(1, 2))
+    return tiling.crop(rearrange(out, "n h y w x c -> n (h y) (w x) c"))
 
 
 def tiled_gradients(
@@ -153,4 +156,4 @@ class Tiling:
     def crop(self, maps: Tensor) -> Tensor:
         """(N, C, H, W) of maps (N, at least H, at least W, C)."""
         height, width = self.map_size
-        return maps[:, :height, :width].permute(0, 3, 1, 2).contiguous()
+        return rearrange(maps[:, :height, :width], "n h w c -> n c h w").contiguous()
