@@ -1,15 +1,17 @@
 """OpenVINO in a network's place; without the package, only what is said then."""
 
 import builtins
+import gc
 import importlib.util
-import subprocess
-import sys
+import signal
 from typing import Any
 
 import pytest
 import torch
 
+from latentvae.compute import openvino
 from latentvae.compute import optimization as opt
+from latentvae.compute.openvino import CompiledHalf
 from latentvae.compute.optimization import optimize_network
 from latentvae.errors import UserError
 from latentvae.models import calls
@@ -26,7 +28,7 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize("name", ["kl", "vq", "discrete", "tiny"])
+@pytest.mark.parametrize("name", ["kl", "discrete", "tiny"])
 @torch.inference_mode()
 def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
@@ -50,27 +52,27 @@ def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
     optimized = optimize_network(net, mode="openvino").net
     z = calls.encode(net, images(32, 32))
     assert largest(calls.encode(optimized, images(32, 32)), z) <= 1e-5 * z.abs().max()
+    recon = calls.decode(net, z)
+    assert largest(calls.decode(optimized, z), recon) <= 0.05 * recon.abs().max()
 
 
 @needs_openvino
 def test_signals_are_handled_after_a_network_has_gone() -> None:
-    code = """
-import gc, signal, torch
-from latentvae.compute.openvino import CompiledHalf
-signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
-conv = torch.nn.Conv2d(3, 3, 1).eval()
-halves = [CompiledHalf(conv, torch.zeros(1, 3, 8, 8), precision="f32") for _ in range(2)]
-while halves:
-    del halves[0]
-    gc.collect()
-signal.raise_signal(signal.SIGUSR1)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+    """Where it fails, this process crashes: a stack for signal handlers was freed."""
+    handled: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: handled.append(number))
+    conv = torch.nn.Conv2d(3, 3, 1).eval()
+    halves = [CompiledHalf(conv, torch.zeros(1, 3, 8, 8), precision="f32") for _ in range(2)]
+    while halves:
+        del halves[0]
+        gc.collect()
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert handled == [signal.SIGUSR1]
 
 
-@needs_openvino
 def test_pictures_that_are_too_far_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "build_openvino", lambda net, precision: net)
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(opt, "MIN_PSNR_OPENVINO", 300.0)
     with pytest.raises(UserError, match=r"at \d+\.\d dB against exact, less than 300"):
