@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.options import Count, MayChange, Positive, Section
+from latentvae.losses.discriminators import CRITICS
+from latentvae.options import Count, Positive, Section
 
 
 class CriticConfig(Section):
@@ -86,7 +87,7 @@ class CriticConfig(Section):
         ),
     )
 
-    critic_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
+    critic_watch: Literal["off", "warn", "disable"] = Field(
         default="warn",
         description=(
             "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "
@@ -97,8 +98,10 @@ class CriticConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "CriticConfig":
-        if self.disc_type == "stylegan" and self.disc_norm not in (None, "none"):
+        if self.disc_norm not in (None, "none", *CRITICS[self.disc_type].norms):
+            others = [name for name, kind in CRITICS.items() if self.disc_norm in kind.norms]
             raise ValueError(
-                f"disc_norm {self.disc_norm} is for the patch critic; stylegan has none"
+                f"disc_norm {self.disc_norm} is for the {' or '.join(others)} critic; "
+                f"{self.disc_type} has none"
             )
         return self

@@ -9,6 +9,7 @@ them and on the number of ranks, and the generator's part of an update would mov
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -22,44 +23,6 @@ from latentvae.errors import UserError, nearest
 PATCH_NORMS = ("group", "spectral", "none")
 _PATCH_LAYERS = 3  # 70 pixels
 _STYLEGAN_LAST_SIDE = 4  # of the last map of features, where Karras et al. go over to one vector
-
-
-def build_critic(
-    kind: str,
-    *,
-    image_size: tuple[int, int],
-    in_channels: int = 3,
-    channels: int = 64,
-    num_layers: int | None = None,
-    norm: str | None = None,
-) -> "Critic":
-    """A freshly initialised critic.
-
-    Args:
-        kind: a key of `CRITICS`.
-        image_size: height and width of the smallest images it will see, in pixels.
-        channels: width of the first layer; doubled per layer up to eight times.
-        num_layers: layers or blocks that halve the map. By default 3 for "patch" (70 pixels); for
-            "stylegan" as many as leave at least 4 pixels of the shorter side.
-        norm: of "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
-
-    Raises:
-        UserError: unknown kind or norm, or images too small.
-    """
-    if kind not in CRITICS:
-        allowed = ", ".join(CRITICS)
-        raise UserError(f"no critic '{kind}': it must be {allowed}{nearest(kind, CRITICS)}")
-    side = min(image_size)
-    if side < (least := smallest_side(kind, num_layers)):
-        raise UserError(f"images of {side} px are too small: this critic needs at least {least} px")
-    return CRITICS[kind](side, in_channels, channels, num_layers, norm)
-
-
-def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Shortest side of an image, in pixels, of which a critic makes at least one logit."""
-    if kind == "stylegan":
-        return 2 * _STYLEGAN_LAST_SIDE if num_layers is None else 2**num_layers
-    return 3 * 2 ** (num_layers or _PATCH_LAYERS)
 
 
 def power_iteration(critic: nn.Module) -> None:
@@ -259,29 +222,85 @@ class _ResidualDown(nn.Module):
         return (self.main(x) + self.skip(x)) * math.sqrt(0.5)
 
 
-def _patch(
-    side: int, in_channels: int, channels: int, num_layers: int | None, norm: str | None
-) -> PatchGAN:
-    return PatchGAN(
+Critic = PatchGAN | StyleGANCritic
+
+
+@dataclass(frozen=True)
+class CriticKind:
+    """What the options of a run must know of a discriminator.
+
+    Attributes:
+        build: its class, called with `in_channels`, `channels`, `num_layers` and, where it has
+            norms, `norm`.
+        norms: names that `norm` may have, the default first; empty where it has none.
+        default_layers: layers that halve the map, for images whose shorter side is so many pixels.
+        smallest_side: pixels of the shorter side from which on it makes a logit, by the number of
+            layers; None for the default.
+    """
+
+    build: Callable[..., Critic]
+    norms: tuple[str, ...]
+    default_layers: Callable[[int], int]
+    smallest_side: Callable[[int | None], int]
+
+
+# A new discriminator is a class and a line here, and `disc_type` in `CriticConfig` names it.
+CRITICS: dict[str, CriticKind] = {
+    "patch": CriticKind(
+        PatchGAN,
+        norms=PATCH_NORMS,
+        default_layers=lambda side: _PATCH_LAYERS,
+        smallest_side=lambda num_layers: 3 * 2 ** (num_layers or _PATCH_LAYERS),
+    ),
+    "stylegan": CriticKind(
+        StyleGANCritic,
+        norms=(),
+        default_layers=lambda side: int(math.log2(side / _STYLEGAN_LAST_SIDE)),
+        smallest_side=lambda num_layers: (
+            2 * _STYLEGAN_LAST_SIDE if num_layers is None else 2**num_layers
+        ),
+    ),
+}
+
+
+def build_critic(
+    kind: str,
+    *,
+    image_size: tuple[int, int],
+    in_channels: int = 3,
+    channels: int = 64,
+    num_layers: int | None = None,
+    norm: str | None = None,
+) -> Critic:
+    """Return a freshly initialised discriminator.
+
+    Args:
+        kind: a key of `CRITICS`.
+        image_size: height and width of the smallest images it will see, in pixels.
+        channels: width of the first layer; doubled per layer up to eight times.
+        num_layers: layers or blocks that halve the map. By default 3 for "patch" (70 pixels); for
+            "stylegan" as many as leave at least 4 pixels of the shorter side.
+        norm: of "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
+
+    Raises:
+        UserError: unknown kind or norm, or images too small.
+    """
+    if kind not in CRITICS:
+        allowed = ", ".join(CRITICS)
+        raise UserError(f"no critic '{kind}': it must be {allowed}{nearest(kind, CRITICS)}")
+    entry, side = CRITICS[kind], min(image_size)
+    if side < (least := smallest_side(kind, num_layers)):
+        raise UserError(f"images of {side} px are too small: this critic needs at least {least} px")
+    if not entry.norms and norm not in (None, "none"):
+        raise UserError(f"the {kind} critic has no norm '{norm}': leave it out, or use 'none'")
+    return entry.build(
         in_channels=in_channels,
         channels=channels,
-        num_layers=num_layers or _PATCH_LAYERS,
-        norm=norm or "group",
+        num_layers=num_layers or entry.default_layers(side),
+        **({"norm": norm or entry.norms[0]} if entry.norms else {}),
     )
 
 
-def _stylegan(
-    side: int, in_channels: int, channels: int, num_layers: int | None, norm: str | None
-) -> StyleGANCritic:
-    if norm not in (None, "none"):
-        raise UserError(f"the stylegan critic has no norm '{norm}': leave it out, or use 'none'")
-    num_layers = num_layers or int(math.log2(side / _STYLEGAN_LAST_SIDE))
-    return StyleGANCritic(in_channels=in_channels, channels=channels, num_layers=num_layers)
-
-
-# (shortest side, in_channels, channels, num_layers, norm) -> critic
-Critic = PatchGAN | StyleGANCritic
-CRITICS: dict[str, Callable[[int, int, int, int | None, str | None], Critic]] = {
-    "patch": _patch,
-    "stylegan": _stylegan,
-}
+def smallest_side(kind: str, num_layers: int | None = None) -> int:
+    """Shortest side of an image, in pixels, of which a discriminator makes at least one logit."""
+    return CRITICS[kind].smallest_side(num_layers)

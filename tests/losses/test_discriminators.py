@@ -5,17 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentvae.errors import UserError
-from latentvae.losses.adversarial import GAN_LOSSES, hinge_critic_loss
+from latentvae.losses.adversarial import hinge_critic_loss
 from latentvae.losses.discriminators import (
-    CRITICS,
     PatchGAN,
     StyleGANCritic,
     build_critic,
     power_iteration,
-    smallest_side,
 )
-
-VARIANTS = [("patch", "group"), ("patch", "spectral"), ("patch", "none"), ("stylegan", None)]
 
 
 def largest_singular_values(critic: PatchGAN) -> list[float]:
@@ -47,46 +43,6 @@ def test_it_learns_to_tell_two_kinds_of_images_apart_to_the_margins() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1].item() < 0.05
-
-
-@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
-@pytest.mark.parametrize("loss", GAN_LOSSES)
-def test_every_critic_learns_with_every_loss(kind: str, norm: str | None, loss: str) -> None:
-    critic = build_critic(kind, image_size=(16, 16), channels=8, num_layers=1, norm=norm)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=5e-3)
-    smooth, noise = torch.rand(4, 3, 1, 1).expand(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        losses.append(GAN_LOSSES[loss].critic(*critic(torch.cat([smooth, noise])).chunk(2)))
-        losses[-1].backward()
-        optimizer.step()
-        power_iteration(critic)
-    assert losses[-1].item() < 0.5 * losses[0].item()
-
-
-@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
-def test_images_are_judged_alone_at_any_size_and_mode(kind: str, norm: str | None) -> None:
-    critic = build_critic(kind, image_size=(32, 32), in_channels=1, channels=8, norm=norm)
-    images = torch.randn(3, 1, 37, 50)
-    logits = critic.train()(images)
-    assert logits.shape[:2] == (3, 1) and (kind == "patch" or logits.shape == (3, 1, 1, 1))
-    torch.testing.assert_close(logits[1:2], critic(images[1:2]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(critic.eval()(images), logits)
-    copy = build_critic(kind, image_size=(32, 32), in_channels=1, channels=8, norm=norm)
-    copy.load_state_dict(critic.state_dict())
-    assert torch.equal(copy(images), logits)
-
-
-@pytest.mark.parametrize(("kind", "norm"), VARIANTS)
-def test_under_bf16_autocast_the_logits_are_those_of_float32(kind: str, norm: str | None) -> None:
-    critic = build_critic(kind, image_size=(32, 32), channels=8, norm=norm)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = critic(images)
-    expected = critic(images)
-    assert logits.dtype == torch.bfloat16
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3
 
 
 def test_spectral_norm_makes_the_largest_singular_values_one() -> None:
@@ -155,17 +111,7 @@ def test_stylegans_depth_follows_from_the_image() -> None:
         critic = build_critic("stylegan", image_size=size, channels=8)
         assert isinstance(critic, StyleGANCritic)
         assert len(critic.layers) == 2 + blocks + 6
-
-
-@pytest.mark.parametrize(("kind", "layers"), [(k, n) for k in CRITICS for n in (None, 1, 2)])
-def test_the_smallest_image_gives_a_logit_and_smaller_is_refused(
-    kind: str, layers: int | None
-) -> None:
-    side = smallest_side(kind, layers)
-    critic = build_critic(kind, image_size=(side, 99), channels=8, num_layers=layers)
-    assert critic(torch.zeros(1, 3, side, side)).numel() >= 1
-    with pytest.raises(UserError, match=f"at least {side} px"):
-        build_critic(kind, image_size=(99, side - 1), channels=8, num_layers=layers)
+        assert critic(torch.zeros(3, 3, *size)).shape == (3, 1, 1, 1)
 
 
 def test_wrong_names_are_told_with_what_is_allowed() -> None:
