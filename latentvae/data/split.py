@@ -7,7 +7,7 @@ give the same two sets and, with the same seed, the same batches.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
 
 Spec = str | os.PathLike[str] | DatasetSpec
+Form = Literal["samples", "folder", "tar", "table"]
 
 
 class Subset:
@@ -87,12 +88,15 @@ def open_source(
     else:
         spec = DatasetSpec(name=os.fspath(spec), split=split, any_split=True)
         kind = _kind(spec.name) or "folder"
-    if kind == "samples":
-        return SamplePhotos(spec.split, pixels=pixels)
-    if kind == "table":
-        return HubImages(spec, pixels=pixels)
-    opener = TarShards if kind == "tar" else ImageFolder
-    return opener(spec.name, pixels=pixels)
+    return SOURCES[kind](spec, pixels)
+
+
+SOURCES: dict[Form, Callable[[DatasetSpec, PixelFormat | None], ImageSource]] = {
+    "samples": lambda spec, pixels: SamplePhotos(spec.split, pixels=pixels),
+    "folder": lambda spec, pixels: ImageFolder(spec.name, pixels=pixels),
+    "tar": lambda spec, pixels: TarShards(spec.name, pixels=pixels),
+    "table": lambda spec, pixels: HubImages(spec, pixels=pixels),
+}
 
 
 def open_images(
@@ -129,7 +133,7 @@ def open_images(
     return _limited(train, max_train_samples, seed=seed), validation
 
 
-def _kind(name: str) -> Literal["samples", "tar", "table", "folder"] | None:
+def _kind(name: str) -> Form | None:
     """None if there is nothing of that name."""
     path = Path(name).expanduser()
     if name == SAMPLES:
@@ -143,7 +147,7 @@ def _kind(name: str) -> Literal["samples", "tar", "table", "folder"] | None:
     return "folder" if path.exists() else None
 
 
-def _kind_with_options(spec: DatasetSpec) -> Literal["samples", "tar", "table", "folder"]:
+def _kind_with_options(spec: DatasetSpec) -> Form:
     """A folder of images has the splits that `datasets` sees in it, so it is taken as a table.
 
     Raises:

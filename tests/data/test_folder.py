@@ -26,12 +26,6 @@ def test_names_are_relative_sorted_and_images_only(tmp_path):
     assert names == ["B.tif", "a.JpEg", "b/1.jpg", "b/2.PNG", "b/c/d.webp"]
 
 
-def test_read_gives_the_named_image(tmp_path, make_picture):
-    make_picture(6, 4, seed=1).save(tmp_path / "x.png")
-    make_picture(6, 4, seed=2).save(tmp_path / "y.png")
-    assert ImageFolder(tmp_path).read(1).tobytes() == make_picture(6, 4, seed=2).tobytes()
-
-
 def test_links_are_followed_once_and_a_dead_one_is_reported(tmp_path):
     touch(tmp_path, "real/1.jpg", "root/2.jpg")
     os.symlink(tmp_path / "real", tmp_path / "root" / "linked")

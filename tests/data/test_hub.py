@@ -37,14 +37,6 @@ def same_images(source, files):
         assert source.read(index).tobytes() == expected.tobytes()
 
 
-def test_with_paths_names_order_and_pixels_are_those_of_the_folder(
-    tmp_path, photos, files, make_parquet
-):
-    source = images(make_parquet(tmp_path / "x.parquet", cells(files)))
-    assert source.names == ImageFolder(photos).names and len(source) == 12
-    same_images(source, files)
-
-
 def test_without_paths_the_rows_keep_their_order(tmp_path, files, make_parquet):
     source = images(make_parquet(tmp_path / "x.parquet", cells(files, paths=False)))
     assert source.names == [f"train/{row:09d}" for row in range(12)]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from latentvae.data import ImageFolder, TarShards, UnreadableImage, read_image
+from latentvae.data import TarShards, UnreadableImage, read_image
 from latentvae.data import tar_index as tar_index_module
 from latentvae.errors import UserError
 
@@ -45,14 +45,6 @@ def walks(monkeypatch):
 
     monkeypatch.setattr(tar_index_module, "_walk", counting)
     return walked
-
-
-def test_names_order_and_pixels_are_those_of_the_folder(photos, shards):
-    folder, tars = ImageFolder(photos), TarShards(shards)
-    assert tars.names == folder.names and len(tars) == 12
-    for index in range(12):
-        assert tars.read(index).tobytes() == folder.read(index).tobytes()
-        assert tars.name(index) == folder.name(index)
 
 
 def test_the_index_is_walked_once_and_again_when_the_shard_changes(shards, walks, make_tar, files):
