@@ -33,13 +33,13 @@ from latentvae.data import (
     read_image,
     to_tensor,
 )
-from latentvae.data.folder import spreadsheet_text
 from latentvae.errors import UserError, nearest, printable
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.pictures import to_pil, to_uint16
+from latentvae.text import spreadsheet_text
 
 DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large
 GAP = 8  # white pixels between the pictures

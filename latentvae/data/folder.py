@@ -13,7 +13,7 @@ from typing import Protocol
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sizes import read_size
-from latentvae.errors import UserError, nearest, printable
+from latentvae.errors import UserError, nearest
 
 SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
@@ -124,13 +124,6 @@ class SamplePhotos:
 def inner_name(name: str) -> str:
     """The name of an image in a container, as a relative path: no leading ``/``, no ``..``."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-
-
-def spreadsheet_text(name: str) -> str:
-    """A name as a cell of a CSV file, where spreadsheets would run what begins with ``=``, ``+``,
-    ``-`` or ``@`` (https://owasp.org/www-community/attacks/CSV_Injection)."""
-    text = printable(name)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def is_hidden(name: str) -> bool:

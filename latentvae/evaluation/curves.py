@@ -32,7 +32,7 @@ class Curves:
         """All rows of one image; those of `kind` model are no points."""
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
-            values = [getattr(row, metric) for row in points]
+            values = [row.value(metric) for row in points]
             if any(value is None or math.isinf(value) for value in values):
                 continue
             for row, value in zip(points, values, strict=True):

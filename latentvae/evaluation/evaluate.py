@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,7 @@ from latentvae.coding.image_codecs import CODECS, available_codecs
 from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
-from latentvae.evaluation.measures import Judge, Means, Row, codec_rows
+from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
 from latentvae.evaluation.model import ModelMeasures
 from latentvae.evaluation.passport import passport
 from latentvae.evaluation.picture_source import Pictures, Seen, center_crop
@@ -191,7 +191,7 @@ class _Run:
     def _measure(self, progress: Progress) -> None:
         """Every picture that is not through yet. The state is saved between pictures alone."""
         with self._open_csv(progress) as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer = csv.DictWriter(file, CSV_COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
             saved = time.monotonic()

@@ -6,7 +6,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,26 @@ from torch import Tensor
 
 from latentvae.coding.image_codecs import Codec, bits_per_pixel
 from latentvae.data import to_tensor
-from latentvae.data.folder import spreadsheet_text
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.evaluation.saved_progress import Arrays
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss
-from latentvae.metrics import ms_ssim, psnr, ssim
+from latentvae.metrics import psnr
 from latentvae.metrics.bootstrap import BootstrapMean
 from latentvae.metrics.distribution import trunk_features
-from latentvae.metrics.image import SSIM_MIN_SIZE
-from latentvae.report.schema import Mean
-
-COLUMNS = ("bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
+from latentvae.metrics.table import IMAGE_METRICS
+from latentvae.report.schema import IMAGE_COLUMNS, Mean
+from latentvae.text import spreadsheet_text
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture through one coder. A metric that its size does not allow is None.
+    """One picture through one coder.
 
     Args:
         kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, or `"codec"`.
         setting: a codec's quality, or a bitstream's noise PSNR in dB.
+        metrics: keys of `IMAGE_COLUMNS`; one that the picture's size does not allow is None or
+            absent.
     """
 
     image: str
@@ -43,15 +43,21 @@ class Row:
     width: int
     height: int
     bpp: float
-    psnr: float
-    ssim: float | None = None
-    ms_ssim: float | None = None
-    lpips_alex: float | None = None
-    lpips_vgg: float | None = None
+    metrics: Mapping[str, float | None]
+
+    def value(self, column: str) -> float | None:
+        """Bits per pixel or a metric, by name."""
+        return self.bpp if column == "bpp" else self.metrics.get(column)
 
     def to_dict(self) -> dict[str, Any]:
+        """By `CSV_COLUMNS`."""
+        values = {name: getattr(self, name) for name in FACTS}
         names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
-        return asdict(self) | names
+        return values | names | {name: self.metrics.get(name) for name in IMAGE_COLUMNS}
+
+
+FACTS = tuple(field.name for field in fields(Row) if field.name != "metrics")
+CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,10 @@ class Judge:
         images, size = original.images, min(original.images.shape[2:])
         levels = {net: self.lpips[net].features(recon) for net in original.levels}
         metrics = {
-            "psnr": psnr(images, recon).item(),
-            "ssim": ssim(images, recon).item() if size >= SSIM_MIN_SIZE else None,
-            "ms_ssim": _item(ms_ssim(images, recon)),
+            **{
+                name: _item(metric.measure(images, recon)) if size >= metric.min_size else None
+                for name, metric in IMAGE_METRICS.items()
+            },
             **{f"lpips_{net}": self._lpips(original, net, value) for net, value in levels.items()},
         }
         inception = None if self.inception is None else self.inception.features(recon)
@@ -158,7 +165,7 @@ def row(
     setting: float | None = None,
     **metrics: Any,
 ) -> Row:
-    """`metrics` are `Row`'s, by name; psnr is always among them."""
+    """`metrics` by name; psnr is always among them."""
     height, width = original.images.shape[2:]
     return Row(
         image=original.name,
@@ -168,7 +175,7 @@ def row(
         width=width,
         height=height,
         bpp=bpp,
-        **metrics,
+        metrics=metrics,
     )
 
 
@@ -180,8 +187,8 @@ class Means:
 
     def update(self, rows: Sequence[Row], *, position: int) -> None:
         for entry in rows:
-            for column in COLUMNS:
-                if (value := getattr(entry, column)) is not None:
+            for column in ("bpp", *IMAGE_COLUMNS):
+                if (value := entry.value(column)) is not None:
                     key = (entry.kind, entry.coder, entry.setting, column)
                     self._means.setdefault(key, BootstrapMean()).update(value, index=position)
 

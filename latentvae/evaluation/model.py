@@ -21,7 +21,14 @@ from latentvae.metrics.distribution import FrechetDistance, KernelDistance
 from latentvae.metrics.latent import LatentHealth
 from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import calls
-from latentvae.report.schema import Distribution, Metrics, ModelReport, Point, Rate
+from latentvae.report.schema import (
+    IMAGE_COLUMNS,
+    Distribution,
+    Metrics,
+    ModelReport,
+    Point,
+    Rate,
+)
 
 MIN_FRECHET_IMAGES = 2000  # with fewer, it is mostly the bias of a rank-deficient covariance
 MAX_CORRELATED = 64  # channels whose correlations are listed one by one
@@ -106,7 +113,7 @@ class ModelMeasures:
     ) -> ModelReport:
         if self.failure is not None:
             return ModelReport(info=self._info(), warnings=[self.failure])
-        metrics = {name: self._mean(name) for name in Metrics.model_fields if name != "psnr_pooled"}
+        metrics = {name: self._mean(name) for name in IMAGE_COLUMNS}
         latent = tokens = None
         warnings: list[str] = []
         if self.latent is not None and self.latent.positions > 1:

@@ -12,6 +12,7 @@ from latentvae.evaluation.settings import KERNEL_IMAGES, Plan
 from latentvae.losses.perceptual import weights_id
 from latentvae.metrics.bootstrap import NUM_RESAMPLES
 from latentvae.metrics.inception import SHA256
+from latentvae.metrics.table import IMAGE_METRICS
 
 LATENT_BITS = 16  # bits of one latent element in `raw_bpp`: float16 or bfloat16
 PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow", "constriction")
@@ -32,9 +33,7 @@ def protocol(
         "rounding": "originals and reconstructions are rounded to 8 bits before any metric",
         "latent": latent,
         "means": f"over images; 95 % interval by Poisson bootstrap, {NUM_RESAMPLES} resamples",
-        "psnr": "dB, RGB, peak 255; psnr: mean of the images' own; psnr_pooled: of all pixels",
-        "ssim": "per channel, Gaussian window sigma 1.5, 11 x 11 pixels, valid positions",
-        "ms_ssim": "as ssim, five scales; not measured below 161 pixels a side",
+        **{name: metric.protocol for name, metric in IMAGE_METRICS.items()},
         "lpips": {n: f"0.1, weights {weights_id(loss.lpips)}" for n, loss in judge.lpips.items()},
         "distribution": _distribution(judge),
         "raw_bpp": f"latent elements x {LATENT_BITS} bits (tokens: log2 K) / pixels; no coding",

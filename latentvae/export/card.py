@@ -1,7 +1,6 @@
 """The model card (README.md) of an export, in the form that the Hugging Face Hub reads."""
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import ModelCardData
 
-from latentvae.errors import printable
+from latentvae.text import markdown_text
 
 TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compression")
 
@@ -203,11 +202,6 @@ def public_value(value: Any) -> Any:
         return value
     local = Path(value).is_absolute() or str(value)[:1] in (".", "~") or os.path.exists(value)
     return Path(value).name if local else str(value)
-
-
-def markdown_text(text: str) -> str:
-    """A name as plain text in Markdown: no table cell, code, link or HTML begins in it."""
-    return re.sub(r"([\\`|<>\[\]])", r"\\\1", printable(text))
 
 
 def _number(value: float | str) -> str:

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from latentvae.errors import UserError
-from latentvae.export.card import markdown_text
 from latentvae.report.names import unique_names
-from latentvae.report.schema import Mean, ModelReport, Report
-from latentvae.report.tables import ABSENT, DISTANCES, HEADINGS, images_note
+from latentvae.report.schema import IMAGE_COLUMNS, Mean, ModelReport, Report
+from latentvae.report.tables import ABSENT, DISTANCES, images_note
+from latentvae.text import markdown_text
 
 # Reports that differ in these parts of the protocol alone are still comparable.
 INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads")
@@ -117,8 +117,8 @@ def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
     """Headings of what at least one model has, and the part of the report it is."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
-        heading: metric
-        for metric, heading in HEADINGS.items()
+        column.heading: metric
+        for metric, column in IMAGE_COLUMNS.items()
         if any(getattr(model.metrics, metric) for model in models)
     }
     found |= {
@@ -139,14 +139,14 @@ def _cell(report: Report, name: str, heading: str) -> str:
     if heading in DISTANCES:
         value = model.distribution and getattr(model.distribution, heading)
         return ABSENT if value is None else f"{value:.4g}"
-    metric = next(metric for metric, text in HEADINGS.items() if text == heading)
+    metric, column = next(item for item in IMAGE_COLUMNS.items() if item[1].heading == heading)
     mean: Mean | None = getattr(model.metrics, metric)
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):
         return "exact"
     note = images_note(report, mean.num_values)
-    return f"{mean.mean:.{2 if metric == 'psnr' else 4}f}{note}"
+    return f"{mean.mean:.{column.digits}f}{note}"
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ equal images is infinite, which JSON writes as the string "Infinity".
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,14 @@ class Mean(_Part):
         return self.images - self.infinite or self.images
 
 
+@dataclass(frozen=True)
+class Column:
+    """How tables show a metric: the column's heading, and digits after the point."""
+
+    heading: str
+    digits: int = 4
+
+
 class Metrics(_Part):
     """Distortion and perception. Absent where no image was large enough.
 
@@ -52,13 +61,21 @@ class Metrics(_Part):
     pixels of all images.
     """
 
-    psnr: Mean | None = None
+    psnr: Annotated[Mean | None, Column("PSNR (dB)", digits=2)] = None
     psnr_pooled: Unbounded | None = None
-    ssim: Mean | None = None
-    ms_ssim: Mean | None = None
-    lpips_alex: Mean | None = None
-    lpips_vgg: Mean | None = None
+    ssim: Annotated[Mean | None, Column("SSIM")] = None
+    ms_ssim: Annotated[Mean | None, Column("MS-SSIM")] = None
+    lpips_alex: Annotated[Mean | None, Column("LPIPS alex")] = None
+    lpips_vgg: Annotated[Mean | None, Column("LPIPS vgg")] = None
 
+
+IMAGE_COLUMNS: dict[str, Column] = {
+    name: fact
+    for name, field in Metrics.model_fields.items()
+    for fact in field.metadata
+    if isinstance(fact, Column)
+}
+"""Metrics with a value for each image, in the order of tables and of per_image.csv."""
 
 Metric = Literal["psnr", "lpips_alex"]
 """What rate curves are drawn over."""

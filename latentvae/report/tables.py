@@ -8,15 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from latentvae.report.schema import Mean, ModelReport, Point, Report
+from latentvae.report.schema import IMAGE_COLUMNS, Mean, ModelReport, Point, Report
 
-HEADINGS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "lpips_alex": "LPIPS alex",
-    "lpips_vgg": "LPIPS vgg",
-}
 DISTANCES = ("rfid", "kid", "fd_vgg", "kd_vgg")
 ABSENT = "n/a"
 
@@ -42,13 +35,16 @@ def models_table(report: Report) -> Table:
     """
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
     table = Table("model", "raw bpp", title=title, title_justify="left")
-    for heading in HEADINGS.values():
-        table.add_column(heading, justify="right")
+    for column in IMAGE_COLUMNS.values():
+        table.add_column(column.heading, justify="right")
     distances = [d for d in DISTANCES if any(_distance(m, d) for m in report.models.values())]
     for distance in distances:
         table.add_column(distance, justify="right")
     for name, model in report.models.items():
-        cells = [_cell(report, getattr(model.metrics, m), digits=_digits(m)) for m in HEADINGS]
+        cells = [
+            _cell(report, getattr(model.metrics, metric), digits=column.digits)
+            for metric, column in IMAGE_COLUMNS.items()
+        ]
         cells += [_distance(model, distance) or ABSENT for distance in distances]
         raw = ABSENT if model.rate is None else f"{model.rate.raw_bpp:.3f}"
         table.add_row(Text(name), raw, *cells)
@@ -166,10 +162,6 @@ def _speed(point: dict[str, Any] | None) -> str:
     if point is None or "skipped" in point:
         return "skipped"
     return f"{point['images_per_second']:.3g}/s {point['peak_mib']:.0f} MiB"
-
-
-def _digits(metric: str) -> int:
-    return 2 if metric == "psnr" else 4
 
 
 def _cell(report: Report, mean: Mean | None, *, digits: int) -> str:

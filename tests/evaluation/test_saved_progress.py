@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from latentvae.report import Report
 from tests.evaluation.conftest import Photos, photo
 from tests.evaluation.pixel_networks import Fault, pixels
 
+EVALUATE = import_module("latentvae.evaluation.evaluate")  # its function has the same name
 PLAN = replace(METRICS_ONLY, qualities=(30,), noise_psnr=(30,), prior_images=2, gain_images=1)
 PICTURES = [photo(40, 32, left=left) if left != 60 else None for left in range(0, 120, 20)]
 
@@ -42,7 +44,7 @@ class Fragile(Photos):
 
 @pytest.fixture(autouse=True)
 def _save_always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("latentvae.evaluation.evaluate.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(EVALUATE, "SAVE_SECONDS", -1.0)
     yield
 
 
@@ -174,7 +176,7 @@ def test_a_passport_that_ended_the_process_is_not_tried_again(
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr("latentvae.evaluation.evaluate.passport", killed)
+    monkeypatch.setattr(EVALUATE, "passport", killed)
     with pytest.raises(Killed):
         measure(nets, Photos(*PICTURES), tmp_path, trunks, plan)
     metrics = Report.read(tmp_path / "report.json").models["pixels"].metrics  # there already

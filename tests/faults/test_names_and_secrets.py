@@ -9,9 +9,9 @@ from rich.table import Table
 from latentvae.cli.main import main
 from latentvae.data import DatasetSpec, open_source
 from latentvae.errors import UserError
-from latentvae.export.card import markdown_text
 from latentvae.models import load_network
 from latentvae.report.comparison import markdown
+from latentvae.text import markdown_text
 from tests.data.conftest import picture
 from tests.faults.places import kl
 from tests.latents.conftest import make_tokenizer
