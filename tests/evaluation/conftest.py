@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,3 +40,10 @@ class Photos:
 @pytest.fixture(scope="session")
 def lpips() -> dict[str, PerceptualLoss]:
     return {"alex": PerceptualLoss(load_lpips("alex"))}
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without rate.png, which takes longer to draw than a small one to measure."""
+    module = import_module("latentvae.evaluation.evaluate")  # its function has the same name
+    monkeypatch.setattr(module, "rate_figure", lambda report, path: None)

@@ -23,6 +23,7 @@ from latentvae.report.schema import SCHEMA_FILE, json_schema
 from tests.evaluation.conftest import Photos, photo
 from tests.evaluation.pixel_networks import Fault, Pixels, pixels
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
 SMALL = replace(METRICS, qualities=(20, 90), noise_psnr=(20, 40), prior_images=2, gain_images=1)
 PHOTOS = Photos(photo(), photo(96, 40, left=20), photo(50, 50, left=200), photo(left=150))
@@ -137,10 +138,10 @@ def test_bd_rates_are_beside_jpeg(run: Any) -> None:
 
 def test_curves_are_means_over_the_same_images(run: Any, tmp_path: Path) -> None:
     """What JPEG copies exactly and what is too small for LPIPS changes no BD-rate."""
-    plan = replace(SMALL, qualities=(5, 30, 60, 95), noise_psnr=())
-    photos = [photo(160, 120), photo(160, 120, left=200)]
+    plan = replace(SMALL, qualities=(5, 40, 95), noise_psnr=())
+    photos = [photo(80, 64), photo(80, 64, left=200)]
     alone = run(pixels(), *photos, plan=plan)
-    flat, small = Image.new("RGB", (160, 120), (128, 128, 128)), photo(24, 24)
+    flat, small = Image.new("RGB", (80, 64), (128, 128, 128)), photo(24, 24)
     report = run(pixels(), *photos, flat, small, plan=plan)
     low, *_ = report.codecs["jpeg"]
     assert low.images == {"bpp": 4, "psnr": 3, "lpips_alex": 3}

@@ -20,6 +20,7 @@ from latentvae.report import Report
 from tests.evaluation.conftest import Photos, photo
 from tests.evaluation.pixel_networks import Fault, pixels
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 EVALUATE = import_module("latentvae.evaluation.evaluate")  # its function has the same name
 PLAN = replace(METRICS_ONLY, qualities=(30,), noise_psnr=(30,), prior_images=2, gain_images=1)
 PICTURES = [photo(40, 32, left=left) if left != 60 else None for left in range(0, 120, 20)]
