@@ -50,7 +50,7 @@ def test_rows_are_of_real_files() -> None:
     error = np.mean((np.asarray(Image.open(buffer), dtype=np.float64) - pixels) ** 2)
     assert (row.kind, row.coder, row.setting) == ("codec", "jpeg", 20)
     assert row.bpp == 8 * len(buffer.getvalue()) / (64 * 48)
-    assert row.psnr == pytest.approx(10 * np.log10(255**2 / error), rel=1e-4)
+    assert row.metrics["psnr"] == pytest.approx(10 * np.log10(255**2 / error), rel=1e-4)
 
 
 def test_a_codec_that_pillow_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,10 @@ class Photos:
         return self.read(index).size
 
 
+# The function of this name is all that the package shows of the module.
+evaluate_module = import_module("latentvae.evaluation.evaluate")
+
+
 @pytest.fixture(scope="session")
 def lpips() -> dict[str, PerceptualLoss]:
     return {"alex": PerceptualLoss(load_lpips("alex"))}
-
-
-@pytest.fixture
-def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations without rate.png, which takes longer to draw than a small one to measure."""
-    module = import_module("latentvae.evaluation.evaluate")  # its function has the same name
-    monkeypatch.setattr(module, "rate_figure", lambda report, path: None)

@@ -20,10 +20,9 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import DiscreteAutoencoder
 from latentvae.report import Report
 from latentvae.report.schema import SCHEMA_FILE, json_schema
-from tests.evaluation.conftest import Photos, photo
+from tests.evaluation.conftest import Photos, evaluate_module, photo
 from tests.evaluation.pixel_networks import Fault, Pixels, pixels
 
-pytestmark = pytest.mark.usefixtures("no_figure")
 METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
 SMALL = replace(METRICS, qualities=(20, 90), noise_psnr=(20, 40), prior_images=2, gain_images=1)
 PHOTOS = Photos(photo(), photo(96, 40, left=20), photo(50, 50, left=200), photo(left=150))
@@ -36,7 +35,10 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def run(tmp_path: Path, lpips: dict[str, PerceptualLoss]) -> Any:
+def run(tmp_path: Path, lpips: dict[str, PerceptualLoss], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Evaluates without the figure, which has tests of its own and costs most of the time."""
+    monkeypatch.setattr(evaluate_module, "rate_figure", lambda report, path: None)
+
     def evaluation(
         model: Autoencoder, *pictures: Image.Image | None, plan: Plan = METRICS, **options: Any
     ) -> Report:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from latentvae.evaluation import METRICS_ONLY, Plan, evaluate
 from latentvae.evaluation.saved_progress import Progress
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.report import Report
-from tests.evaluation.conftest import Photos, photo
+from tests.evaluation.conftest import Photos, evaluate_module, photo
 from tests.evaluation.pixel_networks import Fault, pixels
 
-pytestmark = pytest.mark.usefixtures("no_figure")
-EVALUATE = import_module("latentvae.evaluation.evaluate")  # its function has the same name
 PLAN = replace(METRICS_ONLY, qualities=(30,), noise_psnr=(30,), prior_images=2, gain_images=1)
 PICTURES = [photo(40, 32, left=left) if left != 60 else None for left in range(0, 120, 20)]
 
@@ -45,7 +42,8 @@ class Fragile(Photos):
 
 @pytest.fixture(autouse=True)
 def _save_always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(EVALUATE, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(evaluate_module, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(evaluate_module, "rate_figure", lambda report, path: None)
     yield
 
 
@@ -56,7 +54,15 @@ def trunks() -> dict[str, PerceptualLoss]:
 
 def models() -> dict[str, Autoencoder]:
     blocks = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
-    vq = VQModel(3, 3, *blocks, (8, 8, 8), norm_num_groups=4, latent_channels=4)
+    vq = VQModel(
+        3,
+        3,
+        *blocks,
+        (8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        mid_block_add_attention=False,
+    )
     return {"pixels": pixels(Fault(offset=0.1)), "vq": Autoencoder(vq, name="vq")}
 
 
@@ -177,7 +183,7 @@ def test_a_passport_that_ended_the_process_is_not_tried_again(
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(EVALUATE, "passport", killed)
+    monkeypatch.setattr(evaluate_module, "passport", killed)
     with pytest.raises(Killed):
         measure(nets, Photos(*PICTURES), tmp_path, trunks, plan)
     metrics = Report.read(tmp_path / "report.json").models["pixels"].metrics  # there already
