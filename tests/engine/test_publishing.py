@@ -1,6 +1,5 @@
 """A run that ends on the Hub, which is a stand-in on this machine."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from latentvae.export.hub import UploadError
 from latentvae.tasks.autoencoder import loop
 from latentvae.tasks.autoencoder.loop import train
 from tests.export.hub_stand_in import TOKEN, HubStandIn
+from tests.forks import ended_ranks
 from tests.tasks.autoencoder.small import as_flags, small_config
-from tests.tasks.autoencoder.test_ranks import ENVIRONMENT, finish, launch, train_flags
 
 
 def config(folder: Path, **changes: Any) -> Any:
@@ -150,24 +149,18 @@ def test_the_card_names_no_folder_of_this_machine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refused", [False, True])
-def test_of_two_processes_one_uploads(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
-) -> None:
-    surroundings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    surroundings |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
-    monkeypatch.setattr(
-        "tests.tasks.autoencoder.test_ranks.ENVIRONMENT",
-        {**os.environ, **ENVIRONMENT, **surroundings},
-    )
+def test_of_two_processes_one_uploads(hub: HubStandIn, tmp_path: Path, refused: bool) -> None:
     if refused:
         hub.refusals["/api/models/us/photos/commit"] = 403
     options = {"push_to_hub": True, "hub_model_id": "us/photos", "train_batch_size": 2}
-    process = launch(train_flags(tmp_path / "run", **options), processes=2)
+    flags = as_flags(small_config(tmp_path / "run", **options))
+    codes, text = ended_ranks(
+        lambda: run_training(flags, description=""), output=tmp_path / "output.txt"
+    )
     if refused:
-        text, _ = process.communicate(timeout=300)
-        assert process.returncode == 1 and "hf upload us/photos" in text and TOKEN not in text
+        assert codes == [1, 0] and "hf upload us/photos" in text and TOKEN not in text
     else:
-        assert finish(process).count("uploaded to") == 1
+        assert codes == [0, 0] and text.count("uploaded to") == 1
         assert [files for _, files in hub.commits] == [content(tmp_path / "run" / "export")]
     assert hub.asked.count("POST /api/repos/create") == 1
     assert hub.asked.count("GET /api/whoami-v2") == 1

@@ -1,33 +1,26 @@
-"""Kills of real processes: one, and two under `accelerate launch`."""
+"""An encoding by one and by two processes that are killed again and again."""
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from tests.latents.conftest import contents
+from latentvae.cli.main import main
+from tests.forks import LIMIT, end_of_ranks, ranks, start_ranks
+from tests.latents.conftest import contents, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-    "TQDM_DISABLE": "1",
-}
-LAUNCH = (
-    "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no "
-    "--multi_gpu --main_process_port 0 --num_processes"
-).split()
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -40,40 +33,22 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(model: Path, data: Path, out: Path, *, processes: int = 1) -> subprocess.Popen[str]:
-    launch = [*LAUNCH, str(processes)] if processes > 1 else []
+def encoding(model: Path, data: Path, out: Path) -> Callable[[], None]:
     options = f"--resolution 32 --batch_size 2 --shard_items 2 --out {out}".split()
-    command = [*launch, "-m", "latentvae.cli", "encode", str(model), "--data", str(data), *options]
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return lambda: main(["encode", str(model), "--data", str(data), *options])
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    return text
-
-
-def kill_after(process: subprocess.Popen[str], out: Path, files: int, delay: float) -> None:
-    """SIGKILL to every process of the launch, a moment after so many files are there."""
-    while len(list(out.glob("*"))) < files:
-        assert process.poll() is None, process.communicate()[0]
+def killed(action: Callable[[], None], *, processes: int, out: Path, files: int) -> None:
+    """SIGKILL to every process, a moment after so many files are there."""
+    output = out.with_suffix(".txt")
+    pids = start_ranks(action, output=output, processes=processes)
+    deadline = time.monotonic() + LIMIT
+    while len(list(out.glob("*"))) < files and time.monotonic() < deadline:
         time.sleep(0.001)
-    time.sleep(delay)
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            os.kill(member.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    codes, text = end_of_ranks(pids, output=output)
+    assert -signal.SIGKILL in codes and set(codes) <= {-signal.SIGKILL, 0}, text
 
 
 @pytest.mark.slow
@@ -82,13 +57,13 @@ def test_killed_again_and_again_is_one_unbroken_run(
     processes: int, tokenizer: Path, many: Path, tmp_path: Path
 ) -> None:
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
-    said = finish(start(tokenizer, many, unbroken))
+    output = tmp_path / "output.txt"
+    said = ranks(encoding(tokenizer, many, unbroken), output=output, processes=1)
     assert "119 images in 60 shards" in said and "left out 050.png: the file is empty" in said
-    draw = random.Random(processes)
+    draw, again = random.Random(processes), encoding(tokenizer, many, out)
     for files in (1, 30, 70, 110):
-        process = start(tokenizer, many, out, processes=processes)
-        kill_after(process, out, files + draw.randrange(10), draw.random() / 20)
+        killed(again, processes=processes, out=out, files=files + draw.randrange(10))
         assert not (out / "manifest.json").exists()
-    said = finish(start(tokenizer, many, out, processes=processes))
+    said = ranks(again, output=output, processes=processes)
     assert "119 images in 60 shards" in said
     assert contents(out) == contents(unbroken)

@@ -13,7 +13,7 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import printable
 from tests.data.conftest import tar
 from tests.faults.hostile import bad_files, fill, odd_entries, odd_files
-from tests.tasks.autoencoder.test_ranks import launch, train_flags
+from tests.launch import launch, train_flags
 
 LIMIT = 150  # seconds, of which most are the launcher's and the imports'
 OPTIONS: dict[str, Any] = {

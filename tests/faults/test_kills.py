@@ -21,7 +21,8 @@ from latentvae.engine.checkpoint import (
 )
 from latentvae.tasks.autoencoder import loop
 from latentvae.tasks.autoencoder.loop import train
-from tests.faults.forks import OPTIONS, KillAt, assert_same, forked, kill_at_random, straight_run
+from tests.faults.kills import OPTIONS, KillAt, assert_same, kill_at_random, straight_run
+from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config
 
 SIGKILLED = -9

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from latentvae.engine.checkpoint import newest_usable
-from tests.tasks.autoencoder.test_ranks import launch, train_flags
+from tests.launch import launch, train_flags
 
 WORKERS = 2
 READERS_END = 20.0  # seconds; they look for their trainer every 5

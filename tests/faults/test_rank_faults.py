@@ -1,7 +1,6 @@
 """One of two processes dies, raises, leaves or hangs: both end, in words, and nothing is lost."""
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import psutil
 import pytest
 
 from latentvae.engine.checkpoint import newest_usable
+from tests.launch import launch, wait_for
 from tests.tasks.autoencoder.small import as_flags, small_config
-from tests.tasks.autoencoder.test_ranks import launch
 
 TIMEOUT = 20  # --ddp_timeout, in seconds, which is the time of the one that hangs
 # After the fault: the launcher asks every half second, ends the others by SIGTERM, and after 30 s,
@@ -36,7 +35,7 @@ def test_one_process_goes_wrong_and_both_end_in_words(kind: str, tmp_path: Path)
     process = launch(["-m", "tests.faults.faulty", kind, *flags], processes=2)
     family: list[psutil.Process] = []
     try:
-        _wait_for(process, tmp_path / "checkpoint-2" / "manifest.json")
+        wait_for(process, tmp_path / "checkpoint-2" / "manifest.json")
         start = time.monotonic()
         family = psutil.Process(process.pid).children(recursive=True)
         text, _ = process.communicate(timeout=LIMIT[kind] + SLACK)
@@ -56,10 +55,3 @@ def test_one_process_goes_wrong_and_both_end_in_words(kind: str, tmp_path: Path)
     assert said[kind] in text if kind in said else ours, text
     found, faults = newest_usable(tmp_path)
     assert found == tmp_path / "checkpoint-2" and not faults
-
-
-def _wait_for(process: subprocess.Popen[str], path: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)

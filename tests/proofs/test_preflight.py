@@ -1,5 +1,6 @@
 """Preflight: all checks hold on a sound trainer, and each fault fails its own check alone."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from diffusers import AutoencoderKL
 from latentvae.cli.main import main
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.proofs.preflight import preflight, resources
+from tests.forks import ended_ranks
+from tests.launch import ROOT, finish, launch
 from tests.proofs.mutations import ELSEWHERE, MUTATIONS, Mutation, applied
 from tests.tasks.autoencoder.small import as_flags, small_config
-from tests.tasks.autoencoder.test_ranks import ROOT, finish, launch
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
@@ -101,14 +103,19 @@ def test_each_fault_fails_its_own_check(
 def test_each_fault_of_two_processes_fails_its_own_check(
     mutation: Mutation | None, tmp_path: Path
 ) -> None:
-    name = "none" if mutation is None else mutation.name
-    script = ["-m", "tests.proofs.preflight_ranks", name, str(tmp_path)]
-    process = launch(script, processes=2)
-    text, _ = process.communicate(timeout=300)
-    checks = read(tmp_path / "checks.json")
+    model = None if mutation is None else mutation.model
+    config = small_config(tmp_path / "run", model, train_batch_size=2)
+    file = tmp_path / "checks.json"
+
+    def checked() -> None:
+        with contextlib.nullcontext() if mutation is None else applied(mutation):
+            raise SystemExit(preflight(config, json=file))
+
+    codes, text = ended_ranks(checked, output=tmp_path / "output.txt")
+    checks = read(file)
     assert {"ranks-equal", "ranks-batches"} <= checks.keys(), text
     assert failed(checks) == (() if mutation is None else mutation.fails), text
-    assert (process.returncode == 0) == (mutation is None), text
+    assert codes == [0 if mutation is None else 1] * 2, text
 
 
 @pytest.mark.parametrize("kind", ["continuous", "tokens"])

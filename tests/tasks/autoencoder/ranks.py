@@ -1,13 +1,11 @@
-"""Run by the launcher in test_ranks.py: the gradients of one update and what a codebook learned in
-it and the KL's weight, as each rank holds them, saved to a file.
+"""What test_ranks.py compares: the gradients of one update, what a codebook learned in it and the
+KL's weight, as each rank holds them, saved to a file."""
 
-ranks.py OUT.safetensors BATCH_SIZE fixed|adaptive|held [QUANTIZER]
-"""
-
-import sys
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -78,9 +76,14 @@ def model(quantizer: str | None) -> dict[str, Any] | None:
 HELD = {"kl_target": 0.1, "kl_target_rate": 1.0, "kl_scale": 1.0}
 
 
-def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None:
-    torch.set_num_threads(1)
-    Updates._observe = gradients_after_update(2, out)  # type: ignore[method-assign]
+def save_gradients(
+    out: Path, batch_size: int, *, weight: str = "fixed", quantizer: str | None = None
+) -> None:
+    """Train to the second update, in `OUT-RANK.safetensors`.
+
+    Args:
+        weight: of the adversarial term fixed or "adaptive"; of the KL fixed or "held".
+    """
     config = small_config(
         out.with_suffix(""),
         model(quantizer),
@@ -97,11 +100,6 @@ def main(out: Path, batch_size: int, weight: str, quantizer: str | None) -> None
         disc_learning_rate=1e-9,
         **(HELD if weight == "held" else {}),
     )
-    try:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Done):
+        patch.setattr(Updates, "_observe", gradients_after_update(2, out))
         loop.train(config)
-    except Done:
-        pass
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0])

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from latentvae.distributed import rank
 from latentvae.errors import UserError
 from latentvae.losses.posterior import silent_channels
-from latentvae.tasks.autoencoder import watch
+from latentvae.tasks.autoencoder import loop, watch
 from latentvae.tasks.autoencoder.loop import train
 from latentvae.tasks.autoencoder.state import check_same_config
 from latentvae.tasks.autoencoder.updates import Updates
 from latentvae.tasks.autoencoder.watch import CollapseWatch, Finding, Watched, what_to_watch
+from tests.forks import ranks
 from tests.tasks.autoencoder.small import small_config
-from tests.tasks.autoencoder.test_ranks import finish, launch
 from tests.tasks.autoencoder.test_resume import Killed, kill_in_update, rows, tensors
 
 WATCHED = Watched(
@@ -372,9 +373,25 @@ def test_a_healthy_run_of_some_hundred_updates_is_told_nothing(
 
 
 @pytest.mark.slow
-def test_two_ranks_decide_the_same(tmp_path: Path) -> None:
-    script = str(Path(__file__).parent / "watch_ranks.py")
-    said = finish(launch([script, str(tmp_path)], processes=2))
+@pytest.mark.usefixtures("soon")
+def test_two_ranks_decide_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "WON_SHARE", 0.9)
+    original = loop._Loop._save
+
+    def saving(self: Any) -> Path:
+        path = original(self)
+        remembered = {
+            "critic_stopped": self.progress.critic_stopped,
+            "watch": self.watch.state_dict(),
+        }
+        (tmp_path / f"rank-{rank()}.json").write_text(json.dumps(remembered))
+        return path
+
+    monkeypatch.setattr(loop._Loop, "_save", saving)
+    said = ranks(
+        lambda: finished(tmp_path / "run", **WINNING, critic_watch="disable"),
+        output=tmp_path / "output.txt",
+    )
     assert said.count("the critic is switched off for the rest of the run") == 1
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first["critic_stopped"] is not None

@@ -1,20 +1,15 @@
-"""Trainings in forks of this process, where every import is done, so that hundreds of them can be
-killed in minutes."""
+"""Trainings in forks of this process that are killed, by the hundred in minutes."""
 
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from latentvae.engine import checkpoint
 from latentvae.engine.checkpoint import (
@@ -26,52 +21,8 @@ from latentvae.engine.checkpoint import (
 )
 from latentvae.proofs.verify_resume.compare import compare, what_is_left
 from latentvae.tasks.autoencoder.loop import train
+from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config
-
-LIMIT = 120.0  # seconds, after which a fork counts as hung
-POLL = 0.002
-
-
-def forked(action: Callable[[], Any], *, output: Path, kill_after: float | None = None) -> int:
-    """Run in a fork and wait; returns its exit code, or -9 after SIGKILL.
-
-    Args:
-        output: file that takes all it prints.
-        kill_after: seconds after which to kill it.
-    """
-    pid = os.fork()
-    if not pid:
-        _in_the_fork(action, output)
-    start = time.monotonic()
-    while time.monotonic() - start < (LIMIT if kill_after is None else kill_after):
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(POLL)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert kill_after is not None, f"hung: {output.read_text()}"
-    return os.waitstatus_to_exitcode(status)
-
-
-def _in_the_fork(action: Callable[[], Any], output: Path) -> None:
-    """Nothing of the parent's may run in it afterwards."""
-    code = 1
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        torch.set_num_threads(1)
-        action()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
 
 OPTIONS: dict[str, Any] = {
     "perceptual_scale": 0.0,
