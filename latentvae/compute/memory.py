@@ -1,6 +1,6 @@
 """What the process does with memory that was freed."""
 
-import ctypes
+import ctypes  # noqa: TID251 (asks the C library to keep memory or give it back)
 import os
 import sys
 from typing import Any

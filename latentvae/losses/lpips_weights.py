@@ -9,7 +9,7 @@ Tensors carry torchvision's names, `features.<index>.weight` and `.bias`.
 import hashlib
 import importlib.util
 import io
-import pickle
+import pickle  # noqa: TID251 (the class to restrict, and its error)
 from pathlib import Path
 from typing import Any, Literal
 

@@ -74,7 +74,7 @@ class Launch:
         self._old_saves = self._temporary()
         cpu = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
         with output.open("w") as file:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (a list, which no shell reads)
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
