@@ -1,11 +1,13 @@
 """A run of seconds: a tiny network on the sample photos at 32 px, with every part of the loop in
 it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from latentvae.config.autoencoder import TrainConfig
 from latentvae.config.presets import parse
+from latentvae.engine.checkpoint import checkpoints, newest_usable, update_of
 from latentvae.models.config import MODELS
 from latentvae.options import ChosenByPreset, marked
 
@@ -44,6 +46,20 @@ def small_config(
     for name, value in changes.items():
         options[section_of(name)][name] = value
     return parse(options, source="test")
+
+
+def broken_off(run: Path, folder: Path, *, update: int) -> Path:
+    """Copy a finished run as it would be if it had been killed after the checkpoint of `update`.
+
+    The log keeps the rows of later updates, which a resume takes back.
+    """
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "export")
+    for checkpoint in checkpoints(folder):
+        if update_of(checkpoint) > update:
+            shutil.rmtree(checkpoint)
+    assert newest_usable(folder) == (folder / f"checkpoint-{update}", [])
+    return folder
 
 
 def section_of(option: str) -> str:

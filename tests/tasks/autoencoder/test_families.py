@@ -13,7 +13,7 @@ from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
 from latentvae.tasks.autoencoder.exporting import export_folder
 from latentvae.tasks.autoencoder.loop import train
-from tests.tasks.autoencoder.small import small_config
+from tests.tasks.autoencoder.small import broken_off, small_config
 
 ENCODER = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -42,10 +42,10 @@ def load(folder: Path) -> Any:
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_run_goes_on_to_the_bit_and_diffusers_loads_it(architecture: str, tmp_path: Path) -> None:
     folder, model = tmp_path / architecture, MODELS[architecture]
-    options = {"model": model, "lr_scheduler": "constant"}
-    whole = train(small_config(folder / "whole", max_train_steps=4, **options))
-    train(small_config(folder / "broken", max_train_steps=3, **options))
-    broken = train(small_config(folder / "broken", max_train_steps=4, **options))
+    options = {"model": model, "max_train_steps": 3}
+    whole = train(small_config(folder / "whole", **options))
+    broken_off(folder / "whole", folder / "broken", update=2)
+    broken = train(small_config(folder / "broken", **options))
     expected, found = load(whole), load(broken)
     assert all(torch.equal(v, found.state_dict()[k]) for k, v in expected.state_dict().items())
     assert found.config["scaling_factor"] == expected.config["scaling_factor"] != 1.0

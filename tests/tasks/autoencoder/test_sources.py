@@ -18,7 +18,7 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder.loop import train
 from latentvae.tasks.autoencoder.run import open_data
-from tests.tasks.autoencoder.small import small_config
+from tests.tasks.autoencoder.small import broken_off, small_config
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -57,30 +57,25 @@ def curve(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_every_form_has_the_same_loss_curve(forms: dict[str, Path], tmp_path: Path) -> None:
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / WEIGHTS)
+
+
+def test_every_form_trains_the_same_and_resumes_another(
+    forms: dict[str, Path], tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"validation_share": 0.2, "log_steps": 1}
     for form, path in forms.items():
         train(small_config(tmp_path / form, train_data_dir=str(path), **options))
-    assert curve(tmp_path / "tar") == curve(tmp_path / "folder")
-    assert curve(tmp_path / "table") == curve(tmp_path / "folder")
-    assert len(curve(tmp_path / "folder")) > 6
-    weights = [load_file(tmp_path / form / "export" / WEIGHTS) for form in forms]
-    for other in weights[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
-
-
-@pytest.mark.parametrize("form", ["tar", "table"])
-def test_a_stopped_run_goes_on_to_the_bit_even_from_another_form(
-    form: str, forms: dict[str, Path], tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {"validation_share": 0.2, "lr_scheduler": "constant"}
-    where = {"train_data_dir": str(forms[form])}
-    whole = train(small_config(tmp_path / "whole", max_train_steps=5, **where, **options))
-    train(small_config(tmp_path / "broken", max_train_steps=3, **where, **options))
-    where = {"train_data_dir": str(forms["folder"])}
-    broken = train(small_config(tmp_path / "broken", max_train_steps=5, **where, **options))
-    expected, found = (load_file(export / WEIGHTS) for export in (whole, broken))
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    folder = tmp_path / "folder"
+    assert len(curve(folder)) > 6
+    for form in ("tar", "table"):
+        resumed = broken_off(tmp_path / form, tmp_path / f"{form}-resumed", update=4)
+        train(small_config(resumed, train_data_dir=str(forms["folder"]), **options))
+        for other in (tmp_path / form, resumed):
+            assert curve(other) == curve(folder)
+            found = weights(other)
+            assert all(torch.equal(v, found[name]) for name, v in weights(folder).items())
 
 
 def test_a_data_set_by_name_with_its_column_and_a_limit(

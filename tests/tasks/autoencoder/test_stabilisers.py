@@ -11,7 +11,7 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder.loop import train
 from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
-from tests.tasks.autoencoder.small import small_config
+from tests.tasks.autoencoder.small import broken_off, small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASES: dict[str, dict[str, Any]] = {
@@ -31,10 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_goes_on_to_the_bit(case: str, tmp_path: Path) -> None:
-    options = CASES[case] | {"lr_scheduler": "constant", "disc_start": 1, "log_steps": 1}
-    whole = train(small_config(tmp_path / "whole", max_train_steps=5, **options))
-    train(small_config(tmp_path / "broken", max_train_steps=3, **options))
-    broken = train(small_config(tmp_path / "broken", max_train_steps=5, **options))
+    options = CASES[case] | {"max_train_steps": 5, "disc_start": 1, "log_steps": 1}
+    whole = train(small_config(tmp_path / "whole", **options))
+    folder = broken_off(tmp_path / "whole", tmp_path / "broken", update=2)
+    broken = train(small_config(folder, **options))
     expected, found = (load_file(export / WEIGHTS) for export in (whole, broken))
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     rows = [
@@ -48,7 +48,9 @@ def test_a_stopped_run_goes_on_to_the_bit(case: str, tmp_path: Path) -> None:
 
 
 def test_each_option_changes_what_is_learned(tmp_path: Path) -> None:
-    plain = {"disc_start": 1, "disc_ramp_steps": 0, "kl_scale": 1e-2, "max_train_steps": 3}
+    """In the run's only two updates; the critic learns in the first, the model by it in both."""
+    plain = {"disc_start": 0, "disc_ramp_steps": 0, "kl_scale": 1e-2, "max_train_steps": 2}
+    plain |= {"perceptual_scale": 0.0, "train_batch_size": 2, "gradient_accumulation_steps": 1}
     changes: list[dict[str, Any]] = [
         {},
         {"disc_norm": "none"},
