@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 WORKERS ?= auto
-PARALLEL := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+PARALLEL := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(CORES)
@@ -34,10 +34,10 @@ demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, 
 	@echo "report:   runs/demo/report/report.json"
 
 test: $(STAMP)  ## Run the tests (some minutes), on all cores; WORKERS=0 for one after another
-	$(PARALLEL) --dist loadfile
+	$(PARALLEL)
 
 test-slow: $(STAMP)  ## Run the long tests: kills, resumes, two processes, whole runs
-	$(PARALLEL) --dist worksteal -m slow
+	$(PARALLEL) -m slow
 
 style: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff format .

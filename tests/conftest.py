@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 
+from latentvae.evaluation import speed
 from tests.export.hub_stand_in import TOKEN, HubStandIn, hub_stand_in
 
 # Before any fixture of any scope: sums depend on the number of threads.
@@ -39,6 +40,12 @@ def own_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def quick_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations time each call a few times, not for a second."""
+    monkeypatch.setattr(speed, "ENOUGH", 0.02)
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ def command(
         return stop.code
 
 
+@pytest.mark.usefixtures("quick_speed")
 def test_measures_two_models_and_writes_the_report(
     script: ModuleType,
     inputs: tuple[Path, Path],

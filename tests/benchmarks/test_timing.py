@@ -56,6 +56,7 @@ def failing() -> Callable[[], object]:
     return lambda: 1 / 0
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_tells_its_seconds(timing: ModuleType) -> None:
     with timing.own_process(sleeper, 0.2) as call:
         first, second = call(), call()

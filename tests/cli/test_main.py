@@ -69,6 +69,7 @@ def test_reconstruct_writes_pictures_and_a_table(
     assert "broken.jpg" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_speed")
 def test_evaluate_and_compare(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,36 +14,31 @@ from latentvae.tasks.autoencoder import loop
 from tests.models.nets import kl
 from tests.tasks.autoencoder.small import small_config
 
-ROUNDS = """
-import resource, sys, torch
+ROUNDS = '''
+import resource, torch
 from latentvae.compute.memory import keep_freed_memory
-kept = keep_freed_memory(torch.device("cpu")) if "keep" in sys.argv else False
-def fill():
-    return torch.ones(64 << 20, dtype=torch.uint8)
-for _ in range(10):  # the first few lie one after another
-    fill()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    fill()
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def faults(*argv: str) -> tuple[str, int]:
-    """What `keep_freed_memory` said, and page faults of five tensors of 64 MiB after ten others."""
-    command = [sys.executable, "-c", ROUNDS, *argv]
-    said, count = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return said, int(count)
+def fill(rounds):
+    for _ in range(rounds):
+        torch.ones(64 << 20, dtype=torch.uint8)
+def faults():
+    """Of five tensors of 64 MiB after ten others, of which the first few lie one after another."""
+    fill(10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fill(5)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed_memory(torch.device("cpu")), faults())
+'''
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the setting")
 def test_a_tensor_takes_the_pages_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
         monkeypatch.delenv(name)
-    said, default = faults()
-    assert said == "False" and default > 100  # by 4 KiB 81,920, by huge pages 160
-    said, kept = faults("keep")
-    assert said == "True" and kept < default / 10
+    command = [sys.executable, "-c", ROUNDS]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    default, said, kept = done.stdout.split()
+    assert int(default) > 100  # by 4 KiB 81,920, by huge pages 160
+    assert said == "True" and int(kept) < int(default) / 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the setting")

@@ -1,8 +1,6 @@
 """Times and memory of a network that sleeps and allocates as told."""
 
-import gc
 import time
-from collections.abc import Iterator
 from mmap import mmap
 from typing import Any
 
@@ -21,12 +19,8 @@ from latentvae.evaluation.speed import measure_speed
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fewer runs, and nothing older than the test for the garbage collector to go through."""
-    monkeypatch.setattr(speed, "ENOUGH", 0.02)
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def quick(quick_speed: None) -> None:
+    """All tests here: what they measure sleeps."""
 
 
 class Sleeper(ModelMixin, ConfigMixin):
