@@ -9,7 +9,10 @@ import psutil
 import pytest
 
 from latentvae.engine.checkpoint import newest_usable
-from tests.launch import launch, train_flags
+from latentvae.tasks.autoencoder.loop import train
+from tests.forks import start_fork
+from tests.launch import PATIENCE, launch, train_flags, wait_for
+from tests.tasks.autoencoder.small import small_config
 
 WORKERS = 2
 READERS_END = 20.0  # seconds; they look for their trainer every 5
@@ -30,11 +33,7 @@ def options() -> dict[str, object]:
 
 def below(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
     """All that a launch has started, once it trains."""
-    deadline = time.monotonic() + 240
-    log = folder / "log.jsonl"
-    while not log.exists() or not log.stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, folder / "log.jsonl")
     return psutil.Process(process.pid).children(recursive=True)
 
 
@@ -50,14 +49,17 @@ def ended(family: list[psutil.Process], *, seconds: float) -> None:
 def test_readers_end_with_a_trainer_that_was_killed(
     tmp_path: Path, options: dict[str, object]
 ) -> None:
-    process = launch(train_flags(tmp_path, **options), processes=1)
-    family = below(process, tmp_path)
-    trainer = next(p for p in family if p.ppid() == process.pid)
-    readers = [p for p in family if p.ppid() == trainer.pid]
+    config, output = small_config(tmp_path / "run", **options), tmp_path / "output.txt"
+    trainer = psutil.Process(start_fork(lambda: train(config), output=output))
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.05)
+    readers = trainer.children()
     assert len(readers) >= WORKERS
     trainer.kill()
-    ended(family, seconds=READERS_END)
-    assert process.wait(timeout=30) != 0
+    trainer.wait()
+    ended(readers, seconds=READERS_END)
 
 
 @pytest.mark.slow
