@@ -1,10 +1,10 @@
 """Faults to put into the trainer, one at a time, and the one check of `latentvae preflight` that
 must find each.
 
-A fault is an edit of a function's source: the text that goes and the text that comes. Where the
-text is not there any more the mutation fails, so that the list keeps up with the code. `fault` says
-which fault of other trainers it stands for, by the tables of docs/faults.md: A for
-train_autoencoderkl.py, V for train_vqgan.py, T for taming-transformers and what came of it.
+A fault takes the place of a function, a method or an entry of a table for as long as it is applied
+(see tests/proofs/injection.py). `fault` says which fault of other trainers it stands for, by the
+tables of docs/faults.md: A for train_autoencoderkl.py, V for train_vqgan.py, T for
+taming-transformers and what came of it.
 """
 
 import contextlib
@@ -12,12 +12,20 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
+from torch import nn
+
+from latentvae.bottlenecks import VectorQuantizer
+from latentvae.bottlenecks.quantized import Quantized
+from latentvae.losses.adversarial import GAN_LOSSES, GANLoss
+from latentvae.losses.perceptual import PerceptualLoss
+from latentvae.outputs import AutoencoderOutput
+from tests.proofs.injection import Inject, around, built, entry, instead, result
 
 TRAINING = "latentvae.tasks.autoencoder."
 STEP = TRAINING + "updates:Updates.step"
@@ -45,7 +53,8 @@ class Mutation:
     Attributes:
         name: in words.
         fault: which of the known faults it stands for, such as "A1"; "" for one of our own.
-        edits: (module:function, text that goes, text that comes).
+        inject: puts the fault in, until the patch is undone.
+        edits: (module:function, text that goes, text that comes); while the trainer is rebuilt.
         fails: the checks that must fail, one wherever that can be; `why` says why there are two.
         config: options of the run that shows it.
         model: section of the model, where another architecture is needed.
@@ -55,7 +64,8 @@ class Mutation:
 
     name: str
     fault: str
-    edits: tuple[tuple[str, str, str], ...]
+    edits: tuple[tuple[str, str, str], ...] = ()
+    inject: Inject | None = None
     fails: tuple[str, ...]
     why: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -71,14 +81,49 @@ def one(
     return Mutation(name=name, fault=fault, edits=((target, old, new),), fails=(fails,), **more)
 
 
+def seam(name: str, fault: str, inject: Inject, *fails: str, **more: Any) -> Mutation:
+    """A mutation of one seam."""
+    return Mutation(name=name, fault=fault, inject=inject, fails=fails, **more)
+
+
+def _swapped_losses(quantized: Quantized, *_: Any, **__: Any) -> Quantized:
+    losses = quantized.losses
+    swapped = {"commitment": losses["codebook"], "codebook": losses["commitment"]}
+    return quantized._replace(losses=losses | swapped)
+
+
+def _without_gradient_of_kl(out: AutoencoderOutput, *_: Any, **__: Any) -> AutoencoderOutput:
+    (latent,) = out.latents
+    assert latent.kl is not None and latent.kl_per_channel is not None
+    cut = replace(latent, kl=latent.kl.detach(), kl_per_channel=latent.kl_per_channel.detach())
+    return replace(out, latents=(cut,))
+
+
+def _trainable_lpips(loss: PerceptualLoss) -> None:
+    for value in loss.lpips.buffers():
+        value.requires_grad_()
+
+
+def _without_straight_through(quantizer: VectorQuantizer) -> None:
+    quantizer.gradient = lambda vectors, quantised: quantised.detach()
+
+
+def _negated(name: str) -> Inject:
+    """The critic's side of a GAN loss takes images for reconstructions."""
+    right = GAN_LOSSES[name]
+    wrong = GANLoss(lambda real, fake: right.critic(-real, -fake), right.generator)
+    return entry(GAN_LOSSES, name, wrong)
+
+
+PERCEPTUAL = "latentvae.losses.perceptual:PerceptualLoss."
+WRAPPER = "latentvae.models.conv.kl:KLTrainingWrapper."
+
 MUTATIONS = [
     # Losses
-    one(
+    seam(
         "LPIPS without gradient",
         "A1",
-        "latentvae.losses.perceptual:PerceptualLoss.forward",
-        "return self.distance(targets, self.features(recon))",
-        "return self.distance(targets, self.features(recon)).detach()",
+        result(PERCEPTUAL + "forward", lambda distance, *_: distance.detach()),
         "lpips-gradient",
     ),
     one(
@@ -89,22 +134,13 @@ MUTATIONS = [
         "[value.normal_(0, 0.05) for value in model.net.buffers()]",
         "lpips-weights",
     ),
-    one(
+    seam(
         "LPIPS in train mode, with whatever dropout it has",
         "T1",
-        "latentvae.losses.perceptual:PerceptualLoss.train",
-        "return super().train(False)",
-        "return nn.Module.train(self, mode)",
+        instead(PERCEPTUAL + "train", nn.Module.train),
         "frozen",
     ),
-    one(
-        "LPIPS takes gradients",
-        "V6",
-        "latentvae.losses.perceptual:_freeze",
-        "value.detach().clone()",
-        "value.detach().clone().requires_grad_()",
-        "frozen",
-    ),
+    seam("LPIPS takes gradients", "V6", built(PerceptualLoss, _trainable_lpips), "frozen"),
     one(
         "an encoder that is frozen by an attribute of the module",
         "V6",
@@ -146,41 +182,33 @@ MUTATIONS = [
         "term.sum()",
         "kl",
     ),
-    one(
+    seam(
         "a KL of detached moments",
         "",
-        "latentvae.models.conv.kl:KLTrainingWrapper.forward",
-        "kl=found.kl.sum(dim=1)",
-        "kl=found.kl.sum(dim=1).detach()",
+        result(WRAPPER + "forward", _without_gradient_of_kl),
         "kl-gradient",
     ),
-    one(
+    seam(
         "a latent without a gradient to the encoder",
         "",
-        "latentvae.models.conv.kl:KLTrainingWrapper.forward",
-        "self.decode(latent.z, images)",
-        "self.decode(latent.z.detach(), images)",
+        around(
+            WRAPPER + "decode", lambda decode, self, z, images: decode(self, z.detach(), images)
+        ),
         "latent-gradient",
     ),
-    one(
+    seam(
         "a straight-through estimator that is lost",
         "",
-        "latentvae.bottlenecks.quantized:straight_through",
-        "quantised.detach() + (vectors - vectors.detach())",
-        "quantised.detach()",
+        built(VectorQuantizer, _without_straight_through),
         "latent-gradient",
         model=LEARNED_CODES,
     ),
-    Mutation(
-        name="beta on the wrong term",
-        fault="V11",
-        edits=(
-            (VECTOR + "_losses", "F.mse_loss(vectors, quantised.detach())", "COMMITMENT"),
-            (VECTOR + "_losses", "F.mse_loss(quantised, vectors.detach())", "CODEBOOK"),
-            (VECTOR + "_losses", "COMMITMENT", "F.mse_loss(quantised, vectors.detach())"),
-            (VECTOR + "_losses", "CODEBOOK", "F.mse_loss(vectors, quantised.detach())"),
-        ),
-        fails=("commitment", "codebook"),
+    seam(
+        "beta on the wrong term",
+        "V11",
+        result(VECTOR + "forward", _swapped_losses),
+        "commitment",
+        "codebook",
         why="each of the two terms has the other's place",
         model=LEARNED_CODES,
     ),
@@ -240,34 +268,20 @@ MUTATIONS = [
         fails=("critic-start", "critic-ramp"),
         why="the critic's start and the growth of its weight are counted by the same",
     ),
-    one(
+    seam(
         "a sigmoid before the hinge",
         "V8",
-        "latentvae.losses.discriminators:PatchGAN.forward",
-        "return self.layers(images)",
-        "return self.layers(images).sigmoid()",
+        result(
+            "latentvae.losses.discriminators:PatchGAN.forward", lambda logits, *_: logits.sigmoid()
+        ),
         "critic-separates",
     ),
-    Mutation(
-        name="the wrong sign in the critic's loss",
-        fault="",
-        edits=(
-            (ADVERSARIAL + "hinge_critic_loss", "1.0 - real_logits", "1.0 + real_logits"),
-            (ADVERSARIAL + "hinge_critic_loss", "1.0 + fake_logits", "1.0 - fake_logits"),
-        ),
-        fails=("critic-separates",),
-    ),
-    Mutation(
-        name="swapped arguments of the binary cross-entropy",
-        fault="T8",
-        edits=(
-            (
-                ADVERSARIAL + "non_saturating_critic_loss",
-                "softplus(-real_logits.float()).mean() + F.softplus(fake_logits",
-                "softplus(real_logits.float()).mean() + F.softplus(-fake_logits",
-            ),
-        ),
-        fails=("critic-separates",),
+    seam("the wrong sign in the critic's loss", "", _negated("hinge"), "critic-separates"),
+    seam(
+        "swapped arguments of the binary cross-entropy",
+        "T8",
+        _negated("non_saturating"),
+        "critic-separates",
         config={"disc_loss": "non_saturating"},
     ),
     one(
@@ -397,12 +411,12 @@ MUTATIONS = [
         "accumulation",
     ),
     # Images, validation, checkpoints
-    one(
+    seam(
         "validation images in [0, 1]",
         "V10",
-        "latentvae.data.transforms:EvalTransform.__call__",
-        "box=Window().box(image.size, size)))",
-        "box=Window().box(image.size, size))) / 2 + 0.5",
+        result(
+            "latentvae.data.transforms:EvalTransform.__call__", lambda image, *_: image / 2 + 0.5
+        ),
         "image-range",
     ),
     one(
@@ -527,7 +541,12 @@ ELSEWHERE = {
 
 @contextlib.contextmanager
 def applied(mutation: Mutation) -> Iterator[None]:
-    """The fault is in the code inside the block."""
+    """The fault is there inside the block."""
+    if mutation.inject is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            mutation.inject(patch)
+            yield
+        return
     sources: dict[str, str] = {}
     for target, old, new in mutation.edits:
         source = sources.get(target) or textwrap.dedent(inspect.getsource(_function(target)))
