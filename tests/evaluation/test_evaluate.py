@@ -20,7 +20,7 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import DiscreteAutoencoder
 from latentvae.report import Report
 from latentvae.report.schema import SCHEMA_FILE, json_schema
-from tests.evaluation.conftest import Photos, evaluate_module, photo
+from tests.evaluation.conftest import Photos, photo
 from tests.evaluation.pixel_networks import Fault, Pixels, pixels
 
 METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def run(tmp_path: Path, lpips: dict[str, PerceptualLoss], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Evaluates without the figure, which has tests of its own and costs most of the time."""
-    monkeypatch.setattr(evaluate_module, "rate_figure", lambda report, path: None)
+    monkeypatch.setattr("latentvae.evaluation.evaluate.rate_figure", lambda report, path: None)
 
     def evaluation(
         model: Autoencoder, *pictures: Image.Image | None, plan: Plan = METRICS, **options: Any
@@ -140,10 +140,10 @@ def test_bd_rates_are_beside_jpeg(run: Any) -> None:
 
 def test_curves_are_means_over_the_same_images(run: Any, tmp_path: Path) -> None:
     """What JPEG copies exactly and what is too small for LPIPS changes no BD-rate."""
-    plan = replace(SMALL, qualities=(5, 40, 95), noise_psnr=())
-    photos = [photo(80, 64), photo(80, 64, left=200)]
+    plan = replace(SMALL, qualities=(5, 30, 60, 95), noise_psnr=())
+    photos = [photo(160, 120), photo(160, 120, left=200)]
     alone = run(pixels(), *photos, plan=plan)
-    flat, small = Image.new("RGB", (80, 64), (128, 128, 128)), photo(24, 24)
+    flat, small = Image.new("RGB", (160, 120), (128, 128, 128)), photo(24, 24)
     report = run(pixels(), *photos, flat, small, plan=plan)
     low, *_ = report.codecs["jpeg"]
     assert low.images == {"bpp": 4, "psnr": 3, "lpips_alex": 3}
