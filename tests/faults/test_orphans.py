@@ -51,14 +51,16 @@ def test_readers_end_with_a_trainer_that_was_killed(
 ) -> None:
     config, output = small_config(tmp_path / "run", **options), tmp_path / "output.txt"
     trainer = psutil.Process(start_fork(lambda: train(config), output=output))
-    deadline = time.monotonic() + PATIENCE
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.05)
-    readers = trainer.children()
-    assert len(readers) >= WORKERS
-    trainer.kill()
-    trainer.wait()
+    deadline, log = time.monotonic() + PATIENCE, tmp_path / "run" / "log.jsonl"
+    try:
+        while not log.exists() or not log.stat().st_size:  # its first update is made
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        readers = trainer.children()
+        assert len(readers) >= WORKERS
+    finally:
+        trainer.kill()
+        trainer.wait()
     ended(readers, seconds=READERS_END)
 
 
