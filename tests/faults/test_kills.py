@@ -46,7 +46,7 @@ def saved(value: float) -> Snapshot:
     return Snapshot(tensors=tensors, values={"update": value})
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, keep: int) -> None:
     """Of the update before or of its own, and never none, also where one alone is kept."""
     last = keep + 1  # the first save that deletes one

@@ -17,8 +17,8 @@ from latentvae.models import ARCHITECTURES
 from latentvae.tasks.autoencoder import run as run_module
 from latentvae.tasks.autoencoder.refusals import check_compilation
 from tests.tasks.autoencoder.recording import recorded
-from tests.tasks.autoencoder.small import small_config
-from tests.tasks.autoencoder.test_resume import assert_same_run, killed_and_resumed, run_to_the_end
+from tests.tasks.autoencoder.small import broken_off, small_config
+from tests.tasks.autoencoder.test_resume import assert_same_run, run_to_the_end
 
 OPTIONS: dict[str, Any] = {  # few blocks, for a compiler that takes ten seconds for each
     "learning_rate": 2e-4,  # see test_golden.py
@@ -49,7 +49,7 @@ def assert_same_curve(plain: Path, other: Path) -> None:
                 assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
-def test_channels_last(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last(plain: Path, tmp_path: Path) -> None:
     options = {"channels_last": True, **OPTIONS}
     with recorded() as recording:
         run_to_the_end(tmp_path / "straight", **options)
@@ -60,7 +60,8 @@ def test_channels_last(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
         moments = [run.optimizer.state[p]["exp_avg"] for p in kernels if module is run.net]
         assert all(m.is_contiguous(memory_format=torch.channels_last) for m in moments)
-    killed_and_resumed(tmp_path / "resumed", monkeypatch, update=4, micro_step=1, **options)
+    broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)
+    run_to_the_end(tmp_path / "resumed", **options)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     assert_same_curve(plain, tmp_path / "straight")
 
@@ -78,8 +79,9 @@ def test_compiled_by_aot_autograd(
     monkeypatch.setattr(run_module, "compile_blocks", compiling)
     options = {"torch_compile": True, **OPTIONS}
     run_to_the_end(tmp_path / "straight", **options)
-    killed_and_resumed(tmp_path / "resumed", monkeypatch, update=4, micro_step=1, **options)
-    assert counts == [6, 6, 6]  # two blocks down, two up, two in the middle
+    broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)
+    run_to_the_end(tmp_path / "resumed", **options)
+    assert counts == [6, 6]  # two blocks down, two up, two in the middle
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     assert_same_curve(plain, tmp_path / "straight")
 
@@ -92,7 +94,8 @@ def test_compiled_by_inductor(plain: Path, tmp_path: Path, monkeypatch: pytest.M
     options = {"torch_compile": True, **OPTIONS}
     run_to_the_end(tmp_path / "straight", **options)
     torch.compiler.reset()
-    killed_and_resumed(tmp_path / "resumed", monkeypatch, update=4, micro_step=1, **options)
+    broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)
+    run_to_the_end(tmp_path / "resumed", **options)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     assert_same_curve(plain, tmp_path / "straight")
 
