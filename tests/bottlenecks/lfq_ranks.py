@@ -1,9 +1,5 @@
-"""Run by test_lfq.py: the losses of one rank and their gradient, saved to a file.
+"""For test_lfq.py: the losses of one rank and their gradient, saved to a file."""
 
-lfq_ranks.py FOLDER RANK
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -27,12 +23,7 @@ def losses_and_gradient(features: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path, rank: int) -> None:
-    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     save_file(losses_and_gradient(joined_batch().chunk(2)[rank]), folder / f"{rank}.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

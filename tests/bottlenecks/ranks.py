@@ -1,10 +1,6 @@
-"""Run by test_vector.py: one training step of quantisers by one of several ranks, or by one process
-with the joined batch.
+"""For test_vector.py: one training step of quantisers by one of several ranks, or by one process
+with the joined batch, saved to a file."""
 
-ranks.py FOLDER RANK WORLD_SIZE
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -55,8 +51,3 @@ def main(folder: Path, rank: int, world_size: int) -> None:
         saved[f"{name}/restarted"] = restarted
         saved |= {f"{name}/{key}": value for key, value in quantiser.state_dict().items()}
     save_file(saved, folder / f"{world_size}-{rank}.safetensors")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

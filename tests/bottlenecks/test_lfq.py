@@ -1,7 +1,5 @@
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from vector_quantize_pytorch import LFQ
 from latentvae.bottlenecks import lfq
 from latentvae.bottlenecks.lfq import LookupFreeQuantizer
 from latentvae.errors import UserError
-from tests.bottlenecks.lfq_ranks import joined_batch, losses_and_gradient
-
-ROOT = Path(__file__).parents[2]
+from tests.bottlenecks.lfq_ranks import joined_batch, losses_and_gradient, main
+from tests.forks import ranks
 
 
 def all_codes(quantiser: LookupFreeQuantizer) -> Tensor:
@@ -232,15 +229,8 @@ def test_two_ranks_are_one_with_the_joined_batch(monkeypatch: pytest.MonkeyPatch
     compare_with_joined(found[0], found[1])
 
 
-@pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("lfq_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen([sys.executable, script, tmp_path, str(rank)], env=environment)
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    ranks(lambda: main(tmp_path, int(os.environ["RANK"])), output=tmp_path / "output.txt")
     compare_with_joined(*(load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)))
 
 

@@ -1,7 +1,5 @@
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from latentvae.bottlenecks import Quantizer, build_quantizer, nearest_codes
 from latentvae.bottlenecks.entropy import code_entropies
 from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
+from tests import forks
 from tests.bottlenecks import ranks
 from tests.bottlenecks.test_nearest import LargestTensor, exact
-
-ROOT = Path(__file__).parents[2]
 
 
 def build(**options: Any) -> VectorQuantizer:
@@ -332,16 +329,11 @@ def test_options_that_are_wrong() -> None:
         build(ema_decay=1.0)
 
 
-@pytest.mark.slow
 def test_two_ranks_are_one_process_with_the_joined_batch(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"], env=environment)
-        for rank in range(2)
-    ]
+    forks.ranks(
+        lambda: ranks.main(tmp_path, int(os.environ["RANK"]), 2), output=tmp_path / "output.txt"
+    )
     ranks.main(tmp_path, 0, 1)
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     one, first, second = (
         load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1")
     )
