@@ -15,6 +15,7 @@ BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
+    "mid_block_add_attention": False,  # most of the time of its shape's measurement
 }
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from latentvae.losses.adversarial import (
@@ -31,6 +30,7 @@ from latentvae.tasks.autoencoder.update import (
     backward_model,
     clip_gradients,
 )
+from tests.forks import ranks
 
 
 @pytest.fixture(scope="module")
@@ -281,17 +281,16 @@ def critic_gradients(folder: Path, *, rank: int, ranks: int) -> None:
     save_file(found, folder / f"{ranks}-{rank}.safetensors")
 
 
-def critic_of_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+def critic_of_rank(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     critic_gradients(folder, rank=rank, ranks=2)
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_penalised_critics_of_two_ranks_are_one_with_the_joined_batch(tmp_path: Path) -> None:
     """R1 through the bare network and the loss through DDP, in one backward pass."""
-    spawn(critic_of_rank, args=(tmp_path,), nprocs=2)
+    ranks(lambda: critic_of_rank(tmp_path), output=tmp_path / "output.txt")
     critic_gradients(tmp_path, rank=0, ranks=1)
     joined, first, second = (
         load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1")
