@@ -219,8 +219,8 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str], said: li
 
 def test_help_of_the_installed_command_loads_no_torch() -> None:
     code = (
-        "import sys, latentvae.cli.main\n"
-        "try: latentvae.cli.main(['--help'])\n"
+        "import sys\nfrom latentvae.cli.main import main\n"
+        "try: main(['--help'])\n"
         "except SystemExit as ended: print('torch' in sys.modules, ended.code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

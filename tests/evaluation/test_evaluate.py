@@ -20,7 +20,7 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import DiscreteAutoencoder
 from latentvae.report import Report
 from latentvae.report.schema import SCHEMA_FILE, json_schema
-from tests.evaluation.conftest import Photos, photo
+from tests.evaluation.conftest import Photos, evaluate_module, photo
 from tests.evaluation.pixel_networks import Fault, Pixels, pixels
 
 METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture
 def run(tmp_path: Path, lpips: dict[str, PerceptualLoss], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Evaluates without the figure, which has tests of its own and costs most of the time."""
-    monkeypatch.setattr("latentvae.evaluation.evaluate.rate_figure", lambda report, path: None)
+    monkeypatch.setattr(evaluate_module, "rate_figure", lambda report, path: None)
 
     def evaluation(
         model: Autoencoder, *pictures: Image.Image | None, plan: Plan = METRICS, **options: Any
