@@ -26,7 +26,6 @@ from rich.table import Table
 
 from latentvae.autoencoder import Autoencoder, load
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.config.presets import parse
 from latentvae.data import ImageSource, open_source
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
@@ -34,6 +33,7 @@ from latentvae.evaluation import METRICS_ONLY, evaluate
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
 from latentvae.tasks.autoencoder import load_preset, train
+from latentvae.tasks.autoencoder.config import parse
 
 PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size

@@ -27,8 +27,9 @@ from training_step import Options as StepOptions
 
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.compute.memory import keep_freed_memory
+from latentvae.engine.updates import clip_gradients
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.update import backward_critic, clip_gradients
+from latentvae.tasks.autoencoder.backward import backward_critic
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Parts:
         self.parts: list[Part] = []
 
     def measure(self) -> list[Part]:
-        run, images = self.step.run, self.images
-        net, perceptual = run.net, run.metric
+        task, images = self.step.task, self.images
+        net, perceptual = task.net, task.metric
         moments = self._timed("encoder", lambda: net.encode(images).latent_dist.parameters)
         z = moments.chunk(2, dim=1)[0].detach().float().requires_grad_()
         recon = self._timed("decoder", lambda: net.decode(z).sample)
@@ -77,7 +78,7 @@ class Parts:
         features = self._timed("LPIPS, reconstructions", lambda: perceptual.features(seen))
         distance = perceptual.distance(targets, features).sum()
         self._timed("LPIPS, backward", lambda: _gradient(distance, seen))
-        adversary = self.step.updates.adversary()
+        adversary = task.adversary(0)
         assert adversary is not None
         logits = self._timed("critic, for the model", lambda: adversary.critic(seen))
         self._timed("critic, backward to the images", lambda: _gradient(logits.sum(), seen))
@@ -91,9 +92,8 @@ class Parts:
         return self.parts
 
     def _step(self) -> None:
-        run = self.step.run
-        clip_gradients(run.wrapper.parameters(), 1.0)
-        self.step.updates.step(self.step.updates.adversary())
+        clip_gradients(self.step.task.wrapper.parameters(), 1.0)
+        self.step.updates.step(self.step.task.learning(0))
 
     def _timed(self, name: str, call: Callable[[], Any]) -> Any:
         with torch.autocast(

@@ -36,19 +36,21 @@ from rich.table import Table
 from torch import Tensor
 
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.config.presets import parse
 from latentvae.data import EvalTransform, open_source
 from latentvae.data.dataset import validation_batches
+from latentvae.engine.schedule import learning_rate
+from latentvae.engine.updates import clip_gradients
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.image import psnr, to_8bit
 from latentvae.metrics.tokens import TokenUsage
-from latentvae.models.conv.vq import DiscreteAutoencoder, DiscreteTrainingWrapper, build_discrete
+from latentvae.models import DiscreteAutoencoder
+from latentvae.models.conv.vq import DiscreteTrainingWrapper, build_discrete
 from latentvae.tasks.autoencoder import load_preset
+from latentvae.tasks.autoencoder.backward import backward_model
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate
-from latentvae.tasks.autoencoder.schedule import learning_rate
-from latentvae.tasks.autoencoder.update import backward_model, clip_gradients
+from latentvae.tasks.autoencoder.config import parse
 
 PRESET = load_preset("vq_small")
 START_VECTORS = 8  # for each code, of k-means
@@ -133,7 +135,7 @@ class Training:
             rec_loss=PRESET.objective.rec_loss,
             perceptual=PerceptualLoss(load_lpips("alex")),
             perceptual_scale=PRESET.objective.perceptual_scale,
-            kl_scale=0.0,
+            kl_scale=None,
             latent_weights=kind.weights | {"theirs": 1.0},
         )
         self.optimizer = torch.optim.AdamW(self.net.parameters(), weight_decay=0.0, fused=True)
@@ -150,6 +152,7 @@ class Training:
             images,
             out,
             objective=self.objective,
+            update=self.done,
             last_layer=self.wrapper.last_layer,
             adversary=None,
         )

@@ -30,14 +30,15 @@ from torch import Tensor
 
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.compute.memory import keep_freed_memory
-from latentvae.config.presets import parse
 from latentvae.data import Batch, EvalTransform, open_source
+from latentvae.engine.processes import start_accelerator
 from latentvae.engine.randomness import Stream, seed_everything
+from latentvae.engine.training import build_training
+from latentvae.engine.updates import Made, Updates
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
-from latentvae.tasks.autoencoder.state import Progress
-from latentvae.tasks.autoencoder.update import backward_critic
-from latentvae.tasks.autoencoder.updates import Made, Updates
+from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.config import parse
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # as many pixels as memory of a laptop takes
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
@@ -98,13 +99,11 @@ class OurStep:
         # Accelerate takes a GPU that is there, wherever the images are.
         with tempfile.TemporaryDirectory() as folder, patch_environment(**on_cpu):
             config = parse(_config(options, images, precision, folder), source="training_step.py")
-            self.run = build_run(
-                config,
-                folder=Path(folder),
-                accelerator=start_accelerator(config, Path(folder)),
-                data=open_data(config),
-            )
-        self.updates = Updates(self.run, Progress())
+            self.task = AutoencoderTask(config)
+            self.task.open()
+            accelerator = start_accelerator(config.run, Path(folder))
+            training = build_training(self.task, folder=Path(folder), accelerator=accelerator)
+        self.updates = Updates(training)
         self.batch = Batch(images=images, indices=torch.arange(len(images)), bad=[])
 
     def update(self) -> Made:
@@ -112,17 +111,16 @@ class OurStep:
 
     def backward(self) -> dict[str, Tensor]:
         """Add the gradients of the model; the losses as they are logged."""
-        return self.updates.micro_step(self.batch, self.updates.adversary(), Made())
+        return self.updates.micro_step(self.batch)
 
     def backward_critic(self, recon: Tensor) -> Tensor:
-        adversary = self.updates.adversary()
+        adversary = self.task.adversary(0)
         assert adversary is not None
         return backward_critic(self.batch.images, recon, adversary=adversary)["critic/loss"]
 
     def zero_grad(self) -> None:
-        for module in (self.run.wrapper, self.run.critic):
-            assert module is not None
-            module.zero_grad()
+        for learner in self.task.learners.values():
+            learner.module.zero_grad()
 
 
 def _config(
@@ -162,9 +160,9 @@ def photos(resolution: int, count: int) -> Tensor:
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
     """The largest relative difference of losses and gradients, from equal weights."""
-    seed_everything(Stream.MICRO_STEP, ours.run.config.run.seed, 0, 0)
+    seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
     logged = ours.backward()
-    seed_everything(Stream.MICRO_STEP, ours.run.config.run.seed, 0, 0)
+    seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
     losses = reference.backward_model(images)
     scale = reference.scale(images)
     pairs = [
@@ -174,14 +172,14 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
         (logged["loss/kl"], losses["kl"]),
         (logged["critic/adaptive_weight"], losses["adaptive_weight"]),
     ]
-    net_gradients = gradient(ours.run.net), gradient(reference.net, scale=scale)
+    net_gradients = gradient(ours.task.net), gradient(reference.net, scale=scale)
     ours.zero_grad()
     reference.critic.zero_grad()
     with torch.no_grad():
         recon = reference.net(images).sample
     pairs.append((ours.backward_critic(recon), reference.backward_critic(images, recon)["critic"]))
-    assert ours.run.critic is not None
-    critic_gradients = gradient(ours.run.critic), gradient(reference.critic)
+    assert ours.task.critic is not None
+    critic_gradients = gradient(ours.task.critic), gradient(reference.critic)
     ours.zero_grad()
     for module in (reference.net, reference.critic):
         module.zero_grad()
@@ -248,7 +246,7 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
     stock = _reference("diffusers mended", ours, Options())
     mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)
     found = []
-    for net, lpips in ((ours.run.net, ours.run.metric.lpips), (stock.net, stock.lpips)):
+    for net, lpips in ((ours.task.net, ours.task.metric.lpips), (stock.net, stock.lpips)):
         recon = net(images).sample
         net.zero_grad()
         (recon * mix).sum().backward()
@@ -261,9 +259,9 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
     """From the weights of ours; with the stock layers or those of ours."""
-    run = ours.run
-    assert run.critic is not None
-    parts: Any = (run.net, run.critic, run.metric.lpips)
+    task = ours.task
+    assert task.critic is not None
+    parts: Any = (task.net, task.critic, task.metric.lpips)
     if name == PEER:
         assert options.peer_script is not None
         return TamingStep(options.peer_script, *parts, weights=WEIGHTS, stock=stock)

@@ -27,7 +27,7 @@ from latentvae.compute.strips import (
     price_in_strips,
 )
 from latentvae.errors import UserError
-from latentvae.models import Family, calls, load_network, normalization
+from latentvae.models import Network, SingleFileKind, calls, family_of, load_network
 from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
@@ -59,7 +59,7 @@ class Autoencoder:
             requires a gradient. To train on, give a `copy.deepcopy`.
         name: what reports call it.
         path: the folder, file or Hub id that it was loaded from.
-        optimize: what computes in its place, see `models.optimization`; None is `net` itself.
+        optimize: what computes in its place, see `compute.optimization`; None is `net` itself.
         strips: compute large images exactly, in little memory, strip by strip; what will take
             longer than ten seconds is told on stderr before it starts, once for each size. For
             `AutoencoderKL` and tokenizers (`VQModel`); others are a `UserError`.
@@ -76,14 +76,14 @@ class Autoencoder:
 
     def __init__(
         self,
-        net: Any,
+        net: Network,
         *,
         name: str,
         path: str | None = None,
         optimize: Optimize | None = None,
         strips: bool | Strips = False,
     ) -> None:
-        self.net: Any = net.eval().requires_grad_(False)
+        self.net: Network = net.eval().requires_grad_(False)
         self.name, self.path = name, path
         self.strips = (Strips() if strips else None) if isinstance(strips, bool) else strips
         self._priced: set[tuple[str, int, int, int]] = set()
@@ -97,7 +97,7 @@ class Autoencoder:
         self.image_channels: int = calls.image_channels(net)
         self.num_codes = calls.num_codes(net)
         self.smallest_side = 1 if self.num_codes is None else self.f
-        self.normalization = normalization.read_normalization(net)
+        self.normalization = family_of(net).normalization(net)
 
     @property
     def _computation(self) -> calls.Computation | None:
@@ -312,7 +312,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    family: Family | None = None,
+    family: SingleFileKind | None = None,
     optimize: Optimize | None = None,
     strips: bool | Strips = False,
 ) -> Autoencoder:
@@ -349,7 +349,7 @@ def load(
         raise UserError(f"'{path}' cannot be used: {error}") from error
 
 
-def _check_strips(net: Any, name: str, optimize: str | None) -> None:
+def _check_strips(net: Network, name: str, optimize: str | None) -> None:
     if optimize is not None:
         raise UserError(f"'{name}' is computed in strips or by optimize='{optimize}', not by both")
     try:
@@ -375,7 +375,7 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name in _GENERIC_NAMES and path.parent.name else path.name
 
 
-def _sha256(net: Any) -> str:
+def _sha256(net: Network) -> str:
     """Of all values as they are loaded, in the order of their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):

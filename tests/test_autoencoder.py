@@ -24,6 +24,7 @@ import latentvae
 from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
 from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder
+from tests.tiny import RAE
 
 
 @pytest.fixture(scope="module")
@@ -309,19 +310,6 @@ KL_BLOCKS: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "block_out_channels": (8, 8, 8),
     "norm_num_groups": 4,
-}
-RAE: dict[str, Any] = {
-    "encoder_type": "mae",
-    "encoder_hidden_size": 64,
-    "encoder_patch_size": 8,
-    "encoder_num_hidden_layers": 1,
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 16,
-    "patch_size": 4,
-    "encoder_input_size": 32,
-    "image_size": 16,
 }
 DC: dict[str, Any] = {
     "latent_channels": 4,

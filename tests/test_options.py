@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.options import (
     ChosenByPreset,
     DecidesTheWatch,
@@ -16,6 +15,7 @@ from latentvae.options import (
     marks,
     tag_in,
 )
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 
 class Base(Section):

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ NAMED = ("losses", "statistics")
 
 def full_latent(value: Tensor) -> Latent:
     """A latent whose every field holds ``value``."""
-    named = {name: {"one": value, "two": value} for name in NAMED}
+    named: Any = {name: {"one": value, "two": value} for name in NAMED}
     return Latent(**dict.fromkeys(TENSORS, value), **named)
 
 
@@ -49,7 +50,7 @@ def test_accelerate_converts_every_tensor_to_float32() -> None:
 
 def test_a_latent_of_one_field_is_rebuilt_as_it_was() -> None:
     half = torch.ones(2, 2, dtype=torch.bfloat16)
-    out = convert_to_fp32(AutoencoderOutput(recon=half, latents=(Latent(z=half),)))
+    out: Any = convert_to_fp32(AutoencoderOutput(recon=half, latents=(Latent(z=half),)))
     (latent,) = out.latents
     assert isinstance(latent, Latent) and latent.z.dtype == torch.float32
     assert latent.kl is None and out.kl is None and out.latent_losses == {}
@@ -121,9 +122,9 @@ def gradients_of_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for way in ("find_unused_parameters", "static_graph"):
-        module = Parts()
+        module, options = Parts(), {way: True}
         # A parameter whose tensor DDP does not find counts as unused and is not reduced.
-        prepared = DistributedDataParallel(module, **{way: True})
+        prepared = DistributedDataParallel(module, **options)
         out = prepared(torch.full((1,), 1.0 + 2.0 * rank))
         total = out.recon.sum() + out.latents[0].z.sum() + out.latent_losses["commitment"]
         (total + out.kl.sum()).backward()

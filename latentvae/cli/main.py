@@ -13,7 +13,7 @@ from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once,
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from latentvae.config.autoencoder import TrainConfig
+    from latentvae.tasks.autoencoder.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -329,12 +329,13 @@ class VerifyResume:
     def run(self, flags: Sequence[str]) -> None:
         """`flags` are those of the training scripts."""
         from latentvae.proofs.verify_resume import verify_resume
+        from latentvae.tasks.autoencoder.task import AutoencoderTask
 
         # Its launches have sessions of their own; ended by an exception, it takes them along.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))
-        raise SystemExit(verify_resume(config, **options))
+        raise SystemExit(verify_resume(AutoencoderTask, config, **options))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ one sentence.
 
 import dataclasses
 import itertools
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import diffusers
 import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,10 +25,12 @@ from latentvae.cli.flags import (
     settled_output,
     unknown_flags,
 )
-from latentvae.config.autoencoder import TrainConfig, flat
-from latentvae.config.presets import load_preset, parse, preset_names
+from latentvae.config.presets import Config, load_preset, parse, preset_names
+from latentvae.config.run import JobConfig, flat
+from latentvae.engine.task import Task
 from latentvae.errors import RunError, UserError
 from latentvae.options import ChosenByPreset, Elsewhere, marked, marks
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
 
@@ -39,14 +39,16 @@ def config_from_arguments(
     arguments: Sequence[str],
     *,
     description: str,
+    schema: type[Config] = TrainConfig,
     default_config: str = "kl_small",
     also: Sequence[str] = (),
-) -> TrainConfig:
-    """The run that the command line asks for.
+) -> Config:
+    """Return the options that the command line asks for.
 
     Args:
         description: of the script, for its help.
-        default_config: the preset without `--config`.
+        schema: of the task.
+        default_config: the preset without `--config`; empty for the defaults of the schema.
         also: options that the command has beside these and has read already; a wrong one may have
             been meant for one of them.
 
@@ -55,23 +57,22 @@ def config_from_arguments(
         SystemExit: after `--help`.
     """
     arguments = list(arguments)
-    preset = load_preset(_config_flag(arguments) or default_config)
+    name = _config_flag(arguments) or default_config
+    preset = load_preset(name, schema) if name else schema()
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
     _check_flags(arguments, preset, also=also)
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
-    return parse(dataclasses.asdict(flags), source="command line")
+    return parse(dataclasses.asdict(flags), schema, source="command line")
 
 
-def _check_flags(
-    arguments: Sequence[str], preset: TrainConfig, *, also: Sequence[str] = ()
-) -> None:
+def _check_flags(arguments: Sequence[str], preset: JobConfig, *, also: Sequence[str] = ()) -> None:
     """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
     here."""
-    chosen = marked(TrainConfig, ChosenByPreset)
+    chosen = marked(type(preset), ChosenByPreset)
     names = [name for name in flat(preset) if name not in chosen]
-    elsewhere = marks(TrainConfig, Elsewhere)
+    elsewhere = marks(type(preset), Elsewhere)
     ours = {other: name for name, mark in elsewhere.items() for other in mark.names.split()}
     for flag, given in unknown_flags(arguments, names):
         given = given.rpartition(".")[2].removeprefix("no_")
@@ -79,11 +80,13 @@ def _check_flags(
         if name in names:
             raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
         if name in chosen:
+            kinds = _kinds(name, type(preset))
             raise UserError(
-                f"unknown option '{flag}': --config chooses it, a preset ({_kinds(name)}) or a "
+                f"unknown option '{flag}': --config chooses it, a preset ({kinds}) or a "
                 "YAML file of your own"
             )
-        if presets := [p for p in preset_names() if name in flat(load_preset(p))]:
+        presets = [p for p, values in _presets(type(preset)).items() if name in values]
+        if presets:
             called = "" if name == given else f" (here '--{name}')"
             raise UserError(
                 f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
@@ -92,16 +95,21 @@ def _check_flags(
     check_names(arguments, [*names, *also])
 
 
-def _kinds(name: str) -> str:
+def _presets(schema: type[JobConfig]) -> dict[str, dict[str, Any]]:
+    """Every preset of a task and its options by their leaf names."""
+    return {name: flat(load_preset(name, schema)) for name in preset_names(schema)}
+
+
+def _kinds(name: str, schema: type[JobConfig]) -> str:
     """Which presets have which architecture or type of quantiser."""
     kinds: dict[str, list[str]] = {}
-    for preset in preset_names():
-        if kind := flat(load_preset(preset)).get(name):
+    for preset, values in _presets(schema).items():
+        if kind := values.get(name):
             kinds.setdefault(kind, []).append(preset)
     return "; ".join(f"{kind}: {', '.join(presets)}" for kind, presets in sorted(kinds.items()))
 
 
-def _read_flags(preset: TrainConfig, arguments: list[str], *, description: str) -> Any:
+def _read_flags(preset: JobConfig, arguments: list[str], *, description: str) -> Any:
     return tyro.cli(
         _flags_of(preset),
         args=arguments,
@@ -125,8 +133,8 @@ def _flags_of(section: BaseModel) -> type:
             fields.append((name, nested, dataclasses.field(default_factory=nested)))
         else:
             text = info.description or ""
-            if name == "config":
-                text = f"{text} Presets: {', '.join(preset_names())}."
+            if isinstance(section, JobConfig) and name == "config":
+                text = f"{text} Presets: {', '.join(preset_names(type(section))) or 'none'}."
             fields.append((name, _flag_type(info, text), dataclasses.field(default=value)))
     flags = dataclasses.make_dataclass(type(section).__name__, fields)
     flags.__doc__ = type(section).__doc__
@@ -166,31 +174,70 @@ def _config_flag(arguments: list[str]) -> str | None:
 def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
-    """The whole of a training script: flags in, export out; exits with 2 on a wrong option, 128 + n
-    after signal n, 1 if the run failed or all is done but the upload to the Hub.
+    """The whole of an autoencoder's training script, see `run_task`.
 
-    With `--preflight` the run is only checked (`training.preflight`): 0 if all holds, else 1.
+    With `--preflight` the run is only checked (`proofs.preflight`): 0 if all holds, else 1.
+    """
+    from latentvae.proofs.preflight import preflight
+    from latentvae.tasks.autoencoder.task import AutoencoderTask
+
+    run_task(
+        AutoencoderTask,
+        arguments,
+        description=description,
+        default_config=default_config,
+        preflight=preflight,
+    )
+
+
+def run_task(
+    task: type[Task],
+    arguments: Sequence[str],
+    *,
+    description: str,
+    default_config: str = "",
+    preflight: Callable[[Any], int] | None = None,
+) -> None:
+    """The whole of a training script: flags in, export out.
+
+    Exits with 2 on a wrong option, 128 + n after signal n, 1 if the run failed or all is done but
+    the upload to the Hub.
+
+    Args:
+        task: what is trained.
+        arguments: of the command line.
+        description: of the script, for its help.
+        default_config: the preset without `--config`.
+        preflight: checks a configuration in place of the run, where `--preflight` asks for it.
     """
     with settled_output():
-        _run(arguments, description=description, default_config=default_config)
+        _run(task, arguments, description, default_config, preflight)
 
 
-def _run(arguments: Sequence[str], *, description: str, default_config: str) -> None:
+def _run(
+    task: type[Task],
+    arguments: Sequence[str],
+    description: str,
+    default_config: str,
+    preflight: Callable[[Any], int] | None,
+) -> None:
     from latentvae.data import UnreadableImage
+    from latentvae.engine.loop import Stopped, train
     from latentvae.export.hub import UploadError
-    from latentvae.proofs.preflight import preflight
-    from latentvae.tasks.autoencoder.loop import Stopped, train
 
+    switches = [PREFLIGHT] if preflight is not None else []
     try:
         config = config_from_arguments(
-            [argument for argument in arguments if argument != PREFLIGHT],
+            [argument for argument in arguments if argument not in switches],
             description=description,
+            schema=task.config_class,
             default_config=default_config,
-            also=[PREFLIGHT.removeprefix("--")],
+            also=[switch.removeprefix("--") for switch in switches],
         )
-        if PREFLIGHT in arguments:
+        if preflight is not None and PREFLIGHT in arguments:
             raise SystemExit(preflight(config))
-        export = train(config)
+        trained = task(config)
+        export = train(trained)
     except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -213,9 +260,7 @@ def _run(arguments: Sequence[str], *, description: str, default_config: str) -> 
     except Stopped as stopped:
         say_once(str(stopped))
         raise SystemExit(128 + stopped.signal) from None
-    kind = json.loads((export / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
-    say_once(f"done: {export} loads with {module}.{kind}.from_pretrained('{export}')")
+    say_once(trained.done(export))
 
 
 if __name__ == "__main__":  # `accelerate launch -m latentvae.cli.train`, where there are no scripts

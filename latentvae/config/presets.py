@@ -1,15 +1,15 @@
 """From YAML and nested values to a checked configuration; every fault is one sentence."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from latentvae.bottlenecks.table import QUANTIZERS
-from latentvae.config.autoencoder import TrainConfig, option_names
+from latentvae.config.run import JobConfig, kinds, option_names
 from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
-from latentvae.models.config import MODELS
+
+Config = TypeVar("Config", bound=JobConfig)
 
 
 def presets_folder() -> Path:
@@ -18,12 +18,19 @@ def presets_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+def preset_names(schema: type[JobConfig]) -> list[str]:
+    """Names of the presets whose sections are those of a task."""
+    found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
+    return sorted(
+        name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
+    )
 
 
-def load_preset(name_or_path: str) -> TrainConfig:
-    """The configuration in a YAML file, or in the preset of that name.
+def load_preset(name_or_path: str, schema: type[Config]) -> Config:
+    """Return the configuration in a YAML file, or in the preset of that name.
+
+    Args:
+        schema: of the task.
 
     Raises:
         UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
@@ -33,7 +40,7 @@ def load_preset(name_or_path: str) -> TrainConfig:
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.yaml"
     if not path.is_file():
-        names = preset_names()
+        names = preset_names(schema)
         raise UserError(
             f"config '{name_or_path}' is neither a file nor a preset "
             f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
@@ -41,46 +48,47 @@ def load_preset(name_or_path: str) -> TrainConfig:
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(
-            f"config '{path}' must hold sections ({', '.join(sections())}), not a "
+            f"config '{path}' must hold sections ({', '.join(sections(schema))}), not a "
             f"{type(values).__name__}"
         )
-    return parse(values | {"config": name_or_path}, source=str(path))
+    return parse(values | {"config": name_or_path}, schema, source=str(path))
 
 
-def sections() -> list[str]:
-    return [name for name, field in TrainConfig.model_fields.items() if name != "config"]
+def sections(schema: type[JobConfig]) -> list[str]:
+    return [name for name in schema.model_fields if name != "config"]
 
 
-def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
+def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Config:
     """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
     try:
-        return TrainConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         raise UserError(
-            f"{source}: {'; '.join(_sentence(fault) for fault in error.errors())}"
+            f"{source}: {'; '.join(_sentence(fault, schema) for fault in error.errors())}"
         ) from error
 
 
-def checked(config: TrainConfig) -> TrainConfig:
-    """The same options, of which those that were set by assignment have not been looked at yet.
+def checked(config: Config) -> Config:
+    """Return the same options; what was set by assignment is checked here.
 
     Raises:
         UserError: one that is not allowed.
     """
-    return parse(config.model_dump(warnings=False), source="config")
+    return parse(config.model_dump(warnings=False), type(config), source="config")
 
 
-def _sentence(fault: Any) -> str:
+def _sentence(fault: Any, schema: type[JobConfig]) -> str:
     """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
-    kinds = [part for part in fault["loc"] if part in MODELS or part in QUANTIZERS]
-    loc = [part for part in fault["loc"] if part not in kinds]  # as the user wrote it
+    chosen = [part for part in fault["loc"] if part in kinds(schema)]
+    loc = [part for part in fault["loc"] if part not in chosen]  # as the user wrote it
     where = ".".join(str(part) for part in loc)
     if fault["type"] == "extra_forbidden":
         if loc[-1] == "quantizer":
             return f"'{where}' has no meaning here; it goes under model, with architecture: vq"
-        if loc[-1] in option_names():
-            return f"'{where}' is no option of {kinds[-1] if kinds else 'this section'}"
-        return f"unknown option '{where}'{nearest(str(loc[-1]), [*option_names(), *sections()])}"
+        names = option_names(schema)
+        if loc[-1] in names:
+            return f"'{where}' is no option of {chosen[-1] if chosen else 'this section'}"
+        return f"unknown option '{where}'{nearest(str(loc[-1]), [*names, *sections(schema)])}"
     if fault["type"] == "union_tag_invalid":
         choices = fault["ctx"]["expected_tags"]
         hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))

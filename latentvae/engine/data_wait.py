@@ -1,16 +1,15 @@
-"""How long the update waits for images, and what helps."""
+"""How long the update waits for its batches, and what helps."""
 
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-
-from latentvae.data import Batch
+from typing import Any
 
 TOLD_FROM = 0.2  # share of the time that is worth a word
 
 
-class DataWait(Iterator[Batch]):
+class DataWait(Iterator[Any]):
     """Batches, with a clock that runs while the next one is waited for.
 
     It counts host time and syncs no device. The first wait is not counted: workers start in it.
@@ -19,19 +18,28 @@ class DataWait(Iterator[Batch]):
         loader: gives the batches; asked for the first of them when that is wanted.
         num_workers: processes of this rank that read images.
         num_processes: ranks on this machine, among which its cores are shared.
+        unit: what the batches are made of.
+        advice: what helps where no core is left for more workers.
     """
 
     def __init__(
-        self, loader: Iterable[Batch], *, num_workers: int = 0, num_processes: int = 1
+        self,
+        loader: Iterable[Any],
+        *,
+        num_workers: int = 0,
+        num_processes: int = 1,
+        unit: str = "items",
+        advice: str = "make the data faster to read",
     ) -> None:
         self._loader = loader
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Any] | None = None
         self._num_workers = num_workers
         self._num_processes = num_processes
+        self._unit, self._advice = unit, advice
         self._seconds = 0.0
         self._told = False
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._batches is None:
             self._batches = iter(self._loader)
             return next(self._batches)
@@ -57,7 +65,7 @@ class DataWait(Iterator[Batch]):
             return None
         self._told = True
         return (
-            f"the update waits for images {waited / elapsed:.0%} of the time (images "
+            f"the update waits for {self._unit} {waited / elapsed:.0%} of the time ({self._unit} "
             f"{waited / updates:.2g} s, update {(elapsed - waited) / updates:.2g} s): "
             f"{self._remedy(waited, elapsed)}"
         )
@@ -70,7 +78,4 @@ class DataWait(Iterator[Batch]):
         spare = (os.cpu_count() or 1) // self._num_processes
         if min(needed, spare) > self._num_workers:
             return f"try --dataloader_num_workers {min(needed, spare)}"
-        return (
-            f"{self._num_workers} workers have no more cores; store the images smaller, or try "
-            "--crops_per_image 2 (twice the crops of half as many images)"
-        )
+        return f"{self._num_workers} workers have no more cores; {self._advice}"

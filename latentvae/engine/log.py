@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from latentvae.distributed import all_reduce_mean
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
+Window = dict[str, list[float]]  # sum and count of logged values since the last row, by name
+
 
 class MeanWindow:
     """Running means of device scalars between two rows of the log; no host sync until `means`."""
 
-    def __init__(
-        self, device: torch.device, *, saved: Mapping[str, list[float]] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, *, saved: Window | None = None) -> None:
         saved = saved or {}
         self.sums = {name: torch.tensor(total, device=device) for name, (total, _) in saved.items()}
         self.counts = {name: int(count) for name, (_, count) in saved.items()}
@@ -43,7 +43,7 @@ class MeanWindow:
         self.sums, self.counts = {}, {}
         return dict(zip(names, all_reduce_mean(local).tolist(), strict=True))
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> Window:
         return {name: [float(total), self.counts[name]] for name, total in self.sums.items()}
 
 
@@ -55,7 +55,9 @@ class RunLog:
         accelerator: knows the ranks and the tracker.
         start: updates done already; rows of later updates, left by a killed run, are dropped.
         total: updates of the whole run.
-        images_per_update: effective batch.
+        items_per_update: effective batch.
+        unit: what the items are.
+        shown: log names on the progress line.
         waiting: the clock of the batches, for `time/data_wait_share` and a warning.
     """
 
@@ -66,14 +68,16 @@ class RunLog:
         *,
         start: int,
         total: int,
-        images_per_update: int,
+        items_per_update: int,
+        unit: str = "items",
+        shown: Sequence[str] = (),
         waiting: DataWait | None = None,
     ) -> None:
         self.tracker = Tracker(accelerator, say=self.say)
         self.active = accelerator.is_main_process
         self.path = folder / "log.jsonl"
         self.total = total
-        self.images_per_update = images_per_update
+        self.items_per_update, self.unit, self.shown = items_per_update, unit, shown
         self.waiting = waiting
         # None: no bar where there is no terminal; `row` prints lines instead.
         hidden = None if self.active else True
@@ -82,8 +86,8 @@ class RunLog:
         self.validation: dict[str, Any] | None = None  # of update `start`, if it was made
         if self.active:
             for row in _keep_rows_up_to(self.path, start):
-                if "validation/psnr" in row and row["update"] == start:
-                    self.validation = row
+                if row["update"] == start and any(name.startswith("validation/") for name in row):
+                    self.validation = {n: v for n, v in row.items() if n != "update"}
 
     def step(self) -> None:
         self.bar.update(1)
@@ -92,24 +96,22 @@ class RunLog:
         """Append a row of training values, with the speed since the last one."""
         now, (then, done) = time.perf_counter(), self._mark
         elapsed = max(now - then, 1e-9)
-        speed = (update - done) * self.images_per_update / elapsed
+        speed = (update - done) * self.items_per_update / elapsed
         self._mark = (now, update)
-        images = update * self.images_per_update
-        times = {"time/images_per_second": speed}
+        items = {self.unit: update * self.items_per_update}
+        times = {f"time/{self.unit}_per_second": speed}
         if self.waiting is not None:
             waited = self.waiting.take()
             times["time/data_wait_share"] = waited / elapsed
             if advice := self.waiting.advice(waited, elapsed, updates=update - done):
                 self.say(advice)
-        self.write(update, {"images": images, **values, **times})
+        self.write(update, {**items, **values, **times})
         shown = {
-            name.split("/")[1]: f"{values[name]:.3g}"
-            for name in ("loss/rec", "loss/lpips")
-            if name in values
-        } | {"images/s": f"{speed:.1f}"}
+            name.rpartition("/")[2]: f"{values[name]:.3g}" for name in self.shown if name in values
+        } | {f"{self.unit}/s": f"{speed:.1f}"}
         self.bar.set_postfix(shown)
         if self.active and self.bar.disable:
-            left = timedelta(seconds=round((self.total - update) * self.images_per_update / speed))
+            left = timedelta(seconds=round((self.total - update) * self.items_per_update / speed))
             told = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"update {update:,} of {self.total:,}: {told}, {left} left", flush=True)
 
@@ -139,6 +141,11 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def sample_path(folder: Path, update: int) -> Path:
+    """Where a run keeps the samples of an update."""
+    return folder / "samples" / f"update-{update:06d}.png"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -31,12 +31,11 @@ def check_push(repo_id: str, *, private: bool) -> None:
         print(answer)
 
 
-def push_export(export: Path, *, repo_id: str, private: bool, update: int) -> None:
+def push_export(export: Path, *, repo_id: str, private: bool, message: str) -> None:
     """Upload an export and print its address; on one rank alone.
 
     Raises:
         UploadError: the Hub did not take it.
     """
-    message = f"Autoencoder after update {update:,}"
     address = upload_export(export, repo_id=repo_id, private=private, message=message)
     print(f"uploaded to {address}")

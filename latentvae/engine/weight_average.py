@@ -1,10 +1,13 @@
 """The moving average of the weights."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
+
+from latentvae.compute.compilation import not_compiled
 
 
 class WeightAverage(EMAModel):
@@ -19,3 +22,25 @@ class WeightAverage(EMAModel):
         decay = self.get_decay(self.optimization_step)
         self.cur_decay_value = decay
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - decay)
+
+
+@contextlib.contextmanager
+def averaged_weights(net: nn.Module, average: EMAModel | None) -> Iterator[None]:
+    """Put the averaged weights into ``net`` for a while, in eval mode and not compiled.
+
+    Its buffers, such as a codebook of moving averages, are averages already.
+    """
+    training = [module for module in net.modules() if module.training]
+    parameters = list(net.parameters())
+    net.eval()
+    if average is not None:
+        average.store(parameters)
+        average.copy_to(parameters)
+    try:
+        with not_compiled():
+            yield
+    finally:
+        if average is not None:
+            average.restore(parameters)
+        for module in training:
+            module.training = True

@@ -69,7 +69,7 @@ def evaluate(
         source: the images; unreadable ones are named on the screen, counted and left out.
         data_name: what the report calls the source.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
-        inception: as `metrics.distribution.load_inception` gives it, or None.
+        inception: as `metrics.inception.load_inception` gives it, or None.
         max_images: at most so many, evenly spread over the source.
         sheet_images: how many images the sheet shows, evenly spread too.
         overwrite: forget what is in `out`.

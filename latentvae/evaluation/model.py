@@ -61,9 +61,8 @@ class ModelMeasures:
             frechet, kernel = DISTANCES[extractor]
             self.distances |= {frechet: FrechetDistance(width), kernel: KernelDistance()}
         self.latent = None if model.num_codes else LatentHealth(model.latent_channels)
-        self.tokens = None
-        if model.num_codes is not None:
-            self.tokens = TokenUsage(model.num_codes, codebooks=calls.num_codebooks(model.net))
+        codes = calls.codes(model.net)
+        self.tokens = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
 
     def parts(self) -> dict[str, Accumulator]:
         """What is saved so that an evaluation can go on."""

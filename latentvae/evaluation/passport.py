@@ -16,11 +16,12 @@ from latentvae.export.half_precision import (
     HalfPrecision,
     check_precisions,
 )
+from latentvae.models import Network
 
 NUM_LAYERS = 10
 
 
-def passport(net: Any, images: Sequence[Tensor], *, f: int) -> dict[str, Any]:
+def passport(net: Network, images: Sequence[Tensor], *, f: int) -> dict[str, Any]:
     """Check precision and tiling on `images`; plain values, of which some may be infinite.
 
     Args:

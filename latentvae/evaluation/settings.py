@@ -19,7 +19,7 @@ class Plan:
     Args:
         lpips_nets: trunks of LPIPS; `"vgg"` also serves the distribution distances.
         qualities: of each image codec.
-        noise_psnr: points of a continuous latent's rate curve, see `latents.codec`.
+        noise_psnr: points of a continuous latent's rate curve, see `coding.latent_codec`.
         prior_images: images that each half's model of the latents is fitted on.
         gain_images: of these, how many the decoder's gains are measured on.
         passport_images: images of the precision and tiling checks.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentvae.compute.memory import release_freed_memory
+from latentvae.models import Network
 from latentvae.models.calls import decode, encode
 
 INTERVAL = 0.002  # seconds between two looks at the memory
@@ -54,7 +55,7 @@ class SpeedPoint:
 
 @torch.inference_mode()
 def measure_speed(
-    net: Any,
+    net: Network,
     *,
     sizes: Sequence[int] = (256, 512, 1024),
     f: int,

@@ -11,10 +11,8 @@ the border alone: the difference D of both decodes has a step there, of one sign
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentvae.metrics.image import to_8bit
+from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode
+from latentvae.models.tiling import Tiling, tile_settings
 
 SEGMENT = 32  # pixels along a border that a step is averaged over: noise and texture cancel
 SIDE = 4  # pixels on each side of it: a line is no step
@@ -73,19 +73,13 @@ class _Tiles:
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
 
 
-def can_tile(net: Any, *, f: int) -> bool:
-    """Whether it decodes in tiles, in one of diffusers' two ways.
-
-    AutoencoderTiny's tiles are right for `spatial_scale_factor` alone, which it does not take from
-    its number of blocks.
-    """
-    if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
-        return False
-    return hasattr(net, "tile_overlap_factor") or hasattr(net, "tile_sample_stride_width")
+def can_tile(net: Network, *, f: int) -> bool:
+    """Whether it decodes in tiles, in one of diffusers' two ways."""
+    return family_of(net).tiling(net, f=f) is not None
 
 
 @torch.no_grad()
-def check_tiling(net: Any, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
+def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
     """Decode `images` whole and in tiles of about two thirds of their longer side.
 
     Args:
@@ -99,7 +93,8 @@ def check_tiling(net: Any, images: Sequence[Tensor], *, f: int) -> TilingCheck |
     Raises:
         ValueError: a decode is not finite.
     """
-    checks = [_check_one(net, batch, f) for batch in images] if can_tile(net, f=f) else []
+    tiling = family_of(net).tiling(net, f=f)
+    checks = [] if tiling is None else [_check_one(net, batch, tiling, f) for batch in images]
     found = [check for check in checks if check is not None]
     if not found:
         return None
@@ -133,14 +128,15 @@ class _Difference:
     num_images: int
 
 
-def _check_one(net: Any, images: Tensor, f: int) -> _Difference | None:
-    tiles = _choose_tiles(net, max(images.shape[2:]) // f, f)
+def _check_one(net: Network, images: Tensor, tiling: Tiling, f: int) -> _Difference | None:
+    tiles = _choose_tiles(tiling, max(images.shape[2:]) // f, f)
     if tiles is None:
         return None
-    with _settings(net, use_tiling=False):
+    with tile_settings(net, use_tiling=False):
         z = encode(net, images)
         whole = _levels(decode(net, z))
-    with _settings(net, use_tiling=True, **_attributes(net, tiles)):
+    attributes = tiling.attributes(size=tiles.size, overlap=tiles.overlap, f=f)
+    with tile_settings(net, use_tiling=True, **attributes):
         tiled = _levels(decode(net, z))
     difference = tiled - whole
     x, y = tiled.mean(dim=1), whole.mean(dim=1)  # (B, H, W)
@@ -183,45 +179,10 @@ def _steps(pictures: Tensor) -> Tensor:
     return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
 
 
-def _choose_tiles(net: Any, longer: int, f: int) -> _Tiles | None:
-    """About two thirds of `longer` latent positions; None if there is no smaller tile.
-
-    Where diffusers takes an overlap factor it rounds overlap and stride by themselves: tiles whose
-    overlap is not a whole number of latent positions would not fit together.
-    """
-    by_factor = hasattr(net, "tile_overlap_factor")
-    overlap = net.tile_overlap_factor if by_factor else 1 - _stride_share(net)
-    share = Fraction(overlap).limit_denominator(64)
-    step = share.denominator if by_factor else 1
-    size = max(round(longer * 2 / 3 / step), 1) * step
-    return _Tiles(size, math.ceil(size * share), f) if size < longer else None
-
-
-def _stride_share(net: Any) -> float:
-    return net.tile_sample_stride_width / net.tile_sample_min_width
-
-
-def _attributes(net: Any, tiles: _Tiles) -> dict[str, int]:
-    """The same tiles in the words of the network's class."""
-    size, pixels = tiles.size, tiles.size * tiles.f
-    if hasattr(net, "tile_overlap_factor"):
-        return {"tile_latent_min_size": size, "tile_sample_min_size": pixels}
-    stride = pixels - tiles.overlap * tiles.f
-    words = {"latent_min": size, "sample_min": pixels, "sample_stride": stride}
-    return {f"tile_{w}_{side}": n for w, n in words.items() for side in ("height", "width")}
-
-
-@contextmanager
-def _settings(net: Any, **values: Any) -> Iterator[None]:
-    """Attributes of `net` for a while."""
-    before = {name: getattr(net, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(net, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(net, name, value)
+def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:
+    """About two thirds of `longer` latent positions; None if there is no smaller tile."""
+    size = max(round(longer * 2 / 3 / tiling.step), 1) * tiling.step
+    return _Tiles(size, math.ceil(size * tiling.share), f) if size < longer else None
 
 
 def _levels(recon: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import ModelCardData
 
+from latentvae.models import Network, family_of
 from latentvae.text import markdown_text
 
 TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compression")
@@ -67,11 +68,14 @@ class ModelCard:
     location: str = "path/to/this/folder"
 
 
-def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], report: Report) -> None:
+def write_card(
+    card: ModelCard, folder: Path, *, net: Network, config: Mapping[str, Any], report: Report
+) -> None:
     """Write README.md, and the sample grid as samples.png, into `folder`.
 
     Args:
-        config: of the exported network.
+        net: the exported network.
+        config: its options.
     """
     data = ModelCardData(
         library_name="diffusers",
@@ -83,9 +87,9 @@ def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], repo
     if card.base_model:
         data["base_model_relation"] = "finetune"
     sections = [
-        _title(card, config, report),
+        _title(card, net, config, report),
         _samples(card, folder),
-        _usage(card, config, report),
+        _usage(card, net, config, report),
         _metrics(card),
         report.facts(),
         _training(card),
@@ -95,9 +99,8 @@ def write_card(card: ModelCard, folder: Path, *, config: Mapping[str, Any], repo
     (folder / "README.md").write_text(content, encoding="utf-8")
 
 
-def _title(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
-    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    f = 2 ** (len(widths) - 1)
+def _title(card: ModelCard, net: Network, config: Mapping[str, Any], report: Report) -> str:
+    f = family_of(net).latent_shape(net).f
     facts = (
         f"{report.kind}: f = {f} (an image of H x W pixels becomes H/{f} x W/{f} latent pixels), "
         f"{report.size}, trained with latentvae"
@@ -119,56 +122,22 @@ def _samples(card: ModelCard, folder: Path) -> str:
     )
 
 
-def _usage(card: ModelCard, config: Mapping[str, Any], report: Report) -> str:
+def _usage(card: ModelCard, net: Network, config: Mapping[str, Any], report: Report) -> str:
+    usage = family_of(net).usage(net)
+    assert usage is not None
     channels = config["in_channels"]
     kind = {1: ", grey,", 4: ", RGBA,"}.get(channels, "")
-    package = "latentvae.models" if report.network == "DiscreteAutoencoder" else "diffusers"
-    name = "aMUSEd" if config.get("lookup_from_codebook") else report.network
-    snippet, pipelines = _SNIPPETS[name], _PIPELINES.get(name, "")
+    snippet = usage.snippet.format(latents=_latents(config), channels=channels, kind=kind)
     return f"""## Use
 
 ```python
-from {package} import {report.network}
+from {usage.package} import {report.network}
 
 vae = {report.network}.from_pretrained("{card.location}")
-{snippet.format(latents=_latents(config), channels=channels, kind=kind)}
+{snippet}
 ```
 
-{pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
-
-
-_PIPELINES = {
-    "AutoencoderKL": "Any diffusers pipeline takes it as `vae=`. ",
-    "AsymmetricAutoencoderKL": "Stable Diffusion's pipelines take it as `vae=`. ",
-    "AutoencoderDC": "SANA's pipelines take it as `vae=`. ",
-    "VQModel": "LDMPipeline takes it as `vqvae=`. ",
-    "aMUSEd": "aMUSEd's pipelines (AmusedPipeline and its kin) take it as `vqvae=`. ",
-}
-_SNIPPETS = {
-    "AutoencoderKL": """\
-z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
-latents = {latents}
-recon = vae.decode(z).sample""",
-    "AsymmetricAutoencoderKL": """\
-z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
-recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",
-    "AutoencoderDC": """\
-z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
-latents = z * vae.config.scaling_factor
-recon = vae.decode(z).sample""",
-    "VQModel": """\
-features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [-1, 1]
-z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
-recon = vae.decode(z, force_not_quantize=True).sample""",
-    "aMUSEd": """\
-features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [0, 1]
-indices = vae.quantize(features)[2][2].view(len(features), *features.shape[2:])
-shape = (*indices.shape, vae.config.latent_channels)
-recon = vae.decode(indices, force_not_quantize=True, shape=shape).sample  # in [0, 1]""",
-    "DiscreteAutoencoder": """\
-indices = vae.tokenize(images).indices  # images (B, {channels}, H, W){kind} in [-1, 1]
-recon = vae.decode_indices(indices).sample""",
-}
+{usage.pipelines}`latentvae.load(folder)` encodes and decodes pictures of any size."""
 
 
 def _latents(config: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # diffusers and transformers register their outputs there
 
+from latentvae.models import Network
 from latentvae.models.calls import decode, encode, num_codes, tokenize
 
 FLOAT16_MAX = 65504.0
@@ -86,7 +87,7 @@ class HalfPrecision:
 
 
 def check_half_precision(
-    net: Any, images: Tensor | Sequence[Tensor], *, dtype: torch.dtype = torch.float16
+    net: Network, images: Tensor | Sequence[Tensor], *, dtype: torch.dtype = torch.float16
 ) -> HalfPrecision:
     """Reconstruct `images` in float32 and in `dtype`, see `check_precisions`."""
     return check_precisions(net, images, dtypes=(dtype,))[0]
@@ -94,7 +95,7 @@ def check_half_precision(
 
 @torch.no_grad()
 def check_precisions(
-    net: Any, images: Tensor | Sequence[Tensor], *, dtypes: Sequence[torch.dtype]
+    net: Network, images: Tensor | Sequence[Tensor], *, dtypes: Sequence[torch.dtype]
 ) -> list[HalfPrecision]:
     """Reconstruct `images` in float32 and in each of `dtypes`, from the posterior's mode.
 
@@ -135,7 +136,7 @@ def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
 
 
 def _reconstruct_rounded(
-    copied: Any, net: Any, batches: Sequence[Tensor], dtype: torch.dtype
+    copied: Network, net: Network, batches: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """With the weights of `net`, rounded, in `copied`."""
     weights = chain(copied.parameters(), copied.buffers())
@@ -151,7 +152,7 @@ def _reconstruct_rounded(
 
 
 def _reconstruct(
-    net: Any, batches: Sequence[Tensor], hook: Hook
+    net: Network, batches: Sequence[Tensor], hook: Hook
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Images, and a tokenizer's indices. What is computed outside of modules also passes `hook`."""
     recons, indices = [], []
@@ -164,7 +165,7 @@ def _reconstruct(
 
 
 @contextmanager
-def _after_every_module(net: Any, hook: Hook) -> Iterator[None]:
+def _after_every_module(net: Network, hook: Hook) -> Iterator[None]:
     """`hook` in the way of each module's output."""
 
     def register(name: str, module: Any) -> Any:

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import save
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.models import load_network
+from latentvae.models import Network, family_of, load_network
 
 _RENAMES = (  # diffusers' to the original, in this order
     (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
@@ -44,7 +43,7 @@ _RENAMES = (  # diffusers' to the original, in this order
 _GROUPS = 32  # of the original GroupNorm, written into its code
 
 
-def to_original(net: Any) -> dict[str, Tensor]:
+def to_original(net: Network) -> dict[str, Tensor]:
     """The weights of a stock `VQModel` or `AutoencoderKL` by their original names, and identities
     for 1 x 1 convolutions beside the latent that the network does without.
 
@@ -61,7 +60,7 @@ def to_original(net: Any) -> dict[str, Tensor]:
     return _identities(net) | tensors
 
 
-def from_original(tensors: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
+def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tensor]:
     """The inverse of `to_original`: weights that fit a network of the shape of `net`.
 
     Raises:
@@ -74,13 +73,15 @@ def from_original(tensors: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     }
 
 
-def original_config(net: Any) -> dict[str, Any]:
+def original_config(net: Network) -> dict[str, Any]:
     """What the original model classes take: `embed_dim`, `n_embed` of a VQModel, `ddconfig`."""
+    own = family_of(net).original_options(net)
+    assert own is not None, type(net)
     config = net.config
     widths, side = config["block_out_channels"], config["sample_size"]
     attention = [i for i, block in enumerate(config["down_block_types"]) if "Attn" in block]
     shape = {
-        "double_z": isinstance(net, AutoencoderKL),
+        "double_z": own.pop("double_z"),
         "z_channels": config["latent_channels"],
         "resolution": side,
         "in_channels": config["in_channels"],
@@ -92,8 +93,7 @@ def original_config(net: Any) -> dict[str, Any]:
         "dropout": 0.0,
     }
     width = config.get("vq_embed_dim") or config["latent_channels"]
-    codes = {"n_embed": config["num_vq_embeddings"]} if isinstance(net, VQModel) else {}
-    return {"embed_dim": width, **codes, "ddconfig": shape}
+    return {"embed_dim": width, **own, "ddconfig": shape}
 
 
 def convert(model: str | Path, out: Path, *, overwrite: bool = False) -> None:
@@ -123,7 +123,7 @@ def _renamed(name: str, levels: int) -> str:
     return re.sub(r"\bup\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
 
 
-def _identities(net: Any) -> dict[str, Tensor]:
+def _identities(net: Network) -> dict[str, Tensor]:
     """1 x 1 convolutions of moments (2 d) and latents (d) that change nothing."""
     d, like = net.config["latent_channels"], {"dtype": net.dtype, "device": net.device}
     return {
@@ -134,9 +134,9 @@ def _identities(net: Any) -> dict[str, Tensor]:
     }
 
 
-def _why_not(net: Any) -> str:
+def _why_not(net: Network) -> str:
     """Why the original code cannot be this network, as a clause; empty if it can."""
-    if type(net) not in (VQModel, AutoencoderKL):
+    if family_of(net).original_options(net) is None:
         return f"it has a VQModel and an AutoencoderKL, no {type(net).__name__}"
     config = net.config
     widths = config["block_out_channels"]

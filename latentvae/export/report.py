@@ -17,6 +17,7 @@ class ExportReport:
     Args:
         path: the folder.
         network: the class that loads it.
+        has_posterior: whether its encoder gives a distribution.
         latent_channels: d.
         profile: whose reading of scale and shift it is written for.
         num_images: images that scale and shift were measured on.
@@ -31,6 +32,7 @@ class ExportReport:
 
     path: Path
     network: str
+    has_posterior: bool
     latent_channels: int
     profile: Profile
     num_images: int
@@ -50,7 +52,7 @@ class ExportReport:
 
     @property
     def kind(self) -> str:
-        latents = "An" if self.network == "AutoencoderDC" else "A KL"
+        latents = "A KL" if self.has_posterior else "An"
         return f"{latents} autoencoder for latent diffusion"
 
     @property

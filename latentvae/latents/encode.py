@@ -15,9 +15,9 @@ from latentvae.compute.optimization import Optimize
 from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
-from latentvae.latents.content import describe
+from latentvae.latents.describe import describe
+from latentvae.latents.finishing import finish
 from latentvae.latents.items import Pictures, data_sha256, find_labels, open_items
-from latentvae.latents.manifest import finish
 from latentvae.latents.opening import open_model
 from latentvae.latents.shards import (
     MANIFEST,

@@ -73,7 +73,7 @@ class Content(_Strict):
         image_channels, value_range: what every image became; see `data.PixelFormat`.
         data_sha256: of the sorted names and the labels, not of the pictures.
         shard_items: items of the source a shard.
-        optimize: what computed in the model's place, see `models.optimization`; None is itself.
+        optimize: what computed in the model's place, see `compute.optimization`; None is itself.
     """
 
     format_version: Literal[1] = 1

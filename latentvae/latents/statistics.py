@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentvae.distributed import gather_objects
+from latentvae.models import Network
 from latentvae.models.calls import encode
 from latentvae.moments import RunningMoments
 
@@ -125,7 +126,7 @@ class LatentStatistics:
 
 @torch.no_grad()
 def latent_statistics(
-    net: Any,
+    net: Network,
     batches: Iterable[Tensor],
     *,
     max_images: int = 1024,

@@ -3,12 +3,12 @@
 `B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentvae.distributed import all_reduce_mean
 
@@ -136,3 +136,30 @@ def adaptive_weight(
         (at_weight,) = torch.autograd.grad(recon, last_layer, grad_outputs=grad, retain_graph=True)
         norms.append(all_reduce_mean(at_weight).float().norm())
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """The discriminator's part in an update.
+
+    Attributes:
+        critic: the bare network. The model's part only needs the gradient at the reconstruction,
+            which no rank shares.
+        prepared: the same network as DDP and autocast wrap it, for its own update.
+        factor: weight of the adversarial term in the model's loss now, before any balance; see
+            `objective.adversarial_weight`.
+        loss: an entry of `GAN_LOSSES`.
+        augment: policy of `diff_augment`, for all that the discriminator sees.
+        r1_weight: weight of the R1 penalty in this update; 0 leaves it out.
+        lecam: LeCam's averages; None leaves it out. The loop updates them, once per update.
+        lecam_weight: weight of the LeCam penalty.
+    """
+
+    critic: nn.Module
+    prepared: nn.Module
+    factor: float
+    loss: GANLoss = GAN_LOSSES["hinge"]
+    augment: Sequence[str] = ()
+    r1_weight: float = 0.0
+    lecam: LeCam | None = None
+    lecam_weight: float = 0.0

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from latentvae.losses.discriminators import CRITICS
-from latentvae.options import Count, Positive, Section
+from latentvae.options import Count, MayChange, Positive, Section
 
 
 class CriticConfig(Section):
@@ -87,7 +87,7 @@ class CriticConfig(Section):
         ),
     )
 
-    critic_watch: Literal["off", "warn", "disable"] = Field(
+    critic_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
             "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "

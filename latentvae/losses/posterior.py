@@ -1,15 +1,8 @@
-"""How much the posterior may say: KL warm-up, free bits, a target capacity; and which channels say
-anything.
-
-Schedules are functions of the update, which the loop evaluates. The KLs here are nats per image and
-take the place of the plain mean KL in the loss. Bits are per latent element, as in the log's
-`latent/kl_bits_per_element`, so none depends on the resolution. Where a term is not linear in the
-KL, its bend is decided by the mean over all ranks: two ranks equal one with the joined batch.
+"""How much the posterior says: which channels say anything.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,60 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.distributed import all_reduce_mean
 from latentvae.moments import RunningMoments
 
 ACTIVE_VARIANCE = 0.01  # of the posterior mean (Burda et al. 2016, arXiv:1509.00519)
 SILENT_KL = (
     0.01  # nats per element; the epsilon of a collapse (Lucas et al. 2019, arXiv:1911.02469)
 )
-
-
-def kl_warmup(update: int, warmup_updates: int) -> float:
-    """Factor on the KL's weight in update ``update`` (from 0): from 0 linearly to 1 at
-    ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282)."""
-    return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
-
-
-def capacity(update: int, *, target: float, growth_updates: int) -> float:
-    """Capacity C in update ``update`` (from 0): from 0 linearly to ``target`` at
-    ``growth_updates`` (Burgess et al. 2018, arXiv:1804.03599)."""
-    return target * kl_warmup(update, growth_updates)
-
-
-def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
-    """sum_j max(lambda, E[KL_j]) over channels j (Kingma et al. 2016, arXiv:1606.04934, eq. 15):
-    a channel below lambda is not pushed further down.
-
-    Args:
-        kl_per_channel: (B, d), nats, summed over positions.
-        bits: lambda, in bits per latent element.
-        positions: h * w.
-
-    Returns:
-        Scalar, nats per image. The mean over the batch is that of one micro-step on all ranks.
-    """
-    floor = bits * math.log(2.0) * positions
-    local = kl_per_channel.float().mean(0)  # (d,)
-    above = all_reduce_mean(local) > floor
-    return torch.where(above, local, floor).sum()
-
-
-def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
-    """|E[KL] - C| (arXiv:1804.03599, eq. 8): the KL is drawn to C from either side.
-
-    Args:
-        kl: (B,), nats per image.
-        bits: C now, in bits per latent element.
-        elements: d * h * w.
-
-    Returns:
-        Scalar, nats per image; its mean over ranks is the value for the joined batch.
-    """
-    target = bits * math.log(2.0) * elements
-    local = kl.float().mean()
-    side = torch.sign(all_reduce_mean(local) - target)
-    return side * (local - target)
 
 
 def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:

@@ -1,29 +1,32 @@
 """Networks: stock diffusers classes wherever one exists, and the thin wrappers that training
-prepares."""
+prepares.
 
-from latentvae.models.conv.kl import TrainingWrapper, build_autoencoder_kl, downsampling_factor
-from latentvae.models.conv.vq import DiscreteAutoencoder
-from latentvae.models.family import (
-    ARCHITECTURES,
-    adapt,
-    freeze_encoder,
-    keep_batch_statistics,
-    latent_side,
-)
+`table` names every kind; `family` and `trainable` say what a kind answers; `calls` asks it.
+"""
+
+from latentvae.models.conv.discrete import DiscreteAutoencoder
+from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor
+from latentvae.models.family import Family
 from latentvae.models.loading import load_network
-from latentvae.models.single_file import FAMILIES, Family
+from latentvae.models.network import Network
+from latentvae.models.single_file import SINGLE_FILE_KINDS, SingleFileKind
+from latentvae.models.table import FAMILIES, family_of
+from latentvae.models.trainable import DiscreteFamily, TrainableFamily
+from latentvae.models.wrapper import TrainingWrapper, keep_batch_statistics
 
 __all__ = [
-    "ARCHITECTURES",
     "FAMILIES",
+    "SINGLE_FILE_KINDS",
     "DiscreteAutoencoder",
+    "DiscreteFamily",
     "Family",
+    "Network",
+    "SingleFileKind",
+    "TrainableFamily",
     "TrainingWrapper",
-    "adapt",
     "build_autoencoder_kl",
     "downsampling_factor",
-    "freeze_encoder",
+    "family_of",
     "keep_batch_statistics",
-    "latent_side",
     "load_network",
 ]

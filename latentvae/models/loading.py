@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 
 from latentvae.errors import UserError, check_no_password, nearest
-from latentvae.models.conv.vq import DiscreteAutoencoder
-from latentvae.models.single_file import Family, load_single_file
+from latentvae.models.network import Network
+from latentvae.models.single_file import SingleFileKind, load_single_file
+from latentvae.models.table import class_named
 
 MAX_LAYERS = 1000  # of a block
 _INNER = ("export", "vae", "vqvae", "movq")  # where runs and pipelines keep their autoencoder
 
 
 def load_network(
-    path: str | Path, *, dtype: torch.dtype | None = None, family: Family | None = None
-) -> Any:
+    path: str | Path, *, dtype: torch.dtype | None = None, family: SingleFileKind | None = None
+) -> Network:
     """Any autoencoder of images that diffusers knows, on the CPU.
 
     Args:
@@ -41,7 +41,8 @@ def load_network(
     if Path(path).is_file() and not (Path(path).parent / "config.json").is_file():
         single: Any = load_single_file(Path(path), family=family)
         # diffusers' own `to` warns of "modules that should be kept in float32: []" at any dtype.
-        return nn.Module.to(single, dtype or torch.float32)
+        nn.Module.to(single, dtype or torch.float32)
+        return single
     repository, subfolder = _locate(path)
     config = _read_config(repository, subfolder)
     cls = _class_of(config, path)
@@ -126,9 +127,7 @@ def _class_of(config: dict[str, Any], path: str | Path) -> Any:
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise UserError(f"'{path}/config.json' is not the config of a diffusers model")
-    if name == DiscreteAutoencoder.__name__:
-        return DiscreteAutoencoder
-    cls = getattr(diffusers, name, None) if name.isidentifier() else None
+    cls = class_named(name)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise UserError(f"'{path}' holds a {name}, which this diffusers does not know")
     if not (hasattr(cls, "encode") and hasattr(cls, "decode")):

@@ -1,13 +1,13 @@
-"""How pipelines bring a network's latents to about unit variance, read from its config.
+"""How pipelines bring a network's latents to about unit variance.
 
 Most subtract `shift_factor` and multiply by `scaling_factor`; SDXL-type configs give
-`latents_mean` and `latents_std` per channel; FLUX.2 folds 2 x 2 positions into channels and takes
-the statistics of a batch norm (diffusers, pipeline_flux2.py); AutoencoderRAE has done it already.
+`latents_mean` and `latents_std` per channel. Families whose pipelines do otherwise say so.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,22 +46,15 @@ class LatentNormalization:
         return values.to(z.device, z.dtype).view(1, -1, 1, 1)
 
 
-def read_normalization(net: Any) -> LatentNormalization:
-    """From the config, or FLUX.2's batch norm; keys that a class does not have count as 1 and 0."""
-    if type(net).__name__ == "AutoencoderRAE":
-        return replace(_pooled(1.0, 0.0), applied=True)
-    if isinstance(norm := getattr(net, "bn", None), torch.nn.BatchNorm2d):
-        assert norm.running_mean is not None and norm.running_var is not None
-        std = (norm.running_var + net.config["batch_norm_eps"]).sqrt()
-        return LatentNormalization(
-            1.0, 0.0, norm.running_mean, 1 / std, net.config["patch_size"][0]
-        )
-    scale, shift = net.config.get("scaling_factor") or 1.0, net.config.get("shift_factor") or 0.0
-    mean, std = net.config.get("latents_mean"), net.config.get("latents_std")
+def from_config(config: Mapping[str, Any]) -> LatentNormalization:
+    """By a network's config; keys that a class does not have count as 1 and 0."""
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        return _pooled(scale, shift)
+        return pooled(scale, shift)
     return LatentNormalization(scale, shift, torch.tensor(mean), scale / torch.tensor(std))
 
 
-def _pooled(scale: float, shift: float) -> LatentNormalization:
+def pooled(scale: float, shift: float) -> LatentNormalization:
+    """One scale and shift for all channels."""
     return LatentNormalization(scale, shift, torch.tensor([shift]), torch.tensor([scale]))

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-Family = Literal["sd", "sdxl", "sd3", "flux"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+# Whose autoencoder a file holds.
+SingleFileKind = Literal["sd", "sdxl", "sd3", "flux"]
+SINGLE_FILE_KINDS: tuple[SingleFileKind, ...] = get_args(SingleFileKind)
 
 # scaling_factor, shift_factor, sample_size and force_upcast of the families' published configs
 # (runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0,
 # stabilityai/stable-diffusion-3-medium-diffusers, black-forest-labs/FLUX.1-dev; folder vae).
-_SCALES: dict[Family, dict[str, Any]] = {
+_SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "sd": {"scaling_factor": 0.18215, "sample_size": 512},
     "sdxl": {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
     "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
@@ -32,7 +33,7 @@ _SCALES: dict[Family, dict[str, Any]] = {
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of a whole checkpoint, and of the part alone
-_MARKS: dict[str, Family] = {  # a whole checkpoint's other parts
+_MARKS: dict[str, SingleFileKind] = {  # a whole checkpoint's other parts
     "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
     "model.diffusion_model.joint_blocks.": "sd3",
@@ -43,7 +44,7 @@ _GROUPS = 32
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
+def load_single_file(path: Path, *, family: SingleFileKind | None) -> AutoencoderKL:
     """The autoencoder in a file, float32.
 
     Args:
@@ -52,15 +53,15 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
     Raises:
         UserError: not such a file, or its family cannot be told.
     """
-    if family is not None and family not in FAMILIES:
-        hint = nearest(family, FAMILIES)
-        raise UserError(f"no family '{family}': it must be {', '.join(FAMILIES)}{hint}")
+    if family is not None and family not in SINGLE_FILE_KINDS:
+        hint = nearest(family, SINGLE_FILE_KINDS)
+        raise UserError(f"no family '{family}': it must be {', '.join(SINGLE_FILE_KINDS)}{hint}")
     tensors, whole = _read(path)
     family = family or whole
     if family is None:
         raise UserError(
             f"'{path}' does not tell how its latents are scaled, as an autoencoder alone never "
-            f"does: say which family it is of, {', '.join(FAMILIES)}"
+            f"does: say which family it is of, {', '.join(SINGLE_FILE_KINDS)}"
         )
     original = "encoder.down.0.block.0.conv1.weight" in tensors
     try:
@@ -86,7 +87,7 @@ def load_single_file(path: Path, *, family: Family | None) -> AutoencoderKL:
     return net
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Family | None]:
+def _read(path: Path) -> tuple[dict[str, Tensor], SingleFileKind | None]:
     """The autoencoder's tensors by their own names, and the family of a whole checkpoint."""
     if path.suffix != ".safetensors":
         raise UserError(f"'{path}' is no .safetensors file; other formats can hold code")
@@ -115,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Family | None]:
     return tensors, _family(names)
 
 
-def _family(names: list[str]) -> Family | None:
+def _family(names: list[str]) -> SingleFileKind | None:
     for mark, family in _MARKS.items():
         if any(name.startswith(mark) for name in names):
             return family

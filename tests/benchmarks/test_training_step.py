@@ -97,9 +97,9 @@ def test_other_mathematics_is_noticed(script: ModuleType) -> None:
     def within(**changes: Any) -> float:
         reference = script.ReferenceStep(
             script.SCRIPTS["diffusers mended"],
-            ours.run.net,
-            ours.run.critic,
-            ours.run.metric.lpips,
+            ours.task.net,
+            ours.task.critic,
+            ours.task.metric.lpips,
             weights=replace(script.WEIGHTS, **changes),
             stock=False,
         )
@@ -115,13 +115,13 @@ def test_references_compute_with_stock_layers(script: ModuleType) -> None:
     ours = script.OurStep(
         script.Options(channels=(64, 128), disc_channels=16), script.photos(32, 1), "fp32"
     )
-    parts = (ours.run.net, ours.run.metric.lpips)
+    parts = (ours.task.net, ours.task.metric.lpips)
     before = [[type(m) for m in part.modules()] for part in parts]
     assert {FoldedUpsample2D, TrainedWinogradConv2d} <= set(before[0])
     reference = script.ReferenceStep(
         script.SCRIPTS["diffusers mended"],
         parts[0],
-        ours.run.critic,
+        ours.task.critic,
         parts[1],
         weights=script.WEIGHTS,
     )
@@ -137,15 +137,15 @@ def test_in_float64_the_whole_update_is_that_of_stock_layers(script: ModuleType)
     ours = script.OurStep(script.Options(channels=(32, 32), disc_channels=16), images, "fp32")
     reference = script.ReferenceStep(
         script.SCRIPTS["diffusers mended"],
-        ours.run.net,
-        ours.run.critic,
-        ours.run.metric.lpips,
+        ours.task.net,
+        ours.task.critic,
+        ours.task.metric.lpips,
         weights=script.WEIGHTS,
     )
-    for module in (ours.run.net, ours.run.critic, ours.run.metric, *vars(reference).values()):
+    for module in (ours.task.net, ours.task.critic, ours.task.metric, *vars(reference).values()):
         if isinstance(module, nn.Module):
             module.double()
-    for net in (ours.run.net, reference.net):  # a posterior is always float32
+    for net in (ours.task.net, reference.net):  # a posterior is always float32
         net.quant_conv.register_forward_hook(lambda _module, _inputs, moments: moments.float())
         net.post_quant_conv.register_forward_pre_hook(lambda _module, inputs: inputs[0].double())
     images = images.double()

@@ -13,7 +13,7 @@ from skimage import data
 
 import latentvae
 from latentvae.cli.main import main
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
 from tests.tasks.autoencoder.small import small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

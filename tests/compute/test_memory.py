@@ -10,9 +10,10 @@ import torch
 
 from latentvae.compute import optimization
 from latentvae.compute.memory import keep_freed_memory
-from latentvae.tasks.autoencoder import loop
-from tests.models.nets import kl
+from latentvae.engine import loop
+from latentvae.tasks.autoencoder import train
 from tests.tasks.autoencoder.small import small_config
+from tests.tiny import kl
 
 ROUNDS = '''
 import resource, torch
@@ -59,5 +60,5 @@ def test_who_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             module, "keep_freed_memory", lambda _device, m=module: called.append(m.__name__)
         )
     optimization.optimize_network(kl(), mode="exact")
-    loop.train(small_config(tmp_path, max_train_steps=1))
+    train(small_config(tmp_path, max_train_steps=1))
     assert called == [optimization.__name__, loop.__name__]

@@ -15,7 +15,7 @@ from latentvae.compute.openvino import CompiledHalf
 from latentvae.compute.optimization import optimize_network
 from latentvae.errors import UserError
 from latentvae.models import calls
-from tests.models.nets import NETS, images, kl, largest, movq
+from tests.tiny import TINY, images, kl, largest
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"
@@ -28,11 +28,11 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize("name", ["kl", "discrete", "tiny"])
+@pytest.mark.parametrize("name", ["kl", "fsq", "tiny"])
 @torch.inference_mode()
 def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)
-    net: Any = NETS[name]()
+    net: Any = TINY[name]()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     optimized = optimize_network(net, mode="openvino")
     assert optimized.mode == "openvino" and (optimized.psnr or 0) > 80
@@ -48,7 +48,7 @@ def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyP
 @torch.inference_mode()
 def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: True)
-    net: Any = NETS["vq"]()
+    net: Any = TINY["stock_vq"]()
     optimized = optimize_network(net, mode="openvino").net
     z = calls.encode(net, images(32, 32))
     assert largest(calls.encode(optimized, images(32, 32)), z) <= 1e-5 * z.abs().max()
@@ -82,7 +82,7 @@ def test_pictures_that_are_too_far_are_refused(monkeypatch: pytest.MonkeyPatch) 
 @needs_openvino
 def test_what_it_cannot_do_is_told() -> None:
     with pytest.raises(UserError, match="spatial norms"):
-        optimize_network(movq(), mode="openvino")
+        optimize_network(TINY["movq"](), mode="openvino")
     with pytest.raises(UserError, match="runs on the CPU, not on 'meta'"):
         optimize_network(kl().to("meta"), mode="openvino")
 

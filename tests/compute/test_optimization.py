@@ -16,7 +16,7 @@ from latentvae.compute.winograd.layers import WinogradConv2d
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.errors import UserError
 from latentvae.models import calls
-from tests.models.nets import NETS, images, kl, largest
+from tests.tiny import TINY, images, kl, largest
 
 needs_winograd = pytest.mark.skipif(not has_winograd(), reason="torch has no NNPACK here")
 
@@ -26,10 +26,13 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "PROBE", 32)
 
 
-@pytest.mark.parametrize("name", NETS)
+KINDS = ("kl", "stock_vq", "movq", "fsq", "dc", "tiny")
+
+
+@pytest.mark.parametrize("name", KINDS)
 @torch.inference_mode()
 def test_exact_equals_the_network(name: str) -> None:
-    net: Any = NETS[name]()
+    net: Any = TINY[name]()
     optimized = optimize_network(net, mode="exact")
     assert (optimized.mode, optimized.psnr, str(optimized)) == ("exact", None, "exact")
     for batch in (images(72, 64), images(32, 32, count=2)):
@@ -48,9 +51,9 @@ def test_odd_latents() -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_network_stays_as_it_is(name: str, mode: Any) -> None:
-    net: Any = NETS[name]()
+    net: Any = TINY[name]()
     before, classes = copy.deepcopy(net.state_dict()), [type(m) for m in net.modules()]
     optimized = optimize_network(net, mode=mode).net
     assert [type(m) for m in net.modules()] == classes
@@ -91,11 +94,11 @@ def test_exact_folds_the_upsampling_that_winograd_does_not_serve(
     assert largest(calls.decode(exact, z), recon) <= 1e-5 * recon.abs().max()
 
 
-@pytest.mark.parametrize("name", ["kl", "vq", "discrete", "dc"])
+@pytest.mark.parametrize("name", ["kl", "stock_vq", "fsq", "dc"])
 @torch.inference_mode()
 def test_exact_without_winograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "has_winograd", lambda: False)
-    net: Any = NETS[name]()
+    net: Any = TINY[name]()
     exact = inference.build_exact(net)
     assert not any(type(m) is WinogradConv2d for m in exact.modules())
     z = calls.encode(net, images(40, 48))
@@ -110,11 +113,11 @@ def test_exact_in_bfloat16_stays_there() -> None:
     assert calls.encode(exact, images(32, 32).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", KINDS)
 @torch.inference_mode()
 def test_fast_is_in_bfloat16_and_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: True)
-    net: Any = NETS[name]()
+    net: Any = TINY[name]()
     optimized = optimize_network(net, mode="fast")
     fast = inference.build_fast(net)
     assert torch.bfloat16 in {p.dtype for p in fast.decoder.parameters()}

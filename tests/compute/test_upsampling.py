@@ -17,7 +17,7 @@ from latentvae.compute.upsampling import (
     unfold_upsampling,
     upsample_conv,
 )
-from latentvae.models import ARCHITECTURES, build_autoencoder_kl
+from latentvae.models import FAMILIES, build_autoencoder_kl
 
 SIZES = [(1, 1), (1, 5), (4, 3), (7, 8)]
 
@@ -88,10 +88,10 @@ def tiny(architecture: str) -> Any:
         options = {"block_out_channels": (8, 8, 8, 8), "up_block_out_channels": (8, 16, 32, 32)}
     if architecture == "dc":
         layers = {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1)}
-        return ARCHITECTURES["dc"].build(**options, **layers, latent_channels=4)
+        return FAMILIES["dc"].build(**options, **layers, latent_channels=4)
     if architecture == "vq":
         options |= {"latent_channels": 4, "quantizer": {"type": "fsq", "levels": (4, 4)}}
-    return ARCHITECTURES[architecture].build(**options, norm_num_groups=4)
+    return FAMILIES[architecture].build(**options, norm_num_groups=4)
 
 
 @pytest.mark.parametrize(("architecture", "count"), [("kl", 2), ("asymmetric", 3), ("vq", 2)])

@@ -19,7 +19,7 @@ from latentvae.compute.winograd.layers import (
 )
 from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.compute.winograd.tiles import A2, B2, G2, tiled_conv, tiled_gradients
-from tests.models.nets import images, kl, largest
+from tests.tiny import images, kl, largest
 
 needs_nnpack = pytest.mark.skipif(not has_winograd(), reason="torch has no NNPACK here")
 

@@ -9,10 +9,20 @@ import pytest
 
 import latentvae
 from latentvae.bottlenecks import BOTTLENECKS
-from latentvae.config.autoencoder import TrainConfig, flat
-from latentvae.models import ARCHITECTURES
-from latentvae.models.config import MODELS
+from latentvae.config.run import flat
+from latentvae.models.conv.asymmetric import build_asymmetric_kl
+from latentvae.models.conv.discrete import DiscreteAutoencoder
+from latentvae.models.conv.kl import build_autoencoder_kl
+from latentvae.models.dc.dc import build_autoencoder_dc
+from latentvae.models.table import MODELS
+from latentvae.tasks.autoencoder.config import TrainConfig
 
+BUILDERS: dict[str, Any] = {
+    "kl": build_autoencoder_kl,
+    "asymmetric": build_asymmetric_kl,
+    "dc": build_autoencoder_dc,
+    "vq": DiscreteAutoencoder,
+}
 PACKAGE = Path(latentvae.__file__).parent
 
 
@@ -27,9 +37,7 @@ def test_every_option_is_used() -> None:
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_option_of_the_model_is_one_of_its_builder(architecture: str) -> None:
-    kind = ARCHITECTURES[architecture]
-    build: Any = kind.network if architecture == "vq" else kind.build
-    builder = set(inspect.signature(build).parameters)
+    builder = set(inspect.signature(BUILDERS[architecture]).parameters)
     builder -= {"sample_size", "image_channels", "in_channels", "out_channels", "scaling_factor"}
     assert set(MODELS[architecture]().shape()) == builder
 

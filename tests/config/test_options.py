@@ -12,14 +12,15 @@ from pydantic import BaseModel
 
 from latentvae.bottlenecks import QUANTIZERS
 from latentvae.cli.train import config_from_arguments
-from latentvae.config.autoencoder import TrainConfig, flat, option_names
-from latentvae.config.presets import load_preset, parse, preset_names
+from latentvae.config.presets import preset_names
+from latentvae.config.run import flat, option_names
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
-from latentvae.models.config import MODELS
+from latentvae.models.table import MODELS
 from latentvae.options import Elsewhere, marks
 from latentvae.proofs.preflight import preflight
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.config import TrainConfig, load_preset, parse
 from tests.tasks.autoencoder.small import small_config
 
 PRESETS = {
@@ -48,7 +49,7 @@ PRESETS = {
 
 
 def test_every_preset_is_known_here() -> None:
-    assert set(preset_names()) == set(PRESETS)
+    assert set(preset_names(TrainConfig)) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -248,7 +249,7 @@ def test_options_that_have_a_meaning_or_their_defaults_are_taken(arguments: str)
 
 
 def test_names_of_other_trainers_are_none_of_ours() -> None:
-    ours, elsewhere = set(option_names()), marks(TrainConfig, Elsewhere)
+    ours, elsewhere = set(option_names(TrainConfig)), marks(TrainConfig, Elsewhere)
     assert set(elsewhere) <= ours
     others = [other for mark in elsewhere.values() for other in mark.names.split()]
     assert not ours & set(others) and len(others) == len(set(others))
@@ -295,7 +296,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in flat(TrainConfig()) if name != "architecture")
-    assert all(name in text for name in preset_names())
+    assert all(name in text for name in preset_names(TrainConfig))
 
 
 @pytest.mark.parametrize("call", [train, preflight])

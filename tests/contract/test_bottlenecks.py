@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentvae.bottlenecks import BOTTLENECKS, QUANTIZERS, Quantizer
 from latentvae.bottlenecks.options import BottleneckConfig
-from latentvae.config.presets import parse
+from latentvae.tasks.autoencoder.config import parse
 
 # Values to try of options whose defaults leave something out, wherever a bottleneck has them.
 TRY = {"codebook_decay": 0.9, "entropy_weight": 0.1, "restart_threshold": 0.3}

@@ -11,7 +11,8 @@ from latentvae.data import Batch
 from latentvae.engine import data_wait as waiting
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.log import read_rows
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -60,7 +61,13 @@ def test_the_clock_runs_while_a_batch_is_waited_for_but_the_first(clock: Clock) 
 def test_the_warning_has_numbers_and_a_remedy(
     workers: int, processes: int, waited: float, said: str
 ) -> None:
-    wait = DataWait(iter(()), num_workers=workers, num_processes=processes)
+    wait = DataWait(
+        iter(()),
+        num_workers=workers,
+        num_processes=processes,
+        unit=AutoencoderTask.unit,
+        advice=AutoencoderTask.data_advice,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waiting.os, "cpu_count", lambda: 8)
         assert wait.advice(1.9, 10.0, updates=10) is None

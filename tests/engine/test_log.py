@@ -18,8 +18,8 @@ from latentvae.data import EvalTransform, SamplePhotos
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
 from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.update import backward_model
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.backward import backward_model
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -224,7 +224,12 @@ def test_rec_is_logged_without_lpips_and_lpips_without_its_weight() -> None:
     images = torch.rand(2, 3, 16, 16)
     out = wrapper(images)
     logged = backward_model(
-        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=None
+        images,
+        out,
+        objective=objective,
+        update=0,
+        last_layer=wrapper.last_layer,
+        adversary=None,
     )
     torch.testing.assert_close(logged["loss/rec"], (out.recon.detach() - images).abs().mean())
     assert logged["loss/lpips"].item() == 0.5

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard, constants
 
 from latentvae.cli.main import main
 from latentvae.cli.train import run_training
+from latentvae.engine import loop
 from latentvae.errors import UserError
 from latentvae.export.hub import UploadError
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
 from tests.export.hub_stand_in import TOKEN, HubStandIn
 from tests.forks import ended_ranks
 from tests.tasks.autoencoder.small import as_flags, small_config

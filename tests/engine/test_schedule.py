@@ -1,8 +1,7 @@
 import pytest
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.config.presets import parse
-from latentvae.tasks.autoencoder.schedule import adversarial_factor, learning_rate
+from latentvae.engine.schedule import learning_rate
+from latentvae.tasks.autoencoder.config import TrainConfig, parse
 
 
 def config(**sections: dict[str, object]) -> TrainConfig:
@@ -21,15 +20,6 @@ def test_warm_up_then_cosine_to_zero() -> None:
 def test_constant_after_the_warm_up() -> None:
     c = config(optimizer={"lr_warmup_steps": 2}, run={"max_train_steps": 5})
     assert [learning_rate(u, peak=2.0, config=c) for u in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
-
-
-def test_the_critic_learns_before_it_is_obeyed() -> None:
-    critic = config(critic={"disc_scale": 0.5, "disc_ramp_steps": 4}).critic
-    factors = [adversarial_factor(u, start=3, critic=critic) for u in range(9)]
-    assert factors == [None, None, None, 0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    assert (
-        adversarial_factor(9, start=3, critic=critic.model_copy(update={"disc_scale": 0.0})) is None
-    )
 
 
 def test_disc_start_is_a_share_of_the_run_below_one_and_an_update_above() -> None:

@@ -140,10 +140,10 @@ def test_bd_rates_are_beside_jpeg(run: Any) -> None:
 
 def test_curves_are_means_over_the_same_images(run: Any, tmp_path: Path) -> None:
     """What JPEG copies exactly and what is too small for LPIPS changes no BD-rate."""
-    plan = replace(SMALL, qualities=(5, 30, 60, 95), noise_psnr=())
-    photos = [photo(160, 120), photo(160, 120, left=200)]
+    plan = replace(SMALL, qualities=(5, 40, 95), noise_psnr=())
+    photos = [photo(80, 64), photo(80, 64, left=200)]
     alone = run(pixels(), *photos, plan=plan)
-    flat, small = Image.new("RGB", (160, 120), (128, 128, 128)), photo(24, 24)
+    flat, small = Image.new("RGB", (80, 64), (128, 128, 128)), photo(24, 24)
     report = run(pixels(), *photos, flat, small, plan=plan)
     low, *_ = report.codecs["jpeg"]
     assert low.images == {"bpp": 4, "psnr": 3, "lpips_alex": 3}

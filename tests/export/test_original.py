@@ -15,7 +15,8 @@ from latentvae.cli.main import main
 from latentvae.errors import UserError
 from latentvae.export.original import from_original, original_config, to_original
 from latentvae.models import load_network
-from tests.export.tokenizers import export, tokenizer
+from tests.export.tokenizers import export
+from tests.tiny import tokenizer
 
 # taming.models.vqgan.VQModel with the ddconfig below: name -> shape of its weight, beside which
 # all but the codebook have a bias.

@@ -38,7 +38,7 @@ from latentvae.export import ExportReport, Profile, export_autoencoder
 from latentvae.latents import latent_statistics
 from latentvae.models import DiscreteAutoencoder
 from tests.export import tokenizers
-from tests.export.tokenizers import CODEBOOK, photos, tokenizer
+from tests.tiny import CODEBOOK, photos, tokenizer
 
 SIDE = 64  # pixels: 8 latent pixels
 TOKENS_SIDE = 32  # pixels: 8 x 8 tokens

@@ -12,7 +12,7 @@ from typing import Any
 
 from latentvae.cli.train import run_training
 from latentvae.distributed import rank
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.engine.updates import Updates
 
 
 def _raise() -> None:

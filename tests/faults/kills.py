@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentvae.engine import checkpoint
-from latentvae.engine.checkpoint import (
+from latentvae.engine import checkpoint_files as checkpoint
+from latentvae.engine.checkpoint_files import (
     checkpoints,
     half_written,
     load_checkpoint,
@@ -20,7 +20,7 @@ from latentvae.engine.checkpoint import (
     update_of,
 )
 from latentvae.proofs.verify_resume.compare import compare, what_is_left
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
 from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config
 
@@ -52,7 +52,7 @@ def straight_run(folder: Path, **changes: Any) -> float:
 
 
 def assert_same(straight: Path, resumed: Path, *, update: int) -> None:
-    left, right = (what_is_left(folder, update=update) for folder in (straight, resumed))
+    left, right = (what_is_left(folder, update=update, parts={}) for folder in (straight, resumed))
     wrong = [check for check in compare(left, right) if not check.passed]
     assert not wrong, "\n".join(map(str, wrong))
     assert not half_written(resumed)

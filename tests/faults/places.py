@@ -20,11 +20,11 @@ from PIL import Image
 
 import latentvae
 from latentvae.autoencoder import Autoencoder
-from latentvae.config.presets import load_preset
 from latentvae.data import DatasetSpec, HubImages, PixelFormat, TarShards, read_image
 from latentvae.data.sizes import read_size
-from latentvae.engine.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from latentvae.engine.checkpoint_files import Snapshot, load_checkpoint, save_checkpoint
 from latentvae.engine.log import read_rows
+from latentvae.engine.resume import read_config, write_config
 from latentvae.evaluation.measures import PooledError
 from latentvae.evaluation.saved_progress import Progress
 from latentvae.latents.decode import decode_folder
@@ -32,13 +32,12 @@ from latentvae.latents.encode import encode_folder
 from latentvae.losses.lpips_weights import find_trunk, installed_trunk, read_trunk
 from latentvae.metrics.inception import load_inception
 from latentvae.report import Report, compare
-from latentvae.tasks.autoencoder.base import Base, read_base
-from latentvae.tasks.autoencoder.state import read_config, write_config
+from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
+from latentvae.tasks.autoencoder.fine_tuning import Base, read_base
 from tests.data.conftest import parquet, picture, tar
-from tests.export.tokenizers import tokenizer
-from tests.latents.conftest import BLOCKS, make_tokenizer
 from tests.models.test_single_file import network, original
 from tests.tasks.autoencoder.small import small_config
+from tests.tiny import BLOCKS, spread_vq, tokenizer
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _decoded_of(folder: Path) -> object:
 
 @functools.cache
 def _model() -> Autoencoder:
-    return Autoencoder(make_tokenizer(40), name="model")
+    return Autoencoder(spread_vq(40), name="model")
 
 
 def _report(folder: Path) -> None:
@@ -274,7 +273,7 @@ PLACES: dict[str, Place] = {
     "config of a run": Place(
         _run,
         "config.yaml",
-        lambda f: read_config(f / "config.yaml"),
+        lambda f: read_config(f / "config.yaml", TrainConfig),
         "yaml",
         may_read=frozenset({"cut at 99 %"}),  # its last option, with which it ends, is then shorter
     ),

@@ -11,25 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from latentvae.cli import train as command_line
-from latentvae.engine.checkpoint import load_checkpoint
+from latentvae.engine import loop
+from latentvae.engine.checkpoint_content import take_snapshot
+from latentvae.engine.checkpoint_files import load_checkpoint
+from latentvae.engine.log import Window
+from latentvae.engine.progress import Progress, SavedValues, checked_values
+from latentvae.engine.training import Training
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import load_lpips
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder import run as building
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.run import Run
-from latentvae.tasks.autoencoder.saved_values import check_values
-from latentvae.tasks.autoencoder.state import Progress, take_snapshot
+from latentvae.tasks.autoencoder import build as building
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.state import AutoencoderState
 from tests.tasks.autoencoder.small import as_flags, small_config
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
 FILES = (
     "model.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
+    "model_average.safetensors",
+    "model_optimizer.safetensors",
     "critic.safetensors",
     "critic_optimizer.safetensors",
     "state.json",
@@ -84,15 +87,15 @@ def finished(_finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def resumed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Run, Progress]]:
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Training, Window]]:
     """What a command line builds and restores, in the place of its training."""
-    found: list[tuple[Run, Progress]] = []
+    found: list[tuple[Training, Window]] = []
 
-    def taken(run: Run, progress: Progress) -> None:
-        found.append((run, progress))
+    def taken(training: Training, window: Window) -> None:
+        found.append((training, window))
         raise _Enough
 
-    monkeypatch.setattr(loop, "_train_and_export", taken)
+    monkeypatch.setattr(loop, "_train", taken)
     return found
 
 
@@ -124,7 +127,7 @@ def test_every_damage_of_every_file_falls_back_and_says_so(
     file: str,
     damage: str,
     finished: Path,
-    resumed: list[tuple[Run, Progress]],
+    resumed: list[tuple[Training, Window]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     DAMAGES[damage](finished / "checkpoint-4" / file)
@@ -133,9 +136,9 @@ def test_every_damage_of_every_file_falls_back_and_says_so(
     said = capsys.readouterr().out
     assert f"checkpoint-4 is passed over: {file} " in said
     assert f"going on from {finished / 'checkpoint-2'}" in said
-    ((run, progress),) = resumed
+    ((training, window),) = resumed
     good = load_checkpoint(finished / "checkpoint-2")
-    snapshot = take_snapshot(run, progress)
+    snapshot = take_snapshot(training, window)
     assert json.loads(json.dumps(snapshot.values)) == good.values
     assert snapshot.tensors.keys() == good.tensors.keys()
     for name, values in good.tensors.items():
@@ -148,26 +151,26 @@ def test_every_damage_of_every_file_falls_back_and_says_so(
 def test_where_all_are_damaged_it_starts_anew_and_says_so(
     damage: str,
     finished: Path,
-    resumed: list[tuple[Run, Progress]],
+    resumed: list[tuple[Training, Window]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in (2, 4):
-        DAMAGES[damage](finished / f"checkpoint-{number}" / "optimizer.safetensors")
+        DAMAGES[damage](finished / f"checkpoint-{number}" / "model_optimizer.safetensors")
     with pytest.raises(_Enough):
         resume(finished)
     said = capsys.readouterr().out
-    assert said.count("is passed over: optimizer.safetensors ") == 2
-    assert f"starting anew in {finished}" in said and resumed[0][1].update == 0
+    assert said.count("is passed over: model_optimizer.safetensors ") == 2
+    assert f"starting anew in {finished}" in said and resumed[0][0].progress.update == 0
 
 
 @pytest.mark.parametrize("damage", _few_at_once(files=False))
 def test_a_damaged_one_that_was_asked_for_is_one_sentence(
     damage: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    DAMAGES[damage](finished / "checkpoint-4" / "ema.safetensors")
-    assert _refused(finished, capsys, resume_from_checkpoint="checkpoint-4").startswith(
-        f"error: checkpoint '{finished / 'checkpoint-4'}' cannot be used: ema.safetensors "
-    )
+    DAMAGES[damage](finished / "checkpoint-4" / "model_average.safetensors")
+    file = f"'{finished / 'checkpoint-4'}' cannot be used: model_average.safetensors "
+    refused = _refused(finished, capsys, resume_from_checkpoint="checkpoint-4")
+    assert refused.startswith(f"error: checkpoint {file}")
 
 
 def _refused(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
@@ -193,40 +196,44 @@ def forge(checkpoint: Path, values: Any) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-REQUIRED = (
-    *("update", "micro_step", "skipped", "skipped_in_a_row", "windows", "bad_images"),
-    *("critic_start", "world_size", "mixed_precision", "data", "ema_steps"),
-)
-# Older checkpoints are without these.
-OPTIONAL = ("units", "kl_log_factor", "kl_error", "critic_stopped", "watch")
 WRONG: tuple[Any, ...] = (None, "text", -1, 1.5, True, 10**30, [], [3], {"a": "b"}, [[{}]])
+HARMLESS = {  # of the right type after all
+    "identity": [{"a": "b"}],
+    "versions": [{"a": "b"}],
+    "task": [{"a": "b"}],  # the task's own class looks at it
+    "mixed_precision": ["text"],
+    "critic_stopped": [None],
+    "bad_images": [[]],
+}
 
 
 def test_a_forged_state_is_refused_whatever_it_says(finished: Path) -> None:
-    """Each entry gone or of another type; the sentence names it."""
+    """Each entry gone, of another type, or one too many; the sentence names it."""
     good = load_checkpoint(finished / "checkpoint-4").values
-    assert set(good) == {*REQUIRED, *OPTIONAL, "versions"}
-    options = {"num_channels": 4, "has_average": True}
-    check_values(good, **options)
-    check_values(good | {"bad_images": [["caf\udce9.jpg", "no image"]]}, **options)  # not UTF-8
-    for name in (*REQUIRED, *OPTIONAL):
-        gone = {key: value for key, value in good.items() if key != name}
-        forged = [gone] if name in REQUIRED else []
-        forged += [good | {name: value} for value in WRONG if not _is_harmless(name, value)]
-        for values in forged:
+    checked_values(SavedValues, good)
+    checked_values(AutoencoderState, good["task"])
+    not_utf8 = {"bad_images": [["caf\udce9.jpg", "no image"]]}
+    checked_values(AutoencoderState, good["task"] | not_utf8)
+    models: list[tuple[type[BaseModel], Any]] = [
+        (SavedValues, good),
+        (Progress, good["progress"]),
+        (AutoencoderState, good["task"]),
+    ]
+    for model, values in models:
+        assert set(values) == set(model.model_fields)
+        forged = [(name, values | {name: wrong}) for name in values for wrong in _wrong(name)]
+        forged.append(("extra", values | {"extra": 1}))
+        if model is SavedValues:
+            gone = [(name, {k: v for k, v in good.items() if k != name}) for name in good]
+            forged += gone
+        for name, other in forged:
             with pytest.raises(UserError, match=f"{name}|processes"):
-                check_values(values, **options)
+                checked_values(model, other)
 
 
-def _is_harmless(name: str, value: Any) -> bool:
-    """Of the right type after all, or as an older checkpoint has it."""
-    return (
-        (name == "bad_images" and value == [])
-        or (name == "data" and isinstance(value, dict))
-        or (name in ("units", "critic_stopped") and value is None)
-        or (name.startswith("kl_") and isinstance(value, int | float) and value is not True)
-        or (name == "mixed_precision" and isinstance(value, str))
-    )
+def _wrong(name: str) -> list[Any]:
+    harmless = HARMLESS.get(name, [])
+    return [value for value in WRONG if not any(value is h or value == h for h in harmless)]
 
 
 @pytest.mark.parametrize(
@@ -234,12 +241,13 @@ def _is_harmless(name: str, value: Any) -> bool:
     [
         (lambda v: v["windows"].append({}), "windows: 2 of 1 processes"),
         (lambda v: v["windows"][0].update({"loss/rec": [1.0]}), r"windows.0.loss/rec"),
-        (lambda v: v["units"][0].pop(), "units: not 3 x 4 sums"),
-        (lambda v: v["units"][0][1].append(0.0), "units: not 3 x 4 sums"),
-        (lambda v: v["bad_images"].append(["a.png"]), "bad_images.0"),
-        (lambda v: v["watch"]["conditions"]["critic_won"].update(extra=1), "watch.conditions"),
-        (lambda v: v.update(kl_error=float("inf")), "kl_error"),
-        (lambda v: v.update(update=3), "its state.json is of update 3"),
+        (lambda v: v["ranks"][0]["units"].pop(), "units: not 3 x 4 sums"),
+        (lambda v: v["ranks"][0]["units"][1].append(0.0), "units: not 3 x 4 sums"),
+        (lambda v: v["task"]["bad_images"].append(["a.png"]), "bad_images.0"),
+        (lambda v: v["task"]["watch"]["conditions"]["critic_won"].update(extra=1), "conditions"),
+        (lambda v: v["task"]["kl_target"].update(error=float("inf")), "kl_target.error"),
+        (lambda v: v["progress"].update(update=3), "its state.json is of update 3"),
+        (lambda v: v.update(average_steps={}), "no average_steps of model"),
     ],
 )
 def test_a_forged_entry_is_named(

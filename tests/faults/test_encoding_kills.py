@@ -13,13 +13,14 @@ from PIL import Image
 
 from latentvae.cli.main import main
 from tests.forks import LIMIT, end_of_ranks, ranks, start_ranks
-from tests.latents.conftest import contents, make_tokenizer
+from tests.latents.conftest import contents
+from tests.tiny import spread_vq
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tokenizer"
-    make_tokenizer().save_pretrained(folder)
+    spread_vq().save_pretrained(folder)
     return folder
 
 

@@ -18,15 +18,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentvae.cli import train as command_line
+from latentvae.data import ImageStream
 from latentvae.data.workers import leave_signals_to_the_trainer
-from latentvae.engine import checkpoint as saving
-from latentvae.engine.checkpoint import checkpoints, newest_usable
+from latentvae.engine import checkpoint_files as saving
+from latentvae.engine.checkpoint_files import checkpoints, newest_usable
+from latentvae.engine.failures import explanation
 from latentvae.engine.lock import LOCK_NAME, locked
+from latentvae.engine.updates import Updates
 from latentvae.errors import RunError, UserError
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder.failures import explanation
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.images import open_data
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 from tests.tasks.autoencoder.small import as_flags, small_config
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
@@ -38,7 +40,7 @@ def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_stays(
     save = saving.save_file
 
     def full(tensors: Any, path: Path) -> None:
-        if "checkpoint-4" in str(path) and "ema" in str(path):
+        if "checkpoint-4" in str(path) and "average" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save(tensors, path)
 
@@ -82,12 +84,12 @@ def test_out_of_memory_names_numbers_and_remedies(
     ],
 )
 def test_what_the_machine_does_is_explained(error: Exception, said: str, tmp_path: Path) -> None:
-    assert said in str(explanation(error, small_config(tmp_path)))
+    assert said in str(explanation(error, AutoencoderTask(small_config(tmp_path))))
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(tmp_path: Path) -> None:
     for error in (RuntimeError("shapes differ"), KeyError("x"), OSError("odd")):
-        assert explanation(error, small_config(tmp_path)) is None
+        assert explanation(error, AutoencoderTask(small_config(tmp_path))) is None
 
 
 def test_a_reader_that_is_killed_ends_the_run_in_one_sentence(
@@ -182,7 +184,7 @@ def test_a_skipped_update_names_its_terms_and_images(
     train(small_config(tmp_path, max_train_steps=3))
     (line,) = [row for row in capsys.readouterr().out.splitlines() if "skipped: its" in row]
     assert line.startswith("update 2 skipped") and "loss/rec" in line and "loss/lpips" in line
-    images = loop.open_data(small_config(tmp_path))[0]
-    assert not isinstance(images, loop.ImageStream)
+    images = open_data(small_config(tmp_path))[0]
+    assert not isinstance(images, ImageStream)
     names = {images.name(i) for i in range(len(images))}
     assert any(name in line for name in names)

@@ -12,7 +12,7 @@ import yaml
 from latentvae.cli.main import main
 from latentvae.data import UnreadableImage
 from latentvae.data.hub import cell_bytes
-from latentvae.engine.checkpoint import load_checkpoint, newest_usable
+from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable
 from latentvae.errors import UserError
 from latentvae.latents.decode import picture_names
 from tests.faults import damage

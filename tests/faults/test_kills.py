@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from latentvae.engine.checkpoint import (
+from latentvae.engine import loop
+from latentvae.engine.checkpoint_files import (
     Snapshot,
     checkpoints,
     half_written,
@@ -19,8 +20,7 @@ from latentvae.engine.checkpoint import (
     sweep_temporary,
     update_of,
 )
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
 from tests.faults.kills import OPTIONS, KillAt, assert_same, kill_at_random, straight_run
 from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config

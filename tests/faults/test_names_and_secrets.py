@@ -14,8 +14,8 @@ from latentvae.report.comparison import markdown
 from latentvae.text import markdown_text
 from tests.data.conftest import picture
 from tests.faults.places import kl
-from tests.latents.conftest import make_tokenizer
 from tests.tasks.autoencoder.small import small_config
+from tests.tiny import spread_vq
 
 CANARY = "canary-7f3a"
 ADDRESS = f"https://me:{CANARY}@host/a"
@@ -88,7 +88,7 @@ def test_tokens_of_the_environment_are_in_no_shard_and_no_evaluation(
     for name in SECRETS:
         monkeypatch.setenv(name, CANARY)
     model, data, out = (str(tmp_path / name) for name in ("model", "photos", "out"))
-    (make_tokenizer() if kind == "tokens" else kl()).save_pretrained(model)
+    (spread_vq() if kind == "tokens" else kl()).save_pretrained(model)
     Path(data).mkdir()
     for number in range(2):
         picture(40, 36, seed=number).save(f"{data}/{number}.png")

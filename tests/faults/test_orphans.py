@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from latentvae.engine.checkpoint import newest_usable
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.engine.checkpoint_files import newest_usable
+from latentvae.tasks.autoencoder import train
 from tests.forks import start_fork
 from tests.launch import PATIENCE, launch, train_flags, wait_for
 from tests.tasks.autoencoder.small import small_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from latentvae.engine.checkpoint import newest_usable
+from latentvae.engine.checkpoint_files import newest_usable
 from tests.launch import launch, wait_for
 from tests.tasks.autoencoder.small import as_flags, small_config
 

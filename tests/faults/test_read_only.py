@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from latentvae.cli import train as command_line
-from latentvae.engine.checkpoint import newest_usable
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.engine.checkpoint_files import newest_usable
+from latentvae.tasks.autoencoder import train
 from tests.tasks.autoencoder.small import as_flags, small_config
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")

@@ -5,34 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentvae.autoencoder import Autoencoder
-
-BLOCKS = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "mid_block_add_attention": False,  # most of the time of its shape's measurement
-}
-
-
-def make_tokenizer(num_codes: int = 300, *, seed: int = 0, image_channels: int = 3) -> VQModel:
-    """f 2; its codes lie where its features do, so that many are used."""
-    torch.manual_seed(seed)
-    channels = {"in_channels": image_channels, "out_channels": image_channels}
-    net = VQModel(**BLOCKS, **channels, latent_channels=3, num_vq_embeddings=num_codes)
-    with torch.no_grad():
-        net.quantize.embedding.weight.normal_()
-    return net.eval()
+from tests.tiny import BLOCKS, spread_vq
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tokenizer"
-    make_tokenizer().save_pretrained(folder)
+    spread_vq().save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,8 @@ from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder, picture_names
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.shards import Manifest, read_header, sha256_of, shard_bytes, shard_path
-from tests.latents.conftest import contents, make_tokenizer
+from tests.latents.conftest import contents
+from tests.tiny import spread_vq
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,8 +132,8 @@ def test_a_changed_byte_is_found(name: str, tokens: Path, tmp_path: Path) -> Non
 
 def test_another_model_is_refused(tokens: Path, kl: Autoencoder, tmp_path: Path) -> None:
     cases = [
-        (Autoencoder(make_tokenizer(512), name="m"), "with 300 codes; 'm' has 512 codes"),
-        (Autoencoder(make_tokenizer(seed=1), name="m"), "'m' has other weights than the model"),
+        (Autoencoder(spread_vq(512), name="m"), "with 300 codes; 'm' has 512 codes"),
+        (Autoencoder(spread_vq(seed=1), name="m"), "'m' has other weights than the model"),
         (kl, "with 300 codes; 'kl' has continuous latents"),
         (str(tmp_path / "nothing"), "no such model folder"),
     ]

@@ -25,7 +25,8 @@ from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.shards import shard_path
 from latentvae.metrics.tokens import TokenUsage
-from tests.latents.conftest import contents, make_tokenizer
+from tests.latents.conftest import contents
+from tests.tiny import spread_vq
 
 OPTIONS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_items": 3}
 NAMES = [f"a/{n:02d}.png" for n in (0, 2, 4, 6, 8, 10)] + [
@@ -208,7 +209,7 @@ def test_an_encoded_folder_is_not_encoded_again(
 def test_other_shards_are_refused_or_replaced(
     unbroken: Path, tokenizer: Path, photos: Path, tmp_path: Path
 ) -> None:
-    other = Autoencoder(make_tokenizer(seed=1), name="other")
+    other = Autoencoder(spread_vq(seed=1), name="other")
     encode_folder(other, photos, tmp_path, **{**OPTIONS, "shard_items": 1})
     before = contents(tmp_path)
     with pytest.raises(UserError, match="with another model_sha256, shard_items: give another fol"):
@@ -256,7 +257,7 @@ class Given(Autoencoder):
     """Tokens that are given: 0 and K - 1 in each image; of `levels` levels, if any."""
 
     def __init__(self, num_codes: int, levels: int | None = None) -> None:
-        super().__init__(make_tokenizer(), name="given")
+        super().__init__(spread_vq(), name="given")
         self.num_codes, self.levels = num_codes, levels
 
     def encode_tokens(self, images: Any) -> Tensor:

@@ -14,8 +14,8 @@ from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.shards import read_manifest
-from latentvae.models.conv.vq import DiscreteAutoencoder
-from tests.latents.conftest import make_tokenizer
+from latentvae.models import DiscreteAutoencoder
+from tests.tiny import spread_vq
 
 RANGE = (-1000.0, 3000.0)
 MODES = {1: "L", 4: "RGBA"}
@@ -59,7 +59,7 @@ def write(folder: Path, channels: int) -> Tensor:
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_tokens_and_pictures_are_those_of_the_model(channels: int, tmp_path: Path) -> None:
-    net: Any = grey_tokenizer() if channels == 1 else make_tokenizer(image_channels=4)
+    net: Any = grey_tokenizer() if channels == 1 else spread_vq(image_channels=4)
     net.save_pretrained(tmp_path / "model")
     images, model = write(tmp_path / "images", channels), latentvae.load(tmp_path / "model")
     out, stated = tmp_path / "tokens", RANGE if channels == 1 else None

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentvae.losses.adversarial import GAN_LOSSES
+from latentvae.losses.adversarial import GAN_LOSSES, Adversary
 from latentvae.losses.colors import random_background, to_rgb
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.tasks.autoencoder.update import Adversary, _adversarial, backward_critic
+from latentvae.tasks.autoencoder.backward import backward_critic
 
 
 def images(channels: int, *, seed: int = 0) -> Tensor:
@@ -105,15 +105,14 @@ def test_objective_and_critic_see_the_same_background_in_image_and_reconstructio
         critic=critic,
         prepared=critic,
         factor=1.0,
-        adaptive=False,
-        cap=1.0,
         loss=GAN_LOSSES["hinge"],
     )
     backward_critic(real, recon, adversary=adversary, background=background)
     both = torch.cat([to_rgb(real, background), to_rgb(recon, background)])
     assert torch.equal(critic.seen[0], both)
     leaf = recon.clone().requires_grad_()
-    _, grad = _adversarial(leaf, adversary, objective=objective, background=background)
+    value = objective.adversarial_value(leaf, adversary, background=background)
+    (grad,) = torch.autograd.grad(value, leaf)
     assert grad.shape == recon.shape
     # hinge: the loss is minus the mean logit, the mean over batch, colours and pixels
     assert torch.allclose(grad[:, :3], -(recon[:, 3:] + 1) / 2 / (3 * 3 * 64))

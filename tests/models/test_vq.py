@@ -7,9 +7,9 @@ import torch
 from diffusers import VQModel
 
 from latentvae.errors import UserError
-from latentvae.models import DiscreteAutoencoder, adapt
-from latentvae.models.conv.vq import from_vq_model
-from tests.models.nets import images
+from latentvae.models import FAMILIES, DiscreteAutoencoder
+from latentvae.models.conv.stock_vq import from_vq_model
+from tests.tiny import images
 
 VQ = {"type": "vq", "num_codes": 16, "code_channels": 4}
 
@@ -62,4 +62,5 @@ def test_attention_of_a_vq_model_is_on_both_sides_or_none(down: str, up: str, fi
         norm_num_groups=4,
         num_vq_embeddings=8,
     )
-    assert (from_vq_model(net) is not None) == (adapt(net, "vq", {}) is not None) == fits
+    assert (from_vq_model(net) is not None) == fits
+    assert (FAMILIES["vq"].adapt(net, {}) is not None) == fits

@@ -8,36 +8,47 @@ taming-transformers and what came of it.
 """
 
 import contextlib
-import functools
-import inspect
-import textwrap
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 
-from latentvae.bottlenecks import VectorQuantizer
-from latentvae.bottlenecks.quantized import Quantized
-from latentvae.losses.adversarial import GAN_LOSSES, GANLoss
+from latentvae.bottlenecks import Quantized
+from latentvae.bottlenecks.vector import VectorQuantizer
+from latentvae.engine.task import Learner
+from latentvae.engine.training import Training
+from latentvae.engine.updates import Updates
+from latentvae.engine.weight_average import WeightAverage
+from latentvae.losses.adversarial import GAN_LOSSES, Adversary, GANLoss
 from latentvae.losses.perceptual import PerceptualLoss
+from latentvae.models import TrainingWrapper
+from latentvae.models.family import Family
 from latentvae.outputs import AutoencoderOutput
-from tests.proofs.injection import Inject, around, built, entry, instead, result
+from latentvae.tasks.autoencoder.learning import CRITIC, MODEL
+from tests.proofs.injection import Inject, around, both, built, entry, instead, result
 
-TRAINING = "latentvae.tasks.autoencoder."
-STEP = TRAINING + "updates:Updates.step"
-MAKE = TRAINING + "updates:Updates.make"
-MICRO_STEP = TRAINING + "updates:Updates.micro_step"
-RATES = TRAINING + "updates:Updates.set_learning_rates"
-BUILD = TRAINING + "run:build_run"
-RESTORE = TRAINING + "state:restore"
-BACKWARD_MODEL = TRAINING + "update:backward_model"
-BACKWARD_CRITIC = TRAINING + "update:backward_critic"
-TERMS = "latentvae.losses.objective:Objective."
-ADVERSARIAL = "latentvae.losses.adversarial:"
+# Seams, each in the module whose code calls it.
+STEP = "latentvae.engine.updates:Updates.step"
+RATE = "latentvae.engine.updates:learning_rate"
+AVERAGE_STEP = "latentvae.engine.weight_average:WeightAverage.step"
+PREPARE = "latentvae.engine.task:prepare"
+LEARNER = "latentvae.engine.task:Learner.with_adamw"
+SNAPSHOT = "latentvae.engine.checkpoint_content:"
+RESTORE = "latentvae.proofs.preflight.saving:restore"
+AUTOENCODER = "latentvae.tasks.autoencoder."
+TASK = AUTOENCODER + "task:AutoencoderTask."
+BACKWARD_MODEL = AUTOENCODER + "learning:backward_model"
+BACKWARD_CRITIC = AUTOENCODER + "learning:backward_critic"
+OBJECTIVE = "latentvae.losses.objective."
+TERMS = OBJECTIVE + "objective:Objective."
+RAMP = OBJECTIVE + "adversarial_weight:AdversarialWeight.factor"
+PERCEPTUAL = "latentvae.losses.perceptual:PerceptualLoss."
+WRAPPER = "latentvae.models.conv.kl:KLTrainingWrapper."
 VECTOR = "latentvae.bottlenecks.vector:VectorQuantizer."
 
 SHAPE = {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -54,7 +65,6 @@ class Mutation:
         name: in words.
         fault: which of the known faults it stands for, such as "A1"; "" for one of our own.
         inject: puts the fault in, until the patch is undone.
-        edits: (module:function, text that goes, text that comes); while the trainer is rebuilt.
         fails: the checks that must fail, one wherever that can be; `why` says why there are two.
         config: options of the run that shows it.
         model: section of the model, where another architecture is needed.
@@ -64,8 +74,7 @@ class Mutation:
 
     name: str
     fault: str
-    edits: tuple[tuple[str, str, str], ...] = ()
-    inject: Inject | None = None
+    inject: Inject
     fails: tuple[str, ...]
     why: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -74,22 +83,40 @@ class Mutation:
     fine_tuned: bool = False
 
 
-def one(
-    name: str, fault: str, target: str, old: str, new: str, fails: str, **more: Any
-) -> Mutation:
-    """A mutation of one edit that fails one check."""
-    return Mutation(name=name, fault=fault, edits=((target, old, new),), fails=(fails,), **more)
-
-
 def seam(name: str, fault: str, inject: Inject, *fails: str, **more: Any) -> Mutation:
     """A mutation of one seam."""
     return Mutation(name=name, fault=fault, inject=inject, fails=fails, **more)
 
 
-def _swapped_losses(quantized: Quantized, *_: Any, **__: Any) -> Quantized:
-    losses = quantized.losses
-    swapped = {"commitment": losses["codebook"], "codebook": losses["commitment"]}
-    return quantized._replace(losses=losses | swapped)
+# Losses
+
+
+def _with_random_weights(lpips: Any, *_: Any, **__: Any) -> Any:
+    for value in lpips.net.buffers():
+        value.normal_(0, 0.05)
+    return lpips
+
+
+def _trainable_lpips(loss: PerceptualLoss) -> None:
+    for value in loss.lpips.buffers():
+        value.requires_grad_()
+
+
+def _frozen_by_an_attribute(family: Family, net: Any) -> None:
+    for part in family.latent_side(net):
+        part.requires_grad = False  # type: ignore[assignment]
+
+
+def _summed_over_pixels(
+    terms: dict[str, Tensor], objective: Any, images: Tensor, *_: Any, **__: Any
+) -> dict[str, Tensor]:
+    return terms | {"rec": terms["rec"] * images[0].numel()}
+
+
+def _divided_by_latent_elements(
+    latent: Callable[..., Any], objective: Any, images: Tensor, out: AutoencoderOutput, **more: Any
+) -> Any:
+    return latent(objective, out.latents[0].z, out, **more)
 
 
 def _without_gradient_of_kl(out: AutoencoderOutput, *_: Any, **__: Any) -> AutoencoderOutput:
@@ -99,13 +126,53 @@ def _without_gradient_of_kl(out: AutoencoderOutput, *_: Any, **__: Any) -> Autoe
     return replace(out, latents=(cut,))
 
 
-def _trainable_lpips(loss: PerceptualLoss) -> None:
-    for value in loss.lpips.buffers():
-        value.requires_grad_()
-
-
 def _without_straight_through(quantizer: VectorQuantizer) -> None:
     quantizer.gradient = lambda vectors, quantised: quantised.detach()
+
+
+def _swapped_losses(quantized: Quantized, *_: Any, **__: Any) -> Quantized:
+    losses = quantized.losses
+    swapped = {"commitment": losses["codebook"], "codebook": losses["commitment"]}
+    return quantized._replace(losses=losses | swapped)
+
+
+# The two players
+
+
+def _sent_back_at_once(value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The generator's loss leaves gradients on the critic."""
+    value.backward(retain_graph=True)
+    return value
+
+
+def _not_detached() -> Inject:
+    """The critic's loss goes back through the reconstruction into the model."""
+    kept: list[AutoencoderOutput] = []
+
+    def model(backward: Any, images: Tensor, out: AutoencoderOutput, **more: Any) -> Any:
+        kept[:] = [out]
+        return backward(images, out, **more)
+
+    def critic(images: Tensor, *_: Any, adversary: Adversary, divide_by: int, **__: Any) -> Any:
+        seen = torch.cat([images, kept[0].recon])
+        real, fake = adversary.prepared(seen).float().chunk(2)
+        loss = adversary.loss.critic(real, fake)
+        (loss / divide_by).backward()
+        means = {"loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {f"critic/{name}": value.detach() for name, value in means.items()}
+
+    def keep_graph(backward: Any, tensors: Any, grads: Any = None, *_: Any, **__: Any) -> None:
+        backward(tensors, grads, retain_graph=True)
+
+    return both(
+        around(BACKWARD_MODEL, model),
+        instead(BACKWARD_CRITIC, critic),
+        around("torch.autograd:backward", keep_graph),
+    )
+
+
+def _without_critic(step: Callable[..., None], updates: Updates, learning: Sequence[str]) -> None:
+    step(updates, [name for name in learning if name != CRITIC])
 
 
 def _negated(name: str) -> Inject:
@@ -115,8 +182,100 @@ def _negated(name: str) -> Inject:
     return entry(GAN_LOSSES, name, wrong)
 
 
-PERCEPTUAL = "latentvae.losses.perceptual:PerceptualLoss."
-WRAPPER = "latentvae.models.conv.kl:KLTrainingWrapper."
+# What learns
+
+
+def _of_the_model(change: Callable[[Learner], None]) -> Inject:
+    """The model's learner goes through `change` when it is built."""
+
+    def changed(learner: Learner, *_: Any, **__: Any) -> Learner:
+        if learner.averaged is not None:
+            change(learner)
+        return learner
+
+    return result(LEARNER, changed)
+
+
+def _round_after_each_step(learner: Learner) -> None:
+    def rounded(*_: Any) -> None:
+        for parameter in learner.module.parameters():
+            parameter.data.copy_(parameter.data.bfloat16())
+
+    learner.optimizer.register_step_post_hook(rounded)
+
+
+def _of_the_network_alone(learner: Learner) -> None:
+    assert learner.averaged is not None
+    of_network = {id(parameter) for parameter in learner.averaged.parameters()}
+    for group in learner.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in of_network]
+
+
+def _keep_gradients(learner: Learner) -> None:
+    learner.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+
+
+def _unprepared(*, model: bool) -> Inject:
+    """The model, or the critic, is called as it is."""
+
+    def fault(prepare: Callable[..., nn.Module], accelerator: Any, module: nn.Module) -> nn.Module:
+        if isinstance(module, TrainingWrapper) == model:
+            return module.to(accelerator.device)
+        return prepare(accelerator, module)
+
+    return around(PREPARE, fault)
+
+
+def _in_bf16(training: Training) -> None:
+    training.averaged(MODEL).to(torch.bfloat16)
+
+
+def _average_in_bf16(average: WeightAverage) -> None:
+    average.shadow_params = [shadow.bfloat16() for shadow in average.shadow_params]
+
+
+def _twice_with_the_critic(
+    step: Callable[..., None], updates: Updates, learning: Sequence[str]
+) -> None:
+    step(updates, learning)
+    if CRITIC in learning:
+        for name, average in updates.training.averages.items():
+            average.step(updates.training.averaged(name).parameters())
+
+
+def _with_the_critic_alone(
+    step: Callable[..., None], updates: Updates, learning: Sequence[str]
+) -> None:
+    averages = updates.training.averages
+    updates.training.averages = averages if CRITIC in learning else {}
+    step(updates, learning)
+    updates.training.averages = averages
+
+
+def _rate_of(change: Callable[..., dict[str, Any]]) -> Inject:
+    """The schedule is evaluated at another update, or for another peak."""
+
+    def fault(rate: Callable[..., float], update: int, *, peak: float, config: Any) -> float:
+        changed = {"update": update, "peak": peak} | change(update, peak, config.run)
+        return rate(changed["update"], peak=changed["peak"], config=config)
+
+    return around(RATE, fault)
+
+
+# Checkpoints
+
+
+def _all_but_the_critic(load: Callable[..., None], module: nn.Module, weights: Any) -> None:
+    if isinstance(module, TrainingWrapper):
+        load(module, weights)
+
+
+def _all_but_the_average(restore: Callable[..., Any], training: Training, snapshot: Any) -> Any:
+    averages, training.averages = training.averages, {}
+    window = restore(training, snapshot)
+    training.averages = averages
+    return window
+
 
 MUTATIONS = [
     # Losses
@@ -126,12 +285,10 @@ MUTATIONS = [
         result(PERCEPTUAL + "forward", lambda distance, *_: distance.detach()),
         "lpips-gradient",
     ),
-    one(
+    seam(
         "LPIPS on random weights",
         "",
-        "latentvae.losses.perceptual:load_lpips",
-        "_check_known_distance(model, path, net)",
-        "[value.normal_(0, 0.05) for value in model.net.buffers()]",
+        result(AUTOENCODER + "build:load_lpips", _with_random_weights),
         "lpips-weights",
     ),
     seam(
@@ -141,45 +298,38 @@ MUTATIONS = [
         "frozen",
     ),
     seam("LPIPS takes gradients", "V6", built(PerceptualLoss, _trainable_lpips), "frozen"),
-    one(
+    seam(
         "an encoder that is frozen by an attribute of the module",
         "V6",
-        "latentvae.models.family:freeze_encoder",
-        "part.requires_grad_(False)",
-        "part.requires_grad = False",
+        instead("latentvae.models.family:Family.freeze_encoder", _frozen_by_an_attribute),
         "frozen",
         fine_tuned=True,
     ),
-    one(
+    seam(
         "a reconstruction loss summed over pixels",
         "A10",
-        TERMS + "reconstruction_terms",
-        "pixel.flatten(1).mean(1)",
-        "pixel.flatten(1).sum(1)",
+        result(TERMS + "reconstruction_terms", _summed_over_pixels),
         "reconstruction",
     ),
-    one(
+    seam(
         "a reconstruction loss that holds LPIPS",
         "A10",
-        TERMS + "reconstruction_terms",
-        "return terms",
-        'return terms | {"rec": terms["rec"] + terms["lpips"]}',
+        result(
+            TERMS + "reconstruction_terms",
+            lambda terms, *_, **__: terms | {"rec": terms["rec"] + terms["lpips"]},
+        ),
         "reconstruction",
     ),
-    one(
+    seam(
         "a KL averaged over latent elements",
         "A10",
-        TERMS + "latent_terms",
-        "out.kl / images[0].numel()",
-        "out.kl / out.latents[0].z[0].numel()",
+        around(TERMS + "latent", _divided_by_latent_elements),
         "kl",
     ),
-    one(
+    seam(
         "a KL summed over the batch",
         "A10",
-        TERMS + "latent_loss",
-        "term.mean()",
-        "term.sum()",
+        result(OBJECTIVE + "kl_forms:PlainKL.__call__", lambda kl, *_, **__: len(kl) * kl),
         "kl",
     ),
     seam(
@@ -213,59 +363,45 @@ MUTATIONS = [
         model=LEARNED_CODES,
     ),
     # The two players
-    one(
+    seam(
         "the critic takes gradients from the model's part",
         "A2",
-        TRAINING + "update:_adversarial",
-        "(grad,) = torch.autograd.grad(loss, recon)",
-        "loss.backward(); grad = recon.grad.clone(); recon.grad = None",
+        result(TERMS + "adversarial_value", _sent_back_at_once),
         "critic-untouched",
     ),
-    Mutation(
-        name="a reconstruction that is not detached for the critic",
-        fault="A2",
-        edits=(
-            (MICRO_STEP, "run.objective.picture(out.recon.detach())", "out.recon"),
-            (BACKWARD_CRITIC, "to_rgb(recon.detach(), background)", "to_rgb(recon, background)"),
-            (BACKWARD_MODEL, "for g in logvar_grad)],", "for g in logvar_grad)], None, True,"),
-        ),
-        fails=("model-untouched",),
+    seam(
+        "a reconstruction that is not detached for the critic",
+        "A2",
+        _not_detached(),
+        "model-untouched",
     ),
-    one(
+    seam(
         "a critic that is never updated",
         "A9",
-        STEP,
-        "run.critic_optimizer.step()",
-        "pass",
+        around(STEP, _without_critic),
         "critic-start",
     ),
-    one(
+    seam(
         "a critic that is computed and trained from the first update",
         "A9",
-        TRAINING + "schedule:adversarial_factor",
-        "if critic.disc_scale == 0 or update < start:\n        return None",
-        "if update < start:\n        return 0.0",
+        result(
+            RAMP,
+            lambda factor, weight, *_, **__: 0.0 if factor is None and weight.scale else factor,
+        ),
         "critic-start",
     ),
-    one(
+    seam(
         "an untrained critic at full weight",
         "T2",
-        TRAINING + "schedule:adversarial_factor",
-        "return critic.disc_scale * min(ramp, 1.0)",
-        "return critic.disc_scale",
+        result(RAMP, lambda factor, weight, *_, **__: None if factor is None else weight.scale),
         "critic-ramp",
     ),
-    Mutation(
-        name="one counter for the updates of model and critic",
-        fault="T7",
-        edits=(
-            (
-                TRAINING + "updates:Updates.adversary",
-                "self.progress.update, start=",
-                "2 * self.progress.update, start=",
-            ),
-        ),
-        fails=("critic-start", "critic-ramp"),
+    seam(
+        "one counter for the updates of model and critic",
+        "T7",
+        around(TASK + "adversary", lambda adversary, task, update: adversary(task, 2 * update)),
+        "critic-start",
+        "critic-ramp",
         why="the critic's start and the growth of its weight are counted by the same",
     ),
     seam(
@@ -284,130 +420,110 @@ MUTATIONS = [
         "critic-separates",
         config={"disc_loss": "non_saturating"},
     ),
-    one(
+    seam(
         "an adaptive weight without a cap",
         "T3",
-        ADVERSARIAL + "adaptive_weight",
-        ".clamp(max=cap)",
-        "",
+        around(
+            OBJECTIVE + "objective:adaptive_weight",
+            lambda weight, *args, cap, **more: weight(*args, cap=math.inf, **more),
+        ),
         "adaptive-weight",
-        config={"disc_weight_cap": 1e-3},
+        config={"disc_weight_cap": 0.001},
     ),
     # What learns
-    Mutation(
-        name="weights in bf16",
-        fault="A4",
-        edits=(
-            (
-                BUILD,
-                "ema=_ema(net, config),",
-                "ema=(_ema(net, config), net.to(torch.bfloat16))[0],",
-            ),
-            # diffusers' average, which takes weights of any precision; ours refuses these.
-            (TRAINING + "run:_ema", "return WeightAverage(", "return EMAModel("),
+    seam(
+        "weights in bf16",
+        "A4",
+        both(
+            built(Training, _in_bf16),
+            # diffusers' average takes weights of any precision; ours refuses these.
+            instead(AVERAGE_STEP, EMAModel.step),
         ),
-        fails=("weights", "validation"),
+        "weights",
+        "validation",
         why="outside of autocast such weights refuse float32 images",
         config={"mixed_precision": "bf16"},
     ),
-    one(
+    seam(
         "weights rounded to bf16 after each update",
         "A4",
-        STEP,
-        "run.optimizer.step()\n",
-        "run.optimizer.step()\n        [p.data.copy_(p.data.bfloat16()) "
-        "for p in run.wrapper.parameters()]\n",
+        _of_the_model(_round_after_each_step),
         "weights",
-        config={"learning_rate": 4.5e-6},
+        config={"learning_rate": 4.5e-06},
     ),
-    one(
+    seam(
         "a model called past autocast",
         "A4",
-        BUILD,
-        "prepared = accelerator.prepare(wrapper)",
-        "prepared = wrapper",
+        _unprepared(model=True),
         "precision",
         config={"mixed_precision": "bf16"},
     ),
-    one(
+    seam(
         "an average in bf16",
         "A5",
-        TRAINING + "run:_ema",
-        "return WeightAverage(list(net.parameters())",
-        "return EMAModel([p.detach().bfloat16() for p in net.parameters()]",
+        both(built(WeightAverage, _average_in_bf16), instead(AVERAGE_STEP, EMAModel.step)),
         "average",
     ),
-    one(
+    seam(
         "an average that is never stepped",
         "A5",
-        STEP,
-        "run.ema.step(run.net.parameters())",
-        "pass",
+        instead(AVERAGE_STEP, lambda *_: None),
         "average",
     ),
-    one(
+    seam(
         "an average that steps in the critic's turn as well",
         "A5",
-        STEP,
-        "run.ema.step(run.net.parameters())",
-        "run.ema.step(run.net.parameters()); adversary and run.ema.step(run.net.parameters())",
+        around(STEP, _twice_with_the_critic),
         "average",
     ),
-    one(
+    seam(
         "an average that steps in the critic's turn alone",
         "V9",
-        STEP,
-        "if run.ema is not None and not",
-        "if run.ema is not None and adversary and not",
+        around(STEP, _with_the_critic_alone),
         "average",
     ),
-    one(
+    seam(
         "an output log-variance that no optimiser has",
         "T8",
-        BUILD,
-        "optimizer=_adamw(wrapper,",
-        "optimizer=_adamw(net,",
+        _of_the_model(_of_the_network_alone),
         "optimizer",
     ),
-    one(
+    seam(
         "a gradient that is not a number",
         "",
-        TERMS + "nll",
-        "return error.mean()",
-        "return float('nan') * error.mean()",
+        result(TERMS + "nll", lambda nll, *_: math.nan * nll),
         "updates",
     ),
     # Counting
-    one(
+    seam(
         "a schedule that counts micro-steps",
         "A9",
-        RATES,
-        "learning_rate(self.progress.update,",
-        "learning_rate(self.progress.update * config.run.gradient_accumulation_steps,",
+        _rate_of(lambda update, peak, run: {"update": update * run.gradient_accumulation_steps}),
         "learning-rate",
     ),
-    one(
+    seam(
         "a schedule that counts the updates of model and critic",
         "A9",
-        RATES,
-        "learning_rate(self.progress.update,",
-        "learning_rate(2 * self.progress.update,",
+        _rate_of(lambda update, peak, run: {"update": 2 * update}),
         "learning-rate",
     ),
-    one(
+    seam(
         "a learning rate multiplied by the batch",
         "T7",
-        RATES,
-        "peak=peak,",
-        "peak=peak * self.run.images_per_update,",
+        _rate_of(
+            lambda update, peak, run: {
+                "peak": peak * run.train_batch_size * run.gradient_accumulation_steps
+            }
+        ),
         "learning-rate",
     ),
-    one(
+    seam(
         "micro-steps that are added up and not averaged",
         "V3",
-        BACKWARD_MODEL,
-        "[recon_grad / divide_by,",
-        "[recon_grad,",
+        around(
+            BACKWARD_MODEL,
+            lambda backward, *args, divide_by, **more: backward(*args, **more),
+        ),
         "accumulation",
     ),
     # Images, validation, checkpoints
@@ -419,106 +535,85 @@ MUTATIONS = [
         ),
         "image-range",
     ),
-    one(
+    seam(
         "a validation in another precision than the model",
         "A7",
-        TRAINING + "validate:validate",
-        "images = images.to(device)",
-        "images = images.bfloat16()",
+        result(
+            AUTOENCODER + "validate:validation_batches",
+            lambda batches, *_, **__: ((images.bfloat16(), rest) for images, rest in batches),
+        ),
         "validation",
     ),
-    one(
+    seam(
         "a resume that raises",
         "A6",
-        RESTORE,
-        'load_weights(run.wrapper, tensors["model"])',
-        'load_weights(run.wrapper, str(tensors["model"]))',
+        around(SNAPSHOT + "load_weights", lambda load, module, weights: load(module, str(weights))),
         "checkpoint",
     ),
-    one(
+    seam(
         "an optimiser that is not restored",
         "A6",
-        RESTORE,
-        'load_optimizer_tensors(run.optimizer, run.wrapper, tensors["optimizer"])',
-        "pass",
+        instead(SNAPSHOT + "load_optimizer_tensors", lambda *_: None),
         "checkpoint",
     ),
-    one(
+    seam(
         "a critic that is not restored",
         "A6",
-        RESTORE,
-        'load_weights(run.critic, tensors["critic"])',
-        "pass",
+        around(SNAPSHOT + "load_weights", _all_but_the_critic),
         "checkpoint",
     ),
-    one(
+    seam(
         "an average that is not restored",
         "A6",
-        RESTORE,
-        'shadow.copy_(tensors["ema"][name])',
-        "pass",
+        around(RESTORE, _all_but_the_average),
         "checkpoint",
     ),
-    one(
+    seam(
         "a LeCam average that is not restored",
         "A6",
-        RESTORE,
-        'run.lecam.load_state_dict(tensors["lecam"])',
-        "pass",
+        instead("latentvae.losses.adversarial:LeCam.load_state_dict", lambda *_: None),
         "checkpoint",
         config={"disc_lecam_weight": 0.1},
     ),
-    one(
+    seam(
         "images that start over after a resume",
         "A6",
-        RESTORE,
-        'micro_step=values["micro_step"],',
-        "",
+        around(TASK + "batches", lambda batches, task, start_step: batches(task, start_step=0)),
         "checkpoint",
     ),
-    one(
+    seam(
         "gradients that are left over",
         "A2",
-        MAKE,
-        "run.optimizer.zero_grad()",
-        "pass",
+        _of_the_model(_keep_gradients),
         "cleared",
     ),
     # Two processes
-    one(
+    seam(
         "a model called past DDP",
         "A3",
-        BUILD,
-        "prepared = accelerator.prepare(wrapper)",
-        "prepared = wrapper",
+        _unprepared(model=True),
         "ranks-equal",
         processes=2,
     ),
-    one(
+    seam(
         "a critic called past DDP",
         "T8",
-        BUILD,
-        "critic_prepared = accelerator.prepare(critic) if critic is not None else None",
-        "critic_prepared = critic",
+        _unprepared(model=False),
         "ranks-equal",
         processes=2,
     ),
-    one(
+    seam(
         "a codebook whose statistics are not reduced",
         "T4",
-        TRAINING + "codebook:CodebookUpdate.apply",
-        "all_reduce_sum(value)",
-        "value",
+        instead(AUTOENCODER + "codebook:all_reduce_sum", lambda value: value),
         "ranks-equal",
         model=AVERAGED_CODES,
         processes=2,
     ),
-    one(
+    seam(
         "the same images in each process",
         "V2",
-        TRAINING + "batches:batches",
-        '"rank": rank()',
-        '"rank": 0',
+        instead(AUTOENCODER + "images:rank", lambda: 0),
         "ranks-batches",
         processes=2,
     ),
@@ -542,38 +637,6 @@ ELSEWHERE = {
 @contextlib.contextmanager
 def applied(mutation: Mutation) -> Iterator[None]:
     """The fault is there inside the block."""
-    if mutation.inject is not None:
-        with pytest.MonkeyPatch.context() as patch:
-            mutation.inject(patch)
-            yield
-        return
-    sources: dict[str, str] = {}
-    for target, old, new in mutation.edits:
-        source = sources.get(target) or textwrap.dedent(inspect.getsource(_function(target)))
-        assert source.count(old) == 1, f"{mutation.name}: {source.count(old)} times in {target}"
-        sources[target] = source.replace(old, new)
     with pytest.MonkeyPatch.context() as patch:
-        for target, source in sources.items():
-            _replace(target, source, patch)
+        mutation.inject(patch)
         yield
-
-
-def _replace(target: str, source: str, patch: pytest.MonkeyPatch) -> None:
-    """The function's code, so that whoever imported the function has it too; where it knows its
-    class (`super`), the class's attribute."""
-    function, names = _function(target), dict(vars(import_module(target.split(":")[0])))
-    exec(compile(source, f"<{target}, mutated>", "exec"), names)
-    new = inspect.unwrap(names[function.__name__])
-    if function.__code__.co_freevars == new.__code__.co_freevars:
-        code: CodeType = new.__code__
-        patch.setattr(function, "__code__", code)
-        return
-    module, _, path = target.partition(":")
-    owner, _, name = path.rpartition(".")
-    patch.setattr(functools.reduce(getattr, owner.split("."), import_module(module)), name, new)
-
-
-def _function(target: str) -> FunctionType:
-    module, _, path = target.partition(":")
-    found: Any = functools.reduce(getattr, path.split("."), import_module(module))
-    return inspect.unwrap(found)

@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.cli.main import main
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.proofs.preflight import preflight, resources
+from latentvae.tasks.autoencoder.config import TrainConfig
 from tests.forks import ended_ranks
 from tests.launch import ROOT, finish, launch, train_flags
 from tests.proofs.mutations import ELSEWHERE, MUTATIONS, Mutation, applied
@@ -187,7 +187,7 @@ def test_where_memory_runs_out_the_batch_to_try_is_told(
     def out(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("latentvae.tasks.autoencoder.updates.Updates.make", out)
+    monkeypatch.setattr("latentvae.engine.updates.Updates.make", out)
     checks = checks_of(small_config(tmp_path, train_batch_size=6), tmp_path / "checks.json")
     assert failed(checks) == tuple(checks) == ("updates",)
     assert "--train_batch_size 3" in checks["updates"]["advice"]

@@ -11,16 +11,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 
-from latentvae.config.presets import load_preset, preset_names
+from latentvae.config.presets import preset_names
 from latentvae.data import IndexSampler, SamplePhotos
-from latentvae.engine.checkpoint import (
+from latentvae.engine.checkpoint_files import (
     Snapshot,
     load_checkpoint,
     newest_usable,
     save_checkpoint,
     update_of,
 )
+from latentvae.engine.resume import read_config, write_config
 from latentvae.errors import UserError
 from latentvae.proofs.verify_resume import job, verify_resume
 from latentvae.proofs.verify_resume.compare import LEAST, compare, distance, what_is_left
@@ -28,8 +30,9 @@ from latentvae.proofs.verify_resume.job import Job, shortened
 from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace
 from latentvae.proofs.verify_resume.order import check_order
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.state import read_config, write_config
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 from tests.data.conftest import tar
 from tests.tasks.autoencoder.ranks import model
 from tests.tasks.autoencoder.small import small_config
@@ -90,23 +93,28 @@ def one_scale(run: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
-    "weights": one_tensor("model", "net.encoder"),
+    "model": one_tensor("model", "net.encoder"),
     "codebook": one_tensor("model", "net.quantize.embed_sum"),
-    "optimizer": one_tensor("optimizer"),
-    "EMA": one_tensor("ema"),
+    "model's optimizer": one_tensor("model_optimizer"),
+    "model's average": one_tensor("model_average"),
     "critic": one_tensor("critic"),
     "critic's optimizer": one_tensor("critic_optimizer"),
-    "LeCam's averages": one_tensor("lecam"),
+    "lecam": one_tensor("lecam"),
     "export": one_scale,
     "data position, randomness, counters": lambda run: rewritten(
-        run, lambda snapshot: snapshot.values.update(micro_step=5)
+        run, lambda snapshot: snapshot.values["progress"].update(micro_step=5)
     ),
     "log rows": one_row,
 }
 
 
 def failed(straight: Path, resumed: Path) -> list[str]:
-    checks = compare(*(what_is_left(run, update=UPDATES) for run in (straight, resumed)))
+    checks = compare(
+        *(
+            what_is_left(run, update=UPDATES, parts=AutoencoderTask.parts)
+            for run in (straight, resumed)
+        )
+    )
     assert {check.name for check in checks} == set(CHANGES)
     return [check.name for check in checks if not check.passed]
 
@@ -123,7 +131,7 @@ def test_each_part_is_compared_to_the_bit(straight: Path, tmp_path: Path, name: 
 def test_a_part_that_only_one_run_has_is_a_difference(straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "resumed")
     rewritten(tmp_path / "resumed", lambda snapshot: snapshot.tensors["lecam"].clear())
-    assert failed(straight, tmp_path / "resumed") == ["LeCam's averages"]
+    assert failed(straight, tmp_path / "resumed") == ["lecam"]
 
 
 def test_distance_is_relative_to_the_norm() -> None:
@@ -147,31 +155,43 @@ def test_where_bits_are_not_promised_two_unbroken_runs_say_how_near(
                     if value.is_floating_point():
                         value *= 1 + 1e-6 * torch.randn(value.shape, generator=draw)
             if forget:
-                snapshot.tensors["ema"] = load_checkpoint(straight / "checkpoint-1").tensors["ema"]
+                earlier = load_checkpoint(straight / "checkpoint-1").tensors
+                snapshot.tensors["model_average"] = earlier["model_average"]
 
         shutil.copytree(straight, folder)
         rewritten(folder, change)
         return folder
 
     again, near, far = (
-        what_is_left(noisy(tmp_path / name, seed, forget=name == "far"), update=UPDATES)
+        what_is_left(
+            noisy(tmp_path / name, seed, forget=name == "far"),
+            update=UPDATES,
+            parts=AutoencoderTask.parts,
+        )
         for seed, name in enumerate(("again", "near", "far"))
     )
-    left = what_is_left(straight, update=UPDATES)
+    left = what_is_left(straight, update=UPDATES, parts=AutoencoderTask.parts)
     assert all(check.passed for check in compare(left, near, again=again))
     wrong = [check for check in compare(left, far, again=again) if not check.passed]
-    assert [check.name for check in wrong] == ["EMA"] and wrong[0].value > LEAST
+    assert [check.name for check in wrong] == ["model's average"] and wrong[0].value > LEAST
+
+
+def opened(config: Any) -> AutoencoderTask:
+    task = AutoencoderTask(config)
+    task.open()
+    return task
 
 
 def test_the_order_of_the_images_from_each_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, images = small_config(tmp_path), SamplePhotos("train")
+    config = small_config(tmp_path)
+    task = opened(config)
     for bucketed in (0, 2):
         config.data.aspect_ratio_buckets = bucketed
         config.run.train_batch_size = 2
-        check = check_order(config, images, processes=2, starts=[0, 5])
-        assert check.passed and check.value == "equal from micro-steps 0, 5"
+        check = check_order(task, processes=2, starts=[0, 5])
+        assert check is not None and check.passed and check.value == "equal from micro-steps 0, 5"
     config.data.aspect_ratio_buckets = 0
     original = IndexSampler.__init__
 
@@ -179,8 +199,8 @@ def test_the_order_of_the_images_from_each_start(
         original(self, *args, **kwargs | {"start_step": 0})
 
     monkeypatch.setattr(IndexSampler, "__init__", forgetful)
-    check = check_order(config, images, processes=1, starts=[0, 5])
-    assert not check.passed and "micro-step 5" in check.value
+    check = check_order(task, processes=1, starts=[0, 5])
+    assert check is not None and not check.passed and "micro-step 5" in check.value
 
 
 def test_the_order_is_of_the_images_that_are_read(
@@ -194,8 +214,8 @@ def test_the_order_is_of_the_images_that_are_read(
         original(self, count, batch_size, **kwargs)
 
     monkeypatch.setattr(IndexSampler, "__init__", noting)
-    assert check_order(config, SamplePhotos("train"), processes=1, starts=[0, 5]).passed
-    assert read == {2}
+    check = check_order(opened(config), processes=1, starts=[0, 5])
+    assert check is not None and check.passed and read == {2}
 
 
 def test_kills_are_spread_over_the_run_and_come_from_the_seed() -> None:
@@ -207,12 +227,14 @@ def test_kills_are_spread_over_the_run_and_come_from_the_seed() -> None:
     assert {kill.update for kill in kills if not kill.save} == set(range(1, 14))
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", preset_names(TrainConfig))
 def test_the_short_run_is_the_users_with_everything_in_it(preset: str, tmp_path: Path) -> None:
     config = load_preset(preset)
-    short = shortened(config, updates=12)
+    short = shortened(AutoencoderTask, config, updates=12)
     write_config(short, tmp_path / "config.yaml")
-    assert read_config(tmp_path / "config.yaml") == short  # its ranges are those of the schema
+    assert (
+        read_config(tmp_path / "config.yaml", TrainConfig) == short
+    )  # its ranges are those of the schema
     assert (short.critic_start, short.run.max_train_steps) == (3, 12)
     assert short.run.gradient_accumulation_steps >= 2 and short.run.checkpointing_steps == 3
     assert short.model == config.model and short.objective == config.objective
@@ -260,11 +282,13 @@ def test_a_launch_that_hangs_is_killed_and_told(tmp_path: Path) -> None:
 
 
 def job_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, end: str, seconds: float) -> Job:
-    def command(_: Path, folder: Path, **__: Any) -> list[str]:
+    def command(_: Any, __: Path, folder: Path, **___: Any) -> list[str]:
         return [sys.executable, "-c", TRAINER, str(folder), "3", end]
 
     monkeypatch.setattr(job, "training_command", command)
-    return Job(config=small_config(tmp_path), work=tmp_path, processes=1, seconds=seconds)
+    return Job(
+        task=AutoencoderTask(small_config(tmp_path)), work=tmp_path, processes=1, seconds=seconds
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +322,7 @@ def test_streams_are_refused(tmp_path: Path, own_caches: Path) -> None:
     folder = photos(tmp_path / "photos")
     config = small_config(tmp_path, train_data_dir=None, dataset_name=str(folder), streaming=True)
     with pytest.raises(UserError, match="streaming resumes approximately"):
-        verify_resume(config)
+        verify_resume(AutoencoderTask, config)
 
 
 def photos(folder: Path) -> Path:
@@ -306,7 +330,9 @@ def photos(folder: Path) -> Path:
     folder.mkdir()
     images = SamplePhotos("train")
     for i in range(len(images)):
-        images.read(i).resize((72, 60)).save(folder / f"{i:02}.png")
+        image = images.read(i)
+        assert isinstance(image, Image.Image)
+        image.resize((72, 60)).save(folder / f"{i:02}.png")
     return folder
 
 
@@ -347,9 +373,13 @@ def test_the_command_on_a_resume_that_works(
         train_batch_size=4 // processes,
         mixed_precision="bf16" if processes == 1 else None,
     )
-    assert verify_resume(config, updates=8, processes=processes, **job_options) == 0
+    assert (
+        verify_resume(AutoencoderTask, config, updates=8, processes=processes, **job_options) == 0
+    )
     found = passed(tmp_path)
-    assert all(found.values()) and {"weights", "EMA", "critic", "data order"} <= found.keys()
+    assert (
+        all(found.values()) and {"model", "model's average", "critic", "data order"} <= found.keys()
+    )
     assert not (tmp_path / "unused").exists()
 
 
@@ -363,13 +393,17 @@ def test_the_command_on_a_resume_that_forgets_the_average(
         original(self, known)
         checkpoint, _ = newest_usable(self.folder)
         if checkpoint is not None:
-            rewritten(self.folder, lambda snapshot: forget(snapshot.tensors["ema"]))
+            rewritten(self.folder, lambda snapshot: forget(snapshot.tensors["model_average"]))
 
     def forget(average: dict[str, torch.Tensor]) -> None:
         for value in average.values():
             value.zero_()
 
     monkeypatch.setattr(Launch, "kill", kill)
-    assert verify_resume(small_config(tmp_path), updates=4, **job_options) == 1
+    assert verify_resume(AutoencoderTask, small_config(tmp_path), updates=4, **job_options) == 1
     wrong = {name for name, holds in passed(tmp_path).items() if not holds}
-    assert wrong == {"EMA", "export", "log rows"}  # the average is validated and exported
+    assert wrong == {
+        "model's average",
+        "export",
+        "log rows",
+    }  # the average is validated and exported

@@ -47,7 +47,7 @@ from latentvae.compute.strips.layers import (
 )
 from latentvae.compute.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
 from latentvae.compute.upsampling import FoldedUpsample2D
-from latentvae.models.conv.vq import DiscreteAutoencoder
+from latentvae.models.conv.discrete import DiscreteAutoencoder
 
 CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
 

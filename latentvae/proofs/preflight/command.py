@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from latentvae.compute.memory import keep_freed_memory
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.config.presets import checked
 from latentvae.distributed import barrier, from_main, gather_objects, is_main, world_size
+from latentvae.engine.processes import end_accelerator, start_accelerator
+from latentvae.engine.run_options import check_options
+from latentvae.engine.training import build_training
+from latentvae.engine.updates import Updates
 from latentvae.proofs.checks import Check, check_json_file, conclude
 from latentvae.proofs.preflight import learning, networks, ranks, resources, saving, terms
 from latentvae.proofs.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
-from latentvae.tasks.autoencoder.base import open_base, with_shape_of
-from latentvae.tasks.autoencoder.refusals import check_paths
-from latentvae.tasks.autoencoder.run import build_run, end_accelerator, open_data, start_accelerator
-from latentvae.tasks.autoencoder.state import Progress
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import with_shape_of
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
     learning.checks,
@@ -55,7 +55,7 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 
 def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
     """Make the checks and tell them; the exit code on all ranks."""
-    tell, checks = rehearsal.run.accelerator.print, []
+    tell, checks = rehearsal.training.accelerator.print, []
     tell(_heading(rehearsal), flush=True)
     for check in _checks(rehearsal):
         checks.append(_joined(check))
@@ -69,20 +69,17 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
     config = checked(config)
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # no run lies there
-    copy = rehearsed(config, nowhere)
-    check_paths(copy)
-    base = open_base(copy)
-    copy, config = with_shape_of(copy, base), with_shape_of(config, base)
-    data = open_data(copy)
-    accelerator = start_accelerator(copy, nowhere)
+    task = AutoencoderTask(rehearsed(config, nowhere))
+    task.check()
+    check_options(task.config.run)
+    task.open()
+    config = with_shape_of(config, task.base)
+    accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
     keep_freed_memory(accelerator.device)  # as `train` does: time and memory are foretold
     folder = _temporary(stack)
-    run = build_run(copy, folder=folder, accelerator=accelerator, data=data, base=base)
-    progress = Progress(critic_start=copy.critic_start)
-    return Rehearsal(
-        asked=config, run=run, folder=folder, progress=progress, updates=Updates(run, progress)
-    )
+    training = build_training(task, folder=folder, accelerator=accelerator)
+    return Rehearsal(asked=config, task=task, training=training, updates=Updates(training))
 
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
@@ -95,11 +92,10 @@ def _temporary(stack: contextlib.ExitStack) -> Path:
 
 
 def _heading(rehearsal: Rehearsal) -> str:
-    run = rehearsal.run
-    accelerator: Accelerator = run.accelerator
+    accelerator = rehearsal.training.accelerator
     return (
-        f"preflight of {rehearsal.asked.config}: {type(run.net).__name__}, "
-        f"{run.images_per_update} images an update in {world_size()} "
+        f"preflight of {rehearsal.asked.config}: {type(rehearsal.task.net).__name__}, "
+        f"{rehearsal.training.items_per_update} images an update in {world_size()} "
         f"process{'es' if world_size() > 1 else ''} on {accelerator.device}, precision "
         f"{accelerator.mixed_precision}"
     )
@@ -122,7 +118,7 @@ def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
-    batch = rehearsal.run.config.run.train_batch_size
+    batch = rehearsal.task.config.run.train_batch_size
     return Check(
         name="updates",
         passed=False,

@@ -6,26 +6,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from latentvae.config.autoencoder import TrainConfig
+from latentvae.losses.objective.adversarial_weight import adversarial_weight
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import CRITIC_START, UPDATES, Rehearsal, Seen, trained
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.learning import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    run = rehearsal.run
+    task = rehearsal.task
     yield weights(rehearsal)
     yield optimizer(rehearsal)
     yield cleared(rehearsal)
     yield learning_rate(rehearsal)
     yield precision(rehearsal)
-    if run.ema is not None:
+    if rehearsal.training.averages:
         yield average(rehearsal)
-    if run.critic is not None:
+    if task.critic is not None:
         yield critic_start(rehearsal)
         yield critic_ramp(rehearsal)
         yield critic_untouched(rehearsal)
         yield model_untouched(rehearsal)
-        if run.config.critic.disc_adaptive_weight:
+        if task.config.critic.disc_adaptive_weight:
             yield adaptive_weight(rehearsal)
 
 
@@ -66,17 +68,15 @@ def weights(rehearsal: Rehearsal) -> Check:
 
 
 def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
-    critic = rehearsal.run.critic
-    modules = [rehearsal.run.wrapper, *([] if critic is None else [critic])]
-    return [p for module in modules for p in module.parameters()]
+    learners = rehearsal.task.learners.values()
+    return [p for learner in learners for p in learner.module.parameters()]
 
 
 def optimizer(rehearsal: Rehearsal) -> Check:
     """An output log-variance (or any part) that no optimiser knows is never learned."""
-    run = rehearsal.run
-    missing = _not_in(run.optimizer, trained(run.wrapper))
-    if run.critic is not None and run.critic_optimizer is not None:
-        missing += _not_in(run.critic_optimizer, trained(run.critic))
+    missing: list[str] = []
+    for learner in rehearsal.task.learners.values():
+        missing += _not_in(learner.optimizer, trained(learner.module))
     return Check(
         name="optimizer",
         passed=not missing,
@@ -93,8 +93,8 @@ def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
 
 def cleared(rehearsal: Rehearsal) -> Check:
     """A gradient that is left over counts again in the next update."""
-    optimizers = (rehearsal.run.optimizer, rehearsal.run.critic_optimizer)
-    groups = [g for optimizer in optimizers if optimizer for g in optimizer.param_groups]
+    learners = rehearsal.task.learners.values()
+    groups = [group for learner in learners for group in learner.optimizer.param_groups]
     left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
     return Check(
         name="cleared",
@@ -108,23 +108,22 @@ def cleared(rehearsal: Rehearsal) -> Check:
 def learning_rate(rehearsal: Rehearsal) -> Check:
     """Rates that are scaled by the batch, or count micro-steps or critic updates, end elsewhere
     than stated."""
-    run, progress, asked = rehearsal.run, rehearsal.progress, rehearsal.asked
+    task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
-    kept = run.config, progress.update
-    run.config = asked
+    kept = task.config, progress.update
+    task.config = asked
     worst, at = 0.0, 0
     points = {0, warmup // 2, warmup, (warmup + total) // 2, total - 1}
     for update in sorted(point for point in points if point < total):
         progress.update = update
         rehearsal.updates.set_learning_rates()
-        for optimizer, peak in (
-            (run.optimizer, asked.optimizer.learning_rate),
-            (run.critic_optimizer, asked.critic.disc_learning_rate),
-        ):
-            for group in optimizer.param_groups if optimizer is not None else ():
+        peaks = {MODEL: asked.optimizer.learning_rate}
+        for name, learner in task.learners.items():
+            peak = peaks.get(name, asked.critic.disc_learning_rate)
+            for group in learner.optimizer.param_groups:
                 difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
                 worst, at = max((worst, at), (difference, update))
-    run.config, progress.update = kept
+    task.config, progress.update = kept
     held = worst < 1e-9
     return Check(
         name="learning-rate",
@@ -149,7 +148,7 @@ def _stated_rate(update: int, peak: float, config: TrainConfig) -> float:
 
 def precision(rehearsal: Rehearsal) -> Check:
     """A network that is called past its wrapper is not cast: bf16 is asked for and never runs."""
-    asked = rehearsal.run.accelerator.mixed_precision
+    asked = rehearsal.training.accelerator.mixed_precision
     wanted = torch.bfloat16 if asked == "bf16" else torch.float32
     found = {str(dtype).removeprefix("torch.") for dtype in rehearsal.watch.dtypes}
     return Check(
@@ -165,11 +164,13 @@ def precision(rehearsal: Rehearsal) -> Check:
 def average(rehearsal: Rehearsal) -> Check:
     """In bf16 an average stands still; stepped in the critic's turn, or not at all, it is another
     one."""
-    run, worst = rehearsal.run, 0.0
-    assert run.ema is not None
+    training, worst = rehearsal.training, 0.0
     for i, seen in enumerate(rehearsal.seen):
-        worst = max(worst, _off_average(seen, i, run.config.optimizer.ema_decay))
-    dtypes = {str(shadow.dtype).removeprefix("torch.") for shadow in run.ema.shadow_params}
+        worst = max(worst, _off_average(seen, i, training.config.optimizer.ema_decay))
+    dtypes = {
+        str(shadow.dtype).removeprefix("torch.")
+        for shadow in training.averages[MODEL].shadow_params
+    }
     return Check(
         name="average",
         passed=dtypes == {"float32"} and worst < 1e-4,
@@ -218,16 +219,17 @@ def _numbers(happened: list[bool]) -> str:
 
 def critic_ramp(rehearsal: Rehearsal) -> Check:
     """An untrained critic at full weight spoils what the model has learned."""
-    run, progress, asked = rehearsal.run, rehearsal.progress, rehearsal.asked
-    options, kept = asked.critic, (run.config, progress.update, progress.critic_start)
-    run.config, progress.critic_start = asked, asked.critic_start
+    task, asked = rehearsal.task, rehearsal.asked
+    options, objective = asked.critic, task.objective
+    kept = objective.adversarial, task.progress.critic_start
+    objective.adversarial = adversarial_weight(options)
+    task.progress.critic_start = asked.critic_start
     ramp = options.disc_warmup_steps, options.disc_ramp_steps
     found, expected = [], [0.0 if any(ramp) else options.disc_scale, options.disc_scale]
     for update in (asked.critic_start, asked.critic_start + sum(ramp)):
-        progress.update = update
-        adversary = rehearsal.updates.adversary()
+        adversary = task.adversary(update)
         found.append(None if adversary is None else adversary.factor)
-    run.config, progress.update, progress.critic_start = kept
+    objective.adversarial, task.progress.critic_start = kept
     return Check(
         name="critic-ramp",
         passed=found == expected,
@@ -273,7 +275,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
 
 def adaptive_weight(rehearsal: Rehearsal) -> Check:
     """Without its cap the weight grows without bound where the critic's gradient vanishes."""
-    cap = rehearsal.run.config.critic.disc_weight_cap
+    cap = rehearsal.task.config.critic.disc_weight_cap
     found: list[Tensor] = [
         values["critic/adaptive_weight"]
         for seen in rehearsal.seen[CRITIC_START:]

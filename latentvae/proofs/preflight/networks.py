@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentvae.distributed import all_reduce_max
-from latentvae.losses.adversarial import GAN_LOSSES
+from latentvae.losses.adversarial import GAN_LOSSES, Adversary
 from latentvae.losses.perceptual import known_distance
-from latentvae.models.family import latent_side
+from latentvae.models import family_of
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal
-from latentvae.tasks.autoencoder.base import encoder_sha256
-from latentvae.tasks.autoencoder.update import Adversary, backward_critic
+from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.fine_tuning import encoder_sha256
+from latentvae.tasks.autoencoder.learning import CRITIC
 
 WARM_UP = 40  # steps of the critic at most
 WARM_UP_RATE = 1e-3
@@ -23,13 +24,13 @@ WARM_UP_RATE = 1e-3
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     yield frozen(rehearsal)  # first, for the next puts LPIPS in eval mode
     yield lpips_weights(rehearsal)
-    if rehearsal.run.critic is not None:
+    if rehearsal.task.critic is not None:
         yield critic_separates(rehearsal)
 
 
 def lpips_weights(rehearsal: Rehearsal) -> Check:
     """LPIPS on random or half-loaded weights is a number without meaning."""
-    found, expected = known_distance(rehearsal.run.metric.lpips)
+    found, expected = known_distance(rehearsal.task.metric.lpips)
     return Check(
         name="lpips-weights",
         passed=math.isclose(found, expected, rel_tol=1e-2),
@@ -43,19 +44,19 @@ def lpips_weights(rehearsal: Rehearsal) -> Check:
 def frozen(rehearsal: Rehearsal) -> Check:
     """`module.requires_grad = False` sets an attribute and freezes nothing; `train()` around LPIPS
     turns its dropout on."""
-    run, faults = rehearsal.run, []
-    lpips = run.metric
+    task, faults = rehearsal.task, []
+    lpips = task.metric
     if any(module.training for module in lpips.modules()):
         faults.append("LPIPS is in train mode")
     if _learns(lpips):
         faults.append("LPIPS takes gradients")
-    if run.config.model.freeze_encoder:
-        parts = list(latent_side(run.net))
+    if task.config.model.freeze_encoder:
+        parts = list(family_of(task.net).latent_side(task.net))
         if any(_learns(part) for part in parts):
             faults.append("the encoder takes gradients")
-        if run.base is not None and encoder_sha256(run.net) != run.base.encoder_sha256:
+        if task.base is not None and encoder_sha256(task.net) != task.base.encoder_sha256:
             faults.append("the encoder is no longer the base's")
-    kept = "LPIPS and the encoder" if run.config.model.freeze_encoder else "LPIPS"
+    kept = "LPIPS and the encoder" if task.config.model.freeze_encoder else "LPIPS"
     return Check(
         name="frozen",
         passed=not faults,
@@ -74,19 +75,17 @@ def _learns(module: nn.Module) -> bool:
 def critic_separates(rehearsal: Rehearsal) -> Check:
     """A critic whose loss has the wrong sign, or whose logits a sigmoid bounds, learns nothing that
     helps. It takes some steps of its own here, and is then as it was."""
-    run = rehearsal.run
-    assert run.critic is not None and run.critic_prepared is not None
-    kept = {name: value.clone() for name, value in run.critic.state_dict().items()}
+    task = rehearsal.task
+    assert task.critic is not None
+    kept = {name: value.clone() for name, value in task.critic.state_dict().items()}
     images, fakes = _reals_and_fakes(rehearsal)
     adversary = Adversary(
-        critic=run.critic,
-        prepared=run.critic_prepared,
+        critic=task.critic,
+        prepared=task.learners[CRITIC].prepared,
         factor=1.0,
-        adaptive=False,
-        cap=1.0,
-        loss=GAN_LOSSES[run.config.critic.disc_loss],
+        loss=GAN_LOSSES[task.config.critic.disc_loss],
     )
-    optimizer = torch.optim.AdamW(run.critic.parameters(), lr=WARM_UP_RATE)
+    optimizer = torch.optim.AdamW(task.critic.parameters(), lr=WARM_UP_RATE)
     logged = []
     for _ in range(WARM_UP):
         optimizer.zero_grad()
@@ -95,17 +94,17 @@ def critic_separates(rehearsal: Rehearsal) -> Check:
             break  # in all processes
         optimizer.step()
     optimizer.zero_grad()
-    run.critic.load_state_dict(kept)
+    task.critic.load_state_dict(kept)
     return _separated(logged)
 
 
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Images and their reconstructions; those of a trained model are blurred, or nothing would tell
     them apart in a few steps."""
-    run, images = rehearsal.run, rehearsal.images.to(rehearsal.run.accelerator.device)
+    task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():
-        fakes = run.objective.picture(run.prepared(images, sample=True, temperature=1.0).recon)
-        if run.base is not None:
+        fakes = task.objective.picture(task.prepared(images, sample=True, temperature=1.0).recon)
+        if task.base is not None:
             fakes = F.interpolate(F.avg_pool2d(fakes, 8), size=images.shape[2:])
     return images, fakes.float()
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.data import Batch
-from latentvae.losses.objective import Objective
-from latentvae.models.family import latent_side
+from latentvae.losses.objective.adversarial_weight import AdversarialWeight
+from latentvae.models import family_of
 from latentvae.outputs import AutoencoderOutput
 from latentvae.proofs.preflight.rehearsal import Rehearsal
-from latentvae.tasks.autoencoder.updates import Made
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 
 @dataclass
@@ -46,37 +45,16 @@ class Probe:
     codes: float = 0.0
 
 
-class OnlyTerms(nn.Module):
-    """An objective of which only the terms named in ``names`` have a gradient; the others count
-    0."""
-
-    def __init__(self, objective: Objective, names: frozenset[str]) -> None:
-        super().__init__()
-        self.objective = objective
-        self.names = names
-        self.picture, self.nll = objective.picture, objective.nll
-        self.latent_terms = objective.latent_terms
-
-    def reconstruction_terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return self._only(self.objective.reconstruction_terms(*args, **kwargs))
-
-    def latent_loss(self, terms: dict[str, Tensor]) -> Tensor | None:
-        return self.objective.latent_loss(self._only(terms))
-
-    def _only(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: term if name in self.names else term * 0 for name, term in terms.items()}
-
-
 def probe(rehearsal: Rehearsal, *names: str) -> Probe:
     """A micro-step of two images without the critic, of which only the terms ``names`` count."""
-    with _probed(rehearsal, plain(rehearsal.run.config), names):
+    with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
     return found
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
     """All gradients of an update whose micro-steps are ``parts``, at the posterior's mode."""
-    config = plain(rehearsal.run.config)
+    config = rehearsal.task.config.model_copy(deep=True)
     config.run.deterministic_posterior = True
     config.run.gradient_accumulation_steps = len(parts)
     with _probed(rehearsal, config, names):
@@ -86,39 +64,37 @@ def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tens
     return torch.cat(grads)
 
 
-def plain(config: TrainConfig) -> TrainConfig:
-    """One micro-step, and nothing that holds the KL somewhere: its weight alone counts."""
+def _of_one_micro_step(config: TrainConfig) -> TrainConfig:
     copy = config.model_copy(deep=True)
+    copy.critic.disc_scale = 0.0
     copy.run.gradient_accumulation_steps = 1
-    copy.objective.kl_warmup_steps = 0
-    copy.objective.free_bits = copy.objective.kl_capacity = 0.0
-    copy.objective.kl_target = copy.objective.rec_target = 0.0
     return copy
 
 
 def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
-    return [p for p in rehearsal.run.wrapper.parameters() if p.requires_grad]
+    return [p for p in rehearsal.task.wrapper.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Another configuration and objective for a while; no gradient before or after."""
-    run, updates = rehearsal.run, rehearsal.updates
-    kept = run.config, run.objective
-    only: Any = OnlyTerms(run.objective, frozenset(names))
-    run.config, run.objective = config, only
-    run.wrapper.zero_grad()
+    """Another configuration for a while, and an objective of which only the terms ``names`` count,
+    without the discriminator; no gradient before or after."""
+    task = rehearsal.task
+    kept = task.config, task.objective
+    task.config, task.objective = config, task.objective.only(*names)
+    task.objective.adversarial = AdversarialWeight()
+    task.wrapper.zero_grad()
     try:
         yield
     finally:
-        run.config, run.objective = kept
-        run.wrapper.zero_grad()
-        updates.codebook.clear()
+        task.config, task.objective = kept
+        task.wrapper.zero_grad()
+        task.end_update()
 
 
 def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
     """One, with the gradients at the latent and at the reconstruction caught on their way."""
-    run, caught = rehearsal.run, {}
+    task, caught = rehearsal.task, {}
 
     def at_latent(module: nn.Module, inputs: Any, output: Tensor) -> None:
         caught["latent"] = output
@@ -129,16 +105,18 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
         caught["out"] = output
         output.recon.register_hook(lambda grad: caught.__setitem__("at_recon", grad.detach()))
 
-    last = getattr(run.net, "quant_conv", None) or run.net.encoder
-    handles = last.register_forward_hook(at_latent), run.prepared.register_forward_hook(at_recon)
+    family, net = family_of(task.net), task.net
+    last = family.latent_head(net)
+    handles = last.register_forward_hook(at_latent), task.prepared.register_forward_hook(at_recon)
     batch = Batch(images, torch.zeros(len(images), dtype=torch.int64), [])
     try:
-        logged = rehearsal.updates.micro_step(batch, None, Made())
+        logged = rehearsal.updates.micro_step(batch)
     finally:
         for handle in handles:
             handle.remove()
-    encoder = [p for part in latent_side(run.net) for p in part.parameters()]
-    codes = list(run.net.quantize.parameters()) if hasattr(run.net, "quantize") else []
+    encoder = [p for part in family.latent_side(net) for p in part.parameters()]
+    quantizer = family.quantizer(net)
+    codes = [] if quantizer is None else list(quantizer.parameters())
     found = Probe(images=images, out=caught["out"], logged=logged)
     return replace(
         found,
@@ -146,7 +124,7 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
         latent=caught["latent"].detach(),
         at_latent=caught.get("at_latent"),
         encoder=norm([p for p in encoder if all(p is not code for code in codes)]),
-        decoder=norm(list(run.net.decoder.parameters())),
+        decoder=norm(list(family.decoder(net).parameters())),
         codes=norm(codes),
     )
 

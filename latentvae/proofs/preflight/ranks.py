@@ -16,7 +16,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def equal(rehearsal: Rehearsal) -> Check:
     """A model called past DDP, or a codebook whose counts are not reduced, is another one in each
     process; the first one's is saved."""
-    ranks = gather_objects(fingerprints(rehearsal.run))
+    ranks = gather_objects(fingerprints(rehearsal.training))
     differ = [name for name in ranks[0] if len({rank[name] for rank in ranks}) > 1]
     return Check(
         name="ranks-equal",

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.data import Batch
 from latentvae.distributed import send_from_main
-from latentvae.engine.checkpoint import optimizer_tensors
+from latentvae.engine.checkpoint_files import optimizer_tensors
+from latentvae.engine.training import Training
+from latentvae.engine.updates import Made, Updates
 from latentvae.proofs.preflight.watch import Watch
-from latentvae.tasks.autoencoder.batches import batches
-from latentvae.tasks.autoencoder.run import Run
-from latentvae.tasks.autoencoder.state import Progress
-from latentvae.tasks.autoencoder.updates import Made, Updates
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.learning import CRITIC, MODEL
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 UPDATES = 4  # two of the model alone, two with the critic: the second of each is timed
 CRITIC_START = 2  # counted from 0
@@ -56,8 +56,7 @@ class Rehearsal:
 
     Attributes:
         asked: the configuration of the user's run.
-        run: the rehearsed one.
-        folder: its temporary folder.
+        task: the rehearsed run's, `training` what the engine adds; its folder is temporary.
         batches: the digest of each micro-step's images, and their range, of this rank.
         images: two images of the first batch, (2, C, H, W), or its only one and the mirror image.
         source: the batches after those that were used.
@@ -65,9 +64,8 @@ class Rehearsal:
     """
 
     asked: TrainConfig
-    run: Run
-    folder: Path
-    progress: Progress
+    task: AutoencoderTask
+    training: Training
     updates: Updates
     seen: list[Seen] = field(default_factory=list)
     watch: Watch = field(init=False)
@@ -81,31 +79,30 @@ class Rehearsal:
 
     def rehearse(self) -> None:
         """Make the updates; stops at one whose gradients are not finite."""
-        loader, _ = batches(self.run, start_step=0)
-        self.source = iter(self._noted(loader))
-        _reset_peak(self.run.accelerator.device)
-        with Watch(self.run) as self.watch:
+        self.source = iter(self._noted(self.task.batches(start_step=0)))
+        _reset_peak(self.training.accelerator.device)
+        with Watch(self.task) as self.watch:
             for _ in range(UPDATES):
                 self.seen.append(self._update(self.source))
                 if not self.seen[-1].made.finite:
                     break
-        self.peak_memory = _peak(self.run.accelerator.device)
+        self.peak_memory = _peak(self.training.accelerator.device)
 
     def _update(self, source: Iterator[Batch]) -> Seen:
-        run, calls = self.run, self.watch.critic_calls
-        before = watched_tensors(run)
-        _wait(run.accelerator.device)
+        training, calls = self.training, self.watch.critic_calls
+        before = watched_tensors(training)
+        _wait(training.accelerator.device)
         start = time.perf_counter()
         made = self.updates.make(source)
-        _wait(run.accelerator.device)
-        optimizers = [o for o in (run.optimizer, run.critic_optimizer) if o is not None]
+        _wait(training.accelerator.device)
+        optimizers = [learner.optimizer for learner in training.task.learners.values()]
         return Seen(
             made=made,
             seconds=time.perf_counter() - start,
             rates=tuple(optimizer.param_groups[0]["lr"] for optimizer in optimizers),
             before=before,
-            after=watched_tensors(run),
-            moments=_moments(run),
+            after=watched_tensors(training),
+            moments=_moments(self.task),
             critic_calls=self.watch.critic_calls - calls,
         )
 
@@ -134,13 +131,15 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
     return copy
 
 
-def watched_tensors(run: Run) -> dict[str, Tensor]:
+def watched_tensors(training: Training) -> dict[str, Tensor]:
     """Copies of some weights of each kind, evenly spread, on the CPU."""
-    found = {f"model/{name}": p for name, p in _some(trained(run.wrapper)).items()}
-    if run.critic is not None:
-        found |= {f"critic/{name}": p for name, p in _some(trained(run.critic)).items()}
-    if run.ema is not None:
-        averages = {name: run.averages()[p] for name, p in run.net.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for kind, learner in training.task.learners.items():
+        some = _some(trained(learner.module))
+        found |= {f"{kind}/{name}": parameter for name, parameter in some.items()}
+    if training.averages:
+        of_weights, net = training.average_of_weights(), training.averaged(MODEL)
+        averages = {name: of_weights[p] for name, p in net.named_parameters()}
         of_net = (n.removeprefix("model/net.") for n in found if n.startswith("model/net."))
         found |= {f"ema/{name}": averages[name] for name in of_net}
     return {name: value.detach().cpu().clone() for name, value in found.items()}
@@ -159,9 +158,9 @@ def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return dict(max(stretch, key=lambda item: item[1].numel()) for stretch in stretches)
 
 
-def _moments(run: Run) -> dict[str, Tensor]:
-    some = _some(trained(run.wrapper))
-    state = run.optimizer.state
+def _moments(task: AutoencoderTask) -> dict[str, Tensor]:
+    some = _some(trained(task.wrapper))
+    state = task.learners[MODEL].optimizer.state
     return {
         f"model/{name}": state[p]["exp_avg"].detach().cpu().clone()
         for name, p in some.items()
@@ -169,34 +168,32 @@ def _moments(run: Run) -> dict[str, Tensor]:
     }
 
 
-def fingerprints(run: Run) -> dict[str, str]:
+def fingerprints(training: Training) -> dict[str, str]:
     """The sha256 of all that an update changes, by what it is."""
-    groups = _state(run)
-    if run.ema is not None:
-        groups["average"] |= {"steps": torch.tensor(run.ema.optimization_step)}
+    groups = _state(training)
+    if average := training.averages.get(MODEL):
+        groups["average"] |= {"steps": torch.tensor(average.optimization_step)}
     return {name: _digest(tensors) for name, tensors in groups.items()}
 
 
-def align(run: Run) -> None:
+def align(training: Training) -> None:
     """Give all ranks the first one's state: what makes them differ is a check of its own."""
-    device = run.accelerator.device.type
-    tensors = [value for group in _state(run).values() for value in group.values()]
+    device = training.accelerator.device.type
+    tensors = [value for group in _state(training).values() for value in group.values()]
     send_from_main(value for value in tensors if value.device.type == device)
 
 
-def _state(run: Run) -> dict[str, dict[str, Tensor]]:
+def _state(training: Training) -> dict[str, dict[str, Tensor]]:
     """All tensors that an update changes, by what they are."""
-    groups = {
-        "weights": run.wrapper.state_dict(),
-        "optimizer": optimizer_tensors(run.optimizer, run.wrapper),
-    }
-    if run.critic is not None and run.critic_optimizer is not None:
-        groups["critic"] = run.critic.state_dict()
-        groups["critic optimizer"] = optimizer_tensors(run.critic_optimizer, run.critic)
-    if run.ema is not None:
-        groups["average"] = {str(i): value for i, value in enumerate(run.ema.shadow_params)}
-    if run.lecam is not None:
-        groups["LeCam averages"] = {"anchors": run.lecam.anchors}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for kind, prefix in ((MODEL, ""), (CRITIC, "critic ")):
+        if learner := training.task.learners.get(kind):
+            groups[prefix.strip() or "weights"] = learner.module.state_dict()
+            groups[f"{prefix}optimizer"] = optimizer_tensors(learner.optimizer, learner.module)
+    if average := training.averages.get(MODEL):
+        groups["average"] = {str(i): value for i, value in enumerate(average.shadow_params)}
+    if anchors := training.task.tensors().get("lecam"):
+        groups["LeCam averages"] = anchors
     return groups
 
 

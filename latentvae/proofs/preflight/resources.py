@@ -26,9 +26,9 @@ def duration(rehearsal: Rehearsal) -> Check:
     """Not a fault, but who knows it beforehand?"""
     asked, total = rehearsal.asked, rehearsal.asked.run.max_train_steps
     alone, both = _seconds(rehearsal.seen[:CRITIC_START]), _seconds(rehearsal.seen[CRITIC_START:])
-    start = min(asked.critic_start, total) if rehearsal.run.critic is not None else total
+    start = min(asked.critic_start, total) if rehearsal.task.critic is not None else total
     training = start * alone + (total - start) * both
-    images = min(asked.data.max_validation_images, len(rehearsal.run.validation_images))
+    images = min(asked.data.max_validation_images, len(rehearsal.task.validation_images))
     validations = math.ceil(total / asked.run.validation_steps)
     saves = math.ceil(total / asked.run.checkpointing_steps)
     beside = validations * images * rehearsal.validation_seconds + saves * rehearsal.save_seconds
@@ -52,11 +52,11 @@ def _seconds(seen: list[Seen]) -> float:
 def memory(rehearsal: Rehearsal) -> Check:
     """A batch that only just fits fails where another process or a larger bucket needs a little
     more."""
-    device = rehearsal.run.accelerator.device
+    device = rehearsal.training.accelerator.device
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total = psutil.virtual_memory().total // rehearsal.run.accelerator.num_processes
+        total = psutil.virtual_memory().total // rehearsal.training.accelerator.num_processes
     return Check(
         name="memory",
         passed=rehearsal.peak_memory <= FULL * total,
@@ -70,7 +70,7 @@ def memory(rehearsal: Rehearsal) -> Check:
 def disk(rehearsal: Rehearsal) -> Check:
     """A disk that fills up ends a run in the middle of a save."""
     limit = rehearsal.asked.run.checkpoints_total_limit
-    net = sum(value.numel() * 4 for value in rehearsal.run.net.state_dict().values())
+    net = sum(value.numel() * 4 for value in rehearsal.task.net.state_dict().values())
     # One more than is kept: an old checkpoint goes only after a new one is there.
     needed = (limit + 1) * rehearsal.checkpoint_bytes + net
     folder = Path(rehearsal.asked.run.output_dir or ".")

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from latentvae.data import BadImages, Batch
 from latentvae.distributed import barrier, from_main, is_main, world_size
-from latentvae.engine.checkpoint import PREFIX, load_checkpoint, save_checkpoint
+from latentvae.engine.checkpoint_content import restore, take_snapshot
+from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
+from latentvae.engine.training import Training
+from latentvae.engine.updates import Updates
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal, align, fingerprints
-from latentvae.tasks.autoencoder.batches import batches
-from latentvae.tasks.autoencoder.exporting import averaged_weights
-from latentvae.tasks.autoencoder.run import Run, eval_transform
-from latentvae.tasks.autoencoder.state import restore, take_snapshot
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.validate import readable_images, validate
 
 VALIDATION_IMAGES = 8
@@ -54,7 +53,7 @@ def image_range(rehearsal: Rehearsal) -> Check:
         max(high for _, _, high in rehearsal.batches),
     )
     images = readable_images(
-        rehearsal.run.validation_images, eval_transform(rehearsal.run.config), count=4
+        rehearsal.task.validation_images, eval_transform(rehearsal.task.config), count=4
     )
     shown = (images.min().item(), images.max().item())
     inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
@@ -71,18 +70,18 @@ def image_range(rehearsal: Rehearsal) -> Check:
 
 def validation(rehearsal: Rehearsal) -> Check:
     """A validation that fails ends the run hours after its start."""
-    run, bad = rehearsal.run, BadImages()
-    limit = min(VALIDATION_IMAGES * world_size(), len(run.validation_images))
+    task, bad = rehearsal.task, BadImages()
+    limit = min(VALIDATION_IMAGES * world_size(), len(task.validation_images))
     start = time.perf_counter()
-    with averaged_weights(run.net, run.ema):
+    with rehearsal.training.evaluating():
         values = validate(
-            run.net,
-            run.validation_images,
-            transform=eval_transform(run.config),
-            perceptual=run.metric,
-            batch_size=run.config.run.eval_batch_size,
+            task.net,
+            task.validation_images,
+            transform=eval_transform(task.config),
+            perceptual=task.metric,
+            batch_size=task.config.run.eval_batch_size,
             limit=limit,
-            device=run.accelerator.device,
+            device=task.accelerator.device,
             bad=bad,
         )
     rehearsal.validation_seconds = (time.perf_counter() - start) / max(limit, 1)
@@ -99,21 +98,20 @@ def validation(rehearsal: Rehearsal) -> Check:
 def checkpoint(rehearsal: Rehearsal) -> Check:
     """What is not restored (an optimiser, the average, the images' order) changes the next
     update."""
-    run = rehearsal.run
-    align(run)
-    before = fingerprints(run)
+    training = rehearsal.training
+    align(training)
+    before = fingerprints(training)
     path = _save(rehearsal)
-    expected = _next_update(run, rehearsal.updates, rehearsal.source)
-    after = fingerprints(run)
-    for optimizer in (run.optimizer, run.critic_optimizer):
-        if optimizer is not None:
-            optimizer.state.clear()  # as where a run goes on
-    progress = restore(run, load_checkpoint(path))
-    restored = fingerprints(run)
+    expected = _next_update(training, rehearsal.source)
+    after = fingerprints(training)
+    for learner in training.task.learners.values():
+        learner.optimizer.state.clear()  # as where a run goes on
+    restore(training, load_checkpoint(path))
+    restored = fingerprints(training)
     wrong = [name for name in before if before[name] != restored.get(name)]
-    loader, _ = batches(run, start_step=progress.micro_step)
-    found = _next_update(run, Updates(run, progress), iter(loader))
-    again = fingerprints(run)
+    batches = training.task.batches(start_step=training.progress.micro_step)
+    found = _next_update(training, iter(batches))
+    again = fingerprints(training)
     differs = _differences(expected, found, rehearsal)
     if not differs and _to_the_bit(rehearsal):
         differs = [f"the {name}" for name in after if after[name] != again[name]]
@@ -130,12 +128,14 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
 
 
 def _save(rehearsal: Rehearsal) -> Path:
-    path = rehearsal.folder / f"{PREFIX}{rehearsal.progress.update}"
-    snapshot = take_snapshot(rehearsal.run, rehearsal.progress)
+    training = rehearsal.training
+    update = training.progress.update
+    path = training.folder / f"{PREFIX}{update}"
+    snapshot = take_snapshot(training)
     start = time.perf_counter()
     size = 0
     if is_main():
-        path = save_checkpoint(rehearsal.folder, snapshot, update=rehearsal.progress.update, keep=1)
+        path = save_checkpoint(training.folder, snapshot, update=update, keep=1)
         size = sum(file.stat().st_size for file in path.iterdir())
     barrier()
     rehearsal.save_seconds = time.perf_counter() - start
@@ -143,12 +143,11 @@ def _save(rehearsal: Rehearsal) -> Path:
     return path
 
 
-def _next_update(run: Run, updates: Updates, source: Iterator[Batch]) -> dict[str, float]:
+def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float]:
     """What one more update logs."""
-    run.wrapper.zero_grad()  # whether the last one left any is another check
-    if run.critic is not None:
-        run.critic.zero_grad()
-    made = updates.make(source)
+    for learner in training.task.learners.values():
+        learner.module.zero_grad()  # whether the last one left any is another check
+    made = Updates(training).make(source)
     return {
         f"{name} {i}": value.float().item()
         for i, values in enumerate(made.values)
@@ -174,7 +173,7 @@ def _differences(
 
 def _to_the_bit(rehearsal: Rehearsal) -> bool:
     """Sums over more than two processes, and those on GPUs, are in no fixed order."""
-    return rehearsal.run.accelerator.device.type == "cpu" and world_size() <= 2
+    return rehearsal.training.accelerator.device.type == "cpu" and world_size() <= 2
 
 
 def _promise(rehearsal: Rehearsal) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from latentvae.models.config import VQModelConfig
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
 from latentvae.proofs.preflight.rehearsal import Rehearsal
@@ -19,11 +18,11 @@ SAME = 0.1  # relative difference of gradients: a code or two may flip; a sum is
 
 
 def tolerance(rehearsal: Rehearsal) -> float:
-    return FLOAT32 if rehearsal.run.accelerator.mixed_precision == "no" else BF16
+    return FLOAT32 if rehearsal.training.accelerator.mixed_precision == "no" else BF16
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    config = rehearsal.run.config
+    config = rehearsal.task.config
     if config.objective.perceptual_scale > 0:
         yield lpips_gradient(probe(rehearsal, "lpips"))
     pixels = probe(rehearsal, "rec")
@@ -67,10 +66,10 @@ def latent_gradient(found: Probe) -> Check:
 
 def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
     """A sum over pixels makes clipping always active and weights depend on the resolution."""
-    objective = rehearsal.run.config.objective
+    objective = rehearsal.task.config.objective
     images = found.images.double()
     recon = found.out.recon.detach().cpu().double().requires_grad_()
-    likelihood = getattr(rehearsal.run.net, "likelihood", None)
+    likelihood = getattr(rehearsal.task.net, "likelihood", None)
     if likelihood is not None:
         error = likelihood.nll(images, recon)
     else:
@@ -94,7 +93,7 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
     assert found.latent is not None
     latent = found.latent.cpu().double().requires_grad_()
     expected = _closed_form_kl(rehearsal, latent).mean() / found.images[0].numel()
-    weight = rehearsal.run.config.objective.kl_scale
+    weight = rehearsal.task.config.objective.kl_scale
     (slope,) = torch.autograd.grad(weight * expected, latent)
     return _reduction(
         "kl",
@@ -120,7 +119,7 @@ def kl_gradient(found: Probe) -> Check:
 
 def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
     """(B,), nats, of moments (B, 2 d, h, w) or, of Gumbel-softmax, of logits (B, K, h, w)."""
-    if isinstance(rehearsal.run.config.model, VQModelConfig):
+    if rehearsal.task.config.model.posterior == "categorical":
         logs = latent.log_softmax(dim=1)
         return (logs.exp() * (logs + math.log(latent.shape[1]))).sum(dim=(1, 2, 3))
     mean, logvar = latent.chunk(2, dim=1)
@@ -157,9 +156,9 @@ def _reduction(
 
 def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
     """Beta on the wrong term moves the codes where it should move the features."""
-    if rehearsal.run.config.model.freeze_encoder:
+    if rehearsal.task.config.model.freeze_encoder:
         return
-    weighted = _latent_losses(rehearsal) & set(pixels.out.latent_losses)
+    weighted = {n for n in pixels.out.latent_losses if rehearsal.task.objective.weights[n]}
     if "commitment" in weighted:
         yield commitment(probe(rehearsal, "commitment"))
     if "codebook" in weighted:
@@ -188,26 +187,18 @@ def codebook(found: Probe) -> Check:
     )
 
 
-def _latent_losses(rehearsal: Rehearsal) -> set[str]:
-    """Terms of the bottleneck that have a weight."""
-    weights = rehearsal.run.objective.latent_weights
-    return {name for name, weight in weights.items() if weight and name != "kl"}
-
-
 def _is_additive(rehearsal: Rehearsal) -> bool:
     """Whether the loss of a batch is the mean of its images' and draws no random numbers."""
-    config = rehearsal.run.config
-    return (
-        config.model.architecture != "asymmetric"  # random masks
-        and config.data.image_channels != 4  # random backgrounds
-        and not (isinstance(config.model, VQModelConfig) and config.model.has_kl)  # Gumbel noise
-    )
+    config = rehearsal.task.config
+    random_backgrounds = config.data.image_channels == 4
+    return not config.model.draws_noise and not random_backgrounds
 
 
 def accumulation(rehearsal: Rehearsal) -> Check:
     """Gradients that are added over micro-steps and not divided make the rate another one."""
-    # Without LPIPS, whose maxima over pixels go another way by a rounding.
-    terms = ["rec", "kl", *(_latent_losses(rehearsal) - {"batch_entropy"})]
+    # Without LPIPS, whose maxima over pixels go another way by a rounding; and the entropy of a
+    # batch is no mean over its images.
+    terms = rehearsal.task.objective.weights.keys() - {"lpips", "batch_entropy"}
     images = rehearsal.images
     joined = gradients_of(rehearsal, [images], *terms)
     halves = gradients_of(rehearsal, [images[:1], images[1:]], *terms)

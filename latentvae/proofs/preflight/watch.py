@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentvae.tasks.autoencoder.run import Run
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 # In each micro-step the critic is called first for the model's part, then for its own (and again
 # for R1): what reaches a parameter before its second call is of the model's part.
@@ -22,8 +22,8 @@ class Watch:
         dtypes: what the network's convolutions gave out.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, task: AutoencoderTask) -> None:
+        self.task = task
         self.critic_calls = self.on_critic = self.on_model = 0
         self.dtypes: set[torch.dtype] = set()
         self._calls = 0  # of the critic in this micro-step
@@ -34,13 +34,13 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         keep = self._handles.append
-        for module in self.run.net.modules():
+        for module in self.task.net.modules():
             if isinstance(module, nn.Conv2d):
                 keep(module.register_forward_hook(self._convolution))
-        self._watch(self.run.wrapper, self._model_got)
-        if self.run.critic is not None:
-            keep(self.run.critic.register_forward_hook(self._critic_called))
-            self._watch(self.run.critic, self._critic_got)
+        self._watch(self.task.wrapper, self._model_got)
+        if self.task.critic is not None:
+            keep(self.task.critic.register_forward_hook(self._critic_called))
+            self._watch(self.task.critic, self._critic_got)
         return self
 
     def __exit__(self, *_: object) -> None:

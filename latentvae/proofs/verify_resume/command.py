@@ -10,24 +10,24 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.data import ImageSource, ImageStream
+from latentvae.config.run import JobConfig
+from latentvae.engine.resume import write_config
+from latentvae.engine.run_options import check_options
+from latentvae.engine.task import Task
 from latentvae.errors import UserError
 from latentvae.proofs.checks import Check, check_json_file, conclude
 from latentvae.proofs.verify_resume.compare import compare, what_is_left
 from latentvae.proofs.verify_resume.job import Job, on_cpu, shortened
 from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.order import check_order
-from latentvae.tasks.autoencoder.refusals import check_paths
-from latentvae.tasks.autoencoder.run import open_data
-from latentvae.tasks.autoencoder.state import write_config
 
 LEAST_UPDATES = 4
 EXACT_PROCESSES = 2  # equality to the bit is promised for so many, on the CPU
 
 
 def verify_resume(
-    config: TrainConfig,
+    task: type[Task],
+    config: JobConfig,
     *,
     updates: int = 12,
     kills: int = 3,
@@ -40,6 +40,7 @@ def verify_resume(
     """Train straight, and with kills and resumes; print a line for each check.
 
     Args:
+        task: what is trained.
         config: the run. How long it is, what it logs and saves and where are set here; nothing is
             written to its `output_dir`.
         updates: of each of the two runs.
@@ -67,18 +68,16 @@ def verify_resume(
         if value < least:
             raise UserError(f"{name} is {value}, but should be {least} or more")
     check_json_file(json)
-    short = shortened(config, updates=updates)
-    check_paths(short)
-    images, _ = open_data(short)
-    if isinstance(images, ImageStream):
-        raise UserError(
-            "streaming resumes approximately, so that there is nothing to compare; leave it out"
-        )
+    opened = task(shortened(task, config, updates=updates))
+    opened.check()
+    check_options(opened.config.run)
+    opened.open()
+    opened.check_repeatable()
     work = _new_folder(work_dir)
-    write_config(short, work / "config.yaml")
-    job = Job(config=short, work=work, processes=processes, seconds=launch_timeout)
+    write_config(opened.config, work / "config.yaml")
+    job = Job(task=opened, work=work, processes=processes, seconds=launch_timeout)
     print(_plan(job, kills=kills), flush=True)
-    checks = _checks(job, images, kills=kills, seed=kill_seed)
+    checks = _checks(job, kills=kills, seed=kill_seed)
     for check in checks:
         print(check)
     code = conclude(checks, json_file=json)
@@ -110,7 +109,7 @@ def _plan(job: Job, *, kills: int) -> str:
     )
 
 
-def _checks(job: Job, images: ImageSource, *, kills: int, seed: int) -> list[Check]:
+def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
     updates, options = job.config.run.max_train_steps, job.config.run
     pace = job.straight("straight", title="straight")
     print(f"straight: done, {pace.update:.2g} s an update, {pace.save:.2g} s a save", flush=True)
@@ -119,12 +118,11 @@ def _checks(job: Job, images: ImageSource, *, kills: int, seed: int) -> list[Che
     if not checks[1].passed:  # the run did not come to its end
         return checks
     order = check_order(
-        job.config,
-        images,
+        job.task,
         processes=job.processes,
         starts=[start * options.gradient_accumulation_steps for start in job.starts],
     )
-    return [*checks, order, *_compared(job)]
+    return [*checks, *([] if order is None else [order]), *_compared(job)]
 
 
 def _compared(job: Job) -> list[Check]:
@@ -132,14 +130,15 @@ def _compared(job: Job) -> list[Check]:
     that is not killed."""
     update = job.config.run.max_train_steps
     straight, resumed = (
-        what_is_left(job.work / name, update=update) for name in ("straight", "killed")
+        what_is_left(job.work / name, update=update, parts=job.task.parts)
+        for name in ("straight", "killed")
     )
     exact = on_cpu() and job.processes <= EXACT_PROCESSES
     checks = compare(straight, resumed)
     if all(check.passed for check in checks):
         return checks
     job.straight("again", title="straight again")
-    again = what_is_left(job.work / "again", update=update)
+    again = what_is_left(job.work / "again", update=update, parts=job.task.parts)
     if not exact:
         return compare(straight, resumed, again=again)
     if all(check.passed for check in compare(straight, again)):

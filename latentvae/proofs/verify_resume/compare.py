@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentvae.engine.checkpoint import PREFIX, load_checkpoint
+from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.proofs.checks import Check
 
-CODES = "net.quantize."  # codes, their moving averages and counts
 NOISE = 10.0  # times the difference of two unbroken runs
 LEAST = 1e-3  # of the norm; what is allowed where two unbroken runs happen to agree
-_FILES = {
-    "optimizer": "optimizer",
-    "ema": "EMA",
-    "critic": "critic",
-    "critic_optimizer": "critic's optimizer",
-    "lecam": "LeCam's averages",
-}
 ADVICE = (
     "do not rely on resuming this configuration; if images, versions and threads did not change "
     "between the launches, it is a fault of latentvae's: report it with both runs"
@@ -46,29 +38,59 @@ class Left:
     rows: list[dict[str, Any]]
 
 
-def what_is_left(folder: Path, *, update: int) -> Left:
-    """Read the last checkpoint, the log and the export of a run."""
+def what_is_left(folder: Path, *, update: int, parts: Mapping[str, str]) -> Left:
+    """Read the last checkpoint, the log and the export of a run.
+
+    Args:
+        parts: name -> prefix of weights that are compared by themselves.
+    """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
-    files = dict(snapshot.tensors)
-    model = files.pop("model")
-    tensors = {"weights": {k: v for k, v in model.items() if not k.startswith(CODES)}}
-    if codes := {k: v for k, v in model.items() if k.startswith(CODES)}:
-        tensors["codebook"] = codes
-    tensors |= {_FILES[name]: values for name, values in files.items()}
-    export = folder / "export"
-    tensors["export"] = {
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file, values in snapshot.tensors.items():
+        beside = file.endswith(("_optimizer", "_average"))
+        for name, value in values.items():
+            own = [part for part, prefix in parts.items() if name.startswith(prefix)]
+            group = own[0] if own and not beside else file.replace("_", "'s ")
+            tensors.setdefault(group, {})[name] = value
+    tensors["export"] = _exported(folder / "export")
+    plain = dict(snapshot.values)
+    # Rounding moves the numbers of controllers where it moves losses.
+    if control := dict(_floats(plain["task"])):
+        tensors["controllers"] = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in control.items()
+        }
+    plain["task"] = _without_floats(plain["task"])
+    return Left(tensors=tensors, values=plain, rows=_timeless(folder))
+
+
+def _exported(export: Path) -> dict[str, Tensor]:
+    """Weights of an export, and the scales of its config."""
+    found = {
         f"{path.stem}/{name}": value
         for path in sorted(export.glob("*.safetensors"))
         for name, value in load_file(path).items()
     }
-    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
-    scales = {k: v for k, v in config.items() if k.endswith("_factor") and isinstance(v, float)}
-    tensors["export"] |= {k: torch.tensor(v, dtype=torch.float64) for k, v in scales.items()}
-    values = dict(snapshot.values)
-    control = [values.pop(name, 0.0) for name in ("kl_log_factor", "kl_error")]
-    if any(control):  # rounding moves them where it moves losses
-        tensors["KL's weight"] = {"control": torch.tensor(control, dtype=torch.float64)}
-    return Left(tensors=tensors, values=values, rows=_timeless(folder))
+    config = export / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    scales = {k: v for k, v in values.items() if k.endswith("_factor") and isinstance(v, float)}
+    return found | {k: torch.tensor(v, dtype=torch.float64) for k, v in scales.items()}
+
+
+def _floats(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers with a fraction, at any depth, that are not 0."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _floats(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and value:
+            yield f"{prefix}{name}", value
+
+
+def _without_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_floats(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if not isinstance(value, float)
+    }
 
 
 def _timeless(folder: Path) -> list[dict[str, Any]]:
@@ -144,7 +166,9 @@ def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
     return Check(
         name="data position, randomness, counters",
         passed=not unequal,
-        value=f"{', '.join(unequal)} differ" if unequal else f"micro-step {left['micro_step']}",
+        value=f"{', '.join(unequal)} differ"
+        if unequal
+        else f"micro-step {left['progress']['micro_step']}",
         expected="equal",
         advice=ADVICE,
     )

@@ -3,47 +3,37 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.engine.checkpoint import (
+from latentvae.config.run import JobConfig
+from latentvae.engine.checkpoint_files import (
     checkpoints,
     half_written,
     load_checkpoint,
     newest_usable,
     update_of,
 )
+from latentvae.engine.export import is_exported
+from latentvae.engine.task import Task
 from latentvae.errors import UserError
 from latentvae.proofs.checks import Check
 from latentvae.proofs.verify_resume.kills import AFTER_LAST, Kill, carry_out
 from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_command
-from latentvae.tasks.autoencoder.exporting import is_exported
-
-VALIDATION_IMAGES = 8
 
 
-def shortened(config: TrainConfig, *, updates: int) -> TrainConfig:
-    """The same run with everything that can go wrong in a few updates: the critic starts, the rate
-    warms up, micro-steps accumulate, checkpoints come and go."""
-    early, critic, run = updates // 4, config.critic, config.run
-    changes = {
-        "data": {
-            "max_validation_images": min(config.data.max_validation_images, VALIDATION_IMAGES)
-        },
-        "critic": {
-            "disc_start": float(early),
-            "disc_warmup_steps": min(critic.disc_warmup_steps, early),
-            "disc_ramp_steps": min(critic.disc_ramp_steps, early),
-        },
+def shortened(task: type[Task], config: Any, *, updates: int) -> Any:
+    """Return the same run with everything that can go wrong in a few updates: the rate warms up,
+    micro-steps accumulate, checkpoints come and go."""
+    early, run = updates // 4, config.run
+    sections = {
         "optimizer": {"lr_warmup_steps": min(config.optimizer.lr_warmup_steps, early)},
         "run": {
             "max_train_steps": updates,
             "gradient_accumulation_steps": max(run.gradient_accumulation_steps, 2),
             "checkpointing_steps": early,
             "validation_steps": updates // 2,
-            "num_sample_images": 1,
             "log_steps": 1,
             "output_dir": "set by each launch",
             "resume_from_checkpoint": "latest",
@@ -52,13 +42,7 @@ def shortened(config: TrainConfig, *, updates: int) -> TrainConfig:
             "push_to_hub": False,
         },
     }
-    return config.model_copy(
-        update={name: _changed(getattr(config, name), values) for name, values in changes.items()}
-    )
-
-
-def _changed(section: BaseModel, values: dict[str, object]) -> BaseModel:
-    return section.model_copy(update=values)
+    return task.shortened(config.with_changes(sections), updates=updates)
 
 
 def on_cpu() -> bool:
@@ -72,19 +56,23 @@ class Job:
     """What is launched, again and again.
 
     Attributes:
-        config: the short run.
+        task: the short run, opened.
         work: folder of the runs, of what they print, and of their `config.yaml`.
         seconds: after which a launch counts as hung.
         starts: the updates done when each launch of the killed run began.
         hits: what each kill hit.
     """
 
-    config: TrainConfig
+    task: Task
     work: Path
     processes: int
     seconds: float
     starts: list[int] = field(default_factory=list)
     hits: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> JobConfig:
+        return self.task.config
 
     def straight(self, name: str, *, title: str) -> Pace:
         """A run that is not killed.
@@ -113,7 +101,7 @@ class Job:
         try:
             for kill in kills:
                 ended = self._once(kill, pace)
-                if ended or is_exported(self.work / "killed", total, config=self.config):
+                if ended or is_exported(self.task, self.work / "killed", update=total):
                     break  # a kill after the export: nothing is left to kill
             ended = ended or self._once(None, pace)
         except Hung:
@@ -177,6 +165,7 @@ class Job:
 
     def _launch(self, name: str, *, output: str) -> Launch:
         command = training_command(
+            self.task.launch,
             self.work / "config.yaml",
             self.work / name,
             processes=self.processes,

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Self
 import psutil
 from tqdm.auto import tqdm
 
-from latentvae.engine.checkpoint import PREFIX
+from latentvae.engine.checkpoint_files import PREFIX
 from latentvae.engine.log import read_rows
 
 POLL_SECONDS = 0.002  # a save of a small network takes some ten of these
@@ -26,14 +26,19 @@ class Hung(Exception):
     """A launch did not end in its time; it was killed."""
 
 
-def training_command(config: Path, folder: Path, *, processes: int, precision: str) -> list[str]:
-    """The run of a YAML file in a folder, as docs/launching.md has it."""
+def training_command(
+    script: Sequence[str], config: Path, folder: Path, *, processes: int, precision: str
+) -> list[str]:
+    """The run of a YAML file in a folder, as docs/launching.md has it.
+
+    Args:
+        script: what the launcher starts, such as `-m latentvae.cli.train`.
+    """
     many = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *many]
     launcher += ["--num_processes", str(processes), "--num_machines", "1"]
     launcher += ["--mixed_precision", precision, "--dynamo_backend", "no"]
-    training = ["-m", "latentvae.cli.train", "--config", str(config), "--output_dir", str(folder)]
-    return [*launcher, *training]
+    return [*launcher, *script, "--config", str(config), "--output_dir", str(folder)]
 
 
 @dataclass

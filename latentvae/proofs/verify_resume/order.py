@@ -1,52 +1,35 @@
-"""The order of the images, read from where each launch went on: the one part of a resume that
-leaves no tensor."""
+"""The order of the items, read from where each launch went on: the one part of a resume that leaves
+no tensor."""
 
 from collections.abc import Sequence
-from itertools import islice
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.data import (
-    BucketSampler,
-    ImageSource,
-    IndexSampler,
-    aspect_ratios,
-    assign,
-)
+from latentvae.engine.task import Task
 from latentvae.proofs.checks import Check
 
 
-def check_order(
-    config: TrainConfig, images: ImageSource, *, processes: int, starts: Sequence[int]
-) -> Check:
-    """Whether every launch got the images that an unbroken run gets at the same place.
+def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check | None:
+    """Whether every launch got the items that an unbroken run gets at the same place; None where
+    the task does not tell.
 
     Args:
         starts: micro-steps done when each launch began.
     """
-    options = config.run
+    options, unit = task.config.run, task.unit
     total = options.max_train_steps * options.gradient_accumulation_steps
-    buckets = None
-    if config.data.aspect_ratio_buckets:
-        joint = config.images_read * processes
-        buckets = assign(aspect_ratios(images), config.train_sizes, at_least=joint)
-
-    def order(rank: int, start: int) -> list[list[tuple[int, int]]]:
-        place = {"rank": rank, "world_size": processes, "start_step": start, "seed": options.seed}
-        if buckets is not None:
-            sampler = BucketSampler(buckets, config.images_read, **place)
-        else:
-            sampler = IndexSampler(len(images), config.images_read, **place)
-        return list(islice(sampler, total - start))
-
     wrong = []
     for rank in range(processes):
-        straight = order(rank, 0)
-        wrong += [f"{s} on rank {rank}" for s in starts if order(rank, s) != straight[s:]]
+        straight = task.order(rank=rank, processes=processes, start=0, stop=total)
+        if straight is None:
+            return None
+        for start in starts:
+            resumed = task.order(rank=rank, processes=processes, start=start, stop=total)
+            if resumed != straight[start:]:
+                wrong.append(f"{start} on rank {rank}")
     shown = ", ".join(map(str, starts))
     return Check(
         name="data order",
         passed=not wrong and bool(starts),
         value=f"differs from micro-step {wrong[0]}" if wrong else f"equal from micro-steps {shown}",
-        expected=f"the same images in each of {total} micro-steps, whichever launch makes it",
-        advice="report it as a fault of latentvae's, with the number of images and the options",
+        expected=f"the same {unit} in each of {total} micro-steps, whichever launch makes it",
+        advice=f"report it as a fault of latentvae's, with the number of {unit} and the options",
     )

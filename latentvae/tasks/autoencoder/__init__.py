@@ -1,14 +1,15 @@
-"""The training loop and its parts. `train(config)` is the door; `TrainConfig` the schema."""
+"""Train an autoencoder: `train(config)` is the door, `TrainConfig` the schema of its options."""
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.config.presets import load_preset
+from pathlib import Path
+
+from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
 
 __all__ = ["TrainConfig", "load_preset", "train"]
 
 
-def train(config: TrainConfig) -> str:
-    """Run the job that ``config`` describes; returns the path of the export. See
-    `latentvae.tasks.autoencoder.loop`."""
-    from latentvae.tasks.autoencoder.loop import train as run
+def train(config: TrainConfig) -> Path:
+    """Train, validate and export; returns the export's folder. See `engine.loop.train`."""
+    from latentvae.engine import loop
+    from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-    return str(run(config))
+    return loop.train(AutoencoderTask(config))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentvae.config.autoencoder import TrainConfig
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage
 from latentvae.distributed import all_reduce_sum, gather_cat
 from latentvae.engine.randomness import Stream, generator_for
 from latentvae.errors import UserError
+from latentvae.models import Network, family_of
 from latentvae.outputs import AutoencoderOutput
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 START_BATCH = 16  # images encoded at a time
 START_VECTORS = 32  # vectors for each code that k-means sees, at most
@@ -37,13 +38,10 @@ class CodebookUpdate:
 
     def add(self, out: AutoencoderOutput) -> None:
         """One micro-step."""
-        learned_from = [latent for latent in out.latents if latent.statistics]
-        if not learned_from:
-            return
-        (latent,) = learned_from  # there is one quantizer
-        for name, value in latent.statistics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._features = latent.features
+        for latent in out.latents:  # one of them has statistics: there is one quantizer
+            for name, value in (latent.statistics or {}).items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._features = latent.features
 
     @torch.no_grad()
     def apply(
@@ -88,7 +86,7 @@ class CodebookUpdate:
 
 @torch.no_grad()
 def initialise_codebook(
-    net: Any,
+    net: Network,
     source: ImageSource,
     transform: EvalTransform,
     *,
@@ -96,7 +94,9 @@ def initialise_codebook(
     seed: int,
 ) -> None:
     """Start the codes at what the untrained encoder gives for random training images."""
-    wanted = START_VECTORS * net.quantize.num_codes
+    quantizer = family_of(net).quantizer(net)
+    assert quantizer is not None, type(net)
+    wanted = START_VECTORS * quantizer.num_codes
     vectors: list[Tensor] = []
     vectors_per_image = 0
     for images in _batches(source, transform, seed=seed):
@@ -108,12 +108,12 @@ def initialise_codebook(
     if not vectors:
         raise UserError(f"not one of the {len(source):,} images for k-means can be read")
     found = torch.cat(vectors)[:wanted]
-    if len(found) < net.quantize.num_codes:
+    if len(found) < quantizer.num_codes:
         print(
-            f"k-means has {len(found):,} vectors for {net.quantize.num_codes:,} codes: some codes "
+            f"k-means has {len(found):,} vectors for {quantizer.num_codes:,} codes: some codes "
             "start alike, and are idle until they restart (restart_threshold)"
         )
-    net.quantize.initialise(
+    quantizer.initialise(
         found,
         generator=generator_for(Stream.CODEBOOK, seed, 0),
         batch_vectors=images_per_update * vectors_per_image,

@@ -1,101 +1,59 @@
-"""From a run to its export: averaged weights, measured statistics, the card, and the proof that
-diffusers loads the same model."""
+"""From a run to its export: measured statistics, the card, and the proof that diffusers loads the
+same model."""
 
-import contextlib
-from collections.abc import Iterator
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers.training_utils import EMAModel
-from torch import nn
 
-from latentvae.compute.compilation import not_compiled
-from latentvae.config.autoencoder import TrainConfig, flat
+from latentvae.config.run import flat
 from latentvae.data import ImageSource, ImageStream, some_of, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
-from latentvae.engine.checkpoint import load_checkpoint, newest_usable, update_of
-from latentvae.engine.log import append_row, read_rows
+from latentvae.engine.checkpoint_content import averaged_or_trained, load_weights
+from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable, update_of
+from latentvae.engine.log import read_rows, sample_path
 from latentvae.engine.publishing import check_push, push_export, repository
 from latentvae.engine.randomness import Stream, seed_everything
+from latentvae.engine.resume import read_config
 from latentvae.errors import UserError
-from latentvae.export import (
-    ExportReport,
-    ModelCard,
-    TokenizerReport,
-    export_autoencoder,
-    export_tokenizer,
-)
+from latentvae.export import ModelCard, export_network
 from latentvae.export.card import public_value
-from latentvae.export.diffusers import is_export
+from latentvae.export.folder import is_export
 from latentvae.latents import latent_statistics
-from latentvae.models import DiscreteAutoencoder
+from latentvae.models import Network
 from latentvae.options import Private, marked
-from latentvae.tasks.autoencoder.base import Base, encoder_sha256, read_base
-from latentvae.tasks.autoencoder.run import Run, build_net, eval_transform, open_data
-from latentvae.tasks.autoencoder.state import load_weights, read_config
-from latentvae.tasks.autoencoder.validate import readable_images, sample_grid_path
+from latentvae.tasks.autoencoder.build import build_net
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import Base, encoder_sha256, read_base
+from latentvae.tasks.autoencoder.images import eval_transform, open_data
+from latentvae.tasks.autoencoder.validate import readable_images
 
 STATISTICS_IMAGES = 1024
 PROBE_IMAGES = 2
 
 
-@contextlib.contextmanager
-def averaged_weights(net: nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into ``net`` for a while, in eval mode and not compiled. Its
-    buffers, as a codebook of moving averages, are averages already."""
-    training = [module for module in net.modules() if module.training]
-    parameters = list(net.parameters())
-    net.eval()
-    if ema is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    try:
-        with not_compiled():
-            yield
-    finally:
-        if ema is not None:
-            ema.restore(parameters)
-        for module in training:
-            module.training = True
+def is_whole(out: Path) -> bool:
+    """Whether a whole export lies in a folder."""
+    return is_export(out)
 
 
-def is_exported(folder: Path, update: int, *, config: TrainConfig) -> bool:
-    """Whether the run's export is there and was made after that update, by the same options; of
-    those, older logs tell nothing."""
-    made = [row for row in read_rows(folder / "log.jsonl") if "export/scaling" in row]
-    wanted = {"update": update} | _export_options(config)
-    same = made and all(made[-1].get(name, value) == value for name, value in wanted.items())
-    return bool(same) and is_export(folder / "export")
+def done(out: Path) -> str:
+    """The last line of a finished run: how to load its export."""
+    kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
+    return f"done: {out} loads with {module}.{kind}.from_pretrained('{out}')"
 
 
-def _export_options(config: TrainConfig) -> dict[str, Any]:
-    """What changes an export of the same weights, for the log."""
+def options_of_export(config: TrainConfig) -> dict[str, Any]:
+    """Options that change an export of the same weights, for the log."""
     options = config.run
     return {
         "export/profile": options.export_profile,
         "export/lookup_from_codebook": options.lookup_from_codebook,
     }
-
-
-def export_run(run: Run, *, update: int) -> Path:
-    """Export a run in hand, on all ranks; rank 0 writes."""
-    with averaged_weights(run.net, run.ema):
-        report = _export(
-            run.net,
-            run.config,
-            data=(run.train_images, run.validation_images),
-            card=_card(run.config, run.folder, update),
-            out=run.folder / "export",
-            device=run.accelerator.device,
-            base=run.base,
-        )
-    if report is not None:
-        row = {"update": update, "export/scaling": report.scaling_factor}
-        row |= _export_options(run.config)
-        append_row(run.folder / "log.jsonl", row)
-    return run.folder / "export"
 
 
 def export_folder(
@@ -118,9 +76,9 @@ def export_folder(
         UserError: not a run, no checkpoint, or ``out`` is there and ``overwrite`` is not set.
         UploadError: it is exported, but the Hub did not take it.
     """
-    config = read_config(folder / "config.yaml")
+    config = read_config(folder / "config.yaml", TrainConfig)
     if lookup_from_codebook:
-        if config.model.architecture != "vq":
+        if not config.model.has_codes:
             kind = config.model.architecture
             raise UserError(
                 f"lookup_from_codebook is for tokenizers, and '{folder}' is a run of {kind}"
@@ -139,82 +97,82 @@ def export_folder(
     net = build_net(config, base)
     load_weights(net, _weights(checkpoint))
     net.eval()
-    _export(
+    train, validation = open_data(config)
+    export_of_run(
         net,
         config,
-        data=open_data(config),
-        card=_card(config, folder, update),
+        images=(validation if isinstance(train, ImageStream) else train, validation),
+        update=update,
+        folder=folder,
         out=out,
         device=torch.device("cpu"),
         base=base,
     )
     if push_to_hub:
         repo_id = repository(hub_model_id, folder)
-        push_export(out, repo_id=repo_id, private=hub_private_repo, update=update)
+        message = f"Autoencoder after update {update:,}"
+        push_export(out, repo_id=repo_id, private=hub_private_repo, message=message)
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, averaged where there is an average."""
+    """The network's weights of a checkpoint, averaged where there is an average."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
-    trained = {
-        k.removeprefix(prefix): v for k, v in tensors.get("model", {}).items() if prefix in k
-    }
-    return trained | tensors.get("ema", {})
+    weights = averaged_or_trained(tensors, "model")
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _export(
-    net: Any,
+def export_of_run(
+    net: Network,
     config: TrainConfig,
     *,
-    data: tuple[ImageSource | ImageStream, ImageSource],
-    card: ModelCard,
+    images: tuple[ImageSource, ImageSource],
+    update: int,
+    folder: Path,
     out: Path,
     device: torch.device,
     base: Base | None,
-) -> ExportReport | TokenizerReport | None:
-    """Measure on all ranks, write on the first, which has the report."""
+) -> dict[str, Any]:
+    """Measure on all ranks, write on the first.
+
+    Args:
+        net: with the weights to export, in eval mode.
+        images: to measure statistics on, and to compare the loaded export on.
+        update: updates done; `folder` is the run's.
+
+    Returns:
+        What to log, on the first rank.
+    """
+    card = _card(config, folder, update)
     if base is not None:
         card = _fine_tuned(card, net, config, base)
     transform = eval_transform(config)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
-        some_of(data[1] if isinstance(data[0], ImageStream) else data[0], STATISTICS_IMAGES),
+        some_of(images[0], STATISTICS_IMAGES),
         transform,
         batch_size=config.run.eval_batch_size,
         rank=rank(),
         world_size=world_size(),
     )
-    statistics = latent_statistics(net, (images.to(device) for images, _ in shard)).joined()
+    statistics = latent_statistics(net, (batch.to(device) for batch, _ in shard)).joined()
     report = None
     if is_main():
-        probe = readable_images(data[1], transform, count=PROBE_IMAGES)
-        if isinstance(net, DiscreteAutoencoder):
-            report = export_tokenizer(
-                net,
-                out,
-                statistics=statistics,
-                resolution=_sample_size(config, base),
-                probe=probe,
-                card=card,
-                frozen_encoder=config.model.freeze_encoder,
-                lookup_from_codebook=config.run.lookup_from_codebook,
-                overwrite=True,
-            )
-        else:
-            report = export_autoencoder(
-                net,
-                out,
-                statistics=statistics,
-                sample_size=_sample_size(config, base),
-                frozen_encoder=config.model.freeze_encoder,
-                probe=probe,
-                profile=config.run.export_profile,
-                card=card,
-                overwrite=True,
-            )
+        probe = readable_images(images[1], transform, count=PROBE_IMAGES)
+        report = export_network(
+            net,
+            out,
+            statistics=statistics,
+            sample_size=_sample_size(config, base),
+            probe=probe,
+            profile=config.run.export_profile,
+            card=card,
+            frozen_encoder=config.model.freeze_encoder,
+            lookup_from_codebook=config.run.lookup_from_codebook,
+            overwrite=True,
+        )
         print(report.summary())
     barrier()
-    return report
+    return {} if report is None else {"export/scaling": report.scaling_factor}
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
@@ -223,7 +181,7 @@ def _sample_size(config: TrainConfig, base: Base | None) -> int:
     return max(*config.data.size, own if isinstance(own, int) else max(own))
 
 
-def _fine_tuned(card: ModelCard, net: Any, config: TrainConfig, base: Base) -> ModelCard:
+def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
     """What is certified of a base's encoder.
 
     Raises:
@@ -251,7 +209,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
     tokens = f"by {row.get('validation/tokens', 0):,} tokens"
     names |= {"usage": f"share of the codes used {tokens}", "perplexity": "perplexity of the codes"}
     metrics = {n: row[f"validation/{k}"] for k, n in names.items() if f"validation/{k}" in row}
-    mode = "posterior mode, " if config.model.architecture in ("kl", "asymmetric") else ""
+    mode = "posterior mode, " if config.model.posterior == "gaussian" else ""
     weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
     height, width = config.data.size
     size = (
@@ -266,7 +224,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         if row
         else ""
     )
-    grid, private = sample_grid_path(folder, update), marked(TrainConfig, Private)
+    grid, private = sample_path(folder, update), marked(TrainConfig, Private)
     data_set, repo_id = config.data.dataset_name, config.run.hub_model_id
     return ModelCard(
         name=folder.resolve().name,

@@ -14,8 +14,9 @@ from latentvae.outputs import AutoencoderOutput
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
     """Scalars without gradient by log name, over all latents of ``out``; those of the KL only
     where there is one."""
-    elements = torch.cat([latent.z.flatten() for latent in out.latents])
-    values = {"latent/rms": elements.square().mean().sqrt()}
+    elements = sum(latent.z.numel() for latent in out.latents)
+    shares = [latent.z.numel() / elements * latent.z.square().mean() for latent in out.latents]
+    values = {"latent/rms": torch.stack(shares).sum().sqrt()}
     if out.kl is None:
         return values
     values["latent/kl_nats"] = out.kl.mean()

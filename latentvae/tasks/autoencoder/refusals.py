@@ -1,47 +1,23 @@
 """What is refused before any work, without touching a file."""
 
 import itertools
-import os
-from pathlib import Path
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.engine.publishing import repository
-from latentvae.engine.tracker import check_tracker
 from latentvae.errors import UserError
 from latentvae.losses.discriminators import smallest_side
 from latentvae.losses.perceptual import MIN_SIZE
 from latentvae.metrics.image import SSIM_MIN_SIZE
+from latentvae.models import FAMILIES
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 
-def check_paths(config: TrainConfig) -> Path:
-    """The run's folder; refuses what is missing without touching a file."""
+def check_images(config: TrainConfig) -> None:
+    """Refuse images that are not named, or too small for a part of the run."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing: give a folder of images, or `samples` for the "
             "photos that come with scikit-image; or dataset_name"
         )
-    if config.run.output_dir is None:
-        raise UserError(
-            "output_dir is missing: give the folder to write the run to, such as runs/first"
-        )
-    wanted = config.run.resume_from_checkpoint
-    if config.run.overwrite_output_dir and wanted != "latest":
-        raise UserError(
-            f"resume_from_checkpoint '{wanted}' goes on with a run that overwrite_output_dir "
-            "deletes; give one of them"
-        )
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "
-            "processes and started one; on CPUs launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
     _check_resolution(config)
-    check_tracker(config.run.report_to)
-    folder = Path(config.run.output_dir)
-    if config.run.push_to_hub:
-        repository(config.run.hub_model_id, folder)
-    return folder
 
 
 def _check_resolution(config: TrainConfig) -> None:
@@ -85,3 +61,21 @@ def check_compilation(config: TrainConfig, *, processes: int) -> None:
             f"torch_compile is for one process so far, and {processes} were started: with several "
             "the compiler fails in the backward pass; leave --torch_compile out"
         )
+
+
+def memory_advice(config: TrainConfig, general: list[str]) -> list[str]:
+    """Options that need less memory, in the order to try.
+
+    Args:
+        general: those that every task has, the precision last.
+    """
+    own = []
+    cannot_checkpoint = FAMILIES[config.model.architecture].why_no_checkpointing
+    if not config.run.gradient_checkpointing and not cannot_checkpoint:
+        own.append("--gradient_checkpointing")
+    precision = [advice for advice in general if "mixed_precision" in advice]
+    others = [advice for advice in general if advice not in precision]
+    f = config.model.f
+    smaller = [max(side // 2 // f * f, f) for side in config.data.size]
+    resolution = f"--resolution {' '.join(map(str, dict.fromkeys(smaller)))}"
+    return [*others, *own, *precision, resolution]

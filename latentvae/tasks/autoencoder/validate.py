@@ -2,9 +2,9 @@
 to look at."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from latentvae.errors import UserError
 from latentvae.losses.colors import to_rgb
 from latentvae.metrics import psnr, round_alike, ssim
 from latentvae.metrics.tokens import TokenUsage
-from latentvae.models import calls
+from latentvae.models import Network, calls
 from latentvae.pictures import to_pil
 
 DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
@@ -31,7 +31,7 @@ DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
 
 @torch.inference_mode()
 def validate(
-    net: Any,
+    net: Network,
     source: ImageSource,
     *,
     transform: EvalTransform,
@@ -57,10 +57,8 @@ def validate(
         "lpips": perceptual,
     }
     sums, count = dict.fromkeys(measures, 0.0), 0
-    num_codes = calls.num_codes(net)
-    usage = None
-    if num_codes is not None:
-        usage = TokenUsage(num_codes, codebooks=calls.num_codebooks(net))
+    codes = calls.codes(net)
+    usage = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
     shard = validation_batches(
         some_of(source, limit),
         transform,
@@ -128,19 +126,30 @@ def readable_images(source: ImageSource, transform: EvalTransform, *, count: int
     return torch.stack(images)
 
 
-def reconstruct_mode(net: Any, images: Tensor) -> Tensor:
+def reconstruct_mode(net: Network, images: Tensor) -> Tensor:
     """Decode the posterior's mode, or the codes; (B, C, H, W) to the same, clamped to [-1, 1]."""
     return calls.decode(net, calls.encode(net, images)).clamp(-1.0, 1.0)
 
 
-def sample_grid_path(folder: Path, update: int) -> Path:
-    """Where a run keeps the sample grid of an update."""
-    return folder / "samples" / f"update-{update:06d}.png"
+def told(values: Mapping[str, float]) -> str:
+    """What is said of a validation."""
+    codes = ""
+    if "validation/usage" in values:
+        codes = (
+            f"{values['validation/usage']:.1%} of the codes used by "
+            f"{values['validation/tokens']:,} tokens, perplexity "
+            f"{values['validation/perplexity']:.0f}, "
+        )
+    return (
+        f"PSNR {values['validation/psnr']:.2f} dB, "
+        f"SSIM {values['validation/ssim']:.3f}, LPIPS {values['validation/lpips']:.3f}, "
+        f"{codes}on {values['validation/images']:,} unseen images"
+    )
 
 
 @torch.inference_mode()
 def save_grid(
-    net: Any,
+    net: Network,
     source: ImageSource,
     path: Path,
     *,

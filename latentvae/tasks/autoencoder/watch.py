@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from pydantic import ConfigDict
 
-from latentvae.config.autoencoder import TrainConfig
+from latentvae.bottlenecks.options import BottleneckConfig
 from latentvae.losses.adversarial import GAN_LOSSES
 from latentvae.losses.posterior import SILENT_KL
-from latentvae.models.config import VQModelConfig
+from latentvae.tasks.autoencoder.config import TrainConfig
 
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
 CRITIC, LPIPS = "critic_won", "lpips_diverges"
@@ -310,7 +310,7 @@ def what_to_watch(
     # A pixel loss is held by silencing channels, and few bits are hardly any.
     objective = config.objective
     asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
-    has_posterior = model.has_kl and not getattr(model, "freeze_encoder", False) and not asked_for
+    has_posterior = model.has_kl and not model.freeze_encoder and not asked_for
     has_critic = critic.disc_scale > 0 and critic.critic_watch != "off" and not critic_stopped
     obeyed_from = critic_start + critic.disc_warmup_steps
     nothing = torch.zeros(1)
@@ -320,10 +320,10 @@ def what_to_watch(
             max(beginning, config.objective.kl_capacity_steps) if has_posterior else None
         ),
         posterior_remedy=_posterior_remedy(config),
-        num_channels=1 if isinstance(model, VQModelConfig) else model.latent_channels,
+        num_channels=model.kl_channels,
         codes_from=None if num_codes is None else beginning,
         num_codes=num_codes or 1,
-        codes_remedy=_codes_remedy(model) if isinstance(model, VQModelConfig) else "",
+        codes_remedy=_codes_remedy(model.bottleneck) if model.has_codes else "",
         validated_on=_validated_on(config),
         critic_loss=float(GAN_LOSSES[critic.disc_loss].critic(nothing, nothing)),
         critic_from=obeyed_from + critic.disc_ramp_steps if has_critic else None,
@@ -338,6 +338,6 @@ def _posterior_remedy(config: TrainConfig) -> str:
     return "a smaller --kl_scale, --kl_warmup_steps or --free_bits"
 
 
-def _codes_remedy(model: VQModelConfig) -> str:
-    """Options of its quantiser that keep codes in use and are not in use themselves."""
-    return ", ".join([*model.quantizer.remedies(), "a lower --learning_rate"])
+def _codes_remedy(options: BottleneckConfig) -> str:
+    """Options of the bottleneck that keep codes in use and are not in use themselves."""
+    return ", ".join([*options.remedies(), "a lower --learning_rate"])

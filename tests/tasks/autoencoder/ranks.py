@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentvae.distributed import rank
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -21,25 +21,24 @@ class Done(Exception):
 
 def gradients_after_update(number: int, out: Path) -> Any:
     """Replaces what follows the optimiser's step in update ``number`` (from 1)."""
-    original = Updates._observe
+    original = AutoencoderTask.after_update
 
-    def saving(self: Updates, adversary: Any, logged: Any) -> None:
-        original(self, adversary, logged)
-        if self.progress.update + 1 < number:
-            return
-        modules = {"model": self.run.wrapper, "critic": self.run.critic}
+    def saving(self: AutoencoderTask, update: int, **options: Any) -> Any:
+        logged = original(self, update, **options)
+        if update + 1 < number:
+            return logged
         grads = {
             f"{name}/{key}": p.grad.clone()
-            for name, module in modules.items()
-            if module is not None
-            for key, p in module.named_parameters()
+            for name, learner in self.learners.items()
+            for key, p in learner.module.named_parameters()
             if p.grad is not None
         }
-        quantizer = getattr(self.run.net, "quantize", None)
+        quantizer = getattr(self.net, "quantize", None)
         if quantizer is not None:
             grads |= {f"buffer/{key}": value for key, value in quantizer.named_buffers()}
-        weight = torch.tensor(self.progress.kl_log_factor, dtype=torch.float64)
-        grads["progress/kl_log_factor"] = weight
+        target = self.objective.kl_target
+        log_factor = 0.0 if target is None else target.log_factor
+        grads["progress/kl_log_factor"] = torch.tensor(log_factor, dtype=torch.float64)
         save_file(grads, out.with_name(f"{out.stem}-{rank()}.safetensors"))
         raise Done
 
@@ -101,5 +100,5 @@ def save_gradients(
         **(HELD if weight == "held" else {}),
     )
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Done):
-        patch.setattr(Updates, "_observe", gradients_after_update(2, out))
-        loop.train(config)
+        patch.setattr(AutoencoderTask, "after_update", gradients_after_update(2, out))
+        train(config)

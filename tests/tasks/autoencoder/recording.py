@@ -1,6 +1,6 @@
 """A run of seconds, with everything that its updates change written down."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentvae.tasks.autoencoder import loop
-from latentvae.tasks.autoencoder.run import Run
-from latentvae.tasks.autoencoder.update import Adversary
-from latentvae.tasks.autoencoder.updates import Made, Updates
+from latentvae.engine import loop
+from latentvae.engine.training import Training
+from latentvae.engine.updates import Made, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +37,25 @@ class Recording:
     """What a run was made of, and its updates in order; ``inside`` is on while one is made."""
 
     updates: list[Update] = field(default_factory=list)
-    run: Run = field(init=False)
-    progress: Any = None
+    training: Training = field(init=False)
+    started: bool = False
     inside: bool = False
 
+    @property
+    def task(self) -> Any:
+        return self.training.task
 
-def tensors_of(run: Run) -> dict[str, Tensor]:
+
+def tensors_of(training: Training) -> dict[str, Tensor]:
     """Copies of all that an update may change."""
-    found = {f"model/{name}": p for name, p in run.wrapper.named_parameters()}
-    for name, optimizer in (("model", run.optimizer), ("critic", run.critic_optimizer)):
-        for i, entries in enumerate(optimizer.state.values() if optimizer is not None else ()):
-            found |= {f"{name}_optimizer/{i}/{key}": value for key, value in entries.items()}
-    if run.critic is not None:
-        found |= {f"critic/{name}": p for name, p in run.critic.named_parameters()}
-    if run.ema is not None:
-        names = [name for name, _ in run.net.named_parameters()]
-        found |= dict(zip((f"ema/{n}" for n in names), run.ema.shadow_params, strict=True))
+    found: dict[str, Tensor] = {}
+    for kind, learner in training.task.learners.items():
+        found |= {f"{kind}/{name}": p for name, p in learner.module.named_parameters()}
+        for i, entries in enumerate(learner.optimizer.state.values()):
+            found |= {f"{kind}_optimizer/{i}/{key}": value for key, value in entries.items()}
+    if average := training.averages.get("model"):
+        names = [name for name, _ in training.averaged("model").named_parameters()]
+        found |= dict(zip((f"ema/{n}" for n in names), average.shadow_params, strict=True))
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -61,33 +63,34 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
 def recorded() -> Iterator[Recording]:
     """Write down the run that is made inside the block."""
     recording = Recording()
-    build, update, step = loop.build_run, Updates.make, Updates.step
+    build, update, step = loop.build_training, Updates.make, Updates.step
     given: list[float] = []
 
-    def building(*args: Any, **kwargs: Any) -> Run:
-        recording.run = build(*args, **kwargs)
-        return recording.run
+    def building(*args: Any, **kwargs: Any) -> Training:
+        recording.training = build(*args, **kwargs)
+        return recording.training
 
-    def stepping(self: Updates, adversary: Adversary | None) -> None:
-        modules = [self.run.wrapper, *([adversary.critic] if adversary is not None else [])]
+    def stepping(self: Updates, learning: Sequence[str]) -> None:
+        learners = self.training.task.learners
         recording.inside = False
-        given.append(max(_norm(module) for module in modules))
+        given.append(max(_norm(learners[name].module) for name in learning))
         recording.inside = True
-        step(self, adversary)
+        step(self, learning)
 
     def updating(self: Updates, batches: Any) -> Made:
-        run, before = self.run, tensors_of(self.run)
-        recording.progress = self.progress
-        adversary = self.adversary()
+        training: Any = self.training
+        before = tensors_of(training)
+        recording.started = True
+        adversary = training.task.adversary(self.progress.update)
         given.clear()
         recording.inside = True
         result = update(self, batches)
         recording.inside = False
-        optimizers = [o for o in (run.optimizer, run.critic_optimizer) if o is not None]
+        optimizers = [learner.optimizer for learner in training.task.learners.values()]
         recording.updates.append(
             Update(
                 before=before,
-                after=tensors_of(run),
+                after=tensors_of(training),
                 rates=tuple(optimizer.param_groups[0]["lr"] for optimizer in optimizers),
                 factor=None if adversary is None else adversary.factor,
                 norm=given[0] if given else None,
@@ -96,7 +99,7 @@ def recorded() -> Iterator[Recording]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_run", building)
+        patch.setattr(loop, "build_training", building)
         patch.setattr(Updates, "step", stepping)
         patch.setattr(Updates, "make", updating)
         yield recording

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from latentvae.config.autoencoder import TrainConfig
-from latentvae.config.presets import parse
-from latentvae.engine.checkpoint import checkpoints, newest_usable, update_of
-from latentvae.models.config import MODELS
+from latentvae.engine.checkpoint_files import checkpoints, newest_usable, update_of
+from latentvae.engine.processes import start_accelerator
+from latentvae.engine.training import Training, build_training
+from latentvae.models.table import MODELS
 from latentvae.options import ChosenByPreset, marked
+from latentvae.tasks.autoencoder.config import TrainConfig, parse
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 
 def small_config(
@@ -48,6 +50,13 @@ def small_config(
     return parse(options, source="test")
 
 
+def built(config: TrainConfig, folder: Path) -> Training:
+    """The training of a configuration, before its first update."""
+    task = AutoencoderTask(config)
+    task.open()
+    return build_training(task, folder=folder, accelerator=start_accelerator(config.run, folder))
+
+
 def broken_off(run: Path, folder: Path, *, update: int) -> Path:
     """Copy a finished run as it would be if it had been killed after the checkpoint of `update`.
 
@@ -75,7 +84,7 @@ def section_of(option: str) -> str:
 
 def as_flags(config: TrainConfig) -> list[str]:
     """The same run on a command line."""
-    from latentvae.config.autoencoder import flat
+    from latentvae.config.run import flat
 
     flags: list[str] = []
     no_flags = ("config", *marked(TrainConfig, ChosenByPreset))

@@ -16,9 +16,9 @@ from torch import Tensor
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl, load_network
-from latentvae.tasks.autoencoder.base import BASE_NAME, open_base, with_shape_of
+from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.exporting import export_folder
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -179,7 +179,9 @@ def test_the_card_links_a_base_of_the_hub(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_network(pretrained)
-    monkeypatch.setattr("latentvae.tasks.autoencoder.base.load_network", lambda *_, **__: loaded)
+    monkeypatch.setattr(
+        "latentvae.tasks.autoencoder.fine_tuning.load_network", lambda *_, **__: loaded
+    )
     train(fine_tune(tmp_path / "run", Path("us/models/vae"), max_train_steps=1))
     monkeypatch.undo()
     export_folder(tmp_path / "run", out=tmp_path / "again")  # what it remembers of the base

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from latentvae.engine.log import read_rows
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import train
 from tests.tasks.autoencoder.small import small_config
 
 GOLDEN = Path(__file__).parent / "golden"

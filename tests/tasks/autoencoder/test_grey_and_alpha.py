@@ -12,12 +12,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentvae.engine.log import read_rows
+from latentvae.engine.log import read_rows, sample_path
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import updates
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.run import open_data
-from latentvae.tasks.autoencoder.validate import sample_grid_path
+from latentvae.tasks.autoencoder import learning, train
+from latentvae.tasks.autoencoder.images import open_data
 from tests.engine.test_log import tensorboard_events
 from tests.tasks.autoencoder.small import broken_off, small_config
 
@@ -77,7 +75,7 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
     rows = read_rows(tmp_path / "whole" / "log.jsonl")
     last = next(row for row in rows if "loss/lpips" in row)
     assert last["loss/lpips"] > 0 and last["critic/loss"] > 0
-    grid = Image.open(sample_grid_path(tmp_path / "whole", 2))
+    grid = Image.open(sample_path(tmp_path / "whole", 2))
     assert grid.mode == ("L" if channels == 1 else "RGB")
     if "report_to" in options:  # which shows colours alone
         shown = tensorboard_events(tmp_path / "whole").Images("validation/samples")[-1]
@@ -96,8 +94,8 @@ def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(
         drawn.append(background)
         return background
 
-    original = updates.random_background
-    monkeypatch.setattr(updates, "random_background", recording)
+    original = learning.random_background
+    monkeypatch.setattr(learning, "random_background", recording)
     options: dict[str, Any] = {
         "train_data_dir": str(write_images(tmp_path / "images", 4, "8")),
         "image_channels": 4,

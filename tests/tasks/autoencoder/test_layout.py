@@ -13,8 +13,8 @@ from latentvae.compute.compilation import compile_blocks, not_compiled
 from latentvae.engine.log import read_rows
 from latentvae.engine.weight_average import WeightAverage
 from latentvae.errors import UserError
-from latentvae.models import ARCHITECTURES
-from latentvae.tasks.autoencoder import run as run_module
+from latentvae.models import FAMILIES
+from latentvae.tasks.autoencoder import build
 from latentvae.tasks.autoencoder.refusals import check_compilation
 from tests.tasks.autoencoder.recording import recorded
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -53,12 +53,11 @@ def test_channels_last(plain: Path, tmp_path: Path) -> None:
     options = {"channels_last": True, **OPTIONS}
     with recorded() as recording:
         run_to_the_end(tmp_path / "straight", **options)
-    run = recording.run
-    for module in (run.net, run.critic):
-        assert module is not None
+    for learner in recording.training.task.learners.values():
+        module, state = learner.module, learner.optimizer.state
         kernels = [p for p in module.parameters() if p.ndim == 4 and p.shape[1] > 1]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
-        moments = [run.optimizer.state[p]["exp_avg"] for p in kernels if module is run.net]
+        moments = [state[p]["exp_avg"] for p in kernels if p in state]
         assert all(m.is_contiguous(memory_format=torch.channels_last) for m in moments)
     broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)
     run_to_the_end(tmp_path / "resumed", **options)
@@ -76,7 +75,7 @@ def test_compiled_by_aot_autograd(
     def compiling(net: Any) -> None:
         counts.append(compile_blocks(net, backend="aot_eager"))
 
-    monkeypatch.setattr(run_module, "compile_blocks", compiling)
+    monkeypatch.setattr(build, "compile_blocks", compiling)
     options = {"torch_compile": True, **OPTIONS}
     run_to_the_end(tmp_path / "straight", **options)
     broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)
@@ -120,7 +119,7 @@ def test_blocks_are_called_as_they_are_inside_not_compiled() -> None:
         calls.append(len(inputs))
         return graph.forward
 
-    net = ARCHITECTURES["kl"].build(block_out_channels=(8, 8), norm_num_groups=4)
+    net = FAMILIES["kl"].build(block_out_channels=(8, 8), norm_num_groups=4)
     assert compile_blocks(net, backend=partial(counting)) == 6  # type: ignore[arg-type]
     images = torch.rand(1, 3, 16, 16)
     with torch.no_grad(), not_compiled():

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentvae.engine.checkpoint import load_checkpoint, newest_usable
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable
+from latentvae.engine.updates import Updates
+from latentvae.tasks.autoencoder import train
 from tests.tasks.autoencoder.recording import recorded
 from tests.tasks.autoencoder.small import small_config
 
@@ -27,7 +27,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
         def spoiling(self: Updates, *args: Any) -> Any:
             logged = original(self, *args)
             if self.progress.update + 1 in updates:
-                module: Any = getattr(self.run, part)
+                module: Any = getattr(self.training.task, part)
                 grads = [p.grad for p in module.parameters() if p.grad is not None]
                 grads[-1].view(-1)[0] = value
             return logged
@@ -60,12 +60,12 @@ def test_the_update_is_skipped_and_counted_and_the_run_goes_on(
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     skipped = [row["optimizer/skipped"] for row in rows if "optimizer/skipped" in row]
     assert skipped == [0, 1, 1, 2]
-    assert recording.run.ema is not None and recording.run.ema.optimization_step == 2
+    assert recording.training.averages["model"].optimization_step == 2
     text = capsys.readouterr().out
     assert text.count("skipped: its gradient is not finite") == 2
     checkpoint, _ = newest_usable(tmp_path)
     assert checkpoint is not None
-    values = load_checkpoint(checkpoint).values
+    values = load_checkpoint(checkpoint).values["progress"]
     assert (values["update"], values["skipped"], values["skipped_in_a_row"]) == (4, 2, 1)
 
 
@@ -89,10 +89,10 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_log(
     """Every line stays JSON, and the means are of the updates that were made."""
     original = Updates.micro_step
 
-    def poisoned(self: Updates, batch: Any, adversary: Any, made: Any) -> Any:
+    def poisoned(self: Updates, batch: Any) -> Any:
         if self.progress.update == 1:
             batch = batch._replace(images=batch.images * float("nan"))
-        return original(self, batch, adversary, made)
+        return original(self, batch)
 
     monkeypatch.setattr(Updates, "micro_step", poisoned)
     train(small_config(tmp_path, max_train_steps=4, log_steps=2, validation_steps=9))

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentvae.engine.checkpoint import checkpoints, load_checkpoint
+from latentvae.engine.checkpoint_content import restore
+from latentvae.engine.checkpoint_files import checkpoints, load_checkpoint
+from latentvae.engine.loop import Stopped, _Loop
+from latentvae.engine.updates import Updates
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.loop import Stopped, _Loop, train
-from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
-from latentvae.tasks.autoencoder.state import check_same_config, read_config, restore
-from latentvae.tasks.autoencoder.updates import Updates
-from tests.tasks.autoencoder.small import small_config
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.task import AutoencoderTask
+from tests.tasks.autoencoder.small import built, small_config
 
 
 class Killed(BaseException):
@@ -180,21 +180,6 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_an_older_log_does_not_say_how_it_was_exported(straight: Path, tmp_path: Path) -> None:
-    """Its export stays as it is, for a generator may have been trained on it."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    log = run / "log.jsonl"
-    kept = [json.loads(line) for line in log.read_text().splitlines()]
-    names = ("export/profile", "export/lookup_from_codebook")
-    assert any(name in row for row in kept for name in names)
-    older = [{k: v for k, v in row.items() if k not in names} for row in kept]
-    log.write_text("".join(json.dumps(row) + "\n" for row in older))
-    made = (run / "export" / "config.json").stat().st_mtime_ns
-    run_to_the_end(run)
-    assert (run / "export" / "config.json").stat().st_mtime_ns == made
-
-
 def test_a_finished_run_is_exported_again_with_another_profile(
     straight: Path, tmp_path: Path
 ) -> None:
@@ -318,7 +303,7 @@ def test_an_overwriting_that_is_killed_can_be_repeated(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("latentvae.tasks.autoencoder.resume.shutil.rmtree", killed)
+        patch.setattr("latentvae.engine.resume.shutil.rmtree", killed)
         with pytest.raises(Killed):
             run_to_the_end(tmp_path / "run", max_train_steps=1, overwrite_output_dir=True)
     run_to_the_end(tmp_path / "run", max_train_steps=1, overwrite_output_dir=True)
@@ -380,7 +365,7 @@ def test_a_longer_run_never_hands_out_the_old_export(
         def killed(*_: Any, **__: Any) -> None:
             raise Killed
 
-        patch.setattr("latentvae.tasks.autoencoder.loop.export_run", killed)
+        patch.setattr("latentvae.engine.loop.export", killed)
         with pytest.raises(Killed):
             run_to_the_end(tmp_path, max_train_steps=4)
     new = tensors(run_to_the_end(tmp_path, max_train_steps=4))
@@ -391,16 +376,16 @@ def test_a_running_critic_goes_on_in_a_longer_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = []
-    original = Updates.adversary
+    original = AutoencoderTask.micro_step
 
-    def noting(self: Updates) -> Any:
+    def noting(self: AutoencoderTask, *args: Any) -> Any:
         starts.append(self.progress.critic_start)
-        return original(self)
+        return original(self, *args)
 
-    monkeypatch.setattr(Updates, "adversary", noting)
+    monkeypatch.setattr(AutoencoderTask, "micro_step", noting)
     run_to_the_end(tmp_path, max_train_steps=4, disc_start=0.5)
     run_to_the_end(tmp_path, max_train_steps=8, disc_start=0.5)
-    assert starts == [2] * 8
+    assert starts == [2] * 16
 
 
 def test_a_validation_that_a_signal_came_before_is_made_up_for(
@@ -418,31 +403,17 @@ def test_a_validation_that_a_signal_came_before_is_made_up_for(
     assert rows(straight) == rows(tmp_path)
 
 
-def test_a_checkpoint_from_before_units_and_names_of_rows(straight: Path) -> None:
-    """What an older version did not save is done without."""
-    config = small_config(straight)
-    data = open_data(config)
-    run = build_run(
-        config, folder=straight, accelerator=start_accelerator(config, straight), data=data
-    )
+def test_other_images_are_told_by_number_and_names(straight: Path) -> None:
+    training = built(small_config(straight), straight)
     snapshot = load_checkpoint(straight / "checkpoint-4")
-    del snapshot.values["units"]
-    snapshot.values["data"] = {"images": len(data[0])}  # type: ignore[arg-type]
-    progress = restore(run, snapshot)
-    assert (progress.update, progress.units) == (4, [])
-    snapshot.values["data"] = {"images": len(data[0]), "names_sha256": "0"}  # type: ignore[arg-type]
+    restore(training, snapshot)
+    assert training.progress.update == 4
+    snapshot.values["identity"] = {"images": 13, "names_sha256": "0"}
     with pytest.raises(UserError, match=r"\(13 with other names\)"):
-        restore(run, snapshot)
-
-
-def test_a_run_from_before_torch_resized_goes_on_as_it_was(straight: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load((straight / "config.yaml").read_text())
-    del values["data"]["resize_with"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    then = read_config(tmp_path / "config.yaml")
-    check_same_config(small_config(straight, resize_with="pillow"), then)
-    with pytest.raises(UserError, match=r"other options: resize_with \(pillow then, torch now\)"):
-        check_same_config(small_config(straight), then)
+        restore(training, snapshot)
+    snapshot.values["identity"] = {"images": 12, "names_sha256": "0"}
+    with pytest.raises(UserError, match=r"\(images: 12 then, 13 now\)"):
+        restore(training, snapshot)
 
 
 def test_another_precision_is_refused(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentvae.cli.train import config_from_arguments
+from latentvae.engine.log import sample_path
+from latentvae.engine.updates import Updates
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.refusals import check_paths
-from latentvae.tasks.autoencoder.updates import Updates
-from latentvae.tasks.autoencoder.validate import sample_grid_path
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.refusals import check_images
 from tests.data.conftest import picture
 from tests.tasks.autoencoder.small import as_flags, broken_off, small_config
 
@@ -54,7 +54,7 @@ def test_a_size_that_is_not_square(
     options |= {"train_data_dir": str(wide_and_tall), "resolution": (32, 48)}
     export = train(small_config(tmp_path / "run", **options))
     assert shapes == [(32, 48)] * 4
-    grid = Image.open(sample_grid_path(tmp_path / "run", 2))
+    grid = Image.open(sample_path(tmp_path / "run", 2))
     assert grid.size == (48, 3 * 32)  # a single validation image
     assert json.loads((export / "config.json").read_text())["sample_size"] == 48
     assert "32 x 48 px (height x width)" in (export / "README.md").read_text()
@@ -123,9 +123,9 @@ def test_the_narrowest_bucket_must_be_large_enough(tmp_path: Path) -> None:
         r"resolution (\d+) is the least"
     )
     with pytest.raises(UserError, match=said) as refused:
-        check_paths(config)
+        check_images(config)
     least = int(re.findall(r"resolution (\d+) is", str(refused.value))[0])
-    check_paths(small_config(tmp_path, **options, resolution=least))
+    check_images(small_config(tmp_path, **options, resolution=least))
     for smaller in range(16, least, config.model.f):
         with pytest.raises(UserError, match=f"resolution {smaller} has a side of 8"):
-            check_paths(small_config(tmp_path, **options, resolution=smaller))
+            check_images(small_config(tmp_path, **options, resolution=smaller))

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from latentvae.data import SamplePhotos
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.run import open_data
+from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder.images import open_data
 from tests.tasks.autoencoder.small import broken_off, small_config
 
 pytestmark = pytest.mark.usefixtures("own_caches")

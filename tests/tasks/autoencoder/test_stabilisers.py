@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.run import build_run, open_data, start_accelerator
-from tests.tasks.autoencoder.small import broken_off, small_config
+from latentvae.tasks.autoencoder import train
+from tests.tasks.autoencoder.small import broken_off, built, small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASES: dict[str, dict[str, Any]] = {
@@ -74,9 +73,7 @@ def test_each_option_changes_what_is_learned(tmp_path: Path) -> None:
 def test_the_critic_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     for change, name in (({}, "PatchGAN"), ({"disc_type": "stylegan"}, "StyleGANCritic")):
         config = small_config(tmp_path / "run", disc_layers=None, resolution=64, **change)
-        accelerator = start_accelerator(config, tmp_path)
-        run = build_run(config, folder=tmp_path, accelerator=accelerator, data=open_data(config))
-        assert type(run.critic).__name__ == name
+        assert type(built(config, tmp_path).task.critic).__name__ == name
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:

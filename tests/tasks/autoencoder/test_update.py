@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from latentvae.engine.updates import clip_gradients
 from latentvae.losses.adversarial import (
     GAN_LOSSES,
+    Adversary,
     LeCam,
     hinge_critic_loss,
     hinge_generator_loss,
@@ -22,14 +24,11 @@ from latentvae.losses.adversarial import (
 from latentvae.losses.augment import diff_augment
 from latentvae.losses.discriminators import PatchGAN, build_critic
 from latentvae.losses.objective import Objective
+from latentvae.losses.objective.adversarial_weight import AdversarialWeight
+from latentvae.losses.objective.kl_forms import WarmUp
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
-from latentvae.tasks.autoencoder.update import (
-    Adversary,
-    backward_critic,
-    backward_model,
-    clip_gradients,
-)
+from latentvae.tasks.autoencoder.backward import backward_critic, backward_model
 from tests.forks import ranks
 
 
@@ -43,8 +42,14 @@ def parts(perceptual: nn.Module | None, *, factor: float = 0.3, adaptive: bool =
     net = build_autoencoder_kl(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     wrapper = KLTrainingWrapper(net, output_logvar=-0.5, learn_logvar=True)
     critic = PatchGAN(channels=8, num_layers=2, norm_groups=4)
-    objective = Objective(rec_loss="l1", perceptual=perceptual, perceptual_scale=0.8, kl_scale=1e-2)
-    adversary = Adversary(critic=critic, prepared=critic, factor=factor, adaptive=adaptive, cap=1e4)
+    objective = Objective(
+        rec_loss="l1",
+        perceptual=perceptual,
+        perceptual_scale=0.8,
+        kl_scale=1e-2,
+        adversarial=AdversarialWeight(scale=factor, adaptive=adaptive, cap=1e4),
+    )
+    adversary = Adversary(critic=critic, prepared=critic, factor=factor)
     return wrapper, critic, objective, adversary
 
 
@@ -64,6 +69,7 @@ def test_gradients_equal_one_backward_of_the_written_out_loss(
         images,
         wrapper(images),
         objective=objective,
+        update=0,
         last_layer=wrapper.last_layer,
         adversary=adversary,
     )
@@ -98,7 +104,12 @@ def test_the_perceptual_term_alone_trains_the_decoder(perceptual: PerceptualLoss
     objective.pixel_loss = lambda recon, images, reduction: torch.zeros_like(images)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     backward_model(
-        images, wrapper(images), objective=objective, last_layer=wrapper.last_layer, adversary=None
+        images,
+        wrapper(images),
+        objective=objective,
+        update=0,
+        last_layer=wrapper.last_layer,
+        adversary=None,
     )
     for name, p in wrapper.net.decoder.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -128,6 +139,7 @@ def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
             part,
             out,
             objective=objective,
+            update=0,
             last_layer=wrapper.last_layer,
             adversary=adversary,
             divide_by=2,
@@ -138,35 +150,43 @@ def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
     critic.zero_grad()
     out = wrapper(images, sample=False)
     backward_model(
-        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+        images,
+        out,
+        objective=objective,
+        update=0,
+        last_layer=wrapper.last_layer,
+        adversary=adversary,
     )
     backward_critic(images, out.recon, adversary=adversary)
     for name, grad in (gradients(wrapper) | gradients(critic)).items():
         torch.testing.assert_close(halves[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_another_kl_takes_its_place_in_the_loss_and_not_in_the_log() -> None:
+def test_the_kls_factor_is_in_the_loss_and_not_in_the_log() -> None:
     wrapper, _, objective, _ = parts(None)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     grads = {}
     for factor in (1.0, 0.0, 0.25):
         wrapper.zero_grad()
         out = wrapper(images, sample=False)
+        objective.kl_factor = lambda update, factor=factor: factor
         logged = backward_model(
             images,
             out,
             objective=objective,
+            update=0,
             last_layer=wrapper.last_layer,
             adversary=None,
-            kl=factor * out.kl.mean(),
         )
         torch.testing.assert_close(logged["loss/kl"], out.kl.detach().mean() / images[0].numel())
         grads[factor] = gradients(wrapper)
     wrapper.zero_grad()
+    objective.kl_factor = WarmUp()
     backward_model(
         images,
         wrapper(images, sample=False),
         objective=objective,
+        update=0,
         last_layer=wrapper.last_layer,
         adversary=None,
     )
@@ -186,7 +206,12 @@ def test_loss_and_augmentation_are_the_same_on_both_sides() -> None:
     out = wrapper(images, sample=False)
     torch.manual_seed(3)
     logged = backward_model(
-        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+        images,
+        out,
+        objective=objective,
+        update=0,
+        last_layer=wrapper.last_layer,
+        adversary=adversary,
     )
     logged |= backward_critic(images, out.recon, adversary=adversary)
     ours = gradients(wrapper) | gradients(critic)
@@ -196,9 +221,7 @@ def test_loss_and_augmentation_are_the_same_on_both_sides() -> None:
     out = wrapper(images, sample=False)
     torch.manual_seed(3)
     adversarial = non_saturating_generator_loss(critic(diff_augment(out.recon, policy)))
-    terms = objective.reconstruction_terms(images, out.recon)
-    kl = objective.latent_loss(objective.latent_terms(images, out))
-    (objective.nll(terms, out.output_logvar) + kl + 0.3 * adversarial).backward()
+    (objective(images, out, update=0).total + 0.3 * adversarial).backward()
     critic.zero_grad()
     seen = diff_augment(torch.cat([images, out.recon.detach()]), policy)
     loss = non_saturating_critic_loss(critic(seen[:2]), critic(seen[2:]))
@@ -216,8 +239,6 @@ def steadied(critic: nn.Module, prepared: nn.Module, *, r1_weight: float) -> Adv
         critic=critic,
         prepared=prepared,
         factor=1.0,
-        adaptive=False,
-        cap=1.0,
         loss=GAN_LOSSES["non_saturating"],
         r1_weight=r1_weight,
         lecam=lecam,
@@ -311,7 +332,12 @@ def test_the_decoder_runs_once_forward_and_once_back() -> None:
     images = torch.rand(1, 3, 32, 32)
     out = wrapper(images)
     backward_model(
-        images, out, objective=objective, last_layer=wrapper.last_layer, adversary=adversary
+        images,
+        out,
+        objective=objective,
+        update=0,
+        last_layer=wrapper.last_layer,
+        adversary=adversary,
     )
     backward_critic(images, out.recon, adversary=adversary)
     assert calls == {"forward": 1, "backward": 1}

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from latentvae.distributed import rank
+from latentvae.engine.resume import check_same_config
 from latentvae.errors import UserError
 from latentvae.losses.posterior import silent_channels
-from latentvae.tasks.autoencoder import loop, watch
-from latentvae.tasks.autoencoder.loop import train
-from latentvae.tasks.autoencoder.state import check_same_config
-from latentvae.tasks.autoencoder.updates import Updates
+from latentvae.tasks.autoencoder import train, watch
+from latentvae.tasks.autoencoder.task import AutoencoderTask
 from latentvae.tasks.autoencoder.watch import CollapseWatch, Finding, Watched, what_to_watch
 from tests.forks import ranks
 from tests.tasks.autoencoder.small import small_config
@@ -289,7 +288,7 @@ def test_a_critic_that_is_switched_off_stays_so_to_the_bit(
     said = capsys.readouterr().out
     assert said.count("the critic is switched off for the rest of the run") == 1
     state = json.loads((straight / "checkpoint-20" / "state.json").read_text())
-    stopped = state["critic_stopped"]
+    stopped = state["task"]["critic_stopped"]
     assert 4 <= stopped < 18
     for row in rows(straight):
         if "loss/rec" in row:
@@ -328,19 +327,19 @@ def test_a_validation_decides_whether_or_not_a_kill_came_after_it(
             with pytest.raises(Killed):
                 finished(resumed, **options)
     started: list[bool] = []
-    adversary = Updates.adversary
+    original = AutoencoderTask.micro_step
 
-    def noting(self: Updates) -> Any:
-        started.append(adversary(self) is not None)
-        return adversary(self)
+    def noting(self: AutoencoderTask, batch: Any, update: int) -> Any:
+        started.append(self.adversary(update) is not None)
+        return original(self, batch, update)
 
-    monkeypatch.setattr(Updates, "adversary", noting)
+    monkeypatch.setattr(AutoencoderTask, "micro_step", noting)
     finished(resumed, **options)
-    assert started == [False, False]
+    assert started and not any(started)
     left, right = (
         json.loads((r / "checkpoint-14" / "state.json").read_text()) for r in (straight, resumed)
     )
-    assert left == right and left["critic_stopped"] == 12
+    assert left == right and left["task"]["critic_stopped"] == 12
     one, other = (tensors(run / "checkpoint-14") for run in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -376,18 +375,13 @@ def test_a_healthy_run_of_some_hundred_updates_is_told_nothing(
 @pytest.mark.usefixtures("soon")
 def test_two_ranks_decide_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "WON_SHARE", 0.9)
-    original = loop._Loop._save
+    original = AutoencoderTask.export
 
-    def saving(self: Any) -> Path:
-        path = original(self)
-        remembered = {
-            "critic_stopped": self.progress.critic_stopped,
-            "watch": self.watch.state_dict(),
-        }
-        (tmp_path / f"rank-{rank()}.json").write_text(json.dumps(remembered))
-        return path
+    def exporting(self: AutoencoderTask, *args: Any, **options: Any) -> Any:
+        (tmp_path / f"rank-{rank()}.json").write_text(self.state().model_dump_json())
+        return original(self, *args, **options)
 
-    monkeypatch.setattr(loop._Loop, "_save", saving)
+    monkeypatch.setattr(AutoencoderTask, "export", exporting)
     said = ranks(
         lambda: finished(tmp_path / "run", **WINNING, critic_watch="disable"),
         output=tmp_path / "output.txt",

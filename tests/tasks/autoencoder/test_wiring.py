@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from latentvae.data import EvalTransform, ImageFolder, SamplePhotos
+from latentvae.engine import loop
 from latentvae.engine.log import read_rows
 from latentvae.losses.discriminators import PatchGAN
 from latentvae.losses.perceptual import load_lpips, weights_id
 from latentvae.metrics import to_8bit
-from latentvae.tasks.autoencoder import exporting, loop
-from latentvae.tasks.autoencoder.loop import train
+from latentvae.tasks.autoencoder import exporting, train
 from tests.tasks.autoencoder.recording import Recording, changed, recorded
 from tests.tasks.autoencoder.small import small_config
 
@@ -50,11 +50,11 @@ def bf16(
     """Four updates of two micro-steps under bf16 autocast, the critic from the third on."""
 
     def watch(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, nn.Conv2d) and recording.progress is not None:
+        if isinstance(module, nn.Conv2d) and recording.started:
             if torch.is_inference_mode_enabled():
                 convolutions["validation"].add(output.dtype)
             elif recording.inside:
-                modules = set(recording.run.net.modules())
+                modules = set(recording.task.net.modules())
                 convolutions["model" if module in modules else "losses"].add(output.dtype)
 
     config = small_config(
@@ -96,10 +96,10 @@ def test_bf16_keeps_float32_weights_that_a_small_rate_moves(bf16: Recording) -> 
 
 
 def test_the_average_follows_every_model_update_in_float32(bf16: Recording) -> None:
-    assert bf16.run.ema is not None and bf16.run.ema.optimization_step == len(bf16.updates)
+    assert bf16.training.averages["model"].optimization_step == len(bf16.updates)
     for i, update in enumerate(bf16.updates):
         decay = min((1 + i) / (10 + i), 0.999) if i else 0.0
-        for name, _ in bf16.run.net.named_parameters():
+        for name, _ in bf16.task.net.named_parameters():
             old, new = update.before[f"ema/{name}"], update.after[f"ema/{name}"]
             weights = update.after[f"model/net.{name}"].double()
             expected = decay * old.double() + (1 - decay) * weights
@@ -131,18 +131,18 @@ def test_the_output_log_variance_is_learned(bf16: Recording) -> None:
 
 
 def test_lpips_is_as_it_was_loaded_frozen_and_in_eval_mode(bf16: Recording) -> None:
-    perceptual = bf16.run.objective.perceptual
-    assert perceptual is not None and perceptual is bf16.run.metric
+    perceptual = bf16.task.objective.perceptual
+    assert perceptual is not None and perceptual is bf16.task.metric
     assert not list(perceptual.parameters())
     assert not any(module.training for module in perceptual.modules())
     for name, value in perceptual.named_buffers():
         assert not value.requires_grad and value.grad is None, name
-    assert weights_id(bf16.run.metric.lpips) == weights_id(load_lpips("alex"))
+    assert weights_id(bf16.task.metric.lpips) == weights_id(load_lpips("alex"))
 
 
 def test_no_gradient_is_left_anywhere_after_an_update(bf16: Recording) -> None:
-    assert bf16.run.critic is not None
-    for module in (bf16.run.wrapper, bf16.run.critic):
+    assert bf16.task.critic is not None
+    for module in (bf16.task.wrapper, bf16.task.critic):
         assert all(p.grad is None for p in module.parameters())
 
 
@@ -151,9 +151,12 @@ def test_checkpoints_hold_no_lpips_and_the_average_of_all_parts(
 ) -> None:
     checkpoint = folder / "checkpoint-4"
     names = {path.stem for path in checkpoint.glob("*.safetensors")}
-    assert names == {"model", "ema", "critic", "optimizer", "critic_optimizer"}
-    average = load_file(checkpoint / "ema.safetensors")
-    assert average.keys() == dict(bf16.run.net.named_parameters()).keys()
+    assert names == {f"{n}{part}" for n in ("model", "critic") for part in ("", "_optimizer")} | {
+        "model_average"
+    }
+    average = load_file(checkpoint / "model_average.safetensors")
+    of_net = dict(bf16.task.net.named_parameters())
+    assert average.keys() == {f"net.{name}" for name in of_net}
     assert not any("lpips" in name for name in load_file(checkpoint / "model.safetensors"))
 
 
@@ -211,14 +214,14 @@ def test_what_is_measured_on_some_images_is_measured_all_over_the_source(
         max_train_steps=1,
         disc_start=1,
     )
-    export_run = loop.export_run
+    export = loop.export
 
     def exported(*args: Any, **options: Any) -> Path:
         seen["train"].clear()
-        return export_run(*args, **options)
+        return export(*args, **options)
 
     monkeypatch.setattr(ImageFolder, "read", noted)
-    monkeypatch.setattr(loop, "export_run", exported)
+    monkeypatch.setattr(loop, "export", exported)
     train(config)
     assert seen["train"] == ["0.png", "3.png", "6.png"]
     assert set(seen["validation"]) == {"0.png", "3.png", "6.png", "4.png"}  # two to prove it
@@ -293,5 +296,5 @@ def test_another_run_in_the_same_process_has_its_own_precision(
 ) -> None:
     with recorded() as recording:
         train(small_config(tmp_path, mixed_precision=precision, max_train_steps=1))
-    assert recording.run.accelerator.mixed_precision == "no"
-    assert recording.run.objective.autocast_dtype is None
+    assert recording.training.accelerator.mixed_precision == "no"
+    assert recording.task.objective.autocast_dtype is None

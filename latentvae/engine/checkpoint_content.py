@@ -1,0 +1,164 @@
+"""What a checkpoint holds, and how a run takes it up again.
+
+    model.safetensors  model_optimizer.safetensors  model_average.safetensors   of each learner
+    ...                                              Task.tensors
+    state.json                                       SavedValues
+
+Randomness is counted, not stored (see `randomness`), and the data position is the number of
+micro-steps done: one checkpoint, written by rank 0, serves all ranks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from latentvae.distributed import gather_objects, rank, world_size
+from latentvae.engine.checkpoint_files import Snapshot, load_optimizer_tensors, optimizer_tensors
+from latentvae.engine.log import Window
+from latentvae.engine.progress import SavedValues, checked_values, not_of_a_run
+from latentvae.engine.training import Training
+from latentvae.errors import UserError
+
+
+def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
+    """Return everything the rest of the run depends on. All ranks call it; tensors are not copied.
+
+    Args:
+        window: of this rank, see `MeanWindow.state`.
+    """
+    task = training.task
+    state = task.state()
+
+    tensors = dict(task.tensors())
+    for name, learner in task.learners.items():
+        tensors[name] = learner.module.state_dict()
+        tensors[f"{name}_optimizer"] = optimizer_tensors(learner.optimizer, learner.module)
+    for name in training.averages:
+        tensors[f"{name}_average"] = _average_tensors(training, name)
+
+    values = SavedValues(
+        progress=training.progress,
+        windows=gather_objects(window or {}),
+        task=state.model_dump(),
+        ranks=gather_objects(task.rank_state().model_dump()),
+        world_size=world_size(),
+        mixed_precision=training.accelerator.mixed_precision,
+        identity=task.identity(),
+        average_steps={n: average.optimization_step for n, average in training.averages.items()},
+        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+    )
+    return Snapshot(tensors=tensors, values=values.model_dump())
+
+
+def restore(training: Training, snapshot: Snapshot) -> Window:
+    """Put a snapshot into a freshly built training; returns the window of this rank.
+
+    Raises:
+        UserError: the run was started with other processes, precision or data, or has another
+            network; or no run has written it.
+    """
+    values = checked_values(SavedValues, snapshot.values)
+    task, tensors = training.task, snapshot.tensors
+    if snapshot.update not in (None, values.progress.update):
+        raise not_of_a_run(f"its state.json is of update {values.progress.update}")
+    state = checked_values(task.state_class, values.task)
+    rank_states = [checked_values(task.rank_state_class, own) for own in values.ranks]
+    _check_tensors(training, tensors, values)
+    _check_same_circumstances(training, values)
+
+    for name, learner in task.learners.items():
+        load_weights(learner.module, tensors[name])
+        load_optimizer_tensors(learner.optimizer, learner.module, tensors[f"{name}_optimizer"])
+    for name, average in training.averages.items():
+        for key, shadow in _average_tensors(training, name).items():
+            shadow.copy_(tensors[f"{name}_average"][key])
+        average.optimization_step = values.average_steps[name]
+    task.load_tensors({name: tensors[name] for name in task.tensors()})
+    task.load_state(state, update=values.progress.update)
+    task.load_rank_state(rank_states[rank()])
+
+    training.progress = values.progress
+    return values.windows[rank()]
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load those of a checkpoint, which may have been put among those of another network."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the checkpoint is not of this configuration: {reason}") from error
+
+
+def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
+    """The weights of a learner in a checkpoint, with the averaged ones where there are any."""
+    return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
+
+
+def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
+    """The averages of a learner by the names that the weights have in the learner's own file."""
+    averages = training.average_of_weights()
+    weights = training.task.learners[name].module.named_parameters()
+    return {key: averages[parameter] for key, parameter in weights if parameter in averages}
+
+
+def _check_tensors(
+    training: Training, tensors: Mapping[str, Mapping[str, Tensor]], values: SavedValues
+) -> None:
+    """Refuse files that are not there, and names and shapes that are not the run's. Weights are
+    compared where they are loaded."""
+    expected: dict[str, dict[str, Tensor]] = {}
+    for name in training.task.learners:
+        expected |= {name: {}, f"{name}_optimizer": {}}
+    expected |= {f"{name}_average": _average_tensors(training, name) for name in training.averages}
+    expected |= training.task.tensors()
+    for file, wanted in expected.items():
+        if file not in tensors:
+            raise UserError(f"the checkpoint is not of this configuration: no {file}.safetensors")
+        for name, value in wanted.items():
+            _check_shape(tensors[file].get(name), value, name=name, file=file)
+    for name in training.averages:
+        if name not in values.average_steps:
+            raise UserError(
+                f"the checkpoint is not of this configuration: no average_steps of {name}"
+            )
+
+
+def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) -> None:
+    if found is None or found.shape != wanted.shape:
+        shape = "missing" if found is None else tuple(found.shape)
+        raise UserError(
+            f"the checkpoint is not of this configuration: size mismatch for {name} in "
+            f"{file}.safetensors: {shape} there, {tuple(wanted.shape)} in the network"
+        )
+
+
+def _check_same_circumstances(training: Training, values: SavedValues) -> None:
+    """Refuse what the configuration does not show: processes, the launcher's precision, the
+    data."""
+    if values.world_size != world_size():
+        raise UserError(
+            f"the run was started with {values.world_size} processes and cannot go on with "
+            f"{world_size()}; launch it with {values.world_size}"
+        )
+    precision = training.accelerator.mixed_precision
+    if values.mixed_precision != precision:
+        raise UserError(
+            f"the run was started in mixed precision {values.mixed_precision} and cannot go on "
+            f"in {precision}; give --mixed_precision {values.mixed_precision}"
+        )
+    now, then = training.task.identity(), values.identity
+    changed = [name for name in now | then if now.get(name) != then.get(name)]
+    if changed:
+        shown = [name for name in changed if not name.endswith("_sha256")]
+        listed = ", ".join(f"{name}: {then.get(name)} then, {now.get(name)} now" for name in shown)
+        first = next(iter(now.values()), "")
+        listed = listed or f"{first} with other names"
+        unit = training.task.unit
+        raise UserError(
+            f"the training {unit} are not those the run was started with ({listed}); restore "
+            "them, or start anew in another output_dir"
+        )

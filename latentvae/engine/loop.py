@@ -1,0 +1,253 @@
+"""The loop of every run: updates, and between them rows of the log, checkpoints and validations;
+the same for any task and any number of ranks."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latentvae.compute.memory import keep_freed_memory
+from latentvae.config.presets import checked
+from latentvae.config.run import flat
+from latentvae.distributed import barrier, from_main, is_main
+from latentvae.engine.checkpoint_content import restore, take_snapshot
+from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
+from latentvae.engine.data_wait import DataWait
+from latentvae.engine.export import export, is_exported
+from latentvae.engine.failures import explained
+from latentvae.engine.lock import locked
+from latentvae.engine.log import MeanWindow, RunLog, Window, sample_path
+from latentvae.engine.non_finite import describe
+from latentvae.engine.plan import plan
+from latentvae.engine.processes import end_accelerator, start_accelerator
+from latentvae.engine.publishing import check_push, push_export, repository
+from latentvae.engine.resume import find_start, take_folder
+from latentvae.engine.run_options import check_options
+from latentvae.engine.schedule import learning_rate
+from latentvae.engine.signals import Interrupt
+from latentvae.engine.task import Task
+from latentvae.engine.tracker import close_tracker, start_tracker
+from latentvae.engine.training import Training, build_training
+from latentvae.engine.updates import Made, Updates
+from latentvae.errors import RunError
+
+
+class Stopped(Exception):
+    """A signal told the run to stop; it finished the update and saved."""
+
+    def __init__(self, signal: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped by signal {signal} and saved {checkpoint}; the same command goes on "
+            "from there"
+        )
+        self.signal = signal
+
+
+def train(task: Task) -> Path:
+    """Train, validate and export; returns the export's folder.
+
+    The same call again goes on where the last one ended.
+
+    Raises:
+        UserError: a wrong option, path or data; before any work.
+        RunError: the machine did not let it end: a full disk, no memory, a process that died.
+        UploadError: the run is done and exported, but the Hub did not take it.
+        Stopped: after SIGTERM or SIGINT, with everything saved.
+    """
+    task.config = checked(task.config)
+    task.check()
+    folder = check_options(task.config.run)
+    task.open()
+    accelerator = start_accelerator(task.config.run, folder)
+    options = task.config.run
+    try:
+        keep_freed_memory(accelerator.device)
+        task.check_processes(accelerator.num_processes)
+        if options.push_to_hub:
+            check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
+        with explained(task), locked(folder):
+            update = _run(task, folder=folder, accelerator=accelerator)
+    finally:
+        close_tracker(accelerator)
+        end_accelerator(accelerator)
+
+    out = folder / "export"
+    if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
+        push_export(
+            out,
+            repo_id=repository(options.hub_model_id, folder),
+            private=options.hub_private_repo,
+            message=f"{task.title} after update {update:,}",
+        )
+    return out
+
+
+def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
+    """From the folder to the export; returns the updates done."""
+    checkpoint = find_start(task, folder)
+    training = build_training(
+        task, folder=folder, accelerator=accelerator, resumed=checkpoint is not None
+    )
+    window: Window = {}
+    if checkpoint is not None:
+        window = restore(training, load_checkpoint(checkpoint))
+
+    unfinished = training.progress.update < task.config.run.max_train_steps
+    if unfinished:
+        task.check_ready()
+    take_folder(task, folder, checkpoint=checkpoint)
+    if not unfinished:
+        done = training.progress.update
+        accelerator.print(f"the run in '{folder}' has made all its {done:,} updates")
+        if from_main(is_exported(task, folder, update=done)):
+            return done
+    _train(training, window)
+    export(training)
+    return training.progress.update
+
+
+def _train(training: Training, window: Window) -> None:
+    task, options = training.task, training.config.run
+    start = training.progress.update
+    loader = task.batches(start_step=training.progress.micro_step)
+    training.accelerator.print(plan(training))
+    start_tracker(
+        training.accelerator,
+        options.report_to,
+        folder=training.folder,
+        project=options.tracker_project_name,
+        options=flat(training.config),
+    )
+    waiting = DataWait(
+        loader,
+        num_workers=task.num_workers,
+        num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        unit=task.unit,
+        advice=task.data_advice,
+    )
+    log = RunLog(
+        training.folder,
+        training.accelerator,
+        start=start,
+        total=options.max_train_steps,
+        items_per_update=training.items_per_update,
+        unit=task.unit,
+        shown=task.shown,
+        waiting=waiting,
+    )
+    with Interrupt() as interrupt, contextlib.closing(log):
+        loop = _Loop(training, window, log=log, interrupt=interrupt)
+        try:
+            loop.catch_up()
+            loop.go(waiting)
+        finally:
+            if (summary := task.summary()) is not None:
+                log.say(summary)
+
+
+class _Loop:
+    """Updates until the end or a signal, with what happens between them."""
+
+    def __init__(
+        self, training: Training, window: Window, *, log: RunLog, interrupt: Interrupt
+    ) -> None:
+        self.training, self.task = training, training.task
+        self.log = log
+        self.updates = Updates(training, requested=lambda: interrupt.requested)
+        self.window = MeanWindow(training.accelerator.device, saved=window)
+        self.task.say = log.say
+        self.task.begin(training.progress.update)
+
+    def go(self, batches: Iterator[Any]) -> None:
+        options, progress = self.training.config.run, self.training.progress
+        while progress.update < options.max_train_steps:
+            made = self.updates.make(batches)
+            self._take(made)
+            last = progress.update == options.max_train_steps
+            self.log.step()
+
+            if progress.update % options.log_steps == 0 or last:
+                self._row()
+            if progress.update % options.checkpointing_steps == 0 or last or made.signal:
+                checkpoint = self._save()
+                if made.signal and not last:
+                    raise Stopped(made.signal, checkpoint)
+            if self._validation_is_due():
+                self._validate()
+
+    def catch_up(self) -> None:
+        """Make up for a validation that a kill or a signal came before; the task, saved before it,
+        is told of one that was made."""
+        made = from_main(self.log.validation)
+        if made is not None:
+            self.task.validated(self.training.progress.update, made)
+        elif self._validation_is_due():
+            self._validate()
+
+    def _validation_is_due(self) -> bool:
+        options, update = self.training.config.run, self.training.progress.update
+        return update > 0 and (
+            update % options.validation_steps == 0 or update == options.max_train_steps
+        )
+
+    def _take(self, made: Made) -> None:
+        """Add an update to what the next row tells; end a run whose gradients stay non-finite."""
+        if made.finite:
+            for values in made.values:
+                self.window.add(values)
+            return
+        progress = self.training.progress
+        allowed = self.training.config.optimizer.max_skipped_updates
+        reason = describe(made.values, made.keys, self.task)
+        self.log.say(
+            f"update {progress.update} skipped: its gradient is not finite ({reason}; "
+            f"{progress.skipped} skipped so far)"
+        )
+        if progress.skipped_in_a_row >= allowed:
+            raise RunError(
+                f"{allowed} updates in a row had gradients that are not finite, the last is "
+                f"{progress.update} ({reason}); the checkpoints are untouched. "
+                f" Try a lower learning_rate, --mixed_precision no{self.task.non_finite_advice}"
+            )
+
+    def _row(self) -> None:
+        config, progress = self.training.config, self.training.progress
+        means = self.window.means()
+        own = self.task.row(progress.update, means)
+        rate = learning_rate(
+            progress.update - 1, peak=config.optimizer.learning_rate, config=config
+        )
+        engine = {"optimizer/learning_rate": rate, "optimizer/skipped": progress.skipped}
+        self.log.row(progress.update, {**means, **own, **engine})
+
+    def _validate(self) -> None:
+        """Measure the averaged weights and draw samples."""
+        training, update = self.training, self.training.progress.update
+        picture = sample_path(training.folder, update)
+        with self.log.pause(), training.evaluating():
+            values = self.task.validate(update)
+            drawn = is_main() and self.task.save_samples(picture)
+        if values:
+            self.log.write(update, values)
+        if drawn:
+            self.log.picture(update, picture)
+        if values:
+            self.log.say(f"update {update:,}: {self.task.validation_line(values)}")
+            self.task.validated(update, values)
+
+    def _save(self) -> Path:
+        training, update = self.training, self.training.progress.update
+        with self.log.pause():
+            snapshot = take_snapshot(training, self.window.state())
+            if is_main():
+                save_checkpoint(
+                    training.folder,
+                    snapshot,
+                    update=update,
+                    keep=training.config.run.checkpoints_total_limit,
+                )
+            barrier()
+        return training.folder / f"{PREFIX}{update}"

@@ -1,0 +1,39 @@
+"""Where an update went wrong: which terms were not finite, on which items."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from latentvae.distributed import gather_objects, world_size
+from latentvae.engine.task import Task
+
+SHOWN = 4  # names of items, at most, of each process
+
+
+def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
+    """Return a clause for the log, the same on every rank; all ranks call it, for a skipped update
+    only: it syncs.
+
+    Args:
+        values: the logged scalars of each micro-step of this rank.
+        keys: `Task.keys` of each.
+        task: names the items.
+    """
+    found = []
+    for step, logged in enumerate(values):
+        terms = [name for name, value in logged.items() if not math.isfinite(value)]
+        if terms:
+            found.append((terms, _shown(task.names(keys[step]))))
+    clauses = []
+    for process, steps in enumerate(gather_objects(found)):
+        for terms, names in steps:
+            where = f"process {process}: " if world_size() > 1 else ""
+            clauses.append(f"{where}{', '.join(terms)} not finite on {names}")
+    return "; ".join(clauses) or "every term is finite, the gradient of their sum is not"
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

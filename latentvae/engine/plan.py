@@ -1,0 +1,61 @@
+"""What a run is about to do, said before its first update."""
+
+import os
+
+import torch
+
+from latentvae.engine.training import Training
+
+
+def plan(training: Training) -> str:
+    """Return a table of the facts that decide what the run costs and gives."""
+    rows = {
+        **training.task.plan(),
+        "batch": _batch(training),
+        "updates": _updates(training),
+        "learning rate": _learning_rate(training),
+        "precision": _precision(training),
+        "folder": str(training.folder),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _batch(training: Training) -> str:
+    options, processes = training.config.run, training.accelerator.num_processes
+    return (
+        f"{training.items_per_update} = {options.train_batch_size} {training.task.unit} x "
+        f"{options.gradient_accumulation_steps} micro-steps x {processes} processes"
+    )
+
+
+def _updates(training: Training) -> str:
+    options, task, start = training.config.run, training.task, training.progress.update
+    resumed = f", from {start:,} on" if start else ""
+    if task.steps_per_epoch is None:
+        return f"{options.max_train_steps:,}{resumed}"
+    steps = options.max_train_steps * options.gradient_accumulation_steps
+    items = task.steps_per_epoch * task.items_read * training.accelerator.num_processes
+    epochs = f"{steps / task.steps_per_epoch:,.1f} epochs of {items:,} {task.unit}"
+    return f"{options.max_train_steps:,} ({epochs}){resumed}"
+
+
+def _learning_rate(training: Training) -> str:
+    options = training.config.optimizer
+    warmup = f"{options.lr_warmup_steps:,} updates of warm-up"
+    return f"{options.learning_rate:g}, {options.lr_scheduler} after {warmup}"
+
+
+def _precision(training: Training) -> str:
+    kind, device = training.accelerator.mixed_precision, training.accelerator.device
+    precision = "float32" if kind == "no" else f"{kind} over float32 weights"
+    return f"{precision} on {device}{_threads(training) if device.type == 'cpu' else ''}"
+
+
+def _threads(training: Training) -> str:
+    """Launchers give each process one thread unless told otherwise, which few know."""
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    told = f", {threads} thread{'s' if threads > 1 else ''} per process"
+    if threads * training.accelerator.num_processes < cores:
+        told += f" of {cores} cores (more: accelerate launch --num_cpu_threads_per_process N)"
+    return told

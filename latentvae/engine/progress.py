@@ -1,0 +1,91 @@
+"""How far a run is, and the plain values of a checkpoint (`state.json`).
+
+The manifest's hash says that a file is the one that was saved, not that this program saved it: a
+copied or edited one is refused in one sentence.
+"""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from latentvae.errors import UserError
+from latentvae.files import SHOWN
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Number = float | int  # NaN too, of an update that was skipped
+Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Progress(BaseModel):
+    """How far a run is.
+
+    Attributes:
+        update: updates done.
+        micro_step: micro-steps done, which is also the data position.
+        skipped: non-finite updates skipped so far; `skipped_in_a_row` of them just now.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    update: Count = 0
+    micro_step: Count = 0
+    skipped: Count = 0
+    skipped_in_a_row: Count = 0
+
+
+class SavedValues(BaseModel):
+    """The plain values of a checkpoint.
+
+    Attributes:
+        windows: sums of logged values since the last row, of each rank.
+        task: `Task.state`; `ranks`: `Task.rank_state` of each rank.
+        world_size, mixed_precision: as the run was started.
+        identity: `Task.identity`.
+        average_steps: updates in each weight average, by learner.
+        versions: of the libraries that wrote it, for a person.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    progress: Progress
+    windows: list[dict[str, Sums]]
+    task: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    world_size: Annotated[int, Field(ge=1)]
+    mixed_precision: str
+    identity: dict[str, Any]
+    average_steps: dict[str, Count]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_of_each_process(self) -> "SavedValues":
+        for name in ("windows", "ranks"):
+            if len(getattr(self, name)) != self.world_size:
+                found = len(getattr(self, name))
+                raise ValueError(f"{name}: {found} of {self.world_size} processes")
+        return self
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked_values(model: type[Model], values: Any) -> Model:
+    """Read plain values of a checkpoint.
+
+    Raises:
+        UserError: no run has written them; names the entry.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = [".".join(map(str, first["loc"]))] if first["loc"] else []
+        raise not_of_a_run(": ".join([*where, first["msg"]])) from error
+
+
+def not_of_a_run(fault: str) -> UserError:
+    """Return the error for a `state.json` that no run has written."""
+    return UserError(
+        f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}); delete that "
+        "checkpoint, and the same command goes on from the one before"
+    )

@@ -1,0 +1,161 @@
+"""Where a run starts: anew, or from the newest checkpoint that verifies. "Resume" is the same
+command again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from latentvae.config.presets import parse
+from latentvae.config.run import JobConfig, flat
+from latentvae.distributed import from_main, is_main
+from latentvae.engine.checkpoint_files import (
+    checkpoints,
+    load_checkpoint,
+    newest_usable,
+    set_aside,
+    sweep_temporary,
+    update_of,
+)
+from latentvae.engine.lock import LOCK_NAME
+from latentvae.engine.task import Task
+from latentvae.errors import UserError, nearest
+from latentvae.files import read_yaml
+
+CONFIG_NAME = "config.yaml"
+RUN_FILES = (  # all but the configuration, which is replaced: the folder stays a run's
+    "log.jsonl",
+    "samples",
+    "logs",
+    "checkpoint-*",
+    "aside-checkpoint-*",
+    "export",
+)
+
+Config = TypeVar("Config", bound=JobConfig)
+
+
+def find_start(task: Task, folder: Path) -> Path | None:
+    """Return the checkpoint to go on from, if any; nothing of a run is touched yet.
+
+    Rank 0 looks; every rank gets its result or its error.
+    """
+    return _on_main(lambda: _find_start(task, folder))
+
+
+def take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
+    """Make the folder that of this run, once all but a tracker that does not start could be
+    refused: an earlier run goes if it is to, checkpoints after the one to go on from are set
+    aside."""
+    _on_main(lambda: _take_folder(task, folder, checkpoint=checkpoint))
+
+
+def write_config(config: JobConfig, path: Path) -> None:
+    """Write the whole file or nothing."""
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.replace(path)
+
+
+def read_config(path: Path, schema: type[Config]) -> Config:
+    """Read the configuration that a run was started with.
+
+    Raises:
+        UserError: not a run's folder, or not a run's configuration.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
+    values = read_yaml(path)
+    if not isinstance(values, dict) or not values.keys() >= set(schema.model_fields):
+        raise UserError(f"'{path}' is not the configuration of a run")
+    return parse(values, schema, source=str(path))
+
+
+def check_same_config(now: JobConfig, then: JobConfig) -> None:
+    """Refuse to go on with options that change the result; names them."""
+    new, old = flat(now), flat(then)
+    may_change = now.may_change(then)
+    changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
+    if changed:
+        listed = ", ".join(f"{name} ({old.get(name)} then, {new[name]} now)" for name in changed)
+        raise UserError(
+            f"the run in '{then.run.output_dir}' was started with other options: {listed}; "
+            "give the old ones, "
+            "another output_dir, or --overwrite_output_dir to delete it and start anew"
+        )
+
+
+def _on_main(work: Callable[[], Path | None]) -> Path | None:
+    result: Path | UserError | None = None
+    if is_main():
+        try:
+            result = work()
+        except UserError as error:
+            result = error
+    result = from_main(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _find_start(task: Task, folder: Path) -> Path | None:
+    config = task.config
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir '{folder}' is a file; give a folder")
+    sweep_temporary(folder)
+    if config.run.overwrite_output_dir:
+        _check_run(folder, type(config))
+        return None
+    checkpoint = _checkpoint(config.run.resume_from_checkpoint, folder)
+    if checkpoint is not None:
+        check_same_config(config, read_config(folder / CONFIG_NAME, type(config)))
+    return checkpoint
+
+
+def _take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
+    if task.config.run.overwrite_output_dir:
+        _delete_run(folder, (*task.files, *RUN_FILES))
+    for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
+        print(f"{aside.name.removeprefix('aside-')} is not gone on from: it is now {aside.name}")
+    print(f"going on from {checkpoint}" if checkpoint else f"starting anew in {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(task.config, folder / CONFIG_NAME)
+        task.write_files(folder)
+    except OSError as error:
+        raise UserError(f"output_dir '{folder}' cannot be written: {error.strerror}") from error
+
+
+def _checkpoint(wanted: str, folder: Path) -> Path | None:
+    """`latest` may be none; a named one must be there and whole."""
+    if wanted == "latest":
+        checkpoint, faults = newest_usable(folder)
+        for fault in faults:
+            print(fault)
+        return checkpoint
+    path = folder / Path(wanted).name
+    elsewhere = Path(wanted).name != wanted and Path(wanted).resolve() != path.resolve()
+    if elsewhere or path not in checkpoints(folder):
+        names = [found.name for found in checkpoints(folder)]
+        raise UserError(
+            f"resume_from_checkpoint '{wanted}' is not a checkpoint of '{folder}', which "
+            f"has {', '.join(names) or 'none'}{nearest(path.name, names)}"
+        )
+    load_checkpoint(path)
+    return path
+
+
+def _check_run(folder: Path, schema: type[JobConfig]) -> None:
+    """Refuse a folder that has something in it, but no run."""
+    if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
+        read_config(folder / CONFIG_NAME, schema)
+
+
+def _delete_run(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Delete what a run writes; all else in the folder stays."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            linked = path.is_symlink()  # what it points to is not the run's
+            shutil.rmtree(path) if path.is_dir() and not linked else path.unlink()

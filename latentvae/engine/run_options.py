@@ -1,0 +1,38 @@
+"""Options of every run that are refused before any work, without touching a file."""
+
+import os
+from pathlib import Path
+
+from latentvae.config.run import RunConfig
+from latentvae.engine.publishing import repository
+from latentvae.engine.tracker import check_tracker
+from latentvae.errors import UserError
+
+
+def check_options(options: RunConfig) -> Path:
+    """Return the run's folder.
+
+    Raises:
+        UserError: an option is missing, or contradicts another or the launcher.
+    """
+    if options.output_dir is None:
+        raise UserError(
+            "output_dir is missing: give the folder to write the run to, such as runs/first"
+        )
+    wanted = options.resume_from_checkpoint
+    if options.overwrite_output_dir and wanted != "latest":
+        raise UserError(
+            f"resume_from_checkpoint '{wanted}' goes on with a run that overwrite_output_dir "
+            "deletes; give one of them"
+        )
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "
+            "processes and started one; on CPUs launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    check_tracker(options.report_to)
+    folder = Path(options.output_dir)
+    if options.push_to_hub:
+        repository(options.hub_model_id, folder)
+    return folder

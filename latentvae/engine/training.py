@@ -1,0 +1,86 @@
+"""A task in training: what the engine adds to it before the first update."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentvae.config.run import JobConfig
+from latentvae.engine.progress import Progress
+from latentvae.engine.randomness import Stream, seed_everything
+from latentvae.engine.task import Task
+from latentvae.engine.weight_average import WeightAverage, averaged_weights
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A built task, its processes, its weight averages and how far it is.
+
+    Attributes:
+        folder: of the run.
+        averages: of the averaged part of each learner that has one, by the learner's name.
+    """
+
+    task: Task
+    folder: Path
+    accelerator: Accelerator
+    averages: dict[str, WeightAverage]
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def config(self) -> JobConfig:
+        return self.task.config
+
+    @property
+    def items_per_update(self) -> int:
+        """Over all processes."""
+        options = self.config.run
+        per_process = options.train_batch_size * options.gradient_accumulation_steps
+        return per_process * self.accelerator.num_processes
+
+    def averaged(self, name: str) -> nn.Module:
+        """The part of a learner whose weights are averaged."""
+        part = self.task.learners[name].averaged
+        assert part is not None, name
+        return part
+
+    def average_of_weights(self) -> dict[nn.Parameter, Tensor]:
+        """The average of each averaged weight; empty without averages."""
+        return {
+            parameter: shadow
+            for name, average in self.averages.items()
+            for parameter, shadow in zip(
+                self.averaged(name).parameters(), average.shadow_params, strict=True
+            )
+        }
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put every learner in eval mode, with averaged weights if there are any, for a while."""
+        with contextlib.ExitStack() as stack:
+            for name, learner in self.task.learners.items():
+                part = learner.averaged or learner.module
+                stack.enter_context(averaged_weights(part, self.averages.get(name)))
+            yield
+
+
+def build_training(
+    task: Task, *, folder: Path, accelerator: Accelerator, resumed: bool = False
+) -> Training:
+    """Build an opened task, the same on every rank: freshly initialised from the seed, but for what
+    a checkpoint will overwrite."""
+    options = task.config.optimizer
+    seed_everything(Stream.WEIGHTS, task.config.run.seed)
+    task.device = accelerator.device
+    task.build(accelerator, resumed=resumed)
+    averages = {
+        name: WeightAverage(
+            list(learner.averaged.parameters()), decay=options.ema_decay, foreach=True
+        )
+        for name, learner in task.learners.items()
+        if learner.averaged is not None and options.use_ema
+    }
+    return Training(task=task, folder=folder, accelerator=accelerator, averages=averages)

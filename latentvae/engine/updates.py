@@ -1,0 +1,150 @@
+"""One update of a run: micro-steps, clipping, one host sync, then optimizers, averages and
+controllers. Whoever calls it logs and saves; the preflight makes its updates by it too."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.distributed import all_reduce_max, all_reduce_mean, rank
+from latentvae.engine.progress import Progress
+from latentvae.engine.randomness import Stream, seed_everything
+from latentvae.engine.schedule import learning_rate
+from latentvae.engine.training import Training
+
+
+@dataclass
+class Made:
+    """What an update was.
+
+    Attributes:
+        finite: all gradients of all ranks were; if not, nothing was changed but counters.
+        signal: that any rank has had, or 0.
+        values: what to log, scalars on the device by log name: of each micro-step and of the
+            update.
+        keys: `Task.keys` of each micro-step's batch.
+    """
+
+    finite: bool = True
+    signal: int = 0
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+
+
+class Updates:
+    """Makes the updates of a run and moves its progress on.
+
+    Args:
+        training: what is trained.
+        requested: tells the signal that this rank was asked to stop by, or 0.
+    """
+
+    def __init__(self, training: Training, *, requested: Callable[[], int] = lambda: 0) -> None:
+        self.training = training
+        self.requested = requested
+
+    @property
+    def progress(self) -> Progress:
+        return self.training.progress
+
+    def make(self, batches: Iterator[Any]) -> Made:
+        """Make one update of the learners that take part in it. All ranks call it."""
+        task, progress, made = self.training.task, self.training.progress, Made()
+        learning = task.learning(progress.update)
+        self.set_learning_rates()
+
+        # gradients
+        micro_steps = self.training.config.run.gradient_accumulation_steps
+        for i in range(micro_steps):
+            batch = next(batches)
+            made.keys.append(task.keys(batch))
+            with self._synchronised(i == micro_steps - 1):
+                made.values.append(self.micro_step(batch))
+            progress.micro_step += 1
+        norms = self._clip(learning)
+
+        # the one sync
+        measured = task.measured(made.values, progress.update)
+        made.finite, made.signal, means = self._verdict(norms, measured)
+
+        # weights, averages, controllers
+        if made.finite:
+            self.step(learning)
+            moved = task.after_update(
+                progress.update,
+                values=made.values,
+                means=means,
+                averages=self.training.average_of_weights(),
+            )
+            made.values += [norms, moved]
+        task.end_update()
+        for learner in task.learners.values():
+            learner.optimizer.zero_grad()
+
+        progress.skipped += not made.finite
+        progress.skipped_in_a_row = 0 if made.finite else progress.skipped_in_a_row + 1
+        progress.update += 1
+        return made
+
+    def micro_step(self, batch: Any) -> dict[str, Tensor]:
+        """Add the gradients of one batch, with the random numbers of its place."""
+        seed, progress = self.training.config.run.seed, self.training.progress
+        seed_everything(Stream.MICRO_STEP, seed, progress.micro_step, rank())
+        return self.training.task.micro_step(batch, progress.update)
+
+    def set_learning_rates(self) -> None:
+        """Set those of the next update."""
+        config, update = self.training.config, self.training.progress.update
+        for learner in self.training.task.learners.values():
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learning_rate(update, peak=learner.rate, config=config)
+
+    def step(self, learning: Sequence[str]) -> None:
+        """Move weights and averages by the gradients that are there."""
+        learners = self.training.task.learners
+        for name in learning:
+            learners[name].optimizer.step()
+        for name, average in self.training.averages.items():
+            if name in learning:
+                average.step(self.training.averaged(name).parameters())
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Reduce gradients over ranks in the last micro-step only."""
+        with contextlib.ExitStack() as stack:
+            if not last:
+                for learner in self.training.task.learners.values():
+                    stack.enter_context(self.training.accelerator.no_sync(learner.prepared))
+            yield
+
+    def _clip(self, learning: Sequence[str]) -> dict[str, Tensor]:
+        """Clip the gradients; returns their norms before."""
+        largest = self.training.config.optimizer.max_grad_norm
+        learners = self.training.task.learners
+        return {
+            f"grad/{name}": clip_gradients(learners[name].module.parameters(), largest)
+            for name in learning
+        }
+
+    def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
+        """Whether all gradients on all ranks are finite, the signal any rank has had, and the mean
+        over ranks of what the task measured: the update's one host sync."""
+        finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
+        signal = torch.full_like(finite, self.requested(), dtype=torch.float32)
+        verdict = all_reduce_max(torch.stack([(~finite).float(), signal]))
+        if len(measured):
+            verdict = torch.cat([verdict, all_reduce_mean(measured)])
+        not_finite, signal, *means = verdict.tolist()
+        return not_finite == 0, int(signal), means
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the joint gradient norm in place; returns the norm before, which is non-finite if any
+    gradient is."""
+    parameters = list(parameters)
+    # Without any gradient, as of a model that stands still, torch gives a zero on the CPU.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.to(parameters[0].device)

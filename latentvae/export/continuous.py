@@ -1,0 +1,195 @@
+"""Write a trained autoencoder as diffusers reads it, load it back, and compare.
+
+    trained net -> temporary folder -> its class's from_pretrained -> equal? -> renamed into place
+
+The config's values follow from how the pipelines read them: Stable Diffusion, SDXL, DiT and LDM
+divide by `scaling_factor` and ignore `shift_factor`; SD3 and FLUX add `shift_factor` and fail if
+it is null; SDXL uses `latents_mean` and `latents_std` where they are set (4 channels alone);
+SANA, with AutoencoderDC's latents about zero, multiplies by `scaling_factor`, 1 / RMS.
+"""
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.compute.stock_layers import restore_stock_layers
+from latentvae.errors import UserError, nearest
+from latentvae.export.card import ModelCard, write_card
+from latentvae.export.folder import check_folder, load_back, probes, written_whole
+from latentvae.export.half_precision import check_half_precision
+from latentvae.export.report import PROFILES, ExportReport, Profile
+from latentvae.latents import LatentStatistics
+from latentvae.models import Network, family_of
+from latentvae.models.calls import decode, encode_posterior
+
+
+def export_autoencoder(
+    net: Network,
+    out: Path,
+    *,
+    statistics: LatentStatistics,
+    sample_size: int,
+    probe: Tensor,
+    profile: Profile = "sd",
+    card: ModelCard | None = None,
+    frozen_encoder: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Export `net` to the folder `out`; nothing appears there unless it equals the trained network.
+
+    Args:
+        net: the trained network (the averaged weights, where there are such), of a family without
+            codes; it is not changed.
+        statistics: of posterior samples of this network, see `latentvae.latents`.
+        sample_size: side of the training images in pixels; diffusers' tiling goes by it.
+        probe: real images (B, C, H, W) in [-1, 1] for the float16 check; the
+            first is compared, at its size and at an odd one.
+        profile: `"sd"` serves every pipeline; `"sd3"` (FLUX too) writes the measured shift;
+            `"sdxl"` writes mean and std per channel. Both are for `AutoencoderKL`: the other
+            classes have no such options.
+        frozen_encoder: the latents are the base model's, so its scale and shift are kept.
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: an option that cannot be, or a folder that is in the way.
+        RuntimeError: what diffusers loads back is not what was trained.
+    """
+    _check_options(net, out, profile=profile, overwrite=overwrite)
+    trained = _on_cpu(net)
+    probe = probe.to("cpu", torch.float32)
+    half = check_half_precision(trained, probe)
+    identity = not half.safe and getattr(trained, "post_quant_conv", trained) is None
+    config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
+    config |= _known(trained, {"sample_size": int(sample_size), "force_upcast": not half.safe})
+    report = ExportReport(
+        path=out,
+        network=type(trained).__name__,
+        has_posterior=bool(family_of(trained).has_posterior),
+        latent_channels=config["latent_channels"],
+        profile=profile,
+        num_images=statistics.num_images,
+        old_scaling_factor=net.config["scaling_factor"],
+        old_shift_factor=net.config.get("shift_factor"),
+        measured_scaling_factor=_scale(trained, statistics, profile="sd")["scaling_factor"],
+        scaling_factor=config["scaling_factor"],
+        shift_factor=config.get("shift_factor", 0.0),
+        half_precision=half,
+        has_force_upcast="force_upcast" in _options(trained),
+        identity_post_quant_conv=identity,
+        compared_sizes=tuple((p.shape[2], p.shape[3]) for p in probes(trained, probe)),
+    )
+    with written_whole(out) as folder:
+        written = _build(trained, config, identity=identity)
+        written.save_pretrained(folder)
+        _compare(trained, load_back(folder, type(trained)), probe)
+        card = card or ModelCard(name=out.name)
+        write_card(card, folder, net=written, config=config, report=report)
+    return report
+
+
+def _on_cpu(net: Network) -> Any:
+    """A float32 copy, contiguous (as a file is), without tiling and with the stock layers that
+    load the export: what is proved equal is the trained weights' plain forward pass."""
+    copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
+    restore_stock_layers(copied)
+    if hasattr(copied, "disable_tiling"):
+        copied.disable_tiling()
+    return copied.eval()
+
+
+def _check_options(net: Network, out: Path, *, profile: str, overwrite: bool) -> None:
+    if profile not in PROFILES:
+        hint = nearest(profile, PROFILES)
+        raise UserError(f"no export profile '{profile}': it must be sd, sd3 or sdxl{hint}")
+    if lacking := [name for name in _WRITTEN[profile] if name not in _options(net)]:
+        raise UserError(
+            f"export profile '{profile}' writes {' and '.join(lacking)}, which "
+            f"{type(net).__name__} does not have; take 'sd'"
+        )
+    if profile == "sdxl" and net.config["latent_channels"] != 4:
+        channels = net.config["latent_channels"]
+        raise UserError(f"export profile 'sdxl' needs 4 latent channels, not {channels}; take 'sd'")
+    check_folder(out, overwrite=overwrite)
+
+
+_WRITTEN: dict[str, tuple[str, ...]] = {  # by profile, beside the scaling_factor that all have
+    "sd": (),
+    "sd3": ("shift_factor",),
+    "sdxl": ("latents_mean", "latents_std"),
+}
+
+
+def _exported_config(
+    net: Network, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
+) -> dict[str, Any]:
+    """The network's own config (without private keys, which hold paths), and the scale."""
+    config = {key: value for key, value in net.config.items() if not key.startswith("_")}
+    if frozen_encoder:
+        return config | _known(net, {"shift_factor": config.get("shift_factor") or 0.0})
+    return config | _known(net, _scale(net, statistics, profile=profile))
+
+
+def _known(net: Network, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that the network's class takes; a config may hold others, which it sets
+    by itself."""
+    return {key: value for key, value in values.items() if key in _options(net)}
+
+
+def _options(net: Network) -> Collection[str]:
+    """What the network's class takes."""
+    return inspect.signature(type(net).__init__).parameters.keys()
+
+
+def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> dict[str, Any]:
+    scale = {
+        "scaling_factor": statistics.scaling_factor,
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+    if family_of(net).scaled_by == "rms":  # AutoencoderDC's, as SANA reads it (arXiv:2410.10733)
+        return scale | {"scaling_factor": 1.0 / statistics.rms}
+    if profile == "sd3":
+        return scale | {"shift_factor": statistics.shift_factor}
+    if profile == "sdxl":
+        mean, std = statistics.channel_mean.tolist(), statistics.channel_std.tolist()
+        return scale | {"scaling_factor": 1.0, "latents_mean": mean, "latents_std": std}
+    return scale
+
+
+def _build(trained: Network, config: Mapping[str, Any], *, identity: bool) -> Any:
+    """The same weights under the exported config; no random numbers are drawn on the way."""
+    weights = trained.state_dict()
+    if identity:
+        d = config["latent_channels"]
+        weights["post_quant_conv.weight"] = torch.eye(d)[:, :, None, None]  # (d, d, 1, 1)
+        weights["post_quant_conv.bias"] = torch.zeros(d)
+        config = {**config, "use_post_quant_conv": True}
+    network: Any = type(trained)
+    with torch.device("meta"):
+        net = network.from_config(_known(trained, config))
+    net.load_state_dict(weights, assign=True)
+    return net.eval()
+
+
+@torch.no_grad()
+def _compare(trained: Network, loaded: Network, probe: Tensor) -> None:
+    for images in probes(trained, probe):
+        mean, logvar = encode_posterior(trained, images)
+        for ours, theirs in zip((mean, logvar), encode_posterior(loaded, images), strict=True):
+            if ours is not None and theirs is not None and not torch.equal(ours, theirs):
+                raise RuntimeError(_difference("encoder", images, ours, theirs))
+        ours, theirs = decode(trained, mean), decode(loaded, mean)
+        if not torch.equal(ours, theirs):
+            raise RuntimeError(_difference("decoder", images, ours, theirs))
+
+
+def _difference(part: str, images: Tensor, ours: Tensor, theirs: Tensor) -> str:
+    size = " x ".join(map(str, images.shape[2:]))
+    largest = (ours - theirs).abs().max().item()
+    return f"the exported {part} differs from the trained one at {size} pixels by up to {largest:g}"

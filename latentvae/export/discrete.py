@@ -1,0 +1,259 @@
+"""Write a trained tokenizer, load it back, and compare indices and reconstructions.
+
+It becomes a stock class of diffusers where one finds the same codes: VQ, LFQ and BSQ are a
+`VQModel`. Else it stays what it is: FSQ, residual VQ and Gumbel-softmax are a
+`DiscreteAutoencoder`.
+
+A `VQModel` searches with its own arithmetic, so two codes at the same distance to rounding may
+change places: that is a tie, and is counted. Where ties are many, as among codes that are short
+beside the features (which have not learned yet), it is no VQModel.
+
+`z` feature, `c` code, `K` codes, `L` levels.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.compute.stock_layers import restore_stock_layers
+from latentvae.errors import UserError
+from latentvae.export.card import ModelCard, write_card
+from latentvae.export.folder import check_folder, load_back, probes, written_whole
+from latentvae.export.half_precision import HalfPrecision, check_half_precision
+from latentvae.latents import LatentStatistics
+from latentvae.models import DiscreteFamily, Network, calls, family_of
+
+MIN_EQUAL = 0.999  # share of indices that must be equal
+TIE = 1e-5  # difference of two squared distances that is rounding, as a share of |z|^2 + |c|^2
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """One written, loaded back and compared tokenizer.
+
+    Args:
+        path: the folder.
+        network: the class that loads it, `"VQModel"` or `"DiscreteAutoencoder"`.
+        reason: why it is not a VQModel; empty if it is.
+        quantizer: its type, see `bottlenecks.QUANTIZERS`.
+        num_codes, num_levels: K and L.
+        scaling_factor: 1 / std of its features.
+        num_images: images that was measured on.
+        half_precision: the float16 check.
+        equal_share: indices equal to the trained network's, over all compared sizes.
+        ties: indices that differ and are as near to rounding; not counted with `unit_range`.
+        unit_range: pixels in [0, 1] and codes looked up by index, as aMUSEd asks.
+        compared_sizes: (H, W).
+    """
+
+    path: Path
+    network: str
+    reason: str
+    quantizer: str
+    num_codes: int
+    num_levels: int
+    scaling_factor: float
+    num_images: int
+    half_precision: HalfPrecision
+    equal_share: float
+    ties: int
+    unit_range: bool
+    compared_sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def force_upcast(self) -> bool:
+        return not self.half_precision.safe
+
+    @property
+    def kind(self) -> str:
+        return f"A discrete tokenizer of images ({self.quantizer})"
+
+    @property
+    def size(self) -> str:
+        levels = f", {self.num_levels} for each position" if self.num_levels > 1 else ""
+        return f"K = {self.num_codes:,} codes{levels}"
+
+    def summary(self) -> str:
+        """A few lines for the screen."""
+        return "\n".join([f"export {self.path} ({self.network})", *self._lines("  ")])
+
+    def facts(self) -> str:
+        """The same for the model card."""
+        return "\n".join(["## Export", "", *self._lines("- ")])
+
+    def _lines(self, mark: str) -> list[str]:
+        half, sizes = self.half_precision, ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
+        lines = [
+            f"{self.quantizer}: {self.size}",
+            f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before they are "
+            f"quantised, on {self.num_images} images; with a frozen encoder the base's)",
+            f"float16 {'safe' if half.safe else 'not safe'} ({half})",
+            f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
+            + (
+                "images of equal indices equal to rounding"
+                if self.unit_range
+                else f"{self.ties} ties; images of equal indices equal, bit for bit"
+            ),
+        ]
+        if self.reason:
+            lines.append(f"not a diffusers VQModel: {self.reason}")
+        if self.unit_range:
+            lines.append(
+                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; encode() sees "
+                "black beyond the picture's edge where training saw grey, so that tokens near the "
+                "edge may differ"
+            )
+        return [mark + line for line in lines]
+
+
+def export_tokenizer(
+    net: Network,
+    out: Path,
+    *,
+    statistics: LatentStatistics,
+    resolution: int,
+    probe: Tensor,
+    card: ModelCard | None = None,
+    frozen_encoder: bool = False,
+    lookup_from_codebook: bool = False,
+    overwrite: bool = False,
+) -> TokenizerReport:
+    """Export `net` to the folder `out`; nothing appears there unless it gives the trained network's
+    tokens and images.
+
+    Args:
+        net: the trained network (the averaged weights, where there are such); it is not changed.
+        statistics: of its features.
+        resolution: side of the training images in pixels.
+        probe: real images (B, C, H, W) in [-1, 1] to compare on.
+        frozen_encoder: the features are the base model's, so they and their scale are kept.
+        lookup_from_codebook: for aMUSEd: codes by index, pixels in [0, 1].
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: an option that cannot be, or a folder that is in the way.
+        RuntimeError: what is loaded back is not what was trained.
+    """
+    check_folder(out, overwrite=overwrite)
+    family = discrete_family(net)
+    reason = family.why_not_stock(net.config)
+    if reason and lookup_from_codebook:
+        raise UserError(f"lookup_from_codebook is an option of VQModel, and this is none: {reason}")
+    trained: Any = copy.deepcopy(net).cpu().float().eval()
+    restore_stock_layers(trained)  # as what is loaded back computes
+    probe = probe.to("cpu", torch.float32)
+    half = check_half_precision(trained, probe)
+    written, factor = trained, 1.0
+    if not reason:
+        written = family.to_stock(trained, unit_range=lookup_from_codebook)
+        factor = 1.0 if frozen_encoder else family.fit_stock(trained, written, probe)
+        reason = _why_too_near(trained, written, probe, factor) if not lookup_from_codebook else ""
+    if reason:
+        written, factor = copy.deepcopy(trained), 1.0
+    written.register_to_config(sample_size=int(resolution))
+    scaling = statistics.scaling_factor / factor
+    if frozen_encoder:
+        scaling = net.config["scaling_factor"]
+    written.register_to_config(scaling_factor=scaling)
+    if not reason:
+        written.register_to_config(force_upcast=not half.safe)
+    codes = family.codes(net)
+    with written_whole(out) as folder:
+        written.save_pretrained(folder)
+        loaded = load_back(folder, type(written))
+        equal, ties = _compare_indices(
+            trained, loaded, probe, factor=None if lookup_from_codebook else factor
+        )
+        _compare_images(trained, loaded, probe, exact=not lookup_from_codebook)
+        report = TokenizerReport(
+            path=out,
+            network=type(written).__name__,
+            reason=reason,
+            quantizer=codes.kind,
+            num_codes=codes.number,
+            num_levels=codes.levels,
+            scaling_factor=scaling,
+            num_images=statistics.num_images,
+            half_precision=half,
+            equal_share=equal,
+            ties=ties,
+            unit_range=lookup_from_codebook,
+            compared_sizes=tuple((p.shape[2], p.shape[3]) for p in probes(trained, probe)),
+        )
+        card = card or ModelCard(name=out.name)
+        write_card(card, folder, net=written, config=dict(written.config), report=report)
+    return report
+
+
+def discrete_family(net: Network) -> DiscreteFamily:
+    """The family of a tokenizer that can be trained."""
+    family = family_of(net)
+    assert isinstance(family, DiscreteFamily), type(net)
+    return family
+
+
+def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
+    """Why `stock` is of no use though it is right; empty if it is."""
+    equal, _ = _compare_indices(trained, stock, probe, factor=factor)
+    if equal >= MIN_EQUAL:
+        return ""
+    return (
+        f"only {equal:.2%} of its indices are equal, for its codes are nearer to one another than "
+        "its search can tell"
+    )
+
+
+@torch.no_grad()
+def _compare_indices(
+    trained: Network, net: Network, probe: Tensor, *, factor: float | None
+) -> tuple[float, int]:
+    """Share of equal indices, and ties.
+
+    Args:
+        factor: on `net`'s features. None: indices that differ are not looked into.
+
+    Raises:
+        RuntimeError: indices differ that are no ties.
+    """
+    equal = total = 0
+    for images in probes(trained, probe):
+        features = calls.encode(trained, images)
+        ours = calls.tokenize(trained, features)
+        theirs = calls.tokenize(net, calls.encode(net, images))
+        equal += int((ours == theirs).sum())
+        total += ours.numel()
+        if factor is not None and not torch.equal(ours, theirs):
+            _check_ties(trained, net, features * factor, ours, theirs)
+    return equal / total, 0 if factor is None else total - equal
+
+
+def _check_ties(
+    trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
+) -> None:
+    if family_of(net) is family_of(trained):  # which does the same arithmetic
+        raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ")
+    where = ours != theirs
+    codes = discrete_family(trained).quantizer(trained).codes
+    z, near, far = (
+        vectors.double().movedim(1, 3)[where] for vectors in (features, codes(ours), codes(theirs))
+    )
+    gap = ((far - z).square().sum(1) - (near - z).square().sum(1)).abs()
+    worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()
+    if worst > TIE:
+        raise RuntimeError(f"the export takes another code, further away by {worst:g}")
+
+
+@torch.no_grad()
+def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
+    """Those of the same indices must be equal, or equal to rounding."""
+    for images in probes(trained, probe):
+        indices = calls.tokenize(trained, calls.encode(trained, images))
+        ours = calls.decode_indices(trained, indices)
+        theirs = family_of(loaded).decode_without_search(loaded, indices)
+        if not (torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=1e-4)):
+            difference = (ours - theirs).abs().max().item()
+            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}")

@@ -1,0 +1,57 @@
+"""The one door: export a trained network, whatever its family."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from latentvae.export.card import ModelCard
+from latentvae.export.continuous import export_autoencoder
+from latentvae.export.discrete import TokenizerReport, export_tokenizer
+from latentvae.export.report import ExportReport, Profile
+from latentvae.latents import LatentStatistics
+from latentvae.models import Network, calls
+
+
+def export_network(
+    net: Network,
+    out: Path,
+    *,
+    statistics: LatentStatistics,
+    sample_size: int,
+    probe: Tensor,
+    profile: Profile = "sd",
+    card: ModelCard | None = None,
+    frozen_encoder: bool = False,
+    lookup_from_codebook: bool = False,
+    overwrite: bool = False,
+) -> ExportReport | TokenizerReport:
+    """Export `net` to the folder `out`: `export_tokenizer` if it has codes, else
+    `export_autoencoder`, whose options these are.
+
+    Args:
+        profile: not for tokenizers, which have no other than `"sd"`.
+        lookup_from_codebook: for tokenizers alone.
+    """
+    if calls.codes(net) is not None:
+        return export_tokenizer(
+            net,
+            out,
+            statistics=statistics,
+            resolution=sample_size,
+            probe=probe,
+            card=card,
+            frozen_encoder=frozen_encoder,
+            lookup_from_codebook=lookup_from_codebook,
+            overwrite=overwrite,
+        )
+    return export_autoencoder(
+        net,
+        out,
+        statistics=statistics,
+        sample_size=sample_size,
+        probe=probe,
+        profile=profile,
+        card=card,
+        frozen_encoder=frozen_encoder,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,32 @@
+"""The objective: everything that answers "what is my loss?" (Rombach et al. 2022, arXiv:2112.10752,
+appendix G).
+
+    nll = mean(rec + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
+    loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
+
+Each term has a name, a weight and a policy:
+
+    term            weight                                  policy
+    rec             1                                       constant
+    lpips           perceptual_scale                        constant
+    kl              kl_scale                                constant, warm-up or target; as it is,
+                                                            with free bits or with a capacity
+    of a codebook   options of the quantizer                constant
+    adversarial     disc_scale                              ramp, balanced by gradients
+
+    objective.py            `Objective`: the terms, their weights and their sum
+    loss.py                 `Loss`: what the objective returns
+    kl.py                   forms of the KL and its warm-up
+    kl_target.py            the controller that moves the KL's weight until a target is held
+    adversarial_weight.py   ramp and balance of the adversarial term
+    build.py                the objective of a configuration
+
+Reductions: pixel terms are means over image elements. The KL is its sum over latent elements
+divided by the number of image elements. Everything is thus Stable Diffusion's sum divided by C*H*W:
+its weight 1e-6 keeps its meaning, and no weight depends on the resolution or the batch size.
+"""
+
+from latentvae.losses.objective.loss import Loss
+from latentvae.losses.objective.objective import Objective
+
+__all__ = ["Loss", "Objective"]

@@ -1,0 +1,46 @@
+"""The objective of a configuration."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.losses.objective.adversarial_weight import adversarial_weight
+from latentvae.losses.objective.kl_forms import WarmUp, kl_form
+from latentvae.losses.objective.kl_target import kl_target
+from latentvae.losses.objective.objective import Likelihood, Objective
+from latentvae.losses.objective_config import ObjectiveConfig
+
+
+def build_objective(
+    options: ObjectiveConfig,
+    critic: CriticConfig,
+    *,
+    perceptual: nn.Module | None,
+    latent_weights: Mapping[str, float],
+    has_kl: bool,
+    likelihood: Likelihood | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> Objective:
+    """The objective with the terms, weights and policies that the options ask for.
+
+    Args:
+        perceptual: LPIPS; not used where `perceptual_scale` is 0.
+        latent_weights: weights of the latents' own losses by name, see `Latent.losses`.
+        has_kl: whether the network's latents have a KL.
+        likelihood: the network's own likelihood, if it has one.
+        autocast_dtype: see `Objective`.
+    """
+    return Objective(
+        rec_loss=options.rec_loss,
+        perceptual=perceptual if options.perceptual_scale > 0 else None,
+        perceptual_scale=options.perceptual_scale,
+        kl_scale=options.kl_scale if has_kl else None,
+        latent_weights=latent_weights,
+        kl_form=kl_form(options),
+        kl_factor=kl_target(options) or WarmUp(options.kl_warmup_steps),
+        adversarial=adversarial_weight(critic),
+        likelihood=likelihood,
+        autocast_dtype=autocast_dtype,
+    )

@@ -1,0 +1,164 @@
+"""The KL in the loss: as it is, with free bits or with a capacity; and the warm-up of its weight.
+
+A form returns nats per image. A factor on the weight is a function of the update. Bits are per
+latent element, as in the log's `latent/kl_bits_per_element`, so they do not depend on the
+resolution. Where a form is not linear in the KL, the mean over all ranks decides where it bends:
+two ranks equal one with the joined batch.
+
+`B` batch, `d` latent channels, `h w` latent space.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from latentvae.distributed import all_reduce_mean
+from latentvae.losses.objective_config import ObjectiveConfig
+from latentvae.outputs import AutoencoderOutput, Latent
+
+
+class KLForm(Protocol):
+    """The KL as it stands in the loss.
+
+    Attributes:
+        name: log name of the term.
+    """
+
+    name: str
+
+    def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
+        """(B,) or a mean over the batch, nats per image, with its graph."""
+        ...
+
+
+class KLFactor(Protocol):
+    """Factor on the KL's weight."""
+
+    def __call__(self, update: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class PlainKL:
+    """The KL as it is."""
+
+    name = "loss/kl"
+
+    def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
+        assert out.kl is not None
+        return out.kl
+
+
+@dataclass(frozen=True)
+class FreeBits:
+    """Each channel's KL is not pushed below a floor, see `free_bits_kl`.
+
+    A latent without a KL per channel counts as one channel.
+
+    Args:
+        bits: floor, in bits per latent element.
+    """
+
+    bits: float
+    name = "loss/kl_free_bits"
+
+    def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
+        latents = [self._of(latent) for latent in out.latents if latent.kl is not None]
+        return torch.stack(latents).sum()
+
+    def _of(self, latent: Latent) -> Tensor:
+        if latent.kl_per_channel is None:
+            assert latent.kl is not None
+            return free_bits_kl(latent.kl[:, None], bits=self.bits, positions=latent.kl_elements)
+        return free_bits_kl(latent.kl_per_channel, bits=self.bits, positions=latent.positions)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The KL is drawn to a capacity from both sides, see `capacity_kl`.
+
+    Args:
+        bits: capacity in the end, in bits per latent element.
+        growth_updates: updates over which the capacity grows from 0.
+    """
+
+    bits: float
+    growth_updates: int = 0
+    name = "loss/kl_capacity"
+
+    def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
+        assert out.kl is not None
+        bits = capacity(update, target=self.bits, growth_updates=self.growth_updates)
+        return capacity_kl(out.kl, bits=bits, elements=out.kl_elements)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The weight grows linearly from 0; with 0 updates it is constant.
+
+    Args:
+        updates: updates until the full weight.
+    """
+
+    updates: int = 0
+
+    def __call__(self, update: int) -> float:
+        return kl_warmup(update, self.updates)
+
+
+def kl_form(options: ObjectiveConfig) -> KLForm:
+    """The form that the options ask for; they allow one bend at most."""
+    if options.free_bits:
+        return FreeBits(options.free_bits)
+    if options.kl_capacity:
+        return Capacity(options.kl_capacity, options.kl_capacity_steps)
+    return PlainKL()
+
+
+def kl_warmup(update: int, warmup_updates: int) -> float:
+    """Factor on the KL's weight in update ``update`` (from 0): from 0 linearly to 1 at
+    ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282)."""
+    return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
+
+
+def capacity(update: int, *, target: float, growth_updates: int) -> float:
+    """Capacity C in update ``update`` (from 0): from 0 linearly to ``target`` at
+    ``growth_updates`` (Burgess et al. 2018, arXiv:1804.03599)."""
+    return target * kl_warmup(update, growth_updates)
+
+
+def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
+    """sum_j max(lambda, E[KL_j]) over channels j (Kingma et al. 2016, arXiv:1606.04934, eq. 15):
+    a channel below lambda is not pushed further down.
+
+    Args:
+        kl_per_channel: (B, d), nats, summed over positions.
+        bits: lambda, in bits per latent element.
+        positions: h * w.
+
+    Returns:
+        Scalar, nats per image. The mean over the batch is that of one micro-step on all ranks.
+    """
+    floor = bits * math.log(2.0) * positions
+    local = kl_per_channel.float().mean(0)  # (d,)
+    above = all_reduce_mean(local) > floor
+    return torch.where(above, local, floor).sum()
+
+
+def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
+    """|E[KL] - C| (arXiv:1804.03599, eq. 8): the KL is drawn to C from either side.
+
+    Args:
+        kl: (B,), nats per image.
+        bits: C now, in bits per latent element.
+        elements: d * h * w.
+
+    Returns:
+        Scalar, nats per image; its mean over ranks is the value for the joined batch.
+    """
+    target = bits * math.log(2.0) * elements
+    local = kl.float().mean()
+    side = torch.sign(all_reduce_mean(local) - target)
+    return side * (local - target)

@@ -1,0 +1,31 @@
+"""What an objective returns: a sum of named terms."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A loss, or a part of one; parts are added by ``+``.
+
+    Attributes:
+        total: sum of weight times value over the terms, a scalar with its graph.
+        values: unweighted value of each term by log name, scalars with their graph.
+        weights: weight of each term in this update, by the same names.
+        log: what a run logs of these terms, scalars without graph by log name. The KL is logged as
+            it is, whatever form of it stands in the loss.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    weights: dict[str, Tensor | float]
+    log: dict[str, Tensor]
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(
+            total=self.total + other.total,
+            values=self.values | other.values,
+            weights=self.weights | other.weights,
+            log=self.log | other.log,
+        )

@@ -1,0 +1,295 @@
+"""The objective's terms and their sum; the package's docstring has the formula.
+
+`B` batch, `C` image channels, `H W` image size.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.losses.adversarial import Adversary, adaptive_weight
+from latentvae.losses.augment import diff_augment
+from latentvae.losses.colors import MID_GREY, to_rgb
+from latentvae.losses.objective.adversarial_weight import AdversarialWeight
+from latentvae.losses.objective.kl_forms import KLFactor, KLForm, PlainKL, WarmUp
+from latentvae.losses.objective.kl_target import KLTarget
+from latentvae.losses.objective.loss import Loss
+from latentvae.outputs import AutoencoderOutput
+
+ADVERSARIAL = "critic/adversarial"  # log name of the adversarial term
+_PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class Likelihood(Protocol):
+    """A likelihood of pixels, see `latentvae.likelihoods`."""
+
+    def nll(self, images: Tensor, parameters: Tensor) -> Tensor: ...
+
+    def mean(self, parameters: Tensor) -> Tensor: ...
+
+
+class Objective(nn.Module):
+    """Named terms of the model's loss, their weights and policies.
+
+        loss = objective(images, out, update=update)
+        loss.total.backward()
+
+    The call gives the whole loss. A training step that wants a single pass through the decoder
+    takes the same parts one by one: `reconstruction` and `adversarial_value` at a detached
+    reconstruction, `adversarial_part` for the weight in force, `latent` with its graph.
+
+    Args:
+        rec_loss: "l1" or "l2".
+        perceptual: LPIPS (images, recon) -> (B,), frozen; None leaves the term out.
+        perceptual_scale: weight of LPIPS beside the pixel term.
+        kl_scale: weight of the KL; None where no latent has one.
+        latent_weights: weights of the latents' own losses, by name.
+        kl_form: the KL as it stands in the loss.
+        kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
+        adversarial: weight of the adversarial term.
+        likelihood: takes the pixel loss's place where the decoder gives its parameters. Its `mean`
+            is the picture that LPIPS and the discriminator see.
+        autocast_dtype: run LPIPS' trunk in this dtype (its distances stay float32); None for
+            float32.
+
+    Attributes:
+        weights: constant weights by name of the term, before any policy.
+    """
+
+    def __init__(
+        self,
+        *,
+        rec_loss: str,
+        perceptual: nn.Module | None,
+        perceptual_scale: float,
+        kl_scale: float | None,
+        latent_weights: Mapping[str, float] | None = None,
+        kl_form: KLForm | None = None,
+        kl_factor: KLFactor | None = None,
+        adversarial: AdversarialWeight | None = None,
+        likelihood: Likelihood | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.pixel_loss: Callable[..., Tensor] = _PIXEL_LOSSES[rec_loss]
+        self.perceptual = perceptual
+        self.weights = {"rec": 1.0, "lpips": perceptual_scale, **(latent_weights or {})}
+        if kl_scale is not None:
+            self.weights["kl"] = kl_scale
+        self.kl_form: KLForm = kl_form or PlainKL()
+        self.kl_factor: KLFactor = kl_factor or WarmUp()
+        self.adversarial = adversarial or AdversarialWeight()
+        self.likelihood = likelihood
+        self.autocast_dtype = autocast_dtype
+
+    @property
+    def kl_target(self) -> KLTarget | None:
+        """The controller of the KL's weight; None where no target is held."""
+        return self.kl_factor if isinstance(self.kl_factor, KLTarget) else None
+
+    def forward(
+        self,
+        images: Tensor,
+        out: AutoencoderOutput,
+        *,
+        update: int,
+        adversary: Adversary | None = None,
+        last_layer: Tensor | None = None,
+        background: Tensor | float = MID_GREY,
+    ) -> Loss:
+        """The whole loss with its graph, for one plain `.backward()`.
+
+        That backward pass also leaves gradients on the discriminator, if there is an adversary.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            out: the network's output for them.
+            update: updates done, which policies go by.
+            adversary: adds the adversarial term.
+            last_layer: the decoder's last weight; only an adaptive adversarial weight needs it.
+            background: what LPIPS and the discriminator, which both see RGB, see behind alpha
+                (`losses.colors`).
+        """
+        loss = self.reconstruction(images, out.recon, out.output_logvar, background=background)
+        if adversary is not None:
+            value = self.adversarial_value(out.recon, adversary, background=background)
+            nll_grad, value_grad = (
+                torch.autograd.grad(term, out.recon, retain_graph=True)[0]
+                for term in (loss.total, value)
+            )
+            loss += self.adversarial_part(
+                value,
+                factor=adversary.factor,
+                recon=out.recon,
+                last_layer=last_layer,
+                nll_grad=nll_grad,
+                adversarial_grad=value_grad,
+            )
+        return loss + self.latent(images, out, update=update)
+
+    # Terms of the reconstruction
+
+    def reconstruction(
+        self,
+        images: Tensor,
+        recon: Tensor,
+        output_logvar: Tensor,
+        *,
+        background: Tensor | float = MID_GREY,
+    ) -> Loss:
+        """The negative log-likelihood of ``recon``: pixel term, LPIPS and log-variance."""
+        terms = self.reconstruction_terms(images, recon, background=background)
+        nll = self.nll(terms, output_logvar)
+        means = {f"loss/{name}": term.mean() for name, term in terms.items()}
+        variance = output_logvar.detach().exp()
+        weights = {f"loss/{name}": self.weights[name] / variance for name in terms}
+        return Loss(
+            total=nll,
+            values=means | {"objective/output_logvar": output_logvar},
+            weights=weights | {"objective/output_logvar": 1.0},
+            log={name: mean.detach() for name, mean in means.items()} | {"loss/nll": nll.detach()},
+        )
+
+    def reconstruction_terms(
+        self, images: Tensor, recon: Tensor, *, background: Tensor | float = MID_GREY
+    ) -> dict[str, Tensor]:
+        """Unweighted terms that depend on ``recon``, each (B,).
+
+        `rec` is per image element, over all channels; `lpips` is there if it is used.
+        """
+        if self.likelihood is not None:
+            pixel = self.likelihood.nll(images, recon)
+        else:
+            pixel = self.pixel_loss(recon.float(), images.float(), reduction="none")
+        terms = {"rec": pixel.flatten(1).mean(1)}
+        if self.perceptual is not None:
+            with torch.autocast(
+                images.device.type,
+                dtype=self.autocast_dtype,
+                enabled=self.autocast_dtype is not None,
+            ):
+                terms["lpips"] = self.perceptual(
+                    to_rgb(images, background), to_rgb(self.picture(recon), background)
+                )
+        return terms
+
+    def picture(self, recon: Tensor) -> Tensor:
+        """The image (B, C, H, W) that a decoder's output means."""
+        return recon if self.likelihood is None else self.likelihood.mean(recon)
+
+    def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
+        """Negative log-likelihood of the reconstruction per image element, up to a constant; a
+        scalar."""
+        error = self.weights["rec"] * terms["rec"]
+        if "lpips" in terms:
+            error = error + self.weights["lpips"] * terms["lpips"]
+        return error.mean() / output_logvar.exp() + output_logvar
+
+    # Adversarial term
+
+    def adversarial_value(
+        self, recon: Tensor, adversary: Adversary, *, background: Tensor | float = MID_GREY
+    ) -> Tensor:
+        """The generator's loss, a scalar with its graph."""
+        seen = diff_augment(to_rgb(self.picture(recon), background), adversary.augment)
+        return adversary.loss.generator(adversary.critic(seen))
+
+    def adversarial_part(
+        self,
+        value: Tensor,
+        *,
+        factor: float,
+        recon: Tensor,
+        last_layer: Tensor | None,
+        nll_grad: Tensor,
+        adversarial_grad: Tensor,
+    ) -> Loss:
+        """The adversarial term with the weight that it has now.
+
+        Args:
+            value: `adversarial_value`.
+            factor: weight by the ramp, see `AdversarialWeight.factor`.
+            recon: the decoder's output with its graph.
+            last_layer: the weight that made ``recon``, at which the gradients are compared.
+            nll_grad, adversarial_grad: gradients of both losses at ``recon``.
+
+        Raises:
+            ValueError: the weight is adaptive and there is no ``last_layer``.
+        """
+        balance = torch.ones((), device=recon.device)
+        if self.adversarial.adaptive:
+            if last_layer is None:
+                raise ValueError("An adaptive adversarial weight needs last_layer (got None).")
+            balance = adaptive_weight(
+                recon,
+                last_layer,
+                nll_grad=nll_grad,
+                adversarial_grad=adversarial_grad,
+                cap=self.adversarial.cap,
+            )
+        weight = factor * balance
+        return Loss(
+            total=weight * value,
+            values={ADVERSARIAL: value},
+            weights={ADVERSARIAL: weight},
+            log={ADVERSARIAL: value.detach(), "critic/adaptive_weight": balance},
+        )
+
+    # Terms of the latents
+
+    def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
+        """The latents' own losses and the KL. Without any, the total is 0 and has no graph."""
+        elements = images[0].numel()
+        values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
+        weights: dict[str, Tensor | float] = {
+            f"loss/{name}": self._weight(name) for name in out.latent_losses
+        }
+        log = {name: value.detach() for name, value in values.items()}
+
+        if out.kl is not None:
+            kl = self.kl_form(out, update=update) / elements
+            values[self.kl_form.name] = kl.mean()
+            weights[self.kl_form.name] = self._weight("kl") * self.kl_factor(update)
+            log["loss/kl"] = (out.kl.detach() / elements).mean()
+
+        weighted = [weights[name] * value for name, value in values.items()]
+        total = torch.stack(weighted).sum() if weighted else out.output_logvar.new_zeros(())
+        return Loss(total=total, values=values, weights=weights, log=log)
+
+    def _weight(self, name: str) -> float:
+        if name not in self.weights:
+            listed = ", ".join(self.weights)
+            raise ValueError(f"The objective has no weight for the term {name} (it has {listed}).")
+        return self.weights[name]
+
+    # Other views
+
+    def only(self, *names: str) -> "Objective":
+        """A copy of which only the terms ``names`` count, with the weights they have before any
+        policy, and the KL as it is. It shares LPIPS."""
+        other = copy.copy(self)
+        other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
+        other.kl_form, other.kl_factor = PlainKL(), WarmUp()
+        return other
+
+    def formula(self, *, rec: str, lpips: str) -> str:
+        """The sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL"; the adversarial term is not in
+        it.
+
+        Args:
+            rec, lpips: names of these two terms.
+        """
+        own = {"lpips": lpips, "kl": "KL"}
+        named = {name: own.get(name, name.replace("_", " ")) for name in self.weights}
+        shown = [name for name, weight in self.weights.items() if weight or name == "kl"]
+        text = rec + "".join(
+            f" + {self.weights[name]:g} {named[name]}" for name in shown if name != "rec"
+        )
+        if self.kl_target is not None:
+            held = self.kl_target.unit.format(self.kl_target.target)
+            text += f", its weight moving to hold {held}"
+        return text.replace("+ -", "- ")

@@ -1,0 +1,185 @@
+"""Stable Diffusion's encoder with a larger decoder, which may see the known part of a picture:
+`AsymmetricAutoencoderKL` (Zhu et al. 2023, arXiv:2306.04632).
+
+images (B, C, H, W) -> encoder -> moments (B, 2d, H/8, W/8) -> z (B, d, H/8, W/8) -> decoder ->
+recon (B, C, H, W)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from latentvae.bottlenecks.gaussian import GaussianConfig
+from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.models.config import SingleFile, Widths
+from latentvae.models.conv.kl import KLTrainingWrapper
+from latentvae.models.conv.options import ENCODER, ConvolutionalConfig, block_types
+from latentvae.models.family import LatentShape, Usage
+from latentvae.models.network import Network
+from latentvae.models.trainable import TrainableFamily
+from latentvae.options import Positive
+
+
+class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
+    """The network: a stock diffusers AsymmetricAutoencoderKL, Stable Diffusion's encoder with a
+    decoder of its own size. Fine-tuning takes either one, or the encoder of an AutoencoderKL."""
+
+    architecture: Literal["asymmetric"] = "asymmetric"
+    up_block_out_channels: Widths = Field(
+        default=(192, 384, 768, 768),
+        description="Width of each level of the decoder, from full resolution: w, 2 w, 4 w, 4 w.",
+    )
+    layers_per_up_block: Positive = Field(
+        default=3, description="Residual blocks per level of the decoder, less one."
+    )
+
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        return GaussianConfig(latent_channels=self.latent_channels)
+
+    @property
+    def posterior(self) -> Literal["gaussian"]:
+        return "gaussian"
+
+    @property
+    def draws_noise(self) -> bool:
+        return True  # masks
+
+    @model_validator(mode="after")
+    def _check_decoder(self) -> "AsymmetricModelConfig":
+        w = self.up_block_out_channels[0]
+        if self.up_block_out_channels != (w, 2 * w, 4 * w, 4 * w):
+            raise ValueError(
+                f"up_block_out_channels is {self.up_block_out_channels}, but diffusers' decoder "
+                f"can see a picture at w, 2 w, 4 w, 4 w alone, such as {(w, 2 * w, 4 * w, 4 * w)}"
+            )
+        if len(self.block_out_channels) != 4:
+            raise ValueError(
+                f"block_out_channels has {len(self.block_out_channels)} levels, but the decoder "
+                "has 4: f is 8"
+            )
+        if w % self.norm_num_groups:
+            raise ValueError(
+                f"norm_num_groups {self.norm_num_groups} does not divide the width {w} of "
+                "up_block_out_channels"
+            )
+        return self
+
+
+def build_asymmetric_kl(
+    *,
+    block_out_channels: Sequence[int],
+    image_channels: int = 3,
+    layers_per_block: int = 2,
+    up_block_out_channels: Sequence[int],
+    layers_per_up_block: int = 3,
+    latent_channels: int = 4,
+    norm_num_groups: int = 32,
+    sample_size: int = 256,
+) -> AsymmetricAutoencoderKL:
+    """A freshly initialised `AsymmetricAutoencoderKL`: Stable Diffusion's encoder, and a decoder of
+    its own width and depth.
+
+    Args:
+        block_out_channels, layers_per_block: of the encoder.
+        up_block_out_channels, layers_per_up_block: of the decoder; widths from full resolution
+            down, which must be w, 2 w, 4 w, 4 w (diffusers' encoder of the known picture has no
+            others, so f is 8).
+    """
+    down, up = block_types(len(block_out_channels), ())
+    widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
+    return AsymmetricAutoencoderKL(
+        in_channels=image_channels,
+        out_channels=image_channels,
+        down_block_types=down,
+        down_block_out_channels=widths[0],
+        layers_per_down_block=layers_per_block,
+        up_block_types=up,
+        up_block_out_channels=widths[1],
+        layers_per_up_block=layers_per_up_block,
+        latent_channels=latent_channels,
+        norm_num_groups=norm_num_groups,
+        sample_size=sample_size,
+    )
+
+
+class AsymmetricTrainingWrapper(KLTrainingWrapper):
+    """Half of the images are decoded from latents alone, half with the picture outside of a random
+    box given, as inpainting pipelines give it."""
+
+    def decode(self, z: Tensor, images: Tensor) -> Tensor:
+        # A mask of ones leaves nothing of the picture: as without one, but every weight is used, as
+        # DDP needs.
+        return self.net.decode(z, image=images, mask=random_masks(images)).sample
+
+
+def random_masks(images: Tensor) -> Tensor:
+    """1 where an image is to be made up, (B, 1, H, W): everywhere for about half of the images,
+    else in a box of a quarter to the whole of each side. From the global generator."""
+    B, _, H, W = images.shape
+    whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
+    height, width = 0.25 + 0.75 * height, 0.25 + 0.75 * width
+    y = (torch.arange(H, device=images.device) + 0.5).view(1, H, 1) / H
+    x = (torch.arange(W, device=images.device) + 0.5).view(1, 1, W) / W
+    top, left = top * (1 - height), left * (1 - width)
+    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)  # (B, H, W)
+    return (box | (whole < 0.5)).to(images.dtype)[:, None]
+
+
+class AsymmetricFamily(TrainableFamily):
+    """`AsymmetricAutoencoderKL`, of its own or on the encoder of a pretrained `AutoencoderKL`."""
+
+    network = AsymmetricAutoencoderKL
+    options = AsymmetricModelConfig
+    wrapper = AsymmetricTrainingWrapper
+    has_posterior = True
+    why_no_checkpointing = "is not there for diffusers' AsymmetricAutoencoderKL"
+
+    def build(self, **options: Any) -> AsymmetricAutoencoderKL:
+        return build_asymmetric_kl(**options)
+
+    def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "block_out_channels": config["down_block_out_channels"],
+            "layers_per_block": config["layers_per_down_block"],
+            "up_block_out_channels": config["up_block_out_channels"],
+            "layers_per_up_block": config["layers_per_up_block"],
+            "latent_channels": config["latent_channels"],
+            "norm_num_groups": config["norm_num_groups"],
+        }
+
+    def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
+        if isinstance(net, AutoencoderKL):
+            return _with_larger_decoder(net, options)
+        return super().adapt(net, options)
+
+    def latent_shape(self, net: Network) -> LatentShape:
+        f = 2 ** (len(net.config["down_block_out_channels"]) - 1)
+        return LatentShape(f, net.config["latent_channels"])
+
+    def usage(self, net: Network) -> Usage:
+        return Usage(
+            pipelines="Stable Diffusion's pipelines take it as `vae=`. ",
+            snippet="""\
+z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
+recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",
+        )
+
+
+def _with_larger_decoder(
+    net: AutoencoderKL, options: Mapping[str, Any]
+) -> AsymmetricAutoencoderKL | None:
+    config = net.config
+    plain = set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
+    if net.quant_conv is None or not plain or not config["mid_block_add_attention"]:
+        return None  # AsymmetricAutoencoderKL has no such encoder
+    own = {name: config[name] for name in ENCODER} | {"image_channels": config["in_channels"]}
+    larger = build_asymmetric_kl(**{**options, **own})
+    for name in ("encoder", "quant_conv"):
+        getattr(larger, name).load_state_dict(getattr(net, name).state_dict())
+    larger.register_to_config(scaling_factor=config["scaling_factor"])
+    return larger

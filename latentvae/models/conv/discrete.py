@@ -1,0 +1,159 @@
+"""An autoencoder with discrete latents: the convolutional VQGAN (Esser et al. 2020,
+arXiv:2012.09841) around any quantiser of `latentvae.bottlenecks`.
+
+images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
+H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
+
+The parts and their names are those of diffusers' `VQModel`; `conv.stock_vq` turns one class into
+the other.
+
+`B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from latentvae.bottlenecks import Quantizer, build_quantizer
+from latentvae.errors import UserError
+from latentvae.likelihoods import LogitLaplace
+from latentvae.models.conv.options import block_types
+
+LIKELIHOODS = {"logit_laplace": LogitLaplace}
+
+# taming-transformers' configs/imagenet_vqgan.yaml, which has the widths of the class's defaults.
+_QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
+
+
+@dataclass
+class TokenOutput(BaseOutput):
+    """Indices of an image's codes.
+
+    Attributes:
+        indices: (B, h, w), or (B, L, h, w) of L levels; int64 in 0..K - 1, row by row from the top
+            left.
+    """
+
+    indices: Tensor = None  # type: ignore[assignment]
+
+
+class DiscreteAutoencoder(ModelMixin, ConfigMixin):
+    """VQGAN's network with a quantiser of this package; diffusers' calls and files.
+
+        net = DiscreteAutoencoder.from_pretrained(folder)
+        indices = net.tokenize(images).indices
+        recon = net.decode_indices(indices).sample
+
+    Args:
+        block_out_channels: width of each level, from full resolution down; f = 2 ** (levels - 1).
+        latent_channels: width between the encoder and `quant_conv`.
+        attention_levels: levels (0 = full resolution) with self-attention.
+        quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
+        likelihood: None, or "logit_laplace": the decoder gives its parameters, 2 C maps.
+        sample_size: side of the training images in pixels.
+        scaling_factor: 1 / std of the features, for diffusion models on them.
+    """
+
+    _supports_gradient_checkpointing = True
+    quantize: Any
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        latent_channels: int = 256,
+        norm_num_groups: int = 32,
+        attention_levels: Sequence[int] = (),
+        mid_block_add_attention: bool = True,
+        quantizer: Mapping[str, Any] = _QUANTIZER,
+        likelihood: str | None = None,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        down, up = block_types(len(block_out_channels), attention_levels)
+        shape: Any = {
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": mid_block_add_attention,
+        }
+        quantize: Quantizer = build_quantizer(**quantizer)
+        self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
+        maps = out_channels * (1 if self.likelihood is None else 2)
+        self.encoder = Encoder(
+            in_channels, latent_channels, down_block_types=down, double_z=False, **shape
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, quantize.in_channels, 1)
+        self.quantize = quantize
+        self.post_quant_conv = nn.Conv2d(quantize.code_channels, latent_channels, 1)
+        self.decoder = Decoder(latent_channels, maps, up_block_types=up, **shape)
+
+    @torch.no_grad()
+    def requantize(self, quantizer: Mapping[str, Any]) -> None:
+        """Another quantiser of the same shape, such as one that learns otherwise, with the codes
+        of the present one, in its mode, precision and place."""
+        old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
+        module: Any = new
+        module.load_state_dict(old, strict=False)
+        for name, part in module.named_modules():
+            averages = getattr(part, "embed_sum", None)
+            if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
+                averages.copy_(part.weight)  # each code counts as one vector
+        self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
+        self.register_to_config(quantizer=dict(quantizer))
+
+    def encode(self, images: Tensor, return_dict: bool = True) -> Any:
+        """Features (B, c, h, w), not yet quantised, as `VQModel` gives them."""
+        height, width = images.shape[2:]
+        if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
+            raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
+        features = self.quant_conv(self.encoder(images))
+        return VQEncoderOutput(latents=features) if return_dict else (features,)
+
+    def decode(
+        self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> Any:
+        """Images of features; with `force_not_quantize` of codes z (B, D, h, w)."""
+        z = latents if force_not_quantize else self.quantize(latents).z
+        sample = self.decode_parameters(z.to(self.dtype))
+        if self.likelihood is not None:
+            sample = self.likelihood.mean(sample)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_parameters(self, z: Tensor) -> Tensor:
+        """What the decoder itself gives: images, or the parameters of their likelihood."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> TokenOutput:
+        """Indices of images in [-1, 1]."""
+        return TokenOutput(indices=self.quantize(self.encode(images).latents).indices)
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
+        """Images of indices, integers of any type, which must be those of codes: a `UserError`
+        otherwise."""
+        if indices.is_floating_point():
+            raise UserError(f"indices are integers, not {indices.dtype}")
+        indices = indices.long()  # uint16 has no minimum, uint8 no embedding
+        low, high = (int(value) for value in indices.aminmax())  # waits for the device
+        if low < 0 or high >= self.quantize.num_codes:
+            last = self.quantize.num_codes - 1
+            raise UserError(f"indices are in 0..{last}, not {low}..{high}")
+        return self.decode(self.quantize.codes(indices), True, return_dict)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
+        """Encode, quantise, decode."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)

@@ -1,0 +1,64 @@
+"""Options of networks of residual blocks with GroupNorm, and diffusers' names of their blocks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from latentvae.models.config import ModelConfig
+from latentvae.options import Count, Positive
+
+# Options that a network of these blocks has by the same name in its config.
+ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+
+
+class ConvolutionalConfig(ModelConfig):
+    """Residual blocks with GroupNorm."""
+
+    layers_per_block: Positive = Field(
+        default=2,
+        description="Residual blocks per level of the encoder (the decoder has one more).",
+    )
+    norm_num_groups: Positive = Field(
+        default=32, description="Groups of each GroupNorm; must divide every width."
+    )
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> "ConvolutionalConfig":
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
+                    "block_out_channels"
+                )
+        return self
+
+
+class AttentionConfig(ConvolutionalConfig):
+    """The same, with self-attention."""
+
+    attention_levels: tuple[Count, ...] = Field(
+        default=(),
+        description="Levels (0 = full resolution) with self-attention after each residual block.",
+    )
+    mid_block_add_attention: bool = Field(
+        default=True, description="Self-attention in the middle block."
+    )
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> "AttentionConfig":
+        self.check_levels("attention_levels", self.attention_levels)
+        return self
+
+
+def block_types(num_levels: int, attention_levels: Sequence[int]) -> tuple[Any, Any]:
+    """diffusers' names of the encoder's and the decoder's blocks."""
+    levels = range(num_levels)
+    down = (
+        "AttnDownEncoderBlock2D" if i in attention_levels else "DownEncoderBlock2D" for i in levels
+    )
+    up = (
+        "AttnUpDecoderBlock2D" if i in attention_levels else "UpDecoderBlock2D"
+        for i in reversed(levels)
+    )
+    return tuple(down), tuple(up)

@@ -1,0 +1,148 @@
+"""The autoencoder of SANA: a stock `AutoencoderDC`, f = 32 and more, without a posterior (Chen et
+al. 2024, arXiv:2410.10733).
+
+images (B, C, H, W) -> encoder -> z (B, d, H/f, W/f) -> decoder -> recon (B, C, H, W)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from diffusers import AutoencoderDC
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from latentvae.models.config import ModelConfig, levels_with
+from latentvae.models.family import LatentShape, Usage
+from latentvae.models.network import Network
+from latentvae.models.trainable import TrainableFamily
+from latentvae.models.wrapper import TrainingWrapper
+from latentvae.options import Count, Positive
+from latentvae.outputs import AutoencoderOutput, Latent
+
+
+class DCModelConfig(ModelConfig):
+    """The network: a stock diffusers AutoencoderDC, without a posterior; f = 2 ** (levels - 1)."""
+
+    architecture: Literal["dc"] = "dc"
+    encoder_layers_per_block: tuple[Count, ...] = Field(
+        default=(2, 2, 2, 3), description="Blocks of each level of the encoder."
+    )
+    decoder_layers_per_block: tuple[Count, ...] = Field(
+        default=(3, 3, 3, 3), description="Blocks of each level of the decoder."
+    )
+    attention_levels: tuple[Count, ...] = Field(
+        default=(), description="Levels (0 = full resolution) of EfficientViT blocks."
+    )
+    attention_head_dim: Positive = Field(
+        default=32, description="Width of an attention head; must divide those levels' widths."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DCModelConfig":
+        self.check_levels("attention_levels", self.attention_levels)
+        self.check_length("encoder_layers_per_block", self.encoder_layers_per_block)
+        self.check_length("decoder_layers_per_block", self.decoder_layers_per_block)
+        for level in self.attention_levels:
+            if self.block_out_channels[level] % self.attention_head_dim:
+                raise ValueError(
+                    f"attention_head_dim {self.attention_head_dim} does not divide the width "
+                    f"{self.block_out_channels[level]} of level {level}"
+                )
+        return self
+
+
+def build_autoencoder_dc(
+    *,
+    block_out_channels: Sequence[int],
+    image_channels: int = 3,
+    encoder_layers_per_block: Sequence[int],
+    decoder_layers_per_block: Sequence[int],
+    latent_channels: int = 32,
+    attention_levels: Sequence[int] = (),
+    attention_head_dim: int = 32,
+) -> AutoencoderDC:
+    """A freshly initialised `AutoencoderDC` with f = 2 ** (len(block_out_channels) - 1).
+
+    Args:
+        encoder_layers_per_block, decoder_layers_per_block: blocks of each level.
+        attention_levels: levels of EfficientViT blocks (linear attention, multi-scale at 5 x 5);
+            the others have residual blocks.
+        attention_head_dim: divides the width of those levels.
+    """
+    levels = range(len(block_out_channels))
+    widths: Any = tuple(block_out_channels)
+    blocks: Any = tuple(
+        "EfficientViTBlock" if i in attention_levels else "ResBlock" for i in levels
+    )
+    scales = tuple((5,) if i in attention_levels else () for i in levels)
+    return AutoencoderDC(
+        in_channels=image_channels,
+        latent_channels=latent_channels,
+        attention_head_dim=attention_head_dim,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=tuple(encoder_layers_per_block),
+        decoder_layers_per_block=tuple(decoder_layers_per_block),
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    )
+
+
+class DCTrainingWrapper(TrainingWrapper):
+    """Encode and decode; there is no posterior."""
+
+    def forward(
+        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
+    ) -> AutoencoderOutput:
+        z = self.net.encode(images).latent
+        return AutoencoderOutput(
+            recon=self.net.decode(z).sample,
+            latents=(Latent(z=z.float(), mean=z.float()),),
+            output_logvar=self.output_logvar,
+        )
+
+
+class DCFamily(TrainableFamily):
+    """`AutoencoderDC`, whose latents are about zero: SANA multiplies them by 1 / RMS."""
+
+    network = AutoencoderDC
+    options = DCModelConfig
+    wrapper = DCTrainingWrapper
+    has_posterior = False
+    scaled_by = "rms"
+    why_no_checkpointing = "is not there for diffusers' AutoencoderDC"
+
+    def build(self, *, sample_size: int = 256, **options: Any) -> AutoencoderDC:
+        return build_autoencoder_dc(**options)  # which has no tiling by the training size
+
+    def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        widths, blocks = config["encoder_block_out_channels"], config["encoder_block_types"]
+        blocks = [blocks] * len(widths) if isinstance(blocks, str) else blocks
+        return {
+            "block_out_channels": widths,
+            "encoder_layers_per_block": config["encoder_layers_per_block"],
+            "decoder_layers_per_block": config["decoder_layers_per_block"],
+            "latent_channels": config["latent_channels"],
+            "attention_levels": levels_with("EfficientViT", blocks),
+            "attention_head_dim": config["attention_head_dim"],
+        }
+
+    def latent_shape(self, net: Network) -> LatentShape:
+        f = 2 ** (len(net.config["encoder_block_out_channels"]) - 1)
+        return LatentShape(f, net.config["latent_channels"])
+
+    def side_multiple(self, net: Network) -> int:
+        return self.latent_shape(net).f
+
+    def usage(self, net: Network) -> Usage:
+        return Usage(
+            pipelines="SANA's pipelines take it as `vae=`. ",
+            snippet="""\
+z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
+latents = z * vae.config.scaling_factor
+recon = vae.decode(z).sample""",
+        )

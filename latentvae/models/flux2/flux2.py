@@ -1,0 +1,18 @@
+"""`AutoencoderKLFlux2`, whose pipeline folds 2 x 2 positions into channels and takes the statistics
+of a batch norm (diffusers, pipeline_flux2.py)."""
+
+from typing import Any
+
+from latentvae.models.family import Family
+from latentvae.models.network import Network
+from latentvae.models.normalization import LatentNormalization
+
+
+class Flux2Family(Family):
+    """Encoded and decoded as any other; its batch norm is no part of that."""
+
+    def normalization(self, net: Network) -> LatentNormalization:
+        module: Any = net
+        mean, var = module.bn.running_mean, module.bn.running_var
+        std = (var + net.config["batch_norm_eps"]).sqrt()
+        return LatentNormalization(1.0, 0.0, mean, 1 / std, net.config["patch_size"][0])

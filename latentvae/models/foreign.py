@@ -1,0 +1,18 @@
+"""Networks of diffusers that are measured and used, not trained here, and differ from the rest."""
+
+from dataclasses import replace
+
+from latentvae.models.family import Family
+from latentvae.models.network import Network
+from latentvae.models.normalization import LatentNormalization, pooled
+
+
+class RAEFamily(Family):
+    """`AutoencoderRAE`: a decoder on the features of a frozen image encoder (arXiv:2510.11690). Its
+    pixels are in [0, 1], and its latents are normalised already."""
+
+    def takes_unit_range(self, net: Network) -> bool:
+        return True
+
+    def normalization(self, net: Network) -> LatentNormalization:
+        return replace(pooled(1.0, 0.0), applied=True)

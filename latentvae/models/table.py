@@ -1,0 +1,67 @@
+"""The one table of networks: those that can be trained, and who answers for any other."""
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import diffusers
+from pydantic import Discriminator, Tag
+
+from latentvae.models.config import ModelConfig
+from latentvae.models.conv.asymmetric import AsymmetricFamily
+from latentvae.models.conv.kl import KLFamily
+from latentvae.models.conv.stock_vq import StockVQFamily
+from latentvae.models.conv.vq import VQFamily
+from latentvae.models.dc.dc import DCFamily
+from latentvae.models.family import Family
+from latentvae.models.flux2.flux2 import Flux2Family
+from latentvae.models.foreign import RAEFamily
+from latentvae.models.network import Network
+from latentvae.models.trainable import TrainableFamily
+from latentvae.options import tag_in
+
+# By the name that a preset gives as `architecture`.
+FAMILIES: dict[str, TrainableFamily] = {
+    "kl": KLFamily(),
+    "asymmetric": AsymmetricFamily(),
+    "dc": DCFamily(),
+    "vq": VQFamily(),
+}
+
+# Classes of diffusers, by name: older releases do not have all of them.
+FOREIGN: dict[str, Family] = {
+    "VQModel": StockVQFamily(),
+    "AutoencoderKLFlux2": Flux2Family(),
+    "AutoencoderRAE": RAEFamily(),
+}
+ANY = Family()
+
+# Options of each family's network, and their union, of which `architecture` chooses.
+MODELS: dict[str, type[ModelConfig]] = {name: kind.options for name, kind in FAMILIES.items()}
+if TYPE_CHECKING:
+    AnyModelConfig = ModelConfig
+else:
+    _TAGGED = (Annotated[options, Tag(name)] for name, options in MODELS.items())
+    AnyModelConfig = Annotated[
+        functools.reduce(operator.or_, _TAGGED), Discriminator(tag_in("architecture", "kl"))
+    ]
+
+_BY_CLASS: dict[type[Any], Family] = {kind.network: kind for kind in FAMILIES.values()}
+
+
+def family_of(net: Network) -> Family:
+    """Who answers for a network: the family of its class, or of the nearest base class."""
+    for cls in type(net).__mro__:
+        if cls in _BY_CLASS:
+            return _BY_CLASS[cls]
+        if cls.__name__ in FOREIGN:
+            return FOREIGN[cls.__name__]
+    return ANY
+
+
+def class_named(name: str) -> Any | None:
+    """The class of that name, of this package or of diffusers; None if there is none."""
+    for kind in FAMILIES.values():
+        if kind.network.__name__ == name:
+            return kind.network
+    return getattr(diffusers, name, None) if name.isidentifier() else None

@@ -1,0 +1,39 @@
+"""What training prepares and calls: a network with what only training needs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainingWrapper(nn.Module):
+    """A network with what only training needs; what the loop prepares and calls. Each architecture
+    adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
+
+    Args:
+        net: the autoencoder; the export saves it as it is.
+        output_logvar: initial log-variance of the output likelihood (natural logarithm).
+        learn_logvar: whether it is a parameter (trained, reduced over ranks) or a constant.
+    """
+
+    def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
+        super().__init__()
+        self.net: Any = net
+        value = torch.tensor(float(output_logvar))
+        if learn_logvar:
+            self.output_logvar = nn.Parameter(value)
+        else:
+            self.register_buffer("output_logvar", value)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose gradients balance the adversarial term (arXiv:2012.09841, eq. 7)."""
+        return self.net.decoder.conv_out.weight
+
+
+def keep_batch_statistics(net: nn.Module) -> None:
+    """Batch norms of a pretrained network go on with the statistics they have: those of small
+    batches would differ between ranks."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,114 @@
+"""One update: one forward pass, one pass back through the decoder, then the critic on the same
+images and reconstructions."""
+
+import torch
+from torch import Tensor
+
+from latentvae.losses.adversarial import Adversary, r1_penalty
+from latentvae.losses.augment import diff_augment
+from latentvae.losses.colors import MID_GREY, to_rgb
+from latentvae.losses.objective.objective import ADVERSARIAL, Objective
+from latentvae.outputs import AutoencoderOutput
+
+
+def backward_model(
+    images: Tensor,
+    out: AutoencoderOutput,
+    *,
+    objective: Objective,
+    update: int,
+    last_layer: Tensor,
+    adversary: Adversary | None,
+    background: Tensor | float = MID_GREY,
+    divide_by: int = 1,
+) -> dict[str, Tensor]:
+    """Add the gradient of the whole objective to the model's parameters, in one pass through the
+    decoder.
+
+    The losses are functions of a detached reconstruction; their gradients there are joined and sent
+    back once. None reaches the discriminator's parameters.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        out: the wrapper's output for them, with its graph.
+        update: updates done, which the objective's policies go by.
+        last_layer: the decoder's last weight, for the adaptive weight.
+        background: what LPIPS and the discriminator, which both see RGB, see behind alpha
+            (`losses.colors`).
+        divide_by: micro-steps of this update, whose gradients are averaged.
+
+    Returns:
+        Unweighted terms and weights by log name, scalars on the device.
+    """
+    # gradients at the reconstruction
+    recon = out.recon.detach().requires_grad_()
+    learned = [out.output_logvar] if out.output_logvar.requires_grad else []
+    loss = objective.reconstruction(images, recon, out.output_logvar, background=background)
+    nll_grad, *logvar_grad = torch.autograd.grad(loss.total, [recon, *learned])
+    recon_grad, log = nll_grad, loss.log
+    if adversary is not None:
+        value, adversarial_grad = _adversarial(
+            recon, adversary, objective=objective, background=background
+        )
+        part = objective.adversarial_part(
+            value,
+            factor=adversary.factor,
+            recon=out.recon,
+            last_layer=last_layer,
+            nll_grad=nll_grad,
+            adversarial_grad=adversarial_grad,
+        )
+        recon_grad = nll_grad + part.weights[ADVERSARIAL] * adversarial_grad
+        log |= part.log
+
+    # one pass back through the decoder, with the latents' terms
+    latent = objective.latent(images, out, update=update)
+    of_latents = [latent.total / divide_by] if latent.total.requires_grad else []  # not frozen
+    grads = [recon_grad / divide_by, *(None for _ in of_latents)]
+    grads += [grad / divide_by for grad in logvar_grad]
+    torch.autograd.backward([out.recon, *of_latents, *learned], grads)
+    return log | latent.log
+
+
+def _adversarial(
+    recon: Tensor, adversary: Adversary, *, objective: Objective, background: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """The generator's loss and its gradient at ``recon``."""
+    loss = objective.adversarial_value(recon, adversary, background=background)
+    (grad,) = torch.autograd.grad(loss, recon)
+    return loss.detach(), grad
+
+
+def backward_critic(
+    images: Tensor,
+    recon: Tensor,
+    *,
+    adversary: Adversary,
+    background: Tensor | float = MID_GREY,
+    divide_by: int = 1,
+) -> dict[str, Tensor]:
+    """Add the gradient of the critic's loss and penalties to its parameters, in one backward pass;
+    ``recon`` is detached here, and ``background`` lies behind alpha in both.
+
+    Returns:
+        Unweighted terms and mean logits by log name, scalars on the device.
+    """
+    both = [to_rgb(images, background), to_rgb(recon.detach(), background)]
+    seen = diff_augment(torch.cat(both), adversary.augment)
+    real, fake = adversary.prepared(seen).float().chunk(2)
+    loss = adversary.loss.critic(real, fake)
+    log = {
+        "critic/loss": loss.detach(),
+        "critic/logits_real": real.detach().mean(),
+        "critic/logits_fake": fake.detach().mean(),
+    }
+    if adversary.lecam is not None:
+        lecam = adversary.lecam.penalty(real, fake)
+        log["critic/lecam"] = lecam.detach()
+        loss = loss + adversary.lecam_weight * lecam
+    if adversary.r1_weight > 0:
+        r1 = r1_penalty(adversary.critic, seen[: len(images)])
+        log["critic/r1"] = r1.detach()
+        loss = loss + adversary.r1_weight * r1
+    (loss / divide_by).backward()
+    return log

@@ -1,0 +1,126 @@
+"""The networks and losses of an autoencoder's run, the same on every rank."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from latentvae.compute.compilation import compile_blocks
+from latentvae.compute.upsampling import fold_upsampling
+from latentvae.compute.winograd.layers import swap_convolutions
+from latentvae.data import ImageSource
+from latentvae.distributed import is_main, send_from_main
+from latentvae.engine.processes import DTYPES
+from latentvae.losses.discriminators import Critic, build_critic
+from latentvae.losses.objective import Objective
+from latentvae.losses.objective.build import build_objective
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models import FAMILIES, TrainingWrapper, keep_batch_statistics
+from latentvae.tasks.autoencoder.codebook import initialise_codebook
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import Base
+from latentvae.tasks.autoencoder.images import eval_transform
+
+
+def build_net(config: TrainConfig, base: Base | None) -> Any:
+    """The base's network, or a new one."""
+    if base is not None:
+        return base.net
+    return FAMILIES[config.model.architecture].build(
+        **config.model.shape(),
+        image_channels=config.data.image_channels,
+        sample_size=max(config.data.size),
+    )
+
+
+def build_losses(
+    config: TrainConfig, net: Any, accelerator: Accelerator
+) -> tuple[PerceptualLoss, Objective]:
+    """LPIPS to validate with (always float32) and the objective, whose LPIPS may be the same
+    network."""
+    options = config.objective
+    metric = PerceptualLoss(
+        load_lpips(
+            options.lpips_net,
+            weights=options.lpips_weights,
+            allow_download=options.download_lpips,
+        )
+    ).to(accelerator.device)
+    objective = build_objective(
+        options,
+        config.critic,
+        perceptual=metric,
+        latent_weights=config.model.bottleneck.weights(),
+        has_kl=config.model.has_kl,
+        likelihood=FAMILIES[config.model.architecture].likelihood(net),
+        autocast_dtype=DTYPES[accelerator.mixed_precision],
+    )
+    return metric, objective
+
+
+def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
+    """The network as training calls it, frozen and folded as the options say."""
+    family = FAMILIES[config.model.architecture]
+    if pretrained:
+        keep_batch_statistics(net)
+    if config.model.freeze_encoder:
+        family.freeze_encoder(net)
+    if config.run.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    fold_upsampling(net)
+    return family.wrapper(
+        net,
+        output_logvar=config.objective.output_logvar,
+        learn_logvar=config.objective.learn_logvar,
+    )
+
+
+def start_codebook(
+    config: TrainConfig, net: Any, accelerator: Accelerator, images: ImageSource
+) -> None:
+    """Start the codes by k-means on the first rank, for all."""
+    run = config.run
+    per_process = run.train_batch_size * run.gradient_accumulation_steps
+    net.to(accelerator.device)
+    if is_main():
+        initialise_codebook(
+            net,
+            images,
+            eval_transform(config),
+            images_per_update=per_process * accelerator.num_processes,
+            seed=run.seed,
+        )
+    quantizer: Any = FAMILIES[config.model.architecture].quantizer(net)
+    send_from_main(quantizer.state_dict().values())  # DDP would leave buffers alone
+
+
+def build_discriminator(config: TrainConfig) -> Critic | None:
+    """None where its weight is 0."""
+    options = config.critic
+    if options.disc_scale == 0:
+        return None
+    return build_critic(
+        options.disc_type,
+        image_size=min(config.train_sizes, key=min),
+        channels=options.disc_channels,
+        num_layers=options.disc_layers,
+        norm=options.disc_norm,
+    )
+
+
+def compute_faster(
+    config: TrainConfig, net: Any, metric: PerceptualLoss, accelerator: Accelerator
+) -> None:
+    """Compile the network's blocks, or swap convolutions for Winograd's where they serve."""
+    if config.run.torch_compile:
+        compile_blocks(net)
+    elif _multiplies_less(config, accelerator):
+        swap_convolutions(net, trained=True)
+        # Channels innermost would be turned for every convolution.
+        swap_convolutions(metric.to(memory_format=torch.contiguous_format), trained=True)
+
+
+def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether Winograd's convolutions serve: float32 on the CPU, channels outermost."""
+    on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    return config.run.winograd and on_cpu and not config.run.channels_last

@@ -1,0 +1,228 @@
+"""The one schema of an autoencoder's run: sections of options with ranges, checked before any work.
+
+A YAML preset is loaded into it and flags override; see `latentvae.cli.train`. Leaf
+names are unique over the sections, so every option is one flat flag, named as Hugging Face's
+training scripts name it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.config import presets
+from latentvae.config.run import JobConfig, OptimizerConfig, RunConfig
+from latentvae.data.buckets import bucket_sizes
+from latentvae.data.config import DataConfig
+from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.losses.objective_config import KLTarget, NeedsKL, ObjectiveConfig
+from latentvae.models.conv.kl import KLModelConfig
+from latentvae.models.table import FAMILIES, AnyModelConfig
+from latentvae.options import DecidesTheWatch, MayChange, Positive, marked
+
+BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
+
+
+class AutoencoderRunConfig(RunConfig):
+    """Length, batch, precision, files and logs of the run."""
+
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, more time.",
+    )
+    channels_last: bool = Field(
+        default=False,
+        description=(
+            "Keep images and weights with the channels innermost: faster convolutions on GPUs with "
+            "bf16; on CPUs slower backward passes."
+        ),
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description=(
+            "Compile the network's blocks with torch.compile, which needs a C++ compiler or a GPU "
+            "with Triton and takes minutes at the start."
+        ),
+    )
+    # May change on resume: a matter of rounding, and older runs are without it.
+    winograd: Annotated[bool, MayChange()] = Field(
+        default=True,
+        description=(
+            "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
+            "multiplications, rounded to some 4e-6 of their size. Elsewhere without effect."
+        ),
+    )
+    deterministic_posterior: bool = Field(
+        default=False, description="Decode the posterior's mode in training instead of a sample."
+    )
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
+        default=6, description="Validation images shown in each sample grid."
+    )
+    export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
+        default="sd",
+        description=(
+            "Which pipelines the export's scaling and shift are written for; sd serves "
+            "all, sd3 (also FLUX) measures a shift, sdxl writes per-channel statistics."
+        ),
+    )
+    lookup_from_codebook: Annotated[bool, MayChange()] = Field(
+        default=False,
+        description=(
+            "Export a VQModel for aMUSEd: codes looked up by index, pixels in [0, 1]; without it "
+            "for all other pipelines."
+        ),
+    )
+
+
+class TrainConfig(JobConfig):
+    """A whole training run."""
+
+    config: Annotated[str, MayChange()] = Field(
+        default="kl_small",
+        description="YAML file, or the name of a preset. Flags override it.",
+    )
+    model: AnyModelConfig = KLModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    critic: CriticConfig = CriticConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: AutoencoderRunConfig = AutoencoderRunConfig()
+
+    def may_change(self, then: JobConfig) -> frozenset[str]:
+        assert isinstance(then, TrainConfig)
+        names = super().may_change(then)
+        if self.critic.critic_watch == then.critic.critic_watch == "disable":
+            return names - set(marked(TrainConfig, DecidesTheWatch))
+        return names
+
+    @property
+    def images_read(self) -> int:
+        """Images that a process reads for one micro-step, whose crops are its batch."""
+        return self.run.train_batch_size // self.data.crops_per_image
+
+    @property
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every height and width that may be trained at, in pixels."""
+        return self.sizes_at(self.data.size)
+
+    def sizes_at(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The same, if the resolution were `size`."""
+        if not self.data.aspect_ratio_buckets:
+            return (size,)
+        multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
+        return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
+
+    @property
+    def critic_start(self) -> int:
+        """First update (counted from 0) in which the critic learns; max_train_steps or more:
+        never."""
+        start = self.critic.disc_start
+        return round(start * self.run.max_train_steps) if start < 1 else int(start)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        for side in self.data.size:
+            if side % self.model.f:
+                near = max(int(side / self.model.f + 0.5), 1) * self.model.f
+                raise ValueError(
+                    f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
+                    f"nearest that is: {near}"
+                )
+        batch, crops = self.run.train_batch_size, self.data.crops_per_image
+        if batch % crops:
+            near = max(round(batch / crops), 1) * crops
+            raise ValueError(
+                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}; the "
+                f"nearest that is: {near}"
+            )
+        if self.run.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "
+                "wrong; allowed are bf16 and no"
+            )
+        if self.run.export_profile == "sdxl" and self.model.latent_channels != 4:
+            raise ValueError(
+                f"export_profile sdxl needs latent_channels 4, not {self.model.latent_channels}"
+            )
+        self._check_architecture()
+        return self
+
+    def _check_architecture(self) -> None:
+        """Options that mean nothing to the network are refused where they are set."""
+        model, family = self.model, FAMILIES[self.model.architecture]
+        without = f"has no meaning for the architecture {model.kind}"
+
+        # the objective
+        if (likelihood := model.pixel_likelihood) is not None:
+            self._check_likelihood(likelihood)
+        for name in () if model.has_kl else marked(ObjectiveConfig, NeedsKL):
+            if value := getattr(self.objective, name):
+                raise ValueError(f"{name} {value:g} {without}, which has no KL")
+        for name in marked(ObjectiveConfig, KLTarget) if model.freeze_encoder else ():
+            if value := getattr(self.objective, name):
+                raise ValueError(
+                    f"{name} {value:g} and freeze_encoder exclude each other: the KL "
+                    "of a frozen encoder does not move"
+                )
+        if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
+            raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
+
+        # the run
+        if self.run.deterministic_posterior and model.posterior != "gaussian":
+            raise ValueError(f"deterministic_posterior {without}, which has no posterior")
+        if self.run.lookup_from_codebook and not model.has_codes:
+            raise ValueError(f"lookup_from_codebook {without}, which has no codes")
+        if self.run.lookup_from_codebook and (reason := family.why_not_stock(model.shape())):
+            raise ValueError(
+                f"lookup_from_codebook is an option of VQModel, and this is none: {reason}"
+            )
+        if self.run.export_profile not in family.profiles:
+            raise ValueError(f"export_profile {self.run.export_profile} {without}")
+        if self.run.gradient_checkpointing and (reason := family.why_no_checkpointing):
+            raise ValueError(f"gradient_checkpointing {reason}")
+
+        # what excludes torch_compile
+        if self.run.torch_compile and self.run.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
+                "by itself what the backward pass recomputes"
+            )
+        if self.run.torch_compile and self.run.channels_last:
+            raise ValueError(
+                "torch_compile and channels_last exclude each other: the compiler fails on the "
+                "backward pass of such weights"
+            )
+        if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
+            raise ValueError(
+                f"torch_compile has no use with aspect_ratio_buckets {buckets}: every size would "
+                "be compiled for itself, and torch gives up after eight"
+            )
+
+    def _check_likelihood(self, likelihood: str) -> None:
+        """A decoder that gives a likelihood's parameters leaves no other to choose."""
+        if self.objective.learn_logvar:
+            raise ValueError(f"learn_logvar and likelihood {likelihood} exclude each other")
+        if self.objective.rec_loss != ObjectiveConfig().rec_loss:
+            raise ValueError(
+                f"rec_loss {self.objective.rec_loss} has no meaning with likelihood "
+                f"{likelihood}, which takes its place; leave it at {ObjectiveConfig().rec_loss}"
+            )
+        if self.objective.rec_target:
+            raise ValueError(
+                f"rec_target {self.objective.rec_target:g} has no meaning with likelihood "
+                f"{likelihood}, which is no error; hold the KL by kl_target"
+            )
+
+
+def load_preset(name_or_path: str) -> TrainConfig:
+    """Return the configuration in a YAML file, or in the preset of that name.
+
+    Raises:
+        UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
+            range.
+    """
+    return presets.load_preset(name_or_path, TrainConfig)
+
+
+def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
+    """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
+    return presets.parse(values, TrainConfig, source=source)

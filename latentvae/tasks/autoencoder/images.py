@@ -1,0 +1,156 @@
+"""The images of a run: opened, transformed, and in batches in the order that the seed gives."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from latentvae.data import (
+    Buckets,
+    BucketSampler,
+    DatasetSpec,
+    EvalTransform,
+    HubImages,
+    ImageSource,
+    ImageStream,
+    IndexSampler,
+    PixelFormat,
+    Subset,
+    TrainImages,
+    TrainTransform,
+    aspect_ratios,
+    assign,
+    open_images,
+    open_source,
+    stream_loader,
+    train_loader,
+)
+from latentvae.data.folder import SAMPLES
+from latentvae.distributed import from_main, is_main, rank, world_size
+from latentvae.tasks.autoencoder.config import TrainConfig
+
+STREAM_HELD_OUT = 256  # first images of a stream, to validate on
+
+
+def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
+    """Open training and validation images."""
+    data, spec = config.data, _spec(config)
+    pixels = PixelFormat(data.image_channels, data.value_range)
+    if isinstance(spec, DatasetSpec) and data.streaming:
+        validation = data.validation_data_dir
+        held_out = 0 if validation else STREAM_HELD_OUT
+        stream = ImageStream(
+            spec, held_out=held_out, shuffle_buffer=data.shuffle_buffer, pixels=pixels
+        )
+        if not validation:
+            return stream, stream.held_out
+        return stream, open_source(validation, pixels=pixels)
+    return open_images(
+        spec,
+        validation_data_dir=data.validation_data_dir,
+        split_share=data.validation_share,
+        seed=config.run.seed,
+        max_train_samples=data.max_train_samples,
+        pixels=pixels,
+    )
+
+
+def _spec(config: TrainConfig) -> str | DatasetSpec:
+    """A path as it is; a name of a data set, or a path with options of `datasets`, as such."""
+    data = config.data
+    name = data.dataset_name or data.train_data_dir
+    assert name is not None
+    plain = data.dataset_config_name is data.image_column is data.cache_dir is None
+    plain = plain and data.dataset_split == "train"
+    if name == SAMPLES or (data.dataset_name is None and plain):
+        return name
+    return DatasetSpec(
+        name=name,
+        config_name=data.dataset_config_name,
+        split=data.dataset_split,
+        image_column=data.image_column,
+        cache_dir=data.cache_dir,
+    )
+
+
+def train_transform(config: TrainConfig) -> TrainTransform:
+    data = config.data
+    return TrainTransform(
+        data.size,
+        crop=data.crop,
+        crop_scale=(data.crop_min_side, 1.0),
+        random_flip=data.random_flip,
+        interpolation=data.image_interpolation_mode,
+        resize_with=data.resize_with,
+        jpeg_draft=data.jpeg_draft,
+    )
+
+
+def eval_transform(config: TrainConfig) -> EvalTransform:
+    return EvalTransform(config.data.size, interpolation=config.data.image_interpolation_mode)
+
+
+def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
+    """What must not change under a run: number and names (hashed) of the images, which decide their
+    order; of rows that have no names, and of streams, which rows they are.
+
+    Where a local data set lies is not part of it.
+    """
+    if isinstance(images, ImageStream):
+        return {
+            "data set": Path(images.name).name if Path(images.name).exists() else images.name,
+            "configuration": images.config_name,
+            "split": images.split,
+            "column": images.column,
+        }
+    digest = hashlib.sha256()
+    for i in range(len(images)):
+        digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
+    identity = {"images": len(images), "names_sha256": digest.hexdigest()}
+    whole = images
+    while isinstance(whole, Subset):
+        whole = whole.source
+    if isinstance(whole, HubImages) and whole.numbered:
+        identity |= {"configuration": whole.origin[1], "column": whole.column}
+    return identity
+
+
+def batches(
+    config: TrainConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
+) -> tuple[Iterable[Any], int | None]:
+    """Endless batches of this rank, and micro-steps in which every image comes once (a stream may
+    not know)."""
+    transform, seed = train_transform(config), config.run.seed
+    read, crops = config.images_read, config.data.crops_per_image
+    place = {"rank": rank(), "world_size": world_size(), "start_step": start_step, "seed": seed}
+    loading = {"num_workers": config.data.dataloader_num_workers, "pin_memory": pin_memory}
+    if isinstance(images, ImageStream):
+        per_epoch = (images.num_images or 0) // (read * world_size()) or None
+        loader = stream_loader(images, transform, batch_size=read, crops=crops, **place, **loading)
+        return loader, per_epoch
+
+    ratios = None
+    if config.data.aspect_ratio_buckets:  # one rank reads the headers
+        ratios = from_main(aspect_ratios(images) if is_main() else None)
+    buckets = image_buckets(config, ratios, processes=world_size())
+    if buckets is not None and is_main():
+        print(f"  buckets        {buckets.describe()} images")
+    sampler = image_sampler(config, len(images), buckets, **place)
+    dataset = TrainImages(images, transform, seed=seed, crops=crops, buckets=buckets)
+    return train_loader(dataset, sampler, **loading), sampler.steps_per_epoch
+
+
+def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
+    """The bucket of every image by its aspect ratio; None without buckets."""
+    if ratios is None:
+        return None
+    return assign(ratios, config.train_sizes, at_least=config.images_read * processes)
+
+
+def image_sampler(
+    config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
+) -> IndexSampler | BucketSampler:
+    """The order of the images from a place (rank, world_size, start_step, seed) on."""
+    if buckets is not None:
+        return BucketSampler(buckets, config.images_read, **place)
+    return IndexSampler(num_images, config.images_read, **place)

@@ -1,0 +1,223 @@
+"""The half of the task that learns: networks, one update, and the controllers that follow it.
+
+One update: one forward per micro-step, one pass back through the decoder, then the discriminator on
+the same images and the detached reconstruction (`backward`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentvae.data import Batch, ImageSource, ImageStream
+from latentvae.engine.task import Averages, Learner, Task
+from latentvae.losses.adversarial import GAN_LOSSES, Adversary, LeCam, lazy_weight
+from latentvae.losses.colors import random_background
+from latentvae.losses.discriminators import power_iteration
+from latentvae.losses.posterior import ActiveUnits
+from latentvae.models import family_of
+from latentvae.tasks.autoencoder.backward import backward_critic, backward_model
+from latentvae.tasks.autoencoder.build import (
+    build_discriminator,
+    build_losses,
+    build_net,
+    build_wrapper,
+    compute_faster,
+    start_codebook,
+)
+from latentvae.tasks.autoencoder.codebook import CodebookUpdate, temperature, wants_start
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import Base
+from latentvae.tasks.autoencoder.latent_values import latent_values
+from latentvae.tasks.autoencoder.state import AutoencoderState
+
+MODEL, CRITIC = "model", "critic"  # learners
+
+
+class LearningAutoencoder(Task):
+    """What learns; `task.AutoencoderTask` adds images, the log, checkpoints and the export.
+
+    Attributes:
+        base: the pretrained network that a fine-tuning starts from.
+        train_images, validation_images: opened sources.
+        wrapper: the network with what only training needs, bare; `net` is the network itself.
+        critic: the discriminator, bare; None where its weight is 0.
+        objective: terms and weights of the model's loss.
+        metric: LPIPS to validate with, float32.
+        progress: how far the controllers are.
+    """
+
+    config: TrainConfig
+    base: Base | None
+    train_images: ImageSource | ImageStream
+    validation_images: ImageSource
+
+    def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        config, self.accelerator = self.config, accelerator
+        net = build_net(config, self.base)
+        self.metric, self.objective = build_losses(config, net, accelerator)
+        self.wrapper = build_wrapper(config, net, pretrained=self.base is not None)
+        if wants_start(config) and self.base is None and not resumed:
+            start_codebook(config, net, accelerator, self.statistics_images)
+
+        self.critic = build_discriminator(config)
+        has_lecam = self.critic is not None and config.critic.disc_lecam_weight > 0
+        self.lecam = LeCam(device=accelerator.device) if has_lecam else None
+        if config.run.channels_last:
+            for module in (self.wrapper, self.critic):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)
+        compute_faster(config, net, self.metric, accelerator)
+
+        self.learners = {
+            MODEL: Learner.with_adamw(self.wrapper, accelerator, config.optimizer, averaged=net)
+        }
+        if self.critic is not None:
+            self.learners[CRITIC] = Learner.with_adamw(
+                self.critic, accelerator, config.optimizer, rate=config.critic.disc_learning_rate
+            )
+        self.progress = AutoencoderState(critic_start=config.critic_start)
+        self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
+        self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
+        self._means: list[Tensor] = []  # of posteriors, of this update
+
+    @property
+    def net(self) -> Any:
+        return self.wrapper.net
+
+    @property
+    def prepared(self) -> nn.Module:
+        return self.learners[MODEL].prepared
+
+    @property
+    def statistics_images(self) -> ImageSource:
+        """Training images that can be read by number, to measure on."""
+        images = self.train_images
+        return self.validation_images if isinstance(images, ImageStream) else images
+
+    # an update
+
+    def learning(self, update: int) -> Sequence[str]:
+        names = () if self._critic_learns_alone(update) else (MODEL,)
+        return names if self.adversary(update) is None else (*names, CRITIC)
+
+    def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        options = self.config.run
+        adversary, alone = self.adversary(update), self._critic_learns_alone(update)
+        images = batch.on(self.accelerator.device)
+        background = random_background(images)
+
+        # forward
+        with torch.set_grad_enabled(not alone):
+            out = self.prepared(
+                images,
+                sample=not options.deterministic_posterior,
+                temperature=temperature(self.config, update),
+            )
+
+        # the model's backward
+        logged: dict[str, Tensor] = {}
+        if not alone:
+            logged = backward_model(
+                images,
+                out,
+                objective=self.objective,
+                update=update,
+                last_layer=self.wrapper.last_layer,
+                adversary=adversary,
+                background=background,
+                divide_by=options.gradient_accumulation_steps,
+            )
+            means = [latent.mean for latent in out.latents if latent.mean is not None]
+            self._means += [mean.detach() for mean in means]
+            self.codebook.add(out)
+
+        # the discriminator's
+        if adversary is not None:
+            logged |= backward_critic(
+                images,
+                self.objective.picture(out.recon.detach()),
+                adversary=adversary,
+                background=background,
+                divide_by=options.gradient_accumulation_steps,
+            )
+        logged |= {"objective/output_logvar": out.output_logvar.detach()}
+        return logged | latent_values(out)
+
+    def adversary(self, update: int) -> Adversary | None:
+        """The discriminator's part in an update; None before it starts, and after the watch has
+        stopped it."""
+        options = self.config.critic
+        factor = self.objective.adversarial.factor(update, start=self.progress.critic_start)
+        if factor is None or self.critic is None or self.progress.critic_stopped is not None:
+            return None
+        return Adversary(
+            critic=self.critic,
+            prepared=self.learners[CRITIC].prepared,
+            factor=factor,
+            loss=GAN_LOSSES[options.disc_loss],
+            augment=options.disc_augment,
+            r1_weight=lazy_weight(
+                update, weight=options.disc_r1_weight, interval=options.disc_r1_interval
+            ),
+            lecam=self.lecam,
+            lecam_weight=options.disc_lecam_weight,
+        )
+
+    def _critic_learns_alone(self, update: int) -> bool:
+        weight, start = self.objective.adversarial, self.progress.critic_start
+        return self.progress.critic_stopped is None and weight.learns_alone(update, start=start)
+
+    def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
+        # While only the discriminator learns nothing answers to the KL's weight, so it rests.
+        target, rests = self.objective.kl_target, self._critic_learns_alone(update)
+        return torch.empty(0) if target is None else target.measured([] if rests else values)
+
+    def after_update(
+        self,
+        update: int,
+        *,
+        values: Sequence[Mapping[str, Tensor]],
+        means: Sequence[float],
+        averages: Averages,
+    ) -> dict[str, Tensor]:
+        adversary = self.adversary(update)
+        if adversary is not None:
+            power_iteration(adversary.critic)
+        learned = self.codebook.apply(
+            update, optimizer=self.learners[MODEL].optimizer, averages=averages
+        )
+        if adversary is not None and self.lecam is not None:
+            real, fake = (
+                torch.stack([logged[f"critic/logits_{kind}"] for logged in values]).mean()
+                for kind in ("real", "fake")
+            )
+            self.lecam.update(real, fake)
+        for mean in self._means:
+            self.units.add(mean)
+        return learned | self._move_kl_weight(update, means)
+
+    def end_update(self) -> None:
+        self.codebook.clear()
+        self._means = []
+
+    def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
+        """The KL's weight follows its target; returns the one that was used, to log."""
+        target = self.objective.kl_target
+        if target is None:
+            return {}
+        weight = self.objective.weights["kl"] * target(update)
+        if found:
+            target.follow(found[0])
+        return {"objective/kl_weight": torch.full((), weight, device=self.accelerator.device)}
+
+    # checkpoints
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {} if self.lecam is None else {"lecam": self.lecam.state_dict()}
+
+    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self.lecam is not None:
+            self.lecam.load_state_dict(tensors["lecam"])

@@ -1,0 +1,313 @@
+"""The task "autoencoder": reconstruction with perceptual, adversarial and latent terms.
+
+    from latentvae.tasks.autoencoder import load_preset
+    from latentvae.tasks.autoencoder.task import AutoencoderTask
+
+export = engine.loop.train(AutoencoderTask(load_preset("kl_small")))
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentvae.data import BadImages, Batch, ImageStream, aspect_ratios, some_of
+from latentvae.distributed import gather_objects, rank, world_size
+from latentvae.engine.progress import not_of_a_run
+from latentvae.errors import UserError, printable
+from latentvae.losses.posterior import ActiveUnits
+from latentvae.models import calls
+from latentvae.tasks.autoencoder import plan, refusals
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.exporting import done, export_of_run, is_whole, options_of_export
+from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
+from latentvae.tasks.autoencoder.images import (
+    batches,
+    data_identity,
+    eval_transform,
+    image_buckets,
+    image_sampler,
+    open_data,
+)
+from latentvae.tasks.autoencoder.learning import LearningAutoencoder
+from latentvae.tasks.autoencoder.state import AutoencoderState, KLTargetState, RankState
+from latentvae.tasks.autoencoder.validate import readable_images, save_grid, told, validate
+from latentvae.tasks.autoencoder.watch import CollapseWatch, Finding, what_to_watch
+
+
+class AutoencoderTask(LearningAutoencoder):
+    """Train an autoencoder on images."""
+
+    config_class = TrainConfig
+    state_class, rank_state_class = AutoencoderState, RankState
+    title, unit, shown = "Autoencoder", "images", ("loss/rec", "loss/lpips")
+    files, parts = (BASE_NAME,), {"codebook": "net.quantize."}
+    data_advice = (
+        "store the images smaller, or try --crops_per_image 2 (twice the crops of half as many "
+        "images)"
+    )
+    non_finite_advice = ", or a later disc_start"
+    launch = ("-m", "latentvae.cli.train")
+
+    # before the run
+
+    def check(self) -> None:
+        refusals.check_images(self.config)
+
+    def open(self) -> None:
+        self.base = open_base(self.config)
+        self.config = with_shape_of(self.config, self.base)
+        self.train_images, self.validation_images = open_data(self.config)
+
+    def check_processes(self, processes: int) -> None:
+        if not isinstance(self.train_images, ImageStream):  # is there one batch for each rank?
+            place = {"rank": 0, "world_size": processes, "start_step": 0, "seed": 0}
+            image_sampler(self.config, len(self.train_images), None, **place)
+        refusals.check_compilation(self.config, processes=processes)
+
+    def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        super().build(accelerator, resumed=resumed)
+        self.bad, self.bad_validation = BadImages(), BadImages()
+        self._unnamed: list[tuple[str, str]] = []  # of this rank, since the last row
+        self._micro_steps = 0
+        self._watch_from_here({})
+
+    def batches(self, *, start_step: int) -> Iterable[Batch]:
+        loader, self.steps_per_epoch = batches(
+            self.config,
+            self.train_images,
+            start_step=start_step,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        self._micro_steps = start_step
+        return loader
+
+    def check_ready(self) -> None:
+        validated = some_of(self.validation_images, self.config.data.max_validation_images)
+        readable_images(validated, eval_transform(self.config), count=1)
+
+    def write_files(self, folder: Path) -> None:
+        if self.base is not None:
+            self.base.write(folder)
+        else:
+            (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
+
+    def identity(self) -> dict[str, Any]:
+        return data_identity(self.train_images)
+
+    @property
+    def num_workers(self) -> int:
+        return self.config.data.dataloader_num_workers
+
+    @property
+    def items_read(self) -> int:
+        return self.config.images_read
+
+    def plan(self) -> dict[str, str]:
+        return plan.plan(self)
+
+    def step_size(self) -> str:
+        height, width = self.config.data.size
+        return f"train_batch_size {self.config.run.train_batch_size} at {height} x {width} px"
+
+    def memory_advice(self) -> list[str]:
+        return refusals.memory_advice(self.config, super().memory_advice())
+
+    # an update
+
+    def begin(self, update: int) -> None:
+        if self.progress.critic_stopped is not None:
+            self.say(f"the critic is off since update {self.progress.critic_stopped:,}")
+        self._tell([], update)  # a run that is resumed with `--critic_watch disable` acts now
+
+    def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        self._unnamed += batch.bad
+        self._micro_steps += 1
+        return super().micro_step(batch, update)
+
+    def keys(self, batch: Batch) -> Tensor:
+        return batch.indices
+
+    def names(self, keys: Tensor) -> list[str]:
+        images = self.train_images
+        if isinstance(images, ImageStream):
+            return [f"row {number} of process {rank()}'s stream" for number in keys.tolist()]
+        return [printable(images.name(number)) for number in keys.tolist()]
+
+    # between updates
+
+    def row(self, update: int, means: Mapping[str, float]) -> dict[str, float]:
+        self._name_bad_images()
+        own: dict[str, float] = {}
+        if (active := self.units.count()) is not None:
+            own["latent/active_units"] = active
+        findings = self.watch.row(update, {**means, **own})
+        own |= {**self.watch.flags(), "data/bad_images": len(self.bad)}
+        self._tell(findings, update)
+        return own
+
+    def _name_bad_images(self) -> None:
+        """Name each unreadable file once, over all ranks; stop if there are too many."""
+        for found in gather_objects(self._unnamed):
+            for name, reason in self.bad.update(found):
+                self.say(
+                    f"cannot read {printable(name)} ({printable(reason)}); another image takes its "
+                    "place"
+                )
+        self._unnamed = []
+        images = self.train_images
+        if isinstance(images, ImageStream):
+            seen = self._micro_steps * self.config.images_read * world_size()
+            total = images.num_images or max(seen, 1)
+        else:
+            total = len(images)
+        self.bad.check(total, self.config.data.max_bad_share)
+
+    def validate(self, update: int) -> dict[str, float]:
+        bad = BadImages()
+        values = validate(
+            self.net,
+            self.validation_images,
+            transform=eval_transform(self.config),
+            perceptual=self.metric,
+            batch_size=self.config.run.eval_batch_size,
+            limit=self.config.data.max_validation_images,
+            device=self.accelerator.device,
+            bad=bad,
+        )
+        for found in gather_objects(list(bad.reasons.items())):
+            for name, reason in self.bad_validation.update(found):
+                self.say(f"cannot validate on {printable(name)} ({printable(reason)})")
+        return values
+
+    def save_samples(self, path: Path) -> bool:
+        save_grid(
+            self.net,
+            self.validation_images,
+            path,
+            transform=eval_transform(self.config),
+            count=self.config.run.num_sample_images,
+            device=self.accelerator.device,
+        )
+        return True
+
+    def validation_line(self, values: Mapping[str, float]) -> str:
+        return told(values)
+
+    def validated(self, update: int, values: Mapping[str, float]) -> None:
+        self._tell(self.watch.validation(update, values), update)
+
+    def summary(self) -> str | None:
+        return self.watch.summary()
+
+    def _tell(self, findings: list[Finding], update: int) -> None:
+        """Say what the watch found, and do what it is asked to. All ranks decide the same."""
+        for found in findings:
+            self.say(f"watch, update {update:,}: {found.sentence}")
+        disable = self.config.critic.critic_watch == "disable"
+        if disable and self.progress.critic_stopped is None and self.watch.blames_critic():
+            self.progress.critic_stopped = update
+            self.watch.critic_stops(update)
+            self.say(
+                f"watch, update {update:,}: the critic is switched off for the rest of "
+                "the run (--critic_watch disable)"
+            )
+
+    def _watch_from_here(self, saved: dict[str, Any]) -> None:
+        self.watch = CollapseWatch(
+            what_to_watch(
+                self.config,
+                critic_start=self.progress.critic_start,
+                num_codes=calls.num_codes(self.net),
+                critic_stopped=self.progress.critic_stopped is not None,
+            ),
+            saved=saved,
+        )
+
+    # checkpoints
+
+    def state(self) -> AutoencoderState:
+        self._name_bad_images()
+        bad = [list(entry) for entry in self.bad.reasons.items()]
+        changes = {"bad_images": bad, "watch": self.watch.state_dict()}
+        if (target := self.objective.kl_target) is not None:
+            changes["kl_target"] = KLTargetState(**target.state_dict())
+        return self.progress.model_copy(update=changes)
+
+    def load_state(self, state: AutoencoderState, *, update: int) -> None:
+        started = state.critic_start <= update
+        if not started:  # a later or an earlier start of the new options counts
+            state = state.model_copy(update={"critic_start": self.config.critic_start})
+        self.progress = state
+        if (target := self.objective.kl_target) is not None:
+            target.load_state_dict(state.kl_target.model_dump())
+        self.bad.update((name, reason) for name, reason in state.bad_images)
+        self._watch_from_here(state.watch)
+
+    def rank_state(self) -> RankState:
+        return RankState(units=self.units.state())
+
+    def load_rank_state(self, state: RankState) -> None:
+        d = self.config.model.latent_channels
+        if state.units and [len(row) for row in state.units] != [d] * 3:
+            raise not_of_a_run(f"units: not 3 x {d} sums for each process")
+        device = self.accelerator.device
+        self.units = ActiveUnits(d, device=device, saved=state.units or None)
+
+    # the end
+
+    def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
+        return export_of_run(
+            self.net,
+            self.config,
+            images=(self.statistics_images, self.validation_images),
+            update=update,
+            folder=folder,
+            out=out,
+            device=self.accelerator.device,
+            base=self.base,
+        )
+
+    def export_options(self) -> dict[str, Any]:
+        return options_of_export(self.config)
+
+    def has_export(self, out: Path) -> bool:
+        return is_whole(out)
+
+    def done(self, out: Path) -> str:
+        return done(out)
+
+    # proofs
+
+    @classmethod
+    def shortened(cls, config: TrainConfig, *, updates: int) -> TrainConfig:
+        early, critic = updates // 4, config.critic
+        sections = {
+            "data": {"max_validation_images": min(config.data.max_validation_images, 8)},
+            "critic": {
+                "disc_start": float(early),
+                "disc_warmup_steps": min(critic.disc_warmup_steps, early),
+                "disc_ramp_steps": min(critic.disc_ramp_steps, early),
+            },
+            "run": {"num_sample_images": 1},
+        }
+        return config.with_changes(sections)
+
+    def check_repeatable(self) -> None:
+        if isinstance(self.train_images, ImageStream):
+            raise UserError(
+                "streaming resumes approximately, so that there is nothing to compare; leave it out"
+            )
+
+    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
+        images = self.train_images
+        assert not isinstance(images, ImageStream)
+        ratios = aspect_ratios(images) if self.config.data.aspect_ratio_buckets else None
+        buckets = image_buckets(self.config, ratios, processes=processes)
+        place = {"rank": rank, "world_size": processes, "start_step": start}
+        sampler = image_sampler(
+            self.config, len(images), buckets, **place, seed=self.config.run.seed
+        )
+        return [step for _, step in zip(range(start, stop), sampler, strict=False)]
