@@ -65,6 +65,7 @@ def test_channels_last(plain: Path, tmp_path: Path) -> None:
     assert_same_curve(plain, tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_compiled_by_aot_autograd(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

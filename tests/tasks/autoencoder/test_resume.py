@@ -109,6 +109,7 @@ def test_with_workers_reading_the_images(
     assert_same_run(straight, resumed)
 
 
+@pytest.mark.slow
 def test_with_gradient_checkpointing(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

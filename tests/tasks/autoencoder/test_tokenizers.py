@@ -51,7 +51,13 @@ def run(folder: Path, name: str, **options: Any) -> Path:
     return train(small_config(folder, model=tokenizer(name), **shape))
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("vq_average", "gumbel") else [pytest.mark.slow])
+        for name in QUANTIZERS  # the contract tests look at each in the fast suite
+    ],
+)
 def test_a_run_goes_on_to_the_bit_and_loads(name: str, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", name, max_train_steps=3, log_steps=1)
     broken_off(tmp_path / "whole", tmp_path / "broken", update=2)
