@@ -53,7 +53,7 @@ def training(folder: Path, images: Path) -> list[str]:
     config = small_config(
         folder, train_data_dir=str(images), max_train_steps=2, max_bad_share=0.5, log_steps=1
     )
-    return [sys.executable, "-m", "latentvae.tasks.autoencoder", *as_flags(config)]
+    return [sys.executable, "-m", "latentvae.cli.train", *as_flags(config)]
 
 
 def run(
