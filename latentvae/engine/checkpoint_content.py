@@ -60,6 +60,11 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
         UserError: the run was started with other processes, precision or data, or has another
             network; or no run has written it.
     """
+    if "update" in snapshot.values:
+        raise UserError(
+            "the checkpoint was written by another version of latentvae, which this one cannot "
+            "resume; go on with that version, or start anew in another output_dir"
+        )
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors
     if snapshot.update not in (None, values.progress.update):
@@ -78,7 +83,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
         average.optimization_step = values.average_steps[name]
     task.load_tensors({name: tensors[name] for name in task.tensors()})
     task.load_state(state, update=values.progress.update)
-    task.load_rank_state(rank_states[rank()])
+    for own in (*rank_states, rank_states[rank()]):  # every rank refuses what one must refuse
+        task.load_rank_state(own)
 
     training.progress = values.progress
     return values.windows[rank()]

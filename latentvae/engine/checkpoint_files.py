@@ -193,7 +193,10 @@ def _fault(folder: Path) -> str:
     if not (folder / "manifest.json").exists():
         return "manifest.json is missing"
     try:
-        files = read_json(folder / "manifest.json")["files"]
+        manifest = read_json(folder / "manifest.json")
+        files = manifest["files"]
+        if manifest["update"] != update_of(folder):
+            return f"manifest.json is of update {str(manifest['update'])[:20]}"
         present = {path.name for path in folder.glob("*.safetensors")} | {"state.json"}
         if not present <= files.keys():
             return f"{min(present - files.keys())} is not in manifest.json"

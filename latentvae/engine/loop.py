@@ -72,6 +72,8 @@ def train(task: Task) -> Path:
             update = _run(task, folder=folder, accelerator=accelerator)
     finally:
         close_tracker(accelerator)
+        for learner in task.learners.values():
+            learner.prepared = learner.module  # DDP must not outlive the process group
         end_accelerator(accelerator)
 
     out = folder / "export"

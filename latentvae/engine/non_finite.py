@@ -30,7 +30,8 @@ def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Tas
     for process, steps in enumerate(gather_objects(found)):
         for terms, names in steps:
             where = f"process {process}: " if world_size() > 1 else ""
-            clauses.append(f"{where}{', '.join(terms)} not finite on {names}")
+            on = f" on {names}" if names else ""
+            clauses.append(f"{where}{', '.join(terms)} not finite{on}")
     return "; ".join(clauses) or "every term is finite, the gradient of their sum is not"
 
 

@@ -76,11 +76,24 @@ def checked_values(model: type[Model], values: Any) -> Model:
         UserError: no run has written them; names the entry.
     """
     try:
-        return model.model_validate(values)
+        checked = model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = [".".join(map(str, first["loc"]))] if first["loc"] else []
         raise not_of_a_run(": ".join([*where, first["msg"]])) from error
+    if missing := _not_given(checked):
+        raise not_of_a_run(f"{missing[0]}: missing")
+    return checked
+
+
+def _not_given(values: BaseModel) -> list[str]:
+    """Fields that were left to their defaults, at any depth: a new run's, not a saved one's."""
+    names = [name for name in type(values).model_fields if name not in values.model_fields_set]
+    for name in type(values).model_fields:
+        inner = getattr(values, name)
+        if isinstance(inner, BaseModel):
+            names += [f"{name}.{missing}" for missing in _not_given(inner)]
+    return names
 
 
 def not_of_a_run(fault: str) -> UserError:

@@ -212,7 +212,7 @@ class Task(ABC):
         """Called once before the first update of this process; `update` of them are done."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Names of the learners that take part in an update (from 0)."""
+        """Names of the learners that take part in an update (from 0); one at least."""
         return tuple(self.learners)
 
     @abstractmethod

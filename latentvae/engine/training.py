@@ -62,7 +62,7 @@ class Training:
         """Put every learner in eval mode, with averaged weights if there are any, for a while."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
-                part = learner.averaged or learner.module
+                part = learner.module if learner.averaged is None else learner.averaged
                 stack.enter_context(averaged_weights(part, self.averages.get(name)))
             yield
 

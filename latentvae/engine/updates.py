@@ -54,6 +54,8 @@ class Updates:
         """Make one update of the learners that take part in it. All ranks call it."""
         task, progress, made = self.training.task, self.training.progress, Made()
         learning = task.learning(progress.update)
+        if not learning:
+            raise ValueError("A task must name a learner for each update (got none).")
         self.set_learning_rates()
 
         # gradients

@@ -223,9 +223,7 @@ def test_a_forged_state_is_refused_whatever_it_says(finished: Path) -> None:
         assert set(values) == set(model.model_fields)
         forged = [(name, values | {name: wrong}) for name in values for wrong in _wrong(name)]
         forged.append(("extra", values | {"extra": 1}))
-        if model is SavedValues:
-            gone = [(name, {k: v for k, v in good.items() if k != name}) for name in good]
-            forged += gone
+        forged += [(name, {k: v for k, v in values.items() if k != name}) for name in values]
         for name, other in forged:
             with pytest.raises(UserError, match=f"{name}|processes"):
                 checked_values(model, other)
@@ -242,12 +240,14 @@ def _wrong(name: str) -> list[Any]:
         (lambda v: v["windows"].append({}), "windows: 2 of 1 processes"),
         (lambda v: v["windows"][0].update({"loss/rec": [1.0]}), r"windows.0.loss/rec"),
         (lambda v: v["ranks"][0]["units"].pop(), "units: not 3 x 4 sums"),
+        (lambda v: v["ranks"][0]["units"][0].__setitem__(0, -1.0), "units: a count is no number"),
         (lambda v: v["ranks"][0]["units"][1].append(0.0), "units: not 3 x 4 sums"),
         (lambda v: v["task"]["bad_images"].append(["a.png"]), "bad_images.0"),
         (lambda v: v["task"]["watch"]["conditions"]["critic_won"].update(extra=1), "conditions"),
         (lambda v: v["task"]["kl_target"].update(error=float("inf")), "kl_target.error"),
         (lambda v: v["progress"].update(update=3), "its state.json is of update 3"),
         (lambda v: v.update(average_steps={}), "no average_steps of model"),
+        (lambda v: v.update(update=4), "written by another version of latentvae"),
     ],
 )
 def test_a_forged_entry_is_named(
@@ -257,3 +257,13 @@ def test_a_forged_entry_is_named(
     change(values)
     forge(finished / "checkpoint-4", values)
     assert said in _refused(finished, capsys)
+
+
+def test_a_renamed_checkpoint_is_passed_over(
+    finished: Path, resumed: list[tuple[Training, Window]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "checkpoint-4").rename(finished / "checkpoint-5")
+    with pytest.raises(_Enough):
+        resume(finished)
+    assert "checkpoint-5 is passed over: manifest.json is of update 4" in capsys.readouterr().out
+    assert resumed[0][0].progress.update == 2

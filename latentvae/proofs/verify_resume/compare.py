@@ -110,6 +110,7 @@ def compare(straight: Left, resumed: Left, *, again: Left | None = None) -> list
             `NOISE` times what differs between the two unbroken ones is allowed then.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
+    names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
     checks = []
     for name in names:
         left, right = straight.tensors.get(name, {}), resumed.tensors.get(name, {})

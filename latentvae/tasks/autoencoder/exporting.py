@@ -95,7 +95,7 @@ def export_folder(
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
     base, update = read_base(folder, config.model.architecture), update_of(checkpoint)
     net = build_net(config, base)
-    load_weights(net, _weights(checkpoint))
+    load_weights(net, _weights(checkpoint, averaged=config.optimizer.use_ema))
     net.eval()
     train, validation = open_data(config)
     export_of_run(
@@ -114,9 +114,14 @@ def export_folder(
         push_export(out, repo_id=repo_id, private=hub_private_repo, message=message)
 
 
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The network's weights of a checkpoint, averaged where there is an average."""
+def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
+    """The network's weights of a checkpoint, averaged where the run keeps an average."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
+    if averaged and "model_average" not in tensors:
+        raise UserError(
+            f"checkpoint '{checkpoint}' has no model_average.safetensors, but the run averages its "
+            "weights (use_ema); it was written by another version of latentvae"
+        )
     weights = averaged_or_trained(tensors, "model")
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 

@@ -6,6 +6,7 @@
 export = engine.loop.train(AutoencoderTask(load_preset("kl_small")))
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class AutoencoderTask(LearningAutoencoder):
         self.base = open_base(self.config)
         self.config = with_shape_of(self.config, self.base)
         self.train_images, self.validation_images = open_data(self.config)
+        self._identity = data_identity(self.train_images)
+        self._ratios: Any = None
 
     def check_processes(self, processes: int) -> None:
         if not isinstance(self.train_images, ImageStream):  # is there one batch for each rank?
@@ -95,7 +98,7 @@ class AutoencoderTask(LearningAutoencoder):
             (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
 
     def identity(self) -> dict[str, Any]:
-        return data_identity(self.train_images)
+        return self._identity
 
     @property
     def num_workers(self) -> int:
@@ -253,6 +256,10 @@ class AutoencoderTask(LearningAutoencoder):
         d = self.config.model.latent_channels
         if state.units and [len(row) for row in state.units] != [d] * 3:
             raise not_of_a_run(f"units: not 3 x {d} sums for each process")
+        if any(
+            not math.isfinite(n) or n < 0 or n % 1 or n > 2**53 for n in (state.units or [[]])[0]
+        ):
+            raise not_of_a_run("units: a count is no number of values")
         device = self.accelerator.device
         self.units = ActiveUnits(d, device=device, saved=state.units or None)
 
@@ -304,8 +311,9 @@ class AutoencoderTask(LearningAutoencoder):
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
         images = self.train_images
         assert not isinstance(images, ImageStream)
-        ratios = aspect_ratios(images) if self.config.data.aspect_ratio_buckets else None
-        buckets = image_buckets(self.config, ratios, processes=processes)
+        if self._ratios is None and self.config.data.aspect_ratio_buckets:
+            self._ratios = aspect_ratios(images)
+        buckets = image_buckets(self.config, self._ratios, processes=processes)
         place = {"rank": rank, "world_size": processes, "start_step": start}
         sampler = image_sampler(
             self.config, len(images), buckets, **place, seed=self.config.run.seed
