@@ -65,12 +65,12 @@ class Quantizer(nn.Module):
             features: (B, C, h, w).
             temperature: above 0; only Gumbel-softmax, in training, has a use for it.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every bottleneck has its own
 
     def codes(self, indices: Tensor) -> Tensor:
         """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), exactly as quantising
         gives it."""
-        raise NotImplementedError
+        raise NotImplementedError  # every bottleneck has its own
 
     def initialise(
         self,

@@ -116,6 +116,8 @@ def _train(training: Training, window: Window) -> None:
     start = training.progress.update
     loader = task.batches(start_step=training.progress.micro_step)
     training.accelerator.print(plan(training))
+
+    # what tells of the run
     start_tracker(
         training.accelerator,
         options.report_to,
@@ -140,6 +142,8 @@ def _train(training: Training, window: Window) -> None:
         shown=task.shown,
         waiting=waiting,
     )
+
+    # updates, until the end or a signal
     with Interrupt() as interrupt, contextlib.closing(log):
         loop = _Loop(training, window, log=log, interrupt=interrupt)
         try:

@@ -123,7 +123,7 @@ class DiscreteFamily(TrainableFamily):
             net: float32, on the CPU.
             unit_range: of pixels in [0, 1], with codes looked up by index, as aMUSEd asks.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.why_not_stock(net.config))  # callers ask that first
 
     def fit_stock(self, net: Network, stock: Network, images: Tensor) -> float:
         """Scale the features of `stock`, in place, so that its search tells codes apart; returns
