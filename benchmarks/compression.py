@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from latentvae.cli.evaluate import evaluate_command
+from latentvae.cli.evaluate_command import evaluate_command
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.errors import UserError
 

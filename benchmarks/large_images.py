@@ -5,8 +5,8 @@
 Every line is measured in a fresh process, whose resident memory is watched: how far it rose above
 what it was before the call. Ours are the strips, the reference is one of the others. `equal within`
 is the largest difference to the whole image (of tiles: of their own). Seams are those of tiles of
-diffusers' size, in levels of 255; above 2 they show (latentvae/evaluation/tiling.py). Images that
-are not larger than a tile have no row of tiles.
+diffusers' size, in levels of 255; above 2 they show (latentvae/evaluation/tiling_check.py). Images
+that are not larger than a tile have no row of tiles.
 """
 
 import json
@@ -29,7 +29,7 @@ from latentvae.cli.flags import exit_with, parse_options
 from latentvae.compute.strips import StripComputation, Strips
 from latentvae.errors import UserError
 from latentvae.evaluation.speed import MIB, peak_memory
-from latentvae.evaluation.tiling import seam_between
+from latentvae.evaluation.tiling_check import seam_between
 from latentvae.models import calls, load_network
 from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor
 
@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 CALLS = ("encode", "decode")
-WAYS = ("plain", "tiles", "strips")
+WAYS = ("stock", "tiles", "strips")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _rows(name: str, found: dict[str, dict[str, float]], folder: Path) -> list[R
     rows = []
     for unit in ("MiB", "s"):
         for other in (way for way in found if way != "strips"):
-            compared = results["strips" if other == "plain" else "tiles"]
-            difference = (compared - results["plain"]).abs().max().item()
+            compared = results["strips" if other == "stock" else "tiles"]
+            difference = (compared - results["stock"]).abs().max().item()
             values = [found["strips"][unit]], [found[other][unit]]
             rows.append(row(f"{name}: {other}", unit, *values, equal_within=difference))
     return rows
@@ -108,7 +108,7 @@ def _rows(name: str, found: dict[str, dict[str, float]], folder: Path) -> list[R
 
 def _print_seam(model: str, size: int, folder: Path) -> None:
     whole, tiled = (
-        load_file(folder / f"{way}.safetensors")["result"] for way in ("plain", "tiles")
+        load_file(folder / f"{way}.safetensors")["result"] for way in ("stock", "tiles")
     )
     net = _build(model)
     f, tile = downsampling_factor(net), net.tile_latent_min_size

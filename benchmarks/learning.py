@@ -134,7 +134,7 @@ class Arms:
                 "perceptual_scale": PERCEPTUAL_SCALE,
                 "kl_scale": KL_SCALE,
             },
-            "critic": {"disc_scale": 0.0},
+            "discriminator": {"disc_scale": 0.0},
             "run": {
                 "output_dir": str(out),
                 "overwrite_output_dir": overwrite,

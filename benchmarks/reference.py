@@ -5,10 +5,10 @@ Same mathematics, defaults and order of work as huggingface/diffusers at 58eb52c
 examples/research_projects/autoencoderkl/train_autoencoderkl.py: losses summed over pixels, 0.5
 LPIPS (VGG) beside the squared error, 1e-6 KL, gradient clipped at 1, AdamW with weight decay 0.01,
 float32, centre-cropped images without augmentation, values read for the progress bar in every
-update. Its critic starts at update 50,001 and is left out here. Mended: LPIPS has true weights and
-its gradient reaches the model; the weights are not cast after the optimiser is built; the schedule
-counts the model's updates; nothing is computed for a critic that has not started; raw and averaged
-weights are both kept.
+update. Its discriminator starts at update 50,001 and is left out here. Mended: LPIPS has true
+weights and its gradient reaches the model; the weights are not cast after the optimiser is built;
+the schedule counts the model's updates; nothing is computed for a discriminator that has not
+started; raw and averaged weights are both kept.
 """
 
 import copy

@@ -1,23 +1,25 @@
-"""One generator and critic update as the scripts that people copy write it: the same mathematics as
-this project's update, in their order of work.
+"""One generator and discriminator update as the scripts that people copy write it: the same
+mathematics as this project's update, in their order of work.
 
 Pinned to huggingface/diffusers at 58eb52c, examples/research_projects/autoencoderkl/
 train_autoencoderkl.py, and CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
 taming/modules/losses/vqperceptual.py. Nothing is copied; what each does, per batch of each kind:
 
-    diffusers, as-is    model: forward; LPIPS; critic, which collects gradients too; the adaptive
+    diffusers, as-is    model: forward; LPIPS; discriminator, which collects gradients too; the
+    adaptive
                         weight from two backward passes down to the last layer, through LPIPS and
-                        through the critic; one backward of the sum, through both again
-                        critic: forward of the model with its graph; critic on images and on
-                        reconstructions that are not detached, so its loss goes back through the
-                        whole model, where it is thrown away
-    diffusers, mended   the same, but the critic is frozen in the model's step, and in its own the
+                        through the discriminator; one backward of the sum, through both again
+                        discriminator: forward of the model with its graph; discriminator on images
+                        and on reconstructions that are not detached, so its loss goes back through
+                        the whole model, where it is thrown away
+    diffusers, mended   the same, but the discriminator is frozen in the model's step, and in its
+    own the
                         model runs without a graph
     taming              as mended, by two optimisers of Lightning, which freezes the other side's
-                        parameters; LPIPS is evaluated in the critic's step too
+                        parameters; LPIPS is evaluated in the discriminator's step too
 
 Of the first, LPIPS is mended everywhere: there it has no gradient, so it would be other
-mathematics. All have the true LPIPS by the `lpips` package's own forward, the same critic
+mathematics. All have the true LPIPS by the `lpips` package's own forward, the same discriminator
 (GroupNorm for BatchNorm), no dropout, AdamW as torch makes it by default, diffusers' `EMAModel` as
 it makes it by default, clipping at 1, float32, and as many values read for the log as the script
 reads. diffusers' losses are sums over pixels, taming's means: `scale` is the factor between them.
@@ -61,9 +63,9 @@ class Script:
     """How a script goes about it, see above."""
 
     summed: bool  # over pixels, rather than their mean
-    freezes_critic: bool
+    freezes_discriminator: bool
     detaches: bool
-    lpips_in_critic_step: bool
+    lpips_in_discriminator_step: bool
 
 
 SCRIPTS = {
@@ -74,10 +76,10 @@ SCRIPTS = {
 
 
 class ReferenceStep:
-    """Model, critic, optimisers and average of a script.
+    """Model, discriminator, optimisers and average of a script.
 
     Args:
-        net, critic: copied, so that all references start from the same weights.
+        net, discriminator: copied, so that all references start from the same weights.
         lpips: frozen.
         autocast: run both steps in bfloat16 autocast, as none of the scripts rightly does.
         stock: with the stock layers, as the scripts compute; else with those that `net` has.
@@ -87,7 +89,7 @@ class ReferenceStep:
         self,
         script: Script,
         net: AutoencoderKL,
-        critic: nn.Module,
+        discriminator: nn.Module,
         lpips: LPIPS,
         *,
         weights: Weights,
@@ -100,27 +102,29 @@ class ReferenceStep:
         if stock:  # in a run some layers are those that compute less
             restore_stock_layers(self.net)
             restore_stock_layers(self.lpips.to(memory_format=torch.contiguous_format))
-        self.critic = copy.deepcopy(critic)
+        self.discriminator = copy.deepcopy(discriminator)
         self.autocast = autocast
-        self.optimizer, self.critic_optimizer = (
+        self.optimizer, self.discriminator_optimizer = (
             torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
-            for module in (self.net, self.critic)
+            for module in (self.net, self.discriminator)
         )
         self.ema = EMAModel(list(self.net.parameters()), decay=EMA_DECAY)
 
     def update(self, images: Tensor) -> None:
-        """One update of the model, then one of the critic."""
+        """One update of the model, then one of the discriminator."""
         self.backward_model(images)
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.ema.step(self.net.parameters())
-        recon = self.reconstruct_for_critic(images)
-        self.critic_optimizer.zero_grad(set_to_none=False)  # as-is, the model's step leaves some
-        self.backward_critic(images, recon)
-        torch.nn.utils.clip_grad_norm_(self.critic.parameters(), MAX_NORM)
-        self.critic_optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # and the critic's step in the model
+        recon = self.reconstruct_for_discriminator(images)
+        self.discriminator_optimizer.zero_grad(
+            set_to_none=False
+        )  # as-is, the model's step leaves some
+        self.backward_discriminator(images, recon)
+        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_NORM)
+        self.discriminator_optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # and the discriminator's step in the model
 
     def scale(self, images: Tensor) -> float:
         """How many times this project's loss the script's is."""
@@ -130,13 +134,16 @@ class ReferenceStep:
         """Add the model's gradient, `scale` times as long; returns the losses as they are logged,
         in this project's terms."""
         scale = self.scale(images)
-        with self._precision(images), self._frozen(self.critic, self.script.freezes_critic):
+        with (
+            self._precision(images),
+            self._frozen(self.discriminator, self.script.freezes_discriminator),
+        ):
             posterior = self.net.encode(images).latent_dist
             recon = self.net.decode(posterior.sample()).sample
             rec, perceptual = self._distances(images, recon)
             nll = (rec + self.weights.lpips * perceptual).mean() * scale
             kl = posterior.kl().mean() / images[0].numel()
-            adversarial = -self.critic(recon).float().mean()
+            adversarial = -self.discriminator(recon).float().mean()
             last = self.net.decoder.conv_out.weight
             norms = [
                 torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
@@ -155,22 +162,26 @@ class ReferenceStep:
             "adaptive_weight": adaptive.item() / scale,
         }
 
-    def reconstruct_for_critic(self, images: Tensor) -> Tensor:
+    def reconstruct_for_discriminator(self, images: Tensor) -> Tensor:
         """The second forward pass of the model."""
         with self._precision(images), torch.set_grad_enabled(not self.script.detaches):
             recon = self.net.decode(self.net.encode(images).latent_dist.sample()).sample
-            if self.script.lpips_in_critic_step:
+            if self.script.lpips_in_discriminator_step:
                 rec, perceptual = self._distances(images, recon)
                 (rec + self.weights.lpips * perceptual).mean()
         return recon
 
-    def backward_critic(self, images: Tensor, recon: Tensor) -> dict[str, float]:
-        """Add the critic's gradient; returns its loss."""
+    def backward_discriminator(self, images: Tensor, recon: Tensor) -> dict[str, float]:
+        """Add the discriminator's gradient; returns its loss."""
         with self._precision(images):
-            real, fake = self.critic(images).float(), self.critic(recon).float()
+            real, fake = self.discriminator(images).float(), self.discriminator(recon).float()
             loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
         loss.backward()
-        return {"critic": loss.item(), "real": real.mean().item(), "fake": fake.mean().item()}
+        return {
+            "discriminator": loss.item(),
+            "real": real.mean().item(),
+            "fake": fake.mean().item(),
+        }
 
     def _distances(self, images: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
         """Absolute error (B, C, H, W), LPIPS (B, 1, 1, 1)."""
@@ -190,7 +201,7 @@ class ReferenceStep:
 
 
 class TamingStep(ReferenceStep):
-    """taming's own loss module, with the network, LPIPS and critic that all have.
+    """taming's own loss module, with the network, LPIPS and discriminator that all have.
 
     Args:
         folder: of a clone of CompVis/taming-transformers.
@@ -200,20 +211,23 @@ class TamingStep(ReferenceStep):
         self,
         folder: Path,
         net: AutoencoderKL,
-        critic: nn.Module,
+        discriminator: nn.Module,
         lpips: LPIPS,
         *,
         weights: Weights,
         stock: bool = True,
     ) -> None:
         own = Script(
-            summed=False, freezes_critic=True, detaches=True, lpips_in_critic_step=False
+            summed=False,
+            freezes_discriminator=True,
+            detaches=True,
+            lpips_in_discriminator_step=False,
         )  # for its loss does that
-        super().__init__(own, net, critic, lpips, weights=weights, stock=stock)
+        super().__init__(own, net, discriminator, lpips, weights=weights, stock=stock)
         module = _imported(folder, "taming.modules.losses.vqperceptual")
-        # What it would download, and a critic that is to start from the same weights.
+        # What it would download, and a discriminator that is to start from the same weights.
         module.LPIPS = lambda: self.lpips
-        module.NLayerDiscriminator = lambda **_: self.critic
+        module.NLayerDiscriminator = lambda **_: self.discriminator
         module.weights_init = lambda _: None
         self.loss = module.VQLPIPSWithDiscriminator(
             disc_start=0,
@@ -223,7 +237,7 @@ class TamingStep(ReferenceStep):
         )
 
     def backward_model(self, images: Tensor) -> dict[str, float]:
-        with self._frozen(self.critic, True):
+        with self._frozen(self.discriminator, True):
             posterior = self.net.encode(images).latent_dist
             recon = self.net.decode(posterior.sample()).sample
             kl = posterior.kl() / images[0].numel()
@@ -239,10 +253,10 @@ class TamingStep(ReferenceStep):
             "adaptive_weight": values["d_weight"] / self.weights.adversarial,
         }
 
-    def backward_critic(self, images: Tensor, recon: Tensor) -> dict[str, float]:
+    def backward_discriminator(self, images: Tensor, recon: Tensor) -> dict[str, float]:
         loss, log = self._called(images, recon, torch.zeros(()), 1)
         loss.backward()
-        return {"critic": loss.item()} | {name: value.item() for name, value in log.items()}
+        return {"discriminator": loss.item()} | {name: value.item() for name, value in log.items()}
 
     def _called(self, images: Tensor, recon: Tensor, kl: Tensor, side: int) -> Any:
         last = self.net.decoder.conv_out.weight

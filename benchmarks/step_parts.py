@@ -29,7 +29,7 @@ from latentvae.cli.flags import exit_with, parse_options
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.engine.updates import clip_gradients
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.backward import backward_discriminator
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Parts:
         self._timed("LPIPS, backward", lambda: _gradient(distance, seen))
         adversary = task.adversary(0)
         assert adversary is not None
-        logits = self._timed("critic, for the model", lambda: adversary.critic(seen))
-        self._timed("critic, backward to the images", lambda: _gradient(logits.sum(), seen))
+        logits = self._timed("discriminator, for the model", lambda: adversary.discriminator(seen))
+        self._timed("discriminator, backward to the images", lambda: _gradient(logits.sum(), seen))
         self._timed("decoder, backward", lambda: _backward(recon))
         self._timed("encoder, backward", lambda: _backward(moments))
         self._timed(
-            "critic's own update",
-            lambda: backward_critic(images, recon, adversary=adversary),
+            "discriminator's own update",
+            lambda: backward_discriminator(images, recon, adversary=adversary),
         )
         self._timed("clip, optimisers, average", self._step)
         return self.parts

@@ -51,7 +51,7 @@ class Options:
     """Images of a call."""
 
     ways: tuple[str, ...] = ()
-    """Which to compare with the plain call; by default all that are installed."""
+    """Which to compare with the stock call; by default all that are installed."""
 
     runs: int = 5
     """Timed calls of each way, in turns, after two to warm up."""
@@ -75,8 +75,8 @@ def checked(options: Options) -> Options:
         ways = options.ways or ("exact", "fast")
         options = replace(options, sizes=options.sizes[:1], ways=ways, runs=3, memory=False)
     for name in options.ways:
-        if name not in WAYS or name == "plain":
-            known = [way for way in WAYS if way != "plain"]
+        if name not in WAYS or name == "stock":
+            known = [way for way in WAYS if way != "stock"]
             text = f"there is no way '{name}', only {', '.join(known)}{nearest(name, known)}"
             raise UserError(text)
     return replace(options, ways=options.ways or installed())
@@ -86,11 +86,11 @@ def measure(options: Options) -> Iterator[Row]:
     compared = compare(options)
     release_freed_memory()  # that ways kept, so that it is there for the processes
     times: dict[tuple[int, str, str], Row] = {}
-    with own_process(serve, "plain", options) as plain:
+    with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):
             with own_process(serve, name, options) as way:
                 times |= {
-                    key: time(key, plain, way, found, options)
+                    key: time(key, stock, way, found, options)
                     for key, found in compared.items()
                     if key[2] == name
                 }
@@ -102,7 +102,7 @@ def measure(options: Options) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A call of a way beside the plain one.
+    """A call of a way beside the stock one.
 
     Attributes:
         side: of its images, pixels.
@@ -119,19 +119,19 @@ class Compared:
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
     """By size, call and way, in the order of the rows; tells what each way came to."""
     net = network(options.model, options.channels, options.device)
-    plain = build("plain", net)
+    stock = build("stock", net)
     built = {name: build(name, net) for name in options.ways}
     ways = {name: way for name, way in built.items() if way is not None}
-    assert plain is not None
+    assert stock is not None
     for name, way in ways.items():
         print(f"{name}: {way.note}" if way.note else name)
     found = {}
     f = measure_shape(net).f
     for size in options.sizes:
         side = size // f * f
-        inputs = inputs_of(plain, side, options)
+        inputs = inputs_of(stock, side, options)
         for call in CALLS:
-            expected = function(plain, call)(inputs[call])
+            expected = function(stock, call)(inputs[call])
             for name, way in ways.items():
                 error = function(way, call)(inputs[call]) - expected
                 mse = error.double().square().mean().item()
@@ -157,18 +157,18 @@ def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
     return {"encode": images, "decode": way.encode(images), "round trip": images}
 
 
-def time(key: tuple[int, str, str], plain: Any, way: Any, found: Compared, options: Options) -> Row:
+def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, options: Options) -> Row:
     _, call, name = key
     seconds = alternate(
-        {"plain": partial(plain, call, found.side), name: partial(way, call, found.side)},
+        {"stock": partial(stock, call, found.side), name: partial(way, call, found.side)},
         runs=options.runs,
         warmup=2,
         per=options.batch_size,
         clock=lambda run: run(),
     )
-    ours, theirs = seconds[name], seconds["plain"]
+    ours, theirs = seconds[name], seconds["stock"]
     title = f"{call}, {found.side} px, {name}, {found.precision}"
-    print(f"{title}: {speed(ours)}, plain {speed(theirs)}; mean squared error {found.mse:.1e}")
+    print(f"{title}: {speed(ours)}, stock {speed(theirs)}; mean squared error {found.mse:.1e}")
     return row(title, "s/image", ours, theirs, equal_within=found.largest)
 
 
@@ -188,11 +188,11 @@ def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> d
     sides = {size: found.side for (size, *_), found in compared.items()}
     rows: dict[int, list[Row]] = {}
     for size, side in sides.items():
-        found = {name: peak_of(name, side, options) for name in ("plain", *ways)}
+        found = {name: peak_of(name, side, options) for name in ("stock", *ways)}
         for call in ("encode", "decode"):
             for name, precision in ways.items():
                 title = f"peak memory, {call}, {side} px, {name}, {precision}"
-                ours, theirs = max(found[name][call], 1.0), found["plain"][call]
+                ours, theirs = max(found[name][call], 1.0), found["stock"][call]
                 made = row(title, "MiB", [ours], [theirs], equal_within=None)
                 rows.setdefault(size, []).append(made)
     return rows

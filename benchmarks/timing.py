@@ -120,7 +120,7 @@ def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iter
     sides that set what holds for a whole process, such as its allocator. Arguments go with it.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
-            alternate({"ours": ours, "plain": plain}, runs=5, clock=lambda call: call())
+            alternate({"ours": ours, "stock": plain}, runs=5, clock=lambda call: call())
 
     Args:
         build: a function of a module, with arguments that can be pickled.

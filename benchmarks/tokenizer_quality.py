@@ -4,9 +4,9 @@
 
 Two arms for each quantiser and seed: the network of `vq_small` with ours, and with theirs in its
 place. Equal are the initial weights of encoder and decoder, the images and their order, the
-objective (L2 and 0.1 LPIPS-alex, no critic), optimiser and schedule, the features that k-means
-starts from (of SimVQ, which has no k-means, the codes themselves), decay, straight-through gradient
-and the loss weights. As the packages define it remain
+objective (L2 and 0.1 LPIPS-alex, no discriminator), optimiser and schedule, the features that
+k-means starts from (of SimVQ, which has no k-means, the codes themselves), decay, straight-through
+gradient and the loss weights. As the packages define it remain
 
 - dead codes: below 2% of the mean use, by an average of two uses (ours) or of decay 0.8 (theirs);
 - the learned codebook: theirs has one weight for commitment and codebook, so ours has it for both;

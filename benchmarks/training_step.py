@@ -1,16 +1,16 @@
-"""Time of one generator and critic update: this project's, and the known scripts' ways to write the
-same mathematics (reference_step.py).
+"""Time of one generator and discriminator update: this project's, and the known scripts' ways to
+write the same mathematics (reference_step.py).
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
 AutoencoderKL, LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample photos. First, from
 equal weights with equal posterior noise, the losses and the gradients of the model, and the
-critic's at one reconstruction, are shown equal: `equal_within` is the largest relative difference
-(of gradients: length of the difference of the whole vectors; of the adversarial loss, a mean of
-logits about 0: the difference). Then both sides of a row make updates in turns, each in a process
-of its own, as `train` and the script would have one: ours keeps freed memory, as `train` does.
-Ours are made by what `train` calls, with all that it logs. Rows named bf16 have ours under bf16
-autocast beside references in float32, which is all that the scripts get right; those named
+discriminator's at one reconstruction, are shown equal: `equal_within` is the largest relative
+difference (of gradients: length of the difference of the whole vectors; of the adversarial loss, a
+mean of logits about 0: the difference). Then both sides of a row make updates in turns, each in a
+process of its own, as `train` and the script would have one: ours keeps freed memory, as `train`
+does. Ours are made by what `train` calls, with all that it logs. Rows named bf16 have ours under
+bf16 autocast beside references in float32, which is all that the scripts get right; those named
 `bf16 both` give the references the same autocast.
 """
 
@@ -34,9 +34,9 @@ from latentvae.data import Batch, EvalTransform, open_source
 from latentvae.engine.processes import start_accelerator
 from latentvae.engine.randomness import Stream, seed_everything
 from latentvae.engine.training import build_training
-from latentvae.engine.updates import Made, Updates
+from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.config import parse
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
@@ -63,7 +63,7 @@ class Options:
     """Widths of the autoencoder."""
 
     disc_channels: int = 64
-    """Width of the critic."""
+    """Width of the discriminator."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
     """Of this project's update."""
@@ -106,17 +106,19 @@ class OurStep:
         self.updates = Updates(training)
         self.batch = Batch(images=images, indices=torch.arange(len(images)), bad=[])
 
-    def update(self) -> Made:
+    def update(self) -> UpdateResult:
         return self.updates.make(iter([self.batch]))
 
     def backward(self) -> dict[str, Tensor]:
         """Add the gradients of the model; the losses as they are logged."""
         return self.updates.micro_step(self.batch)
 
-    def backward_critic(self, recon: Tensor) -> Tensor:
+    def backward_discriminator(self, recon: Tensor) -> Tensor:
         adversary = self.task.adversary(0)
         assert adversary is not None
-        return backward_critic(self.batch.images, recon, adversary=adversary)["critic/loss"]
+        return backward_discriminator(self.batch.images, recon, adversary=adversary)[
+            "discriminator/loss"
+        ]
 
     def zero_grad(self) -> None:
         for learner in self.task.learners.values():
@@ -135,7 +137,7 @@ def _config(
             "perceptual_scale": WEIGHTS.lpips,
             "kl_scale": WEIGHTS.kl,
         },
-        "critic": {
+        "discriminator": {
             "disc_start": 0,
             "disc_ramp_steps": 0,
             "disc_warmup_steps": 0,
@@ -170,23 +172,28 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
         (logged["loss/rec"], losses["rec"]),
         (logged["loss/lpips"], losses["lpips"]),
         (logged["loss/kl"], losses["kl"]),
-        (logged["critic/adaptive_weight"], losses["adaptive_weight"]),
+        (logged["discriminator/adaptive_weight"], losses["adaptive_weight"]),
     ]
     net_gradients = gradient(ours.task.net), gradient(reference.net, scale=scale)
     ours.zero_grad()
-    reference.critic.zero_grad()
+    reference.discriminator.zero_grad()
     with torch.no_grad():
         recon = reference.net(images).sample
-    pairs.append((ours.backward_critic(recon), reference.backward_critic(images, recon)["critic"]))
-    assert ours.task.critic is not None
-    critic_gradients = gradient(ours.task.critic), gradient(reference.critic)
+    pairs.append(
+        (
+            ours.backward_discriminator(recon),
+            reference.backward_discriminator(images, recon)["discriminator"],
+        )
+    )
+    assert ours.task.discriminator is not None
+    discriminator_gradients = gradient(ours.task.discriminator), gradient(reference.discriminator)
     ours.zero_grad()
-    for module in (reference.net, reference.critic):
+    for module in (reference.net, reference.discriminator):
         module.zero_grad()
     return max(
         relative(*net_gradients),
-        relative(*critic_gradients),
-        abs(logged["critic/adversarial"].item() - losses["adversarial"]),
+        relative(*discriminator_gradients),
+        abs(logged["discriminator/adversarial"].item() - losses["adversarial"]),
         *(abs(a.item() / b - 1) for a, b in pairs),
     )
 
@@ -260,8 +267,8 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
     """From the weights of ours; with the stock layers or those of ours."""
     task = ours.task
-    assert task.critic is not None
-    parts: Any = (task.net, task.critic, task.metric.lpips)
+    assert task.discriminator is not None
+    parts: Any = (task.net, task.discriminator, task.metric.lpips)
     if name == PEER:
         assert options.peer_script is not None
         return TamingStep(options.peer_script, *parts, weights=WEIGHTS, stock=stock)
@@ -284,7 +291,7 @@ def run(options: Options) -> None:
         short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}
         options = Options(**vars(options) | short)
     rows = [row for resolution in options.resolution for row in measure(options, resolution)]
-    finish(rows, title="one generator and critic update", json_file=options.json)
+    finish(rows, title="one generator and discriminator update", json_file=options.json)
 
 
 def main() -> None:

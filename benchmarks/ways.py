@@ -89,7 +89,7 @@ def _compiled(way: Way) -> Way:
 
 
 WAYS: Mapping[str, Callable[[Any], Way]] = {
-    "plain": lambda net: Way(net, "fp32"),
+    "stock": lambda net: Way(net, "fp32"),
     "exact": partial(_optimized, mode="exact"),
     "fast": partial(_optimized, mode="fast"),
     "openvino": partial(_optimized, mode="openvino"),
@@ -115,7 +115,7 @@ def build(name: str, net: Any) -> Way | None:
 def installed() -> tuple[str, ...]:
     """The ways whose packages are there."""
     missing = () if find_spec("openvino") else ("openvino",)
-    return tuple(name for name in WAYS if name not in ("plain", *missing))
+    return tuple(name for name in WAYS if name not in ("stock", *missing))
 
 
 def peak(

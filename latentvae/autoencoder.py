@@ -89,7 +89,7 @@ class Autoencoder:
         self._priced: set[tuple[str, int, int, int]] = set()
         if self.strips is not None:
             _check_strips(net, name, optimize)
-        self.optimization = Optimized(self.net, "plain")
+        self.optimization = Optimized(self.net, "stock")
         if optimize is not None:
             self.optimization = optimize_network(self.net, mode=optimize)
         shape = calls.measure_shape(self.net)

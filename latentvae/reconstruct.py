@@ -219,8 +219,8 @@ def _measure(
 
 def _title(model: Autoencoder) -> str:
     optimization = model.optimization
-    plain = optimization.mode == "plain" and not optimization.why
-    return model.name if plain else f"{model.name}: {optimization}"
+    stock = optimization.mode == "stock" and not optimization.why
+    return model.name if stock else f"{model.name}: {optimization}"
 
 
 def _finish(

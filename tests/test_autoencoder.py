@@ -464,7 +464,7 @@ def test_a_name_on_the_hub_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_exact_computes_the_same_and_says_so(folder: Path, photo: Image.Image) -> None:
     plain, exact = load(folder), load(folder, optimize="exact")
-    assert (str(plain.optimization), str(exact.optimization)) == ("plain", "exact")
+    assert (str(plain.optimization), str(exact.optimization)) == ("stock", "exact")
     assert plain.optimization.net is plain.net
     assert exact.info() == plain.info()  # the same weights under the same names
     z = plain.encode(photo, scaled=True)

@@ -13,13 +13,13 @@ ROOT = PACKAGE.parent
 
 # What each part of the package may import of it. `latentvae` itself is the door: it names what it
 # offers, and loads it when first used.
-BASE = {"errors", "distributed", "outputs", "files", "options", "moments", "text"}
+BASE = {"errors", "distributed", "outputs", "files", "option_marks", "moments", "text"}
 ALLOWED = {
     "errors": set[str](),
     "distributed": set[str](),
     "outputs": set[str](),
     "files": {"errors"},
-    "options": {"errors"},
+    "option_marks": {"errors"},
     "moments": {"distributed"},
     "text": {"errors"},
     "bottlenecks": BASE,
@@ -54,7 +54,7 @@ ALLOWED = {
     "__init__": {"autoencoder", "latents", "tasks"},
 }
 ACCELERATE = {"engine", "tasks"}
-WITHOUT_TORCH = {"errors", "files", "options", "text", "report"}
+WITHOUT_TORCH = {"errors", "files", "option_marks", "text", "report"}
 NEVER = {"train", "benchmarks", "tests"}  # top-level folders of the checkout
 
 

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from latentvae.bottlenecks.bottleneck_config import MAX_CODES, BottleneckConfig, Shape
 from latentvae.bottlenecks.gradients import straight_through
-from latentvae.bottlenecks.options import MAX_CODES, BottleneckConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 

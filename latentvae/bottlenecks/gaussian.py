@@ -13,8 +13,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pydantic import Field
 from torch import Tensor, nn
 
-from latentvae.bottlenecks.options import BottleneckConfig
-from latentvae.options import Positive
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
+from latentvae.option_marks import Positive
 
 
 class GaussianLatent(NamedTuple):

@@ -18,11 +18,11 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig, CodeChannels, NumCodes
 from latentvae.bottlenecks.gradients import straight_through
-from latentvae.bottlenecks.options import BottleneckConfig, CodeChannels, NumCodes
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
-from latentvae.options import OfTheRun, Positive
+from latentvae.option_marks import OfTheRun, Positive
 
 Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 

@@ -24,8 +24,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
+from latentvae.bottlenecks.bottleneck_config import EntropyConfig, Shape
 from latentvae.bottlenecks.gradients import SMALLEST_NORM, straight_through
-from latentvae.bottlenecks.options import EntropyConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.distributed import all_reduce_mean
 from latentvae.errors import UserError

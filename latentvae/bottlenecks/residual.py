@@ -13,13 +13,13 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from latentvae.bottlenecks.bottleneck_config import LearnedCodebookConfig, Shape
 from latentvae.bottlenecks.gradients import gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.options import LearnedCodebookConfig, Shape
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.errors import UserError
-from latentvae.options import Elsewhere, Positive
+from latentvae.option_marks import Elsewhere, Positive
 
 
 class ResidualConfig(LearnedCodebookConfig):

@@ -17,9 +17,9 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from latentvae.bottlenecks.bottleneck_config import CodebookConfig, GradientName
 from latentvae.bottlenecks.gradients import gradient_of
 from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.options import CodebookConfig, GradientName
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Discriminator, Tag
 from torch import nn
 
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.bottlenecks.fsq import FiniteScalarQuantizer, FSQConfig
 from latentvae.bottlenecks.gaussian import GaussianBottleneck, GaussianConfig
 from latentvae.bottlenecks.gumbel import GumbelConfig, GumbelQuantizer
 from latentvae.bottlenecks.lfq import LFQConfig, LookupFreeQuantizer
-from latentvae.bottlenecks.options import BottleneckConfig
 from latentvae.bottlenecks.quantized import Quantizer
 from latentvae.bottlenecks.residual import ResidualConfig, ResidualQuantizer
 from latentvae.bottlenecks.simvq import SimVQ, SimVQConfig
 from latentvae.bottlenecks.vector import VectorConfig, VectorQuantizer
 from latentvae.errors import UserError, nearest
-from latentvae.options import tag_in
+from latentvae.option_marks import tag_in
 
 
 @dataclass(frozen=True)

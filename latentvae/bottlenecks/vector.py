@@ -18,18 +18,18 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from latentvae.bottlenecks.entropy import code_entropies
-from latentvae.bottlenecks.gradients import SMALLEST_NORM, gradient_of
-from latentvae.bottlenecks.nearest import nearest_codes
-from latentvae.bottlenecks.options import (
+from latentvae.bottlenecks.bottleneck_config import (
     EntropyConfig,
     KeepsCodesInUse,
     LearnedCodebookConfig,
     Shape,
 )
+from latentvae.bottlenecks.entropy import code_entropies
+from latentvae.bottlenecks.gradients import SMALLEST_NORM, gradient_of
+from latentvae.bottlenecks.nearest import nearest_codes
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
-from latentvae.options import Elsewhere
+from latentvae.option_marks import Elsewhere
 
 SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
 LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1

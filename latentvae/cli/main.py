@@ -97,7 +97,7 @@ class Evaluate:
     """Torch device of models and metrics; left out, the GPU, if there is one."""
 
     def run(self) -> None:
-        from latentvae.cli.evaluate import evaluate_command
+        from latentvae.cli.evaluate_command import evaluate_command
 
         evaluate_command(**vars(self))
 
@@ -154,7 +154,7 @@ class Export:
 
     def run(self) -> None:
         from latentvae.engine.publishing import UploadError
-        from latentvae.tasks.autoencoder.exporting import export_folder
+        from latentvae.tasks.autoencoder.run_export import export_folder
 
         try:
             export_folder(**vars(self))
@@ -220,7 +220,7 @@ class Encode:
     """Torch device; left out, the GPU of this process, if there is one."""
 
     def run(self) -> None:
-        from latentvae.cli.shards import encode_command
+        from latentvae.cli.encode_decode import encode_command
 
         encode_command(**vars(self))
 
@@ -255,7 +255,7 @@ class Decode:
     """Torch device; left out, the GPU of this process, if there is one."""
 
     def run(self) -> None:
-        from latentvae.cli.shards import decode_command
+        from latentvae.cli.encode_decode import decode_command
 
         decode_command(**vars(self))
 
@@ -294,7 +294,8 @@ class VerifyResume:
     A short form of your run (your model, images, precision and processes) is made twice through
     `accelerate launch`: straight, and with SIGKILL to all its processes at random moments of
     updates and saves, each time with the same command again. What both leave behind must be equal,
-    on the CPU to the bit: weights, optimizers, averages, critic, counters, rows of the log, export.
+    on the CPU to the bit: weights, optimizers, averages, discriminator, counters, rows of the log,
+        export.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 

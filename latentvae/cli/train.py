@@ -26,10 +26,10 @@ from latentvae.cli.flags import (
     unknown_flags,
 )
 from latentvae.config.presets import Config, load_preset, parse, preset_names
-from latentvae.config.run import JobConfig, flat
+from latentvae.config.run_config import JobConfig, flat
 from latentvae.engine.task import Task
 from latentvae.errors import RunError, UserError
-from latentvae.options import ChosenByPreset, Elsewhere, marked, marks
+from latentvae.option_marks import ChosenByPreset, Elsewhere, marked, marks
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
@@ -223,7 +223,7 @@ def _run(
 ) -> None:
     from latentvae.data import UnreadableImage
     from latentvae.engine.loop import Stopped, train
-    from latentvae.export.hub import UploadError
+    from latentvae.export.hub_upload import UploadError
 
     switches = [PREFLIGHT] if preflight is not None else []
     try:

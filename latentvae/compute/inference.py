@@ -34,7 +34,7 @@ from latentvae.compute.upsampling import (
     fold_upsampling,
     unfold_upsampling,
 )
-from latentvae.compute.winograd.layers import swap_convolutions
+from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.models import calls
 

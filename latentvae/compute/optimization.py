@@ -33,7 +33,7 @@ class Optimized:
     Attributes:
         net: with the same calls, for inference alone; made of the other's weights as they were,
             whose storage it shares where it converts nothing (`inference`).
-        mode: what it does: `"plain"` or one of `Optimize`.
+        mode: what it does: `"stock"` or one of `Optimize`.
         psnr: dB of its pictures of a probe against those of `exact`; None of plain and exact.
         why: why it is not what was asked for, as a clause; empty if it is.
         bfloat16: whether it multiplies in bfloat16, all or part, of its own accord.
@@ -66,7 +66,7 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         given = str(net.dtype).removeprefix("torch.")
         raise UserError(f"optimize='{mode}' chooses the precision: leave out dtype, not {given}")
     if not _has_halves(net):
-        return Optimized(net, "plain", why=f"{type(net).__name__} is not optimised")
+        return Optimized(net, "stock", why=f"{type(net).__name__} is not optimised")
     keep_freed_memory(net.device)
     return _MODES[mode](net)
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from latentvae.compute.upsampling import unfold_upsampling
-from latentvae.compute.winograd.layers import restore_convolutions
+from latentvae.compute.winograd.convolutions import restore_convolutions
 
 
 def restore_stock_layers(net: nn.Module) -> None:

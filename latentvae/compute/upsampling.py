@@ -96,10 +96,10 @@ def fold_upsampling(net: nn.Module) -> int:
 
 def unfold_upsampling(net: nn.Module) -> None:
     """Undo `fold_upsampling`: the stock layers again."""
-    plain = {folded: stock for stock, folded in _FOLDED.items()}
+    stock_class = {folded: stock for stock, folded in _FOLDED.items()}
     for module in net.modules():
-        if type(module) in plain:
-            module.__class__ = plain[type(module)]
+        if type(module) in stock_class:
+            module.__class__ = stock_class[type(module)]
 
 
 def _can_fold(module: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from latentvae.config.run import JobConfig, kinds, option_names
+from latentvae.config.run_config import JobConfig, kinds, option_names
 from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
 

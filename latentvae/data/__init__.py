@@ -9,8 +9,8 @@ from latentvae.data.dataset import (
     train_loader,
     validation_batches,
 )
-from latentvae.data.folder import ImageFolder, ImageSource, SamplePhotos
-from latentvae.data.hub import DatasetSpec, HubImages
+from latentvae.data.hub_datasets import DatasetSpec, HubImages
+from latentvae.data.image_folder import ImageFolder, ImageSource, SamplePhotos
 from latentvae.data.pixels import DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.resampling import normalised

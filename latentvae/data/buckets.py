@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentvae.data.folder import ImageSource
-from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.image_folder import ImageSource
+from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sampler import IndexSampler
 

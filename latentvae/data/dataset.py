@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentvae.data.bad_images import BadImages
 from latentvae.data.buckets import Buckets
-from latentvae.data.folder import ImageSource
-from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.image_folder import ImageSource
+from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler

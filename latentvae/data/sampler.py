@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.errors import UserError
 
 

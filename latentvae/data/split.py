@@ -11,14 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from latentvae.data.folder import SAMPLES, SUFFIXES, ImageFolder, ImageSource, SamplePhotos, walk
-from latentvae.data.hub import (
+from latentvae.data.hub_datasets import (
     SAVED,
     TABLE_SUFFIXES,
     DatasetSpec,
     HubImages,
     local_files,
     split_names,
+)
+from latentvae.data.image_folder import (
+    SAMPLES,
+    SUFFIXES,
+    ImageFolder,
+    ImageSource,
+    SamplePhotos,
+    walk,
 )
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
@@ -204,9 +211,9 @@ def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, 
         )
     draws = _draws(source, seed)
     ranked = sorted(range(len(draws)), key=draws.__getitem__)
-    held = {i for i in ranked if draws[i] < share} - {ranked[-1]} | {ranked[0]}
-    kept = [i for i in range(len(draws)) if i not in held]
-    return Subset(source, kept), Subset(source, sorted(held))
+    validation_part = {i for i in ranked if draws[i] < share} - {ranked[-1]} | {ranked[0]}
+    kept = [i for i in range(len(draws)) if i not in validation_part]
+    return Subset(source, kept), Subset(source, sorted(validation_part))
 
 
 def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
@@ -233,8 +240,8 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
     if isinstance(train, ImageFolder) and isinstance(validation, ImageFolder):
         kept = _other_files(train, validation)
     elif isinstance(train, TarShards) and isinstance(validation, TarShards):
-        held = {shard.resolve() for shard in validation.shards}
-        shared = {shard for shard in train.shards if shard.resolve() in held}
+        validation_part = {shard.resolve() for shard in validation.shards}
+        shared = {shard for shard in train.shards if shard.resolve() in validation_part}
         kept = [i for i in range(len(train)) if train.shard(i) not in shared]
     elif isinstance(train, HubImages) and isinstance(validation, HubImages):
         _check_other_tables(train, validation)
@@ -242,8 +249,10 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
     elif isinstance(train, HubImages | ImageFolder) and isinstance(
         validation, HubImages | ImageFolder
     ):
-        held = set(_files(validation))
-        kept = [i for i, file in enumerate(_files(train)) if file is None or file not in held]
+        validation_part = set(_files(validation))
+        kept = [
+            i for i, file in enumerate(_files(train)) if file is None or file not in validation_part
+        ]
     else:
         return train
     if not kept:
@@ -280,5 +289,9 @@ def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
     roots = train.root.resolve(), validation.root.resolve()
     if not (roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])):
         return range(len(train))
-    held = {(validation.root / name).resolve() for name in validation.names}
-    return [i for i, name in enumerate(train.names) if (train.root / name).resolve() not in held]
+    validation_part = {(validation.root / name).resolve() for name in validation.names}
+    return [
+        i
+        for i, name in enumerate(train.names)
+        if (train.root / name).resolve() not in validation_part
+    ]

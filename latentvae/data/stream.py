@@ -13,10 +13,10 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, loading
-from latentvae.data.folder import inner_name, read_named
-from latentvae.data.hub import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
+from latentvae.data.hub_datasets import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
+from latentvae.data.image_folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
-from latentvae.data.randomness import Stream, counter_rng
+from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size
 from latentvae.data.transforms import TrainTransform

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL.ContainerIO import ContainerIO
 
-from latentvae.data.folder import is_hidden, read_named
+from latentvae.data.image_folder import is_hidden, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size

@@ -18,7 +18,7 @@ from stat import S_ISREG
 
 import numpy as np
 
-from latentvae.data.folder import SUFFIXES, inner_name, is_hidden, side_cars
+from latentvae.data.image_folder import SUFFIXES, inner_name, is_hidden, side_cars
 from latentvae.errors import UserError
 
 VERSION = 2  # of the cached index

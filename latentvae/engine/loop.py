@@ -11,13 +11,13 @@ from accelerate import Accelerator
 
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
-from latentvae.config.run import flat
+from latentvae.config.run_config import flat
 from latentvae.distributed import barrier, from_main, is_main
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.engine.data_wait import DataWait
-from latentvae.engine.export import export, is_exported
 from latentvae.engine.failures import explained
+from latentvae.engine.finished_export import export, is_exported
 from latentvae.engine.lock import locked
 from latentvae.engine.log import MeanWindow, RunLog, Window, sample_path
 from latentvae.engine.non_finite import describe
@@ -31,7 +31,7 @@ from latentvae.engine.signals import Interrupt
 from latentvae.engine.task import Task
 from latentvae.engine.tracker import close_tracker, start_tracker
 from latentvae.engine.training import Training, build_training
-from latentvae.engine.updates import Made, Updates
+from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.errors import RunError
 
 
@@ -170,26 +170,26 @@ class _Loop:
     def go(self, batches: Iterator[Any]) -> None:
         options, progress = self.training.config.run, self.training.progress
         while progress.update < options.max_train_steps:
-            made = self.updates.make(batches)
-            self._take(made)
+            result = self.updates.make(batches)
+            self._take(result)
             last = progress.update == options.max_train_steps
             self.log.step()
 
             if progress.update % options.log_steps == 0 or last:
                 self._row()
-            if progress.update % options.checkpointing_steps == 0 or last or made.signal:
+            if progress.update % options.checkpointing_steps == 0 or last or result.signal:
                 checkpoint = self._save()
-                if made.signal and not last:
-                    raise Stopped(made.signal, checkpoint)
+                if result.signal and not last:
+                    raise Stopped(result.signal, checkpoint)
             if self._validation_is_due():
                 self._validate()
 
     def catch_up(self) -> None:
         """Make up for a validation that a kill or a signal came before; the task, saved before it,
         is told of one that was made."""
-        made = from_main(self.log.validation)
-        if made is not None:
-            self.task.validated(self.training.progress.update, made)
+        validation = from_main(self.log.validation)
+        if validation is not None:
+            self.task.validated(self.training.progress.update, validation)
         elif self._validation_is_due():
             self._validate()
 
@@ -199,15 +199,15 @@ class _Loop:
             update % options.validation_steps == 0 or update == options.max_train_steps
         )
 
-    def _take(self, made: Made) -> None:
+    def _take(self, result: UpdateResult) -> None:
         """Add an update to what the next row tells; end a run whose gradients stay non-finite."""
-        if made.finite:
-            for values in made.values:
+        if result.finite:
+            for values in result.values:
                 self.window.add(values)
             return
         progress = self.training.progress
         allowed = self.training.config.optimizer.max_skipped_updates
-        reason = describe(made.values, made.keys, self.task)
+        reason = describe(result.values, result.keys, self.task)
         self.log.say(
             f"update {progress.update} skipped: its gradient is not finite ({reason}; "
             f"{progress.skipped} skipped so far)"

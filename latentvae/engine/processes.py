@@ -15,7 +15,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from latentvae.config.run import RunConfig
+from latentvae.config.run_config import RunConfig
 from latentvae.errors import UserError
 
 DTYPES = {"no": None, "bf16": torch.bfloat16}  # of autocast, by mixed_precision

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from latentvae.distributed import from_main, is_main
 from latentvae.errors import UserError
-from latentvae.export.hub import UploadError, check_access, check_repo_id, upload_export
+from latentvae.export.hub_upload import UploadError, check_access, check_repo_id, upload_export
 
 __all__ = ["UploadError", "check_push", "push_export", "repository"]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import yaml
 
 from latentvae.config.presets import parse
-from latentvae.config.run import JobConfig, flat
+from latentvae.config.run_config import JobConfig, flat
 from latentvae.distributed import from_main, is_main
 from latentvae.engine.checkpoint_files import (
     checkpoints,

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from latentvae.config.run import RunConfig
+from latentvae.config.run_config import RunConfig
 from latentvae.engine.publishing import repository
 from latentvae.engine.tracker import check_tracker
 from latentvae.errors import UserError

@@ -2,7 +2,7 @@
 
 import math
 
-from latentvae.config.run import JobConfig
+from latentvae.config.run_config import JobConfig
 
 
 def learning_rate(update: int, *, peak: float, config: JobConfig) -> float:

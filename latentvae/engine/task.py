@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn, optim
 
-from latentvae.config.run import JobConfig, OptimizerConfig
+from latentvae.config.run_config import JobConfig, OptimizerConfig
 from latentvae.engine.processes import prepare
 
 Averages = Mapping[nn.Parameter, Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentvae.config.run import JobConfig
+from latentvae.config.run_config import JobConfig
 from latentvae.engine.progress import Progress
 from latentvae.engine.randomness import Stream, seed_everything
 from latentvae.engine.task import Task

@@ -17,7 +17,7 @@ from latentvae.engine.training import Training
 
 
 @dataclass
-class Made:
+class UpdateResult:
     """What an update was.
 
     Attributes:
@@ -50,9 +50,9 @@ class Updates:
     def progress(self) -> Progress:
         return self.training.progress
 
-    def make(self, batches: Iterator[Any]) -> Made:
+    def make(self, batches: Iterator[Any]) -> UpdateResult:
         """Make one update of the learners that take part in it. All ranks call it."""
-        task, progress, made = self.training.task, self.training.progress, Made()
+        task, progress, result = self.training.task, self.training.progress, UpdateResult()
         learning = task.learning(progress.update)
         if not learning:
             raise ValueError("A task must name a learner for each update (got none).")
@@ -62,34 +62,34 @@ class Updates:
         micro_steps = self.training.config.run.gradient_accumulation_steps
         for i in range(micro_steps):
             batch = next(batches)
-            made.keys.append(task.keys(batch))
+            result.keys.append(task.keys(batch))
             with self._synchronised(i == micro_steps - 1):
-                made.values.append(self.micro_step(batch))
+                result.values.append(self.micro_step(batch))
             progress.micro_step += 1
         norms = self._clip(learning)
 
         # the one sync
-        measured = task.measured(made.values, progress.update)
-        made.finite, made.signal, means = self._verdict(norms, measured)
+        measured = task.measured(result.values, progress.update)
+        result.finite, result.signal, means = self._verdict(norms, measured)
 
         # weights, averages, controllers
-        if made.finite:
+        if result.finite:
             self.step(learning)
             moved = task.after_update(
                 progress.update,
-                values=made.values,
+                values=result.values,
                 means=means,
                 averages=self.training.average_of_weights(),
             )
-            made.values += [norms, moved]
+            result.values += [norms, moved]
         task.end_update()
         for learner in task.learners.values():
             learner.optimizer.zero_grad()
 
-        progress.skipped += not made.finite
-        progress.skipped_in_a_row = 0 if made.finite else progress.skipped_in_a_row + 1
+        progress.skipped += not result.finite
+        progress.skipped_in_a_row = 0 if result.finite else progress.skipped_in_a_row + 1
         progress.update += 1
-        return made
+        return result
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
         """Add the gradients of one batch, with the random numbers of its place."""

@@ -31,7 +31,7 @@ from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
 from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
-from latentvae.evaluation.model import ModelMeasures
+from latentvae.evaluation.model_evaluation import ModelMeasures
 from latentvae.evaluation.passport import passport
 from latentvae.evaluation.picture_source import Pictures, Seen, center_crop
 from latentvae.evaluation.protocol import protocol

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentvae.evaluation.tiling import TilingCheck, can_tile, check_tiling
+from latentvae.evaluation.tiling_check import TilingCheck, can_tile, check_tiling
 from latentvae.export.half_precision import (
     FLOAT16_MAX,
     LATENTS,

@@ -12,7 +12,7 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.coding.image_codecs import CODECS, bits_per_pixel, encode_at_rate
 from latentvae.data import to_tensor
 from latentvae.errors import printable
-from latentvae.evaluation.model import raw_bits
+from latentvae.evaluation.model_evaluation import raw_bits
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.metrics import psnr, to_8bit
 

@@ -1,11 +1,11 @@
 """Out of training: folders that other programs load, compared with the trained network."""
 
+from latentvae.export.any_network import export_network
 from latentvae.export.card import ModelCard
 from latentvae.export.continuous import export_autoencoder
 from latentvae.export.discrete import TokenizerReport, export_tokenizer
+from latentvae.export.export_report import PROFILES, ExportReport, Profile
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
-from latentvae.export.network import export_network
-from latentvae.export.report import PROFILES, ExportReport, Profile
 
 __all__ = [
     "PROFILES",

@@ -20,9 +20,9 @@ from torch import Tensor
 from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.errors import UserError, nearest
 from latentvae.export.card import ModelCard, write_card
-from latentvae.export.folder import check_folder, load_back, probes, written_whole
+from latentvae.export.export_folder import check_folder, load_back, probes, written_whole
+from latentvae.export.export_report import PROFILES, ExportReport, Profile
 from latentvae.export.half_precision import check_half_precision
-from latentvae.export.report import PROFILES, ExportReport, Profile
 from latentvae.latents import LatentStatistics
 from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode_posterior

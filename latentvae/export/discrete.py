@@ -22,7 +22,7 @@ from torch import Tensor
 from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.errors import UserError
 from latentvae.export.card import ModelCard, write_card
-from latentvae.export.folder import check_folder, load_back, probes, written_whole
+from latentvae.export.export_folder import check_folder, load_back, probes, written_whole
 from latentvae.export.half_precision import HalfPrecision, check_half_precision
 from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteFamily, Network, calls, family_of

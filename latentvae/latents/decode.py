@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.compute.optimization import Optimize
-from latentvae.data.folder import inner_name
+from latentvae.data.image_folder import inner_name
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError, printable
 from latentvae.files import read_text
@@ -105,8 +105,8 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 def _on_disk(name: str) -> str:
     """A name whose parts every file system takes: no control characters, no part too long."""
-    plain = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
-    return "/".join(map(_short, plain.replace("\\", "_").split("/")))
+    escaped = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
+    return "/".join(map(_short, escaped.replace("\\", "_").split("/")))
 
 
 def _short(part: str) -> str:
@@ -155,7 +155,7 @@ def _prepare(
     record = Decoded(
         shards=str(reader.folder),
         manifest_sha256=sha256_of(reader.folder / MANIFEST),
-        optimize=None if mode == "plain" else mode,
+        optimize=None if mode == "stock" else mode,
     )
     path = out / RECORD
     try:

@@ -75,7 +75,7 @@ def describe(
             "labels": labels,
             "class_names": class_names,
             "shard_items": shard_items,
-            "optimize": None if model.optimization.mode == "plain" else model.optimization.mode,
+            "optimize": None if model.optimization.mode == "stock" else model.optimization.mode,
         }
     )
 

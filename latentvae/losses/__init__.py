@@ -1,1 +1,1 @@
-"""Named loss terms, their weights, and the critic."""
+"""Named loss terms, their weights, and the discriminator."""

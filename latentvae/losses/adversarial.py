@@ -1,4 +1,5 @@
-"""GAN losses, penalties on the critic, and VQGAN's adaptive weight (arXiv:2012.09841, eq. 7).
+"""GAN losses, penalties on the discriminator, and VQGAN's adaptive weight (arXiv:2012.09841, eq.
+7).
 
 `B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image).
 """
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from latentvae.distributed import all_reduce_mean
 
 
-def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]); 1 when the critic says 0
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]); 1 when the discriminator says 0
     everywhere. Lim & Ye 2017, arXiv:1705.02894, halved as VQGAN does."""
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
@@ -26,49 +27,49 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def non_saturating_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """-E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], the negative of Goodfellow et al.
-    2014, arXiv:1406.2661, eq. 1; 2 log 2 when the critic says 0 everywhere."""
+    2014, arXiv:1406.2661, eq. 1; 2 log 2 when the discriminator says 0 everywhere."""
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
     """-E[log sigmoid(D(recon))] (arXiv:1406.2661, section 3): its gradient does not vanish where
-    the critic is sure."""
+    the discriminator is sure."""
     return F.softplus(-fake_logits.float()).mean()
 
 
 @dataclass(frozen=True)
 class GANLoss:
-    """Both sides of a GAN loss: ``critic(real_logits, fake_logits)``, ``generator(fake_logits)``;
-    logits of any shape, positive for real, to a float32 scalar."""
+    """Both sides of a GAN loss: ``discriminator(real_logits, fake_logits)``,
+    ``generator(fake_logits)``; logits of any shape, positive for real, to a float32 scalar."""
 
-    critic: Callable[[Tensor, Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
 
 
 GAN_LOSSES = {
-    "hinge": GANLoss(hinge_critic_loss, hinge_generator_loss),
-    "non_saturating": GANLoss(non_saturating_critic_loss, non_saturating_generator_loss),
+    "hinge": GANLoss(hinge_discriminator_loss, hinge_generator_loss),
+    "non_saturating": GANLoss(non_saturating_discriminator_loss, non_saturating_generator_loss),
 }
 
 
-def r1_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406, eq. 9), a
-    scalar with a graph to the critic's parameters.
+    scalar with a graph to the discriminator's parameters.
 
     D(x) is the mean of an image's logits, which is what the losses see of it. Its gradient's square
     falls with the number of pixels, so the weight to use grows with it: StyleGAN2-ADA
     (arXiv:2006.06676) takes 0.0002 * H * W / images per update.
 
     Args:
-        critic: the bare network, not one wrapped by DDP, whose forward pass prepares a reduction.
-            With the loss that went through DDP it is sent back in one `backward`: each parameter's
-            hook then fires once, with the sum.
-        images: real images as the critic sees them, (B, C, H, W).
+        discriminator: the bare network, not one wrapped by DDP, whose forward pass prepares a
+            reduction. With the loss that went through DDP it is sent back in one `backward`: each
+            parameter's hook then fires once, with the sum.
+        images: real images as the discriminator sees them, (B, C, H, W).
     """
     images = images.detach().requires_grad_()
-    logits = critic(images).reshape(len(images), -1).mean(1)  # (B,)
+    logits = discriminator(images).reshape(len(images), -1).mean(1)  # (B,)
     (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return 0.5 * grad.square().flatten(1).sum(1).mean()
 
@@ -84,7 +85,7 @@ class LeCam:
     near the average of the fakes' and the other way round.
 
     A controller: `update` once per update; state in `state_dict`. The averages start at 0, where
-    the logits of a critic that has learnt nothing are.
+    the logits of a discriminator that has learnt nothing are.
 
     Args:
         decay: of the averages, per update.
@@ -143,8 +144,8 @@ class Adversary:
     """The discriminator's part in an update.
 
     Attributes:
-        critic: the bare network. The model's part only needs the gradient at the reconstruction,
-            which no rank shares.
+        discriminator: the bare network. The model's part only needs the gradient at the
+            reconstruction, which no rank shares.
         prepared: the same network as DDP and autocast wrap it, for its own update.
         factor: weight of the adversarial term in the model's loss now, before any balance; see
             `objective.adversarial_weight`.
@@ -155,7 +156,7 @@ class Adversary:
         lecam_weight: weight of the LeCam penalty.
     """
 
-    critic: nn.Module
+    discriminator: nn.Module
     prepared: nn.Module
     factor: float
     loss: GANLoss = GAN_LOSSES["hinge"]

@@ -1,5 +1,5 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): what the critic sees, real or not, is changed
-at random, and the gradient to the reconstruction passes through.
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): what the discriminator sees, real or not, is
+changed at random, and the gradient to the reconstruction passes through.
 
 Random numbers come from the global generator, which the training loop seeds for each micro-step;
 each image has its own.

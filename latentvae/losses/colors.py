@@ -1,4 +1,5 @@
-"""Images of any channels as RGB, for networks that know RGB alone: LPIPS, every critic, the eye.
+"""Images of any channels as RGB, for networks that know RGB alone: LPIPS, every discriminator, the
+eye.
 
 One channel is repeated. Of four, the last is alpha (-1 transparent, 1 opaque), and colours lie over
 a background. In training that is a random colour for each image, the same under an image and its

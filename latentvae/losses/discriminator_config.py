@@ -1,28 +1,29 @@
-"""The options of the critic."""
+"""The options of the discriminator."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.losses.discriminators import CRITICS
-from latentvae.options import Count, MayChange, Positive, Section
+from latentvae.losses.discriminators import DISCRIMINATORS
+from latentvae.option_marks import Count, MayChange, Positive, Section
 
 
-class CriticConfig(Section):
-    """The critic, its loss and what keeps it stable."""
+class DiscriminatorConfig(Section):
+    """The discriminator, its loss and what keeps it stable."""
 
     disc_type: Literal["patch", "stylegan"] = Field(
         default="patch",
         description="Logits of image patches (PatchGAN), or one per image (StyleGAN2's).",
     )
     disc_norm: Literal["group", "spectral", "none"] | None = Field(
-        default=None, description="Norm of the patch critic, by default group; stylegan has none."
+        default=None,
+        description="Norm of the patch discriminator, by default group; stylegan has none.",
     )
     disc_loss: Literal["hinge", "non_saturating"] = Field(
         default="hinge", description="GAN loss of both sides."
     )
     disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
-        default=(), description="DiffAugment of all that the critic sees."
+        default=(), description="DiffAugment of all that the discriminator sees."
     )
     disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
@@ -39,23 +40,25 @@ class CriticConfig(Section):
     )
 
     disc_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.5, description="Weight of the adversarial term; 0 leaves the critic out."
+        default=0.5, description="Weight of the adversarial term; 0 leaves the discriminator out."
     )
     disc_start: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5,
-        description="When the critic starts: below 1 a share of max_train_steps, else an update.",
+        description=(
+            "Update in which the discriminator starts. Below 1: a share of max_train_steps."
+        ),
     )
     disc_warmup_steps: Count = Field(
         default=0,
         description=(
-            "Updates after the start in which the critic learns alone, the model standing still: "
-            "for a pretrained model, whose critic starts from nothing."
+            "Updates after the start in which only the discriminator learns. Set this for a "
+            "pretrained model, because its discriminator starts untrained."
         ),
     )
     disc_ramp_steps: Count = Field(
         default=1000,
         description=(
-            "Updates over which the adversarial weight then grows from 0; the critic "
+            "Updates over which the adversarial weight then grows from 0; the discriminator "
             "learns in each of them."
         ),
     )
@@ -74,34 +77,34 @@ class CriticConfig(Section):
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,
-        description="Peak learning rate of the critic; it follows the model's schedule.",
+        description="Peak learning rate of the discriminator; it follows the model's schedule.",
     )
     disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
-        default=64, description="Width of the critic's first layer."
+        default=64, description="Width of the discriminator's first layer."
     )
     disc_layers: Positive | None = Field(
         default=None,
         description=(
-            "Layers that halve the critic's map; by default 3 for patch (patches of 70 pixels), "
-            "for stylegan down to 4 pixels of the shorter side."
+            "Number of layers that halve the feature map. Default: 3 for patch (it then sees "
+            "patches of 70 pixels); for stylegan as many as leave 4 pixels on the shorter side."
         ),
     )
 
-    critic_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
+    disc_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
-            "When the critic has won (its loss near 0), or validation LPIPS gets worse for good "
-            "while it runs: tell so; disable also switches the critic off for the rest of the run; "
-            "off does not look."
+            "What to do when the discriminator has won (its loss is near 0), or validation LPIPS "
+            "gets steadily worse while it runs. warn: print a warning. disable: also switch the "
+            "discriminator off for the rest of the run. off: do not check."
         ),
     )
 
     @model_validator(mode="after")
-    def _check(self) -> "CriticConfig":
-        if self.disc_norm not in (None, "none", *CRITICS[self.disc_type].norms):
-            others = [name for name, kind in CRITICS.items() if self.disc_norm in kind.norms]
+    def _check(self) -> "DiscriminatorConfig":
+        if self.disc_norm not in (None, "none", *DISCRIMINATORS[self.disc_type].norms):
+            others = [name for name, kind in DISCRIMINATORS.items() if self.disc_norm in kind.norms]
             raise ValueError(
-                f"disc_norm {self.disc_norm} is for the {' or '.join(others)} critic; "
+                f"disc_norm {self.disc_norm} is for the {' or '.join(others)} discriminator; "
                 f"{self.disc_type} has none"
             )
         return self

@@ -1,8 +1,9 @@
-"""Critics: on image patches (Isola et al. 2017, arXiv:1611.07004) and on whole images (Karras et
-al. 2020, arXiv:1912.04958).
+"""Discriminators: on image patches (Isola et al. 2017, arXiv:1611.07004) and on whole images
+(Karras et al. 2020, arXiv:1912.04958).
 
-No critic has batch statistics: with them the logits of real images would depend on the fakes beside
-them and on the number of ranks, and the generator's part of an update would move running averages.
+No discriminator has batch statistics: with them the logits of real images would depend on the
+fakes beside them and on the number of ranks, and the generator's part of an update would move
+running averages.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -25,14 +26,15 @@ _PATCH_LAYERS = 3  # 70 pixels
 _STYLEGAN_LAST_SIDE = 4  # of the last map of features, where Karras et al. go over to one vector
 
 
-def power_iteration(critic: nn.Module) -> None:
-    """One step of the power iteration of each spectral norm in ``critic``; nothing without one.
+def power_iteration(discriminator: nn.Module) -> None:
+    """One step of the power iteration of each spectral norm in ``discriminator``; nothing without
+    one.
 
     Due once per update, after the optimiser's step. It depends on the weights alone, so ranks with
     equal weights stay equal without talking.
     """
     with torch.no_grad():
-        for module in critic.modules():
+        for module in discriminator.modules():
             if isinstance(module, ParametrizationList):
                 module.train()
                 module()
@@ -46,8 +48,8 @@ class PatchGAN(nn.Module):
 
     It is always in eval mode, whatever `.train()` is called on it: torch's spectral norm would take
     a step of its power iteration in every forward pass in train mode, so that the generator's and
-    the critic's part of an update and its micro-steps saw different weights. `power_iteration`
-    takes that step, once per update.
+    the discriminator's part of an update and its micro-steps saw different weights.
+    `power_iteration` takes that step, once per update.
 
     Args:
         in_channels: image channels.
@@ -121,9 +123,9 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class StyleGANCritic(nn.Module):
-    """StyleGAN2's residual critic (arXiv:1912.04958, section 3 and appendix B): one logit per
-    image, of any size.
+class StyleGANDiscriminator(nn.Module):
+    """StyleGAN2's residual discriminator (arXiv:1912.04958, section 3 and appendix B): one logit
+    per image, of any size.
 
     images -> 1x1 conv -> residual blocks, each halving the map -> 3x3 conv -> mean over space ->
     two dense layers -> logit
@@ -222,11 +224,11 @@ class _ResidualDown(nn.Module):
         return (self.main(x) + self.skip(x)) * math.sqrt(0.5)
 
 
-Critic = PatchGAN | StyleGANCritic
+Discriminator = PatchGAN | StyleGANDiscriminator
 
 
 @dataclass(frozen=True)
-class CriticKind:
+class DiscriminatorKind:
     """What the options of a run must know of a discriminator.
 
     Attributes:
@@ -238,22 +240,22 @@ class CriticKind:
             layers; None for the default.
     """
 
-    build: Callable[..., Critic]
+    build: Callable[..., Discriminator]
     norms: tuple[str, ...]
     default_layers: Callable[[int], int]
     smallest_side: Callable[[int | None], int]
 
 
-# A new discriminator is a class and a line here, and `disc_type` in `CriticConfig` names it.
-CRITICS: dict[str, CriticKind] = {
-    "patch": CriticKind(
+# A new discriminator is a class and a line here, and `disc_type` in `DiscriminatorConfig` names it.
+DISCRIMINATORS: dict[str, DiscriminatorKind] = {
+    "patch": DiscriminatorKind(
         PatchGAN,
         norms=PATCH_NORMS,
         default_layers=lambda side: _PATCH_LAYERS,
         smallest_side=lambda num_layers: 3 * 2 ** (num_layers or _PATCH_LAYERS),
     ),
-    "stylegan": CriticKind(
-        StyleGANCritic,
+    "stylegan": DiscriminatorKind(
+        StyleGANDiscriminator,
         norms=(),
         default_layers=lambda side: int(math.log2(side / _STYLEGAN_LAST_SIDE)),
         smallest_side=lambda num_layers: (
@@ -263,7 +265,7 @@ CRITICS: dict[str, CriticKind] = {
 }
 
 
-def build_critic(
+def build_discriminator(
     kind: str,
     *,
     image_size: tuple[int, int],
@@ -271,11 +273,11 @@ def build_critic(
     channels: int = 64,
     num_layers: int | None = None,
     norm: str | None = None,
-) -> Critic:
+) -> Discriminator:
     """Return a freshly initialised discriminator.
 
     Args:
-        kind: a key of `CRITICS`.
+        kind: a key of `DISCRIMINATORS`.
         image_size: height and width of the smallest images it will see, in pixels.
         channels: width of the first layer; doubled per layer up to eight times.
         num_layers: layers or blocks that halve the map. By default 3 for "patch" (70 pixels); for
@@ -285,14 +287,20 @@ def build_critic(
     Raises:
         UserError: unknown kind or norm, or images too small.
     """
-    if kind not in CRITICS:
-        allowed = ", ".join(CRITICS)
-        raise UserError(f"no critic '{kind}': it must be {allowed}{nearest(kind, CRITICS)}")
-    entry, side = CRITICS[kind], min(image_size)
+    if kind not in DISCRIMINATORS:
+        allowed = ", ".join(DISCRIMINATORS)
+        raise UserError(
+            f"no discriminator '{kind}': it must be {allowed}{nearest(kind, DISCRIMINATORS)}"
+        )
+    entry, side = DISCRIMINATORS[kind], min(image_size)
     if side < (least := smallest_side(kind, num_layers)):
-        raise UserError(f"images of {side} px are too small: this critic needs at least {least} px")
+        raise UserError(
+            f"images of {side} px are too small: this discriminator needs at least {least} px"
+        )
     if not entry.norms and norm not in (None, "none"):
-        raise UserError(f"the {kind} critic has no norm '{norm}': leave it out, or use 'none'")
+        raise UserError(
+            f"the {kind} discriminator has no norm '{norm}': leave it out, or use 'none'"
+        )
     return entry.build(
         in_channels=in_channels,
         channels=channels,
@@ -303,4 +311,4 @@ def build_critic(
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
     """Shortest side of an image, in pixels, of which a discriminator makes at least one logit."""
-    return CRITICS[kind].smallest_side(num_layers)
+    return DISCRIMINATORS[kind].smallest_side(num_layers)

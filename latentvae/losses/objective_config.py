@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.options import Count, Mark, MayChange, Private, Section, marked
+from latentvae.option_marks import Count, Mark, MayChange, Private, Section, marked
 
 KL_WEIGHTS = 1e-8, 1e4  # that a target may move the KL's weight between: no KL, nothing but KL
 

@@ -4,8 +4,8 @@ prepares.
 `table` names every kind; `family` and `trainable` say what a kind answers; `calls` asks it.
 """
 
-from latentvae.models.conv.discrete import DiscreteAutoencoder
 from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor
+from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 from latentvae.models.family import Family
 from latentvae.models.loading import load_network
 from latentvae.models.network import Network

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import diffusers
 from pydantic import Discriminator, Tag
 
-from latentvae.models.config import ModelConfig
 from latentvae.models.conv.asymmetric import AsymmetricFamily
 from latentvae.models.conv.kl import KLFamily
 from latentvae.models.conv.stock_vq import StockVQFamily
@@ -16,9 +15,10 @@ from latentvae.models.dc.dc import DCFamily
 from latentvae.models.family import Family
 from latentvae.models.flux2.flux2 import Flux2Family
 from latentvae.models.foreign import RAEFamily
+from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
-from latentvae.options import tag_in
+from latentvae.option_marks import tag_in
 
 # By the name that a preset gives as `architecture`.
 FAMILIES: dict[str, TrainableFamily] = {

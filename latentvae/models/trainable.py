@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from latentvae.bottlenecks import Quantizer
-from latentvae.models.config import ModelConfig
 from latentvae.models.family import Codes, Family
+from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network
 from latentvae.models.wrapper import TrainingWrapper
 

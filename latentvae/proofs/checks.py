@@ -53,8 +53,11 @@ def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
     if json_file is not None:
         rows = [asdict(check) | {"value": _finite(check.value)} for check in checks]
         json_file.write_text(json.dumps({"checks": rows}, indent=1, allow_nan=False) + "\n")
-    held = len(checks) - len(failed)
-    print(f"{held} of {len(checks)} checks hold" + (f"; {', '.join(failed)} failed" * bool(failed)))
+    num_passed = len(checks) - len(failed)
+    print(
+        f"{num_passed} of {len(checks)} checks hold"
+        + (f"; {', '.join(failed)} failed" * bool(failed))
+    )
     return 1 if failed else 0
 
 

@@ -24,6 +24,6 @@ def test_an_image_no_larger_than_a_tile_has_no_row_of_tiles(
     monkeypatch.setattr(script, "_print_seam", lambda *_: None)
     script.run(script.Options(model="kl_small", sizes=(512, 520), json=tmp_path / "rows.json"))
     assert {size for way, size in measured if way == "tiles"} == {520}
-    assert {size for way, size in measured if way == "plain"} == {512, 520}
+    assert {size for way, size in measured if way == "stock"} == {512, 520}
     assert (tmp_path / "rows.json").read_text().count("512 px fp32: tiles") == 0
     assert (tmp_path / "rows.json").read_text().count("520 px fp32: tiles") == 4

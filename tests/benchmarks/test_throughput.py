@@ -61,7 +61,7 @@ def test_memory_is_measured_in_other_processes(
 
     def stand_in(name: str, side: int, _options: object) -> dict[str, float]:
         asked.append((name, side))
-        return {"plain": {"encode": 60.0, "decode": 80.0}, "exact": {"encode": 30, "decode": 20}}[
+        return {"stock": {"encode": 60.0, "decode": 80.0}, "exact": {"encode": 30, "decode": 20}}[
             name
         ]
 
@@ -73,7 +73,7 @@ def test_memory_is_measured_in_other_processes(
         ("peak memory, encode, 64 px, exact, fp32", 2.0),
         ("peak memory, decode, 64 px, exact, fp32", 4.0),
     ]
-    assert asked == [("plain", 64), ("exact", 64)]
+    assert asked == [("stock", 64), ("exact", 64)]
 
 
 @pytest.mark.slow
@@ -81,11 +81,11 @@ def test_peak_of_a_call(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     options = script.Options(channels=(32, 32, 32, 32), threads=1)
     kept = script.peak_of("exact", 512, options)["decode"]
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # as glibc does by default
-    found = {name: script.peak_of(name, 512, options)["decode"] for name in ("plain", "exact")}
+    found = {name: script.peak_of(name, 512, options)["decode"] for name in ("stock", "exact")}
     one_map = 32 * 512 * 512 * 4 / 2**20
-    assert 2 * one_map < found["plain"] < 12 * one_map
+    assert 2 * one_map < found["stock"] < 12 * one_map
     tiles = 4 * one_map  # of NNPACK: 64 numbers for 36, of what goes in and out
-    assert 2 * one_map < found["exact"] <= found["plain"] + tiles + 2 * one_map
+    assert 2 * one_map < found["exact"] <= found["stock"] + tiles + 2 * one_map
     assert kept <= found["exact"] + 8 * one_map  # holes that do not fit
 
 

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from latentvae.compute.upsampling import FoldedUpsample2D
-from latentvae.compute.winograd.layers import TrainedWinogradConv2d
+from latentvae.compute.winograd.convolutions import TrainedWinogradConv2d
 from tests.benchmarks.processes import this_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -98,7 +98,7 @@ def test_other_mathematics_is_noticed(script: ModuleType) -> None:
         reference = script.ReferenceStep(
             script.SCRIPTS["diffusers mended"],
             ours.task.net,
-            ours.task.critic,
+            ours.task.discriminator,
             ours.task.metric.lpips,
             weights=replace(script.WEIGHTS, **changes),
             stock=False,
@@ -121,7 +121,7 @@ def test_references_compute_with_stock_layers(script: ModuleType) -> None:
     reference = script.ReferenceStep(
         script.SCRIPTS["diffusers mended"],
         parts[0],
-        ours.task.critic,
+        ours.task.discriminator,
         parts[1],
         weights=script.WEIGHTS,
     )
@@ -138,11 +138,16 @@ def test_in_float64_the_whole_update_is_that_of_stock_layers(script: ModuleType)
     reference = script.ReferenceStep(
         script.SCRIPTS["diffusers mended"],
         ours.task.net,
-        ours.task.critic,
+        ours.task.discriminator,
         ours.task.metric.lpips,
         weights=script.WEIGHTS,
     )
-    for module in (ours.task.net, ours.task.critic, ours.task.metric, *vars(reference).values()):
+    for module in (
+        ours.task.net,
+        ours.task.discriminator,
+        ours.task.metric,
+        *vars(reference).values(),
+    ):
         if isinstance(module, nn.Module):
             module.double()
     for net in (ours.task.net, reference.net):  # a posterior is always float32

@@ -2,9 +2,9 @@
 
 import pytest
 
-from latentvae.compute.winograd import layers
+from latentvae.compute.winograd import convolutions
 
 
 @pytest.fixture(autouse=True)
 def limits_of_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX512"))
+    monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX512"))

@@ -11,8 +11,8 @@ from torch import Tensor
 from latentvae.compute import inference
 from latentvae.compute import optimization as opt
 from latentvae.compute.optimization import Optimized, measure_psnr, optimize_network, probe
-from latentvae.compute.winograd import layers
-from latentvae.compute.winograd.layers import WinogradConv2d
+from latentvae.compute.winograd import convolutions
+from latentvae.compute.winograd.convolutions import WinogradConv2d
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.errors import UserError
 from latentvae.models import calls
@@ -76,7 +76,7 @@ def test_exact_shares_the_parameters() -> None:
 def test_exact_uses_winograd_where_it_serves() -> None:
     exact = optimize_network(kl(), mode="exact").net
     assert sum(type(m) is WinogradConv2d for m in exact.modules()) > 10
-    assert layers.LIMITS.positions <= 72 * 64  # so that the images above are convolved by it
+    assert convolutions.LIMITS.positions <= 72 * 64  # so that the images above are convolved by it
     assert type(exact.encoder.conv_in) is type(exact.decoder.conv_out) is torch.nn.Conv2d
 
 
@@ -85,7 +85,7 @@ def test_exact_uses_winograd_where_it_serves() -> None:
 def test_exact_folds_the_upsampling_that_winograd_does_not_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX2"))
+    monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX2"))
     net: Any = kl()  # narrower than 128 channels
     exact = optimize_network(net, mode="exact").net
     assert any(type(m) is inference.FrozenUpsample2D for m in exact.decoder.modules())

@@ -22,8 +22,8 @@ from latentvae.compute.strips import (
     maps,
     price_in_strips,
 )
-from latentvae.compute.strips.layers import normalizer
 from latentvae.compute.strips.maps import FileMap, MemoryMap, moments_of_rows
+from latentvae.compute.strips.strip_layers import normalizer
 from latentvae.compute.upsampling import fold_upsampling
 from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder, calls
@@ -137,7 +137,7 @@ def test_stock_tokenizer(lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         lookup_from_codebook=lookup,
         **shape,
     ).eval()
-    monkeypatch.setattr("latentvae.compute.strips.network.CPU_SCORES", 16 * 14 * 3)
+    monkeypatch.setattr("latentvae.compute.strips.strip_network.CPU_SCORES", 16 * 14 * 3)
     images = pictures(1, 3, 24, 28)
     with torch.no_grad():
         z = calls.encode(net, images)

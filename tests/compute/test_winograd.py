@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from latentvae.compute.inference import build_exact
 from latentvae.compute.stock_layers import restore_stock_layers
-from latentvae.compute.winograd import layers, nnpack, tiles
-from latentvae.compute.winograd.layers import (
+from latentvae.compute.winograd import convolutions, nnpack, tiles
+from latentvae.compute.winograd.convolutions import (
     TrainedWinogradConv2d,
     WinogradConv2d,
     swap_convolutions,
@@ -117,9 +117,9 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
 ) -> None:
     if path == "nnpack" and not has_winograd():
         pytest.skip("torch has no NNPACK here")
-    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0 if path == "nnpack" else 10**9)
+    monkeypatch.setattr(convolutions, "TRAINING_POSITIONS", 0 if path == "nnpack" else 10**9)
     tiled = {"one": 0, "both": 0} if path == "tiles" else {"one": 9999, "both": 9999}
-    monkeypatch.setattr(layers, "LIMITS", replace(layers.LIMITS, tiled=tiled))
+    monkeypatch.setattr(convolutions, "LIMITS", replace(convolutions.LIMITS, tiled=tiled))
     x, weight, bias, gradient = case((2, 32, 20, 18), 48)
     expected = plain_results(x, weight, bias, gradient)
     conv: Any = nn.Conv2d(32, 48, 3, padding=1)
@@ -139,7 +139,7 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
 def test_inference_is_plain_under_autocast_and_in_other_precisions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX512"))
+    monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX512"))
     net: Any = kl(layers_per_block=1)
     exact, x = build_exact(net), images(40, 36)
     assert any(type(module) is WinogradConv2d for module in exact.modules())
@@ -155,9 +155,11 @@ def test_inference_is_plain_under_autocast_and_in_other_precisions(
 
 @needs_nnpack
 def test_a_frozen_layer_transforms_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0)
-    monkeypatch.setattr(layers, "LIMITS", replace(layers.LIMITS, tiled={"one": 0, "both": 0}))
-    monkeypatch.setattr(layers, "tiled_gradients", None)  # not to be called
+    monkeypatch.setattr(convolutions, "TRAINING_POSITIONS", 0)
+    monkeypatch.setattr(
+        convolutions, "LIMITS", replace(convolutions.LIMITS, tiled={"one": 0, "both": 0})
+    )
+    monkeypatch.setattr(convolutions, "tiled_gradients", None)  # not to be called
     conv = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     swap_convolutions(conv, trained=True)
     x = torch.randn(1, 32, 12, 12, requires_grad=True)
@@ -166,7 +168,7 @@ def test_a_frozen_layer_transforms_no_tiles(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_a_plain_layer_takes_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 0)
+    monkeypatch.setattr(convolutions, "TRAINING_POSITIONS", 0)
     conv = nn.Conv2d(32, 32, 3, padding=1)
     swap_convolutions(conv, trained=True)
     assert conv(torch.zeros(0, 32, 8, 8)).shape == (0, 32, 8, 8)  # no image
@@ -175,25 +177,25 @@ def test_what_a_plain_layer_takes_else(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shapes_choose_the_algorithm() -> None:
     wide, narrow = torch.zeros(256, 256, 3, 3), torch.zeros(64, 64, 3, 3)
-    assert layers._fits_tiles(torch.zeros(8, 256, 16, 16), wide, "one")
-    assert not layers._fits_tiles(torch.zeros(8, 256, 8, 8), wide, "one")  # few tiles
-    assert not layers._fits_tiles(torch.zeros(8, 64, 32, 32), narrow, "both")
-    assert layers._fits_nnpack(torch.zeros(1, 32, 64, 64)) == has_winograd()
-    assert not layers._fits_nnpack(torch.zeros(1, 32, 63, 64))
+    assert convolutions._fits_tiles(torch.zeros(8, 256, 16, 16), wide, "one")
+    assert not convolutions._fits_tiles(torch.zeros(8, 256, 8, 8), wide, "one")  # few tiles
+    assert not convolutions._fits_tiles(torch.zeros(8, 64, 32, 32), narrow, "both")
+    assert convolutions._fits_nnpack(torch.zeros(1, 32, 64, 64)) == has_winograd()
+    assert not convolutions._fits_nnpack(torch.zeros(1, 32, 63, 64))
 
 
 def test_without_avx512_only_wide_convolutions_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "LIMITS", layers.limits_of("AVX2"))
+    monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX2"))
     wide, narrow = (nn.Conv2d(n, n, 3, padding=1) for n in (128, 64))
     assert swap_convolutions(wide) == 1 and swap_convolutions(narrow) == 0
     for asked in ("one", "both"):
         maps = {n: torch.zeros(8, n, 32, 32) for n in (64, 128)}
-        assert layers._fits_tiles(maps[128], wide.weight, asked)
-        assert not layers._fits_tiles(maps[64], narrow.weight, asked)
+        assert convolutions._fits_tiles(maps[128], wide.weight, asked)
+        assert not convolutions._fits_tiles(maps[64], narrow.weight, asked)
     called: list[Any] = []
-    monkeypatch.setattr(layers, "nnpack_conv", lambda x, *_: called.append(x))
+    monkeypatch.setattr(convolutions, "nnpack_conv", lambda x, *_: called.append(x))
     wide(torch.zeros(1, 128, 63, 64))
     assert not called
     wide(torch.zeros(1, 128, 64, 64))
@@ -203,7 +205,7 @@ def test_without_avx512_only_wide_convolutions_change(
 def test_a_network_gives_the_same_and_is_stock_again_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "TRAINING_POSITIONS", 32 * 32)
+    monkeypatch.setattr(convolutions, "TRAINING_POSITIONS", 32 * 32)
     net: Any = kl(layers_per_block=1)
     plain = copy.deepcopy(net)
     assert swap_convolutions(net, trained=True) > 10

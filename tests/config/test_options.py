@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from latentvae.bottlenecks import QUANTIZERS
 from latentvae.cli.train import config_from_arguments
 from latentvae.config.presets import preset_names
-from latentvae.config.run import flat, option_names
+from latentvae.config.run_config import flat, option_names
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
 from latentvae.models.table import MODELS
-from latentvae.options import Elsewhere, marks
+from latentvae.option_marks import Elsewhere, marks
 from latentvae.proofs.preflight import preflight
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.config import TrainConfig, load_preset, parse
@@ -110,7 +110,7 @@ def test_flags_override_the_preset_and_both_spellings_work() -> None:
         ],
         description="",
     )
-    assert config.critic.disc_augment == ("color", "cutout")
+    assert config.discriminator.disc_augment == ("color", "cutout")
     assert (config.run.train_batch_size, config.data.random_flip, config.model.f) == (3, False, 2)
     assert config.optimizer.adam_beta1 == 0.5
 

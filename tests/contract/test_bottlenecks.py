@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from latentvae.bottlenecks import BOTTLENECKS, QUANTIZERS, Quantizer
-from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.tasks.autoencoder.config import parse
 
 # Values to try of options whose defaults leave something out, wherever a bottleneck has them.

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from latentvae.config.presets import preset_names
 from latentvae.losses.adversarial import Adversary
 from latentvae.losses.objective import Loss, Objective
-from latentvae.losses.objective.build import build_objective
+from latentvae.losses.objective.build_objective import build_objective
 from latentvae.models import FAMILIES
 from latentvae.outputs import AutoencoderOutput
 from latentvae.tasks.autoencoder.backward import backward_model
-from latentvae.tasks.autoencoder.build import build_net
+from latentvae.tasks.autoencoder.build_parts import build_net
 from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
 from tests.contract.tiny_presets import tiny_preset
 
@@ -78,7 +78,7 @@ class Case:
         config = config or self.config
         objective = build_objective(
             config.objective,
-            config.critic,
+            config.discriminator,
             perceptual=self.perceptual,
             latent_weights=config.model.bottleneck.weights(),
             has_kl=config.model.has_kl,
@@ -140,15 +140,15 @@ def build_case(preset: str, changes: dict[str, dict[str, Any]]) -> Case:
         FAMILIES[config.model.architecture].freeze_encoder(net)
     wrapper = wrapped(net, config)
     side = config.data.resolution
-    critic = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 3))
-    critic = critic.double()
+    discriminator = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 3))
+    discriminator = discriminator.double()
     return Case(
         config=config,
         wrapper=wrapper,
         images=torch.rand(2, 3, side, side, dtype=torch.float64) * 2 - 1,
         perceptual=Distance().double(),
-        adversary=Adversary(critic=critic, prepared=critic, factor=0.0)
-        if config.critic.disc_scale > 0
+        adversary=Adversary(discriminator=discriminator, prepared=discriminator, factor=0.0)
+        if config.discriminator.disc_scale > 0
         else None,
     )
 
@@ -182,7 +182,7 @@ def test_a_doubled_weight_adds_its_term_once_more(case: Case) -> None:
         other = copy.copy(objective)
         scale = 2 * objective.adversarial.scale
         other.adversarial = replace(objective.adversarial, scale=scale)
-        assert_doubled(before, case.loss(other, out), "critic/adversarial")
+        assert_doubled(before, case.loss(other, out), "discriminator/adversarial")
 
 
 def shown(loss: Loss, objective: Objective) -> set[str]:
@@ -205,7 +205,7 @@ def assert_doubled(before: Loss, after: Loss, *names: str) -> None:
 OPTIONS = {
     ("objective", "perceptual_scale"): ["loss/lpips"],
     ("objective", "kl_scale"): ["kl"],
-    ("critic", "disc_scale"): ["critic/adversarial"],
+    ("discriminator", "disc_scale"): ["discriminator/adversarial"],
     ("quantizer", "commitment_weight"): ["loss/commitment"],
     ("quantizer", "codebook_weight"): ["loss/codebook"],
     ("quantizer", "entropy_weight"): ["loss/sample_entropy", "loss/batch_entropy"],
@@ -219,7 +219,7 @@ def test_a_doubled_option_doubles_its_terms(case: Case) -> None:
     model: Any = case.config.model
     sections = {
         "objective": case.config.objective,
-        "critic": case.config.critic,
+        "discriminator": case.config.discriminator,
         "quantizer": getattr(model, "quantizer", None),
     }
     for (section, option), terms in OPTIONS.items():

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentvae.cli.train import run_task
-from latentvae.config.run import JobConfig, OptimizerConfig, RunConfig
+from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
 from latentvae.data import IndexSampler
 from latentvae.distributed import is_main, rank, world_size
 from latentvae.engine.task import Learner, Task
 from latentvae.errors import UserError
-from latentvae.options import MayChange, Positive, Section
+from latentvae.option_marks import MayChange, Positive, Section
 
 
 class TableConfig(Section):

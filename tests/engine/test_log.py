@@ -56,10 +56,10 @@ def test_rows_validations_and_checkpoints_come_at_every_step_and_at_the_end(fold
     }
 
 
-def test_images_are_counted_and_every_row_has_the_critic_once_it_runs(folder: Path) -> None:
+def test_images_are_counted_and_every_row_has_the_discriminator_once_it_runs(folder: Path) -> None:
     found = rows(folder, "loss/rec")
     assert [row["images"] for row in found] == [8 * row["update"] for row in found]
-    assert ["critic/loss" in row for row in found] == [False, True, True, True, True]
+    assert ["discriminator/loss" in row for row in found] == [False, True, True, True, True]
     measured = rows(folder, "validation/psnr")[-1]
     assert {"validation/ssim", "validation/lpips"} <= measured.keys()
     assert measured["validation/images"] == len(SamplePhotos("validation"))

@@ -12,7 +12,7 @@ from latentvae.cli.main import main
 from latentvae.cli.train import run_training
 from latentvae.engine import loop
 from latentvae.errors import UserError
-from latentvae.export.hub import UploadError
+from latentvae.export.hub_upload import UploadError
 from latentvae.tasks.autoencoder import train
 from tests.export.hub_stand_in import TOKEN, HubStandIn
 from tests.forks import ended_ranks

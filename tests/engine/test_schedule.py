@@ -23,6 +23,11 @@ def test_constant_after_the_warm_up() -> None:
 
 
 def test_disc_start_is_a_share_of_the_run_below_one_and_an_update_above() -> None:
-    assert config(critic={"disc_start": 0.25}, run={"max_train_steps": 1000}).critic_start == 250
-    assert config(critic={"disc_start": 50_000}).critic_start == 50_000
-    assert config(critic={"disc_start": 0}).critic_start == 0
+    assert (
+        config(
+            discriminator={"disc_start": 0.25}, run={"max_train_steps": 1000}
+        ).discriminator_start
+        == 250
+    )
+    assert config(discriminator={"disc_start": 50_000}).discriminator_start == 50_000
+    assert config(discriminator={"disc_start": 0}).discriminator_start == 0

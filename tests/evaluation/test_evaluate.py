@@ -297,8 +297,8 @@ def test_a_single_image_says_that_its_bits_are_too_few(run: Any) -> None:
 
 
 def test_a_kernel_distance_takes_evenly_spread_images(run: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("latentvae.evaluation.model.KERNEL_IMAGES", 2)
-    monkeypatch.setattr("latentvae.evaluation.model.MIN_FRECHET_IMAGES", 4)
+    monkeypatch.setattr("latentvae.evaluation.model_evaluation.KERNEL_IMAGES", 2)
+    monkeypatch.setattr("latentvae.evaluation.model_evaluation.MIN_FRECHET_IMAGES", 4)
     perceptual = {net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")}
     plan = replace(METRICS, lpips_nets=("alex", "vgg"))
     found = run(pixels(Fault(offset=0.2)), plan=plan, lpips=perceptual).models["m"].distribution

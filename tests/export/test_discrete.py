@@ -19,7 +19,7 @@ from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import to_vq_model
 from latentvae.tasks.autoencoder import train
-from latentvae.tasks.autoencoder.exporting import export_folder
+from latentvae.tasks.autoencoder.run_export import export_folder
 from tests.export.tokenizers import export
 from tests.tasks.autoencoder.small import small_config
 from tests.tiny import OTHER, STOCK, photos, tokenizer

@@ -22,7 +22,7 @@ from latentvae.engine.progress import Progress, SavedValues, checked_values
 from latentvae.engine.training import Training
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import load_lpips
-from latentvae.tasks.autoencoder import build as building
+from latentvae.tasks.autoencoder import build_parts as building
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.state import AutoencoderState
 from tests.tasks.autoencoder.small import as_flags, small_config
@@ -33,8 +33,8 @@ FILES = (
     "model.safetensors",
     "model_average.safetensors",
     "model_optimizer.safetensors",
-    "critic.safetensors",
-    "critic_optimizer.safetensors",
+    "discriminator.safetensors",
+    "discriminator_optimizer.safetensors",
     "state.json",
     "manifest.json",
 )
@@ -202,7 +202,7 @@ HARMLESS = {  # of the right type after all
     "versions": [{"a": "b"}],
     "task": [{"a": "b"}],  # the task's own class looks at it
     "mixed_precision": ["text"],
-    "critic_stopped": [None],
+    "discriminator_stopped": [None],
     "bad_images": [[]],
 }
 
@@ -243,7 +243,10 @@ def _wrong(name: str) -> list[Any]:
         (lambda v: v["ranks"][0]["units"][0].__setitem__(0, -1.0), "units: a count is no number"),
         (lambda v: v["ranks"][0]["units"][1].append(0.0), "units: not 3 x 4 sums"),
         (lambda v: v["task"]["bad_images"].append(["a.png"]), "bad_images.0"),
-        (lambda v: v["task"]["watch"]["conditions"]["critic_won"].update(extra=1), "conditions"),
+        (
+            lambda v: v["task"]["watch"]["conditions"]["discriminator_won"].update(extra=1),
+            "conditions",
+        ),
         (lambda v: v["task"]["kl_target"].update(error=float("inf")), "kl_target.error"),
         (lambda v: v["progress"].update(update=3), "its state.json is of update 3"),
         (lambda v: v.update(average_steps={}), "no average_steps of model"),

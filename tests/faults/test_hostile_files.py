@@ -11,7 +11,7 @@ import yaml
 
 from latentvae.cli.main import main
 from latentvae.data import UnreadableImage
-from latentvae.data.hub import cell_bytes
+from latentvae.data.hub_datasets import cell_bytes
 from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable
 from latentvae.errors import UserError
 from latentvae.latents.decode import picture_names
@@ -183,6 +183,6 @@ def test_a_manifest_of_a_checkpoint_names_no_file_elsewhere(place_folder: Folder
 
 def test_weights_that_no_manifest_lists_are_not_read(place_folder: Folders) -> None:
     folder = place_folder("checkpoint manifest") / "checkpoint-2"
-    (folder / "critic.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"critic\.safetensors is not in manifest\.json"):
+    (folder / "discriminator.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"discriminator\.safetensors is not in manifest\.json"):
         load_checkpoint(folder)

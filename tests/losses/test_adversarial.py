@@ -9,22 +9,22 @@ from latentvae.losses.adversarial import (
     GAN_LOSSES,
     LeCam,
     adaptive_weight,
-    hinge_critic_loss,
+    hinge_discriminator_loss,
     hinge_generator_loss,
     lazy_weight,
-    non_saturating_critic_loss,
+    non_saturating_discriminator_loss,
     non_saturating_generator_loss,
     r1_penalty,
 )
-from latentvae.losses.discriminators import PatchGAN, build_critic
+from latentvae.losses.discriminators import PatchGAN, build_discriminator
 
 
 def test_hinge_at_and_beyond_the_margins() -> None:
     one, zero = torch.ones(2, 1, 3, 3), torch.zeros(2, 1, 3, 3)
-    assert hinge_critic_loss(one, -one) == 0.0
-    assert hinge_critic_loss(5 * one, -5 * one) == 0.0
-    assert hinge_critic_loss(zero, zero) == 1.0
-    assert hinge_critic_loss(-one, one) == 2.0
+    assert hinge_discriminator_loss(one, -one) == 0.0
+    assert hinge_discriminator_loss(5 * one, -5 * one) == 0.0
+    assert hinge_discriminator_loss(zero, zero) == 1.0
+    assert hinge_discriminator_loss(-one, one) == 2.0
     assert hinge_generator_loss(3 * one) == -3.0
 
 
@@ -34,33 +34,33 @@ def test_non_saturating_is_the_cross_entropy_of_the_labels() -> None:
     expected = cross_entropy(real.sigmoid(), torch.ones_like(real)) + cross_entropy(
         fake.sigmoid(), torch.zeros_like(fake)
     )
-    torch.testing.assert_close(non_saturating_critic_loss(real, fake), expected)
+    torch.testing.assert_close(non_saturating_discriminator_loss(real, fake), expected)
     torch.testing.assert_close(
         non_saturating_generator_loss(fake), cross_entropy(fake.sigmoid(), torch.ones_like(fake))
     )
     zero = torch.zeros(2, 1)
-    assert non_saturating_critic_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert non_saturating_discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
     assert non_saturating_generator_loss(zero).item() == pytest.approx(math.log(2))
 
 
-def test_the_non_saturating_gradient_stays_where_the_critic_is_sure() -> None:
+def test_the_non_saturating_gradient_stays_where_the_discriminator_is_sure() -> None:
     logits = torch.tensor([-30.0, 0.0, 30.0], requires_grad=True)
     (grad,) = torch.autograd.grad(non_saturating_generator_loss(logits), logits)
     torch.testing.assert_close(grad * 3, torch.tensor([-1.0, -0.5, 0.0]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", GAN_LOSSES)
-def test_each_loss_moves_critic_and_generator_apart(name: str) -> None:
+def test_each_loss_moves_discriminator_and_generator_apart(name: str) -> None:
     real, fake = (torch.zeros(4, requires_grad=True) for _ in range(2))
-    GAN_LOSSES[name].critic(real, fake).backward()
+    GAN_LOSSES[name].discriminator(real, fake).backward()
     assert real.grad is not None and (real.grad < 0).all()
     assert fake.grad is not None and (fake.grad > 0).all()
     (grad,) = torch.autograd.grad(GAN_LOSSES[name].generator(fake), fake)
     assert (grad < 0).all()
-    assert GAN_LOSSES[name].critic(real.bfloat16(), fake.bfloat16()).dtype == torch.float32
+    assert GAN_LOSSES[name].discriminator(real.bfloat16(), fake.bfloat16()).dtype == torch.float32
 
 
-def test_r1_of_a_linear_critic_is_half_its_squared_weight() -> None:
+def test_r1_of_a_linear_discriminator_is_half_its_squared_weight() -> None:
     weight = torch.randn(3, 4, 5, requires_grad=True)
     penalty = r1_penalty(
         lambda images: (images * weight).sum(dim=(1, 2, 3)), torch.randn(6, 3, 4, 5)
@@ -70,7 +70,7 @@ def test_r1_of_a_linear_critic_is_half_its_squared_weight() -> None:
     torch.testing.assert_close(grad, weight)
 
 
-def test_r1_takes_a_patch_critics_mean_logit() -> None:
+def test_r1_takes_a_patch_discriminators_mean_logit() -> None:
     """Two patches, each a copy of one pixel: D = (x0 + x1) / 2, whose gradient's square is 1/2."""
     penalty = r1_penalty(lambda images: images, torch.randn(3, 1, 1, 2))
     assert penalty.item() == pytest.approx(0.25)
@@ -78,11 +78,11 @@ def test_r1_takes_a_patch_critics_mean_logit() -> None:
 
 @pytest.mark.parametrize("kind", ["patch", "stylegan"])
 def test_r1_and_its_gradient_against_finite_differences(kind: str) -> None:
-    critic = build_critic(kind, image_size=(8, 12), channels=8, num_layers=1).double()
+    discriminator = build_discriminator(kind, image_size=(8, 12), channels=8, num_layers=1).double()
     images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
 
     def score(x: Tensor) -> Tensor:
-        return critic(x).flatten(1).mean(1).sum()
+        return discriminator(x).flatten(1).mean(1).sum()
 
     step = 1e-6
     with torch.no_grad():
@@ -90,17 +90,17 @@ def test_r1_and_its_gradient_against_finite_differences(kind: str) -> None:
             (score(images + step * e) - score(images - step * e)) / (2 * step)
             for e in torch.eye(images.numel(), dtype=torch.float64).view(-1, *images.shape)
         ]
-    penalty = r1_penalty(critic, images)
+    penalty = r1_penalty(discriminator, images)
     torch.testing.assert_close(
         penalty, 0.5 * torch.stack(slopes).square().sum() / 2, rtol=1e-5, atol=0
     )
-    parameter = next(p for p in critic.parameters() if p.ndim == 4)
+    parameter = next(p for p in discriminator.parameters() if p.ndim == 4)
     (grad,) = torch.autograd.grad(penalty, parameter)
     direction, sides = torch.randn_like(parameter), []
     for sign in (1, -1):
         with torch.no_grad():
             parameter += sign * 1e-6 * direction
-        sides.append(r1_penalty(critic, images).item())
+        sides.append(r1_penalty(discriminator, images).item())
         with torch.no_grad():
             parameter -= sign * 1e-6 * direction
     assert (grad * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-4)
@@ -157,12 +157,12 @@ def test_adaptive_weight_is_the_ratio_of_full_gradients_at_the_last_layer() -> N
 
 
 def test_patchgan_judges_each_image_alone_and_sees_70_pixels() -> None:
-    critic = PatchGAN(channels=16)
+    discriminator = PatchGAN(channels=16)
     images = torch.randn(3, 3, 128, 128, requires_grad=True)
-    together = critic(images)
-    torch.testing.assert_close(together[1:2], critic(images[1:2]), rtol=1e-4, atol=1e-5)
+    together = discriminator(images)
+    torch.testing.assert_close(together[1:2], discriminator(images[1:2]), rtol=1e-4, atol=1e-5)
     no_norm = nn.Sequential(
-        *[layer for layer in critic.layers if not isinstance(layer, nn.GroupNorm)]
+        *[layer for layer in discriminator.layers if not isinstance(layer, nn.GroupNorm)]
     )
     logits = no_norm(images)
     (grad,) = torch.autograd.grad(logits[0, 0, 7, 7], images)

@@ -1,14 +1,14 @@
 """The weight of the adversarial term over updates."""
 
-from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.losses.discriminator_config import DiscriminatorConfig
 from latentvae.losses.objective.adversarial_weight import AdversarialWeight, adversarial_weight
 
 
 def test_the_discriminator_learns_before_its_loss_counts() -> None:
-    weight = adversarial_weight(CriticConfig(disc_scale=0.5, disc_ramp_steps=4))
+    weight = adversarial_weight(DiscriminatorConfig(disc_scale=0.5, disc_ramp_steps=4))
     factors = [weight.factor(update, start=3) for update in range(9)]
     assert factors == [None, None, None, 0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    off = adversarial_weight(CriticConfig(disc_scale=0.0))
+    off = adversarial_weight(DiscriminatorConfig(disc_scale=0.0))
     assert off.factor(9, start=3) is None and not off.learns_alone(9, start=0)
 
 

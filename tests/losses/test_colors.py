@@ -1,4 +1,4 @@
-"""What LPIPS and critics see of grey and of transparent images, in closed form."""
+"""What LPIPS and discriminators see of grey and of transparent images, in closed form."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from latentvae.losses.adversarial import GAN_LOSSES, Adversary
 from latentvae.losses.colors import random_background, to_rgb
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.backward import backward_discriminator
 
 
 def images(channels: int, *, seed: int = 0) -> Tensor:
@@ -90,10 +90,10 @@ class Mean(nn.Module):
         return self.weight * (shown[-1] - shown[0] if len(shown) > 1 else shown[0]).mean((1, 2, 3))
 
 
-def test_objective_and_critic_see_the_same_background_in_image_and_reconstruction() -> None:
+def test_objective_and_discriminator_see_the_same_background_in_image_and_reconstruction() -> None:
     real, recon = images(4), images(4, seed=1)
     background = images(3, seed=2)[:, :, :1, :1]
-    perceptual, critic = Mean(), Mean()
+    perceptual, discriminator = Mean(), Mean()
     objective = Objective(rec_loss="l2", perceptual=perceptual, perceptual_scale=1.0, kl_scale=0.0)
     terms = objective.reconstruction_terms(real, recon, background=background)
     assert torch.allclose(
@@ -102,14 +102,14 @@ def test_objective_and_critic_see_the_same_background_in_image_and_reconstructio
     assert torch.equal(perceptual.seen[0], to_rgb(real, background))
     assert torch.equal(perceptual.seen[1], to_rgb(recon, background))
     adversary = Adversary(
-        critic=critic,
-        prepared=critic,
+        discriminator=discriminator,
+        prepared=discriminator,
         factor=1.0,
         loss=GAN_LOSSES["hinge"],
     )
-    backward_critic(real, recon, adversary=adversary, background=background)
+    backward_discriminator(real, recon, adversary=adversary, background=background)
     both = torch.cat([to_rgb(real, background), to_rgb(recon, background)])
-    assert torch.equal(critic.seen[0], both)
+    assert torch.equal(discriminator.seen[0], both)
     leaf = recon.clone().requires_grad_()
     value = objective.adversarial_value(leaf, adversary, background=background)
     (grad,) = torch.autograd.grad(value, leaf)

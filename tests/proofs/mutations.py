@@ -29,7 +29,7 @@ from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.models import TrainingWrapper
 from latentvae.models.family import Family
 from latentvae.outputs import AutoencoderOutput
-from latentvae.tasks.autoencoder.learning import CRITIC, MODEL
+from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR, MODEL
 from tests.proofs.injection import Inject, around, both, built, entry, instead, result
 
 # Seams, each in the module whose code calls it.
@@ -42,8 +42,8 @@ SNAPSHOT = "latentvae.engine.checkpoint_content:"
 RESTORE = "latentvae.proofs.preflight.saving:restore"
 AUTOENCODER = "latentvae.tasks.autoencoder."
 TASK = AUTOENCODER + "task:AutoencoderTask."
-BACKWARD_MODEL = AUTOENCODER + "learning:backward_model"
-BACKWARD_CRITIC = AUTOENCODER + "learning:backward_critic"
+BACKWARD_MODEL = AUTOENCODER + "learning_half:backward_model"
+BACKWARD_DISCRIMINATOR = AUTOENCODER + "learning_half:backward_discriminator"
 OBJECTIVE = "latentvae.losses.objective."
 TERMS = OBJECTIVE + "objective:Objective."
 RAMP = OBJECTIVE + "adversarial_weight:AdversarialWeight.factor"
@@ -140,45 +140,49 @@ def _swapped_losses(quantized: Quantized, *_: Any, **__: Any) -> Quantized:
 
 
 def _sent_back_at_once(value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The generator's loss leaves gradients on the critic."""
+    """The generator's loss leaves gradients on the discriminator."""
     value.backward(retain_graph=True)
     return value
 
 
 def _not_detached() -> Inject:
-    """The critic's loss goes back through the reconstruction into the model."""
+    """The discriminator's loss goes back through the reconstruction into the model."""
     kept: list[AutoencoderOutput] = []
 
     def model(backward: Any, images: Tensor, out: AutoencoderOutput, **more: Any) -> Any:
         kept[:] = [out]
         return backward(images, out, **more)
 
-    def critic(images: Tensor, *_: Any, adversary: Adversary, divide_by: int, **__: Any) -> Any:
+    def discriminator(
+        images: Tensor, *_: Any, adversary: Adversary, divide_by: int, **__: Any
+    ) -> Any:
         seen = torch.cat([images, kept[0].recon])
         real, fake = adversary.prepared(seen).float().chunk(2)
-        loss = adversary.loss.critic(real, fake)
+        loss = adversary.loss.discriminator(real, fake)
         (loss / divide_by).backward()
         means = {"loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return {f"critic/{name}": value.detach() for name, value in means.items()}
+        return {f"discriminator/{name}": value.detach() for name, value in means.items()}
 
     def keep_graph(backward: Any, tensors: Any, grads: Any = None, *_: Any, **__: Any) -> None:
         backward(tensors, grads, retain_graph=True)
 
     return both(
         around(BACKWARD_MODEL, model),
-        instead(BACKWARD_CRITIC, critic),
+        instead(BACKWARD_DISCRIMINATOR, discriminator),
         around("torch.autograd:backward", keep_graph),
     )
 
 
-def _without_critic(step: Callable[..., None], updates: Updates, learning: Sequence[str]) -> None:
-    step(updates, [name for name in learning if name != CRITIC])
+def _without_discriminator(
+    step: Callable[..., None], updates: Updates, learning: Sequence[str]
+) -> None:
+    step(updates, [name for name in learning if name != DISCRIMINATOR])
 
 
 def _negated(name: str) -> Inject:
-    """The critic's side of a GAN loss takes images for reconstructions."""
+    """The discriminator's side of a GAN loss takes images for reconstructions."""
     right = GAN_LOSSES[name]
-    wrong = GANLoss(lambda real, fake: right.critic(-real, -fake), right.generator)
+    wrong = GANLoss(lambda real, fake: right.discriminator(-real, -fake), right.generator)
     return entry(GAN_LOSSES, name, wrong)
 
 
@@ -216,7 +220,7 @@ def _keep_gradients(learner: Learner) -> None:
 
 
 def _unprepared(*, model: bool) -> Inject:
-    """The model, or the critic, is called as it is."""
+    """The model, or the discriminator, is called as it is."""
 
     def fault(prepare: Callable[..., nn.Module], accelerator: Any, module: nn.Module) -> nn.Module:
         if isinstance(module, TrainingWrapper) == model:
@@ -234,20 +238,20 @@ def _average_in_bf16(average: WeightAverage) -> None:
     average.shadow_params = [shadow.bfloat16() for shadow in average.shadow_params]
 
 
-def _twice_with_the_critic(
+def _twice_with_the_discriminator(
     step: Callable[..., None], updates: Updates, learning: Sequence[str]
 ) -> None:
     step(updates, learning)
-    if CRITIC in learning:
+    if DISCRIMINATOR in learning:
         for name, average in updates.training.averages.items():
             average.step(updates.training.averaged(name).parameters())
 
 
-def _with_the_critic_alone(
+def _with_the_discriminator_alone(
     step: Callable[..., None], updates: Updates, learning: Sequence[str]
 ) -> None:
     averages = updates.training.averages
-    updates.training.averages = averages if CRITIC in learning else {}
+    updates.training.averages = averages if DISCRIMINATOR in learning else {}
     step(updates, learning)
     updates.training.averages = averages
 
@@ -265,7 +269,7 @@ def _rate_of(change: Callable[..., dict[str, Any]]) -> Inject:
 # Checkpoints
 
 
-def _all_but_the_critic(load: Callable[..., None], module: nn.Module, weights: Any) -> None:
+def _all_but_the_discriminator(load: Callable[..., None], module: nn.Module, weights: Any) -> None:
     if isinstance(module, TrainingWrapper):
         load(module, weights)
 
@@ -288,7 +292,7 @@ MUTATIONS = [
     seam(
         "LPIPS on random weights",
         "",
-        result(AUTOENCODER + "build:load_lpips", _with_random_weights),
+        result(AUTOENCODER + "build_parts:load_lpips", _with_random_weights),
         "lpips-weights",
     ),
     seam(
@@ -364,45 +368,45 @@ MUTATIONS = [
     ),
     # The two players
     seam(
-        "the critic takes gradients from the model's part",
+        "the discriminator takes gradients from the model's part",
         "A2",
         result(TERMS + "adversarial_value", _sent_back_at_once),
-        "critic-untouched",
+        "discriminator-untouched",
     ),
     seam(
-        "a reconstruction that is not detached for the critic",
+        "a reconstruction that is not detached for the discriminator",
         "A2",
         _not_detached(),
         "model-untouched",
     ),
     seam(
-        "a critic that is never updated",
+        "a discriminator that is never updated",
         "A9",
-        around(STEP, _without_critic),
-        "critic-start",
+        around(STEP, _without_discriminator),
+        "discriminator-start",
     ),
     seam(
-        "a critic that is computed and trained from the first update",
+        "a discriminator that is computed and trained from the first update",
         "A9",
         result(
             RAMP,
             lambda factor, weight, *_, **__: 0.0 if factor is None and weight.scale else factor,
         ),
-        "critic-start",
+        "discriminator-start",
     ),
     seam(
-        "an untrained critic at full weight",
+        "an untrained discriminator at full weight",
         "T2",
         result(RAMP, lambda factor, weight, *_, **__: None if factor is None else weight.scale),
-        "critic-ramp",
+        "discriminator-ramp",
     ),
     seam(
-        "one counter for the updates of model and critic",
+        "one counter for the updates of model and discriminator",
         "T7",
         around(TASK + "adversary", lambda adversary, task, update: adversary(task, 2 * update)),
-        "critic-start",
-        "critic-ramp",
-        why="the critic's start and the growth of its weight are counted by the same",
+        "discriminator-start",
+        "discriminator-ramp",
+        why="the discriminator's start and the growth of its weight are counted by the same",
     ),
     seam(
         "a sigmoid before the hinge",
@@ -410,14 +414,19 @@ MUTATIONS = [
         result(
             "latentvae.losses.discriminators:PatchGAN.forward", lambda logits, *_: logits.sigmoid()
         ),
-        "critic-separates",
+        "discriminator-separates",
     ),
-    seam("the wrong sign in the critic's loss", "", _negated("hinge"), "critic-separates"),
+    seam(
+        "the wrong sign in the discriminator's loss",
+        "",
+        _negated("hinge"),
+        "discriminator-separates",
+    ),
     seam(
         "swapped arguments of the binary cross-entropy",
         "T8",
         _negated("non_saturating"),
-        "critic-separates",
+        "discriminator-separates",
         config={"disc_loss": "non_saturating"},
     ),
     seam(
@@ -471,15 +480,15 @@ MUTATIONS = [
         "average",
     ),
     seam(
-        "an average that steps in the critic's turn as well",
+        "an average that steps in the discriminator's turn as well",
         "A5",
-        around(STEP, _twice_with_the_critic),
+        around(STEP, _twice_with_the_discriminator),
         "average",
     ),
     seam(
-        "an average that steps in the critic's turn alone",
+        "an average that steps in the discriminator's turn alone",
         "V9",
-        around(STEP, _with_the_critic_alone),
+        around(STEP, _with_the_discriminator_alone),
         "average",
     ),
     seam(
@@ -502,7 +511,7 @@ MUTATIONS = [
         "learning-rate",
     ),
     seam(
-        "a schedule that counts the updates of model and critic",
+        "a schedule that counts the updates of model and discriminator",
         "A9",
         _rate_of(lambda update, peak, run: {"update": 2 * update}),
         "learning-rate",
@@ -557,9 +566,9 @@ MUTATIONS = [
         "checkpoint",
     ),
     seam(
-        "a critic that is not restored",
+        "a discriminator that is not restored",
         "A6",
-        around(SNAPSHOT + "load_weights", _all_but_the_critic),
+        around(SNAPSHOT + "load_weights", _all_but_the_discriminator),
         "checkpoint",
     ),
     seam(
@@ -596,7 +605,7 @@ MUTATIONS = [
         processes=2,
     ),
     seam(
-        "a critic called past DDP",
+        "a discriminator called past DDP",
         "T8",
         _unprepared(model=False),
         "ranks-equal",
@@ -629,7 +638,7 @@ ELSEWHERE = {
     "V5": "of options that do nothing: tests/config/test_no_option_is_unread.py",
     "V7": "of LPIPS itself: tests/losses/test_perceptual.py",
     "V12": "cannot occur: one loop has it all",
-    "T5": "cannot occur: no critic has batch statistics, LPIPS has no state to save",
+    "T5": "cannot occur: no discriminator has batch statistics, LPIPS has no state to save",
     "T6": "of packaging: tests/test_layers.py",
 }
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("own_accelerate")
 # A few of each kind are tried in every run of the tests.
 QUICK = (
     "LPIPS without gradient",
-    "the critic takes gradients from the model's part",
+    "the discriminator takes gradients from the model's part",
     "a KL averaged over latent elements",
     "an average that is never stepped",
     "an optimiser that is not restored",
@@ -152,12 +152,17 @@ def test_every_check_but_the_forecasts_is_failed_by_a_mutation() -> None:
     names = {name for mutation in MUTATIONS for name in mutation.fails}
     everywhere = {"updates", "weights", "optimizer", "cleared", "learning-rate"}
     everywhere |= {"precision", "average"}
-    critic = {"critic-start", "critic-ramp", "critic-untouched", "model-untouched"}
-    critic |= {"adaptive-weight", "critic-separates"}
+    discriminator = {
+        "discriminator-start",
+        "discriminator-ramp",
+        "discriminator-untouched",
+        "model-untouched",
+    }
+    discriminator |= {"adaptive-weight", "discriminator-separates"}
     terms = {"lpips-gradient", "latent-gradient", "reconstruction", "kl", "kl-gradient"}
     terms |= {"commitment", "codebook", "accumulation"}
     others = {"frozen", "lpips-weights", "image-range", "validation", "checkpoint"}
-    assert names == everywhere | critic | terms | others | {"ranks-equal", "ranks-batches"}
+    assert names == everywhere | discriminator | terms | others | {"ranks-equal", "ranks-batches"}
 
 
 def test_every_known_fault_has_a_mutation_or_a_reason() -> None:

@@ -97,8 +97,8 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "codebook": one_tensor("model", "net.quantize.embed_sum"),
     "model's optimizer": one_tensor("model_optimizer"),
     "model's average": one_tensor("model_average"),
-    "critic": one_tensor("critic"),
-    "critic's optimizer": one_tensor("critic_optimizer"),
+    "discriminator": one_tensor("discriminator"),
+    "discriminator's optimizer": one_tensor("discriminator_optimizer"),
     "lecam": one_tensor("lecam"),
     "export": one_scale,
     "data position, randomness, counters": lambda run: rewritten(
@@ -235,7 +235,7 @@ def test_the_short_run_is_the_users_with_everything_in_it(preset: str, tmp_path:
     assert (
         read_config(tmp_path / "config.yaml", TrainConfig) == short
     )  # its ranges are those of the schema
-    assert (short.critic_start, short.run.max_train_steps) == (3, 12)
+    assert (short.discriminator_start, short.run.max_train_steps) == (3, 12)
     assert short.run.gradient_accumulation_steps >= 2 and short.run.checkpointing_steps == 3
     assert short.model == config.model and short.objective == config.objective
     assert config.run.max_train_steps > 12  # the user's own is untouched
@@ -378,7 +378,8 @@ def test_the_command_on_a_resume_that_works(
     )
     found = passed(tmp_path)
     assert (
-        all(found.values()) and {"model", "model's average", "critic", "data order"} <= found.keys()
+        all(found.values())
+        and {"model", "model's average", "discriminator", "data order"} <= found.keys()
     )
     assert not (tmp_path / "unused").exists()
 

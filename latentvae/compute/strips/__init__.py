@@ -2,13 +2,13 @@
 `price` for what it costs."""
 
 from latentvae.compute.strips.maps import Strips
-from latentvae.compute.strips.network import (
+from latentvae.compute.strips.price import Price, price_in_strips
+from latentvae.compute.strips.strip_network import (
     StripComputation,
     check_supported,
     decode_in_strips,
     encode_in_strips,
 )
-from latentvae.compute.strips.price import Price, price_in_strips
 
 __all__ = [
     "Price",

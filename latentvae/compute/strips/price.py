@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentvae.compute.strips.maps import Strips, Workspace
-from latentvae.compute.strips.network import decode_in_strips, encode_in_strips
+from latentvae.compute.strips.strip_network import decode_in_strips, encode_in_strips
 
 BAND = 4  # latent rows
 

@@ -68,5 +68,5 @@ def has_winograd() -> bool:
             y = nnpack_conv(x, weight, None)
         except RuntimeError:
             return False
-        plain = F.conv2d(x, weight, padding=1)
-        return bool((y - plain).abs().max() < 1e-4 * plain.std())
+        reference = F.conv2d(x, weight, padding=1)
+        return bool((y - reference).abs().max() < 1e-4 * reference.std())

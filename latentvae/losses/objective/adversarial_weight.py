@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.losses.discriminator_config import DiscriminatorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class AdversarialWeight:
         return self.scale > 0 and start <= update < start + self.warmup_updates
 
 
-def adversarial_weight(options: CriticConfig) -> AdversarialWeight:
+def adversarial_weight(options: DiscriminatorConfig) -> AdversarialWeight:
     """The weight that the options ask for."""
     return AdversarialWeight(
         scale=options.disc_scale,

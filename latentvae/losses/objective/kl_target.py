@@ -28,12 +28,12 @@ class KLTarget:
     """Factor on `kl_scale` that moves once per update.
 
     Args:
-        target: what is held, in the unit of the value logged as `held`.
+        target: what is held, in the unit of the value logged as `target_name`.
         kl_scale: weight at the start.
         rate: what an update adds to the logarithm of the weight while the target is missed by far.
 
     Attributes:
-        held: log name of what has the target.
+        target_name: log name of what has the target.
         unit: the target in words, for a format.
         sign: 1 where a larger weight lowers the value, -1 where it raises the value.
         steepness: factor on the logarithm of value over target.
@@ -43,7 +43,7 @@ class KLTarget:
         error: relative error of the update before; 0 at the start.
     """
 
-    held: str
+    target_name: str
     unit: str
     sign = 1.0
     steepness = 1.0
@@ -67,7 +67,9 @@ class KLTarget:
         (0,) of no micro-step."""
         if not logged:
             return torch.empty(0)
-        return torch.stack([values[self.held].float() for values in logged]).mean(0, keepdim=True)
+        return torch.stack([values[self.target_name].float() for values in logged]).mean(
+            0, keepdim=True
+        )
 
     def follow(self, found: float) -> None:
         """Move the weight.
@@ -100,7 +102,7 @@ class KLTarget:
 class BitsTarget(KLTarget):
     """Holds the KL, in bits per latent element."""
 
-    held = "latent/kl_bits_per_element"
+    target_name = "latent/kl_bits_per_element"
     unit = "{:g} bits per latent element"
     damping = 2.0  # the weight answers an error of 10% by 20% at once
 
@@ -108,7 +110,7 @@ class BitsTarget(KLTarget):
 class ErrorTarget(KLTarget):
     """Holds the pixel loss, of images in [-1, 1]."""
 
-    held = "loss/rec"
+    target_name = "loss/rec"
     unit = "a pixel loss of {:g}"
     sign = -1.0
     steepness = 4.0

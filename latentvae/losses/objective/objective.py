@@ -20,7 +20,7 @@ from latentvae.losses.objective.kl_target import KLTarget
 from latentvae.losses.objective.loss import Loss
 from latentvae.outputs import AutoencoderOutput
 
-ADVERSARIAL = "critic/adversarial"  # log name of the adversarial term
+ADVERSARIAL = "discriminator/adversarial"  # log name of the adversarial term
 _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -196,7 +196,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         """The generator's loss, a scalar with its graph."""
         seen = diff_augment(to_rgb(self.picture(recon), background), adversary.augment)
-        return adversary.loss.generator(adversary.critic(seen))
+        return adversary.loss.generator(adversary.discriminator(seen))
 
     def adversarial_part(
         self,
@@ -236,7 +236,7 @@ class Objective(nn.Module):
             total=weight * value,
             values={ADVERSARIAL: value},
             weights={ADVERSARIAL: weight},
-            log={ADVERSARIAL: value.detach(), "critic/adaptive_weight": balance},
+            log={ADVERSARIAL: value.detach(), "discriminator/adaptive_weight": balance},
         )
 
     # Terms of the latents
@@ -290,6 +290,6 @@ class Objective(nn.Module):
             f" + {self.weights[name]:g} {named[name]}" for name in shown if name != "rec"
         )
         if self.kl_target is not None:
-            held = self.kl_target.unit.format(self.kl_target.target)
-            text += f", its weight moving to hold {held}"
+            target = self.kl_target.unit.format(self.kl_target.target)
+            text += f", its weight moving to hold {target}"
         return text.replace("+ -", "- ")

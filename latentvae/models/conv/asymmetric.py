@@ -13,15 +13,15 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.bottlenecks.gaussian import GaussianConfig
-from latentvae.bottlenecks.options import BottleneckConfig
-from latentvae.models.config import SingleFile, Widths
+from latentvae.models.conv.conv_config import ENCODER, ConvolutionalConfig, block_types
 from latentvae.models.conv.kl import KLTrainingWrapper
-from latentvae.models.conv.options import ENCODER, ConvolutionalConfig, block_types
 from latentvae.models.family import LatentShape, Usage
+from latentvae.models.model_config import SingleFile, Widths
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
-from latentvae.options import Positive
+from latentvae.option_marks import Positive
 
 
 class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
@@ -174,8 +174,10 @@ def _with_larger_decoder(
     net: AutoencoderKL, options: Mapping[str, Any]
 ) -> AsymmetricAutoencoderKL | None:
     config = net.config
-    plain = set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
-    if net.quant_conv is None or not plain or not config["mid_block_add_attention"]:
+    is_stock = (
+        set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
+    )
+    if net.quant_conv is None or not is_stock or not config["mid_block_add_attention"]:
         return None  # AsymmetricAutoencoderKL has no such encoder
     own = {name: config[name] for name in ENCODER} | {"image_channels": config["in_channels"]}
     larger = build_asymmetric_kl(**{**options, **own})

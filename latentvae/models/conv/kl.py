@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL
 from pydantic import Field
 from torch import Tensor
 
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.bottlenecks.gaussian import GaussianBottleneck, GaussianConfig
-from latentvae.bottlenecks.options import BottleneckConfig
-from latentvae.models.config import SingleFile, levels_with
-from latentvae.models.conv.options import ENCODER, AttentionConfig, block_types
+from latentvae.models.conv.conv_config import ENCODER, AttentionConfig, block_types
 from latentvae.models.family import LatentShape, Usage
+from latentvae.models.model_config import SingleFile, levels_with
 from latentvae.models.network import Network
 from latentvae.models.trainable import PROFILES, TrainableFamily
 from latentvae.models.wrapper import TrainingWrapper

@@ -11,24 +11,24 @@ from diffusers import VQModel
 from pydantic import Field
 from torch import Tensor
 
-from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.bottlenecks.table import QUANTIZERS, AnyQuantizerConfig
 from latentvae.bottlenecks.vector import VectorConfig
 from latentvae.likelihoods import LogitLaplace
-from latentvae.models.config import ModelConfig
-from latentvae.models.conv.discrete import DiscreteAutoencoder
-from latentvae.models.conv.options import ENCODER, AttentionConfig
+from latentvae.models.conv.conv_config import ENCODER, AttentionConfig
 from latentvae.models.conv.stock_vq import (
     from_vq_model,
     scale_features,
     to_vq_model,
     why_no_vq_model,
 )
+from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 from latentvae.models.family import Codes, LatentShape, Usage
+from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network
 from latentvae.models.trainable import DiscreteFamily
 from latentvae.models.wrapper import TrainingWrapper
-from latentvae.options import Positive
+from latentvae.option_marks import Positive
 from latentvae.outputs import AutoencoderOutput, Latent
 
 

@@ -11,12 +11,12 @@ from diffusers import AutoencoderDC
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from latentvae.models.config import ModelConfig, levels_with
 from latentvae.models.family import LatentShape, Usage
+from latentvae.models.model_config import ModelConfig, levels_with
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
 from latentvae.models.wrapper import TrainingWrapper
-from latentvae.options import Count, Positive
+from latentvae.option_marks import Count, Positive
 from latentvae.outputs import AutoencoderOutput, Latent
 
 

@@ -1,5 +1,5 @@
 """Proof of the wiring before a run: what the user's own run does in its first updates, checked."""
 
-from latentvae.proofs.preflight.command import preflight
+from latentvae.proofs.preflight.preflight import preflight
 
 __all__ = ["preflight"]

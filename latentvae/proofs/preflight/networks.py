@@ -1,4 +1,4 @@
-"""Checks of the networks beside the model: LPIPS, what is frozen, the critic."""
+"""Checks of the networks beside the model: LPIPS, what is frozen, the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from latentvae.losses.perceptual import known_distance
 from latentvae.models import family_of
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal
-from latentvae.tasks.autoencoder.backward import backward_critic
+from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import encoder_sha256
-from latentvae.tasks.autoencoder.learning import CRITIC
+from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR
 
-WARM_UP = 40  # steps of the critic at most
+WARM_UP = 40  # steps of the discriminator at most
 WARM_UP_RATE = 1e-3
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     yield frozen(rehearsal)  # first, for the next puts LPIPS in eval mode
     yield lpips_weights(rehearsal)
-    if rehearsal.task.critic is not None:
-        yield critic_separates(rehearsal)
+    if rehearsal.task.discriminator is not None:
+        yield discriminator_separates(rehearsal)
 
 
 def lpips_weights(rehearsal: Rehearsal) -> Check:
@@ -72,29 +72,32 @@ def _learns(module: nn.Module) -> bool:
     return any(tensor.requires_grad or tensor.grad is not None for tensor in tensors)
 
 
-def critic_separates(rehearsal: Rehearsal) -> Check:
-    """A critic whose loss has the wrong sign, or whose logits a sigmoid bounds, learns nothing that
-    helps. It takes some steps of its own here, and is then as it was."""
+def discriminator_separates(rehearsal: Rehearsal) -> Check:
+    """Check that the discriminator learns to tell images from reconstructions.
+
+    It fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
+    discriminator takes some steps of its own here; its weights are restored afterwards.
+    """
     task = rehearsal.task
-    assert task.critic is not None
-    kept = {name: value.clone() for name, value in task.critic.state_dict().items()}
+    assert task.discriminator is not None
+    kept = {name: value.clone() for name, value in task.discriminator.state_dict().items()}
     images, fakes = _reals_and_fakes(rehearsal)
     adversary = Adversary(
-        critic=task.critic,
-        prepared=task.learners[CRITIC].prepared,
+        discriminator=task.discriminator,
+        prepared=task.learners[DISCRIMINATOR].prepared,
         factor=1.0,
-        loss=GAN_LOSSES[task.config.critic.disc_loss],
+        loss=GAN_LOSSES[task.config.discriminator.disc_loss],
     )
-    optimizer = torch.optim.AdamW(task.critic.parameters(), lr=WARM_UP_RATE)
+    optimizer = torch.optim.AdamW(task.discriminator.parameters(), lr=WARM_UP_RATE)
     logged = []
     for _ in range(WARM_UP):
         optimizer.zero_grad()
-        logged.append(backward_critic(images, fakes, adversary=adversary))
+        logged.append(backward_discriminator(images, fakes, adversary=adversary))
         if not all_reduce_max(_failed(logged, images.device)):
             break  # in all processes
         optimizer.step()
     optimizer.zero_grad()
-    task.critic.load_state_dict(kept)
+    task.discriminator.load_state_dict(kept)
     return _separated(logged)
 
 
@@ -114,14 +117,14 @@ def _failed(logged: list[dict[str, Tensor]], device: torch.device) -> Tensor:
 
 
 def _separated(logged: list[dict[str, Tensor]]) -> Check:
-    first, last = (logged[i]["critic/loss"].item() for i in (0, -1))
-    real, fake = (logged[-1][f"critic/logits_{kind}"].item() for kind in ("real", "fake"))
+    first, last = (logged[i]["discriminator/loss"].item() for i in (0, -1))
+    real, fake = (logged[-1][f"discriminator/logits_{kind}"].item() for kind in ("real", "fake"))
     return Check(
-        name="critic-separates",
+        name="discriminator-separates",
         passed=last < 0.9 * first and real > 0 > fake,
         value=f"loss {first:.3g} to {last:.3g}, logits {real:.2g} of real, {fake:.2g} of fake, "
         f"in {len(logged) - 1} steps",
         expected=f"a smaller loss, logits above 0 of real and below 0 of fake, in {WARM_UP} steps",
-        advice="the critic does not learn to tell real from fake: look for a wrong sign in its "
-        "loss, or a sigmoid before it",
+        advice="the discriminator does not learn to tell real from fake: look for a wrong sign in "
+        "its loss, or a sigmoid before it",
     )

@@ -46,7 +46,8 @@ class Probe:
 
 
 def probe(rehearsal: Rehearsal, *names: str) -> Probe:
-    """A micro-step of two images without the critic, of which only the terms ``names`` count."""
+    """A micro-step of two images without the discriminator, of which only the terms ``names``
+    count."""
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
     return found
@@ -66,7 +67,7 @@ def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tens
 
 def _of_one_micro_step(config: TrainConfig) -> TrainConfig:
     copy = config.model_copy(deep=True)
-    copy.critic.disc_scale = 0.0
+    copy.discriminator.disc_scale = 0.0
     copy.run.gradient_accumulation_steps = 1
     return copy
 

@@ -23,8 +23,8 @@ def equal(rehearsal: Rehearsal) -> Check:
         passed=not differ,
         value=f"{', '.join(differ)} differ" if differ else "to the bit",
         expected=f"the same in all {len(ranks)} processes after {len(rehearsal.seen)} updates",
-        advice="call the prepared model and critic (never what is inside), and reduce over ranks "
-        "what a codebook learns from",
+        advice="call the prepared model and discriminator (never the modules inside), and reduce "
+        "over ranks what a codebook learns from",
     )
 
 

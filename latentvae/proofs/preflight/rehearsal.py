@@ -1,5 +1,5 @@
 """The run that is rehearsed: the user's own model, images, precision and processes, but in a folder
-of its own and with a critic that starts at once; a few updates of it, under watch."""
+of its own and with a discriminator that starts at once; a few updates of it, under watch."""
 
 import hashlib
 import resource
@@ -17,14 +17,14 @@ from latentvae.data import Batch
 from latentvae.distributed import send_from_main
 from latentvae.engine.checkpoint_files import optimizer_tensors
 from latentvae.engine.training import Training
-from latentvae.engine.updates import Made, Updates
-from latentvae.proofs.preflight.watch import Watch
+from latentvae.engine.updates import UpdateResult, Updates
+from latentvae.proofs.preflight.gradient_watch import Watch
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.learning import CRITIC, MODEL
+from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR, MODEL
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-UPDATES = 4  # two of the model alone, two with the critic: the second of each is timed
-CRITIC_START = 2  # counted from 0
+UPDATES = 4  # two of the model alone, two with the discriminator: the second of each is timed
+DISCRIMINATOR_START = 2  # counted from 0
 WATCHED_TENSORS = 12  # of each network, that are copied before and after each update
 
 
@@ -33,21 +33,21 @@ class Seen:
     """One update, seen from outside.
 
     Attributes:
-        made: what `Updates.make` tells of it.
+        result: what `Updates.make` tells of it.
         seconds: it took, with its images.
-        rates: learning rates that the optimisers had, of the model and the critic.
-        before, after: some tensors on the CPU by name, `model/`, `critic/` and `ema/`.
+        rates: learning rates that the optimisers had, of the model and the discriminator.
+        before, after: some tensors on the CPU by name, `model/`, `discriminator/` and `ema/`.
         moments: AdamW's first moments of the same weights, after it.
-        critic_calls: forward passes of the critic.
+        discriminator_calls: forward passes of the discriminator.
     """
 
-    made: Made
+    result: UpdateResult
     seconds: float
     rates: tuple[float, ...]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     moments: dict[str, Tensor]
-    critic_calls: int
+    discriminator_calls: int
 
 
 @dataclass(kw_only=True)
@@ -84,26 +84,26 @@ class Rehearsal:
         with Watch(self.task) as self.watch:
             for _ in range(UPDATES):
                 self.seen.append(self._update(self.source))
-                if not self.seen[-1].made.finite:
+                if not self.seen[-1].result.finite:
                     break
         self.peak_memory = _peak(self.training.accelerator.device)
 
     def _update(self, source: Iterator[Batch]) -> Seen:
-        training, calls = self.training, self.watch.critic_calls
+        training, calls = self.training, self.watch.discriminator_calls
         before = watched_tensors(training)
         _wait(training.accelerator.device)
         start = time.perf_counter()
-        made = self.updates.make(source)
+        result = self.updates.make(source)
         _wait(training.accelerator.device)
         optimizers = [learner.optimizer for learner in training.task.learners.values()]
         return Seen(
-            made=made,
+            result=result,
             seconds=time.perf_counter() - start,
             rates=tuple(optimizer.param_groups[0]["lr"] for optimizer in optimizers),
             before=before,
             after=watched_tensors(training),
             moments=_moments(self.task),
-            critic_calls=self.watch.critic_calls - calls,
+            discriminator_calls=self.watch.discriminator_calls - calls,
         )
 
     def _noted(self, loader: Any) -> Iterator[Batch]:
@@ -119,14 +119,14 @@ class Rehearsal:
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The user's configuration for a few updates in another folder: full learning rate and critic
-    at once, told to nobody."""
+    """The user's configuration for a few updates in another folder: full learning rate and
+    discriminator at once, told to nobody."""
     copy = config.model_copy(deep=True)
     copy.run.output_dir = str(folder)
     copy.run.resume_from_checkpoint, copy.run.overwrite_output_dir = "latest", False
     copy.run.report_to, copy.run.push_to_hub = "none", False
-    copy.critic.disc_start = float(CRITIC_START)
-    copy.critic.disc_warmup_steps, copy.critic.disc_ramp_steps = 0, 1
+    copy.discriminator.disc_start = float(DISCRIMINATOR_START)
+    copy.discriminator.disc_warmup_steps, copy.discriminator.disc_ramp_steps = 0, 1
     copy.optimizer.lr_warmup_steps, copy.optimizer.lr_scheduler = 0, "constant"
     return copy
 
@@ -186,7 +186,7 @@ def align(training: Training) -> None:
 def _state(training: Training) -> dict[str, dict[str, Tensor]]:
     """All tensors that an update changes, by what they are."""
     groups: dict[str, dict[str, Tensor]] = {}
-    for kind, prefix in ((MODEL, ""), (CRITIC, "critic ")):
+    for kind, prefix in ((MODEL, ""), (DISCRIMINATOR, "discriminator ")):
         if learner := training.task.learners.get(kind):
             groups[prefix.strip() or "weights"] = learner.module.state_dict()
             groups[f"{prefix}optimizer"] = optimizer_tensors(learner.optimizer, learner.module)

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from latentvae.proofs.checks import Check
-from latentvae.proofs.preflight.rehearsal import CRITIC_START, Rehearsal, Seen
+from latentvae.proofs.preflight.rehearsal import DISCRIMINATOR_START, Rehearsal, Seen
 
 FULL = 0.95  # share of the memory from which the next longer batch may fail
 GIB = 2**30
@@ -25,8 +25,13 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def duration(rehearsal: Rehearsal) -> Check:
     """Not a fault, but who knows it beforehand?"""
     asked, total = rehearsal.asked, rehearsal.asked.run.max_train_steps
-    alone, both = _seconds(rehearsal.seen[:CRITIC_START]), _seconds(rehearsal.seen[CRITIC_START:])
-    start = min(asked.critic_start, total) if rehearsal.task.critic is not None else total
+    alone, both = (
+        _seconds(rehearsal.seen[:DISCRIMINATOR_START]),
+        _seconds(rehearsal.seen[DISCRIMINATOR_START:]),
+    )
+    start = (
+        min(asked.discriminator_start, total) if rehearsal.task.discriminator is not None else total
+    )
     training = start * alone + (total - start) * both
     images = min(asked.data.max_validation_images, len(rehearsal.task.validation_images))
     validations = math.ceil(total / asked.run.validation_steps)
@@ -37,7 +42,8 @@ def duration(rehearsal: Rehearsal) -> Check:
     return Check(
         name="time",
         passed=math.isfinite(whole),
-        value=f"{told} for {total:,} updates ({alone:.3g} s each, {both:.3g} s with the critic), "
+        value=f"{told} for {total:,} updates ({alone:.3g} s each, "
+        f"{both:.3g} s with the discriminator), "
         f"{validations:,} validations and {saves:,} checkpoints",
         expected="told for the whole run",
         advice="the updates took no measurable time",

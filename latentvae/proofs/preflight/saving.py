@@ -122,8 +122,8 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
         passed=not faults,
         value="; ".join(faults) or f"{len(before)} parts restored, next loss repeated",
         expected=f"a restored run repeats the next update, {_promise(rehearsal)}",
-        advice="a resumed run would be another one: restore weights, optimizers, averages, critic "
-        "and position; `latentvae verify-resume` looks closer",
+        advice="a resumed run would give other weights: restore weights, optimizers, averages, "
+        "discriminator and position; `latentvae verify-resume` looks closer",
     )
 
 
@@ -147,10 +147,10 @@ def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float
     """What one more update logs."""
     for learner in training.task.learners.values():
         learner.module.zero_grad()  # whether the last one left any is another check
-    made = Updates(training).make(source)
+    result = Updates(training).make(source)
     return {
         f"{name} {i}": value.float().item()
-        for i, values in enumerate(made.values)
+        for i, values in enumerate(result.values)
         for name, value in values.items()
     }
 

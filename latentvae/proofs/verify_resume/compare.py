@@ -53,14 +53,14 @@ def what_is_left(folder: Path, *, update: int, parts: Mapping[str, str]) -> Left
             group = own[0] if own and not beside else file.replace("_", "'s ")
             tensors.setdefault(group, {})[name] = value
     tensors["export"] = _exported(folder / "export")
-    plain = dict(snapshot.values)
+    scalars = dict(snapshot.values)
     # Rounding moves the numbers of controllers where it moves losses.
-    if control := dict(_floats(plain["task"])):
+    if control := dict(_floats(scalars["task"])):
         tensors["controllers"] = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in control.items()
         }
-    plain["task"] = _without_floats(plain["task"])
-    return Left(tensors=tensors, values=plain, rows=_timeless(folder))
+    scalars["task"] = _without_floats(scalars["task"])
+    return Left(tensors=tensors, values=scalars, rows=_timeless(folder))
 
 
 def _exported(export: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from latentvae.config.run import JobConfig
+from latentvae.config.run_config import JobConfig
 from latentvae.engine.checkpoint_files import (
     checkpoints,
     half_written,
@@ -15,7 +15,7 @@ from latentvae.engine.checkpoint_files import (
     newest_usable,
     update_of,
 )
-from latentvae.engine.export import is_exported
+from latentvae.engine.finished_export import is_exported
 from latentvae.engine.task import Task
 from latentvae.errors import UserError
 from latentvae.proofs.checks import Check

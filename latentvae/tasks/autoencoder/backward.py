@@ -1,5 +1,5 @@
-"""One update: one forward pass, one pass back through the decoder, then the critic on the same
-images and reconstructions."""
+"""One update: one forward pass, one pass back through the decoder, then the discriminator on the
+same images and reconstructions."""
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _adversarial(
     return loss.detach(), grad
 
 
-def backward_critic(
+def backward_discriminator(
     images: Tensor,
     recon: Tensor,
     *,
@@ -87,8 +87,8 @@ def backward_critic(
     background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the critic's loss and penalties to its parameters, in one backward pass;
-    ``recon`` is detached here, and ``background`` lies behind alpha in both.
+    """Add the gradient of the discriminator's loss and penalties to its parameters, in one
+    backward pass; ``recon`` is detached here, and ``background`` lies behind alpha in both.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.
@@ -96,19 +96,19 @@ def backward_critic(
     both = [to_rgb(images, background), to_rgb(recon.detach(), background)]
     seen = diff_augment(torch.cat(both), adversary.augment)
     real, fake = adversary.prepared(seen).float().chunk(2)
-    loss = adversary.loss.critic(real, fake)
+    loss = adversary.loss.discriminator(real, fake)
     log = {
-        "critic/loss": loss.detach(),
-        "critic/logits_real": real.detach().mean(),
-        "critic/logits_fake": fake.detach().mean(),
+        "discriminator/loss": loss.detach(),
+        "discriminator/logits_real": real.detach().mean(),
+        "discriminator/logits_fake": fake.detach().mean(),
     }
     if adversary.lecam is not None:
         lecam = adversary.lecam.penalty(real, fake)
-        log["critic/lecam"] = lecam.detach()
+        log["discriminator/lecam"] = lecam.detach()
         loss = loss + adversary.lecam_weight * lecam
     if adversary.r1_weight > 0:
-        r1 = r1_penalty(adversary.critic, seen[: len(images)])
-        log["critic/r1"] = r1.detach()
+        r1 = r1_penalty(adversary.discriminator, seen[: len(images)])
+        log["discriminator/r1"] = r1.detach()
         loss = loss + adversary.r1_weight * r1
     (loss / divide_by).backward()
     return log

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from latentvae.config import presets
-from latentvae.config.run import JobConfig, OptimizerConfig, RunConfig
+from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
 from latentvae.data.buckets import bucket_sizes
-from latentvae.data.config import DataConfig
-from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.data.data_config import DataConfig
+from latentvae.losses.discriminator_config import DiscriminatorConfig
 from latentvae.losses.objective_config import KLTarget, NeedsKL, ObjectiveConfig
 from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
-from latentvae.options import DecidesTheWatch, MayChange, Positive, marked
+from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
 BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
 
@@ -83,14 +83,14 @@ class TrainConfig(JobConfig):
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    critic: CriticConfig = CriticConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: AutoencoderRunConfig = AutoencoderRunConfig()
 
     def may_change(self, then: JobConfig) -> frozenset[str]:
         assert isinstance(then, TrainConfig)
         names = super().may_change(then)
-        if self.critic.critic_watch == then.critic.critic_watch == "disable":
+        if self.discriminator.disc_watch == then.discriminator.disc_watch == "disable":
             return names - set(marked(TrainConfig, DecidesTheWatch))
         return names
 
@@ -112,10 +112,10 @@ class TrainConfig(JobConfig):
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
 
     @property
-    def critic_start(self) -> int:
-        """First update (counted from 0) in which the critic learns; max_train_steps or more:
+    def discriminator_start(self) -> int:
+        """First update (counted from 0) in which the discriminator learns; max_train_steps or more:
         never."""
-        start = self.critic.disc_start
+        start = self.discriminator.disc_start
         return round(start * self.run.max_train_steps) if start < 1 else int(start)
 
     @model_validator(mode="after")

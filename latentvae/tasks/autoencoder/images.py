@@ -25,7 +25,7 @@ from latentvae.data import (
     stream_loader,
     train_loader,
 )
-from latentvae.data.folder import SAMPLES
+from latentvae.data.image_folder import SAMPLES
 from latentvae.distributed import from_main, is_main, rank, world_size
 from latentvae.tasks.autoencoder.config import TrainConfig
 
@@ -60,9 +60,9 @@ def _spec(config: TrainConfig) -> str | DatasetSpec:
     data = config.data
     name = data.dataset_name or data.train_data_dir
     assert name is not None
-    plain = data.dataset_config_name is data.image_column is data.cache_dir is None
-    plain = plain and data.dataset_split == "train"
-    if name == SAMPLES or (data.dataset_name is None and plain):
+    only_a_name = data.dataset_config_name is data.image_column is data.cache_dir is None
+    only_a_name = only_a_name and data.dataset_split == "train"
+    if name == SAMPLES or (data.dataset_name is None and only_a_name):
         return name
     return DatasetSpec(
         name=name,

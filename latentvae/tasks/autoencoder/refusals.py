@@ -22,12 +22,14 @@ def check_images(config: TrainConfig) -> None:
 
 def _check_resolution(config: TrainConfig) -> None:
     """Every part of the run must have something to look at."""
-    net, critic = config.objective.lpips_net, config.critic
+    net, discriminator = config.objective.lpips_net, config.discriminator
     needs = {
         "SSIM": SSIM_MIN_SIZE,
         f"LPIPS-{net}": MIN_SIZE[net],
-        f"the {critic.disc_type} critic": (
-            smallest_side(critic.disc_type, critic.disc_layers) if critic.disc_scale else 0
+        f"the {discriminator.disc_type} discriminator": (
+            smallest_side(discriminator.disc_type, discriminator.disc_layers)
+            if discriminator.disc_scale
+            else 0
         ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf
 
 from latentvae.engine.progress import Count, Number
 from latentvae.engine.task import State
-from latentvae.tasks.autoencoder.watch import Condition
+from latentvae.tasks.autoencoder.collapse_watch import Condition
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Of file names, which need not be UTF-8, so no strings to pydantic.
@@ -42,16 +42,17 @@ class AutoencoderState(State):
     """How far the controllers are, the same on every rank.
 
     Attributes:
-        critic_start: the update (from 0) in which the discriminator starts; it stays when a run
-            with a running discriminator is made longer.
-        critic_stopped: updates done when the watch switched it off, for good; None: it has not.
+        discriminator_start: the update (from 0) in which the discriminator starts; it stays when a
+            run with a running discriminator is made longer.
+        discriminator_stopped: updates done when the watch switched it off, for good; None: it has
+            not.
         kl_target: the controller of the KL's weight.
         bad_images: unreadable files met so far, by name and reason.
         watch: what the watch remembers, see `CollapseWatch.state_dict`.
     """
 
-    critic_start: Count = 0
-    critic_stopped: Count | None = None
+    discriminator_start: Count = 0
+    discriminator_stopped: Count | None = None
     kl_target: KLTargetState = KLTargetState()
     bad_images: list[Named] = Field(default_factory=list)
     watch: Annotated[dict[str, Any], AfterValidator(_check_watch)] = Field(default_factory=dict)

@@ -20,9 +20,9 @@ from latentvae.engine.progress import not_of_a_run
 from latentvae.errors import UserError, printable
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import calls
-from latentvae.tasks.autoencoder import plan, refusals
+from latentvae.tasks.autoencoder import plan_rows, refusals
+from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, what_to_watch
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.exporting import done, export_of_run, is_whole, options_of_export
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
 from latentvae.tasks.autoencoder.images import (
     batches,
@@ -32,10 +32,10 @@ from latentvae.tasks.autoencoder.images import (
     image_sampler,
     open_data,
 )
-from latentvae.tasks.autoencoder.learning import LearningAutoencoder
+from latentvae.tasks.autoencoder.learning_half import LearningAutoencoder
+from latentvae.tasks.autoencoder.run_export import done, export_of_run, is_whole, options_of_export
 from latentvae.tasks.autoencoder.state import AutoencoderState, KLTargetState, RankState
 from latentvae.tasks.autoencoder.validate import readable_images, save_grid, told, validate
-from latentvae.tasks.autoencoder.watch import CollapseWatch, Finding, what_to_watch
 
 
 class AutoencoderTask(LearningAutoencoder):
@@ -109,7 +109,7 @@ class AutoencoderTask(LearningAutoencoder):
         return self.config.images_read
 
     def plan(self) -> dict[str, str]:
-        return plan.plan(self)
+        return plan_rows.plan(self)
 
     def step_size(self) -> str:
         height, width = self.config.data.size
@@ -121,9 +121,11 @@ class AutoencoderTask(LearningAutoencoder):
     # an update
 
     def begin(self, update: int) -> None:
-        if self.progress.critic_stopped is not None:
-            self.say(f"the critic is off since update {self.progress.critic_stopped:,}")
-        self._tell([], update)  # a run that is resumed with `--critic_watch disable` acts now
+        if self.progress.discriminator_stopped is not None:
+            self.say(
+                f"the discriminator is off since update {self.progress.discriminator_stopped:,}"
+            )
+        self._tell([], update)  # a run that is resumed with `--disc_watch disable` acts now
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         self._unnamed += batch.bad
@@ -209,22 +211,26 @@ class AutoencoderTask(LearningAutoencoder):
         """Say what the watch found, and do what it is asked to. All ranks decide the same."""
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
-        disable = self.config.critic.critic_watch == "disable"
-        if disable and self.progress.critic_stopped is None and self.watch.blames_critic():
-            self.progress.critic_stopped = update
-            self.watch.critic_stops(update)
+        disable = self.config.discriminator.disc_watch == "disable"
+        if (
+            disable
+            and self.progress.discriminator_stopped is None
+            and self.watch.blames_discriminator()
+        ):
+            self.progress.discriminator_stopped = update
+            self.watch.discriminator_stops(update)
             self.say(
-                f"watch, update {update:,}: the critic is switched off for the rest of "
-                "the run (--critic_watch disable)"
+                f"watch, update {update:,}: the discriminator is switched off for the rest of "
+                "the run (--disc_watch disable)"
             )
 
     def _watch_from_here(self, saved: dict[str, Any]) -> None:
         self.watch = CollapseWatch(
             what_to_watch(
                 self.config,
-                critic_start=self.progress.critic_start,
+                discriminator_start=self.progress.discriminator_start,
                 num_codes=calls.num_codes(self.net),
-                critic_stopped=self.progress.critic_stopped is not None,
+                discriminator_stopped=self.progress.discriminator_stopped is not None,
             ),
             saved=saved,
         )
@@ -240,9 +246,11 @@ class AutoencoderTask(LearningAutoencoder):
         return self.progress.model_copy(update=changes)
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
-        started = state.critic_start <= update
+        started = state.discriminator_start <= update
         if not started:  # a later or an earlier start of the new options counts
-            state = state.model_copy(update={"critic_start": self.config.critic_start})
+            state = state.model_copy(
+                update={"discriminator_start": self.config.discriminator_start}
+            )
         self.progress = state
         if (target := self.objective.kl_target) is not None:
             target.load_state_dict(state.kl_target.model_dump())
@@ -290,13 +298,13 @@ class AutoencoderTask(LearningAutoencoder):
 
     @classmethod
     def shortened(cls, config: TrainConfig, *, updates: int) -> TrainConfig:
-        early, critic = updates // 4, config.critic
+        early, discriminator = updates // 4, config.discriminator
         sections = {
             "data": {"max_validation_images": min(config.data.max_validation_images, 8)},
-            "critic": {
+            "discriminator": {
                 "disc_start": float(early),
-                "disc_warmup_steps": min(critic.disc_warmup_steps, early),
-                "disc_ramp_steps": min(critic.disc_ramp_steps, early),
+                "disc_warmup_steps": min(discriminator.disc_warmup_steps, early),
+                "disc_ramp_steps": min(discriminator.disc_ramp_steps, early),
             },
             "run": {"num_sample_images": 1},
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentvae.engine import loop
 from latentvae.engine.training import Training
-from latentvae.engine.updates import Made, Updates
+from latentvae.engine.updates import UpdateResult, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,9 @@ class Update:
     """One update, seen from outside.
 
     Attributes:
-        before, after: `model/`, `critic/`, `ema/` and optimiser tensors by name.
-        rates: learning rates it used, of the model and the critic.
-        factor: weight of the adversarial term, None before the critic starts.
+        before, after: `model/`, `discriminator/`, `ema/` and optimiser tensors by name.
+        rates: learning rates it used, of the model and the discriminator.
+        factor: weight of the adversarial term, None before the discriminator starts.
         norm: largest of the gradient norms that the optimisers were given; None if skipped.
     """
 
@@ -77,7 +77,7 @@ def recorded() -> Iterator[Recording]:
         recording.inside = True
         step(self, learning)
 
-    def updating(self: Updates, batches: Any) -> Made:
+    def updating(self: Updates, batches: Any) -> UpdateResult:
         training: Any = self.training
         before = tensors_of(training)
         recording.started = True

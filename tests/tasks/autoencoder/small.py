@@ -9,7 +9,7 @@ from latentvae.engine.checkpoint_files import checkpoints, newest_usable, update
 from latentvae.engine.processes import start_accelerator
 from latentvae.engine.training import Training, build_training
 from latentvae.models.table import MODELS
-from latentvae.options import ChosenByPreset, marked
+from latentvae.option_marks import ChosenByPreset, marked
 from latentvae.tasks.autoencoder.config import TrainConfig, parse
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
@@ -30,7 +30,12 @@ def small_config(
             "image_interpolation_mode": "bilinear",
         },
         "objective": {"lpips_net": "alex", "learn_logvar": True},
-        "critic": {"disc_start": 2, "disc_ramp_steps": 2, "disc_channels": 16, "disc_layers": 2},
+        "discriminator": {
+            "disc_start": 2,
+            "disc_ramp_steps": 2,
+            "disc_channels": 16,
+            "disc_layers": 2,
+        },
         "optimizer": {"lr_warmup_steps": 2, "lr_scheduler": "cosine", "learning_rate": 1e-3},
         "run": {
             "output_dir": str(output_dir),
@@ -84,7 +89,7 @@ def section_of(option: str) -> str:
 
 def as_flags(config: TrainConfig) -> list[str]:
     """The same run on a command line."""
-    from latentvae.config.run import flat
+    from latentvae.config.run_config import flat
 
     flags: list[str] = []
     no_flags = ("config", *marked(TrainConfig, ChosenByPreset))

@@ -12,7 +12,7 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl
 from latentvae.tasks.autoencoder import train
-from latentvae.tasks.autoencoder.exporting import export_folder
+from latentvae.tasks.autoencoder.run_export import export_folder
 from tests.tasks.autoencoder.small import broken_off, small_config
 
 ENCODER = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}

@@ -17,8 +17,8 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.models import build_autoencoder_kl, load_network
 from latentvae.tasks.autoencoder import train
-from latentvae.tasks.autoencoder.exporting import export_folder
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
+from latentvae.tasks.autoencoder.run_export import export_folder
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -145,20 +145,20 @@ def test_all_of_it_can_learn(pretrained: Path, tmp_path: Path) -> None:
     assert tuned.config["scaling_factor"] != 0.3  # measured anew
 
 
-def test_a_new_critic_learns_alone_first(pretrained: Path, tmp_path: Path) -> None:
+def test_a_new_discriminator_learns_alone_first(pretrained: Path, tmp_path: Path) -> None:
     options = {"disc_start": 0, "disc_warmup_steps": 3, "disc_ramp_steps": 0, "log_steps": 1}
     options |= {"max_train_steps": 3, "ema_decay": 0.0, "validation_steps": 3}
     base, alone = load(pretrained), load(train(fine_tune(tmp_path / "a", pretrained, **options)))
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in alone.state_dict().items())
-    rows = [row for row in read_rows(tmp_path / "a" / "log.jsonl") if "critic/loss" in row]
+    rows = [row for row in read_rows(tmp_path / "a" / "log.jsonl") if "discriminator/loss" in row]
     assert len(rows) == 3
     assert all("loss/rec" not in row and "grad/model" not in row for row in rows)
-    assert rows[2]["critic/loss"] != rows[0]["critic/loss"]
+    assert rows[2]["discriminator/loss"] != rows[0]["discriminator/loss"]
     then = load(train(fine_tune(tmp_path / "b", pretrained, **options | {"max_train_steps": 5})))
     assert not torch.equal(then.decoder.conv_out.weight, base.decoder.conv_out.weight)
     last = [row for row in read_rows(tmp_path / "b" / "log.jsonl") if "loss/rec" in row]
     assert [row["update"] for row in last] == [4, 5]
-    assert last[0]["critic/adaptive_weight"] > 0
+    assert last[0]["discriminator/adaptive_weight"] > 0
 
 
 def test_what_cannot_be_is_told_before_the_work(pretrained: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # relative; other machines and versions of torch sum in other 
 # the gradient's norm (9 %) and the adversarial term, which crosses zero, do not; nor do they when
 # one value in 200 of Pillow's crops is moved by a random level.
 TORCH_TOLERANCE = 5e-3
-LOSSES = ("loss/rec", "loss/lpips", "loss/nll", "critic/loss")
+LOSSES = ("loss/rec", "loss/lpips", "loss/nll", "discriminator/loss")
 SHAPE = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 MODELS: dict[str, dict[str, Any] | None] = {
     "kl": {"architecture": "kl", **SHAPE},
@@ -39,7 +39,14 @@ MODELS: dict[str, dict[str, Any] | None] = {
         **SHAPE,
     },
 }
-CURVES = ("loss/rec", "loss/lpips", "loss/nll", "critic/adversarial", "critic/loss", "grad/model")
+CURVES = (
+    "loss/rec",
+    "loss/lpips",
+    "loss/nll",
+    "discriminator/adversarial",
+    "discriminator/loss",
+    "grad/model",
+)
 OF_LATENTS = {"kl": "latent/kl_nats", "vq": "loss/commitment"}
 
 
@@ -80,7 +87,7 @@ def test_the_curve_is_the_golden_one(name: str, tmp_path: Path) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     found = curves(name, tmp_path)
     assert found.keys() == golden.keys()
-    assert len(golden["loss/rec"]) == UPDATES and len(golden["critic/loss"]) == UPDATES - 2
+    assert len(golden["loss/rec"]) == UPDATES and len(golden["discriminator/loss"]) == UPDATES - 2
     for key, values in golden.items():
         assert found[key] == pytest.approx(values, rel=TOLERANCE), key
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from latentvae.engine.log import read_rows, sample_path
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import learning, train
+from latentvae.tasks.autoencoder import learning_half, train
 from latentvae.tasks.autoencoder.images import open_data
 from tests.engine.test_log import tensorboard_events
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -53,7 +53,7 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
     options: dict[str, Any] = {
         "train_data_dir": str(write_images(tmp_path / "images", channels, depth)),
         "image_channels": channels,
-        "disc_start": 1,  # the critic learns in the second update
+        "disc_start": 1,  # the discriminator learns in the second update
         "disc_augment": ("color",),
         "checkpointing_steps": 1,
         "max_train_steps": 2,
@@ -74,7 +74,7 @@ def test_every_kind_trains_resumes_to_the_bit_and_exports(
     assert f"(B, {channels}, H, W)" in (whole / "README.md").read_text()
     rows = read_rows(tmp_path / "whole" / "log.jsonl")
     last = next(row for row in rows if "loss/lpips" in row)
-    assert last["loss/lpips"] > 0 and last["critic/loss"] > 0
+    assert last["loss/lpips"] > 0 and last["discriminator/loss"] > 0
     grid = Image.open(sample_path(tmp_path / "whole", 2))
     assert grid.mode == ("L" if channels == 1 else "RGB")
     if "report_to" in options:  # which shows colours alone
@@ -94,8 +94,8 @@ def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(
         drawn.append(background)
         return background
 
-    original = learning.random_background
-    monkeypatch.setattr(learning, "random_background", recording)
+    original = learning_half.random_background
+    monkeypatch.setattr(learning_half, "random_background", recording)
     options: dict[str, Any] = {
         "train_data_dir": str(write_images(tmp_path / "images", 4, "8")),
         "image_channels": 4,

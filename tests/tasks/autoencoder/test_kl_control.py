@@ -82,15 +82,15 @@ def test_an_update_that_is_skipped_does_not_move_the_weight(
     assert seen[0] == 0.0 and seen[1] != 0.0 and seen[2] == seen[1] and seen[3] != seen[2]
 
 
-def test_the_weight_rests_while_only_the_critic_learns(tmp_path: Path) -> None:
-    critic: dict[str, Any] = {"disc_start": 1, "disc_warmup_steps": 2, "disc_ramp_steps": 0}
+def test_the_weight_rests_while_only_the_discriminator_learns(tmp_path: Path) -> None:
+    discriminator: dict[str, Any] = {"disc_start": 1, "disc_warmup_steps": 2, "disc_ramp_steps": 0}
     options: dict[str, Any] = {
         "rec_target": 0.01,
         "max_train_steps": 4,
         "log_steps": 1,
         "validation_steps": 9,
     }
-    train(small_config(tmp_path, **critic, **options))
+    train(small_config(tmp_path, **discriminator, **options))
     rows = read_rows(tmp_path / "log.jsonl")
     weights = [row["objective/kl_weight"] for row in rows if "objective/kl_weight" in row]
     assert weights[0] > weights[1] == weights[2] == weights[3]

@@ -14,7 +14,7 @@ from latentvae.engine.log import read_rows
 from latentvae.engine.weight_average import WeightAverage
 from latentvae.errors import UserError
 from latentvae.models import FAMILIES
-from latentvae.tasks.autoencoder import build
+from latentvae.tasks.autoencoder import build_parts
 from latentvae.tasks.autoencoder.refusals import check_compilation
 from tests.tasks.autoencoder.recording import recorded
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -44,7 +44,13 @@ def assert_same_curve(plain: Path, other: Path) -> None:
     )
     assert len(left) == len(right) == 3
     for expected, found in zip(left, right, strict=True):
-        for name in ("loss/rec", "loss/lpips", "latent/kl_nats", "critic/loss", "grad/model"):
+        for name in (
+            "loss/rec",
+            "loss/lpips",
+            "latent/kl_nats",
+            "discriminator/loss",
+            "grad/model",
+        ):
             if name in expected:
                 assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
@@ -76,7 +82,7 @@ def test_compiled_by_aot_autograd(
     def compiling(net: Any) -> None:
         counts.append(compile_blocks(net, backend="aot_eager"))
 
-    monkeypatch.setattr(build, "compile_blocks", compiling)
+    monkeypatch.setattr(build_parts, "compile_blocks", compiling)
     options = {"torch_compile": True, **OPTIONS}
     run_to_the_end(tmp_path / "straight", **options)
     broken_off(tmp_path / "straight", tmp_path / "resumed", update=2)

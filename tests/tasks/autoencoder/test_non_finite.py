@@ -38,7 +38,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [("wrapper", float("nan")), ("critic", float("inf")), ("wrapper", 3e38)]
+    ("part", "value"),
+    [("wrapper", float("nan")), ("discriminator", float("inf")), ("wrapper", 3e38)],
 )
 def test_the_update_is_skipped_and_counted_and_the_run_goes_on(
     tmp_path: Path, spoil: Spoil, capsys: pytest.CaptureFixture[str], part: str, value: float

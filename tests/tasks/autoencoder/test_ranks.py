@@ -30,7 +30,7 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
     assert {
         "model/output_logvar",
         "model/net.decoder.conv_out.weight",
-        "critic/layers.0.weight",
+        "discriminator/layers.0.weight",
     } <= one.keys()
     log_factor = one["progress/kl_log_factor"].item()
     # After one update by the rate, 1, and the damping; as much as that if the error is clipped.
@@ -61,7 +61,9 @@ def of_one_and_of_two(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
     assert one.keys() == first.keys() == second.keys()
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
-        scale = value.abs().max().clamp(min=1e-4)  # the critic's last bias has a gradient of zero
+        scale = (
+            value.abs().max().clamp(min=1e-4)
+        )  # the discriminator's last bias has a gradient of zero
         torch.testing.assert_close(first[name] / scale, value / scale, rtol=0, atol=1e-4, msg=name)
     return one
 

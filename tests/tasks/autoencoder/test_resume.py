@@ -90,8 +90,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# After the save of update 2: at the next update's start, inside its accumulation, at the critic's
-# start, past an epoch's edge.
+# After the save of update 2: at the next update's start, inside its accumulation, at the
+# discriminator's start, past an epoch's edge.
 @pytest.mark.parametrize(("update", "micro_step"), [(1, 1), (3, 0), (3, 1), (4, 1), (6, 1)])
 def test_killed_anywhere(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int, micro_step: int
@@ -159,12 +159,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
         kill_in_update(patch, 6)
         with pytest.raises(Killed):
             run_to_the_end(tmp_path)
-    damaged = tmp_path / "checkpoint-4" / "critic_optimizer.safetensors"
+    damaged = tmp_path / "checkpoint-4" / "discriminator_optimizer.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
     run_to_the_end(tmp_path)
-    assert "checkpoint-4 is passed over: critic_optimizer.safetensors" in capsys.readouterr().out
+    assert (
+        "checkpoint-4 is passed over: discriminator_optimizer.safetensors"
+        in capsys.readouterr().out
+    )
     assert_same_run(straight, tmp_path)
 
 
@@ -373,14 +376,14 @@ def test_a_longer_run_never_hands_out_the_old_export(
     assert any(not torch.equal(new[name], old[name]) for name in new)
 
 
-def test_a_running_critic_goes_on_in_a_longer_run(
+def test_a_running_discriminator_goes_on_in_a_longer_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = []
     original = AutoencoderTask.micro_step
 
     def noting(self: AutoencoderTask, *args: Any) -> Any:
-        starts.append(self.progress.critic_start)
+        starts.append(self.progress.discriminator_start)
         return original(self, *args)
 
     monkeypatch.setattr(AutoencoderTask, "micro_step", noting)
@@ -453,7 +456,7 @@ def test_unreadable_validation_images_are_found_before_the_first_update(tmp_path
             {"resolution": 8, "disc_scale": 0.0, "perceptual_scale": 0.0},
             "LPIPS-alex needs at least 31",
         ),
-        ({"disc_layers": 4}, "the patch critic needs at least 48 px"),
+        ({"disc_layers": 4}, "the patch discriminator needs at least 48 px"),
     ],
 )
 def test_a_resolution_too_small_for_a_part_is_refused(

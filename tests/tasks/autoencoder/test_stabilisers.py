@@ -1,4 +1,4 @@
-"""Critics, their losses and stabilisers, and control of the posterior, in whole runs."""
+"""Discriminators, their losses and stabilisers, and control of the posterior, in whole runs."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def test_a_stopped_run_goes_on_to_the_bit(case: str, tmp_path: Path) -> None:
 
 
 def test_each_option_changes_what_is_learned(tmp_path: Path) -> None:
-    """In the run's only two updates; the critic learns in the first, the model by it in both."""
+    """In the run's only two updates; the discriminator learns in the first, the model by it in
+    both."""
     plain = {"disc_start": 0, "disc_ramp_steps": 0, "kl_scale": 1e-2, "max_train_steps": 2}
     plain |= {"perceptual_scale": 0.0, "train_batch_size": 2, "gradient_accumulation_steps": 1}
     changes: list[dict[str, Any]] = [
@@ -70,16 +71,16 @@ def test_each_option_changes_what_is_learned(tmp_path: Path) -> None:
         assert not any(torch.equal(weights, other) for other in learned[:number]), changes[number]
 
 
-def test_the_critic_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
-    for change, name in (({}, "PatchGAN"), ({"disc_type": "stylegan"}, "StyleGANCritic")):
+def test_the_discriminator_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    for change, name in (({}, "PatchGAN"), ({"disc_type": "stylegan"}, "StyleGANDiscriminator")):
         config = small_config(tmp_path / "run", disc_layers=None, resolution=64, **change)
-        assert type(built(config, tmp_path).task.critic).__name__ == name
+        assert type(built(config, tmp_path).task.discriminator).__name__ == name
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"free_bits 1 and kl_capacity 2"):
         small_config(tmp_path, free_bits=1.0, kl_capacity=2.0)
-    with pytest.raises(UserError, match="disc_norm spectral is for the patch critic"):
+    with pytest.raises(UserError, match="disc_norm spectral is for the patch discriminator"):
         small_config(tmp_path, disc_type="stylegan", disc_norm="spectral")
     with pytest.raises(UserError, match="disc_augment"):
         small_config(tmp_path, disc_augment=["colour"])

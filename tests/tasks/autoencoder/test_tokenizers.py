@@ -15,8 +15,8 @@ from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
 from latentvae.models.conv.vq import VQModelConfig
 from latentvae.tasks.autoencoder import train
-from latentvae.tasks.autoencoder.exporting import export_folder
 from latentvae.tasks.autoencoder.fine_tuning import open_base, with_shape_of
+from latentvae.tasks.autoencoder.run_export import export_folder
 from tests.tasks.autoencoder.small import broken_off, small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

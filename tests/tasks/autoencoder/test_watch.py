@@ -13,9 +13,14 @@ from latentvae.distributed import rank
 from latentvae.engine.resume import check_same_config
 from latentvae.errors import UserError
 from latentvae.losses.posterior import silent_channels
-from latentvae.tasks.autoencoder import train, watch
+from latentvae.tasks.autoencoder import collapse_watch, train
+from latentvae.tasks.autoencoder.collapse_watch import (
+    CollapseWatch,
+    Finding,
+    Watched,
+    what_to_watch,
+)
 from latentvae.tasks.autoencoder.task import AutoencoderTask
-from latentvae.tasks.autoencoder.watch import CollapseWatch, Finding, Watched, what_to_watch
 from tests.forks import ranks
 from tests.tasks.autoencoder.small import small_config
 from tests.tasks.autoencoder.test_resume import Killed, kill_in_update, rows, tensors
@@ -26,7 +31,7 @@ WATCHED = Watched(
     codes_from=100,
     num_codes=1000,
     codes_remedy="--restart_threshold 0.02",
-    critic_from=100,
+    discriminator_from=100,
     obeyed_from=50,
 )
 Observe = Callable[[CollapseWatch, int, float], list[Finding]]
@@ -37,8 +42,12 @@ def posterior(watching: CollapseWatch, update: int, active: float) -> list[Findi
     return watching.row(update, values)
 
 
-def critic(watching: CollapseWatch, update: int, loss: float) -> list[Finding]:
-    values = {"critic/loss": loss, "critic/logits_real": 3.0, "critic/logits_fake": -2.0}
+def discriminator(watching: CollapseWatch, update: int, loss: float) -> list[Finding]:
+    values = {
+        "discriminator/loss": loss,
+        "discriminator/logits_real": 3.0,
+        "discriminator/logits_fake": -2.0,
+    }
     return watching.row(update, values)
 
 
@@ -56,7 +65,13 @@ def lpips(watching: CollapseWatch, update: int, value: float) -> list[Finding]:
 # How it is observed; a healthy value; a bad one; observations that it takes; what is said.
 CONDITIONS: dict[str, tuple[Observe, float, float, int, str]] = {
     "posterior_collapse": (posterior, 3.0, 1.0, 3, "of 4 latent channels 3 have a KL"),
-    "critic_won": (critic, 0.06, 0.04, 3, r"its loss is 0.04 \(1 where .* 3 for images and -2"),
+    "discriminator_won": (
+        discriminator,
+        0.06,
+        0.04,
+        3,
+        r"its loss is 0.04 \(1 where .* 3 for images and -2",
+    ),
     "codebook_collapse": (codes, 0.12, 0.09, 2, "90 of 1,000 codes are used by 4,096 tokens"),
     "lpips_diverges": (lpips, 0.2, 0.23, 3, "0.230, where it was 0.200 at update 150"),
 }
@@ -91,17 +106,19 @@ def test_a_healthy_run_hears_nothing(name: str) -> None:
     assert watching.summary() is None and watching.flags() == {}
 
 
-@pytest.mark.parametrize("name", ["posterior_collapse", "critic_won", "codebook_collapse"])
+@pytest.mark.parametrize("name", ["posterior_collapse", "discriminator_won", "codebook_collapse"])
 def test_the_beginning_is_not_watched(name: str) -> None:
     observe, _, bad, *_ = CONDITIONS[name]
     watching = CollapseWatch(WATCHED)
     assert not [found for update in range(10, 101, 10) for found in observe(watching, update, bad)]
-    assert not CollapseWatch(Watched()).row(500, {"latent/silent_channels": 4, "critic/loss": 0.0})
+    assert not CollapseWatch(Watched()).row(
+        500, {"latent/silent_channels": 4, "discriminator/loss": 0.0}
+    )
 
 
 def test_rows_of_each_update_tell_no_sooner_than_fifty_updates() -> None:
     watching = CollapseWatch(WATCHED)
-    told = [update for update in range(101, 200) if critic(watching, update, 0.0)]
+    told = [update for update in range(101, 200) if discriminator(watching, update, 0.0)]
     assert told == [151]
 
 
@@ -129,26 +146,28 @@ def test_codes_that_fall_out_of_use_and_tokens_of_a_few_codes() -> None:
         assert len(told[1]) == expected
 
 
-def test_nan_diverges_and_the_critic_is_blamed_for_what_came_after_it() -> None:
+def test_nan_diverges_and_the_discriminator_is_blamed_for_what_came_after_it() -> None:
     for start, blamed in ((500, False), (50, True)):
         watching = CollapseWatch(Watched(obeyed_from=start))
         told = [lpips(watching, 100 * i, v) for i, v in enumerate([0.2, *[float("nan")] * 3], 1)]
         assert [len(found) for found in told] == [0, 0, 0, 1]
-        assert watching.blames_critic() == blamed == ("disc_scale" in told[3][0].sentence)
+        assert watching.blames_discriminator() == blamed == ("disc_scale" in told[3][0].sentence)
         assert json.loads(json.dumps(watching.state_dict(), allow_nan=False))["best_lpips"] == 0.2
 
 
-def test_a_critic_that_is_off_is_neither_blamed_nor_left_as_the_winner() -> None:
+def test_a_discriminator_that_is_off_is_neither_blamed_nor_left_as_the_winner() -> None:
     watching = CollapseWatch(WATCHED)
     for update in (150, 200, 250):
-        critic(watching, update, 0.0)
-    assert watching.blames_critic()
+        discriminator(watching, update, 0.0)
+    assert watching.blames_discriminator()
     saved = watching.state_dict()
-    unwatched = CollapseWatch(replace(WATCHED, critic_from=None, obeyed_from=None), saved=saved)
-    assert unwatched.flags() == {} and not unwatched.blames_critic()
-    watching.critic_stops(250)
+    unwatched = CollapseWatch(
+        replace(WATCHED, discriminator_from=None, obeyed_from=None), saved=saved
+    )
+    assert unwatched.flags() == {} and not unwatched.blames_discriminator()
+    watching.discriminator_stops(250)
     told = [lpips(watching, 300 + 100 * i, v) for i, v in enumerate([0.2, 0.4, 0.4, 0.4])]
-    assert "disc_scale" not in told[3][0].sentence and not watching.blames_critic()
+    assert "disc_scale" not in told[3][0].sentence and not watching.blames_discriminator()
 
 
 def test_what_other_images_gave_is_not_compared() -> None:
@@ -162,7 +181,9 @@ def test_what_other_images_gave_is_not_compared() -> None:
 
 def test_what_is_asked_for_is_no_collapse_and_remedies_are_open_to_the_run(tmp_path: Path) -> None:
     def watched(**options: Any) -> Watched:
-        return what_to_watch(small_config(tmp_path, **options), critic_start=0, num_codes=None)
+        return what_to_watch(
+            small_config(tmp_path, **options), discriminator_start=0, num_codes=None
+        )
 
     assert watched(rec_target=0.1).posterior_from is None
     assert watched(kl_target=0.01).posterior_from is None
@@ -183,15 +204,17 @@ def test_what_there_is_to_watch_follows_the_options(tmp_path: Path) -> None:
         "kl_capacity_steps": 900,
     }
     config = small_config(tmp_path, disc_loss="non_saturating", lr_warmup_steps=200, **options)
-    found = what_to_watch(config, critic_start=40, num_codes=None)
+    found = what_to_watch(config, discriminator_start=40, num_codes=None)
     assert (found.posterior_from, found.codes_from) == (900, None)
-    assert (found.obeyed_from, found.critic_from) == (45, 75)
-    assert found.critic_loss == pytest.approx(2 * 0.693147, rel=1e-5)
-    changes: list[dict[str, Any]] = [{"critic_watch": "off"}, {"disc_scale": 0.0}]
+    assert (found.obeyed_from, found.discriminator_from) == (45, 75)
+    assert found.discriminator_loss == pytest.approx(2 * 0.693147, rel=1e-5)
+    changes: list[dict[str, Any]] = [{"disc_watch": "off"}, {"disc_scale": 0.0}]
     for change in changes:
-        silent = what_to_watch(small_config(tmp_path, **change), critic_start=0, num_codes=None)
-        assert silent.critic_from is silent.obeyed_from is None
-    vector = what_to_watch(small_config(tmp_path, CODES), critic_start=0, num_codes=1024)
+        silent = what_to_watch(
+            small_config(tmp_path, **change), discriminator_start=0, num_codes=None
+        )
+        assert silent.discriminator_from is silent.obeyed_from is None
+    vector = what_to_watch(small_config(tmp_path, CODES), discriminator_start=0, num_codes=1024)
     assert (vector.posterior_from, vector.codes_from, vector.num_codes) == (None, 100, 1024)
     assert "--restart_threshold" in vector.codes_remedy and "kmeans" not in vector.codes_remedy
 
@@ -221,16 +244,16 @@ PLAIN: dict[str, Any] = {
     "checkpointing_steps": 10,
     "validation_steps": 10,
 }
-# The model stands still. Of a few photos with random crops, a critic's loss stays near 0 for some
-# rows only: the bound is raised with the others.
+# The model stands still. Of a few photos with random crops, a discriminator's loss stays near 0
+# for some rows only: the bound is raised with the others.
 WINNING = {"learning_rate": 1e-12, "disc_learning_rate": 1e-2, "disc_norm": "none"}
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "BEGINNING", 2)
-    monkeypatch.setattr(watch, "LASTING", 4)
-    monkeypatch.setattr(watch, "WON_SHARE", 0.5)
+    monkeypatch.setattr(collapse_watch, "BEGINNING", 2)
+    monkeypatch.setattr(collapse_watch, "LASTING", 4)
+    monkeypatch.setattr(collapse_watch, "WON_SHARE", 0.5)
 
 
 def finished(folder: Path, **changes: Any) -> Path:
@@ -264,35 +287,37 @@ def test_a_codebook_that_stands_still_collapses(
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_critic_that_has_won_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_discriminator_that_has_won_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     finished(tmp_path, **WINNING)
     said = capsys.readouterr().out
-    assert said.count("the critic has won") == 2 and "switched off" not in said
-    assert "critic/loss" in last_row(tmp_path)
+    assert said.count("the discriminator has won") == 2 and "switched off" not in said
+    assert "discriminator/loss" in last_row(tmp_path)
     # As its sentence advises: what was found is acted on, though it is not found anew.
-    finished(tmp_path, **WINNING, critic_watch="disable", max_train_steps=22)
-    assert "update 20: the critic is switched off for the rest" in capsys.readouterr().out
-    assert "critic/loss" not in last_row(tmp_path)
-    finished(tmp_path / "off", **WINNING, critic_watch="off")
+    finished(tmp_path, **WINNING, disc_watch="disable", max_train_steps=22)
+    assert "update 20: the discriminator is switched off for the rest" in capsys.readouterr().out
+    assert "discriminator/loss" not in last_row(tmp_path)
+    finished(tmp_path / "off", **WINNING, disc_watch="off")
     assert "watch" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("soon")
-def test_a_critic_that_is_switched_off_stays_so_to_the_bit(
+def test_a_discriminator_that_is_switched_off_stays_so_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**WINNING, "critic_watch": "disable", "checkpointing_steps": 5}
+    options = {**WINNING, "disc_watch": "disable", "checkpointing_steps": 5}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finished(straight, **options)
     said = capsys.readouterr().out
-    assert said.count("the critic is switched off for the rest of the run") == 1
+    assert said.count("the discriminator is switched off for the rest of the run") == 1
     state = json.loads((straight / "checkpoint-20" / "state.json").read_text())
-    stopped = state["task"]["critic_stopped"]
+    stopped = state["task"]["discriminator_stopped"]
     assert 4 <= stopped < 18
     for row in rows(straight):
         if "loss/rec" in row:
-            assert ("critic/loss" in row) == (row["update"] <= stopped)
+            assert ("discriminator/loss" in row) == (row["update"] <= stopped)
     for update in (stopped, 18):  # between two rows that count, and after it
         with monkeypatch.context() as patch:
             kill_in_update(patch, update)
@@ -311,17 +336,17 @@ def test_a_validation_decides_whether_or_not_a_kill_came_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made after the checkpoint of its update, which knows nothing of it."""
-    monkeypatch.setattr(watch, "WORSE", 0.0)  # every LPIPS is worse than the best
-    monkeypatch.setattr(watch, "WON_SHARE", 0.0)
+    monkeypatch.setattr(collapse_watch, "WORSE", 0.0)  # every LPIPS is worse than the best
+    monkeypatch.setattr(collapse_watch, "WON_SHARE", 0.0)
     options: dict[str, Any] = {
-        "critic_watch": "disable",
+        "disc_watch": "disable",
         "validation_steps": 4,
         "max_train_steps": 14,
     }
     options |= {"checkpointing_steps": 4, "log_steps": 3}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finished(straight, **options)
-    for update in (6, 14):  # after the validations of 4 and of 12, which stops the critic
+    for update in (6, 14):  # after the validations of 4 and of 12, which stops the discriminator
         with monkeypatch.context() as patch:
             kill_in_update(patch, update)
             with pytest.raises(Killed):
@@ -339,7 +364,7 @@ def test_a_validation_decides_whether_or_not_a_kill_came_after_it(
     left, right = (
         json.loads((r / "checkpoint-14" / "state.json").read_text()) for r in (straight, resumed)
     )
-    assert left == right and left["task"]["critic_stopped"] == 12
+    assert left == right and left["task"]["discriminator_stopped"] == 12
     one, other = (tensors(run / "checkpoint-14") for run in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -348,12 +373,10 @@ def test_what_decides_may_not_change_while_it_may_disable(tmp_path: Path) -> Non
     def config(**changes: Any) -> Any:
         return small_config(tmp_path, **changes)
 
-    check_same_config(config(log_steps=1, critic_watch="disable"), config())
-    check_same_config(config(log_steps=1), config(critic_watch="off"))
+    check_same_config(config(log_steps=1, disc_watch="disable"), config())
+    check_same_config(config(log_steps=1), config(disc_watch="off"))
     with pytest.raises(UserError, match=r"log_steps \(2 then, 1 now\)"):
-        check_same_config(
-            config(log_steps=1, critic_watch="disable"), config(critic_watch="disable")
-        )
+        check_same_config(config(log_steps=1, disc_watch="disable"), config(disc_watch="disable"))
 
 
 @pytest.mark.slow
@@ -374,7 +397,7 @@ def test_a_healthy_run_of_some_hundred_updates_is_told_nothing(
 @pytest.mark.slow
 @pytest.mark.usefixtures("soon")
 def test_two_ranks_decide_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "WON_SHARE", 0.9)
+    monkeypatch.setattr(collapse_watch, "WON_SHARE", 0.9)
     original = AutoencoderTask.export
 
     def exporting(self: AutoencoderTask, *args: Any, **options: Any) -> Any:
@@ -383,9 +406,9 @@ def test_two_ranks_decide_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(AutoencoderTask, "export", exporting)
     said = ranks(
-        lambda: finished(tmp_path / "run", **WINNING, critic_watch="disable"),
+        lambda: finished(tmp_path / "run", **WINNING, disc_watch="disable"),
         output=tmp_path / "output.txt",
     )
-    assert said.count("the critic is switched off for the rest of the run") == 1
+    assert said.count("the discriminator is switched off for the rest of the run") == 1
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and first["critic_stopped"] is not None
+    assert first == second and first["discriminator_stopped"] is not None

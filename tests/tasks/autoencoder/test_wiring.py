@@ -21,14 +21,14 @@ from latentvae.engine.log import read_rows
 from latentvae.losses.discriminators import PatchGAN
 from latentvae.losses.perceptual import load_lpips, weights_id
 from latentvae.metrics import to_8bit
-from latentvae.tasks.autoencoder import exporting, train
+from latentvae.tasks.autoencoder import run_export, train
 from tests.tasks.autoencoder.recording import Recording, changed, recorded
 from tests.tasks.autoencoder.small import small_config
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
 RATE = 4.5e-6  # at which bfloat16 weights of 0.02 stand still
-START = 2  # the critic's first update, from 0
+START = 2  # the discriminator's first update, from 0
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bf16(
     folder: Path, own_accelerate: None, convolutions: dict[str, set[torch.dtype]]
 ) -> Recording:
-    """Four updates of two micro-steps under bf16 autocast, the critic from the third on."""
+    """Four updates of two micro-steps under bf16 autocast, the discriminator from the third on."""
 
     def watch(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(module, nn.Conv2d) and recording.started:
@@ -108,12 +108,12 @@ def test_the_average_follows_every_model_update_in_float32(bf16: Recording) -> N
     assert all(moved)
 
 
-def test_the_critic_learns_from_its_first_update_and_not_before(bf16: Recording) -> None:
+def test_the_discriminator_learns_from_its_first_update_and_not_before(bf16: Recording) -> None:
     assert [update.factor for update in bf16.updates] == [None, None, 0.0, 0.25]
-    learns = [changed(update, "critic/") for update in bf16.updates]
+    learns = [changed(update, "discriminator/") for update in bf16.updates]
     assert learns == [False, False, True, True]
     first = bf16.updates[START]
-    name = "critic/layers.0.weight"
+    name = "discriminator/layers.0.weight"
     step = (first.after[name] - first.before[name]).abs().median().item()
     assert step == pytest.approx(RATE, rel=0.01)
 
@@ -123,7 +123,7 @@ def test_every_update_steps_the_model_and_gives_clipped_gradients(bf16: Recordin
     assert all(update.norm is not None and update.norm <= 1.0 + 1e-4 for update in bf16.updates)
     steps = {name: v for name, v in bf16.updates[-1].after.items() if name.endswith("/step")}
     assert {v.item() for name, v in steps.items() if name.startswith("model")} == {4.0}
-    assert {v.item() for name, v in steps.items() if name.startswith("critic")} == {2.0}
+    assert {v.item() for name, v in steps.items() if name.startswith("discriminator")} == {2.0}
 
 
 def test_the_output_log_variance_is_learned(bf16: Recording) -> None:
@@ -141,8 +141,8 @@ def test_lpips_is_as_it_was_loaded_frozen_and_in_eval_mode(bf16: Recording) -> N
 
 
 def test_no_gradient_is_left_anywhere_after_an_update(bf16: Recording) -> None:
-    assert bf16.task.critic is not None
-    for module in (bf16.task.wrapper, bf16.task.critic):
+    assert bf16.task.discriminator is not None
+    for module in (bf16.task.wrapper, bf16.task.discriminator):
         assert all(p.grad is None for p in module.parameters())
 
 
@@ -151,9 +151,9 @@ def test_checkpoints_hold_no_lpips_and_the_average_of_all_parts(
 ) -> None:
     checkpoint = folder / "checkpoint-4"
     names = {path.stem for path in checkpoint.glob("*.safetensors")}
-    assert names == {f"{n}{part}" for n in ("model", "critic") for part in ("", "_optimizer")} | {
-        "model_average"
-    }
+    assert names == {
+        f"{n}{part}" for n in ("model", "discriminator") for part in ("", "_optimizer")
+    } | {"model_average"}
     average = load_file(checkpoint / "model_average.safetensors")
     of_net = dict(bf16.task.net.named_parameters())
     assert average.keys() == {f"net.{name}" for name in of_net}
@@ -192,7 +192,7 @@ def test_what_is_measured_on_some_images_is_measured_all_over_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first by name may be of one class."""
-    monkeypatch.setattr(exporting, "STATISTICS_IMAGES", 3)
+    monkeypatch.setattr(run_export, "STATISTICS_IMAGES", 3)
     seen: dict[str, list[str]] = {"train": [], "validation": []}
     for split in seen:
         folder = tmp_path / split
@@ -252,7 +252,7 @@ def test_the_learning_rate_ends_at_max_train_steps_whatever_makes_up_the_batch(
     assert rates(recording) == pytest.approx([1e-3, *cosine])
 
 
-def test_before_its_start_the_critic_is_not_even_evaluated(
+def test_before_its_start_the_discriminator_is_not_even_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, Tag, field_validator
 
-from latentvae.options import Count, DecidesTheWatch, MayChange, Positive, Private, Section, marked
+from latentvae.option_marks import (
+    Count,
+    DecidesTheWatch,
+    MayChange,
+    Positive,
+    Private,
+    Section,
+    marked,
+)
 
 
 class OptimizerConfig(Section):
@@ -37,7 +45,8 @@ class OptimizerConfig(Section):
         default=1e-8, description="AdamW's epsilon."
     )
     max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
-        default=1.0, description="Clip the gradient norm of the model and of the critic to this."
+        default=1.0,
+        description="Clip the gradient norm of the model and of the discriminator to this.",
     )
     max_skipped_updates: Positive = Field(
         default=10,

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from latentvae.options import (
+from latentvae.option_marks import (
     ChosenByPreset,
     DecidesTheWatch,
     Elsewhere,
@@ -65,7 +65,7 @@ def test_marks_change_nothing_about_values_and_ranges() -> None:
 
 def test_what_a_resumed_run_may_change_and_a_card_leaves_out() -> None:
     may_change = set(marked(TrainConfig, MayChange))
-    assert {"output_dir", "max_train_steps", "config", "critic_watch", "winograd"} <= may_change
+    assert {"output_dir", "max_train_steps", "config", "disc_watch", "winograd"} <= may_change
     assert not may_change & {"seed", "learning_rate", "train_batch_size", "num_codes", "resolution"}
     assert set(marked(TrainConfig, DecidesTheWatch)) < may_change
     assert set(marked(TrainConfig, Private)) < may_change

@@ -37,7 +37,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from latentvae.compute.strips.layers import (
+from latentvae.compute.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
+from latentvae.compute.strips.strip_layers import (
     attend,
     convolved,
     downsample,
@@ -45,9 +46,8 @@ from latentvae.compute.strips.layers import (
     resnet,
     upsample,
 )
-from latentvae.compute.strips.maps import FeatureMap, MemoryMap, Strips, Workspace
 from latentvae.compute.upsampling import FoldedUpsample2D
-from latentvae.models.conv.discrete import DiscreteAutoencoder
+from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 
 CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
 
@@ -198,9 +198,9 @@ def _known_resnet(block: Any) -> bool:
 
 
 def _known_attention(block: Any) -> bool:
-    plain = type(block.processor) in (AttnProcessor, AttnProcessor2_0)
+    stock = type(block.processor) in (AttnProcessor, AttnProcessor2_0)
     others = (block.spatial_norm, block.norm_q, block.norm_k)
-    return plain and block.group_norm is not None and others == (None, None, None)
+    return stock and block.group_norm is not None and others == (None, None, None)
 
 
 def _known_upsampler(block: Any) -> bool:

@@ -46,7 +46,7 @@ class MayChange(Mark):
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """It decides when `critic_watch disable` acts, so with that it may not change after all."""
+    """It decides when `disc_watch disable` acts, so with that it may not change after all."""
 
 
 @dataclass(frozen=True)

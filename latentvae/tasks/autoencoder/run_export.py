@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from latentvae.config.run import flat
+from latentvae.config.run_config import flat
 from latentvae.data import ImageSource, ImageStream, some_of, validation_batches
 from latentvae.distributed import barrier, is_main, rank, world_size
 from latentvae.engine.checkpoint_content import averaged_or_trained, load_weights
@@ -21,11 +21,11 @@ from latentvae.engine.resume import read_config
 from latentvae.errors import UserError
 from latentvae.export import ModelCard, export_network
 from latentvae.export.card import public_value
-from latentvae.export.folder import is_export
+from latentvae.export.export_folder import is_export
 from latentvae.latents import latent_statistics
 from latentvae.models import Network
-from latentvae.options import Private, marked
-from latentvae.tasks.autoencoder.build import build_net
+from latentvae.option_marks import Private, marked
+from latentvae.tasks.autoencoder.build_parts import build_net
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import Base, encoder_sha256, read_base
 from latentvae.tasks.autoencoder.images import eval_transform, open_data

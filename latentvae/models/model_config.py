@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.models.single_file import SingleFileKind
-from latentvae.options import ChosenByPreset, Elsewhere, OfTheRun, Positive, Section, marked
+from latentvae.option_marks import ChosenByPreset, Elsewhere, OfTheRun, Positive, Section, marked
 
 Widths = tuple[Positive, ...]
 

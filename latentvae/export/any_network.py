@@ -7,7 +7,7 @@ from torch import Tensor
 from latentvae.export.card import ModelCard
 from latentvae.export.continuous import export_autoencoder
 from latentvae.export.discrete import TokenizerReport, export_tokenizer
-from latentvae.export.report import ExportReport, Profile
+from latentvae.export.export_report import ExportReport, Profile
 from latentvae.latents import LatentStatistics
 from latentvae.models import Network, calls
 

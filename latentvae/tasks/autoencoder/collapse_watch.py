@@ -1,5 +1,5 @@
 """The collapse watch: reads the rows and validations that a run logs, and tells in words when the
-posterior, the codebook or the critic has gone wrong, or validation LPIPS diverges.
+posterior, the codebook or the discriminator has gone wrong, or validation LPIPS diverges.
 
     row or validation -> is the condition there? -> for long enough -> finding (told once)
 
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from pydantic import ConfigDict
 
-from latentvae.bottlenecks.options import BottleneckConfig
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.losses.adversarial import GAN_LOSSES
 from latentvae.losses.posterior import SILENT_KL
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
-CRITIC, LPIPS = "critic_won", "lpips_diverges"
-PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, CRITIC: 3, LPIPS: 3}  # rows, or validations
+DISCRIMINATOR, LPIPS = "discriminator_won", "lpips_diverges"
+PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # rows, or validations
 LASTING = 50  # updates from the first to the last of them, at least
 BEGINNING = 100  # updates without a watch: what has learned nothing looks collapsed
 
@@ -34,7 +34,9 @@ ACTIVE_SHARE = 0.5  # of the channels; fewer active ones (arXiv:1509.00519) are 
 USED_SHARE = 0.1  # of the codes that could be used
 PERPLEXITY_SHARE = 0.05  # the same for the perplexity: many codes, nearly all tokens of a few
 FALLEN_SHARE = 0.5  # of the most codes ever in use
-WON_SHARE = 0.05  # of the critic's loss where it tells nothing (hinge 1, non-saturating 2 log 2)
+WON_SHARE = (
+    0.05  # of the discriminator's loss where it tells nothing (hinge 1, non-saturating 2 log 2)
+)
 WORSE = 1.1  # times the best validation LPIPS
 
 
@@ -51,10 +53,10 @@ class Watched:
         num_codes: K.
         codes_remedy: options of this quantiser.
         validated_on: which images, so that others are not compared with them.
-        critic_loss: the critic's where it tells nothing.
-        critic_from: updates after which the critic's weight is full; before, the model hardly
-            answers it. None: it is not watched.
-        obeyed_from: updates after which the model has to do with the critic at all; None as above.
+        discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
+        discriminator_from: update at which the adversarial weight is full. The watch starts
+            there, because the model hardly answers the discriminator before. None: no watch.
+        obeyed_from: update at which the adversarial weight leaves 0. None: no watch.
     """
 
     posterior_from: int | None = None
@@ -64,8 +66,8 @@ class Watched:
     num_codes: int = 1
     codes_remedy: str = ""
     validated_on: str = ""
-    critic_loss: float = 1.0
-    critic_from: int | None = None
+    discriminator_loss: float = 1.0
+    discriminator_from: int | None = None
     obeyed_from: int | None = None
 
 
@@ -92,7 +94,7 @@ class Condition:
         times: how often it began: `first` and `last` the updates.
         ended: the update at which it last did.
         sentence: what was last told.
-        of_critic: whether the critic was to blame then.
+        of_discriminator: whether the discriminator was to blame then.
     """
 
     holds: bool = False
@@ -103,7 +105,7 @@ class Condition:
     last: int = 0
     ended: int = 0
     sentence: str = ""
-    of_critic: bool = False
+    of_discriminator: bool = False
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -145,12 +147,12 @@ class CollapseWatch:
         self._most_used: int = saved.get("most_used", 0)
         if saved and saved.get("validated_on") != watched.validated_on:  # not to be compared
             self._best_lpips, self._best_update, self._most_used = None, 0, 0
-        if watched.critic_from is None:
-            self._conditions[CRITIC].holds = False
+        if watched.discriminator_from is None:
+            self._conditions[DISCRIMINATOR].holds = False
 
     def row(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """What begins with a row of training values, after ``update`` updates."""
-        return [*self._posterior(update, values), *self._critic(update, values)]
+        return [*self._posterior(update, values), *self._discriminator(update, values)]
 
     def validation(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """What begins with a validation."""
@@ -169,16 +171,16 @@ class CollapseWatch:
         ]
         return "\n".join(["what the collapse watch saw in this run:", *told]) if told else None
 
-    def blames_critic(self) -> bool:
-        """Whether something is wrong that switching the critic off may help against."""
-        return any(now.holds and now.of_critic for now in self._conditions.values())
+    def blames_discriminator(self) -> bool:
+        """Whether something is wrong that switching the discriminator off may help against."""
+        return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
-    def critic_stops(self, update: int) -> None:
-        """The critic is switched off: it has not won any longer."""
-        self.watched = replace(self.watched, critic_from=None, obeyed_from=None)
-        critic = self._conditions[CRITIC]
-        if critic.holds:
-            critic.holds, critic.against, critic.ended = False, 0, update
+    def discriminator_stops(self, update: int) -> None:
+        """The discriminator is switched off: it has not won any longer."""
+        self.watched = replace(self.watched, discriminator_from=None, obeyed_from=None)
+        discriminator = self._conditions[DISCRIMINATOR]
+        if discriminator.holds:
+            discriminator.holds, discriminator.against, discriminator.ended = False, 0, update
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -207,23 +209,23 @@ class CollapseWatch:
             f"Try {self.watched.posterior_remedy}",
         )
 
-    def _critic(self, update: int, values: Mapping[str, float]) -> list[Finding]:
+    def _discriminator(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """A loss near 0 alone says it: the mean logits are then apart by twice the margin less
         twice the loss (hinge), and as far without a margin (Jensen's inequality)."""
-        start = self.watched.critic_from
-        if start is None or update <= start or "critic/loss" not in values:
+        start = self.watched.discriminator_from
+        if start is None or update <= start or "discriminator/loss" not in values:
             return []
-        loss, blind = values["critic/loss"], self.watched.critic_loss
+        loss, blind = values["discriminator/loss"], self.watched.discriminator_loss
         return self._observe(
-            CRITIC,
+            DISCRIMINATOR,
             update,
             loss < WON_SHARE * blind,
-            f"the critic has won: its loss is {loss:.2g} ({blind:.2g} where it tells nothing), its "
-            f"logits {values['critic/logits_real']:.2g} for images and "
-            f"{values['critic/logits_fake']:.2g} for what the model makes of them",
+            f"the discriminator has won: its loss is {loss:.2g} (a blind one has {blind:.2g}), its "
+            f"logits are {values['discriminator/logits_real']:.2g} for images and "
+            f"{values['discriminator/logits_fake']:.2g} for what the model makes of them",
             "Try a lower --disc_learning_rate, --disc_augment, --disc_r1_weight or "
-            "--disc_lecam_weight; --critic_watch disable goes on without it",
-            of_critic=True,
+            "--disc_lecam_weight; --disc_watch disable goes on without it",
+            of_discriminator=True,
         )
 
     def _codes(self, update: int, values: Mapping[str, float]) -> list[Finding]:
@@ -254,16 +256,16 @@ class CollapseWatch:
             best = math.inf
         now, obeyed_from = self._conditions[LPIPS], self.watched.obeyed_from
         since = now.since if now.against else update
-        of_critic = obeyed_from is not None and since > obeyed_from
-        critic = ", --disc_scale or --disc_weight_cap, or go on with --critic_watch disable"
+        of_discriminator = obeyed_from is not None and since > obeyed_from
+        discriminator = ", --disc_scale or --disc_weight_cap, or go on with --disc_watch disable"
         return self._observe(
             LPIPS,
             update,
             math.isnan(lpips) or lpips > WORSE * best,
             f"validation LPIPS diverges: {lpips:.3f}, where it was {best:.3f} at update "
             f"{self._best_update:,}",
-            f"Try a lower --learning_rate{critic if of_critic else ''}",
-            of_critic=of_critic,
+            f"Try a lower --learning_rate{discriminator if of_discriminator else ''}",
+            of_discriminator=of_discriminator,
         )
 
     def _observe(
@@ -274,13 +276,13 @@ class CollapseWatch:
         what: str,
         remedy: str,
         *,
-        of_critic: bool = False,
+        of_discriminator: bool = False,
     ) -> list[Finding]:
         now = self._conditions[name]
         if not now.turns(there, update=update, patience=PATIENCE[name]) or not there:
             return []
         now.sentence = f"{what} (since update {now.since:,}). {remedy}"
-        now.of_critic = of_critic
+        now.of_discriminator = of_discriminator
         return [Finding(name, now.sentence)]
 
 
@@ -300,19 +302,27 @@ def _when(seen: Condition) -> str:
 def what_to_watch(
     config: TrainConfig,
     *,
-    critic_start: int,
+    discriminator_start: int,
     num_codes: int | None,
-    critic_stopped: bool = False,
+    discriminator_stopped: bool = False,
 ) -> Watched:
-    """By a run's options; ``critic_start`` is the update in which its critic starts."""
-    model, critic = config.model, config.critic
+    """Decide from the options of a run what to watch.
+
+    Args:
+        discriminator_start: update in which the discriminator starts.
+    """
+    model, discriminator = config.model, config.discriminator
     beginning = max(BEGINNING, config.optimizer.lr_warmup_steps)
     # A pixel loss is held by silencing channels, and few bits are hardly any.
     objective = config.objective
     asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
     has_posterior = model.has_kl and not model.freeze_encoder and not asked_for
-    has_critic = critic.disc_scale > 0 and critic.critic_watch != "off" and not critic_stopped
-    obeyed_from = critic_start + critic.disc_warmup_steps
+    has_discriminator = (
+        discriminator.disc_scale > 0
+        and discriminator.disc_watch != "off"
+        and not discriminator_stopped
+    )
+    obeyed_from = discriminator_start + discriminator.disc_warmup_steps
     nothing = torch.zeros(1)
     return Watched(
         # A capacity that grows from 0 asks for a posterior that says nothing at first.
@@ -325,9 +335,13 @@ def what_to_watch(
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model.bottleneck) if model.has_codes else "",
         validated_on=_validated_on(config),
-        critic_loss=float(GAN_LOSSES[critic.disc_loss].critic(nothing, nothing)),
-        critic_from=obeyed_from + critic.disc_ramp_steps if has_critic else None,
-        obeyed_from=obeyed_from if has_critic else None,
+        discriminator_loss=float(
+            GAN_LOSSES[discriminator.disc_loss].discriminator(nothing, nothing)
+        ),
+        discriminator_from=obeyed_from + discriminator.disc_ramp_steps
+        if has_discriminator
+        else None,
+        obeyed_from=obeyed_from if has_discriminator else None,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from latentvae.losses.discriminator_config import CriticConfig
+from latentvae.losses.discriminator_config import DiscriminatorConfig
 from latentvae.losses.objective.adversarial_weight import adversarial_weight
 from latentvae.losses.objective.kl_forms import WarmUp, kl_form
 from latentvae.losses.objective.kl_target import kl_target
@@ -15,7 +15,7 @@ from latentvae.losses.objective_config import ObjectiveConfig
 
 def build_objective(
     options: ObjectiveConfig,
-    critic: CriticConfig,
+    discriminator: DiscriminatorConfig,
     *,
     perceptual: nn.Module | None,
     latent_weights: Mapping[str, float],
@@ -40,7 +40,7 @@ def build_objective(
         latent_weights=latent_weights,
         kl_form=kl_form(options),
         kl_factor=kl_target(options) or WarmUp(options.kl_warmup_steps),
-        adversarial=adversarial_weight(critic),
+        adversarial=adversarial_weight(discriminator),
         likelihood=likelihood,
         autocast_dtype=autocast_dtype,
     )

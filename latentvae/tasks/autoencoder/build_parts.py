@@ -7,13 +7,13 @@ from accelerate import Accelerator
 
 from latentvae.compute.compilation import compile_blocks
 from latentvae.compute.upsampling import fold_upsampling
-from latentvae.compute.winograd.layers import swap_convolutions
+from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.data import ImageSource
 from latentvae.distributed import is_main, send_from_main
 from latentvae.engine.processes import DTYPES
-from latentvae.losses.discriminators import Critic, build_critic
+from latentvae.losses.discriminators import Discriminator, build_discriminator
 from latentvae.losses.objective import Objective
-from latentvae.losses.objective.build import build_objective
+from latentvae.losses.objective.build_objective import build_objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import FAMILIES, TrainingWrapper, keep_batch_statistics
 from latentvae.tasks.autoencoder.codebook import initialise_codebook
@@ -48,7 +48,7 @@ def build_losses(
     ).to(accelerator.device)
     objective = build_objective(
         options,
-        config.critic,
+        config.discriminator,
         perceptual=metric,
         latent_weights=config.model.bottleneck.weights(),
         has_kl=config.model.has_kl,
@@ -94,12 +94,12 @@ def start_codebook(
     send_from_main(quantizer.state_dict().values())  # DDP would leave buffers alone
 
 
-def build_discriminator(config: TrainConfig) -> Critic | None:
+def discriminator_of(config: TrainConfig) -> Discriminator | None:
     """None where its weight is 0."""
-    options = config.critic
+    options = config.discriminator
     if options.disc_scale == 0:
         return None
-    return build_critic(
+    return build_discriminator(
         options.disc_type,
         image_size=min(config.train_sizes, key=min),
         channels=options.disc_channels,

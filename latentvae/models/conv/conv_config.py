@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from latentvae.models.config import ModelConfig
-from latentvae.options import Count, Positive
+from latentvae.models.model_config import ModelConfig
+from latentvae.option_marks import Count, Positive
 
 # Options that a network of these blocks has by the same name in its config.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")

@@ -18,13 +18,13 @@ from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import family_of
-from latentvae.tasks.autoencoder.backward import backward_critic, backward_model
-from latentvae.tasks.autoencoder.build import (
-    build_discriminator,
+from latentvae.tasks.autoencoder.backward import backward_discriminator, backward_model
+from latentvae.tasks.autoencoder.build_parts import (
     build_losses,
     build_net,
     build_wrapper,
     compute_faster,
+    discriminator_of,
     start_codebook,
 )
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate, temperature, wants_start
@@ -33,7 +33,7 @@ from latentvae.tasks.autoencoder.fine_tuning import Base
 from latentvae.tasks.autoencoder.latent_values import latent_values
 from latentvae.tasks.autoencoder.state import AutoencoderState
 
-MODEL, CRITIC = "model", "critic"  # learners
+MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
 
 
 class LearningAutoencoder(Task):
@@ -43,7 +43,7 @@ class LearningAutoencoder(Task):
         base: the pretrained network that a fine-tuning starts from.
         train_images, validation_images: opened sources.
         wrapper: the network with what only training needs, bare; `net` is the network itself.
-        critic: the discriminator, bare; None where its weight is 0.
+        discriminator: the discriminator, bare; None where its weight is 0.
         objective: terms and weights of the model's loss.
         metric: LPIPS to validate with, float32.
         progress: how far the controllers are.
@@ -62,11 +62,11 @@ class LearningAutoencoder(Task):
         if wants_start(config) and self.base is None and not resumed:
             start_codebook(config, net, accelerator, self.statistics_images)
 
-        self.critic = build_discriminator(config)
-        has_lecam = self.critic is not None and config.critic.disc_lecam_weight > 0
+        self.discriminator = discriminator_of(config)
+        has_lecam = self.discriminator is not None and config.discriminator.disc_lecam_weight > 0
         self.lecam = LeCam(device=accelerator.device) if has_lecam else None
         if config.run.channels_last:
-            for module in (self.wrapper, self.critic):
+            for module in (self.wrapper, self.discriminator):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
         compute_faster(config, net, self.metric, accelerator)
@@ -74,11 +74,14 @@ class LearningAutoencoder(Task):
         self.learners = {
             MODEL: Learner.with_adamw(self.wrapper, accelerator, config.optimizer, averaged=net)
         }
-        if self.critic is not None:
-            self.learners[CRITIC] = Learner.with_adamw(
-                self.critic, accelerator, config.optimizer, rate=config.critic.disc_learning_rate
+        if self.discriminator is not None:
+            self.learners[DISCRIMINATOR] = Learner.with_adamw(
+                self.discriminator,
+                accelerator,
+                config.optimizer,
+                rate=config.discriminator.disc_learning_rate,
             )
-        self.progress = AutoencoderState(critic_start=config.critic_start)
+        self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
         self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
         self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
         self._means: list[Tensor] = []  # of posteriors, of this update
@@ -100,12 +103,12 @@ class LearningAutoencoder(Task):
     # an update
 
     def learning(self, update: int) -> Sequence[str]:
-        names = () if self._critic_learns_alone(update) else (MODEL,)
-        return names if self.adversary(update) is None else (*names, CRITIC)
+        names = () if self._discriminator_learns_alone(update) else (MODEL,)
+        return names if self.adversary(update) is None else (*names, DISCRIMINATOR)
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         options = self.config.run
-        adversary, alone = self.adversary(update), self._critic_learns_alone(update)
+        adversary, alone = self.adversary(update), self._discriminator_learns_alone(update)
         images = batch.on(self.accelerator.device)
         background = random_background(images)
 
@@ -136,7 +139,7 @@ class LearningAutoencoder(Task):
 
         # the discriminator's
         if adversary is not None:
-            logged |= backward_critic(
+            logged |= backward_discriminator(
                 images,
                 self.objective.picture(out.recon.detach()),
                 adversary=adversary,
@@ -149,13 +152,17 @@ class LearningAutoencoder(Task):
     def adversary(self, update: int) -> Adversary | None:
         """The discriminator's part in an update; None before it starts, and after the watch has
         stopped it."""
-        options = self.config.critic
-        factor = self.objective.adversarial.factor(update, start=self.progress.critic_start)
-        if factor is None or self.critic is None or self.progress.critic_stopped is not None:
+        options = self.config.discriminator
+        factor = self.objective.adversarial.factor(update, start=self.progress.discriminator_start)
+        if (
+            factor is None
+            or self.discriminator is None
+            or self.progress.discriminator_stopped is not None
+        ):
             return None
         return Adversary(
-            critic=self.critic,
-            prepared=self.learners[CRITIC].prepared,
+            discriminator=self.discriminator,
+            prepared=self.learners[DISCRIMINATOR].prepared,
             factor=factor,
             loss=GAN_LOSSES[options.disc_loss],
             augment=options.disc_augment,
@@ -166,13 +173,15 @@ class LearningAutoencoder(Task):
             lecam_weight=options.disc_lecam_weight,
         )
 
-    def _critic_learns_alone(self, update: int) -> bool:
-        weight, start = self.objective.adversarial, self.progress.critic_start
-        return self.progress.critic_stopped is None and weight.learns_alone(update, start=start)
+    def _discriminator_learns_alone(self, update: int) -> bool:
+        weight, start = self.objective.adversarial, self.progress.discriminator_start
+        return self.progress.discriminator_stopped is None and weight.learns_alone(
+            update, start=start
+        )
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
         # While only the discriminator learns nothing answers to the KL's weight, so it rests.
-        target, rests = self.objective.kl_target, self._critic_learns_alone(update)
+        target, rests = self.objective.kl_target, self._discriminator_learns_alone(update)
         return torch.empty(0) if target is None else target.measured([] if rests else values)
 
     def after_update(
@@ -185,13 +194,13 @@ class LearningAutoencoder(Task):
     ) -> dict[str, Tensor]:
         adversary = self.adversary(update)
         if adversary is not None:
-            power_iteration(adversary.critic)
+            power_iteration(adversary.discriminator)
         learned = self.codebook.apply(
             update, optimizer=self.learners[MODEL].optimizer, averages=averages
         )
         if adversary is not None and self.lecam is not None:
             real, fake = (
-                torch.stack([logged[f"critic/logits_{kind}"] for logged in values]).mean()
+                torch.stack([logged[f"discriminator/logits_{kind}"] for logged in values]).mean()
                 for kind in ("real", "fake")
             )
             self.lecam.update(real, fake)

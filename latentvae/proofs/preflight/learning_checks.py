@@ -1,4 +1,4 @@
-"""Checks of what the updates did: to weights, averages and the critic, at which rate."""
+"""Checks of what the updates did: to weights, averages and the discriminator, at which rate."""
 
 import math
 from collections.abc import Iterator
@@ -8,9 +8,15 @@ from torch import Tensor, nn
 
 from latentvae.losses.objective.adversarial_weight import adversarial_weight
 from latentvae.proofs.checks import Check
-from latentvae.proofs.preflight.rehearsal import CRITIC_START, UPDATES, Rehearsal, Seen, trained
+from latentvae.proofs.preflight.rehearsal import (
+    DISCRIMINATOR_START,
+    UPDATES,
+    Rehearsal,
+    Seen,
+    trained,
+)
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.learning import MODEL
+from latentvae.tasks.autoencoder.learning_half import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
@@ -22,18 +28,18 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     yield precision(rehearsal)
     if rehearsal.training.averages:
         yield average(rehearsal)
-    if task.critic is not None:
-        yield critic_start(rehearsal)
-        yield critic_ramp(rehearsal)
-        yield critic_untouched(rehearsal)
+    if task.discriminator is not None:
+        yield discriminator_start(rehearsal)
+        yield discriminator_ramp(rehearsal)
+        yield discriminator_untouched(rehearsal)
         yield model_untouched(rehearsal)
-        if task.config.critic.disc_adaptive_weight:
+        if task.config.discriminator.disc_adaptive_weight:
             yield adaptive_weight(rehearsal)
 
 
 def updates(rehearsal: Rehearsal) -> Check:
     """What is not finite now will not be later; without it nothing else can be judged."""
-    finite = [seen.made.finite for seen in rehearsal.seen]
+    finite = [seen.result.finite for seen in rehearsal.seen]
     return Check(
         name="updates",
         passed=finite == [True] * UPDATES,
@@ -106,8 +112,10 @@ def cleared(rehearsal: Rehearsal) -> Check:
 
 
 def learning_rate(rehearsal: Rehearsal) -> Check:
-    """Rates that are scaled by the batch, or count micro-steps or critic updates, end elsewhere
-    than stated."""
+    """Check that the learning rate follows the stated schedule.
+
+    It fails when rates are scaled by the batch, or count micro-steps or discriminator updates.
+    """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
     kept = task.config, progress.update
@@ -119,16 +127,16 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
         rehearsal.updates.set_learning_rates()
         peaks = {MODEL: asked.optimizer.learning_rate}
         for name, learner in task.learners.items():
-            peak = peaks.get(name, asked.critic.disc_learning_rate)
+            peak = peaks.get(name, asked.discriminator.disc_learning_rate)
             for group in learner.optimizer.param_groups:
                 difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
                 worst, at = max((worst, at), (difference, update))
     task.config, progress.update = kept
-    held = worst < 1e-9
+    follows = worst < 1e-9
     return Check(
         name="learning-rate",
-        passed=held,
-        value="as stated" if held else f"{worst:.2g} of the peak off after update {at:,}",
+        passed=follows,
+        value="as stated" if follows else f"{worst:.2g} of the peak off after update {at:,}",
         expected=f"{asked.optimizer.lr_scheduler} after a warm-up, over {total:,} updates",
         advice="the rate is not what the options say: take learning_rate as it stands and "
         "evaluate the schedule at the update, not at micro-steps or per process",
@@ -162,8 +170,10 @@ def precision(rehearsal: Rehearsal) -> Check:
 
 
 def average(rehearsal: Rehearsal) -> Check:
-    """In bf16 an average stands still; stepped in the critic's turn, or not at all, it is another
-    one."""
+    """Check that the weight average moves once per update of the model, in float32.
+
+    In bf16 it would stand still.
+    """
     training, worst = rehearsal.training, 0.0
     for i, seen in enumerate(rehearsal.seen):
         worst = max(worst, _off_average(seen, i, training.config.optimizer.ema_decay))
@@ -196,19 +206,18 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
     return worst
 
 
-def critic_start(rehearsal: Rehearsal) -> Check:
-    """A critic that is never updated, or only by the time its loss counts; or that costs time
-    before it starts."""
-    learned = [_changed(seen, "critic/") for seen in rehearsal.seen]
-    called = [seen.critic_calls > 0 for seen in rehearsal.seen]
-    expected = [i >= CRITIC_START for i in range(UPDATES)]
+def discriminator_start(rehearsal: Rehearsal) -> Check:
+    """Check that the discriminator learns from its start on, and is not called before."""
+    learned = [_changed(seen, "discriminator/") for seen in rehearsal.seen]
+    called = [seen.discriminator_calls > 0 for seen in rehearsal.seen]
+    expected = [i >= DISCRIMINATOR_START for i in range(UPDATES)]
     return Check(
-        name="critic-start",
+        name="discriminator-start",
         passed=learned == expected and called == expected,
         value=f"called in updates {_numbers(called)}, trained in {_numbers(learned)}",
         expected=f"called and trained in updates {_numbers(expected)} of {UPDATES}, not before",
-        advice="step the critic's optimizer in each update from disc_start on, and leave the "
-        "critic alone before",
+        advice="step the discriminator's optimizer in each update from disc_start on, and do not "
+        "call the discriminator before",
     )
 
 
@@ -217,21 +226,21 @@ def _numbers(happened: list[bool]) -> str:
     return ", ".join(str(i + 1) for i, did in enumerate(happened) if did) or "none"
 
 
-def critic_ramp(rehearsal: Rehearsal) -> Check:
-    """An untrained critic at full weight spoils what the model has learned."""
+def discriminator_ramp(rehearsal: Rehearsal) -> Check:
+    """An untrained discriminator at full weight spoils what the model has learned."""
     task, asked = rehearsal.task, rehearsal.asked
-    options, objective = asked.critic, task.objective
-    kept = objective.adversarial, task.progress.critic_start
+    options, objective = asked.discriminator, task.objective
+    kept = objective.adversarial, task.progress.discriminator_start
     objective.adversarial = adversarial_weight(options)
-    task.progress.critic_start = asked.critic_start
+    task.progress.discriminator_start = asked.discriminator_start
     ramp = options.disc_warmup_steps, options.disc_ramp_steps
     found, expected = [], [0.0 if any(ramp) else options.disc_scale, options.disc_scale]
-    for update in (asked.critic_start, asked.critic_start + sum(ramp)):
+    for update in (asked.discriminator_start, asked.discriminator_start + sum(ramp)):
         adversary = task.adversary(update)
         found.append(None if adversary is None else adversary.factor)
-    objective.adversarial, task.progress.critic_start = kept
+    objective.adversarial, task.progress.discriminator_start = kept
     return Check(
-        name="critic-ramp",
+        name="discriminator-ramp",
         passed=found == expected,
         value=f"{found[0]}, then {found[1]}",
         expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
@@ -249,38 +258,43 @@ def _changed(seen: Seen, group: str) -> bool:
     )
 
 
-def critic_untouched(rehearsal: Rehearsal) -> Check:
-    """The model's loss, sent back through the critic, trains it to call fakes real."""
+def discriminator_untouched(rehearsal: Rehearsal) -> Check:
+    """The model's loss, sent back through the discriminator, trains it to call fakes real."""
     return Check(
-        name="critic-untouched",
-        passed=rehearsal.watch.on_critic == 0,
-        value=rehearsal.watch.on_critic,
-        expected="0 gradients on the critic from the model's part",
+        name="discriminator-untouched",
+        passed=rehearsal.watch.on_discriminator == 0,
+        value=rehearsal.watch.on_discriminator,
+        expected="0 gradients on the discriminator from the model's part",
         advice="take the gradient at the reconstruction alone (torch.autograd.grad), or freeze the "
-        "critic in the model's part",
+        "discriminator in the model's part",
     )
 
 
 def model_untouched(rehearsal: Rehearsal) -> Check:
-    """The critic's loss, sent back into a reconstruction that is not detached, trains the model
-    to be found out."""
+    """Check that the discriminator's own loss sends no gradient to the model.
+
+    Without `detach` it would train the model to be recognised as fake.
+    """
     return Check(
         name="model-untouched",
         passed=rehearsal.watch.on_model == 0,
         value=rehearsal.watch.on_model,
-        expected="0 gradients on the model from the critic's part",
-        advice="detach the reconstructions that the critic learns from",
+        expected="0 gradients on the model from the discriminator's part",
+        advice="detach the reconstructions that the discriminator learns from",
     )
 
 
 def adaptive_weight(rehearsal: Rehearsal) -> Check:
-    """Without its cap the weight grows without bound where the critic's gradient vanishes."""
-    cap = rehearsal.task.config.critic.disc_weight_cap
+    """Check that the adaptive weight stays below its cap.
+
+    Without a cap it grows without bound where the discriminator's gradient vanishes.
+    """
+    cap = rehearsal.task.config.discriminator.disc_weight_cap
     found: list[Tensor] = [
-        values["critic/adaptive_weight"]
-        for seen in rehearsal.seen[CRITIC_START:]
-        for values in seen.made.values
-        if "critic/adaptive_weight" in values
+        values["discriminator/adaptive_weight"]
+        for seen in rehearsal.seen[DISCRIMINATOR_START:]
+        for values in seen.result.values
+        if "discriminator/adaptive_weight" in values
     ]
     largest = torch.stack(found).max().item() if found else math.nan
     return Check(

@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.evaluation.tiling import can_tile, check_tiling
+from latentvae.evaluation.tiling_check import can_tile, check_tiling
 
 SIZE = 192  # pixels a side
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from latentvae.bottlenecks import Quantizer, build_quantizer
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
-from latentvae.models.conv.options import block_types
+from latentvae.models.conv.conv_config import block_types
 
 LIKELIHOODS = {"logit_laplace": LogitLaplace}
 

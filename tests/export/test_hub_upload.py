@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from latentvae.errors import UserError
-from latentvae.export.hub import UploadError, check_access, check_repo_id, upload_export
+from latentvae.export.hub_upload import UploadError, check_access, check_repo_id, upload_export
 from tests.export.hub_stand_in import TOKEN, HubStandIn
 
 FILES = {

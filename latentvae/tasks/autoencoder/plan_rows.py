@@ -23,7 +23,7 @@ def plan(task: "AutoencoderTask") -> dict[str, str]:
             f"at {size} px{_pixels(task)}"
         ),
         "objective": _objective(task),
-        "critic": _critic(task),
+        "discriminator": _discriminator(task),
     }
 
 
@@ -82,19 +82,19 @@ def _objective(task: "AutoencoderTask") -> str:
     return task.objective.formula(rec=rec, lpips=f"LPIPS-{options.lpips_net}") + learned
 
 
-def _critic(task: "AutoencoderTask") -> str:
-    if task.critic is None:
+def _discriminator(task: "AutoencoderTask") -> str:
+    if task.discriminator is None:
         return "none"
-    start, total = task.progress.critic_start, task.config.run.max_train_steps
+    start, total = task.progress.discriminator_start, task.config.run.max_train_steps
     if start >= total:
         return f"never: it would start after update {start:,}, and the run has {total:,}"
-    alone = task.config.critic.disc_warmup_steps
-    full = start + alone + task.config.critic.disc_ramp_steps
-    kind = f"{type(task.critic).__name__}, {_millions(task.critic)} M parameters"
+    alone = task.config.discriminator.disc_warmup_steps
+    full = start + alone + task.config.discriminator.disc_ramp_steps
+    kind = f"{type(task.discriminator).__name__}, {_millions(task.discriminator)} M parameters"
     return (
         f"{kind}, starts after update {start:,}, "
         f"{f'learns alone for {alone:,}, ' if alone else ''}"
-        f"full weight {task.config.critic.disc_scale:g} after {full:,}"
+        f"full weight {task.config.discriminator.disc_scale:g} after {full:,}"
     )
 
 

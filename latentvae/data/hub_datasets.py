@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec import available_protocols
 
-from latentvae.data.folder import inner_name, read_named
+from latentvae.data.image_folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.data.sizes import read_size

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from latentvae.options import (
+from latentvae.option_marks import (
     Count,
     DecidesTheWatch,
     MayChange,

@@ -17,14 +17,14 @@ from latentvae.engine.run_options import check_options
 from latentvae.engine.training import build_training
 from latentvae.engine.updates import Updates
 from latentvae.proofs.checks import Check, check_json_file, conclude
-from latentvae.proofs.preflight import learning, networks, ranks, resources, saving, terms
+from latentvae.proofs.preflight import learning_checks, networks, ranks, resources, saving, terms
 from latentvae.proofs.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import with_shape_of
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
-    learning.checks,
+    learning_checks.checks,
     ranks.checks,
     networks.checks,
     terms.checks,
@@ -110,7 +110,7 @@ def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
             raise
         yield _out_of_memory(rehearsal, error)
         return
-    finite = learning.updates(rehearsal)
+    finite = learning_checks.updates(rehearsal)
     yield finite
     if all(gather_objects(finite.passed)):
         for group in GROUPS:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from latentvae.config.run import JobConfig
+from latentvae.config.run_config import JobConfig
 from latentvae.engine.resume import write_config
 from latentvae.engine.run_options import check_options
 from latentvae.engine.task import Task

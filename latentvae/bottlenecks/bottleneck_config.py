@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.options import (
+from latentvae.option_marks import (
     ChosenByPreset,
     Elsewhere,
     Mark,

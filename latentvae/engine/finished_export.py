@@ -21,7 +21,7 @@ def export(training: Training) -> Path:
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
     """Whether the run's export is there, made after that update and by the same options."""
-    made = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
+    exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
-    same = made and all(made[-1].get(name) == value for name, value in wanted.items())
+    same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())
     return bool(same) and task.has_export(folder / "export")
