@@ -1,10 +1,10 @@
-"""latentvae: train, measure and ship the autoencoder of a latent generative model.
+"""Train, measure and ship the autoencoder of a latent generative model.
 
 import latentvae
 
-config = latentvae.load_preset("kl_small")                      # or train/train_kl.py
+config = latentvae.load_preset("kl_small")
 config.data.train_data_dir, config.run.output_dir = "photos", "runs/first"
-export = latentvae.train(config)
+export = latentvae.train(config)  # or train/train_kl.py
 model = latentvae.load("runs/first/export")
 z = model.encode(photo)
 photo = model.decode(z, size=photo.size[::-1], output_type="pil")
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the parts when they are first used: `import latentvae` alone loads no torch."""
+    """Import a part when it is first used, so that `import latentvae` alone does not load torch."""
     from importlib import import_module
 
     homes = {"Autoencoder": "autoencoder", "load": "autoencoder"}

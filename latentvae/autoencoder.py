@@ -1,4 +1,4 @@
-"""Use an autoencoder: any of diffusers', any image size, PIL, NumPy or torch images.
+"""Use any autoencoder of diffusers on images of any size, from PIL, NumPy or torch.
 
     model = latentvae.load("runs/demo/export")
     z = model.encode(Image.open("photo.jpg"))  # (1, d, ceil(H / f), ceil(W / f))
@@ -32,13 +32,16 @@ from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
 
-_GENERIC_NAMES = ("export", "vae", "vqvae", "movq")  # that say nothing: their parent's name does
+# Folders of these names are named after their parent folder.
+_GENERIC_NAMES = ("export", "vae", "vqvae", "movq")
 
-PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0  # of a call in strips; seconds
+# The time of a call in strips is estimated from this many pixels on, and printed if it is longer
+# than this many seconds.
+PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0
 
 
 class NotFiniteError(UserError, RuntimeError):
-    """What a network computes is not finite."""
+    """An error: the network computed values that are not finite."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -46,32 +49,37 @@ class NotFiniteError(UserError, RuntimeError):
 
 
 class Autoencoder:
-    """A network in eval mode, with frozen weights, behind calls that take pictures.
+    """An autoencoder in eval mode with frozen weights. Its calls take pictures.
 
-    Images of any size are padded at the right and at the bottom to a multiple of f (FLUX.2: 2 f;
-    reflected, or replicated where too small) and cropped back; a tokenizer refuses those with a
-    side below f, whose tokens would be of padding. What comes back as a tensor is an ordinary one:
-    a generator can be trained on it.
+    Images are padded at the right and at the bottom to a multiple of f (FLUX.2: 2 f), and cropped
+    back. The padding reflects the image, or replicates its border if the image is too small. A
+    tokenizer does not take images with a side below f, because their tokens would describe padding.
+    Returned tensors are ordinary tensors, so a generator can be trained on them.
 
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype to work in. It is
-            used as it is, not copied: from then on it is in eval mode, and none of its parameters
-            requires a gradient. To train on, give a `copy.deepcopy`.
-        name: what reports call it.
+            not copied: it is put in eval mode, and its parameters no longer require gradients. Give
+            a `copy.deepcopy` if you want to train it further.
+        name: its name in reports.
         path: the folder, file or Hub id that it was loaded from.
-        optimize: what computes in its place, see `compute.optimization`; None is `net` itself.
-        strips: compute large images exactly, in little memory, strip by strip; what will take
-            longer than ten seconds is told on stderr before it starts, once for each size. For
-            `AutoencoderKL` and tokenizers (`VQModel`); others are a `UserError`.
+        optimize: faster network to compute with, see `compute.optimization`. None computes with
+            `net` itself.
+        strips: compute large images strip by strip: exact and in little memory. A call that takes
+            longer than ten seconds prints an estimate on stderr first, once per size. Only
+            `AutoencoderKL` and tokenizers (`VQModel`) can do it.
 
     Attributes:
-        optimization: what computes; its text says how near that is. The weights of `net` stay as
-            they were given.
-        f: pixels on a side of one latent position.
-        image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
-        fixed_size: side of the only images it makes (AutoencoderRAE), or None.
+        optimization: the network that computes. Its text says how close it is to `net`, whose
+            weights stay as they were.
+        f: downsampling factor.
+        image_channels: C, which is 1 (grey), 3 (RGB) or 4 (RGBA).
+        fixed_size: side of the only images that it can make (AutoencoderRAE), or None.
         num_codes: K of a tokenizer, or None.
-        smallest_side: of an image, in pixels: f of a tokenizer, else 1.
+        smallest_side: smallest side of an image in pixels: f for a tokenizer, else 1.
+        normalization: how `scaled` latents are shifted and scaled.
+
+    Raises:
+        UserError: `strips` is asked for, but not possible for this network or with `optimize`.
     """
 
     def __init__(
@@ -119,24 +127,25 @@ class Autoencoder:
         generator: torch.Generator | None = None,
         scaled: bool = False,
     ) -> Tensor:
-        """Latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
+        """Return latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
 
-        Those of a tokenizer are not quantised yet; `decode` does it, `encode_tokens` too.
+        The latents of a tokenizer are not quantised yet. `decode` and `encode_tokens` do that.
 
         Args:
-            images: PIL image(s) of one size, NumPy (B, H, W, C) or (H, W, C), uint8, uint16 or
-                in [0, 1], or torch (B, C, H, W) in [-1, 1].
-            sample: draw from the posterior with `generator`, instead of taking its mode.
-            scaled: as a diffusion model sees them: shifted and scaled to about unit variance
-                (FLUX.2's are also folded to (B, 4 d, h / 2, w / 2), as its pipeline does).
+            images: PIL image(s) of one size. Or NumPy (B, H, W, C) or (H, W, C), as uint8, uint16
+                or float in [0, 1]. Or torch (B, C, H, W) in [-1, 1].
+            sample: draw from the posterior, instead of taking its mode.
+            generator: for these draws. None is the global one.
+            scaled: return what a diffusion model sees: shifted and scaled to about unit variance.
+                FLUX.2's latents are also folded to (B, 4 d, h / 2, w / 2), as its pipeline does.
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
     @torch.no_grad()
     def encode_posterior(self, images: Images) -> tuple[Tensor, Tensor | None]:
-        """Mean and log-variance of the posterior, each (B, d, h, w).
+        """Return mean and log-variance of the posterior, each (B, d, h, w).
 
-        Without a posterior, the latent and None.
+        A network without a posterior gives its latent and None.
         """
         prepared = self._prepare(self._read(images)[0])
         self._tell_price("encode", prepared.shape)
@@ -145,11 +154,11 @@ class Autoencoder:
         )
 
     def encode_tokens(self, images: Images) -> Tensor:
-        """Indices (B, h, w), of L levels (B, L, h, w), in 0..K - 1, of a tokenizer.
+        """Return a tokenizer's indices in 0..K - 1: (B, h, w), or (B, L, h, w) with L levels.
 
         Raises:
-            UserError: not a tokenizer.
-            NotFiniteError: its features overflow, and no code is near them.
+            UserError: the network is not a tokenizer.
+            NotFiniteError: its features overflow, so there is no nearest code.
         """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
@@ -166,18 +175,24 @@ class Autoencoder:
         scaled: bool = False,
         output_type: OutputType = "pt",
     ) -> Images:
-        """Images of latents (B, d, h, w).
+        """Return the images of latents.
 
         Args:
-            size: (H, W) to crop to, from the top left; None keeps f * h by f * w.
-            scaled: the latents are as `encode(..., scaled=True)` gives them.
+            z: (B, d, h, w).
+            size: (H, W) to crop to, from the top left. None keeps f * h by f * w.
+            scaled: whether the latents come from `encode(..., scaled=True)`.
             output_type: `"pt"` (B, C, H, W) float32 in [-1, 1], `"np"` (B, H, W, C) float32 in
                 [0, 1], or `"pil"`, a list.
+
+        Raises:
+            UserError: the shape is wrong, or `size` is larger than the decoded images.
+            NotFiniteError: the images overflow.
         """
         channels = self.latent_channels * (self.normalization.fold**2 if scaled else 1)
         if z.ndim != 4 or z.shape[1] != channels:
             expected = f"(B, {channels}, h, w)"
             raise UserError(f"latents of '{self.name}' are {expected}, not {tuple(z.shape)}")
+
         return convert(self._decode(z, size, scaled).clone(), output_type)
 
     def decode_tokens(
@@ -187,10 +202,15 @@ class Autoencoder:
         size: tuple[int, int] | None = None,
         output_type: OutputType = "pt",
     ) -> Images:
-        """Images of a tokenizer's indices as `encode_tokens` gives them; the rest as for `decode`.
+        """Return the images of a tokenizer's indices.
+
+        Args:
+            indices: as `encode_tokens` returns them.
+            size: as in `decode`.
+            output_type: as in `decode`.
 
         Raises:
-            UserError: not a tokenizer, or indices that are not its own.
+            UserError: the network is not a tokenizer, or it has no such indices.
         """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
@@ -199,9 +219,9 @@ class Autoencoder:
         return convert(images.clone(), output_type)
 
     def reconstruct(self, images: AnyImages) -> AnyImages:
-        """Encode (the mode) and decode; gives back the kind, dtype and size that was given.
+        """Encode (the mode) and decode. The result has the kind, dtype and size of the input.
 
-        A list may hold PIL images of different sizes. Tensors come back clamped to [-1, 1].
+        A list may hold PIL images of different sizes. Tensors are clamped to [-1, 1].
         """
         if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
@@ -213,7 +233,7 @@ class Autoencoder:
         return cast(AnyImages, kind.restore(recon))
 
     def info(self) -> dict[str, Any]:
-        """What a report needs to tell this model from others."""
+        """Return what a report needs to tell this model from others."""
         codes = {} if self.num_codes is None else {"num_codes": self.num_codes}
         if (levels := calls.num_levels(self.net)) > 1:
             codes["num_levels"] = levels
@@ -234,12 +254,12 @@ class Autoencoder:
         return read_pictures(images, channels=self.image_channels)
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """On the network's device, padded to a multiple of f."""
+        """Check images, pad them to a multiple of f, and move them to the network's device."""
         if images.shape[1] != (channels := self.image_channels):
             raise UserError(f"'{self.name}' takes {channels}-channel images, not {images.shape[1]}")
         if self.fixed_size is not None and set(images.shape[2:]) != {self.fixed_size}:
             only, given = self.fixed_size, f"{images.shape[2]} x {images.shape[3]}"
-            raise UserError(f"'{self.name}' makes {only} x {only} images alone, not {given}")
+            raise UserError(f"'{self.name}' takes {only} x {only} images only, not {given}")
         if min(images.shape[2:]) < self.smallest_side:
             given = f"{images.shape[2]} x {images.shape[3]} pixels"
             raise UserError(f"images of {given} are smaller than f = {self.f} of '{self.name}'")
@@ -285,7 +305,12 @@ class Autoencoder:
         return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
-        """On stderr, if it is worth it, before a call in strips on images or latents begins."""
+        """Print how long a call in strips will take, if it is long and was not printed before.
+
+        Args:
+            call: what will be computed.
+            shape: of its images or latents.
+        """
         f = 1 if call == "encode" else self.f
         height, width = f * shape[-2], f * shape[-1]
         known = (call, shape[0], height, width)
@@ -319,23 +344,26 @@ def load(
     """Open an export of latentvae, or any autoencoder of images that diffusers knows.
 
     Args:
-        path: a folder, a single `.safetensors` file, or a name on the Hub; see
+        path: a folder, a single `.safetensors` file, or a name on the Hub, see
             `latentvae.models.load_network`.
         device: None is the CPU, as in diffusers.
-        dtype: None is float32; float16 may overflow unless the config's `force_upcast` is false.
-        family: of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
-        optimize: `"exact"`, the same numbers to rounding, or `"fast"`, bfloat16 where it wins, or
-            `"openvino"`, OpenVINO's kernels on the CPU (`pip install latentvae[openvino]`).
-            `optimization` says what was used, and its PSNR against exact. On the CPU the process
-            then keeps the memory that a call frees (`latentvae.compute.memory`).
-        strips: for images that do not fit into memory: True, or how; see `Autoencoder`.
+        dtype: None is float32. float16 may overflow unless the config's `force_upcast` is false.
+        family: kind of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+        optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
+            that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
+            latentvae[openvino]`). The attribute `optimization` says what was used, with its PSNR
+            against exact. On the CPU the process then keeps the memory that a call frees, see
+            `latentvae.compute.memory`.
+        strips: for images that do not fit into memory: True, or `Strips`. See `Autoencoder`.
 
     Raises:
-        UserError: no such folder, not an autoencoder of images, or damaged weights; another
+        UserError: no such folder, not an autoencoder of images, damaged weights, or a wrong
             `optimize`.
     """
+    # Options are checked before the weights are read.
     if optimize is not None:
-        check_mode(optimize)  # before the weights are read
+        check_mode(optimize)
+
     net = load_network(path, dtype=dtype, family=family)
     name = _name(Path(path))
     try:
@@ -344,14 +372,14 @@ def load(
         )
     except UserError:
         raise
-    # Numbers in the config that are none, each in its own way.
+    # A config may hold wrong numbers, and each of them fails in its own way.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"'{path}' cannot be used: {error}") from error
 
 
 def _check_strips(net: Network, name: str, optimize: str | None) -> None:
     if optimize is not None:
-        raise UserError(f"'{name}' is computed in strips or by optimize='{optimize}', not by both")
+        raise UserError(f"'{name}' cannot use both strips and optimize='{optimize}': give one")
     try:
         check_supported(net)
     except ValueError as error:
@@ -376,7 +404,7 @@ def _name(path: Path) -> str:
 
 
 def _sha256(net: Network) -> str:
-    """Of all values as they are loaded, in the order of their names."""
+    """Return the hash of all values as they are loaded, in the order of their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode())

@@ -1,5 +1,7 @@
-"""How ranks talk: the only place that knows. Everything also works in one process without
-Accelerate."""
+"""Communication between processes (ranks). No other module does it.
+
+Everything also works in one process without Accelerate.
+"""
 
 import os
 from collections.abc import Iterable
@@ -32,7 +34,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks; a new tensor, without gradient."""
+    """Return the sum over ranks, as a new tensor without gradient."""
     tensor = tensor.detach().clone()
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
@@ -40,7 +42,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Element-wise maximum over ranks; a new tensor, without gradient."""
+    """Return the element-wise maximum over ranks, as a new tensor without gradient."""
     tensor = tensor.detach().clone()
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -48,13 +50,19 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks; a new tensor, without gradient."""
+    """Return the mean over ranks, as a new tensor without gradient."""
     return all_reduce_sum(tensor) / world_size()
 
 
 def gather_cat(tensor: Tensor) -> Tensor:
-    """Tensors of one shape from all ranks, joined along the first axis in rank order; without
-    gradient."""
+    """Return the tensors of all ranks, joined along the first axis in rank order.
+
+    Args:
+        tensor: of the same shape on all ranks.
+
+    Returns:
+        A tensor without gradient.
+    """
     tensor = tensor.detach().contiguous()
     if not is_distributed():
         return tensor
@@ -64,14 +72,14 @@ def gather_cat(tensor: Tensor) -> Tensor:
 
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with rank 0's, in the order given."""
+    """Overwrite tensors with those of rank 0, in the given order."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """One (small, picklable) Python value per rank, in rank order, on every rank."""
+    """Return the values of all ranks, in rank order. They are small and can be pickled."""
     if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -80,7 +88,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Return rank 0's value on every rank."""
     if not is_distributed():
         return value
     box = [value]
@@ -89,12 +97,15 @@ def from_main(value: Any) -> Any:
 
 
 def launched_rank() -> tuple[int, int]:
-    """Rank and number of ranks as the launcher's environment says, for ranks that need not talk."""
+    """Return rank and number of ranks from the launcher's environment.
+
+    This works for processes that do not communicate.
+    """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_device() -> str:
-    """The GPU of this rank on its machine, or `"cpu"`."""
+    """Return the GPU of this rank on its machine, or `"cpu"`."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

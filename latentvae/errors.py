@@ -1,5 +1,7 @@
-"""Errors that a user can mend: one sentence with the value, what is allowed and the nearest valid
-choice."""
+"""Errors that a user can correct.
+
+Each says the value, what is allowed, and the nearest valid choice.
+"""
 
 import difflib
 import re
@@ -10,46 +12,52 @@ _IN_A_WORKER = "Original Traceback (most recent call last):"
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. Commands print it as one sentence and exit with code 2."""
+    """An error in what the user gave. Commands print it in one line and exit with code 2."""
 
     def __init__(self, sentence: str = "") -> None:
-        if _IN_A_WORKER in sentence:  # DataLoader rebuilds a worker's exception from its traceback
+        # DataLoader raises the exception of a worker again, with the whole traceback as its text.
+        if _IN_A_WORKER in sentence:
             sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         super().__init__(printable(_WITH_PASSWORD.sub(r"\1***@", sentence)))
 
 
 class RunError(RuntimeError):
-    """A run that was started rightly cannot go on: the disk is full, memory ran out, another
-    process died. Scripts print it as one sentence and exit with code 1."""
+    """An error that is not the user's: a full disk, no memory left, a process that died.
+
+    Scripts print it in one line and exit with code 1.
+    """
 
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))
 
 
 def printable(text: str) -> str:
-    """One line that every terminal and file takes: file names may hold line breaks, escape codes
-    and bytes that are no UTF-8 (surrogates, in Python), which become ``\\n``, ``\\x1b``,
-    ``\\udcff``."""
+    """Return the text as one line that every terminal and file can show.
+
+    File names may hold line breaks, escape codes, and bytes that are not UTF-8 (surrogates in
+    Python). They become ``\\n``, ``\\x1b`` and ``\\udcff``.
+    """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
 def check_no_password(value: str) -> None:
-    """Refuse an address such as `https://name:password@host`, which logs and cards would repeat.
+    """Check that an address holds no password, as `https://name:password@host` does.
+
+    Logs and model cards would repeat it.
 
     Raises:
-        UserError: without the password.
+        UserError: it holds one. The message does not repeat it.
     """
     if _WITH_PASSWORD.search(value):
         raise UserError(
-            f"'{value}' holds a password, which would be written into files; leave it out, and log "
-            "in by `hf auth login` or the environment"
+            f"'{value}' holds a password, which would be written into files. Remove it, and log in "
+            "with `hf auth login` or an environment variable."
         )
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` if none is
-    close."""
+    """Return ``"; did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` if none is."""
     matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""

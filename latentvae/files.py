@@ -1,6 +1,8 @@
-"""Small files that say something of others (JSON, YAML), read so that whatever lies in their place
-is told in one sentence: a pipe or a device is not waited for, no tag of YAML makes an object, and
-an option that is given twice is refused."""
+"""Read small JSON and YAML files. Anything wrong with them gives one sentence.
+
+Pipes and devices are an error, because opening them could wait forever. YAML tags never make
+objects. A key that is given twice is an error.
+"""
 
 import json
 from collections import Counter
@@ -12,14 +14,14 @@ import yaml
 from latentvae.errors import UserError
 
 MAX_NODES = 100_000
-SHOWN = 300  # characters of what a parser says
+SHOWN = 300  # characters of a parser's message that are repeated
 
 
 def read_text(path: Path) -> str:
-    """A text in UTF-8.
+    """Return the text of a UTF-8 file.
 
     Raises:
-        UserError: it is not there, not a regular file, or something else than text.
+        UserError: the file does not exist, is not a regular file, or is not text.
     """
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
@@ -32,10 +34,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says; of any type.
+    """Return the content of a JSON file, of any type.
 
     Raises:
-        UserError: it cannot be read, or is no JSON.
+        UserError: it cannot be read, or is not JSON.
     """
     text = read_text(path)
     try:
@@ -45,24 +47,29 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says; of any type.
+    """Return the content of a YAML file, of any type.
 
     Raises:
-        UserError: it cannot be read, is no YAML, asks for objects, or has a key twice.
+        UserError: it cannot be read, is not YAML, asks for objects, or has a key twice.
     """
     text = read_text(path)
     try:
         _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), {})
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, say
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a wrong date is a ValueError
         raise UserError(f"'{path}' is not valid YAML: {_reason(error)}") from error
 
 
 def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """How many nodes there are once every alias is written out, of which few can make billions."""
+    """Return the number of nodes with every alias written out. A few aliases can make billions.
+
+    Raises:
+        ValueError: too many nodes, or a key that is given twice.
+    """
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = MAX_NODES  # if it is met again on the way down, it holds itself
+    sizes[id(node)] = MAX_NODES  # a node that is found again below itself contains itself
+
     below: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
         below = node.value
@@ -71,9 +78,10 @@ def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key, times in Counter(keys).items() if times > 1]:
             raise ValueError(f"{_cut(twice[0])!r} is given twice")
+
     sizes[id(node)] = 1 + sum(_check_nodes(part, sizes) for part in below)
     if sizes[id(node)] > MAX_NODES:
-        raise ValueError("its aliases stand for too much")
+        raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")
     return sizes[id(node)]
 
 

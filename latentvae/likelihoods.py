@@ -1,4 +1,4 @@
-"""Likelihoods of images: what a decoder's maps say of every pixel.
+"""Likelihoods of images: a decoder's output as a distribution of every pixel.
 
 `B` batch, `C` image channels, `H W` space. Images are in [-1, 1].
 """
@@ -8,18 +8,20 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = 7.0  # |ln b|: e^-7 logits are a tenth of an 8-bit step or less
+# The largest |ln b|. A scale of e^-7 logits is at most a tenth of an 8-bit step.
+MAX_LOG_SCALE = 7.0
 
 
 class LogitLaplace:
     """A Laplace distribution of the logit of the pixel (DALL-E, arXiv:2102.12092, appendix A.3).
 
-    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is tame;
+    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is small. Its
+    density on (0, 1) is
 
-        f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)) on (0, 1).
+        f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
-    The decoder gives 2 C maps: C of mu, then C of ln b, which is clamped to [-7, 7]: a flat area
-    would make the density infinite. Everything is float32.
+    The decoder gives 2 C maps: C of mu, then C of ln b. ln b is clamped to [-7, 7], because the
+    density of a flat area could become infinite. Everything is float32.
 
         likelihood = LogitLaplace()
         loss = likelihood.nll(images, decoder(z)).mean()
@@ -28,10 +30,10 @@ class LogitLaplace:
     eps = 0.1
 
     def nll(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """-ln f of each element, (B, C, H, W), nats.
+        """Return -ln f of each element, (B, C, H, W), nats.
 
-        The density is that of x, as in the paper. Of the pixel in [0, 1] it is 1 - 2 eps times
-        that: add -ln(0.8) = 0.223 nats; of the pixel in [-1, 1]: -ln(0.4) = 0.916.
+        This is the density of x, as in the paper. For the density of a pixel in [0, 1], add
+        -ln(1 - 2 eps) = 0.223 nats. For a pixel in [-1, 1], add -ln(0.5 - eps) = 0.916 nats.
 
         Args:
             images: in [-1, 1], (B, C, H, W).
@@ -43,27 +45,27 @@ class LogitLaplace:
         return math.log(2.0) + log_b + torch.log(x * (1.0 - x)) + distance * torch.exp(-log_b)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Images in [-1, 1], (B, C, H, W): sigmoid(mu), which is the median, as DALL-E shows it."""
+        """Return images in [-1, 1], (B, C, H, W): sigmoid(mu), the median, as DALL-E does."""
         return self.unmap_pixels(torch.sigmoid(_location_and_log_scale(parameters)[0]))
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Images in [-1, 1], (B, C, H, W): the draws that fall outside are clamped.
+        """Draw images in [-1, 1], (B, C, H, W). Draws outside are clamped.
 
         Args:
             parameters: mu and ln b, (B, 2 C, H, W).
-            generator: on their device; None: the global one.
+            generator: on their device. None is the global one.
         """
         mu, log_b = _location_and_log_scale(parameters)
-        # The difference of two exponential variables is a Laplace one.
+        # The difference of two exponential variables has a Laplace distribution.
         first, second = (torch.empty_like(mu).exponential_(generator=generator) for _ in range(2))
         return self.unmap_pixels(torch.sigmoid(mu + log_b.exp() * (first - second)))
 
     def map_pixels(self, images: Tensor) -> Tensor:
-        """[-1, 1] to [eps, 1 - eps]."""
+        """Map [-1, 1] to [eps, 1 - eps]."""
         return 0.5 + (0.5 - self.eps) * images
 
     def unmap_pixels(self, x: Tensor) -> Tensor:
-        """The inverse, clamped to [-1, 1]."""
+        """Map back to [-1, 1], clamped."""
         return ((x - 0.5) / (0.5 - self.eps)).clamp(-1.0, 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Running mean, variance and covariance: the one place where sums about the mean are joined.
+"""Running mean, variance and covariance over batches and processes.
 
 Parts are joined by the pairwise rule of Chan, Golub and LeVeque 1979
-(http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf), so that batches and ranks
-may come in any number and order, and values far from zero cost no digits.
+(http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Batches and processes may
+come in any number and order, and values far from zero lose no digits.
 
 `N` observations, `D` features, `G` groups of features.
 """
@@ -24,14 +24,14 @@ class RunningMoments:
     moments.covariance()
 
     Args:
-        num_features: D. None takes it from what comes first.
-        covariance: whether the products of all features are kept too, or only their squares.
+        num_features: D. None takes it from the first batch.
+        covariance: whether to keep the products of all features, or only their squares.
         device: where the sums are kept.
 
     Attributes:
-        count: observations per feature. It is a plain number, so updates never wait for a device.
+        count: observations per feature, a Python number. Updates therefore never wait for a GPU.
         mean: (D,).
-        scatter: summed products about the mean, (D, D) with `covariance`, else squares (D,).
+        scatter: sum of products about the mean, (D, D) with `covariance`, else of squares, (D,).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RunningMoments:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, scatter: Tensor) -> "RunningMoments":
-        """Moments that were summed elsewhere; see the attributes."""
+        """Return moments that were summed elsewhere. The arguments are the attributes."""
         result = cls(len(mean), covariance=scatter.ndim == 2, device=mean.device)
         result.count, result.mean, result.scatter = count, mean, scatter
         return result
@@ -59,11 +59,11 @@ class RunningMoments:
         return len(self.mean)
 
     def update(self, values: Tensor, *, axis: int = -1) -> None:
-        """Take in a batch, without gradient and in the precision of the sums.
+        """Add a batch, without gradient and in the precision of the sums.
 
         Args:
             values: of any shape and precision.
-            axis: the axis of the features. All others hold observations.
+            axis: the axis of the features. All other axes are observations.
         """
         rows = values.detach().to(self._device, self._dtype).movedim(axis, -1).flatten(0, -2)
         if len(rows) == 0:
@@ -86,7 +86,7 @@ class RunningMoments:
         self.count = total
 
     def join(self, other: "RunningMoments") -> None:
-        """Take in everything that ``other`` has seen; it stays as it is."""
+        """Add everything that ``other`` has seen. ``other`` does not change."""
         if other.count == 0:
             return
         self._fit(other.num_features)
@@ -97,8 +97,7 @@ class RunningMoments:
         self.count = total
 
     def joined(self) -> "RunningMoments":
-        """The moments of all ranks together, on the CPU, the same on every rank. All ranks call
-        it."""
+        """Return the moments of all ranks together, on the CPU. All ranks must call it."""
         result = RunningMoments(covariance=self.has_covariance)
         for state in gather_objects(self.state_dict()):
             part = RunningMoments(covariance=self.has_covariance)
@@ -107,8 +106,10 @@ class RunningMoments:
         return result
 
     def pooled(self, num_groups: int = 1) -> "RunningMoments":
-        """The moments of G groups of D / G features that follow each other, as if each group were
-        one feature."""
+        """Return the moments of G groups of features, as if each group were one feature.
+
+        A group is D / G features that follow each other.
+        """
         mean = self.mean.view(num_groups, -1)
         squares = self._squares().view(num_groups, -1).sum(1)
         pooled = mean.mean(1)
@@ -116,15 +117,15 @@ class RunningMoments:
         return self.known(self.count * mean.shape[1], pooled, squares + between)
 
     def variance(self, *, correction: int = 1) -> Tensor:
-        """(D,); the divisor is the count less ``correction``."""
+        """Return the variances (D,). The divisor is the count minus ``correction``."""
         return self._squares() / self._divisor(correction)
 
     def std(self, *, correction: int = 1) -> Tensor:
-        """(D,), the root of `variance`."""
+        """Return the standard deviations (D,), the square root of `variance`."""
         return self.variance(correction=correction).sqrt()
 
     def covariance(self, *, correction: int = 1) -> Tensor:
-        """(D, D); the divisor is the count less ``correction``."""
+        """Return the covariance (D, D). The divisor is the count minus ``correction``."""
         if not self.has_covariance:
             raise ValueError("these moments have no covariance: make them with covariance=True")
         return self.scatter / self._divisor(correction)

@@ -1,10 +1,10 @@
-"""What every group of options is made of: sections, ranges, and marks.
+"""The parts of every group of options: sections, ranges, and marks.
 
-A mark is a fact about one option that is told on its field, beside its type:
+A mark is a fact about one option. It stands in the annotation of its field:
 
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
 
-`marked` and `marks` read them back, over nested sections and every member of a union.
+`marked` and `marks` read the marks of nested sections and of all members of a union.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """A group of options; unknown keys are refused."""
+    """A group of options. Unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -36,37 +36,37 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Mark:
-    """A fact about an option, on its field."""
+    """Base class of the facts about an option."""
 
 
 @dataclass(frozen=True)
 class MayChange(Mark):
-    """A run may resume with another value. Every other option changes the result."""
+    """The option may have another value on resume. All others change the result."""
 
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """It decides when `disc_watch disable` acts, so with that it may not change after all."""
+    """The option decides when `disc_watch disable` acts. With that it must not change on resume."""
 
 
 @dataclass(frozen=True)
 class Private(Mark):
-    """It says where things lie or who is told, not what was trained: model cards leave it out."""
+    """The option is about places and accounts, not training, so model cards leave it out."""
 
 
 @dataclass(frozen=True)
 class ChosenByPreset(Mark):
-    """Which other options there are depends on it, so it is no flag."""
+    """The option decides which other options exist, so only the config sets it, no flag."""
 
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The run reads it. It is no argument of what the section builds."""
+    """The run reads the option. It is no argument of what the section builds."""
 
 
 @dataclass(frozen=True)
 class Elsewhere(Mark):
-    """Names that other trainers have for it, separated by spaces."""
+    """Names of the option in other trainers, separated by spaces."""
 
     names: str
 
@@ -75,7 +75,7 @@ M = TypeVar("M", bound=Mark)
 
 
 def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
-    """Return the names of the options that have a mark of that kind, in order; see `marks`."""
+    """Return the names of the options that have a mark of that kind, in order. See `marks`."""
     return list(marks(section, kind))
 
 
@@ -110,11 +110,11 @@ def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
 
 
 def tag_in(name: str, default: str) -> Callable[[Any], str]:
-    """How a preset chooses between classes of options: by the value of `name`."""
+    """Return a function that chooses a class of options by the value of the option `name`."""
 
     def tag(values: Any) -> str:
         if isinstance(values, dict):
             return str(values.get(name, default))
-        return str(getattr(values, name, default))  # what is no section is told as such
+        return str(getattr(values, name, default))  # pydantic reports what is not a section
 
     return tag

@@ -1,4 +1,4 @@
-"""What networks return in training: `BaseOutput`s, whose docstrings are the contract.
+"""The outputs of networks in training. Their docstrings are the contract of the networks.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
 tensor in it, also inside a tuple of them. They would skip the tensors of other classes silently.
@@ -25,7 +25,7 @@ class Latent(BaseOutput):
         kl: KL divergence from the posterior to the prior, (B,), nats per image, float32.
         kl_per_channel: the same, not yet summed over channels, (B, d), nats per image and channel.
             A KL over tokens (Gumbel-softmax) counts as one channel, (B, 1).
-        mean: mean of the posterior, (B, d, h, w), float32; z itself where there is no posterior.
+        mean: mean of the posterior, (B, d, h, w), float32. Without a posterior it is z.
         indices: the codes, (B, h, w) or (B, L, h, w), int64.
         features: what was quantised, (B, c, h, w).
         losses: unweighted scalars by name, see `bottlenecks.Quantized.losses`.
@@ -48,8 +48,10 @@ class Latent(BaseOutput):
 
     @property
     def kl_elements(self) -> int:
-        """Number of elements of an image that the KL is a sum over: d * h * w, or the tokens of a
-        KL over tokens."""
+        """Number of elements of an image that the KL is a sum over.
+
+        It is d * h * w, or h * w for a KL over tokens.
+        """
         if self.kl_per_channel is None:
             return self.z[0].numel()
         return self.kl_per_channel.shape[1] * self.positions
@@ -60,10 +62,10 @@ class AutoencoderOutput(BaseOutput):
     """One forward pass of an autoencoder.
 
     Attributes:
-        recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with a
-            likelihood of its own gives the parameters of that, (B, 2 C, H, W).
-        latents: every latent that the decoder read; most networks have one, a hierarchy has many.
-        output_logvar: scalar log-variance of the output likelihood, natural logarithm; learned or
+        recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with its own
+            likelihood gives the parameters of it, (B, 2 C, H, W).
+        latents: every latent that the decoder read. Most networks have one, a hierarchy has many.
+        output_logvar: scalar log-variance (natural logarithm) of the output likelihood, learned or
             fixed.
     """
 
@@ -73,7 +75,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def kl(self) -> Tensor | None:
-        """Sum of the KLs of all latents, (B,), nats per image; None if no latent has one."""
+        """Sum of the KLs of all latents, (B,), nats per image. None if no latent has one."""
         kls = [latent.kl for latent in self.latents if latent.kl is not None]
         return sum(kls[1:], start=kls[0]) if kls else None
 
@@ -84,7 +86,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def latent_losses(self) -> dict[str, Tensor]:
-        """Losses of all latents by name, each name a sum over the latents that have it; scalars."""
+        """Losses of all latents by name, scalars. Each is a sum over the latents that have it."""
         total: dict[str, Tensor] = {}
         for latent in self.latents:
             for name, value in (latent.losses or {}).items():

@@ -1,10 +1,10 @@
-"""Pictures as people hold them (Pillow, NumPy, PyTorch) to tensors and back.
+"""Convert pictures of Pillow, NumPy and PyTorch to tensors and back.
 
-    PIL image, list of PIL images    any mode; 8-bit L, RGB or RGBA out
+    PIL image, list of PIL images    any mode in, 8-bit L, RGB or RGBA out
     NumPy (H, W, C), (B, H, W, C)    uint8, uint16, or float in [0, 1]
     torch (B, C, H, W)               float in [-1, 1]
 
-C is the network's: 1 (grey), 3 (RGB) or 4 (RGBA).
+C is that of the network: 1 (grey), 3 (RGB) or 4 (RGBA).
 
 Inside the package images are float32 in [-1, 1], (B, C, H, W).
 """
@@ -27,11 +27,13 @@ OUTPUT_TYPES: tuple[OutputType, ...] = get_args(OutputType)
 
 @dataclass(frozen=True)
 class Kind:
-    """How a user gave images, so that they can be given back alike.
+    """The form in which a user gave images, so that results have the same form.
 
-    Args:
-        single: one picture, without a batch around it.
-        tensor_dtype, array_dtype: of a tensor or an array.
+    Attributes:
+        output_type: tensor, array or PIL.
+        single: whether it was one picture without a batch axis.
+        tensor_dtype: of a tensor.
+        array_dtype: of an array.
     """
 
     output_type: OutputType
@@ -40,7 +42,7 @@ class Kind:
     array_dtype: np.dtype | None = None
 
     def restore(self, images: Tensor) -> Images:
-        """`images` (B, C, H, W) in this form."""
+        """Return images (B, C, H, W) in this form."""
         if self.output_type == "pt":
             return images.to(self.tensor_dtype)
         if self.output_type == "pil":
@@ -57,10 +59,14 @@ class Kind:
 
 
 def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
-    """The images as float32 (B, C, H, W) in [-1, 1], and the form they came in.
+    """Return the images as float32 (B, C, H, W) in [-1, 1], and the form in which they came.
 
     Args:
-        channels: C; PIL images are converted to it, others must have it.
+        images: see above.
+        channels: C. PIL images are converted to it. Arrays must have it.
+
+    Raises:
+        UserError: they are not images, or their shape or range is wrong.
     """
     if isinstance(images, Tensor):
         return _from_tensor(images), Kind("pt", tensor_dtype=images.dtype)
@@ -77,17 +83,21 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
 
 
 def convert(images: Tensor, output_type: OutputType) -> Images:
-    """(B, C, H, W) in [-1, 1] to a tensor as it is, float32 arrays in [0, 1], or PIL images."""
+    """Return images (B, C, H, W) in [-1, 1] as they are, as arrays in [0, 1], or as PIL images.
+
+    Raises:
+        UserError: there is no such output type.
+    """
     if output_type not in OUTPUT_TYPES:
         hint = nearest(output_type, OUTPUT_TYPES)
-        raise UserError(f"no output_type '{output_type}': it must be pt, np or pil{hint}")
+        raise UserError(f"output_type must be pt, np or pil (got '{output_type}'){hint}")
     if output_type == "pt":
         return images
     return to_pil(images) if output_type == "pil" else to_unit_array(images)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, C, H, W) in [-1, 1] to 8-bit pictures of mode L, RGB or RGBA."""
+    """Convert (B, C, H, W) in [-1, 1] to 8-bit pictures of mode L, RGB or RGBA."""
     arrays = to_uint8(images)
     return [
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels) for pixels in arrays
@@ -95,18 +105,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def to_unit_array(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in [0, 1], float32."""
+    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in [0, 1], float32."""
     return (images.float().permute(0, 2, 3, 1).clamp(-1, 1) / 2 + 0.5).cpu().numpy()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..255, rounded to the nearest."""
+    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..255, rounded to the nearest."""
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_uint16(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to the nearest."""
+    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to the nearest."""
     levels = (images.double().clamp(-1, 1) + 1).mul(32767.5).round()
     return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
 
@@ -162,5 +172,5 @@ def _from_pil(images: Sequence[Image.Image], channels: int) -> Tensor:
         return torch.stack([to_tensor(in_format(i, PixelFormat(channels))) for i in images])
     except BadPixels as error:
         raise UserError(
-            f"an image cannot be read: {error}; give a tensor in [-1, 1] instead"
+            f"an image cannot be read: {error}. Give a tensor in [-1, 1] instead."
         ) from error

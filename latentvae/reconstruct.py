@@ -1,10 +1,10 @@
-"""Run pictures through an autoencoder and show what it keeps: pictures side by side and a table.
+"""Run pictures through an autoencoder and show the result: side-by-side pictures and a table.
 
     reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
-Each picture is measured at its own size, after rounding to 8 bits; those of a grey or RGBA model,
-and those whose range is stated, are rounded only if they are of 8 bits.
+Each picture is measured at its own size, after rounding to 8 bits. Deeper pictures of a grey or
+RGBA model, and pictures with a given value range, are not rounded.
 """
 
 import csv
@@ -41,13 +41,13 @@ from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.pictures import to_pil, to_uint16
 from latentvae.text import spreadsheet_text
 
-DIFFERENCE_GAIN = 4.0  # the third picture shows differences this many times as large
+DIFFERENCE_GAIN = 4.0  # factor of the differences in the third picture
 GAP = 8  # white pixels between the pictures
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture in the table; a metric that its size does not allow is None."""
+    """One picture in the table. A metric that needs a larger picture is None."""
 
     image: str
     width: int
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What was done: a row for each picture, and (path, reason) for each that cannot be read."""
+    """The results: a row per picture, and (path, reason) for each that cannot be read."""
 
     rows: tuple[Row, ...]
     unreadable: tuple[tuple[str, str], ...]
@@ -76,34 +76,39 @@ def reconstruct(
     value_range: tuple[float, float] | None = None,
     optimize: Optimize | None = None,
 ) -> Reconstructions:
-    """Write a PNG per picture (original, reconstruction, difference), and table.csv; print it.
+    """Write a PNG per picture (original, reconstruction, difference) and table.csv, and print it.
 
-    The PNG is of the model's channels, of 8 bits, or 16 where it is grey and the picture is deeper.
+    The PNG has the model's channels and 8 bits, or 16 bits for deep pictures of a grey model.
 
     Args:
-        model: an autoencoder, or the folder of one (it then runs on the GPU, if there is one).
-        inputs: image files, and folders that are searched with all below them.
-        out: a folder; pictures of the same name there are replaced.
-        max_side: shrink pictures whose longer side has more pixels; None keeps every size.
-        strips: compute in exact strips, see `Autoencoder`; of a model that is loaded here.
-        value_range: stored numbers that become black and white, as in training; float files of a
-            grey or RGBA model need it.
-        optimize: of a folder, as `load` takes it.
+        model: an autoencoder, or the folder or Hub id of one, which then runs on the GPU if there
+            is one.
+        inputs: image files, and folders, which are searched with all their subfolders.
+        out: a folder. Pictures of the same name in it are replaced.
+        max_side: shrink pictures whose longer side has more pixels. None keeps every size.
+        strips: compute in exact strips, see `Autoencoder`. Only if `model` is loaded here.
+        value_range: stored numbers that become black and white, as in training. Float files need
+            it with a grey or RGBA model.
+        optimize: see `load`. Only if `model` is loaded here.
 
     Raises:
-        UserError: a path that is not there, an `out` where an input would be written over, or not
-            one picture that can be read.
+        UserError: a path does not exist, an input would be overwritten, or no picture can be read.
     """
+    # Files are checked before the weights are read.
     out = Path(out).expanduser()
     targets = list(_name_pictures(_find_files(inputs, out=out)))
     _keep_inputs(targets, out)
+
+    # model and metric
     if not isinstance(model, Autoencoder):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load(model, device=device, optimize=optimize, strips=strips)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
-    pixels = None  # as the pictures are seen: 8-bit RGB
+    pixels = None  # 8-bit RGB, as a viewer shows it
     if value_range is not None or model.image_channels != 3:
         pixels = PixelFormat(model.image_channels, value_range)
+
+    # pictures
     rows: list[Row] = []
     unreadable: list[tuple[str, str]] = []
     for path, picture in tqdm(targets, desc=model.name, unit="image", leave=False):
@@ -115,16 +120,21 @@ def reconstruct(
         except UnreadableImage as error:
             unreadable.append((str(path), error.reason))
             continue
+
         images = to_tensor(image)[None].to(model.net.device)  # (1, C, H, W)
         recon = round_alike(model.reconstruct(images), images)
         _save(out / picture, images, recon, deep=isinstance(image, DeepImage))
         rows.append(_measure(images, recon, lpips=lpips, image=str(path), picture=picture))
+
     _finish(rows, unreadable, out=out, name=_title(model))
     return Reconstructions(tuple(rows), tuple(unreadable))
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Every image file, and its path below the input it came from; none that we wrote."""
+    """Yield every image file, and its path below the input that it came from.
+
+    Files in `out` are left out, because an earlier call may have written them.
+    """
     for given in map(Path, inputs):
         if given.is_dir():
             names = [Path(name) for name in ImageFolder(given).names]
@@ -143,7 +153,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
 
 
 def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
-    """A PNG's name for each file; a number tells those apart that would have the same."""
+    """Yield each file with the name of its PNG. Equal names get a number."""
     taken: set[str] = set()
     for path, below in files:
         name, number = below.with_suffix(".png"), 1
@@ -165,7 +175,7 @@ def _keep_inputs(targets: Sequence[tuple[Path, str]], out: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The file itself, whatever its name there: some file systems take .PNG for .png."""
+    """Return what identifies a file. Names do not: to some file systems .PNG and .png are equal."""
     try:
         found = path.stat()
     except OSError:
@@ -182,9 +192,9 @@ def _shrink(image: Picture, max_side: int | None) -> Picture:
 
 
 def _save(path: Path, images: Tensor, recon: Tensor, *, deep: bool) -> None:
-    """Original, reconstruction and difference (mid-grey is none) from left to right."""
+    """Write original, reconstruction and difference side by side. Mid-grey is no difference."""
     visible = recon - images
-    if images.shape[1] == 4:  # as both look on mid-grey, opaque
+    if images.shape[1] == 4:  # the difference of both on a mid-grey background, opaque
         opaque = torch.full_like(images[:, 3:], 2 / DIFFERENCE_GAIN)
         visible = torch.cat([to_rgb(recon) - to_rgb(images), opaque], dim=1)
     difference = (DIFFERENCE_GAIN / 2 * visible).clamp(-1.0, 1.0)
@@ -232,10 +242,12 @@ def _finish(
         console.print(text, style="yellow", markup=False, soft_wrap=True)
     if not rows:
         raise UserError(f"not one of {len(unreadable)} pictures can be read")
+
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) | _names(row) for row in rows)
+
     console.print(_table(rows, name))
     skipped = f", {len(unreadable)} unreadable skipped" if unreadable else ""
     text = f"{len(rows)} pictures and table.csv in {out}{skipped}"
@@ -265,7 +277,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: Iterable[float | None], digits: str) -> str:
-    """The mean of those that are there; equal pictures have infinite PSNR, which stays."""
+    """Return the mean of the known values. It is infinite if one picture has an infinite PSNR."""
     known = [value for value in values if value is not None]
     if not known:
         return "n/a"

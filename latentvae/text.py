@@ -1,4 +1,4 @@
-"""Names that are not ours as plain text in the files that others read."""
+"""Write names that users chose as plain text into Markdown and CSV files."""
 
 import re
 
@@ -6,12 +6,15 @@ from latentvae.errors import printable
 
 
 def markdown_text(text: str) -> str:
-    """A name as plain text in Markdown: no table cell, code, link or HTML begins in it."""
+    """Return a name as plain text in Markdown, without table cells, code, links or HTML."""
     return re.sub(r"([\\`|<>\[\]])", r"\\\1", printable(text))
 
 
 def spreadsheet_text(name: str) -> str:
-    """A name as a cell of a CSV file, where spreadsheets would run what begins with ``=``, ``+``,
-    ``-`` or ``@`` (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    """Return a name as a cell of a CSV file that no spreadsheet runs as a formula.
+
+    Spreadsheets run text that starts with ``=``, ``+``, ``-`` or ``@``
+    (https://owasp.org/www-community/attacks/CSV_Injection).
+    """
     text = printable(name)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,12 +1,14 @@
-"""Run an exported autoencoder inside diffusers' Stable Diffusion, whose other parts are tiny and
-random.
+"""Run an exported autoencoder inside diffusers' Stable Diffusion pipelines.
 
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
-Two pictures side by side: a held-out photo after image-to-image at low strength (it went through
-`vae.encode`, a little noise, a U-Net that has learned nothing, and `vae.decode`), and text-to-image
-from the same parts, which is noise as this autoencoder sees it. The second is checked: it must
-equal, bit for bit, what the autoencoder alone decodes from the pipeline's latents.
+The other parts of the pipelines are tiny and random. Three pictures are written side by side.
+
+1. A held-out photo.
+2. The photo after image-to-image at low strength: `vae.encode`, a little noise, an untrained U-Net,
+   `vae.decode`.
+3. Text-to-image with the same parts. This is noise, decoded. It is compared with what the
+   autoencoder alone decodes from the pipeline's latents, and must be equal bit by bit.
 """
 
 import sys
@@ -28,11 +30,14 @@ from PIL import Image
 from latentvae.data import SamplePhotos
 
 SIDE = 256  # pixels
-logging.set_verbosity_error()  # the notes on absent safety checkers and text encoders
+logging.set_verbosity_error()  # no warnings about missing safety checkers and text encoders
 
 
 def random_pipeline(vae: AutoencoderKL) -> Any:
-    """Stable Diffusion around ``vae``; no text encoder, so prompts are embeddings of width 32."""
+    """Return a Stable Diffusion pipeline around ``vae``.
+
+    It has no text encoder. Prompts are embeddings of width 32.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=SIDE // 8,
@@ -45,6 +50,7 @@ def random_pipeline(vae: AutoencoderKL) -> Any:
         cross_attention_dim=32,
         norm_num_groups=8,
     )
+
     absent: dict[str, Any] = dict.fromkeys(
         ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
     )
@@ -55,7 +61,7 @@ def random_pipeline(vae: AutoencoderKL) -> Any:
 
 
 def call(pipeline: Any, **options: Any) -> Any:
-    """One picture (or latent), from a fixed seed."""
+    """Return one picture or latent, from a fixed seed."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=torch.zeros(1, 4, 32),
@@ -66,6 +72,7 @@ def call(pipeline: Any, **options: Any) -> Any:
 
 
 def main(export: Path, out: Path) -> None:
+    # text-to-image, through the pipeline and without it
     vae: Any = AutoencoderKL.from_pretrained(export, use_safetensors=True)
     text_to_image = random_pipeline(vae)
     size: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}
@@ -77,20 +84,24 @@ def main(export: Path, out: Path) -> None:
     if not np.array_equal(picture, alone):
         raise SystemExit("the pipeline's picture is not what the autoencoder decodes")
 
+    # image-to-image
     photo = SamplePhotos("validation").read(0)
-    assert isinstance(photo, Image.Image)  # of 8 bits, as no other format was asked for
+    assert isinstance(photo, Image.Image)  # 8 bits, because no other format was asked for
     square = photo.resize((SIDE, SIDE), box=(0, 0, min(photo.size), min(photo.size)))
     image_to_image = StableDiffusionImg2ImgPipeline(**text_to_image.components)
     (passed,) = call(image_to_image, image=square, strength=0.04, num_inference_steps=50)
+
+    # all pictures side by side
     generated = Image.fromarray((picture[0] * 255).round().astype(np.uint8))
     sheet = Image.new("RGB", (3 * SIDE, SIDE))
     for i, image in enumerate((square, passed, generated)):
         sheet.paste(image, (i * SIDE, 0))
     sheet.save(out)
     print(
-        f"StableDiffusionPipeline decodes with the export, bit for bit as it decodes alone: {out}"
+        "StableDiffusionPipeline and the export alone decode the same picture, bit by bit. "
+        f"Pictures: {out}"
     )
-    print("  (a held-out photo, the same after image-to-image, text-to-image of a random U-Net)")
+    print("  (a held-out photo, the photo after image-to-image, text-to-image of a random U-Net)")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Every command line: `main` (`latentvae ...`), `train` (the training scripts), and their flags."""
+"""The command lines: `main` is `latentvae ...`, `train` is behind the training scripts."""

@@ -1,4 +1,4 @@
-"""`python -m latentvae.cli`, for `accelerate launch -m` with several processes."""
+"""The command as a module: `accelerate launch -m latentvae.cli` starts several processes."""
 
 from latentvae.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`latentvae encode` and `latentvae decode`: the calls, and what they say."""
+"""The commands `latentvae encode` and `latentvae decode`, and what they print."""
 
 import sys
 from collections.abc import Iterator
@@ -15,25 +15,32 @@ from latentvae.latents.shards import Manifest
 
 
 def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
-    """Encode, and print what is there; the options are those of `encode_folder`."""
+    """Encode images and print a summary.
+
+    Args:
+        model: folder or Hub id of an autoencoder.
+        data: images, see `encode_folder`.
+        out: folder for the shards.
+        options: the other options of `encode_folder`.
+    """
     with _stoppable():
         manifest = encode_folder(model, data, out, **options)
     if manifest is None:
-        return  # another rank is not through; the last one speaks
+        return  # another process is still encoding, and the last one prints the summary
     for name, reason in manifest.unreadable:
         _say(printable(f"left out {name}: {reason}"), style="yellow")
     _say(summary(manifest, out))
 
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
-    """Decode, and print how many pictures this process has made."""
+    """Decode shards and print how many pictures this process wrote."""
     with _stoppable():
         pictures = decode_folder(shards, out, **options)
     _say(f"{len(pictures)} pictures in {out}")
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """What was encoded, in a few lines."""
+    """Return what was encoded, in a few lines."""
     content, facts = manifest.content, manifest.statistics
     shape = " x ".join(map(str, content.item_shape))
     lines = [
@@ -58,8 +65,8 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None  # as the shell has it for Ctrl-C
+        print("stopped. Run the same command again to continue.", file=sys.stderr)
+        raise SystemExit(130) from None  # the shell's code for Ctrl-C
 
 
 def _say(text: str, *, style: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`latentvae evaluate` and benchmarks/compression.py: from options to a report."""
+"""From options to a report, for `latentvae evaluate` and benchmarks/compression.py."""
 
 import sys
 from collections.abc import Sequence
@@ -36,22 +36,47 @@ def evaluate_command(
     overwrite: bool = False,
     device: str | None = None,
 ) -> Report:
-    """Measure models by their folders or Hub ids, print the tables, write the report."""
+    """Measure models, print the tables, write and return the report.
+
+    Args:
+        models: folders or Hub ids of autoencoders.
+        data: folder of images, or `samples`.
+        out: folder for the report.
+        quick: measure fewer images and points, see `QUICK`.
+        max_images: measure at most this many.
+        resolution: resize the shorter side to this and crop the centre. None keeps each size.
+        latent: whether the posterior's mode or a sample is decoded.
+        rfid: measure rFID and KID.
+        inception_weights: file for them. Turns `rfid` on.
+        allow_download: download weights that this machine does not have.
+        sheet_images: number of images in sheet.png.
+        overwrite: replace the evaluation in `out`.
+        device: None is the GPU if there is one.
+
+    Raises:
+        UserError: no model, or a path, device or option that cannot be used.
+    """
     if not models:
-        raise UserError("no model to measure: give the folder or the Hub id of one or more")
+        raise UserError("no model to measure: give the folder or the Hub id of at least one")
+
+    # Options and images are checked before the weights are read.
     plan = replace(QUICK if quick else FULL, latent=latent, resolution=resolution)
     where = usable_device(device)
     source = open_source(data, split="validation")
+    if quick and max_images is None:
+        max_images = QUICK_IMAGES
+
+    # models and the networks of the metrics
     loaded = load_models(models, device=where)
     inception = None
     if inception_weights is not None or rfid:
         inception = load_inception(inception_weights, allow_download=allow_download).to(where)
-    if quick and max_images is None:
-        max_images = QUICK_IMAGES
     lpips = {
         net: PerceptualLoss(load_lpips(net, allow_download=allow_download))
         for net in plan.lpips_nets
     }
+
+    # measurement
     try:
         report = evaluate(
             loaded,
@@ -67,8 +92,10 @@ def evaluate_command(
             device=where,
         )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last saved image", file=sys.stderr)
-        raise SystemExit(130) from None  # as the shell has it for Ctrl-C
+        text = "stopped. Run the same command again to continue from the last saved image."
+        print(text, file=sys.stderr)
+        raise SystemExit(130) from None  # the shell's code for Ctrl-C
+
     console = Console()
     console.print(summary(report))
     text = f"report.json, per_image.csv, rate.png and sheet.png are in {out}"
@@ -77,7 +104,7 @@ def evaluate_command(
 
 
 def load_models(paths: Sequence[str], *, device: torch.device) -> dict[str, Autoencoder]:
-    """By their own names, or by as much of their paths as tells them apart."""
+    """Load models. Their keys are their names, or parts of their paths if two names are equal."""
     by_path = unique_names(paths)
     models = [load(path, device=device) for path in paths]
     by_name = [model.name for model in models]
@@ -86,10 +113,14 @@ def load_models(paths: Sequence[str], *, device: torch.device) -> dict[str, Auto
 
 
 def usable_device(device: str | None) -> torch.device:
-    """None is the GPU, if there is one."""
+    """Return a torch device that works here. None is the GPU if there is one.
+
+    Raises:
+        UserError: the device does not exist or does not work.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the device '{device}' cannot be used ({reason}); try 'cpu'") from error
+        raise UserError(f"device '{device}' cannot be used ({reason}). Try 'cpu'.") from error

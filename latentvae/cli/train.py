@@ -1,15 +1,16 @@
-"""Flags for the training scripts: `--config` names the preset, every option of the schema is a flag
-that overrides it.
+"""The training scripts: their flags, and what they print and exit with.
 
-tyro reads the flags and writes the help; pydantic judges the values, so that every fault is told in
-one sentence.
+`--config` names a preset or a YAML file. Every option is also a flag, which overrides the config.
+tyro reads the flags and writes the help. pydantic checks the values, and each wrong one becomes one
+sentence.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
@@ -32,7 +33,7 @@ from latentvae.errors import RunError, UserError
 from latentvae.option_marks import ChosenByPreset, Elsewhere, marked, marks
 from latentvae.tasks.autoencoder.config import TrainConfig
 
-PREFLIGHT = "--preflight"  # a switch of the training scripts beside the options of the run
+PREFLIGHT = "--preflight"  # a flag of the training scripts that is no option of the run
 
 
 def config_from_arguments(
@@ -46,21 +47,25 @@ def config_from_arguments(
     """Return the options that the command line asks for.
 
     Args:
+        arguments: of the command line.
         description: of the script, for its help.
-        schema: of the task.
-        default_config: the preset without `--config`; empty for the defaults of the schema.
-        also: options that the command has beside these and has read already; a wrong one may have
+        schema: class of the options of the task.
+        default_config: preset to use without `--config`. If empty, the defaults of the schema.
+        also: names of other options of the command, which were read before. A wrong flag may have
             been meant for one of them.
 
     Raises:
         UserError: an unknown flag, or a value that is not allowed.
         SystemExit: after `--help`.
     """
+    # the preset, whose values are the defaults of the flags
     arguments = list(arguments)
     name = _config_flag(arguments) or default_config
     preset = load_preset(name, schema) if name else schema()
     if "-h" in arguments or "--help" in arguments:
         _read_flags(preset, ["--help"], description=description)
+
+    # the flags
     _check_flags(arguments, preset, also=also)
     with one_sentence_errors():
         flags = _read_flags(preset, arguments, description=description)
@@ -68,40 +73,48 @@ def config_from_arguments(
 
 
 def _check_flags(arguments: Sequence[str], preset: JobConfig, *, also: Sequence[str] = ()) -> None:
-    """Refuse unknown flags: those of other presets, and other trainers' names, with what to give
-    here."""
+    """Check that the config has all these flags.
+
+    Raises:
+        UserError: an unknown flag, an option that only other presets have, or another trainer's
+            name for an option. It says what to give instead.
+    """
     chosen = marked(type(preset), ChosenByPreset)
     names = [name for name in flat(preset) if name not in chosen]
     elsewhere = marks(type(preset), Elsewhere)
     ours = {other: name for name, mark in elsewhere.items() for other in mark.names.split()}
+
     for flag, given in unknown_flags(arguments, names):
         given = given.rpartition(".")[2].removeprefix("no_")
         name = ours.get(given, given)
         if name in names:
             raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
         if name in chosen:
-            kinds = _kinds(name, type(preset))
             raise UserError(
-                f"unknown option '{flag}': --config chooses it, a preset ({kinds}) or a "
-                "YAML file of your own"
+                f"unknown option '{flag}': --config chooses it, with a preset "
+                f"({_kinds(name, type(preset))}) or your own YAML file"
             )
-        presets = [p for p, values in _presets(type(preset)).items() if name in values]
-        if presets:
-            called = "" if name == given else f" (here '--{name}')"
-            raise UserError(
-                f"option '{flag}'{called} has no meaning for config {preset.config}; presets that "
-                f"have it: {', '.join(presets)}"
-            )
+        called = f"'{flag}'" if name == given else f"'{flag}' (here '--{name}')"
+        _refuse_option_of_others(name, preset, called=called)
     check_names(arguments, [*names, *also])
 
 
+def _refuse_option_of_others(name: str, preset: JobConfig, *, called: str) -> None:
+    presets = [other for other, values in _presets(type(preset)).items() if name in values]
+    if presets:
+        raise UserError(
+            f"option {called} has no meaning for config {preset.config}, only for the presets "
+            f"{', '.join(presets)}"
+        )
+
+
 def _presets(schema: type[JobConfig]) -> dict[str, dict[str, Any]]:
-    """Every preset of a task and its options by their leaf names."""
+    """Return every preset of a task, with its options by their leaf names."""
     return {name: flat(load_preset(name, schema)) for name in preset_names(schema)}
 
 
 def _kinds(name: str, schema: type[JobConfig]) -> str:
-    """Which presets have which architecture or type of quantiser."""
+    """Return, as text, which presets have which architecture or type of quantiser."""
     kinds: dict[str, list[str]] = {}
     for preset, values in _presets(schema).items():
         if kind := values.get(name):
@@ -120,8 +133,10 @@ def _read_flags(preset: JobConfig, arguments: list[str], *, description: str) ->
 
 
 def _flags_of(section: BaseModel) -> type:
-    """A plain dataclass with the options of ``section`` as fields, for tyro: no ranges, the present
-    values as defaults."""
+    """Return a dataclass for tyro. Its fields are the options, its defaults their present values.
+
+    It has no ranges, because pydantic checks the values later.
+    """
     fields: list[Any] = []
     chosen = marked(type(section), ChosenByPreset)
     for name, info in type(section).model_fields.items():
@@ -142,11 +157,13 @@ def _flags_of(section: BaseModel) -> type:
 
 
 def _flag_type(info: FieldInfo, text: str) -> Any:
-    """The type tyro parses: choices become strings (pydantic refuses wrong ones) whose help lists
-    them.
+    """Return the type that tyro parses.
+
+    Choices become strings, so that pydantic reports wrong ones. The help lists them.
 
     Args:
-        text: the help.
+        info: the option's field.
+        text: its help.
     """
     choices = _choices(info.annotation)
     if choices and get_origin(info.annotation) is tuple:
@@ -167,16 +184,16 @@ def _config_flag(arguments: list[str]) -> str | None:
     given = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == "--config"]
     if len(given) > 1:
-        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}; give one")
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}. Give it once.")
     return given[0] if given else None
 
 
 def run_training(
     arguments: Sequence[str], *, description: str, default_config: str = "kl_small"
 ) -> None:
-    """The whole of an autoencoder's training script, see `run_task`.
+    """Run the training script of an autoencoder, see `run_task`.
 
-    With `--preflight` the run is only checked (`proofs.preflight`): 0 if all holds, else 1.
+    With `--preflight` the run is only checked, see `proofs.preflight`.
     """
     from latentvae.proofs.preflight import preflight
     from latentvae.tasks.autoencoder.task import AutoencoderTask
@@ -198,35 +215,21 @@ def run_task(
     default_config: str = "",
     preflight: Callable[[Any], int] | None = None,
 ) -> None:
-    """The whole of a training script: flags in, export out.
+    """Run a training script: read the flags, train, export.
 
-    Exits with 2 on a wrong option, 128 + n after signal n, 1 if the run failed or all is done but
-    the upload to the Hub.
+    It exits with 2 on a wrong option and with 128 + n after signal n. It exits with 1 if the run
+    failed, or if only the upload to the Hub failed.
 
     Args:
         task: what is trained.
         arguments: of the command line.
         description: of the script, for its help.
-        default_config: the preset without `--config`.
-        preflight: checks a configuration in place of the run, where `--preflight` asks for it.
+        default_config: preset to use without `--config`.
+        preflight: checks the run if `--preflight` is given, and returns the exit code.
     """
-    with settled_output():
-        _run(task, arguments, description, default_config, preflight)
-
-
-def _run(
-    task: type[Task],
-    arguments: Sequence[str],
-    description: str,
-    default_config: str,
-    preflight: Callable[[Any], int] | None,
-) -> None:
-    from latentvae.data import UnreadableImage
-    from latentvae.engine.loop import Stopped, train
-    from latentvae.export.hub_upload import UploadError
-
     switches = [PREFLIGHT] if preflight is not None else []
-    try:
+    with settled_output(), _faults_as_exit_codes():
+        # options
         config = config_from_arguments(
             [argument for argument in arguments if argument not in switches],
             description=description,
@@ -236,22 +239,43 @@ def _run(
         )
         if preflight is not None and PREFLIGHT in arguments:
             raise SystemExit(preflight(config))
+
+        # training
+        from latentvae.engine.loop import train
+
         trained = task(config)
         export = train(trained)
-    except UnreadableImage as error:  # met by one rank alone, unlike every other UserError
+        say_once(trained.done(export))
+
+
+@contextlib.contextmanager
+def _faults_as_exit_codes() -> Iterator[None]:
+    """Print what ended a training script in one line, and exit with its code."""
+    from latentvae.data import UnreadableImage
+    from latentvae.engine.loop import Stopped
+    from latentvae.export.hub_upload import UploadError
+
+    try:
+        yield
+
+    # These faults may be in one process only, so each process prints its own.
+    except UnreadableImage as error:
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except UserError as error:
-        exit_with(error)
-    except RunError as error:  # may be of one rank alone
+    except RunError as error:
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+    # All processes have these faults, and the first one prints them.
+    except UserError as error:
+        exit_with(error)
     except BrokenPipeError:
         if not forget_output():
             raise
         say_once(
-            "error: nothing reads what this run prints any more; the same command goes on from the "
-            "newest checkpoint (`> log.txt 2>&1` in the place of a pipe outlives its reader)"
+            "error: nothing reads the output of this run any more. Run the same command again to "
+            "continue from the newest checkpoint (with `> log.txt 2>&1` instead of a pipe, the run "
+            "does not depend on a reader)"
         )
         raise SystemExit(1) from None
     except UploadError as error:
@@ -260,8 +284,8 @@ def _run(
     except Stopped as stopped:
         say_once(str(stopped))
         raise SystemExit(128 + stopped.signal) from None
-    say_once(trained.done(export))
 
 
-if __name__ == "__main__":  # `accelerate launch -m latentvae.cli.train`, where there are no scripts
-    run_training(sys.argv[1:], description="Train an autoencoder; --config takes every preset.")
+# `accelerate launch -m latentvae.cli.train` works where only the wheel is installed.
+if __name__ == "__main__":
+    run_training(sys.argv[1:], description="Train an autoencoder. --config takes every preset.")

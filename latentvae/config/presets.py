@@ -1,4 +1,4 @@
-"""From YAML and nested values to a checked configuration; every fault is one sentence."""
+"""From YAML and nested values to a checked configuration. Each wrong value gives one sentence."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,13 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def presets_folder() -> Path:
-    """Where the presets lie: inside an installed package, or `train/configs` of a checkout."""
+    """Return the folder of presets: in an installed package, or `train/configs` of a checkout."""
     installed = Path(__file__).parents[1] / "presets"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Names of the presets whose sections are those of a task."""
+    """Return the names of the presets of a task. They have only sections that the task has."""
     found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
     return sorted(
         name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
@@ -30,12 +30,14 @@ def load_preset(name_or_path: str, schema: type[Config]) -> Config:
     """Return the configuration in a YAML file, or in the preset of that name.
 
     Args:
-        schema: of the task.
+        name_or_path: of the preset or the file.
+        schema: class of the options of the task.
 
     Raises:
         UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
             range.
     """
+    # A file comes before a preset of the same name.
     path = Path(name_or_path)
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.yaml"
@@ -45,6 +47,7 @@ def load_preset(name_or_path: str, schema: type[Config]) -> Config:
             f"config '{name_or_path}' is neither a file nor a preset "
             f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
         )
+
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(
@@ -59,7 +62,16 @@ def sections(schema: type[JobConfig]) -> list[str]:
 
 
 def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Config:
-    """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
+    """Return checked options.
+
+    Args:
+        values: the options by section.
+        schema: class of the options of the task.
+        source: the file or command line that they come from, for errors.
+
+    Raises:
+        UserError: unknown options or wrong values, one sentence each.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -69,48 +81,58 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
 
 
 def checked(config: Config) -> Config:
-    """Return the same options; what was set by assignment is checked here.
+    """Return the same options, checked again. Options that were assigned are not checked before.
 
     Raises:
-        UserError: one that is not allowed.
+        UserError: an option has a value that is not allowed.
     """
     return parse(config.model_dump(warnings=False), type(config), source="config")
 
 
 def _sentence(fault: Any, schema: type[JobConfig]) -> str:
-    """One fault of pydantic's in our words, with the nearest option where a name is unknown."""
+    """Return one of pydantic's errors as our own sentence."""
+    # The place as the user wrote it: pydantic adds the kind of a section that a preset chose.
     chosen = [part for part in fault["loc"] if part in kinds(schema)]
-    loc = [part for part in fault["loc"] if part not in chosen]  # as the user wrote it
+    loc = [part for part in fault["loc"] if part not in chosen]
     where = ".".join(str(part) for part in loc)
+
+    # unknown options
     if fault["type"] == "extra_forbidden":
-        if loc[-1] == "quantizer":
-            return f"'{where}' has no meaning here; it goes under model, with architecture: vq"
-        names = option_names(schema)
-        if loc[-1] in names:
-            return f"'{where}' is no option of {chosen[-1] if chosen else 'this section'}"
-        return f"unknown option '{where}'{nearest(str(loc[-1]), [*names, *sections(schema)])}"
+        return _unknown_option(loc, schema, section=chosen[-1] if chosen else "this section")
+
+    # whole sections
     if fault["type"] == "union_tag_invalid":
         choices = fault["ctx"]["expected_tags"]
         hint = nearest(fault["ctx"]["tag"], choices.replace("'", "").split(", "))
-        return f"{where} is of kind '{fault['ctx']['tag']}', but there are {choices}{hint}"
+        return f"{where} must be one of {choices} (got '{fault['ctx']['tag']}'){hint}"
     if fault["type"] == "model_type":
         given = _shown(fault["input"])
         return f"{where} is {given}, but should be a section: options with their values"
+
+    # values
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
-    close = (
-        nearest(str(fault["input"]), fault["ctx"]["expected"].split("'"))
-        if fault["type"] == "literal_error"
-        else ""
-    )
-    names = [part for part in loc if isinstance(part, str)]  # not places in a list
+    close = ""
+    if fault["type"] == "literal_error":
+        close = nearest(str(fault["input"]), fault["ctx"]["expected"].split("'"))
+    names = [part for part in loc if isinstance(part, str)]  # without places in a list
     return (
         f"{names[-1] if names else where} is {_shown(fault['input'])}, but "
         f"{fault['msg'].removeprefix('Input ')}{close}"
     )
 
 
+def _unknown_option(loc: list[Any], schema: type[JobConfig], *, section: str) -> str:
+    where = ".".join(str(part) for part in loc)
+    if loc[-1] == "quantizer":
+        return f"'{where}' has no meaning here. It goes under model, with architecture: vq"
+    names = option_names(schema)
+    if loc[-1] in names:
+        return f"'{where}' is no option of {section}"
+    return f"unknown option '{where}'{nearest(str(loc[-1]), [*names, *sections(schema)])}"
+
+
 def _shown(value: Any) -> str:
-    """The beginning of what was given, which may be a whole file's text."""
+    """Return the beginning of a value. The value may be the text of a whole file."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,6 +1,6 @@
-"""The options that every run has: its optimizer, its length, files and logs.
+"""The options that every run has: its optimizer, length, files and logs.
 
-A task's options are a `JobConfig` with sections of their own.
+The options of a task are a `JobConfig` with more sections.
 """
 
 import os
@@ -25,13 +25,15 @@ class OptimizerConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,
-        description="Peak learning rate, taken as it stands (not scaled by the batch).",
+        description="Peak learning rate. It is not scaled by the batch size.",
     )
     lr_scheduler: Literal["constant", "cosine"] = Field(
         default="constant",
-        description="After the warm-up: constant, or a cosine to 0 at max_train_steps.",
+        description="Learning rate after the warm-up: constant, or cosine to 0 at max_train_steps.",
     )
-    lr_warmup_steps: Count = Field(default=1000, description="Updates of linear warm-up.")
+    lr_warmup_steps: Count = Field(
+        default=1000, description="Updates of linear warm-up of the learning rate."
+    )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.9, description="AdamW's first beta."
     )
@@ -51,16 +53,16 @@ class OptimizerConfig(Section):
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop after this many non-finite updates in a row; up to it each is skipped "
-            "and counted."
+            "Stop after this many updates in a row with a loss or gradient that is not finite. "
+            "Before that, each such update is skipped and counted."
         ),
     )
     use_ema: bool = Field(
         default=True,
-        description="Average the weights; the average is what is validated and exported.",
+        description="Average the weights. The average is validated and exported.",
     )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.999, description="Decay of the average per update (reached by a warm-up)."
+        default=0.999, description="Decay of the average per update. It rises to this at the start."
     )
 
 
@@ -77,36 +79,39 @@ class RunConfig(Section):
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
         default=8, description="Images per process in validation."
     )
-    gradient_accumulation_steps: Positive = Field(default=1, description="Micro-steps per update.")
-    # May change on resume, for the launcher may give it; it is compared apart.
+    gradient_accumulation_steps: Positive = Field(
+        default=1, description="Micro-steps per update. Their gradients are averaged."
+    )
+    # It may change on resume because the launcher may give it. The engine compares it separately.
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
-            "bf16 autocast over float32 weights, or no; by default what `accelerate "
-            "launch` was told. fp16 is refused."
+            "bf16: autocast over float32 weights. no: float32. Default: what `accelerate launch` "
+            "was given. fp16 is an error."
         ),
     )
-    seed: Count = Field(default=0, description="Seed of everything random.")
+    seed: Count = Field(default=0, description="Seed of all random numbers.")
     resume_from_checkpoint: Annotated[str, MayChange(), Private()] = Field(
         default="latest", description="`latest`, or a checkpoint folder of this run."
     )
     overwrite_output_dir: Annotated[bool, MayChange(), Private()] = Field(
-        default=False, description="Delete an earlier run in output_dir and start anew."
+        default=False, description="Delete an earlier run in output_dir and start again."
     )
     checkpointing_steps: Annotated[Positive, MayChange()] = Field(
         default=1000, description="Updates between checkpoints."
     )
     checkpoints_total_limit: Annotated[Positive, MayChange()] = Field(
-        default=2, description="Checkpoints kept."
+        default=2, description="Number of newest checkpoints to keep."
     )
     validation_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
-        default=1000, description="Updates between validations (and after the last)."
+        default=1000,
+        description="Updates between validations. The last update is always validated.",
     )
     log_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
         default=50, description="Updates between rows of log.jsonl."
     )
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], MayChange(), Private()] = Field(
-        default="none", description="Tracker beside log.jsonl, through Accelerate."
+        default="none", description="Tracker to use besides log.jsonl, through Accelerate."
     )
     tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
         default="latentvae", description="Project name given to the tracker."
@@ -114,31 +119,34 @@ class RunConfig(Section):
     push_to_hub: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Upload the export to the Hugging Face Hub, as whom `hf auth login` or HF_TOKEN says."
+            "Upload the export to the Hugging Face Hub, with the account of `hf auth login` or "
+            "HF_TOKEN."
         ),
     )
     hub_model_id: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
-        description="Repository to upload to, owner/name; by default output_dir's name, your own.",
+        description=(
+            "Repository to upload to, as owner/name. Default: output_dir's name in your account."
+        ),
     )
     hub_private_repo: Annotated[bool, MayChange(), Private()] = Field(
-        default=False, description="Make that repository private, if it is new."
+        default=False, description="Make that repository private if it is new."
     )
     ddp_timeout: Annotated[Positive, MayChange()] = Field(
-        default=1800, description="Seconds after which a hanging rank ends the run."
+        default=1800, description="Seconds after which a process that hangs ends the run."
     )
 
     @field_validator("output_dir")
     @classmethod
     def _from_home(cls, value: str | None) -> str | None:
-        """The shell leaves the ~ of --output_dir=~/runs as it is."""
+        """Expand the ~ of --output_dir=~/runs, which the shell does not."""
         return None if value is None else os.path.expanduser(value)
 
 
 class JobConfig(Section):
-    """The options of a run of any task: a section of them is `optimizer`, one is `run`.
+    """The options of a run of any task, with the sections `optimizer` and `run`.
 
-    A task's class declares these fields itself, among its own sections, in the order of `--help`:
+    The class of a task declares these fields and its own sections, in the order of `--help`:
 
         class RegressionConfig(JobConfig):
             config: Annotated[str, MayChange()] = ""  # YAML file or preset they came from
@@ -150,18 +158,21 @@ class JobConfig(Section):
     if TYPE_CHECKING:
         config: str = ""
         optimizer: OptimizerConfig = OptimizerConfig()
-        run: Any = RunConfig()  # or a class that extends it
+        run: Any = RunConfig()  # or a subclass
 
     def may_change(self, then: "JobConfig") -> frozenset[str]:
-        """Names of options in which a resumed run may differ from how it was started.
+        """Return the names of the options that may have other values on resume.
 
         Args:
-            then: the options that it was started with.
+            then: the options that the run was started with.
         """
         return frozenset(marked(type(self), MayChange))
 
     def with_changes(self, sections: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Return a copy with other values of some options, by section and name; not validated."""
+        """Return a copy with other values of some options, by section and name.
+
+        The values are not checked.
+        """
         changed = {
             name: getattr(self, name).model_copy(update=dict(values))
             for name, values in sections.items()
@@ -170,7 +181,10 @@ class JobConfig(Section):
 
 
 def kinds(schema: Any) -> dict[str, type[Section]]:
-    """Classes of options that a preset chooses between, at any depth, by what chooses them."""
+    """Return the classes of options that a preset chooses from, by the tag that chooses them.
+
+    Nested sections count.
+    """
     found: dict[str, type[Section]] = {}
     for annotation in _annotations(schema):
         tags = [
@@ -184,7 +198,7 @@ def kinds(schema: Any) -> dict[str, type[Section]]:
 
 
 def option_names(schema: Any) -> list[str]:
-    """Leaf names of all options, whatever a preset chooses."""
+    """Return the leaf names of all options, of every class that a preset can choose."""
     names: dict[str, None] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         for name, info in schema.model_fields.items():
@@ -196,14 +210,14 @@ def option_names(schema: Any) -> list[str]:
 
 
 def _annotations(schema: Any) -> list[Any]:
-    """The schema itself or, of a section, those of its fields."""
+    """Return the types of a section's fields. For any other type, the type itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return [info.annotation for info in schema.model_fields.values()]
     return [schema]
 
 
 def flat(config: BaseModel) -> dict[str, Any]:
-    """Every option by its leaf name."""
+    """Return every option by its leaf name."""
     values: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)

@@ -133,7 +133,7 @@ def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
     ("arguments", "said"),
     [
         (["--resolutoin", "64"], "unknown option '--resolutoin'; did you mean '--resolution'?"),
-        (["--zzz"], "unknown option '--zzz'; `--help` lists them all"),
+        (["--zzz"], "unknown option '--zzz'. `--help` lists all options."),
         (["--config", "kl_f9"], "did you mean 'kl_f8'?"),
         (["--config", "nowhere/kl_f8.yml"], "neither a file nor a preset"),
         (["--rec_loss", "l3"], "rec_loss is 'l3', but should be 'l1' or 'l2'"),
@@ -181,8 +181,11 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
         ("fsq_f8 --levels", "levels is ()"),
         ("fsq_f8 --levels 1000 1000 1000", "1,000,000,000 codes; at most 16,777,216 are counted"),
         ("lfq_f16 --num_bits 25", "num_bits is 25"),
-        ("fsq_f8 --no-l2_normalize", "presets that have it: vq_f16, vq_f16_l2, vq_f4, vq_f8"),
-        ("kl_small --commitment_weight 1", "has no meaning for config kl_small; presets that have"),
+        ("fsq_f8 --no-l2_normalize", "only for the presets vq_f16, vq_f16_l2, vq_f4, vq_f8"),
+        (
+            "kl_small --commitment_weight 1",
+            "has no meaning for config kl_small, only for the presets",
+        ),
         ("fsq_f8 --codebook_size 9", "'--codebook_size' (here '--num_codes') has no meaning for"),
         ("vq_small --codebook_size 9", "did you mean '--num_codes'?"),
         ("vq_small --n_embed 9", "did you mean '--num_codes'?"),
@@ -191,10 +194,13 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
         ("vq_small --beta 1", "did you mean '--commitment_weight'?"),
         (
             "vq_small --quantizer fsq",
-            "--config chooses it, a preset (fsq: fsq_f8; gumbel: dvae_f8;",
+            "--config chooses it, with a preset (fsq: fsq_f8; gumbel: dvae_f8;",
         ),
         ("vq_small --quantizer.type fsq", "--config chooses it"),
-        ("kl_small --architecture vq", "--config chooses it, a preset (asymmetric: sd_asymmetric;"),
+        (
+            "kl_small --architecture vq",
+            "--config chooses it, with a preset (asymmetric: sd_asymmetric;",
+        ),
         (
             "vq_small --kl_scale 1",
             "kl_scale 1 has no meaning for the architecture vq (vq), which has",

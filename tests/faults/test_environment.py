@@ -107,7 +107,9 @@ def test_output_that_nothing_reads(kind: str, images: Path, network: Path, tmp_p
     assert (out / "table.csv").is_file()
     done = run(training(tmp_path / "run", images), {}, shell="set -o pipefail; " + OUTPUT[kind])
     if kind == "head":
-        assert done.returncode == 1 and b"error: nothing reads what this run prints" in done.stderr
+        assert (
+            done.returncode == 1 and b"error: nothing reads the output of this run" in done.stderr
+        )
     else:
         assert done.returncode == 0
         assert (tmp_path / "run" / "export" / "config.json").is_file()
