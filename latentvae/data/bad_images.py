@@ -1,4 +1,4 @@
-"""The count of unreadable files, and the point where there are too many."""
+"""Count the unreadable files of a training, and stop it when there are too many."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from latentvae.errors import UserError
 
 
 class BadImages:
-    """The unreadable files met in a run, by name.
+    """The unreadable files of a training, by name.
 
     Example:
         bad = BadImages()
@@ -22,7 +22,7 @@ class BadImages:
         return len(self.reasons)
 
     def update(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Add (name, reason) pairs; return those whose name is new."""
+        """Add (name, reason) pairs and return those whose name is new."""
         fresh: dict[str, str] = {}
         for name, reason in bad:
             if name not in self.reasons:
@@ -31,12 +31,20 @@ class BadImages:
         return list(fresh.items())
 
     def check(self, total: int, max_share: float) -> None:
-        """Raise UserError if more than ``max_share`` (0 to 1) of ``total`` images, and not only
-        one, are bad."""
+        """Stop when too many images are bad. A single bad image never stops.
+
+        Args:
+            total: number of images in the data set.
+            max_share: largest share of bad images that is allowed, 0 to 1.
+
+        Raises:
+            UserError: more than ``max_share`` of the images, and more than one, are bad.
+        """
         if len(self) <= max(max_share * total, 1):
             return
         first = ", ".join(f"'{name}' ({reason})" for name, reason in list(self.reasons.items())[:3])
         raise UserError(
-            f"{len(self)} of {total} images ({len(self) / total:.1%}) cannot be read, more than "
-            f"the {max_share:.1%} allowed; the first are {first}"
+            f"{len(self)} of {total} images ({len(self) / total:.1%}) cannot be read. At most "
+            f"{max_share:.1%} are allowed. The first are {first}. Repair or remove these files, "
+            "or raise max_bad_share."
         )

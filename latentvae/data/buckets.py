@@ -1,8 +1,10 @@
-"""Aspect-ratio buckets: images of about one shape are trained together, little of them cut away
-(NovelAI 2022, "Aspect ratio bucketing"; `enable_bucket` of kohya's scripts).
+"""Aspect-ratio buckets: images of similar shape are trained together, so that little is cut away.
 
-A batch is of one bucket, and all ranks have the same bucket in the same step. The order is a
-function of (seed, epoch), so a resumed run needs one integer, as with `IndexSampler`.
+Sources: NovelAI 2022, "Aspect ratio bucketing", and `enable_bucket` of kohya's scripts.
+
+All images of a batch come from one bucket, and all ranks use the same bucket in the same step.
+The order is a function of (seed, epoch), so a resumed run needs one integer, as with
+`IndexSampler`.
 
 `N` images, `B` images per rank and micro-step, `W` ranks.
 """
@@ -17,12 +19,12 @@ from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sampler import IndexSampler
 
-WIDEST = 2.0  # aspect ratio of the last bucket; of the first it is 1 / WIDEST
+WIDEST = 2.0  # aspect ratio of the last bucket. The first bucket has 1 / WIDEST.
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes, and which image goes where.
+    """The sizes of the buckets, and the bucket of each image.
 
     Attributes:
         sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
@@ -33,10 +35,11 @@ class Buckets:
     of: np.ndarray
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width that an image is trained at."""
+        """Return the height and width that an image is trained at."""
         return self.sizes[self.of[index]]
 
     def describe(self) -> str:
+        """Return the size of each bucket with its number of images, as text."""
         counts = np.bincount(self.of, minlength=len(self.sizes))
         return ", ".join(
             f"{h} x {w}: {count:,}" for (h, w), count in zip(self.sizes, counts, strict=True)
@@ -46,11 +49,14 @@ class Buckets:
 def bucket_sizes(
     resolution: tuple[int, int], count: int, *, multiple: int
 ) -> tuple[tuple[int, int], ...]:
-    """Up to ``count`` different (height, width), aspect ratios evenly spaced in their logarithm.
+    """Return up to ``count`` different sizes (height, width), by rising aspect ratio.
+
+    The aspect ratios are evenly spaced in their logarithm.
 
     Args:
-        resolution: height and width whose product all are near to.
-        multiple: divides every side.
+        resolution: height and width. The product of each size is close to theirs.
+        count: number of sizes to ask for, 1 or more. Equal sizes are joined.
+        multiple: number of pixels that divides every side.
     """
     area = resolution[0] * resolution[1]
     ratios = np.geomspace(1 / WIDEST, WIDEST, count) if count > 1 else np.ones(1)
@@ -70,8 +76,10 @@ def _aspect(size: tuple[int, int]) -> float:
 
 
 def aspect_ratios(source: ImageSource) -> np.ndarray:
-    """Width by height of every image, (N,), from the headers; 1 where one cannot be read, which is
-    told when it is its turn."""
+    """Return width divided by height of every image, (N,), read from the headers.
+
+    An unreadable image counts as 1. It is reported later, when it is read for a batch.
+    """
     ratios = np.ones(len(source))
     for i in range(len(source)):
         try:
@@ -84,12 +92,13 @@ def aspect_ratios(source: ImageSource) -> np.ndarray:
 
 
 def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: int) -> Buckets:
-    """Each image to the bucket whose aspect ratio is nearest, by their quotient.
+    """Put each image into the bucket with the nearest aspect ratio, compared by quotient.
 
     Args:
-        ratios: width by height, (N,).
-        at_least: images in a bucket (one joint batch, B W): the smallest that has fewer is given
-            up, and its images go to the next nearest, until none has.
+        ratios: width divided by height, (N,).
+        sizes: (height, width) of each bucket.
+        at_least: smallest number of images in a bucket (one joint batch, B W). While a bucket has
+            fewer, the smallest bucket is removed and its images go to the next nearest one.
     """
     assert len(ratios) >= at_least
     while True:
@@ -103,14 +112,14 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
 
 
 class BucketSampler(IndexSampler):
-    """Micro-steps of one bucket each, on all ranks; else as `IndexSampler`.
+    """An `IndexSampler` whose micro-steps take all images of all ranks from one bucket.
 
-    In an epoch no image comes twice, and of each bucket fewer than one joint batch are left out,
-    others in each epoch.
+    No image comes twice in an epoch. Each bucket leaves out fewer images than one joint batch, and
+    other ones in each epoch.
 
     Args:
-        buckets: of every image.
-        batch_size, seed, rank, world_size, start_step: as of `IndexSampler`.
+        buckets: the bucket of every image.
+        batch_size, seed, rank, world_size, start_step: see `IndexSampler`.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class BucketSampler(IndexSampler):
         self.steps_per_epoch = int((counts // (batch_size * world_size)).sum())
 
     def order(self, epoch: int) -> list[int]:
-        """The images of that epoch, one joint batch after the other."""
+        """Return the images of an epoch, one joint batch after the other."""
         rng, joint = counter_rng(Stream.ORDER, self.seed, epoch), self.batch_size * self.world_size
         shuffled = rng.permutation(self.num_items)
         batches: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Batches of images: for training endless and augmented, for validation each image exactly once."""
+"""Batches of images: endless and augmented for training, each image exactly once for validation."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,20 @@ from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
 from latentvae.data.workers import leave_signals_to_the_trainer
 
-MAX_ATTEMPTS = 20  # images tried for one place in a batch
-PREFETCHED = 4  # batches of each worker that wait, to bridge a run of large files
+MAX_ATTEMPTS = 20  # images that are tried for one place in a batch
+PREFETCHED = 4  # batches that each worker prepares ahead, to bridge a series of large files
 
 logger = logging.getLogger(__name__)
 
 
 class TrainItem(TypedDict):
-    """The crops of one image (N, C, H, W), uint8 or float32 (see `Batch`), its index, and the
-    unreadable files (name, reason) met before it."""
+    """The crops of one image and the unreadable files met before it.
+
+    Attributes:
+        crops: (N, C, H, W), uint8 or float32 (see `Batch`).
+        index: the number of the image in its source.
+        bad: (name, reason) of each unreadable file.
+    """
 
     crops: Tensor
     index: int
@@ -37,10 +42,10 @@ class Batch(NamedTuple):
     """One micro-step of one rank.
 
     Attributes:
-        images: (B, C, H, W): uint8, which are a quarter of the bytes from the workers to the
-            device, or float32 in [-1, 1] where one of them is deeper than 8 bits.
-        indices: (B,), int64: the images that are in it (a replaced one counts, not the bad one).
-        bad: the unreadable files met, as (name, reason).
+        images: (B, C, H, W), uint8, or float32 in [-1, 1] if one of them is deeper than 8 bits.
+            uint8 moves a quarter of the bytes from the workers to the device.
+        indices: (B,), int64, the images in the batch. For a replaced image it is the replacement.
+        bad: (name, reason) of each unreadable file that was met.
     """
 
     images: Tensor
@@ -48,12 +53,12 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
 
     def on(self, device: torch.device | str) -> Tensor:
-        """The images on that device, (B, C, H, W), float32 in [-1, 1]; no host sync."""
+        """Return the images on a device, (B, C, H, W), float32 in [-1, 1]. No host sync."""
         return normalised(self.images.to(device, non_blocking=True))
 
 
 class TrainImages(Dataset[TrainItem]):
-    """Augmented images by (epoch, index); what comes back depends on these and the seed alone.
+    """Augmented images by (epoch, index). The result depends on these and the seed alone.
 
     An unreadable file is replaced by another image, drawn from (seed, epoch, index, attempt).
 
@@ -62,9 +67,9 @@ class TrainImages(Dataset[TrainItem]):
         transform: the augmentation.
         seed: of augmentation and replacement, 0 or above.
         crops: N, crops taken of each image that is read (repeated augmentation, Hoffer et al. 2020,
-            https://arxiv.org/abs/1901.09335); the first is the one that N = 1 takes.
-        buckets: the size each image is brought to; None is the transform's own. What replaces an
-            image has its size, so that the batch stays of one.
+            https://arxiv.org/abs/1901.09335). The first crop is the one that N = 1 takes.
+        buckets: the size of each image. None uses the transform's own size. A replacement gets the
+            size of the image it replaces, so that the batch keeps one size.
     """
 
     def __init__(
@@ -100,7 +105,8 @@ class TrainImages(Dataset[TrainItem]):
             return TrainItem(crops=self.transform.crops(image, windows, size), index=index, bad=bad)
         name, reason = bad[0]
         raise UnreadableImage(
-            name, f"{reason} (nor could any of {MAX_ATTEMPTS - 1} others be read in its place)"
+            name,
+            f"{reason} ({MAX_ATTEMPTS - 1} other images tried in its place cannot be read either)",
         )
 
     def _candidates(self, key: tuple[int, int]) -> Iterator[int]:
@@ -128,22 +134,22 @@ def train_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[TrainItem]:
-    """Endless batches (``Batch``), the same for any number of workers.
+    """Return a loader of endless batches (``Batch``), the same for any number of workers.
 
     The global random generators are not touched.
 
     Args:
         dataset: the images.
-        sampler: the order of those that are read, from its ``start_step`` on, or (epoch, index) of
-            each batch; its batches times the crops of each image are B.
-        num_workers: processes that decode beside this one; 0 decodes in this one.
-        pin_memory: put batches where CUDA copies from while it computes.
+        sampler: the order of the images from its ``start_step`` on, or the (epoch, index) pairs of
+            each batch. B is its batch size times the crops of each image.
+        num_workers: processes that decode beside this one. 0 decodes in this process.
+        pin_memory: put batches where CUDA can copy from while it computes.
     """
     return DataLoader(dataset, batch_sampler=sampler, **loading(num_workers, pin_memory))
 
 
 def loading(num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    """How batches are made, whatever the images come from: options of ``DataLoader``."""
+    """Return the options of ``DataLoader`` that all training loaders share."""
     return {
         "num_workers": num_workers,
         "collate_fn": collate,
@@ -151,7 +157,7 @@ def loading(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         "persistent_workers": num_workers > 0,
         "prefetch_factor": PREFETCHED if num_workers > 0 else None,
         "worker_init_fn": leave_signals_to_the_trainer,
-        "generator": torch.Generator(),  # else every iter() draws from the global generator
+        "generator": torch.Generator(),  # else every iter() would draw from the global generator
     }
 
 
@@ -164,21 +170,22 @@ def validation_batches(
     world_size: int = 1,
     bad: BadImages | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield (images (b, C, H, W), names), b up to ``batch_size``: each image once over all ranks.
+    """Yield (images (b, C, H, W), names): each image exactly once over all ranks.
 
-    Rank r has the images r, r + W, r + 2W...: ranks may have unequal numbers of batches, or none,
-    so reduce sums over ranks at the end only.
+    Rank r has the images r, r + W, r + 2W... The ranks may have unequal numbers of batches, or no
+    batch, so reduce sums over ranks only at the end.
 
     Args:
         source: the images.
-        transform: to one size.
-        batch_size: images per batch, at most.
+        transform: brings an image to one size.
+        batch_size: largest number b of images in a batch.
         rank: this process.
         world_size: W, number of processes.
-        bad: takes the unreadable files, which are left out; without it they are logged as warnings.
+        bad: takes the unreadable files, which are left out. Without it they are logged as warnings.
     """
     images: list[Tensor] = []
     names: list[str] = []
+
     for index in range(rank, len(source), world_size):
         try:
             images.append(transform(source.read(index)))
@@ -186,15 +193,19 @@ def validation_batches(
             _report(bad, source.name(index), error)
             continue
         names.append(source.name(index))
+
+        # a full batch
         if len(images) == batch_size:
             yield torch.stack(images), names
             images, names = [], []
+
+    # the rest
     if images:
         yield torch.stack(images), names
 
 
 def _report(bad: BadImages | None, name: str, error: UnreadableImage) -> None:
     if bad is None:
-        logger.warning("left out of validation: %s", error)
+        logger.warning("Validation leaves out an image: %s", error)
     else:
         bad.update([(name, error.reason)])

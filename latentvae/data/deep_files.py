@@ -1,11 +1,11 @@
-"""Files that hold more than Pillow's modes do: arrays of NumPy, colours of 16 bits, float TIFFs.
+"""Read files that Pillow cannot hold: NumPy arrays, colours of 16 bits, float TIFFs.
 
-    .npy                  NumPy; never unpickled
+    .npy                  NumPy, never unpickled
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
-    TIFF, deep colours    tifffile (Pillow drops the lower byte, or knows no such mode)
+    TIFF, deep colours    tifffile (Pillow drops the lower byte, or has no such mode)
 
-All give stored numbers (H, W, C) as they are and whether the last channel is alpha. What claims
-more pixels than Pillow's limit for decompression bombs is refused before it is decoded.
+The results are the stored numbers (H, W, C), and whether the last channel is alpha. A file that
+claims more pixels than Pillow's limit for decompression bombs is rejected before decoding.
 """
 
 import io
@@ -29,9 +29,11 @@ NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of TIFF
-ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, in the tag ExtraSamples; 0 is a channel without a name
+# Two kinds of alpha in the tag ExtraSamples. 0 is a channel without a name.
+ASSOCIATED, UNASSOCIATED = 1, 2
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a bad file is one line, which is ours
+# We report a bad file in one line ourselves.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -54,7 +56,14 @@ File = str | os.PathLike[str] | bytes
 
 @dataclass(frozen=True)
 class DeepTiff:
-    """Stored numbers (H, W, C) and how they are meant."""
+    """The picture in a TIFF, as stored.
+
+    Attributes:
+        values: stored numbers, (H, W, C).
+        alpha: whether the last channel is alpha.
+        white_is_zero: whether the lowest number is white.
+        orientation: EXIF orientation, 1 to 8.
+    """
 
     values: np.ndarray
     alpha: bool
@@ -63,6 +72,7 @@ class DeepTiff:
 
 
 def first_bytes(source: File) -> bytes:
+    """Return the first 8 bytes of a file."""
     if isinstance(source, bytes):
         return source[:8]
     with open(source, "rb") as file:
@@ -70,11 +80,11 @@ def first_bytes(source: File) -> bytes:
 
 
 def read_npy(source: File, *, channels: int) -> np.ndarray:
-    """The array in a .npy file as (H, W, C); a file on disk is mapped, not loaded.
+    """Return the array in a .npy file as (H, W, C). A file on disk is mapped, not loaded.
 
     Raises:
-        ValueError: it is damaged, or holds Python objects.
-        BadPixels: another shape, or too many pixels.
+        ValueError: the file is damaged, or holds Python objects.
+        BadPixels: the array has another shape, or too many pixels.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         shape = npy_shape(file)
@@ -89,15 +99,15 @@ def read_npy(source: File, *, channels: int) -> np.ndarray:
 
 
 def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
-    """What the header of a .npy says."""
+    """Return the shape that the header of a .npy file gives."""
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
-        raise BadPixels(f"a .npy of version {version}, which no array of pixels has")
+        raise BadPixels(f"a .npy of version {version} (versions 1.0 and 2.0 are read)")
     return _NPY_HEADERS[version](file)[0]
 
 
 def check_size(width: int, height: int) -> None:
-    """Pillow's limit of pixels, in its words."""
+    """Check the number of pixels against Pillow's limit. The error has Pillow's words."""
     limit, count = Image.MAX_IMAGE_PIXELS, width * height
     if limit is not None and count > limit:
         raise BadPixels(
@@ -107,17 +117,20 @@ def check_size(width: int, height: int) -> None:
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:
-    """An array does not say what its channels are, so none are made up or left out."""
+    """Check that an array has just the channels that are asked.
+
+    An array does not say what its channels mean, so no channel is added or dropped.
+    """
     if (len(shape) == 3 and shape[2] == channels) or (len(shape) == 2 and channels == 1):
         return
     grey = "(H, W) or " if channels == 1 else ""
-    raise BadPixels(f"the array is {shape}; {grey}(H, W, {channels}) is needed")
+    raise BadPixels(f"the array must be {grey}(H, W, {channels}) (got {shape})")
 
 
 def is_cut_to_8bit(image: Image.Image) -> bool:
-    """Whether an opened file has colours of 16 bits of which Pillow keeps 8."""
+    """Return whether an opened file has colours of 16 bits that Pillow cuts to 8."""
     if isinstance(image, TiffImageFile):
-        # Not by its rawmodes: of planes they are those of one channel.
+        # The rawmodes do not tell: for separate planes they describe one channel only.
         tags = image.tag_v2
         return _bits(image) > 8 and tags.get(SAMPLES, 1) > 1 and tags.get(PHOTOMETRIC) in (0, 1, 2)
     if image.format != "PNG" or not (tiles := getattr(image, "tile", None)):
@@ -128,8 +141,10 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Whether Pillow takes an opened TIFF for another picture without a word: planes of 16 bits,
-    and signed numbers of 8."""
+    """Return whether Pillow silently decodes an opened TIFF to another picture.
+
+    It does so with separate planes of 16 bits and with signed numbers of 8 bits.
+    """
     if not isinstance(image, TiffImageFile):
         return False
     planes = image.tag_v2.get(PLANES) == 2 and image.tag_v2.get(SAMPLES, 1) > 1
@@ -142,13 +157,18 @@ def _bits(image: TiffImageFile) -> int:
 
 
 def white_is_zero(image: Image.Image) -> bool:
-    """Whether it is a TIFF of grey whose lowest number is white, as X-ray scanners write them."""
+    """Return whether the lowest number of a grey TIFF is white, as X-ray scanners write them."""
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
-    """A PNG of 16-bit colours that Pillow has opened and decoded, so that it is not damaged."""
-    from torchvision.io import decode_png  # takes seconds, which only those who use it pay
+    """Return (H, W, C) and whether the last channel is alpha, of a PNG of 16-bit colours.
+
+    Args:
+        source: the file.
+        image: the same file, already decoded by Pillow, so that it is known to be undamaged.
+    """
+    from torchvision.io import decode_png  # imported here, because it takes seconds
 
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     tensor = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8))  # (C, H, W), uint16
@@ -160,19 +180,19 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
-    """With an alpha of 16 bits that hides one colour."""
+    """Return the values with an alpha of 16 bits that hides one colour."""
     hidden = (values == np.asarray(key)).all(axis=2, keepdims=True)
     return np.concatenate([values, np.where(hidden, 0, 65535).astype(values.dtype)], axis=2)
 
 
 @contextmanager
 def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.TiffPage]:
-    """The first page of a TIFF; what fails in it has a reason that a reader understands."""
+    """Yield the first page of a TIFF. Errors inside get a reason that a reader understands."""
     try:
         with tifffile.TiffFile(file) as tiff:
             yield tiff.pages.first
     except Exception as error:
-        # tifffile's own "0" or "'ImageWidth'": an index or a key that it did not find.
+        # tifffile reports a missing index or key as "0" or "'ImageWidth'".
         lost = isinstance(error, IndexError | KeyError)
         if lost or not any(letter.isalpha() for letter in str(error)):
             raise BadPixels(_DAMAGED) from error
@@ -180,27 +200,35 @@ def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.Ti
 
 
 def read_tiff(source: File) -> DeepTiff:
-    """The first page of a TIFF. Colours are divided by an alpha they were multiplied with; a
-    channel beside grey or RGB that is not said to be alpha (infrared) is left out.
+    """Return the first page of a TIFF.
+
+    Colours that were multiplied with alpha are divided by it. A channel beside grey or RGB that is
+    not marked as alpha (infrared, for example) is left out.
 
     Raises:
-        ValueError: it is damaged, compressed in a way that needs `imagecodecs`, or no picture.
+        ValueError: the file is damaged, needs `imagecodecs` to be decompressed, or is no picture.
     """
     with first_page(io.BytesIO(source) if isinstance(source, bytes) else source) as page:
         samples, extra = page.samplesperpixel, _extra_channel(page)
+
+        # what is not a picture
         if not page.axes:
             raise BadPixels(_DAMAGED)
         if page.photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
             raise BadPixels(f"a TIFF of {page.photometric!s} and axes {page.axes}")
         if samples > 4:
-            raise BadPixels(f"a TIFF of {samples} channels; 1 to 4 are read")
+            raise BadPixels(f"a TIFF must have 1 to 4 channels (got {samples})")
         if samples == 4 and page.photometric != 2 and extra == 0:
             raise BadPixels("a TIFF of 4 channels that are neither RGB nor alpha")
         check_size(page.imagewidth, page.imagelength)
+
+        # stored numbers
         values = page.asarray()
-        if values.ndim != len(page.axes):  # tifffile's answer where no pixels are in the file
+        if values.ndim != len(page.axes):  # what tifffile returns if the file has no pixels
             raise BadPixels(_DAMAGED)
         photometric, turn = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
+
+    # to (H, W, C)
     if page.axes == "YX":
         values = values[..., None]
     elif page.axes == "SYX":
@@ -216,7 +244,7 @@ def read_tiff(source: File) -> DeepTiff:
 
 
 def _extra_channel(page: tifffile.TiffPage) -> int | None:
-    """What the channel beside grey or RGB is; None if there is none."""
+    """Return the kind of the channel beside grey or RGB, or None if there is none."""
     if page.samplesperpixel not in (2, 4):
         return None
     kind = int(page.extrasamples[-1]) if page.extrasamples else 0
@@ -224,7 +252,7 @@ def _extra_channel(page: tifffile.TiffPage) -> int | None:
 
 
 def _unassociated(values: np.ndarray) -> np.ndarray:
-    """Colours as they were before they were multiplied with alpha."""
+    """Return the colours as they were before the multiplication with alpha."""
     alpha = values[..., -1:] / type_top(values.dtype)
     colour = np.divide(
         values[..., :-1], alpha, out=np.zeros(values[..., :-1].shape), where=alpha > 0
@@ -235,5 +263,5 @@ def _unassociated(values: np.ndarray) -> np.ndarray:
 
 
 def upright(orientation: int) -> Image.Transpose | None:
-    """What turns a picture of that EXIF orientation upright; None if it is."""
+    """Return what turns a picture of this EXIF orientation upright, or None if it is upright."""
     return _UPRIGHT.get(orientation)

@@ -1,8 +1,8 @@
-"""Images in tables, read with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
+"""Read images in tables with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
 
-https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows; the images are
-decoded here, by ``read_image``, so that a file is the same image wherever it comes from. What it
-prepares goes to ``cache_dir`` (its own cache folder without one), never beside the data.
+https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows. ``read_image``
+decodes the images, so that a file is the same image wherever it comes from. Prepared data goes
+to ``cache_dir`` (by default the cache folder of ``datasets``), never beside the data.
 """
 
 import os
@@ -19,26 +19,26 @@ from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, check_no_password, nearest
 
-if TYPE_CHECKING:  # importing datasets takes a second, which only those who use it pay
+if TYPE_CHECKING:  # importing datasets takes a second, so functions import it when needed
     from datasets import Features
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
-PLACES = ("", "file", "https", "http", "hf", "zip")  # of the files that cells name
-KINDS_OF_FSSPEC = frozenset(available_protocols())  # in a chain they may stand alone
+PLACES = ("", "file", "https", "http", "hf", "zip")  # where files named in cells may lie
+KINDS_OF_FSSPEC = frozenset(available_protocols())  # a link of a chain may be one of these names
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Which images: a data set of the Hub, or a local path with options.
+    """The choice of images: a data set of the Hub, or a local path, with options.
 
     Attributes:
-        name: a Hub id such as ``"user/photos"``, or a path that exists.
-        config_name: the configuration, where the data set has several.
-        split: the split; for `train`, a data set with only one gives that.
-        image_column: the column of images, where there are several.
+        name: a Hub id such as ``"user/photos"``, or an existing path.
+        config_name: the configuration. Needed if the data set has several.
+        split: the split. A data set with only one split is also opened by `train`.
+        image_column: the column of images. Needed if there are several.
         cache_dir: where ``datasets`` keeps what it downloads and prepares.
-        any_split: a data set with one split gives that, whatever ``split`` is.
+        any_split: a data set with only one split is opened whatever ``split`` is.
     """
 
     name: str
@@ -53,19 +53,19 @@ class DatasetSpec:
 
 
 class HubImages:
-    """The images of a data set, sorted by the path stored with each (``datasets`` keeps one).
+    """The images of a data set, sorted by the path that ``datasets`` stores with each.
 
-    A row without a path, or with another's, is named ``train/000000012`` by its split and number,
-    so a table without paths keeps its order.
+    A row without a path, or with the path of another row, is named by its split and number:
+    ``train/000000012``. So a table without paths keeps its order.
 
     Args:
         spec: the data set.
-        pixels: what every image becomes; None is 8-bit RGB.
+        pixels: the format of every image. None is 8-bit RGB.
 
     Attributes:
         origin: path or name, configuration and split.
-        numbered: whether rows are named by their numbers, which another column or configuration
-            would have too.
+        numbered: whether rows are named by their numbers. Another column or configuration of the
+            data set would have the same numbers.
 
     Example:
         photos = HubImages(DatasetSpec(name="photos.parquet"))
@@ -84,7 +84,7 @@ class HubImages:
         column = f"{self.column}.path"
         try:
             paths = list(self.rows.flatten().select_columns(column)[column])
-        except Exception as error:  # a damaged table: pyarrow and datasets raise their own
+        except Exception as error:  # pyarrow and datasets raise their own for a damaged table
             raise UserError(
                 f"data set '{spec.name}' cannot be read: {_first_line(error)}"
             ) from error
@@ -103,14 +103,16 @@ class HubImages:
         return self.names[index]
 
     def labels(self, column: str | None = None) -> tuple[list[int], list[str] | None] | None:
-        """Classes in the order of the images (-1 where null), and their names if they have any.
+        """Return the classes in the order of the images, and their names if they have any.
+
+        A null is class -1.
 
         Args:
-            column: of integers or of `datasets.ClassLabel`; None takes `label`, and gives None
-                where there is no such column.
+            column: a column of integers or of `datasets.ClassLabel`. None takes `label`, or returns
+                None if there is no such column.
 
         Raises:
-            UserError: `column` is not there or holds something else.
+            UserError: `column` does not exist or holds something else.
         """
         from datasets import ClassLabel
 
@@ -120,7 +122,10 @@ class HubImages:
             if column is None:
                 return None
             if kind is not None:
-                raise UserError(f"column '{column}' holds {kind}, not integers or classes")
+                raise UserError(
+                    f"column '{column}' must hold integers or classes (got {kind}). Give another "
+                    "column."
+                )
             near = nearest(column, features)
             raise UserError(f"there is no column '{column}', only {', '.join(features)}{near}")
         stored = list(self._table.select_columns([column or "label"])[column or "label"])
@@ -134,7 +139,7 @@ class HubImages:
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
 
     def files(self) -> list[Path | None]:
-        """Each image's file on this machine, links resolved; None where the row names none."""
+        """Return each image's local file, links resolved, or None if its row names none."""
         return [
             Path(path).resolve() if path and os.path.isabs(path) else None for path in self._paths
         ]
@@ -145,16 +150,18 @@ class HubImages:
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
-    """The rows, all columns of them, and the name of their split.
+    """Return the rows with all columns, and the name of their split.
 
     Raises:
-        UserError: the data set is missing, damaged or out of reach, or has no such split.
+        UserError: the data set is missing, damaged or cannot be reached, or has no such split.
     """
     from datasets import load_dataset, load_from_disk
 
     path = Path(spec.name).expanduser()
     options: dict[str, Any] = {"cache_dir": spec.cache_dir, "streaming": streaming}
     _check_files(path)
+
+    # open
     try:
         if path.is_dir() and any((path / name).exists() for name in SAVED):
             found = load_from_disk(str(path))
@@ -164,11 +171,13 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
         else:
             name = str(path) if path.exists() else spec.name
             found = load_dataset(name, spec.config_name, **options)
-    # Not a list of types: the network, the Hub's client, pyarrow and datasets raise their own.
+    # Any type: the network, the Hub's client, pyarrow and datasets raise their own.
     except Exception as error:
         raise UserError(f"data set '{spec.name}' cannot be opened: {_first_line(error)}") from error
+
+    # choose the split
     any_split = spec.any_split or spec.split == "train"
-    if not isinstance(found, dict):  # a data set saved alone
+    if not isinstance(found, dict):  # a data set that was saved without splits
         if any_split or found.split is None:
             return found, spec.split
         found = {found.split: found}
@@ -184,14 +193,14 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 
 
 def _check_files(path: Path) -> None:
-    """Refuse a pipe or a device in a folder of tables, which would be waited for."""
+    """Reject a pipe or a device in a folder of tables, because reading it would hang."""
     for file in path.rglob("*") if path.is_dir() else ():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"'{file}' is not a regular file")
 
 
 def local_files(spec: DatasetSpec, split: str) -> set[Path]:
-    """The files on this machine, links resolved, that the rows of that split come from."""
+    """Return the local files, links resolved, that hold the rows of a split."""
     from datasets import load_dataset_builder
 
     path = Path(spec.name).expanduser()
@@ -207,7 +216,7 @@ def local_files(spec: DatasetSpec, split: str) -> set[Path]:
 
 
 def split_names(folder: Path) -> list[str]:
-    """The splits that `datasets` sees in the names of a folder's files: none if it has none."""
+    """Return the splits that `datasets` sees in the file names of a folder, or an empty list."""
     from datasets.data_files import EmptyDatasetError, get_data_patterns
 
     try:
@@ -217,7 +226,7 @@ def split_names(folder: Path) -> list[str]:
 
 
 def image_column(features: "Features | None", *, wanted: str | None) -> str:
-    """The column of images: ``wanted``, or the only one there is.
+    """Return the column of images: ``wanted``, or the only one there is.
 
     Raises:
         UserError: there is none, or more than one, or ``wanted`` is another kind of column.
@@ -233,27 +242,27 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     if wanted is not None and wanted not in images + bytes_like:
         raise UserError(
             f"column '{wanted}' holds {columns[wanted]}, not images"
-            + (f"; {', '.join(images + bytes_like)} may" if images + bytes_like else "")
+            + (f". {', '.join(images + bytes_like)} may" if images + bytes_like else "")
         )
     found = [wanted] if wanted is not None else images or bytes_like
     if len(found) != 1:
         several = f"several columns of images ({', '.join(found)})" if found else "no image column"
         raise UserError(
-            f"the data set has {several}; its columns are {', '.join(columns)}: "
-            "name one as the image column"
+            f"the data set has {several}. Its columns are {', '.join(columns)}. "
+            "Name one of them by image_column."
         )
     return found[0]
 
 
 def undecoded(rows: Any, column: str) -> Any:
-    """The rows with that column alone, as ``{"bytes": ..., "path": ...}``."""
+    """Return the rows with only that column, as ``{"bytes": ..., "path": ...}``."""
     from datasets import Image as ImageFeature
 
     return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
 def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
-    """The image file in a cell, read from its path if the cell holds only that.
+    """Return the image file in a cell. It is read from its path if the cell holds only a path.
 
     Raises:
         UnreadableImage: the cell is null, or its file cannot be read.
@@ -266,18 +275,19 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         return cell["bytes"]
     _check_place(cell["path"], name)
     try:
-        with fsspec.open(cell["path"], "rb") as file:  # may lie on the Hub, when streamed
+        with fsspec.open(cell["path"], "rb") as file:  # on the Hub, if streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception as error:  # of the file system's client
+    except Exception as error:  # the file system's client raises its own
         raise UnreadableImage(name, _first_line(error)) from error
 
 
 def _check_place(path: str, name: str) -> None:
-    """A cell may name a file of this machine, the web or the Hub, alone or in a zip file; other
-    file systems of fsspec start programs, log in elsewhere or fill in templates.
+    """Check that a cell names a file of this machine, the web or the Hub, plain or in a zip file.
+
+    Other file systems of fsspec start programs, log in elsewhere or fill in templates.
 
     Raises:
-        UnreadableImage: it names something else, or a pipe, say, which would be waited for.
+        UnreadableImage: the cell names another place, or a pipe, which would hang.
     """
     if "\0" in path:
         raise UnreadableImage(name, "its path has a null byte")
@@ -292,14 +302,14 @@ def _check_place(path: str, name: str) -> None:
 
 
 def _holds_files(kind: Any) -> bool:
-    """Whether a column of plain parquet holds files: bytes, or bytes with a path."""
+    """Return whether a column of plain parquet holds files: bytes, or bytes with a path."""
     if isinstance(kind, dict):
         return {"bytes", "path"} == set(kind)
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
 def _row_names(paths: list[str | None], split: str) -> list[str]:
-    """Stored paths where they tell the rows apart, numbers of nine digits elsewhere."""
+    """Return the stored paths where they are unique, and numbers of nine digits elsewhere."""
     absolute = [path for path in paths if path and os.path.isabs(path)]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else ""
     names = [inner_name((path or "").removeprefix(root)) for path in paths]
@@ -314,6 +324,6 @@ def _number(split: str, row: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error  # datasets wraps what went wrong while it prepared a split
+    cause = error.__cause__ or error  # datasets wraps errors of preparing a split
     lines = str(cause).strip().splitlines()
     return lines[0] if lines else type(cause).__name__

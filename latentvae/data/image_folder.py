@@ -1,6 +1,6 @@
-"""Where images come from: a folder of files, or the photos that come with scikit-image.
+"""Sources of images: a folder of files, or the photos that come with scikit-image.
 
-Tar files are in ``tar.py``, tables of images (parquet, arrow, the Hub) in ``hub.py``.
+Tar files are read in ``tar.py``, tables (parquet, arrow, the Hub) in ``hub_datasets.py``.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ SUFFIXES = (
 ).split()
 
 SAMPLES = "samples"
-# Photographs only; both views of the motorcycle on one side, so that no scene is in both splits.
+# Only photographs. Both views of the motorcycle are for training: no scene is in both splits.
 SAMPLE_PHOTOS = {
     "train": (
         "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg "
@@ -34,8 +34,8 @@ SAMPLE_PHOTOS = {
 class ImageSource(Protocol):
     """Images by number.
 
-    ``read`` raises UnreadableImage; for ``at_least`` see ``read_image``. ``size`` is width and
-    height, from the header alone.
+    ``read`` raises UnreadableImage. For ``at_least`` see ``read_image``. ``size`` is width and
+    height, read from the header alone.
     """
 
     def __len__(self) -> int: ...
@@ -50,12 +50,12 @@ class ImageSource(Protocol):
 class ImageFolder:
     """The image files below a folder, sorted by relative path.
 
-    Hidden files and folders are left out, and arrays that belong to an image (``side_cars``). Links
-    are followed; a folder reached twice counts once.
+    Hidden files and folders are left out, and so are arrays that belong to an image
+    (``side_cars``). Links are followed. A folder reached twice counts once.
 
     Args:
         root: the folder (``~`` allowed).
-        pixels: what every file becomes; None is 8-bit RGB.
+        pixels: the format of every image. None is 8-bit RGB.
 
     Example:
         folder = ImageFolder("photos")
@@ -71,7 +71,7 @@ class ImageFolder:
         return len(self.names)
 
     def name(self, index: int, /) -> str:
-        """The path relative to the folder, with ``/`` on every system."""
+        """Return the path relative to the folder, with ``/`` on every system."""
         return self.names[index]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
@@ -82,11 +82,11 @@ class ImageFolder:
 
 
 class SamplePhotos:
-    """Photos from scikit-image's wheel (nothing is downloaded), kept decoded in memory.
+    """Photos from scikit-image's wheel, kept decoded in memory. Nothing is downloaded.
 
     Args:
         split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
-        pixels: what every photo becomes; None is 8-bit RGB.
+        pixels: the format of every photo. None is 8-bit RGB.
     """
 
     def __init__(self, split: str, *, pixels: PixelFormat | None = None) -> None:
@@ -95,10 +95,11 @@ class SamplePhotos:
             raise UserError(
                 f"the sample photos have no split '{split}', only train and validation{near}"
             )
-        spec = importlib.util.find_spec("skimage")  # finds the files without importing the library
+        spec = importlib.util.find_spec("skimage")  # finds the files without an import
         if spec is None or spec.origin is None:
             raise UserError(
-                "the sample photos come with scikit-image: run `pip install scikit-image`"
+                "the sample photos come with scikit-image, which is not installed. Run "
+                "`pip install scikit-image`."
             )
         self.root = Path(spec.origin).parent / "data"
         self.names = list(SAMPLE_PHOTOS[split])
@@ -112,7 +113,7 @@ class SamplePhotos:
         return self.names[index]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
-        """The photo at full size, whatever ``at_least`` allows."""
+        """Return the photo at full size, whatever ``at_least`` allows."""
         if index not in self._decoded:
             self._decoded[index] = read_image(self.root / self.names[index], pixels=self.pixels)
         return self._decoded[index]
@@ -122,19 +123,22 @@ class SamplePhotos:
 
 
 def inner_name(name: str) -> str:
-    """The name of an image in a container, as a relative path: no leading ``/``, no ``..``."""
+    """Return the name of an image in a container as a relative path.
+
+    A leading ``/`` and ``..`` are dropped.
+    """
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of the relative path is hidden; macOS adds ``._`` files to tars."""
+    """Return whether any part of a relative path is hidden, such as the ``._`` files of macOS."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
 def side_cars(names: Iterable[str]) -> set[str]:
-    """The ``.npy`` files that are kept beside an image: latents, masks, embeddings, not pictures.
+    """Return the ``.npy`` files kept beside an image: latents, masks or embeddings, not pictures.
 
-    As webdataset has it, files are of one sample whose names are equal up to the first dot.
+    As in webdataset, files belong to one sample if their names are equal up to the first dot.
     """
     names = list(names)
     arrays = {name for name in names if name.lower().endswith(".npy")}
@@ -150,7 +154,7 @@ def _sample(name: str) -> str:
 def read_named(
     name: str, data: bytes, *, at_least: int | None = None, pixels: PixelFormat | None = None
 ) -> Picture:
-    """``read_image`` of the bytes of a file, whose name the error gives."""
+    """Read an image from the bytes of a file. An error gives the name of the file."""
     try:
         return read_image(data, at_least=at_least, pixels=pixels)
     except UnreadableImage as error:
@@ -167,8 +171,10 @@ def _image_names(root: Path) -> list[str]:
     names = sorted(set(found) - side_cars(found))
     if not names:
         others = Counter(file.suffix.lower() for file in files if file.suffix).most_common(1)
-        hint = f"; most files there end in {others[0][0]}" if others else ""
-        raise UserError(f"no images in '{root}' or below: {', '.join(SUFFIXES)} are read{hint}")
+        hint = f" Most files there end in {others[0][0]}." if others else ""
+        raise UserError(
+            f"no images in '{root}' or below. These types are read: {', '.join(SUFFIXES)}.{hint}"
+        )
     return names
 
 
@@ -176,19 +182,19 @@ def _check_folder(root: Path) -> None:
     if root.is_dir():
         return
     if root.exists():
-        raise UserError(f"'{root}' is a file; a folder of images is needed")
+        raise UserError(f"'{root}' is a file. Give a folder of images.")
     parent = root.absolute().parent
     siblings = (
         [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     )
-    near = nearest(root.name, siblings) or f"; a folder of images or '{SAMPLES}' is needed"
+    near = nearest(root.name, siblings) or f". Give a folder of images or '{SAMPLES}'."
     raise UserError(f"there is no folder '{root}'{near}")
 
 
 def walk(root: Path) -> Iterator[PurePosixPath]:
-    """The files below a folder, as paths relative to it; hidden ones are left out, links followed.
+    """Yield the files below a folder, as paths relative to it.
 
-    A folder reached twice, by links, counts once.
+    Hidden files are left out and links are followed. A folder reached twice by links counts once.
     """
     return _walk(root, PurePosixPath(), seen=set())
 
@@ -201,7 +207,7 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     with os.scandir(root / below) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
-        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also of a link to itself
+        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also works for a link to itself
             yield from _walk(root, below / entry.name, seen=seen)
-        else:  # dead links and pipes too, so that reading them is reported
+        else:  # also dead links and pipes: reading them reports them
             yield below / entry.name

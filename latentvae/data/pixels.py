@@ -1,8 +1,8 @@
-"""Pixels of any depth, as planes of floats in [-1, 1]: for what Pillow has no mode for.
+"""Pixels of any depth, as planes of floats in [-1, 1], for pictures that Pillow has no mode for.
 
-8-bit pictures stay Pillow's own, which is fast. 16 bits, floats, and any picture whose range is
-stated become a `DeepImage`, which has the calls of a Pillow image that the transforms use; from the
-file to the tensor nothing is rounded to 8 bits.
+8-bit pictures stay Pillow images, which is fast. 16 bits, floats, and pictures with a stated
+range become a `DeepImage`, which has the methods of a Pillow image that the transforms use.
+Nothing is rounded to 8 bits between the file and the tensor.
 
 `C` channels, `H W` pixels. A picture is grey (1), grey and alpha (2), RGB (3) or RGBA (4).
 """
@@ -16,28 +16,28 @@ from PIL import Image
 
 from latentvae.errors import UserError
 
-INTEGER_TOP = 65535  # of integers of more than 8 bits, where no range is stated
+INTEGER_TOP = 65535  # white of integers of more than 8 bits, if no range is stated
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode "L"
 
 
 class BadPixels(ValueError):
-    """Numbers that make no picture; says why, in a few words."""
+    """Numbers that make no picture. The message says why, in a few words."""
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What every image file becomes.
+    """The format that every image file is brought to.
 
     Attributes:
-        channels: 1 (grey: luma of colours), 3 (RGB: grey is repeated) or 4 (RGBA: opaque where
-            the file has no alpha). Without alpha, transparency is laid over white.
-        value_range: the stored numbers that become -1 and 1; those outside are clipped. None goes
-            by the type: 0..255 for 8 bits, 0..65535 for wider integers; signed 8 bits and floats
-            have no range of their own, but with 3 channels floats go from 0 to 1 if none exceeds
-            1, else to 255. Alpha always goes by the type, floats from 0 to 1.
+        channels: 1 (grey, the luma of colours), 3 (RGB, grey is repeated) or 4 (RGBA, opaque if
+            the file has no alpha). With 1 or 3, transparency is composited over white.
+        value_range: the stored numbers that become -1 and 1. Numbers outside are clipped. None
+            decides by the type: 0..255 for 8 bits, 0..65535 for wider integers. Signed 8 bits and
+            floats need a range. With 3 channels, floats go from 0 to 1 if no value exceeds 1, else
+            from 0 to 255. Alpha is always scaled by its type, floats from 0 to 1.
 
     Raises:
-        UserError: a range that is not finite and rising.
+        UserError: the range is not finite and rising.
     """
 
     channels: int = 3
@@ -49,8 +49,8 @@ class PixelFormat:
         low, high = self.value_range
         if not -math.inf < low < high < math.inf:
             raise UserError(
-                f"value_range is {low:g} {high:g}; it is the number that becomes black and then a "
-                "greater one that becomes white"
+                "value_range must be the number that becomes black, then a greater one that "
+                f"becomes white (got {low:g} {high:g})."
             )
 
 
@@ -77,17 +77,22 @@ class DeepImage:
         box: tuple[float, float, float, float] | None = None,
         reducing_gap: float | None = None,
     ) -> "DeepImage":
-        """As `PIL.Image.Image.resize`: what a kernel rings beyond [-1, 1] is clipped, and colours
-        count by their alpha."""
+        """Resize as `PIL.Image.Image.resize` does.
+
+        Overshoot of the kernel beyond [-1, 1] is clipped. Colours are weighted by their alpha.
+        """
 
         def resized(values: np.ndarray) -> np.ndarray:
             plane = Image.fromarray(values)
             return np.asarray(plane.resize(size, resample, box=box, reducing_gap=reducing_gap))
 
+        # without alpha
         planes = [np.asarray(plane) for plane in self.planes]
         whole = size == self.size and box in (None, (0, 0, *size))
         if whole or len(planes) < 4 or planes[3].min() == 1:
             return _from_planes([resized(plane) for plane in planes])
+
+        # colours weighted by alpha
         *colour, alpha = ((plane + 1) / 2 for plane in planes)
         weight = resized(alpha)
         sums = [resized(plane * alpha) for plane in colour]
@@ -95,15 +100,15 @@ class DeepImage:
         return _from_planes([2 * values - 1 for values in (*means, weight)])
 
     def transpose(self, method: Image.Transpose) -> "DeepImage":
-        """As `PIL.Image.Image.transpose`."""
+        """Flip or rotate as `PIL.Image.Image.transpose` does."""
         return DeepImage([plane.transpose(method) for plane in self.planes])
 
     def to_array(self) -> np.ndarray:
-        """(C, H, W), float32 in [-1, 1]."""
+        """Return the planes as one array, (C, H, W), float32 in [-1, 1]."""
         return np.stack([np.asarray(plane) for plane in self.planes])
 
     def to_8bit(self) -> Image.Image:
-        """The nearest picture of 8 bits: mode "L", "RGB" or "RGBA"."""
+        """Return the nearest picture of 8 bits, of mode "L", "RGB" or "RGBA"."""
         levels = np.rint((self.to_array() + 1) * 127.5).astype(np.uint8)
         planes = [Image.fromarray(plane) for plane in levels]
         return Image.merge({1: "L", 3: "RGB", 4: "RGBA"}[len(planes)], planes)
@@ -115,16 +120,18 @@ Picture = Image.Image | DeepImage
 def deep_image(
     values: np.ndarray, pixels: PixelFormat, *, alpha: bool, white_is_zero: bool = False
 ) -> DeepImage:
-    """The picture of stored numbers.
+    """Return the picture of stored numbers.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.
-        alpha: whether the last channel is one.
-        white_is_zero: whether the lowest number is white: the ends of the range change places.
+        pixels: channels and range of the picture.
+        alpha: whether the last channel is alpha.
+        white_is_zero: whether the lowest number is white. It swaps the ends of the range.
 
     Raises:
-        BadPixels: numbers that are not finite, or whose range nothing tells.
+        BadPixels: the numbers are not finite, or their range is unknown.
     """
+    # what is not a picture
     kind, count = values.dtype.kind, values.shape[2] - alpha
     if values.size == 0:
         raise BadPixels("it has no pixels")
@@ -132,6 +139,8 @@ def deep_image(
         raise BadPixels(f"it holds {values.dtype}, not numbers of pixels")
     if kind == "f" and not np.isfinite(values).all():
         raise BadPixels("its float values are not all finite")
+
+    # to [-1, 1]
     low, high = pixels.value_range or _own_range(values[..., :count], pixels)
     if white_is_zero:
         low, high = high, low
@@ -154,14 +163,17 @@ def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
 
 
 def type_top(dtype: np.dtype) -> int:
-    """The number of a type that is white, or opaque."""
+    """Return the number of a type that is white, or opaque."""
     if dtype.kind in "bf":
         return 1
     return np.iinfo(dtype).max if dtype.itemsize == 1 else INTEGER_TOP
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """To [-1, 1], float32; computed in float64, which keeps 32-bit integers apart."""
+    """Return the values scaled to [-1, 1], float32.
+
+    The computation is in float64, which keeps 32-bit integers apart.
+    """
     unit = (values.astype(np.float64) - low) / (high - low)
     return (2 * np.clip(unit, 0, 1) - 1).astype(np.float32)
 
@@ -169,7 +181,7 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _arranged(
     colour: list[np.ndarray], alpha: np.ndarray | None, channels: int
 ) -> list[np.ndarray]:
-    """One or three planes, and perhaps alpha, to the channels wanted."""
+    """Return the planes of the wanted channels from one or three planes and perhaps alpha."""
     if channels < 4 and alpha is not None:
         colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # over white
     if channels == 1 and len(colour) == 3:

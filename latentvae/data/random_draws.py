@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a draw depends on what it is for, never on what was drawn before.
+"""Counter-based random numbers: a draw depends on its purpose, never on earlier draws.
 
-So augmentation and order are the same in any worker, on any rank and after a resume, and leave
-the global generators alone.
+So augmentation and order are the same in any worker, on any rank and after a resume. The global
+generators are not touched.
 """
 
 from enum import IntEnum
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for; every stream has its own fixed number of counters."""
+    """The purpose of a draw. Every stream has its own fixed number of counters."""
 
     ORDER = 1  # (seed, epoch)
     AUGMENT = 2  # (seed, epoch, index)
@@ -18,5 +18,5 @@ class Stream(IntEnum):
 
 
 def counter_rng(stream: Stream, *counters: int) -> np.random.Generator:
-    """A generator seeded from the stream and its counters (each 0 or above)."""
+    """Return a generator seeded from the stream and its counters (each 0 or above)."""
     return np.random.default_rng([int(stream), *counters])

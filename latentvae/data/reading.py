@@ -1,25 +1,26 @@
-"""One way from an image file to a picture, and one exception for every file that cannot be read.
+"""Read any image file to a picture, with one exception for every file that cannot be read.
 
-What becomes of each kind of file:
+Each kind of file is treated as follows.
 
-- EXIF (or XMP) orientation is applied; of an animation, or a stack, the first picture is taken.
-- Transparency (RGBA, LA, palette or colour key) is laid over white, unless four channels are asked.
-- CMYK is converted without a profile; JPEGs are taken as inverted, as Adobe writes them.
-- A TIFF of grey whose lowest number is white is turned round, at every depth.
+- EXIF (or XMP) orientation is applied. An animation or a stack gives its first picture.
+- Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels
+  are asked.
+- CMYK is converted without a profile. JPEGs count as inverted, as Adobe writes them.
+- A grey TIFF whose lowest number is white is inverted, at every depth.
 - ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
 
-Without a ``PixelFormat`` the picture is 8-bit RGB, which is what is shown and compared with codecs:
+Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison with codecs.
 
 - 16-bit grey, and integer grey within 0..65535, is divided by 257 (never clipped at 255).
 - Float grey is read as 0..1 if no value exceeds 1, else as 0..255.
 
-With one, as in training, it has that format's channels and range, and what is deeper than 8 bits
-keeps its depth (``DeepImage``). 8-bit RGB is the same picture in both.
+With a ``PixelFormat``, as in training, the picture has its channels and range. Files deeper than
+8 bits keep their depth (``DeepImage``). 8-bit RGB is the same picture in both.
 
-Files are decoded by Pillow, only as the formats in ``FORMATS``: no PostScript, no metafiles; what
-is too deep for Pillow by what ``deep_files.py`` names.
-Damage that still decodes cannot be told from a good file: flipped bits in a JPEG, or a JPEG or PNG
-with a well-formed end that comes too early (the rest is then grey or black).
+Pillow decodes only the formats in ``FORMATS``: no PostScript, no metafiles. ``deep_files.py``
+reads what is too deep for Pillow. Some damage still decodes and cannot be detected: flipped bits
+in a JPEG, or a JPEG or PNG that ends too early with a well-formed end. The rest of such a
+picture is grey or black.
 """
 
 import functools
@@ -45,11 +46,11 @@ class UnreadableImage(UserError):
     """An image file that cannot be decoded.
 
     Args:
-        name: the file, as the message shall name it.
+        name: the name of the file in the message.
         reason: why, in a few words.
     """
 
-    # ``reason`` has a default: DataLoader rebuilds a worker's exception from its traceback alone.
+    # ``reason`` has a default, because DataLoader rebuilds a worker's exception from its traceback.
     def __init__(self, name: str | os.PathLike[str], reason: str = "") -> None:
         super().__init__(f"cannot read image '{name}': {reason}" if reason else str(name))
         self.name = os.fspath(name) if reason else str(self)
@@ -74,32 +75,33 @@ def read_image(
 def read_image(
     source: deep_files.File, *, at_least: int | None = None, pixels: PixelFormat | None = None
 ) -> Picture:
-    """Return the image, upright; as 8-bit RGB without transparency if no format is given.
+    """Return the image, upright. Without a format it is 8-bit RGB without transparency.
 
     Args:
         source: a path, or the bytes of a file.
         at_least: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (much faster) as long
-            as its shorter side keeps this many pixels; ``None`` decodes at full size.
-        pixels: channels and range; what is deeper than 8 bits comes back as a ``DeepImage``, the
-            rest as a Pillow image of mode "L", "RGB" or "RGBA".
+            as its shorter side keeps this many pixels. None decodes at full size.
+        pixels: channels and range. Pictures deeper than 8 bits are returned as a ``DeepImage``,
+            others as a Pillow image of mode "L", "RGB" or "RGBA".
 
     Raises:
-        UnreadableImage: whatever is wrong with the file.
+        UnreadableImage: the file cannot be read, for any reason.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on metadata we do not use
+            warnings.simplefilter("ignore")  # Pillow's remarks on metadata that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-                raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would wait for a writer
+                raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would hang
             if pixels is None:
                 return _decode_8bit(source, at_least)
             return _decode(source, at_least, pixels)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
-    # Not a list of types: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError,
-    # EOFError, struct.error, KeyError, DecompressionBombError (a plain Exception) and more.
+    # Any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError,
+    # struct.error, KeyError, DecompressionBombError (a plain Exception) and more.
     except Exception as error:
         raise UnreadableImage(name, _reason(error, source)) from error
 
@@ -131,10 +133,10 @@ def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) 
 
 
 def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
-    """A decoded image of any mode with the channels and the range asked.
+    """Return a decoded image of any mode with the channels and the range of ``pixels``.
 
     Raises:
-        BadPixels: its numbers are no picture, or have no range of their own.
+        BadPixels: the numbers are no picture, or their range is unknown.
     """
     if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
         return _with_range(image, pixels)
@@ -157,7 +159,7 @@ def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
 
 
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """8 bits; grey is the luma of RGB, so that a grey picture stays as it is."""
+    """Return a picture of 8 bits. Grey is the luma of RGB, so grey pictures do not change."""
     if channels == 4:
         opaque = not image.has_transparency_data
         return (to_rgb(image) if opaque else image).convert("RGBA")
@@ -166,7 +168,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
-    """A loaded picture of a mode with one band of integers or floats, or of 8 bits."""
+    """Return the deep picture of a loaded image with one band of numbers, or of 8 bits."""
     negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
@@ -177,7 +179,7 @@ def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
     alpha = image.has_transparency_data
     if image.mode in ("1", "L") and not alpha:
         values = np.asarray(image.convert("L"))[..., None]
-        if negative:  # Pillow has turned them round; the range is of the stored ones
+        if negative:  # Pillow has inverted them, but the range is for the stored numbers
             values = 255 - values
     else:
         values = np.asarray(_to_channels(image, 4 if alpha else 3))
@@ -187,7 +189,7 @@ def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
 def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelFormat) -> DeepImage:
     if image.format == "TIFF":
         return _deep_tiff(source, pixels)
-    image.load()  # torchvision is not for damaged files
+    image.load()  # Pillow detects damage, torchvision does not
     values, alpha = deep_files.read_png16(source, image)
     turn = deep_files.upright(image.getexif().get(deep_files.ORIENTATION, 1))
     deep = deep_image(values, pixels, alpha=alpha)
@@ -210,13 +212,16 @@ def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat) -> DeepImag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode; transparency is composited over white, 16 bits scaled."""
+    """Return 8-bit RGB of an image of any mode.
+
+    Transparency is composited over white and 16 bits are scaled.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    # Else a copy, whose new pages of memory can take as long as decoding.
+    # convert() would copy, and new pages of memory can take as long as decoding.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -237,7 +242,7 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """The formats that this build of Pillow has."""
+    """Return the formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -250,7 +255,7 @@ def _reason(error: Exception, source: deep_files.File) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """Return the message of an exception, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip().splitlines()

@@ -1,10 +1,9 @@
-"""A window of a picture, resized: by torch, whose kernels for 8 bits use vector instructions, or by
-Pillow, whose do not.
+"""Resize a window of a picture by torch (fast, vectorised kernels for 8 bits) or by Pillow.
 
-Both antialias with the same kernels, but torch rounds its weights otherwise, so that about one
-value in two hundred is one level of 255 off. Torch has windows of one to four times the size, and
-kernels that it knows; the rest is left to Pillow: what is enlarged, or much larger (which Pillow
-reduces to twice the size first), alpha (by which colours count), and more than 8 bits.
+Both antialias with the same kernels, but torch rounds its weights differently: about one value
+in 200 differs by one level of 255. Torch resizes windows of one to four times the output size,
+with the kernels that it knows. Pillow does the rest: enlarging, larger windows (reduced to
+twice the output size first), alpha (which weights colours), and more than 8 bits.
 
 `C` channels, `H W` pixels.
 """
@@ -27,27 +26,29 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
-SUPPORT = {"lanczos": 3, "bicubic": 2, "bilinear": 1}  # pixels that a kernel reaches out
+SUPPORT = {"lanczos": 3, "bicubic": 2, "bilinear": 1}  # radius of each kernel in pixels
 Resizer = Literal["torch", "pillow"]
-# Pillow's own value for thumbnails: decode or reduce to twice the size, resample the rest.
+# Pillow's own value for thumbnails: reduce to twice the size first, then resample.
 REDUCING_GAP = 2.0
 
 Box = tuple[int, int, int, int]
 
 
 def check_interpolation(name: str) -> str:
+    """Check the name of a kernel and return it."""
     if name not in INTERPOLATIONS:
         allowed = ", ".join(INTERPOLATIONS)
         raise UserError(
-            f"interpolation is '{name}'; {allowed} are possible{nearest(name, INTERPOLATIONS)}"
+            f"interpolation must be one of {allowed} (got '{name}'){nearest(name, INTERPOLATIONS)}"
         )
     return name
 
 
 def check_resizer(name: str) -> str:
+    """Check the name of a resizer and return it."""
     if name not in get_args(Resizer):
         raise UserError(
-            f"resize_with is '{name}'; {' and '.join(get_args(Resizer))} are possible"
+            f"resize_with must be {' or '.join(get_args(Resizer))} (got '{name}')"
             f"{nearest(name, get_args(Resizer))}"
         )
     return name
@@ -56,7 +57,7 @@ def check_resizer(name: str) -> str:
 def resized_window(
     image: Picture, box: Box, size: tuple[int, int], *, interpolation: str, resize_with: str
 ) -> Tensor:
-    """That window, (C, H, W), as `pixels_of` gives pictures.
+    """Return a window of a picture, resized, (C, H, W), in the form of `pixels_of`.
 
     Args:
         image: the picture.
@@ -90,10 +91,14 @@ def _by_torch(image: Image.Image, box: Box, size: tuple[int, int], interpolation
 
 
 def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpolation: str) -> None:
-    """Put in the pixels from which more of the picture is seen than the window: torch took that
-    for the whole picture, and Pillow's kernel does not."""
+    """Replace the pixels whose kernel reaches beyond the window into the rest of the picture.
+
+    Torch took the window for the whole picture. Pillow's kernel sees the picture around it.
+    """
     (left, top, right, bottom), (height, width) = box, result.shape[1:]
     across, down = (right - left) / width, (bottom - top) / height  # source pixels per pixel
+
+    # strips that see beyond the window
     reach = SUPPORT[interpolation]
     columns, rows = min(reach, width), min(reach, height)
     strips = (
@@ -102,6 +107,8 @@ def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpola
         (top > 0, (0, width), (0, rows)),
         (bottom < image.height, (0, width), (height - rows, height)),
     )
+
+    # resized by Pillow
     for sees_more, (x0, x1), (y0, y1) in strips:
         if not sees_more:
             continue
@@ -116,14 +123,14 @@ def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpola
 
 
 def _window(image: Image.Image, box: Box) -> Tensor:
-    """(C, H, W), uint8; of RGB perhaps with Pillow's fourth channel, which is unused."""
+    """Return the window as (C, H, W), uint8. RGB may come with Pillow's unused fourth channel."""
     (width, height), (left, top, right, bottom) = image.size, box
     try:
         stored = pyarrow.array(image)  # pyright: ignore[reportArgumentType]
     except ValueError:  # Pillow keeps large pictures in several blocks of memory
         return _channels_first(np.array(image.crop(box)))
     pixels = torch.from_dlpack(stored if image.mode == "L" else stored.flatten())
-    # Not copied: pages of memory that are new are dear.
+    # No copy, because new pages of memory are slow.
     window = pixels.view(height, width, -1)[top:bottom, left:right]
     return window.permute(2, 0, 1)
 
@@ -133,13 +140,13 @@ def _torch_has(interpolation: str) -> bool:
     picture = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
     try:
         F.interpolate(picture, size=(2, 2), mode=interpolation, antialias=True)
-    except (NotImplementedError, ValueError):  # as older versions of torch say it
+    except (NotImplementedError, ValueError):  # raised by older versions of torch
         return False
     return True
 
 
 def pixels_of(image: Picture) -> Tensor:
-    """An image as (C, H, W): uint8 as it is, or float32 in [-1, 1] where it is deeper.
+    """Return an image as (C, H, W): uint8 as it is, or float32 in [-1, 1] if it is deeper.
 
     Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
     """
@@ -149,16 +156,18 @@ def pixels_of(image: Picture) -> Tensor:
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
-    """Of (H, W) or (H, W, C)."""
+    """Return (H, W) or (H, W, C) as (C, H, W)."""
     tensor = torch.from_numpy(pixels)
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """float32 in [-1, 1] of what `pixels_of` gives, on its device; of 8 bits 0 becomes -1 and 255
-    becomes 1."""
+    """Return the result of `pixels_of` as float32 in [-1, 1], on its device.
+
+    Of 8 bits, 0 becomes -1 and 255 becomes 1.
+    """
     if pixels.dtype != torch.uint8:
         return pixels
-    # A tensor, for CUDA multiplies by the rounded reciprocal of a number: the same bits everywhere.
+    # Divide by a tensor for the same bits everywhere. CUDA multiplies by a number's reciprocal.
     half = torch.full((), 127.5, device=pixels.device)
     return pixels.to(torch.float32).div_(half).sub_(1)

@@ -1,4 +1,4 @@
-"""The order of the images: a function of (seed, step, rank), so a resumed run needs one integer."""
+"""The order of the images by (seed, step, rank), so a resumed run needs one integer."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from latentvae.errors import UserError
 class IndexSampler(Sampler[list[tuple[int, int]]]):
     """Endless micro-steps, each a list of (epoch, index) for this rank.
 
-    In an epoch no image comes twice and fewer than one joint batch are left out; each epoch has an
-    order of its own. At step s of an epoch the joint batch of all W ranks is
-    ``order[s*B*W : (s+1)*B*W]``, and rank r has its r-th part: two ranks see what one process with
-    twice the batch sees.
+    No image comes twice in an epoch, and fewer images than one joint batch are left out. Each epoch
+    has its own order. At step s of an epoch the joint batch of all W ranks is
+    ``order[s*B*W : (s+1)*B*W]``, and rank r takes its r-th part. So two ranks see the images that
+    one process with twice the batch sees.
 
     Args:
         num_items: number of images.
         batch_size: B, images per rank and micro-step.
-        seed: of the order, 0 or above.
+        seed: seed of the order, 0 or above.
         rank: this process, 0 to ``world_size - 1``.
         world_size: W, number of processes.
         start_step: micro-steps already done, over all epochs.
@@ -46,7 +46,7 @@ class IndexSampler(Sampler[list[tuple[int, int]]]):
         self.steps_per_epoch = num_items // (batch_size * world_size)
 
     def order(self, epoch: int) -> list[int]:
-        """The order of all images in that epoch."""
+        """Return the order of all images in an epoch."""
         return counter_rng(Stream.ORDER, self.seed, epoch).permutation(self.num_items).tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -61,15 +61,15 @@ class IndexSampler(Sampler[list[tuple[int, int]]]):
 
 def _check_sizes(num_items: int, batch_size: int, world_size: int) -> None:
     if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}; 1 or more is needed")
+        raise UserError(f"the batch size must be at least 1 (got {batch_size}).")
     if num_items < world_size:
         raise UserError(
-            f"{num_items} images are too few for {world_size} processes; use at most {num_items}"
+            f"{num_items} images are too few for {world_size} processes. Use at most {num_items}."
         )
     if num_items < batch_size * world_size:
         joint = f"{batch_size} x {world_size} processes" if world_size > 1 else str(batch_size)
         most = num_items // world_size
         raise UserError(
-            f"{num_items} images are too few for a batch of {joint}; "
-            f"use a batch size of at most {most}"
+            f"{num_items} images are too few for a batch of {joint}. "
+            f"Use a batch size of at most {most}."
         )

@@ -1,4 +1,4 @@
-"""The size of an image from its file's header, without decoding it."""
+"""Read the size of an image from its file's header, without decoding it."""
 
 import io
 import os
@@ -15,29 +15,33 @@ _SIDEWAYS = range(5, 9)  # EXIF orientations that swap the sides
 
 
 def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, int]:
-    """Width and height of the upright image.
+    """Return width and height of the upright image.
 
     Args:
-        source: a path, the bytes of a file, or an open one.
-        name: as an error shall name it.
+        source: a path, the bytes of a file, or an open file.
+        name: the name of the file in an error.
 
     Raises:
-        UnreadableImage: the header is damaged, or of no known format.
+        UnreadableImage: the header is damaged, or the format is unknown.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+
+            # by the kind of source
             if isinstance(source, bytes):
                 return _size(io.BytesIO(source))
             if not isinstance(source, str | os.PathLike):
                 return _size(source)
-            if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for
+            if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would hang
                 raise UnreadableImage(name, NOT_A_FILE)
             with open(source, "rb") as file:
                 return _size(file)
+
+    # what is wrong
     except UnreadableImage:
         raise
-    except Exception as error:  # of as many types as in `read_image`
+    except Exception as error:  # any type, as in `read_image`
         reason = "not an image of a known format"
         if not isinstance(error, UnidentifiedImageError):
             reason = reason_of(error)
@@ -66,8 +70,11 @@ def _size(file: IO[bytes]) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Pillow turns the size of a TIFF itself, and decodes a PNG to look for EXIF behind the pixels,
-    which is not worth it here."""
+    """Return the EXIF orientation of an opened image, or 1 if Pillow's size is upright already.
+
+    Pillow itself turns the size of a TIFF. A PNG with EXIF behind its pixels counts as upright,
+    because finding that EXIF means decoding the whole file.
+    """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     return image.getexif().get(deep_files.ORIENTATION, 1)

@@ -1,8 +1,8 @@
-"""Which images are for training and which for validation, and what form they are in.
+"""Open images in any form, and choose which are for training and which for validation.
 
-Every source sorts its images by a name that does not tell how they are stored, and a share is held
-out by the hash of that name. So the same images as a folder, as tar files or as a table with paths
-give the same two sets and, with the same seed, the same batches.
+Every source sorts its images by a name that does not depend on how they are stored. A share is
+held out by the hash of that name. So the same images as a folder, as tar files or as a table
+with paths give the same two sets and, with the same seed, the same batches.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Subset:
 
     Args:
         source: the images.
-        indices: which of them, in this order.
+        indices: the chosen images, in this order.
     """
 
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
@@ -61,40 +61,47 @@ class Subset:
 
 
 def spread(total: int, at_most: int | None) -> list[int]:
-    """Up to `at_most` of the numbers below `total`, evenly spaced, from 0."""
+    """Return up to `at_most` of the numbers below `total`, evenly spaced, starting at 0."""
     if at_most is None or at_most >= total:
         return list(range(total))
     if at_most < 1:
-        raise UserError(f"the number of images is {at_most}; at least 1 is needed")
+        raise UserError(f"the number of images must be at least 1 (got {at_most}).")
     return [i * total // at_most for i in range(at_most)]
 
 
 def some_of(source: ImageSource, at_most: int) -> Subset:
-    """Up to so many images, evenly spread: the first by name are often of one class."""
+    """Return up to ``at_most`` images, evenly spread over the source.
+
+    The first images by name would often be of one class.
+    """
     return Subset(source, spread(len(source), at_most))
 
 
 def open_source(
     spec: Spec, *, split: str = "validation", pixels: PixelFormat | None = None
 ) -> ImageSource:
-    """Open what ``spec`` names; the form of a folder is told by what lies in it.
+    """Open the images that ``spec`` names. The content of a folder decides its form.
+
+    A string or path may be ``"samples"`` (write ``./samples`` for a folder of that name), a folder
+    of images, tar files (``TarShards``) or a table (``HubImages``). Tar files are a .tar file, a
+    folder of them, or a pattern. A table is a .parquet or .arrow file, a folder of them, or a
+    folder written by ``save_to_disk``. A folder that holds any image is a folder of images.
+
+    A ``DatasetSpec`` may be any of these with options or, if there is no such path, a data set of
+    the Hub. A folder of images is then a table of the splits that ``datasets`` sees in it.
 
     Args:
-        spec: ``"samples"`` (write ``./samples`` for a folder of that name); a folder of images; a
-            .tar file, a folder of them, or a pattern (``TarShards``); a .parquet or .arrow file, a
-            folder of them, or one written by ``save_to_disk`` (``HubImages``). A folder that has
-            images is a folder of images, whatever else it has. Or a ``DatasetSpec``: any of these,
-            with options, or, if there is no such path, a data set of the Hub. A folder of images
-            is then a table of the split that ``datasets`` sees in it.
-        split: which split of the sample photos or of a local table; other forms are taken whole. A
-            ``DatasetSpec`` has its own.
-        pixels: what every image becomes; None is 8-bit RGB.
+        spec: see above.
+        split: the split of the sample photos or of a local table. Other forms are taken whole. A
+            ``DatasetSpec`` has its own split.
+        pixels: the format of every image. None is 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
         kind = _kind_with_options(spec)
     else:
         spec = DatasetSpec(name=os.fspath(spec), split=split, any_split=True)
         kind = _kind(spec.name) or "folder"
+
     return SOURCES[kind](spec, pixels)
 
 
@@ -115,21 +122,24 @@ def open_images(
     max_train_samples: int | None = None,
     pixels: PixelFormat | None = None,
 ) -> tuple[ImageSource, ImageSource]:
-    """Open the images for training and for validation; no file is in both.
+    """Open the images for training and for validation. No file is in both.
 
     Args:
-        spec: as for ``open_source``; of the sample photos and of tables the training split.
-        validation_data_dir: the same for validation; files of a folder, or tar files, that are in
-            both are not trained on, and tables with a file in common are refused.
+        spec: as for ``open_source``. Sample photos and tables give their training split.
+        validation_data_dir: the same for validation. Files of a folder, or tar files, that are in
+            both are left out of training. Tables with a file in common raise UserError.
         split_share: the share of ``spec`` held out if there is no ``validation_data_dir``, in
-            (0, 1). An image is held out by the hash of its name and ``seed``, so adding images
-            moves none of the others; at least one is held out and one kept.
+            (0, 1). The hash of its name and ``seed`` decides whether an image is held out, so
+            adding images moves no other image. At least one is held out and one kept.
         seed: another seed holds out other images.
-        max_train_samples: train on this many at most: those with the smallest hashes of name and
-            ``seed``, so a smaller set lies within a larger one, and both are drawn from all over.
-        pixels: what every image becomes; None is 8-bit RGB.
+        max_train_samples: train on at most this many images, those with the smallest hashes of name
+            and ``seed``. So a smaller set lies within a larger one, and both are drawn from all
+            images.
+        pixels: the format of every image. None is 8-bit RGB.
     """
     train = open_source(spec, split="train", pixels=pixels)
+
+    # validation images
     if validation_data_dir is not None:
         validation = open_source(validation_data_dir, split="validation", pixels=pixels)
         train = _without(train, validation)
@@ -137,11 +147,12 @@ def open_images(
         validation = open_source(spec, split="validation", pixels=pixels)
     else:
         train, validation = _hold_out(train, share=split_share, seed=seed)
+
     return _limited(train, max_train_samples, seed=seed), validation
 
 
 def _kind(name: str) -> Form | None:
-    """None if there is nothing of that name."""
+    """Return the form of a local path, or None if it does not exist."""
     path = Path(name).expanduser()
     if name == SAMPLES:
         return "samples"
@@ -155,10 +166,12 @@ def _kind(name: str) -> Form | None:
 
 
 def _kind_with_options(spec: DatasetSpec) -> Form:
-    """A folder of images has the splits that `datasets` sees in it, so it is taken as a table.
+    """Return the form of a data set with options.
+
+    A folder of images is a table here, because it has the splits that `datasets` sees in it.
 
     Raises:
-        UserError: options of tar files, which have none, or tar files of several splits.
+        UserError: tar files with an option that they do not have, or tar files of several splits.
     """
     kind = _kind(spec.name) or "table"
     if kind == "folder" and Path(spec.name).expanduser().is_dir():
@@ -174,14 +187,14 @@ def _check_tar_options(spec: DatasetSpec) -> None:
     for option, value in given.items():
         if value is not None:
             raise UserError(
-                f"{option} is '{value}', but '{spec.name}' is tar files, which are taken whole: "
-                "give those you want, by their folder or a pattern"
+                f"{option} is '{value}', but '{spec.name}' is tar files, which are taken whole. "
+                "Give the ones you want by their folder or a pattern."
             )
     folder = Path(spec.name).expanduser()
     if folder.is_dir() and len(splits := split_names(folder)) > 1:
         raise UserError(
-            f"'{spec.name}' has tar files of the splits {', '.join(splits)}: give those of one, by "
-            "their folder or a pattern"
+            f"'{spec.name}' has tar files of the splits {', '.join(splits)}. Give those of one "
+            "split, by their folder or a pattern."
         )
 
 
@@ -195,19 +208,19 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
             if file.suffix.lower() in SUFFIXES and file.suffix.lower() != ".npy":
                 return "folder"
     except OSError:
-        return "folder"  # which says what is wrong
-    if ".tar" in found:  # arrays may lie beside shards and tables without being the images
+        return "folder"  # opening it reports what is wrong
+    if ".tar" in found:  # arrays beside shards and tables are not the images
         return "tar"
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
 
 
 def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, Subset]:
     if not 0 < share < 1:
-        raise UserError(f"the held-out share is {share}; it must lie between 0 and 1 (0.02, say)")
+        raise UserError(f"the held-out share must lie between 0 and 1, such as 0.02 (got {share}).")
     if len(source) < 2:
         raise UserError(
-            f"there is one image only ('{source.name(0)}'); two are needed to hold one out for "
-            "validation"
+            f"there is only one image ('{source.name(0)}'). Give at least two, so that one can "
+            "be held out for validation."
         )
     draws = _draws(source, seed)
     ranked = sorted(range(len(draws)), key=draws.__getitem__)
@@ -220,7 +233,7 @@ def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSourc
     if count is None or count >= len(source):
         return source
     if count < 1:
-        raise UserError(f"max_train_samples is {count}; 1 or more is needed")
+        raise UserError(f"max_train_samples must be at least 1 (got {count}).")
     draws = _draws(source, seed)
     return Subset(source, sorted(sorted(range(len(draws)), key=draws.__getitem__)[:count]))
 
@@ -230,13 +243,14 @@ def _draws(source: ImageSource, seed: int) -> list[float]:
 
 
 def _unit_hash(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the name and the seed alone."""
+    """Return a number in [0, 1) that depends only on the name and the seed."""
     digest = hashlib.sha256(f"{seed}:".encode() + os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
-    """``train`` less what is in ``validation`` too."""
+    """Return ``train`` without the images that are also in ``validation``."""
+    # files of one form
     if isinstance(train, ImageFolder) and isinstance(validation, ImageFolder):
         kept = _other_files(train, validation)
     elif isinstance(train, TarShards) and isinstance(validation, TarShards):
@@ -246,6 +260,8 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
     elif isinstance(train, HubImages) and isinstance(validation, HubImages):
         _check_other_tables(train, validation)
         return train
+
+    # a folder and a table of the same files
     elif isinstance(train, HubImages | ImageFolder) and isinstance(
         validation, HubImages | ImageFolder
     ):
@@ -255,6 +271,7 @@ def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
         ]
     else:
         return train
+
     if not kept:
         raise UserError(_all_shared(train))
     return train if len(kept) == len(train) else Subset(train, kept)
@@ -266,20 +283,20 @@ def _check_other_tables(train: HubImages, validation: HubImages) -> None:
     ours, theirs = (local_files(t.spec, t.origin[2]) for t in (train, validation))
     if shared := sorted(ours & theirs):
         raise UserError(
-            f"'{shared[0]}' is a file of both the training and the validation data, and a row "
-            "cannot be left out; give other data, or none to hold out a share"
+            f"'{shared[0]}' is a file of both the training and the validation data, and single "
+            "rows cannot be left out. Give other validation data, or none to hold out a share."
         )
 
 
 def _all_shared(train: ImageSource) -> str:
     return (
-        f"every training image is also in the validation data ('{train.name(0)}' is the first); "
-        "give other data, or none to hold out a share"
+        f"every training image is also in the validation data (the first is '{train.name(0)}'). "
+        "Give other validation data, or none to hold out a share."
     )
 
 
 def _files(source: HubImages | ImageFolder) -> list[Path | None]:
-    """Each image's own file, links resolved; None where it lies in a table."""
+    """Return each image's own file, links resolved, or None if it lies in a table."""
     if isinstance(source, HubImages):
         return source.files()
     return [(source.root / name).resolve() for name in source.names]

@@ -1,7 +1,7 @@
-"""Training images from a data set too large to download: rows are read one after the other.
+"""Training images from a data set too large to download, read row by row.
 
-There is no access by number, so the order is only as random as the shuffle buffer makes it, and a
-run resumes approximately. Where the images fit on disk, ``open_images`` is better in both.
+There is no access by number, so the order is only as random as the shuffle buffer makes it, and
+a run resumes approximately. If the images fit on disk, ``open_images`` is better in both.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class FirstRows:
-    """The first rows of a stream, kept in memory as files: an ImageSource to validate with.
+    """The first rows of a stream, kept in memory as files: an ImageSource for validation.
 
     Args:
-        files: (name, bytes) of each.
-        pixels: what every image becomes; None is 8-bit RGB.
+        files: (name, bytes) of each image.
+        pixels: the format of every image. None is 8-bit RGB.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ImageStream:
 
     Args:
         spec: the data set.
-        held_out: so many of the first rows are kept in memory for validation, as ``held_out``;
-            files equal to theirs are never trained on.
-        shuffle_buffer: undecoded images that wait in memory, of which the next is drawn at random;
-            in each worker.
-        pixels: what every image becomes; None is 8-bit RGB.
+        held_out: number of first rows kept in memory for validation, as ``held_out``. Files equal
+            to theirs are never trained on.
+        shuffle_buffer: number of undecoded images kept in memory in each worker. The next image is
+            drawn from them at random.
+        pixels: the format of every image. None is 8-bit RGB.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class ImageStream:
 
     @property
     def num_images(self) -> int | None:
-        """Rows in the split, where the data set says so."""
+        """Number of rows in the split, or None if the data set does not say."""
         splits = self.rows.info.splits or {}
         return splits[self.split].num_examples if self.split in splits else None
 
     def part(self, epoch: int, *, seed: int, rank: int, world_size: int) -> Any:
-        """The rows of one rank in one pass, shuffled by (seed, epoch)."""
+        """Return the rows of one rank in one pass, shuffled by (seed, epoch)."""
         from datasets.distributed import split_dataset_by_node
 
         order = int(counter_rng(Stream.ORDER, seed, epoch).integers(2**31))
@@ -114,31 +114,33 @@ def stream_loader(
     world_size: int = 1,
     start_step: int = 0,
 ) -> DataLoader[TrainItem]:
-    """Endless batches (``Batch``) of a stream; the counterpart of ``train_loader``.
+    """Return a loader of endless batches (``Batch``) of a stream, like ``train_loader``.
 
-    The files are shared among the ranks, and each rank's among its workers, so the number of
+    The files are shared among the ranks, and each rank's files among its workers. So the number of
     workers changes the order, and there are at most as many workers as files.
 
     Args:
         stream: the images.
         transform: the augmentation.
         batch_size: images read per rank and micro-step.
-        seed: of order and augmentation, 0 or above.
-        crops: N, crops taken of each; B = N ``batch_size``.
+        seed: seed of order and augmentation, 0 or above.
+        crops: N, crops taken of each image. B is N times ``batch_size``.
         num_workers: processes that read and decode beside this one.
-        pin_memory: put batches where CUDA copies from while it computes.
+        pin_memory: put batches where CUDA can copy from while it computes.
         rank: this process.
         world_size: number of processes.
-        start_step: micro-steps already done. About as many images are passed over; not exactly
+        start_step: micro-steps already done. About as many images are skipped, but not exactly
             those that were shown.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)
+
     if start_step and rank == 0:
         logger.warning(
-            "'%s' is streamed and resumes approximately: each rank passes over %d images",
+            "'%s' is streamed and resumes only approximately: each rank skips %d images.",
             *(stream.name, start_step * batch_size),
         )
+
     return DataLoader(
         _TrainStream(
             stream,
@@ -175,17 +177,23 @@ class _TrainStream(IterableDataset[TrainItem]):
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[TrainItem]:
+        # where this worker starts
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # DataLoader takes whole batches from the workers in turn.
         done = len(range(worker, self.batches_done, workers)) * self.batch_size
         rank, world_size = self.ranks
-        # Numbers that no other rank or worker has.
+
+        # numbers that no other rank or worker has
         numbers = itertools.count(
             (done * workers + worker) * world_size + rank, workers * world_size
         )
+
+        # full passes already done, and the rest to skip
         share = (self.stream.num_images or 0) // (world_size * workers)
         first, skip = divmod(done, share) if share else (0, done)
+
+        # passes
         for epoch in itertools.count(first):
             rows = iter(self.stream.part(epoch, seed=self.seed, rank=rank, world_size=world_size))
             skipped = sum(1 for _ in itertools.islice(rows, skip))
@@ -197,7 +205,7 @@ class _TrainStream(IterableDataset[TrainItem]):
             if not skipped and not shown:
                 raise UserError(
                     f"nothing of '{self.stream.name}' is left to train on for one of {world_size} "
-                    f"processes with {workers} workers; use fewer, or hold out fewer images"
+                    f"processes with {workers} workers. Use fewer, or hold out fewer images."
                 )
 
     def _items(self, rows: Iterable[Any], numbers: Iterator[int]) -> Iterator[TrainItem]:
@@ -228,7 +236,7 @@ def _files(cells: Iterable[Any], *, split: str) -> Iterator[tuple[str, bytes]]:
         try:
             yield name, cell_bytes(cell, name)
         except UnreadableImage as error:
-            logger.warning("not held out to validate on: %s", error)
+            logger.warning("Validation leaves out an image: %s", error)
 
 
 def _name(cell: dict[str, Any] | None, otherwise: str) -> str:

@@ -1,7 +1,7 @@
-"""Images in tar files (webdataset shards), read by offset: any image at any time, as from a folder.
+"""Images in tar files (webdataset shards), read by offset: any image at any time, as in a folder.
 
-https://github.com/webdataset/webdataset. Each image member is an image of its own; other members
-(``.cls``, ``.json``, ``.txt``, and a ``.npy`` of an image's key) are not looked at.
+https://github.com/webdataset/webdataset. Each image member is an image of its own. Other members
+(``.cls``, ``.json``, ``.txt``, and a ``.npy`` with an image's key) are not read.
 """
 
 import glob
@@ -23,23 +23,23 @@ from latentvae.data.sizes import read_size
 from latentvae.data.tar_index import shard_index
 from latentvae.errors import UserError, nearest, printable
 
-MAX_BYTES = 1 << 30  # of an image file; a sparse shard may promise any number
+MAX_BYTES = 1 << 30  # limit for an image file, because a sparse shard may claim any size
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 logger = logging.getLogger(__name__)
 
 
 class TarShards:
-    """The images in tar files, sorted by the members' names whatever shard they lie in.
+    """The images in tar files, sorted by the members' names, whatever shard they lie in.
 
-    A name is the member's, so the same images have the same names and order as in a folder; one
-    that is in several shards is put after its shard: ``000001.tar/0007.jpg``. A shard that is cut
-    off or damaged gives the images before the damage, and a warning.
+    The name of an image is its member's, so the same images have the same names and order as in a
+    folder. A name in several shards is put after its shard: ``000001.tar/0007.jpg``. A damaged or
+    cut-off shard gives the images before the damage, and a warning.
 
     Args:
         spec: a .tar file, a folder of them, or a pattern: ``shards/train-{000..012}.tar``,
             ``shards/*.tar`` (``~`` allowed).
-        pixels: what every image becomes; None is 8-bit RGB.
+        pixels: the format of every image. None is 8-bit RGB.
 
     Example:
         shards = TarShards("shards/train-{000..012}.tar")
@@ -50,15 +50,19 @@ class TarShards:
         self.pixels = pixels
         self.shards = find_shards(spec)
         found = [shard_index(path) for path in self.shards]
+
+        # damage
         for path, index in zip(self.shards, found, strict=True):
             if index.fault:
                 logger.warning(
-                    "'%s' is damaged or cut off (%s); it gives the %d images before that",
+                    "'%s' is damaged or cut off (%s). Its %d images before the damage are used.",
                     *(printable(str(path)), printable(index.fault), len(index.names)),
                 )
         if not any(index.names for index in found):
             fault = next((f": {index.fault}" for index in found if index.fault), "")
             raise UserError(f"no images in the {len(found)} tar file(s) of '{spec}'{fault}")
+
+        # sorted by name
         names = _distinct([index.names for index in found], self.shards)
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[i] for i in order]
@@ -74,14 +78,14 @@ class TarShards:
         return self.names[index]
 
     def shard(self, index: int, /) -> Path:
-        """The tar file that the image lies in."""
+        """Return the tar file that the image lies in."""
         return self.shards[self._shard_of[index]]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         if self._sizes[index] > MAX_BYTES:
             raise UnreadableImage(self.name(index), f"{self._sizes[index]:,} bytes are too many")
-        # Opened anew each time, as an image file is: nothing to share between worker processes,
-        # and no limit on the number of shards.
+        # Open the shard anew each time, as an image file. So worker processes share nothing, and
+        # the number of shards has no limit.
         try:
             with open(self.shard(index), "rb") as file:
                 file.seek(self._offsets[index])
@@ -100,7 +104,7 @@ class TarShards:
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
-    """The tar files of a folder (and below), of one path, or of a pattern; sorted.
+    """Return the tar files of a folder (and below), of one path, or of a pattern, sorted.
 
     Raises:
         UserError: there are none, or one that a list in braces names is missing.
@@ -108,8 +112,8 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
     root = Path(spec).expanduser()
     if root.name.lower().endswith(COMPRESSED_SUFFIXES):
         raise UserError(
-            f"'{root}' is compressed, so no image in it can be reached directly; "
-            "decompress it to a plain .tar"
+            f"'{root}' is compressed, so no image in it can be reached directly. "
+            "Decompress it to a plain .tar."
         )
     if root.is_dir():
         found = (path for path in root.rglob("*") if path.suffix.lower() == ".tar")
@@ -125,7 +129,7 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """``a{000..002}`` or ``a{x,y}`` written out, as a shell does."""
+    """Yield ``a{000..002}`` or ``a{x,y}`` written out, as a shell does."""
     match = re.search(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}", pattern)
     if match is None:
         yield pattern
@@ -142,7 +146,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a pattern matches; without wildcards, a path that must be there."""
+    """Return the paths that match a pattern. A path without wildcards must exist."""
     if not glob.has_magic(pattern):
         if not Path(pattern).exists():
             raise UserError(_missing(Path(pattern)))
@@ -157,7 +161,7 @@ def _missing(path: Path) -> str:
 
 
 def _distinct(names: list[list[str]], shards: list[Path]) -> list[str]:
-    """All names in one list; those of several shards are put after their shard."""
+    """Return all names in one list. A name in several shards is put after its shard."""
     times = Counter(itertools.chain.from_iterable(names))
     root = os.path.commonpath([path.absolute().parent for path in shards])
     result: list[str] = []

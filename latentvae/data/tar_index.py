@@ -1,8 +1,8 @@
-"""Where the images lie in a tar file: a walk over its headers, done once and remembered.
+"""The places of the images in a tar file, from one walk over its headers that is then cached.
 
-Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The index
-is kept beside the shard (``.000000.tar.index.npz``) or, where that folder cannot be written, in
-``$XDG_CACHE_HOME/latentvae``; it counts while the shard's size and time of change are the same.
+Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The
+index is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written,
+in ``$XDG_CACHE_HOME/latentvae``. It is valid while the shard's size and time of change stay.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 from latentvae.data.image_folder import SUFFIXES, inner_name, is_hidden, side_cars
 from latentvae.errors import UserError
 
-VERSION = 2  # of the cached index
+VERSION = 2  # version of the cached index
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -30,8 +30,8 @@ class ShardIndex:
     """The images of one tar file.
 
     Attributes:
-        names: (N,), cleaned; of members of one name the last counts, as in unpacking.
-        offsets: (N,), int64, bytes from the start of the file to the image's first.
+        names: (N,), cleaned. Of members with the same name the last counts, as in unpacking.
+        offsets: (N,), int64, bytes from the start of the file to the image's first byte.
         sizes: (N,), int64, bytes.
         fault: what is wrong with the tar file, or "".
     """
@@ -43,15 +43,15 @@ class ShardIndex:
 
 
 def shard_index(path: Path) -> ShardIndex:
-    """The images of a tar file, from the cache where it is there and fresh.
+    """Return the images of a tar file, from the cache if it is there and fresh.
 
     Raises:
         UserError: the file cannot be opened, or it is compressed.
     """
     try:
         stat = path.stat()
-        if not S_ISREG(stat.st_mode):  # opening a pipe would wait for a writer
-            raise UserError(f"'{path}' is not a regular file, as a tar shard must be")
+        if not S_ISREG(stat.st_mode):  # opening a pipe would hang
+            raise UserError(f"'{path}' is not a regular file. Give a tar file.")
         key = [VERSION, stat.st_size, stat.st_mtime_ns]
         places = _cache_places(path)
         for place in places:
@@ -62,7 +62,7 @@ def shard_index(path: Path) -> ShardIndex:
         raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
     content = _content(index, key)
     for place in places:
-        with contextlib.suppress(OSError):  # read-only or full: the next place, or do without
+        with contextlib.suppress(OSError):  # read-only or full: try the next place
             _replace(place, content, mode=stat.st_mode & 0o666)
             break
     return index
@@ -79,7 +79,7 @@ def _walk(path: Path, size: int) -> ShardIndex:
                     found[name] = (member.offset_data, member.size)
     except OSError:
         raise
-    # Damaged extended headers raise ValueError, OverflowError and more besides TarError.
+    # Damaged extended headers raise ValueError, OverflowError and more, beside TarError.
     except Exception as error:
         fault = _fault(path, error)
     for name in side_cars(found):
@@ -89,7 +89,10 @@ def _walk(path: Path, size: int) -> ShardIndex:
 
 
 def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """Plain files that lie wholly within the ``size`` bytes; links and devices hold no image."""
+    """Yield the plain files that lie wholly within the ``size`` bytes.
+
+    Links and devices hold no image.
+    """
     end = 0
     for member in tar:
         if member.size < 0 or member.offset_data < end:
@@ -99,7 +102,7 @@ def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]
             if end > size:
                 raise tarfile.ReadError("unexpected end of data")
             yield member
-    # tarfile takes a damaged header, or none, for the end; the true one is a block of zeros.
+    # tarfile takes a damaged or missing header for the end. The true end is a block of zeros.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -112,8 +115,8 @@ def _fault(path: Path, error: Exception) -> str:
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(
-                f"'{path}' is compressed ({kind}), so no image in it can be reached directly; "
-                "decompress it to a plain .tar"
+                f"'{path}' is compressed ({kind}), so no image in it can be reached directly. "
+                "Decompress it to a plain .tar."
             ) from error
     text = str(error).splitlines()
     return text[0] if text else type(error).__name__
@@ -139,12 +142,12 @@ def _content(index: ShardIndex, key: list[int]) -> bytes:
 
 
 def _load(place: Path, key: list[int]) -> ShardIndex | None:
-    """The cached index, or None if it is not there, stale or damaged."""
-    if not place.is_file():  # opening a pipe would wait for a writer
+    """Return the cached index, or None if it is missing, stale or damaged."""
+    if not place.is_file():  # opening a pipe would hang
         return None
     try:
         with open(place, "rb") as file, np.load(file, allow_pickle=False) as found:
-            # Ours is not compressed; another's could fill the memory.
+            # Our index is not compressed. A compressed one could fill the memory.
             if any(entry.file_size > entry.compress_size for entry in found.zip.infolist()):
                 return None
             if found["key"].tolist() != key:
@@ -152,7 +155,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
             texts = found["texts"].tobytes().decode(errors="surrogateescape")
             fault, *names = texts.split("\0")
             offsets, sizes = found["offsets"].astype(np.int64), found["sizes"].astype(np.int64)
-    except Exception:  # zip, zlib and NumPy each raise their own; the shard itself is the truth
+    except Exception:  # zip, zlib and NumPy each raise their own. The shard is walked again.
         return None
     if not offsets.shape == sizes.shape == (len(names),):
         return None
@@ -163,13 +166,13 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
 
 
 def _replace(place: Path, content: bytes, *, mode: int) -> None:
-    """Written aside and renamed: of two writers one wins, and no reader sees a part."""
+    """Write a file aside and rename it: of two writers one wins, and no reader sees a part."""
     place.parent.mkdir(parents=True, exist_ok=True)
     file, aside = tempfile.mkstemp(dir=place.parent, prefix=".index-")
     try:
         with open(file, "wb") as writer:
             writer.write(content)
-        os.chmod(aside, mode)  # whoever may read the shard may read its index
+        os.chmod(aside, mode)  # who may read the shard may read its index
         os.replace(aside, place)
     except OSError:
         Path(aside).unlink(missing_ok=True)

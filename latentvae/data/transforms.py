@@ -1,9 +1,9 @@
-"""From a picture to a (C, H, W) tensor: a window of its shape, resized.
+"""From a picture to a (C, H, W) tensor: choose a window of the right shape and resize it.
 
-Every window is of whole source pixels and the resize is antialiased, so "resize the shorter side
-to R, then crop R x R" is one resize of a window as wide as the shorter side; a small image is
-enlarged, and one whose shorter side is R already is not resampled. Sizes that are not square do the
-same with the largest window of their shape. ``R``, and ``H W``, are in pixels.
+A window has whole source pixels and the resize is antialiased. So "resize the shorter side to
+R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
+enlarged. An image whose shorter side is R already is not resampled. Sizes that are not square
+use the largest window of their shape. ``R``, and ``H W``, are in pixels.
 """
 
 import math
@@ -31,7 +31,7 @@ CROPS = ("random_resized", "random", "center")
 
 @dataclass(frozen=True)
 class Window:
-    """Where to look, for an image of any size.
+    """The place of a window, for an image of any size.
 
     Attributes:
         share: side as a share of the largest window of that shape in the image, in (0, 1].
@@ -47,8 +47,12 @@ class Window:
     def box(
         self, size: tuple[int, int], shape: tuple[int, int] = (1, 1)
     ) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom in pixels of an image of ``size`` (width, height), of a
-        window as wide and high as ``shape`` (width, height) in proportion."""
+        """Return left, top, right and bottom of the window in pixels.
+
+        Args:
+            size: width and height of the image.
+            shape: width and height that give the proportions of the window.
+        """
         (width, height), (across, down) = size, shape
         largest = min(width, height * across / down), min(height, width * down / across)
         sides = [max(1, round(self.share * side)) for side in largest]
@@ -62,15 +66,14 @@ class TrainTransform:
 
     Args:
         resolution: height and width in pixels, or one number R for both.
-        crop: ``"random_resized"`` takes a square of ``crop_scale`` times the shorter side (the
-            crop of latent diffusion's ImageNet training, ldm/data/imagenet.py); ``"random"``
-            resizes the shorter side to R and crops R x R anywhere; ``"center"`` does so in the
-            middle.
-        crop_scale: least and greatest side of a random resized crop as shares of the image's
-            shorter side (of the largest window, where not square), in (0, 1].
+        crop: ``"random_resized"`` takes a square of ``crop_scale`` times the shorter side (the crop
+            of latent diffusion's ImageNet training, ldm/data/imagenet.py). ``"random"`` resizes the
+            shorter side to R and crops R x R anywhere. ``"center"`` crops in the middle.
+        crop_scale: smallest and largest side of a random resized crop, as shares of the image's
+            shorter side (of the largest window, if not square), in (0, 1].
         random_flip: mirror half of the images.
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
-        resize_with: ``"torch"``, which is fast, or ``"pillow"``, whose numbers validation has; see
+        resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
         jpeg_draft: let JPEGs be decoded smaller, down to twice the side that a window needs.
 
@@ -92,12 +95,14 @@ class TrainTransform:
     ) -> None:
         if crop not in CROPS:
             raise UserError(
-                f"crop is '{crop}'; {', '.join(CROPS)} are possible{nearest(crop, CROPS)}"
+                f"crop must be one of {', '.join(CROPS)} (got '{crop}'){nearest(crop, CROPS)}"
             )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(
-                f"crop_scale is {crop_scale}; two rising numbers above 0 and up to 1 are needed"
+                "crop_scale must be two rising numbers above 0 and up to 1 (got "
+                f"{crop_scale[0]:g} {crop_scale[1]:g})."
             )
+
         self.size = _checked_size(resolution)
         self.crop = crop
         self.crop_scale = crop_scale if crop == "random_resized" else (1.0, 1.0)
@@ -107,7 +112,10 @@ class TrainTransform:
         self.jpeg_draft = jpeg_draft
 
     def draw(self, rng: np.random.Generator) -> Window:
-        """Draw a window; four numbers are always taken from ``rng``, whatever the options."""
+        """Draw a window.
+
+        It always takes four numbers from ``rng``, whatever the options are.
+        """
         share, x, y, flip = rng.random(4).tolist()
         low, high = self.crop_scale
         place = (0.5, 0.5) if self.crop == "center" else (x, y)
@@ -116,12 +124,11 @@ class TrainTransform:
     def needed_side(
         self, windows: Sequence[Window], size: tuple[int, int] | None = None
     ) -> int | None:
-        """The shorter side, in pixels, that a JPEG may be decoded down to; None: no less than its
-        own.
+        """Return the shorter side in pixels down to which a JPEG may be decoded. None forbids it.
 
-        It is twice what the narrowest window needs, for JPEG shrinks by blocks: against the whole
-        file, the results have 47 dB so, and would have 43 dB at 1.5 times the need and 38 dB at
-        the need itself (means over photos of BSDS500 at quality 90).
+        It is twice what the narrowest window needs, because JPEG shrinks by blocks. Compared with
+        decoding the whole file, the results have 47 dB. They would have 43 dB at 1.5 times the need
+        and 38 dB at the need itself (means over photos of BSDS500 at quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -129,8 +136,13 @@ class TrainTransform:
         return math.ceil(REDUCING_GAP * max(size or self.size) / share)
 
     def apply(self, image: Picture, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """Return that window of the image, (C, H, W), at the ``size`` of its bucket, if it has
-        one: uint8, or float32 in [-1, 1] where the image is deeper (see `normalised`)."""
+        """Return a window of the image, (C, H, W): uint8, or float32 in [-1, 1] of deep images.
+
+        Args:
+            image: the picture.
+            window: the place of the window.
+            size: height and width of the image's bucket. None is the transform's own size.
+        """
         height, width = size or self.size
         pixels = resized_window(
             image,
@@ -144,7 +156,7 @@ class TrainTransform:
     def crops(
         self, image: Picture, windows: Sequence[Window], size: tuple[int, int] | None = None
     ) -> Tensor:
-        """`apply` of several windows: (N, C, H, W)."""
+        """Apply several windows and return (N, C, H, W)."""
         return torch.stack([self.apply(image, window, size) for window in windows])
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Tensor:
@@ -166,12 +178,12 @@ class EvalTransform:
         self.interpolation = INTERPOLATIONS[check_interpolation(interpolation)]
 
     def __call__(self, image: Picture) -> Tensor:
-        size = (self.size[1], self.size[0])  # Pillow has the width first
+        size = (self.size[1], self.size[0])  # Pillow takes the width first
         return to_tensor(image.resize(size, self.interpolation, box=Window().box(image.size, size)))
 
 
 def to_tensor(image: Picture) -> Tensor:
-    """Return an image as (C, H, W), float32 in [-1, 1]; of 8 bits 0 becomes -1 and 255 becomes 1.
+    """Return an image as (C, H, W), float32 in [-1, 1]. Of 8 bits, 0 becomes -1 and 255 becomes 1.
 
     Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
     """
@@ -181,5 +193,5 @@ def to_tensor(image: Picture) -> Tensor:
 def _checked_size(resolution: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(height, width) < 1:
-        raise UserError(f"the resolution is {resolution}; a number of pixels above 0 is needed")
+        raise UserError(f"the resolution must be at least 1 pixel (got {resolution}).")
     return height, width

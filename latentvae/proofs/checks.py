@@ -1,5 +1,4 @@
-"""What `preflight` and `verify-resume` find: one line per check, with the remedy where it failed,
-the same as JSON, and the exit code."""
+"""The checks of `preflight` and `verify-resume`: a line each, the same as JSON, the exit code."""
 
 import json
 import math
@@ -16,11 +15,11 @@ class Check:
     """One thing that must hold.
 
     Attributes:
-        name: what is checked, such as `weights`; unique in a report.
+        name: what is checked, such as `weights`. Unique in a report.
         passed: whether it holds.
         value: what was found: a number, a text, or a list or dict of these.
         expected: what had to be found, in words.
-        advice: what to do where it fails.
+        advice: what to do if it fails.
     """
 
     name: str
@@ -33,21 +32,24 @@ class Check:
         mark = "ok    " if self.passed else "FAILED"
         value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
         line = f"{mark} {self.name}: {value} (expected: {self.expected})"
-        return printable(line if self.passed else f"{line}; {self.advice}")
+        return printable(line if self.passed else f"{line}. {self.advice}")
 
 
 def check_json_file(path: Path | None) -> None:
-    """Refuse, before any work, a path that no report can be written to."""
+    """Check before any work that the report can be written to this path."""
     if path is None:
         return
     if path.is_dir():
-        raise UserError(f"json '{path}' is a folder; give a file, such as {path / 'checks.json'}")
+        raise UserError(f"json '{path}' is a folder. Give a file, such as {path / 'checks.json'}.")
     if not path.parent.is_dir():
-        raise UserError(f"json '{path}' is to be written to a folder that is not there; make it")
+        raise UserError(
+            f"json '{path}' cannot be written, because the folder '{path.parent}' does not exist. "
+            "Make it first."
+        )
 
 
 def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
-    """Print how many checks hold and write the report; returns the exit code, 0 or 1."""
+    """Print how many checks hold, write the report, and return the exit code, 0 or 1."""
     assert checks and len({check.name for check in checks}) == len(checks)
     failed = [check.name for check in checks if not check.passed]
     if json_file is not None:
@@ -56,13 +58,13 @@ def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
     num_passed = len(checks) - len(failed)
     print(
         f"{num_passed} of {len(checks)} checks hold"
-        + (f"; {', '.join(failed)} failed" * bool(failed))
+        + (f". {', '.join(failed)} failed" * bool(failed))
     )
     return 1 if failed else 0
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
+    """Return the value with NaN and infinities as text, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -182,7 +182,7 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["verify-resume", "kl_small"], "train_data_dir is missing"),
         (["verify-resume", "kl_small", "--kils", "2"], "did you mean '--kills'?"),
         (["verify-resume", "kl_small", "--kills", "x"], "--kills"),
-        (["verify-resume", "kl_small", "--kills", "0"], "kills is 0, but should be 1 or more"),
+        (["verify-resume", "kl_small", "--kills", "0"], "kills must be at least 1 (got 0)"),
         (["verify-resume", "kl_small", "--num_codes", "8"], "no meaning for config kl_small"),
         (["verify-resume", "kl_small", "--config", "kl_f8"], "the config already"),
         (["verify-resume", "kl_small", "--json", "/"], "'/' is a folder"),

@@ -131,15 +131,19 @@ def test_the_column_of_images(tmp_path, files, make_parquet):
     pyarrow.parquet.write_table(
         pyarrow.table({"left": struct, "right": struct, "label": numbers}), path
     )
-    with pytest.raises(UserError, match=r"several columns of images \(left, right\); its columns "):
+    with pytest.raises(
+        UserError, match=r"several columns of images \(left, right\)\. Its columns "
+    ):
         images(path)
     assert images(path, image_column="right").column == "right"
     with pytest.raises(UserError, match=r"no column 'rigth', .*did you mean 'right'"):
         images(path, image_column="rigth")
-    with pytest.raises(UserError, match=r"column 'label' holds .*int64.*, not images; left, right"):
+    with pytest.raises(
+        UserError, match=r"column 'label' holds .*int64.*, not images\. left, right"
+    ):
         images(path, image_column="label")
     pyarrow.parquet.write_table(pyarrow.table({"label": numbers}), tmp_path / "none.parquet")
-    with pytest.raises(UserError, match="no image column; its columns are label"):
+    with pytest.raises(UserError, match=r"no image column\. Its columns are label"):
         images(tmp_path / "none.parquet")
 
 

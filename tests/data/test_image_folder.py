@@ -55,13 +55,13 @@ def test_missing_folder_names_the_nearest(tmp_path):
     touch(tmp_path, "photos/1.jpg")
     with pytest.raises(UserError, match=r"no folder '.*photo'; did you mean 'photos'\?"):
         ImageFolder(tmp_path / "photo")
-    with pytest.raises(UserError, match="a folder of images or 'samples' is needed"):
+    with pytest.raises(UserError, match="Give a folder of images or 'samples'"):
         ImageFolder(tmp_path / "no" / "where")
 
 
 def test_a_file_or_a_folder_without_images_is_refused(tmp_path):
     touch(tmp_path, "phone/1.heic", "phone/2.HEIC", "phone/notes.txt")
-    with pytest.raises(UserError, match=r"no images in .* most files there end in \.heic"):
+    with pytest.raises(UserError, match=r"no images in .* Most files there end in \.heic"):
         ImageFolder(tmp_path / "phone")
     with pytest.raises(UserError, match="is a file"):
         ImageFolder(tmp_path / "phone" / "1.heic")

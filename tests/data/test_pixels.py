@@ -220,9 +220,9 @@ def test_float_files_need_a_range_but_for_the_old_rule_of_rgb() -> None:
     [
         (np.array([[1.0, np.nan]]), PixelFormat(1, (0, 1)), "not all finite"),
         (np.array([[np.inf]]), PixelFormat(1, (0, 1)), "not all finite"),
-        (np.zeros((4, 4, 3), np.uint8), GREY, r"\(4, 4, 3\); \(H, W\) or \(H, W, 1\) is needed"),
-        (np.zeros((3, 8, 8), np.uint8), RGB, r"\(3, 8, 8\); \(H, W, 3\) is needed"),
-        (np.zeros((8, 8), np.uint8), RGBA, r"\(H, W, 4\) is needed"),
+        (np.zeros((4, 4, 3), np.uint8), GREY, r"be \(H, W\) or \(H, W, 1\) \(got \(4, 4, 3\)\)"),
+        (np.zeros((3, 8, 8), np.uint8), RGB, r"be \(H, W, 3\) \(got \(3, 8, 8\)\)"),
+        (np.zeros((8, 8), np.uint8), RGBA, r"be \(H, W, 4\) \(got \(8, 8\)\)"),
         (np.zeros((0, 8), np.uint8), GREY, "no pixels"),
         (np.zeros((2, 2), complex), GREY, "holds complex128"),
         (np.array([["a"]]), GREY, "not numbers"),

@@ -126,5 +126,7 @@ def test_evaluation_is_pillows_to_the_bit():
 
 
 def test_an_unknown_resizer_is_refused():
-    with pytest.raises(UserError, match=r"resize_with is 'pilow'; .*did you mean 'pillow'"):
+    with pytest.raises(
+        UserError, match=r"resize_with must be .*\(got 'pilow'\).*did you mean 'pillow'"
+    ):
         TrainTransform(32, resize_with="pilow")

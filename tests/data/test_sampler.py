@@ -59,10 +59,10 @@ def test_the_global_generators_are_neither_read_nor_touched():
 @pytest.mark.parametrize(
     ("num_items", "batch_size", "world_size", "message"),
     [
-        (7, 8, 1, "7 images are too few for a batch of 8; use a batch size of at most 7"),
-        (7, 4, 2, "7 images are too few for a batch of 4 x 2 processes; .* of at most 3"),
-        (3, 1, 4, "3 images are too few for 4 processes; use at most 3"),
-        (3, 0, 1, "the batch size is 0; 1 or more"),
+        (7, 8, 1, r"7 images are too few for a batch of 8\. Use a batch size of at most 7"),
+        (7, 4, 2, r"7 images are too few for a batch of 4 x 2 processes\. .* of at most 3"),
+        (3, 1, 4, r"3 images are too few for 4 processes\. Use at most 3"),
+        (3, 0, 1, r"the batch size must be at least 1 \(got 0\)"),
     ],
 )
 def test_too_few_images_are_refused(num_items, batch_size, world_size, message):

@@ -71,7 +71,7 @@ def test_at_least_one_is_held_out_and_one_kept(tmp_path, count, share):
 
 def test_what_cannot_be_split_is_refused(tmp_path):
     fill(tmp_path, 1)
-    with pytest.raises(UserError, match="one image only"):
+    with pytest.raises(UserError, match="only one image"):
         open_images(tmp_path)
     fill(tmp_path, 5)
     for share in (0, 1, -0.1, float("nan")):
@@ -198,7 +198,7 @@ def test_tar_files_have_no_splits_or_columns(forms):
     for folder, number in (("train", 0), ("validation", 1)):
         (shards / folder).mkdir()
         (shards / f"{number}.tar").rename(shards / folder / "x.tar")
-    with pytest.raises(UserError, match="tar files of the splits train, validation: give those"):
+    with pytest.raises(UserError, match=r"tar files of the splits train, validation\. Give those"):
         open_source(DatasetSpec(name=str(shards)))
     assert len(open_source(DatasetSpec(name=str(shards / "train")))) == 4
 
@@ -243,7 +243,7 @@ def test_max_train_samples_takes_a_nested_spread_share(tmp_path):
     assert 10 < sum(name < "0200" for name in subsets[0]) < 40
     train, _ = open_images(tmp_path, split_share=0.1, max_train_samples=10_000)
     assert names(train) == names(every)
-    with pytest.raises(UserError, match="max_train_samples is 0; 1 or more"):
+    with pytest.raises(UserError, match=r"max_train_samples must be at least 1 \(got 0\)"):
         open_images(tmp_path, max_train_samples=0)
 
 

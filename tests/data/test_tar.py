@@ -171,7 +171,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, make_tar, files, ca
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         assert TarShards(path).names == [next(iter(files))]
-    assert "it gives the 1 images before that" in caplog.text
+    assert "Its 1 images before the damage are used" in caplog.text
 
 
 def test_a_whole_shard_is_not_warned_about(shards, caplog):
@@ -202,7 +202,7 @@ def test_a_bad_shard_among_good_ones_is_a_warning(shards, caplog):
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar"])
 def test_compressed_shards_are_to_be_decompressed(tmp_path, shards, name):
     (tmp_path / name).write_bytes(gzip.compress((shards / "000.tar").read_bytes()))
-    with pytest.raises(UserError, match=rf"{name}' is compressed.* decompress it to a plain \.tar"):
+    with pytest.raises(UserError, match=rf"{name}' is compressed.* Decompress it to a plain \.tar"):
         TarShards(tmp_path / name)
 
 

@@ -100,9 +100,9 @@ def test_flipping_half_of_the_images_changes_no_other_draw():
     [
         ({"crop": "centre"}, "did you mean 'center'"),
         ({"interpolation": "lanczoz"}, "did you mean 'lanczos'"),
-        ({"crop_scale": (0.9, 0.5)}, "crop_scale is"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale is"),
-        ({"crop_scale": (0.5, 1.5)}, "crop_scale is"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale must be two rising"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale must be two rising"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale must be two rising"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -112,5 +112,5 @@ def test_wrong_options_are_refused(options, message):
 
 def test_a_wrong_resolution_is_refused():
     for build in (TrainTransform, EvalTransform):
-        with pytest.raises(UserError, match="the resolution is 0"):
+        with pytest.raises(UserError, match=r"resolution must be at least 1 pixel \(got 0\)"):
             build(0)

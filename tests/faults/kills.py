@@ -19,7 +19,7 @@ from latentvae.engine.checkpoint_files import (
     newest_usable,
     update_of,
 )
-from latentvae.proofs.verify_resume.compare import compare, what_is_left
+from latentvae.proofs.verify_resume.compare import compare, read_results
 from latentvae.tasks.autoencoder import train
 from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config
@@ -52,7 +52,7 @@ def straight_run(folder: Path, **changes: Any) -> float:
 
 
 def assert_same(straight: Path, resumed: Path, *, update: int) -> None:
-    left, right = (what_is_left(folder, update=update, parts={}) for folder in (straight, resumed))
+    left, right = (read_results(folder, update=update, parts={}) for folder in (straight, resumed))
     wrong = [check for check in compare(left, right) if not check.passed]
     assert not wrong, "\n".join(map(str, wrong))
     assert not half_written(resumed)

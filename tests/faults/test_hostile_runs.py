@@ -76,7 +76,7 @@ def test_too_many_bad_files_stop_all_ranks_with_one_sentence(tmp_path: Path) -> 
         pytest.fail(f"hung: {process.communicate()[0]}")
     assert process.returncode != 0
     errors = re.findall(r"^error: .*$", text, re.M)
-    assert len(errors) == 1 and "cannot be read, more than the 5.0% allowed" in errors[0]
+    assert len(errors) == 1 and "cannot be read. At most 5.0% are allowed." in errors[0]
     codes = re.findall(r"exitcode *: *(-?\d+) ", text)
     assert len(codes) == 2 and "2" in codes and set(codes) <= {"2", "-15"}, text
     assert not (tmp_path / "run" / "export").exists()

@@ -344,7 +344,7 @@ def test_labels_of_a_table(tokenizer: Path, photos: Path, tmp_path: Path, own_ca
     encode_folder(tokenizer, table, tmp_path / "n", resolution=16, label_column="number")
     numbers = [item["label"] for item in latentvae.TokenDataset(tmp_path / "n")]
     assert numbers == [*reversed(range(1, len(files))), -1]
-    for column, said in (("nubmer", "did you mean 'number'"), ("text", "not integers or classes")):
+    for column, said in (("nubmer", "did you mean 'number'"), ("text", "must hold integers or classes")):
         with pytest.raises(UserError, match=said):
             encode_folder(tokenizer, table, tmp_path / "no", resolution=16, label_column=column)
 

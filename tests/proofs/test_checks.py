@@ -16,7 +16,7 @@ def check(name: str, *, passed: bool, value: object = 0.5) -> Check:
 
 def test_the_advice_is_told_where_a_check_failed() -> None:
     assert str(check("a", passed=True)) == "ok     a: 0.5 (expected: above 0)"
-    assert str(check("a", passed=False)) == "FAILED a: 0.5 (expected: above 0); mend it"
+    assert str(check("a", passed=False)) == "FAILED a: 0.5 (expected: above 0). mend it"
     assert "\n" not in str(check("a", passed=True, value="x\ny"))
 
 
@@ -26,7 +26,7 @@ def test_exit_code_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert conclude(checks[:1]) == 0 and conclude(checks, json_file=file) == 1
     assert capsys.readouterr().out.splitlines() == [
         "1 of 1 checks hold",
-        "1 of 2 checks hold; b failed",
+        "1 of 2 checks hold. b failed",
     ]
 
     def refuse(name: str) -> None:

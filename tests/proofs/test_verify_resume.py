@@ -25,7 +25,7 @@ from latentvae.engine.checkpoint_files import (
 from latentvae.engine.resume import read_config, write_config
 from latentvae.errors import UserError
 from latentvae.proofs.verify_resume import job, verify_resume
-from latentvae.proofs.verify_resume.compare import LEAST, compare, distance, what_is_left
+from latentvae.proofs.verify_resume.compare import LEAST, compare, distance, read_results
 from latentvae.proofs.verify_resume.job import Job, shortened
 from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace
@@ -111,7 +111,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 def failed(straight: Path, resumed: Path) -> list[str]:
     checks = compare(
         *(
-            what_is_left(run, update=UPDATES, parts=AutoencoderTask.parts)
+            read_results(run, update=UPDATES, parts=AutoencoderTask.parts)
             for run in (straight, resumed)
         )
     )
@@ -163,14 +163,14 @@ def test_where_bits_are_not_promised_two_unbroken_runs_say_how_near(
         return folder
 
     again, near, far = (
-        what_is_left(
+        read_results(
             noisy(tmp_path / name, seed, forget=name == "far"),
             update=UPDATES,
             parts=AutoencoderTask.parts,
         )
         for seed, name in enumerate(("again", "near", "far"))
     )
-    left = what_is_left(straight, update=UPDATES, parts=AutoencoderTask.parts)
+    left = read_results(straight, update=UPDATES, parts=AutoencoderTask.parts)
     assert all(check.passed for check in compare(left, near, again=again))
     wrong = [check for check in compare(left, far, again=again) if not check.passed]
     assert [check.name for check in wrong] == ["model's average"] and wrong[0].value > LEAST
@@ -293,7 +293,7 @@ def job_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, end: str, seconds
 
 @pytest.mark.parametrize(
     ("end", "said"),
-    [("raise", "ends with code 1.*: error: the disk is full"), ("hang", "did not end within 1 s")],
+    [("raise", "ended with code 1.*: error: the disk is full"), ("hang", "did not end within 1 s")],
 )
 def test_a_run_that_ends_before_any_kill_is_a_wrong_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, said: str

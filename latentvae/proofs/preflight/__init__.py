@@ -1,4 +1,4 @@
-"""Proof of the wiring before a run: what the user's own run does in its first updates, checked."""
+"""Check the wiring before a run, on the first updates of the user's own run."""
 
 from latentvae.proofs.preflight.preflight import preflight
 

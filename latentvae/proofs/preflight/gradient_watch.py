@@ -1,4 +1,4 @@
-"""Who gets a gradient from whom, and in which precision: hooks on a run while it makes updates."""
+"""Watch which gradients arrive where, and in which precision, by hooks during updates."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-# In each micro-step the discriminator is called first for the model's part, then for its own (and
-# again for R1): what reaches a parameter before its second call is of the model's part.
+# In each micro-step the discriminator is called first for the model's part, then for its own part
+# (and again for R1). A gradient before its second call comes from the model's part.
 OWN_CALL = 2
 
 
@@ -17,16 +17,16 @@ class Watch:
 
     Attributes:
         discriminator_calls: forward passes of the discriminator.
-        on_discriminator: gradients that the model's part left on parameters of the discriminator.
-        on_model: gradients that the discriminator's part left on parameters of the model.
-        dtypes: what the network's convolutions gave out.
+        on_discriminator: gradients of the model's part on parameters of the discriminator.
+        on_model: gradients of the discriminator's part on parameters of the model.
+        dtypes: output types of the network's convolutions.
     """
 
     def __init__(self, task: AutoencoderTask) -> None:
         self.task = task
         self.discriminator_calls = self.on_discriminator = self.on_model = 0
         self.dtypes: set[torch.dtype] = set()
-        self._calls = 0  # of the discriminator in this micro-step
+        self._calls = 0  # calls of the discriminator in this micro-step
         self._handles: list[Any] = []
 
     def next_micro_step(self) -> None:

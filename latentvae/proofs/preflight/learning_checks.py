@@ -1,4 +1,4 @@
-"""Checks of what the updates did: to weights, averages and the discriminator, at which rate."""
+"""Check what the updates did to weights, averages and the discriminator, and at which rate."""
 
 import math
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from latentvae.tasks.autoencoder.learning_half import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """Yield the checks of weights, optimizers, learning rate, average and discriminator."""
     task = rehearsal.task
     yield weights(rehearsal)
     yield optimizer(rehearsal)
@@ -38,28 +39,35 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def updates(rehearsal: Rehearsal) -> Check:
-    """What is not finite now will not be later; without it nothing else can be judged."""
+    """Check that all gradients are finite. Otherwise no other check makes sense."""
     finite = [seen.result.finite for seen in rehearsal.seen]
     return Check(
         name="updates",
         passed=finite == [True] * UPDATES,
         value=f"{sum(finite)} made",
         expected=f"{UPDATES} updates with finite gradients",
-        advice="a gradient is NaN or infinite from the start: look for NaN in the images or the "
-        "pretrained weights, try --mixed_precision no, a lower learning_rate or disc_scale 0",
+        advice="A gradient is NaN or infinite from the start. Look for NaN in the images or the "
+        "pretrained weights, try --mixed_precision no, a lower learning_rate or disc_scale 0.",
     )
 
 
 def weights(rehearsal: Rehearsal) -> Check:
-    """In bf16 (diffusers casts to it) a usual rate is rounded away: weights stand still."""
-    # The second update's steps: the first would count a rounding of the initial weights as one.
+    """Check that the weights move.
+
+    In bf16 (diffusers casts to it) a usual learning rate is rounded away, and weights stand still.
+    """
+    # Take the second update. In the first, a rounding of the initial weights would count as a step.
     seen = rehearsal.seen[1]
     moved, steps = [], []
+
+    # steps of the weights that have a gradient
     for name, moment in seen.moments.items():
         change = (seen.after[name].double() - seen.before[name].double()).abs()
         learns = moment != 0
         moved.append(change[learns] > 0)
         steps.append(change[learns])
+
+    # verdict
     share = torch.cat(moved).double().mean().item() if moved else 0.0
     step = torch.cat(steps).median().item() / seen.rates[0] if moved else 0.0
     dtypes = {str(p.dtype).removeprefix("torch.") for p in _all_parameters(rehearsal)}
@@ -68,8 +76,8 @@ def weights(rehearsal: Rehearsal) -> Check:
         passed=dtypes == {"float32"} and share > 0.5,  # in bf16 about a tenth moves
         value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
         expected="float32 weights that move wherever they have a gradient",
-        advice="keep the weights in float32 (mixed_precision bf16 casts the computation alone), "
-        "and raise a learning_rate that is below their precision",
+        advice="Keep the weights in float32 (mixed_precision bf16 casts only the computation). "
+        "Raise a learning_rate that is below their precision.",
     )
 
 
@@ -79,7 +87,10 @@ def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 
 def optimizer(rehearsal: Rehearsal) -> Check:
-    """An output log-variance (or any part) that no optimiser knows is never learned."""
+    """Check that an optimizer has every trained parameter.
+
+    Without it a parameter, such as an output log-variance, is never learned.
+    """
     missing: list[str] = []
     for learner in rehearsal.task.learners.values():
         missing += _not_in(learner.optimizer, trained(learner.module))
@@ -87,8 +98,8 @@ def optimizer(rehearsal: Rehearsal) -> Check:
         name="optimizer",
         passed=not missing,
         value=", ".join(missing[:3]) or "all",
-        expected="every parameter that is to learn is in an optimizer",
-        advice="give these parameters to the optimizer, or freeze them by requires_grad_(False)",
+        expected="every trained parameter is in an optimizer",
+        advice="Give these parameters to the optimizer, or freeze them by requires_grad_(False).",
     )
 
 
@@ -98,7 +109,7 @@ def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
 
 
 def cleared(rehearsal: Rehearsal) -> Check:
-    """A gradient that is left over counts again in the next update."""
+    """Check that no gradient is left over, because it would count again in the next update."""
     learners = rehearsal.task.learners.values()
     groups = [group for learner in learners for group in learner.optimizer.param_groups]
     left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
@@ -107,7 +118,7 @@ def cleared(rehearsal: Rehearsal) -> Check:
         passed=left == 0,
         value=left,
         expected="0 gradients left over from the last update",
-        advice="zero the gradients of both optimizers after each update",
+        advice="Zero the gradients of both optimizers after each update.",
     )
 
 
@@ -120,6 +131,8 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
     kept = task.config, progress.update
     task.config = asked
+
+    # compare at some updates
     worst, at = 0.0, 0
     points = {0, warmup // 2, warmup, (warmup + total) // 2, total - 1}
     for update in sorted(point for point in points if point < total):
@@ -132,19 +145,21 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
                 difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
                 worst, at = max((worst, at), (difference, update))
     task.config, progress.update = kept
+
+    # verdict
     follows = worst < 1e-9
     return Check(
         name="learning-rate",
         passed=follows,
         value="as stated" if follows else f"{worst:.2g} of the peak off after update {at:,}",
         expected=f"{asked.optimizer.lr_scheduler} after a warm-up, over {total:,} updates",
-        advice="the rate is not what the options say: take learning_rate as it stands and "
-        "evaluate the schedule at the update, not at micro-steps or per process",
+        advice="The rate is not what the options say. Do not scale learning_rate, and "
+        "evaluate the schedule at the update, not at micro-steps or per process.",
     )
 
 
 def _stated_rate(update: int, peak: float, config: TrainConfig) -> float:
-    """The schedule as the options' help tells it."""
+    """Return the learning rate that the options' help texts describe."""
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     if update < warmup:
         return (update + 1) / warmup * peak
@@ -155,17 +170,20 @@ def _stated_rate(update: int, peak: float, config: TrainConfig) -> float:
 
 
 def precision(rehearsal: Rehearsal) -> Check:
-    """A network that is called past its wrapper is not cast: bf16 is asked for and never runs."""
+    """Check that the convolutions run in the precision that was asked.
+
+    A network that is called past its wrapper is not cast, so bf16 is asked and never used.
+    """
     asked = rehearsal.training.accelerator.mixed_precision
     wanted = torch.bfloat16 if asked == "bf16" else torch.float32
     found = {str(dtype).removeprefix("torch.") for dtype in rehearsal.watch.dtypes}
     return Check(
         name="precision",
-        passed=wanted in rehearsal.watch.dtypes,  # some parts ask for float32 within autocast
+        passed=wanted in rehearsal.watch.dtypes,  # some parts use float32 within autocast
         value=", ".join(sorted(found)),
-        expected=f"convolutions in {str(wanted).removeprefix('torch.')}, as mixed_precision "
-        f"{asked} says",
-        advice="call what Accelerate prepared, not the network inside it",
+        expected=f"convolutions in {str(wanted).removeprefix('torch.')}, by mixed_precision "
+        f"{asked}",
+        advice="Call the module that Accelerate prepared, not the network inside it.",
     )
 
 
@@ -186,13 +204,15 @@ def average(rehearsal: Rehearsal) -> Check:
         passed=dtypes == {"float32"} and worst < 1e-4,
         value=f"{', '.join(sorted(dtypes))}, at most {worst:.2g} of a step off",
         expected="a float32 average that follows each update of the model as ema_decay says",
-        advice="keep the average in float32 and step it once after each update of the model",
+        advice="Keep the average in float32 and step it once after each update of the model.",
     )
 
 
 def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
-    """The largest distance from decay * old + (1 - decay) * weights, relative to the size of the
-    weights."""
+    """Return how far the average is from decay * old + (1 - decay) * weights.
+
+    It is a share of the step that the weights made.
+    """
     decay = min((1 + update) / (10 + update), ema_decay) if update else 0.0
     worst = 0.0
     for name, old in seen.before.items():
@@ -216,21 +236,26 @@ def discriminator_start(rehearsal: Rehearsal) -> Check:
         passed=learned == expected and called == expected,
         value=f"called in updates {_numbers(called)}, trained in {_numbers(learned)}",
         expected=f"called and trained in updates {_numbers(expected)} of {UPDATES}, not before",
-        advice="step the discriminator's optimizer in each update from disc_start on, and do not "
-        "call the discriminator before",
+        advice="Step the discriminator's optimizer in each update from disc_start on, and do not "
+        "call the discriminator before.",
     )
 
 
 def _numbers(happened: list[bool]) -> str:
-    """Counted from 1."""
+    """Return the numbers of the updates in which something happened, counted from 1."""
     return ", ".join(str(i + 1) for i, did in enumerate(happened) if did) or "none"
 
 
 def discriminator_ramp(rehearsal: Rehearsal) -> Check:
-    """An untrained discriminator at full weight spoils what the model has learned."""
+    """Check that the adversarial weight starts at 0 and grows to its full value.
+
+    An untrained discriminator at full weight spoils what the model has learned.
+    """
     task, asked = rehearsal.task, rehearsal.asked
     options, objective = asked.discriminator, task.objective
     kept = objective.adversarial, task.progress.discriminator_start
+
+    # the weight at its start and after its ramp
     objective.adversarial = adversarial_weight(options)
     task.progress.discriminator_start = asked.discriminator_start
     ramp = options.disc_warmup_steps, options.disc_ramp_steps
@@ -239,14 +264,15 @@ def discriminator_ramp(rehearsal: Rehearsal) -> Check:
         adversary = task.adversary(update)
         found.append(None if adversary is None else adversary.factor)
     objective.adversarial, task.progress.discriminator_start = kept
+
     return Check(
         name="discriminator-ramp",
         passed=found == expected,
         value=f"{found[0]}, then {found[1]}",
         expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
         "updates",
-        advice="let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
-        "from disc_start",
+        advice="Let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
+        "from disc_start.",
     )
 
 
@@ -259,14 +285,17 @@ def _changed(seen: Seen, group: str) -> bool:
 
 
 def discriminator_untouched(rehearsal: Rehearsal) -> Check:
-    """The model's loss, sent back through the discriminator, trains it to call fakes real."""
+    """Check that the model's loss leaves no gradient on the discriminator.
+
+    It would train the discriminator to call fakes real.
+    """
     return Check(
         name="discriminator-untouched",
         passed=rehearsal.watch.on_discriminator == 0,
         value=rehearsal.watch.on_discriminator,
         expected="0 gradients on the discriminator from the model's part",
-        advice="take the gradient at the reconstruction alone (torch.autograd.grad), or freeze the "
-        "discriminator in the model's part",
+        advice="Take the gradient only at the reconstruction (torch.autograd.grad), or freeze the "
+        "discriminator in the model's part.",
     )
 
 
@@ -280,7 +309,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
         passed=rehearsal.watch.on_model == 0,
         value=rehearsal.watch.on_model,
         expected="0 gradients on the model from the discriminator's part",
-        advice="detach the reconstructions that the discriminator learns from",
+        advice="Detach the reconstructions that the discriminator learns from.",
     )
 
 
@@ -302,5 +331,5 @@ def adaptive_weight(rehearsal: Rehearsal) -> Check:
         passed=0.0 <= largest <= cap * (1 + 1e-6),
         value=largest,
         expected=f"finite, from 0 to disc_weight_cap {cap:g}",
-        advice="clamp the adaptive weight to disc_weight_cap, and keep its denominator above 0",
+        advice="Clamp the adaptive weight to disc_weight_cap, and keep its denominator above 0.",
     )

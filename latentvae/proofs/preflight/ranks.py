@@ -1,4 +1,4 @@
-"""Checks of the processes: one model in all, other images in each."""
+"""Check the processes: the same model in all, different images in each."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,18 @@ from latentvae.proofs.preflight.rehearsal import Rehearsal, fingerprints
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """Yield the checks of several processes. A single process has none."""
     if world_size() > 1:
         yield equal(rehearsal)
         yield batches(rehearsal)
 
 
 def equal(rehearsal: Rehearsal) -> Check:
-    """A model called past DDP, or a codebook whose counts are not reduced, is another one in each
-    process; the first one's is saved."""
+    """Check that all processes have the same weights and states.
+
+    They differ if the model is called past DDP, or if a codebook's counts are not reduced. Then
+    only the model of the first process is saved.
+    """
     ranks = gather_objects(fingerprints(rehearsal.training))
     differ = [name for name in ranks[0] if len({rank[name] for rank in ranks}) > 1]
     return Check(
@@ -23,14 +27,16 @@ def equal(rehearsal: Rehearsal) -> Check:
         passed=not differ,
         value=f"{', '.join(differ)} differ" if differ else "to the bit",
         expected=f"the same in all {len(ranks)} processes after {len(rehearsal.seen)} updates",
-        advice="call the prepared model and discriminator (never the modules inside), and reduce "
-        "over ranks what a codebook learns from",
+        advice="Call the prepared model and discriminator, never the modules inside. Reduce the "
+        "counts of a codebook over ranks.",
     )
 
 
 def batches(rehearsal: Rehearsal) -> Check:
-    """Without a share of its own, each process reads the same images, and the others are for
-    nothing."""
+    """Check that no batch is used twice, in any process.
+
+    Without its own share, each process reads the same images, and the other processes are wasted.
+    """
     ranks = gather_objects([digest for digest, _, _ in rehearsal.batches])
     digests = [digest for rank in ranks for digest in rank]
     different = len(set(digests))
@@ -38,6 +44,6 @@ def batches(rehearsal: Rehearsal) -> Check:
         name="ranks-batches",
         passed=different == len(digests),
         value=f"{different} different of {len(digests)}",
-        expected="no batch twice, in whichever process",
-        advice="give each process its own share of the images, by its rank",
+        expected="no batch twice, in any process",
+        advice="Give each process its own share of the images, by its rank.",
     )

@@ -1,5 +1,8 @@
-"""The run that is rehearsed: the user's own model, images, precision and processes, but in a folder
-of its own and with a discriminator that starts at once; a few updates of it, under watch."""
+"""Rehearse a run: make a few updates of it while they are watched.
+
+Model, images, precision and processes are the user's own. The folder is temporary, and the
+discriminator starts at once.
+"""
 
 import hashlib
 import resource
@@ -23,9 +26,9 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR, MODEL
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-UPDATES = 4  # two of the model alone, two with the discriminator: the second of each is timed
+UPDATES = 4  # two of the model alone, two with the discriminator
 DISCRIMINATOR_START = 2  # counted from 0
-WATCHED_TENSORS = 12  # of each network, that are copied before and after each update
+WATCHED_TENSORS = 12  # about so many of each network are copied before and after each update
 
 
 @dataclass(kw_only=True)
@@ -33,11 +36,11 @@ class Seen:
     """One update, seen from outside.
 
     Attributes:
-        result: what `Updates.make` tells of it.
-        seconds: it took, with its images.
-        rates: learning rates that the optimisers had, of the model and the discriminator.
+        result: what `Updates.make` returned.
+        seconds: time of the update, with its images.
+        rates: learning rates of the optimizers, of the model and the discriminator.
         before, after: some tensors on the CPU by name, `model/`, `discriminator/` and `ema/`.
-        moments: AdamW's first moments of the same weights, after it.
+        moments: AdamW's first moments of the same weights, after the update.
         discriminator_calls: forward passes of the discriminator.
     """
 
@@ -56,11 +59,18 @@ class Rehearsal:
 
     Attributes:
         asked: the configuration of the user's run.
-        task: the rehearsed run's, `training` what the engine adds; its folder is temporary.
-        batches: the digest of each micro-step's images, and their range, of this rank.
-        images: two images of the first batch, (2, C, H, W), or its only one and the mirror image.
-        source: the batches after those that were used.
-        save_seconds, checkpoint_bytes, validation_seconds: measured on the way, the last per image.
+        task: the task of the rehearsed run.
+        training: what the engine adds to the task. Its folder is temporary.
+        updates: makes updates.
+        seen: the updates that were made.
+        watch: gradients and types during these updates.
+        batches: digest and range of each micro-step's images, of this rank.
+        images: two images of the first batch, (2, C, H, W). A single image comes with its mirror
+            image.
+        source: the batches after the used ones.
+        peak_memory: bytes.
+        save_seconds, checkpoint_bytes: measured on a checkpoint.
+        validation_seconds: measured on a validation, per image.
     """
 
     asked: TrainConfig
@@ -78,7 +88,7 @@ class Rehearsal:
     validation_seconds: float = 0.0
 
     def rehearse(self) -> None:
-        """Make the updates; stops at one whose gradients are not finite."""
+        """Make the updates. Stop at one whose gradients are not finite."""
         self.source = iter(self._noted(self.task.batches(start_step=0)))
         _reset_peak(self.training.accelerator.device)
         with Watch(self.task) as self.watch:
@@ -89,12 +99,15 @@ class Rehearsal:
         self.peak_memory = _peak(self.training.accelerator.device)
 
     def _update(self, source: Iterator[Batch]) -> Seen:
+        # update
         training, calls = self.training, self.watch.discriminator_calls
         before = watched_tensors(training)
         _wait(training.accelerator.device)
         start = time.perf_counter()
         result = self.updates.make(source)
         _wait(training.accelerator.device)
+
+        # what it did
         optimizers = [learner.optimizer for learner in training.task.learners.values()]
         return Seen(
             result=result,
@@ -119,8 +132,10 @@ class Rehearsal:
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The user's configuration for a few updates in another folder: full learning rate and
-    discriminator at once, told to nobody."""
+    """Return the user's configuration for a few updates in another folder.
+
+    It has the full learning rate and the discriminator from the start, and no trackers.
+    """
     copy = config.model_copy(deep=True)
     copy.run.output_dir = str(folder)
     copy.run.resume_from_checkpoint, copy.run.overwrite_output_dir = "latest", False
@@ -132,7 +147,7 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def watched_tensors(training: Training) -> dict[str, Tensor]:
-    """Copies of some weights of each kind, evenly spread, on the CPU."""
+    """Return copies of some weights of each kind, evenly spread, on the CPU."""
     found: dict[str, Tensor] = {}
     for kind, learner in training.task.learners.items():
         some = _some(trained(learner.module))
@@ -146,12 +161,15 @@ def watched_tensors(training: Training) -> dict[str, Tensor]:
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The largest of each of so many stretches, in the network's order; no codes, for those that
-    restart leap."""
+    """Return some tensors: split them in the network's order and take the largest of each part.
+
+    Codes are left out, because restarted codes jump.
+    """
     items = [item for item in tensors.items() if not item[0].startswith("net.quantize.")]
     step = max(len(items) // WATCHED_TENSORS, 1)
     stretches = (items[i : i + step] for i in range(0, len(items), step))
@@ -169,7 +187,7 @@ def _moments(task: AutoencoderTask) -> dict[str, Tensor]:
 
 
 def fingerprints(training: Training) -> dict[str, str]:
-    """The sha256 of all that an update changes, by what it is."""
+    """Return the sha256 of all tensors that an update changes, by kind."""
     groups = _state(training)
     if average := training.averages.get(MODEL):
         groups["average"] |= {"steps": torch.tensor(average.optimization_step)}
@@ -177,14 +195,14 @@ def fingerprints(training: Training) -> dict[str, str]:
 
 
 def align(training: Training) -> None:
-    """Give all ranks the first one's state: what makes them differ is a check of its own."""
+    """Give all ranks the state of the first one. Another check reports whether they differ."""
     device = training.accelerator.device.type
     tensors = [value for group in _state(training).values() for value in group.values()]
     send_from_main(value for value in tensors if value.device.type == device)
 
 
 def _state(training: Training) -> dict[str, dict[str, Tensor]]:
-    """All tensors that an update changes, by what they are."""
+    """Return all tensors that an update changes, by kind."""
     groups: dict[str, dict[str, Tensor]] = {}
     for kind, prefix in ((MODEL, ""), (DISCRIMINATOR, "discriminator ")):
         if learner := training.task.learners.get(kind):
@@ -217,7 +235,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes at most, so far: on the GPU, or of this process."""
+    """Return the peak of memory so far in bytes, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

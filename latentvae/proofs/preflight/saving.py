@@ -1,5 +1,4 @@
-"""Checks of what happens between updates: a checkpoint that is saved and restored, and a
-validation."""
+"""Check what happens between updates: a checkpoint saved and restored, and a validation."""
 
 import math
 import time
@@ -18,10 +17,11 @@ from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.validate import readable_images, validate
 
 VALIDATION_IMAGES = 8
-GPU_TOLERANCE = 1e-2  # of a loss: sums there are in no fixed order
+GPU_TOLERANCE = 1e-2  # relative, of a loss: sums on GPUs have no fixed order
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """Yield the checks of image range, validation and checkpoint."""
     yield image_range(rehearsal)
     yield _or_what_it_raised("validation", validation, rehearsal)
     yield _or_what_it_raised("checkpoint", checkpoint, rehearsal)
@@ -30,24 +30,30 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def _or_what_it_raised(
     name: str, check: Callable[[Rehearsal], Check], rehearsal: Rehearsal
 ) -> Check:
-    """What would end the run hours after its start is told like all else."""
+    """Make a check, or report its exception as a failed check.
+
+    The same exception would end the run hours after its start.
+    """
     try:
         return check(rehearsal)
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
-        if world_size() > 1:  # other ranks may wait for this one: the launcher ends them all
+        if world_size() > 1:  # other ranks may wait for this one, so the launcher ends them all
             raise
         return Check(
             name=name,
             passed=False,
             value=f"{type(error).__name__}: {error}".splitlines()[0],
             expected="no exception",
-            advice="the run would end here, some time after its start",
+            advice="The run would end here, some time after its start.",
         )
 
 
 def image_range(rehearsal: Rehearsal) -> Check:
-    """Images in [0, 1] where [-1, 1] is meant: LPIPS and every measure are then of other
-    pictures."""
+    """Check that training and validation images are both in [-1, 1].
+
+    With images in [0, 1], LPIPS and every metric would measure different pictures.
+    """
+    # ranges
     train = (
         min(low for _, low, _ in rehearsal.batches),
         max(high for _, _, high in rehearsal.batches),
@@ -56,22 +62,26 @@ def image_range(rehearsal: Rehearsal) -> Check:
         rehearsal.task.validation_images, eval_transform(rehearsal.task.config), count=4
     )
     shown = (images.min().item(), images.max().item())
+
+    # verdict
     inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
     return Check(
         name="image-range",
-        # A set of bright pictures may lack what is dark, but not in one of both alone.
+        # A set of bright pictures may lack negative values, but then both sets do.
         passed=inside and (train[0] < 0) == (shown[0] < 0),
         value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
         "validation",
-        expected="both in [-1, 1], and not one of them in [0, 1]",
-        advice="bring both to [-1, 1] alike; for files of numbers give --value_range",
+        expected="both in [-1, 1], and not only one of them in [0, 1]",
+        advice="Bring both to [-1, 1] in the same way. For files of numbers give --value_range.",
     )
 
 
 def validation(rehearsal: Rehearsal) -> Check:
-    """A validation that fails ends the run hours after its start."""
+    """Check that a validation works. A failure would end the run hours after its start."""
     task, bad = rehearsal.task, BadImages()
     limit = min(VALIDATION_IMAGES * world_size(), len(task.validation_images))
+
+    # validate
     start = time.perf_counter()
     with rehearsal.training.evaluating():
         values = validate(
@@ -85,33 +95,44 @@ def validation(rehearsal: Rehearsal) -> Check:
             bad=bad,
         )
     rehearsal.validation_seconds = (time.perf_counter() - start) / max(limit, 1)
+
+    # verdict
     shown = ("psnr", "ssim", "lpips", "images")
     return Check(
         name="validation",
         passed=all(math.isfinite(value) for value in values.values()),
         value=", ".join(f"{name} {values[f'validation/{name}']:.3g}" for name in shown),
         expected="finite numbers from unseen images",
-        advice="look at the validation images and at --validation_data_dir",
+        advice="Look at the validation images and at --validation_data_dir.",
     )
 
 
 def checkpoint(rehearsal: Rehearsal) -> Check:
-    """What is not restored (an optimiser, the average, the images' order) changes the next
-    update."""
+    """Check that a restored checkpoint repeats the next update.
+
+    What is not restored (an optimizer, the average, the order of the images) changes that update.
+    """
+    # save, then the next update
     training = rehearsal.training
     align(training)
     before = fingerprints(training)
     path = _save(rehearsal)
     expected = _next_update(training, rehearsal.source)
     after = fingerprints(training)
+
+    # restore
     for learner in training.task.learners.values():
-        learner.optimizer.state.clear()  # as where a run goes on
+        learner.optimizer.state.clear()  # as at the start of a resume
     restore(training, load_checkpoint(path))
     restored = fingerprints(training)
     wrong = [name for name in before if before[name] != restored.get(name)]
+
+    # the same update again
     batches = training.task.batches(start_step=training.progress.micro_step)
     found = _next_update(training, iter(batches))
     again = fingerprints(training)
+
+    # verdict
     differs = _differences(expected, found, rehearsal)
     if not differs and _to_the_bit(rehearsal):
         differs = [f"the {name}" for name in after if after[name] != again[name]]
@@ -120,10 +141,10 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
     return Check(
         name="checkpoint",
         passed=not faults,
-        value="; ".join(faults) or f"{len(before)} parts restored, next loss repeated",
+        value=", ".join(faults) or f"{len(before)} parts restored, next loss repeated",
         expected=f"a restored run repeats the next update, {_promise(rehearsal)}",
-        advice="a resumed run would give other weights: restore weights, optimizers, averages, "
-        "discriminator and position; `latentvae verify-resume` looks closer",
+        advice="A resumed run would give other weights. Restore weights, optimizers, averages, "
+        "discriminator and position. `latentvae verify-resume` shows more.",
     )
 
 
@@ -144,9 +165,9 @@ def _save(rehearsal: Rehearsal) -> Path:
 
 
 def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float]:
-    """What one more update logs."""
+    """Make one more update and return what it logs."""
     for learner in training.task.learners.values():
-        learner.module.zero_grad()  # whether the last one left any is another check
+        learner.module.zero_grad()  # left-over gradients have their own check
     result = Updates(training).make(source)
     return {
         f"{name} {i}": value.float().item()
@@ -158,7 +179,7 @@ def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float
 def _differences(
     expected: dict[str, float], found: dict[str, float], rehearsal: Rehearsal
 ) -> list[str]:
-    """Names of what is not as it was: to the bit, or of the losses within the tolerance."""
+    """Return the names of values that differ: to the bit, or losses beyond the tolerance."""
     if _to_the_bit(rehearsal):
         names = [name for name in expected if found.get(name) != expected[name]]
     else:
@@ -172,7 +193,10 @@ def _differences(
 
 
 def _to_the_bit(rehearsal: Rehearsal) -> bool:
-    """Sums over more than two processes, and those on GPUs, are in no fixed order."""
+    """Return whether equality to the bit is promised.
+
+    Sums over more than two processes, and sums on GPUs, have no fixed order.
+    """
     return rehearsal.training.accelerator.device.type == "cpu" and world_size() <= 2
 
 

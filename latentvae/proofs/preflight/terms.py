@@ -1,4 +1,4 @@
-"""Checks of the loss: each term has the size that is stated and reaches what it should train.
+"""Check the loss: each term has its documented size and trains the parts that it should.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes.
 """
@@ -14,17 +14,23 @@ from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 
 FLOAT32, BF16 = 1e-3, 3e-2  # relative errors that the precision explains
-SAME = 0.1  # relative difference of gradients: a code or two may flip; a sum is 1 from the mean
+# Relative difference of gradients that counts as equal, because a code or two may flip. If two
+# gradients were added and not averaged, it would be 1.
+SAME = 0.1
 
 
 def tolerance(rehearsal: Rehearsal) -> float:
+    """Return the relative error that the precision of the run explains."""
     return FLOAT32 if rehearsal.training.accelerator.mixed_precision == "no" else BF16
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """Yield the checks of all terms that the run uses."""
     config = rehearsal.task.config
     if config.objective.perceptual_scale > 0:
         yield lpips_gradient(probe(rehearsal, "lpips"))
+
+    # reconstruction and latent
     pixels = probe(rehearsal, "rec")
     yield reconstruction(rehearsal, pixels)
     if not config.model.freeze_encoder:
@@ -34,38 +40,50 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
         yield kl(rehearsal, divergence)
         if config.objective.kl_scale > 0 and not config.model.freeze_encoder:
             yield kl_gradient(divergence)
+
+    # codes and micro-steps
     yield from _code_terms(rehearsal, pixels)
     if _is_additive(rehearsal):
         yield accumulation(rehearsal)
 
 
 def lpips_gradient(found: Probe) -> Check:
-    """LPIPS under `no_grad` adds a constant to the loss (diffusers' train_autoencoderkl.py)."""
+    """Check that LPIPS reaches the decoder.
+
+    Under `no_grad` it adds a constant to the loss (as in diffusers' train_autoencoderkl.py).
+    """
     return Check(
         name="lpips-gradient",
         passed=found.decoder > 0,
         value=found.decoder,
-        expected="of LPIPS alone, a norm above 0 at the decoder",
-        advice="LPIPS trains nothing: compute it with gradients to the reconstruction, outside of "
-        "no_grad and without detach",
+        expected="a norm above 0 at the decoder, from LPIPS alone",
+        advice="LPIPS trains nothing. Compute it with gradients to the reconstruction, without "
+        "no_grad and detach.",
     )
 
 
 def latent_gradient(found: Probe) -> Check:
-    """A straight-through estimator (or a reparametrisation) that is lost leaves the encoder to the
-    latent's own terms."""
+    """Check that the pixel term reaches the encoder through the latent.
+
+    If the straight-through estimator or the reparametrisation is lost, the encoder learns only
+    from the latent's own terms.
+    """
     return Check(
         name="latent-gradient",
         passed=found.encoder > 0,
         value=found.encoder,
-        expected="of the pixel term alone, a norm above 0 at the encoder",
-        advice="the encoder does not learn to reconstruct: the gradient is lost at the latent; "
-        "check straight_through (or gradient) of the quantizer, or the sampling of the posterior",
+        expected="a norm above 0 at the encoder, from the pixel term alone",
+        advice="The encoder does not learn to reconstruct, because the gradient is lost at the "
+        "latent. Check straight_through (or gradient) of the quantizer, or the sampling of the "
+        "posterior.",
     )
 
 
 def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
-    """A sum over pixels makes clipping always active and weights depend on the resolution."""
+    """Check that the pixel term is a mean over image elements.
+
+    With a sum, clipping would always be active, and weights would depend on the resolution.
+    """
     objective = rehearsal.task.config.objective
     images = found.images.double()
     recon = found.out.recon.detach().cpu().double().requires_grad_()
@@ -74,6 +92,8 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
         error = likelihood.nll(images, recon)
     else:
         error = (recon - images).abs() if objective.rec_loss == "l1" else (recon - images) ** 2
+
+    # value and gradient
     expected = error.mean()
     variance = found.out.output_logvar.detach().exp().item()
     (slope,) = torch.autograd.grad(expected / variance, recon)
@@ -89,7 +109,10 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
 
 
 def kl(rehearsal: Rehearsal, found: Probe) -> Check:
-    """A KL that is a mean over latent elements (or the batch) weighs something else than stated."""
+    """Check that the KL is a sum over latent elements divided by the number of image elements.
+
+    As a mean over latent elements or over the batch, its weight would mean something else.
+    """
     assert found.latent is not None
     latent = found.latent.cpu().double().requires_grad_()
     expected = _closed_form_kl(rehearsal, latent).mean() / found.images[0].numel()
@@ -102,23 +125,28 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
         expected=expected,
         gradient=found.at_latent,
         slope=slope,
-        stated="nats per image over image elements",
+        stated="nats per image divided by image elements",
     )
 
 
 def kl_gradient(found: Probe) -> Check:
-    """A KL of detached moments is logged, and holds nothing."""
+    """Check that the KL reaches the encoder. A KL of detached moments has no effect."""
     return Check(
         name="kl-gradient",
         passed=found.encoder > 0,
         value=found.encoder,
-        expected="of the KL alone, a norm above 0 at the encoder",
-        advice="the KL does not reach the encoder: its moments must not be detached",
+        expected="a norm above 0 at the encoder, from the KL alone",
+        advice="The KL does not reach the encoder. Do not detach its moments.",
     )
 
 
 def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
-    """(B,), nats, of moments (B, 2 d, h, w) or, of Gumbel-softmax, of logits (B, K, h, w)."""
+    """Return the KL, (B,), in nats.
+
+    Args:
+        rehearsal: the rehearsed run.
+        latent: moments (B, 2 d, h, w) or, for Gumbel-softmax, logits (B, K, h, w).
+    """
     if rehearsal.task.config.model.posterior == "categorical":
         logs = latent.log_softmax(dim=1)
         return (logs.exp() * (logs + math.log(latent.shape[1]))).sum(dim=(1, 2, 3))
@@ -137,25 +165,29 @@ def _reduction(
     slope: Tensor,
     stated: str,
 ) -> Check:
-    """The logged value is the recomputed one, and so is the gradient's size (where there is one:
-    whether it is there is another check)."""
+    """Check that the logged value and the size of the gradient are those recomputed here.
+
+    A missing gradient is left to another check.
+    """
+    # ratios
     allowed = tolerance(rehearsal)
     value = logged.item() / expected.item() if expected.item() else 1.0
     found = {"value": value}
     if gradient is not None and gradient.any() and slope.any():
         found["gradient"] = (gradient.cpu().double().norm() / slope.norm()).item()
+
     return Check(
         name=name,
         passed=all(abs(ratio - 1) <= allowed for ratio in found.values()),
         value=", ".join(f"{key} {ratio:.4g}" for key, ratio in found.items()),
         expected=f"1 times {stated}, recomputed",
-        advice="the term is reduced otherwise than its weight assumes, so that the weight means "
-        "something else at another resolution or batch",
+        advice="The term is not reduced as its weight assumes. So the weight means something "
+        "else at another resolution or batch size.",
     )
 
 
 def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
-    """Beta on the wrong term moves the codes where it should move the features."""
+    """Yield the checks of commitment and codebook terms that have a weight."""
     if rehearsal.task.config.model.freeze_encoder:
         return
     weighted = {n for n in pixels.out.latent_losses if rehearsal.task.objective.weights[n]}
@@ -166,38 +198,44 @@ def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
 
 
 def commitment(found: Probe) -> Check:
-    """Beta on the wrong term: the codes move where the features should."""
+    """Check that the commitment term moves the features and not the codes.
+
+    With beta on the wrong term, it would move the codes.
+    """
     return Check(
         name="commitment",
         passed=found.encoder > 0 and found.codes == 0,
         value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
-        expected="of the commitment alone, a norm above 0 at the encoder and 0 at the codes",
-        advice="commitment_weight weighs the wrong term: detach the codes in it, not the features",
+        expected="a norm above 0 at the encoder and 0 at the codes, from the commitment alone",
+        advice="commitment_weight weighs the wrong term. Detach the codes in it, not the features.",
     )
 
 
 def codebook(found: Probe) -> Check:
-    """A codebook that no gradient reaches stays random."""
+    """Check that the codebook term moves the codes. Codes without a gradient stay random."""
     return Check(
         name="codebook",
         passed=found.encoder == 0 and found.codes > 0,
         value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
-        expected="of the codebook's loss alone, a norm above 0 at the codes and 0 at the encoder",
-        advice="codebook_weight weighs the wrong term: detach the features in it, not the codes",
+        expected="a norm above 0 at the codes and 0 at the encoder, from the codebook's loss alone",
+        advice="codebook_weight weighs the wrong term. Detach the features in it, not the codes.",
     )
 
 
 def _is_additive(rehearsal: Rehearsal) -> bool:
-    """Whether the loss of a batch is the mean of its images' and draws no random numbers."""
+    """Return whether the loss of a batch is a mean over its images, without random draws."""
     config = rehearsal.task.config
     random_backgrounds = config.data.image_channels == 4
     return not config.model.draws_noise and not random_backgrounds
 
 
 def accumulation(rehearsal: Rehearsal) -> Check:
-    """Gradients that are added over micro-steps and not divided make the rate another one."""
-    # Without LPIPS, whose maxima over pixels go another way by a rounding; and the entropy of a
-    # batch is no mean over its images.
+    """Check that gradients are divided by the number of micro-steps.
+
+    Without the division the effective learning rate would change.
+    """
+    # Leave out LPIPS, because rounding changes which pixel its maxima take. Leave out the entropy
+    # of a batch, because it is not a mean over its images.
     terms = rehearsal.task.objective.weights.keys() - {"lpips", "batch_entropy"}
     images = rehearsal.images
     joined = gradients_of(rehearsal, [images], *terms)
@@ -207,8 +245,8 @@ def accumulation(rehearsal: Rehearsal) -> Check:
         name="accumulation",
         passed=error <= SAME,
         value=error,
-        expected="two micro-steps of one image have the gradient of both at once: a relative "
-        "difference near 0",
-        advice="divide each micro-step's loss by gradient_accumulation_steps, and keep no state "
-        "between micro-steps",
+        expected="a relative difference near 0 between two micro-steps of one image and both at "
+        "once",
+        advice="Divide each micro-step's loss by gradient_accumulation_steps, and keep no state "
+        "between micro-steps.",
     )

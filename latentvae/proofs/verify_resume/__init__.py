@@ -1,5 +1,4 @@
-"""`latentvae verify-resume`: train straight, then with kills and resumes, and compare all that is
-left."""
+"""`latentvae verify-resume`: train straight and with kills, and compare the results."""
 
 from latentvae.proofs.verify_resume.verify_resume import verify_resume
 

@@ -1,4 +1,4 @@
-"""Two runs, one of them killed and resumed: are they the same in all that they leave behind?"""
+"""Compare what two runs leave behind: one unbroken, one killed and resumed."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.proofs.checks import Check
 
-NOISE = 10.0  # times the difference of two unbroken runs
-LEAST = 1e-3  # of the norm; what is allowed where two unbroken runs happen to agree
+NOISE = 10.0  # factor on the difference of two unbroken runs
+LEAST = 1e-3  # share of the norm that is always allowed, for two unbroken runs that agree by chance
 ADVICE = (
-    "do not rely on resuming this configuration; if images, versions and threads did not change "
-    "between the launches, it is a fault of latentvae's: report it with both runs"
+    "Do not rely on resuming this configuration. If images, versions and threads did not change "
+    "between the launches, this is a bug of latentvae: report it with both runs."
 )
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a finished run leaves, by the name of its check.
+class Results:
+    """What a finished run leaves behind.
 
     Attributes:
-        tensors: by name, those of a checkpoint and of the export.
-        values: plain ones: counters, sums since the last row, names of bad images.
-        rows: of the log, without what is measured in seconds.
+        tensors: tensors by group and name, of a checkpoint and of the export. A group is a check.
+        values: plain values: counters, sums since the last row, names of bad images.
+        rows: rows of the log, without times and memory.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -38,10 +38,12 @@ class Left:
     rows: list[dict[str, Any]]
 
 
-def what_is_left(folder: Path, *, update: int, parts: Mapping[str, str]) -> Left:
+def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Results:
     """Read the last checkpoint, the log and the export of a run.
 
     Args:
+        folder: the run.
+        update: the update of its last checkpoint.
         parts: name -> prefix of weights that are compared by themselves.
     """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
@@ -52,19 +54,22 @@ def what_is_left(folder: Path, *, update: int, parts: Mapping[str, str]) -> Left
             own = [part for part, prefix in parts.items() if name.startswith(prefix)]
             group = own[0] if own and not beside else file.replace("_", "'s ")
             tensors.setdefault(group, {})[name] = value
+
+    # export and plain values
     tensors["export"] = _exported(folder / "export")
     scalars = dict(snapshot.values)
-    # Rounding moves the numbers of controllers where it moves losses.
+    # Controllers are compared as tensors, because rounding moves them as it moves losses.
     if control := dict(_floats(scalars["task"])):
         tensors["controllers"] = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in control.items()
         }
     scalars["task"] = _without_floats(scalars["task"])
-    return Left(tensors=tensors, values=scalars, rows=_timeless(folder))
+
+    return Results(tensors=tensors, values=scalars, rows=_timeless(folder))
 
 
 def _exported(export: Path) -> dict[str, Tensor]:
-    """Weights of an export, and the scales of its config."""
+    """Return the weights of an export, and the scales of its config."""
     found = {
         f"{path.stem}/{name}": value
         for path in sorted(export.glob("*.safetensors"))
@@ -77,7 +82,7 @@ def _exported(export: Path) -> dict[str, Tensor]:
 
 
 def _floats(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers with a fraction, at any depth, that are not 0."""
+    """Yield the floats that are not 0, at any depth."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _floats(value, f"{prefix}{name}.")
@@ -100,14 +105,14 @@ def _timeless(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def compare(straight: Left, resumed: Left, *, again: Left | None = None) -> list[Check]:
-    """A check for each group of tensors, for the counters and for the log.
+def compare(straight: Results, resumed: Results, *, again: Results | None = None) -> list[Check]:
+    """Return a check for each group of tensors, for the counters and for the log.
 
     Args:
-        straight: of the run that was never killed.
-        resumed: of the one that was.
-        again: of a second run that was never killed, where equality to the bit is not promised:
-            `NOISE` times what differs between the two unbroken ones is allowed then.
+        straight: results of the run that was never killed.
+        resumed: results of the run that was killed.
+        again: results of a second run that was never killed. Give it if equality to the bit is not
+            promised. `NOISE` times the difference of the two unbroken runs is allowed then.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -131,7 +136,7 @@ def _equal(name: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -
     if unequal:
         value = f"{len(unequal)} of {len(left)} tensors differ, first {unequal[0]}"
     passed = not unequal and bool(left)
-    return Check(name=name, passed=passed, value=value, expected="to the bit", advice=ADVICE)
+    return Check(name=name, passed=passed, value=value, expected="equal to the bit", advice=ADVICE)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -146,13 +151,18 @@ def _near(
 ) -> Check:
     allowed = max(NOISE * distance(left, again), LEAST)
     found = distance(left, right)
-    expected = f"at most {allowed:.2g} of the norm: {NOISE:g} times what two unbroken runs differ"
+    expected = (
+        f"at most {allowed:.2g} of the norm: {NOISE:g} times the difference of two unbroken runs"
+    )
     passed = bool(left) and found <= allowed
     return Check(name=name, passed=passed, value=found, expected=expected, advice=ADVICE)
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Norm of the difference over the norm of the first; infinite for other names or shapes."""
+    """Return the norm of the difference over the norm of the first.
+
+    It is infinite if names or shapes differ.
+    """
     if left.keys() != right.keys() or any(left[k].shape != right[k].shape for k in left):
         return math.inf
     pairs = [(left[key].double(), right[key].double()) for key in left]
@@ -161,8 +171,10 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """The data position is among them, and randomness is counted from it: no state of a generator
-    is kept that could differ."""
+    """Check that the counters are equal, and with them position and randomness of the data.
+
+    Randomness is computed from the position, so no generator has a state that could differ.
+    """
     unequal = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
     return Check(
         name="data position, randomness, counters",
@@ -175,7 +187,8 @@ def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
     )
 
 
-def _log(straight: Left, resumed: Left, again: Left | None) -> Check:
+def _log(straight: Results, resumed: Results, again: Results | None) -> Check:
+    # near enough
     if again is not None:
         allowed = max(NOISE * _apart(straight.rows, again.rows), LEAST)
         found = _apart(straight.rows, resumed.rows)
@@ -186,6 +199,8 @@ def _log(straight: Left, resumed: Left, again: Left | None) -> Check:
             expected=f"losses within {allowed:.2g} of each other",
             advice=ADVICE,
         )
+
+    # equal
     left, right = straight.rows, resumed.rows
     unequal = [_difference(a, b) for a, b in zip(left, right, strict=False) if a != b]
     if len(left) != len(right):
@@ -194,7 +209,7 @@ def _log(straight: Left, resumed: Left, again: Left | None) -> Check:
         name="log rows",
         passed=bool(left) and not unequal,
         value=unequal[0] if unequal else f"{len(left)} rows equal",
-        expected="to the last digit, time apart",
+        expected="equal to the last digit, except times",
         advice=ADVICE,
     )
 
@@ -206,7 +221,7 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """The largest distance of a loss's curve."""
+    """Return the largest distance between two curves of one loss."""
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

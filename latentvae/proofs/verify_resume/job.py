@@ -1,4 +1,4 @@
-"""The short form of a user's run, and its launches: one straight, one killed and resumed."""
+"""The short form of a user's run, and its launches: one straight, others killed and resumed."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,8 +24,10 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int) -> Any:
-    """Return the same run with everything that can go wrong in a few updates: the rate warms up,
-    micro-steps accumulate, checkpoints come and go."""
+    """Return the same run with everything that can go wrong in a few updates.
+
+    The learning rate warms up, micro-steps accumulate, and checkpoints are written and deleted.
+    """
     early, run = updates // 4, config.run
     sections = {
         "optimizer": {"lr_warmup_steps": min(config.optimizer.lr_warmup_steps, early)},
@@ -46,19 +48,20 @@ def shortened(task: type[Task], config: Any, *, updates: int) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether launches train on the CPU, as Accelerate decides it."""
+    """Return whether launches train on the CPU, by the rules of Accelerate."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return forced or not torch.accelerator.is_available()
 
 
 @dataclass(kw_only=True)
 class Job:
-    """What is launched, again and again.
+    """The short run and what its launches did.
 
     Attributes:
         task: the short run, opened.
-        work: folder of the runs, of what they print, and of their `config.yaml`.
-        seconds: after which a launch counts as hung.
+        work: folder of the runs, of their output, and of their `config.yaml`.
+        processes: number of processes of each launch.
+        seconds: time after which a launch counts as hung.
         starts: the updates done when each launch of the killed run began.
         hits: what each kill hit.
     """
@@ -75,37 +78,41 @@ class Job:
         return self.task.config
 
     def straight(self, name: str, *, title: str) -> Pace:
-        """A run that is not killed.
+        """Make a run that is not killed, and return its pace.
 
         Raises:
-            UserError: it does not come to its end.
+            UserError: the run does not come to its end.
         """
         with self._launch(name, output=name) as launch:
             try:
                 code, pace = launch.watch(total=self.config.run.max_train_steps, title=title)
             except Hung:
                 raise UserError(
-                    f"a run that is not killed did not end within {self.seconds:g} s; what it "
-                    f"printed is in {launch.output}"
+                    f"a run that was not killed did not end within {self.seconds:g} s. Its output "
+                    f"is in {launch.output}. Raise launch_timeout if it needs longer."
                 ) from None
         if code:
             raise UserError(
-                f"a run that is not killed ends with code {code}, so that there is nothing to "
-                f"compare: {launch.last_words()} (all that it printed: {launch.output})"
+                f"a run that was not killed ended with code {code}, so there is nothing to "
+                f"compare: {launch.last_words()} (its whole output: {launch.output})"
             )
         return pace
 
     def killed(self, kills: list[Kill], pace: Pace) -> list[Check]:
-        """A run that is killed, and started again until it is done."""
+        """Make a run that is killed and started again until it is done, and return its checks."""
         ended, total = "", self.config.run.max_train_steps
+
+        # launches
         try:
             for kill in kills:
                 ended = self._once(kill, pace)
                 if ended or is_exported(self.task, self.work / "killed", update=total):
-                    break  # a kill after the export: nothing is left to kill
+                    break  # after the export nothing is left to kill
             ended = ended or self._once(None, pace)
         except Hung:
             ended = f"launch {len(self.starts)} did not end within {self.seconds:g} s"
+
+        # checks
         done, room = ended == "done", len(self.hits) == len(kills)
         over = self.hits[-1:] == [AFTER_LAST]
         starts = ", ".join(map(str, self.starts))
@@ -115,24 +122,30 @@ class Job:
                 passed=room or over,
                 value=f"{len(self.hits)}, in {', '.join(self.hits) or 'nothing'}",
                 expected=f"{len(kills)}, or one that came after the export",
-                advice=f"more --updates than {total} give them room",
+                advice=f"Give more --updates than {total}.",
             ),
             Check(
                 name="resumes",
                 passed=done,
                 value=f"launches began after {starts} updates" if done else ended,
-                expected="each goes on from the newest whole checkpoint, the last to the end",
-                advice=f"what the launches printed is in {self.work}",
+                expected="each resumes from the newest whole checkpoint, the last one to the end",
+                advice=f"The output of the launches is in {self.work}.",
             ),
             self._leftovers(),
         ]
 
     def _once(self, kill: Kill | None, pace: Pace) -> str:
-        """One launch of the killed run: nothing if it was killed, `done`, or how it failed."""
+        """Launch the killed run once.
+
+        Returns:
+            "" if it was killed, "done" if it came to its end, or how it failed.
+        """
         folder, number = self.work / "killed", len(self.starts) + 1
         checkpoint, _ = newest_usable(folder)
         self.starts.append(update_of(checkpoint) if checkpoint else 0)
         total = self.config.run.max_train_steps
+
+        # launch
         with self._launch("killed", output=f"killed-{number}") as launch:
             if kill is None:
                 launch.watch(total=total, title=f"launch {number}")
@@ -142,6 +155,8 @@ class Job:
                     self.hits.append(hit)
                     print(f"kill {len(self.hits)}: {hit}", flush=True)
                     return ""
+
+        # how it ended
         code = launch.process.returncode
         if code:
             return f"launch {number} ended with code {code}: {launch.last_words()}"
@@ -160,7 +175,7 @@ class Job:
             passed=not found,
             value=", ".join(found) or "none",
             expected="none after the last launch",
-            advice="delete them; no launch reads them, but they take space",
+            advice="Delete them. No launch reads them, but they take space.",
         )
 
     def _launch(self, name: str, *, output: str) -> Launch:

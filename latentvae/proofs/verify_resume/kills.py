@@ -1,4 +1,4 @@
-"""When a run is killed: at random moments of its updates and of its saves, all from one seed."""
+"""Choose when a run is killed: at random moments of its updates and saves, all from one seed."""
 
 import random
 import time
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from latentvae.proofs.verify_resume.launch import Launch, Pace
 
-AFTER_LAST = "what follows the last update"
-TRAINING_SHARE = 0.5  # of the time after the last update; the launcher takes the rest to end
+AFTER_LAST = "the work after the last update"
+# Share of the time after the last update in which the training still works. Then the launcher ends.
+TRAINING_SHARE = 0.5
 
 
 @dataclass(frozen=True, order=True)
@@ -15,9 +16,9 @@ class Kill:
     """A moment of a run.
 
     Attributes:
-        update: the update (from 1) in which it falls or whose save it hits; one more than there
-            are: what comes after the last.
-        save: it hits the save after that update.
+        update: the update (from 1) to kill in, or whose save to kill in. The number of updates plus
+            one stands for the work after the last update.
+        save: kill during the save after that update.
         share: how far into the update or the save, from 0 to 1.
     """
 
@@ -27,7 +28,7 @@ class Kill:
 
 
 def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[Kill]:
-    """Kills spread over a run in its order, every second one in a save."""
+    """Return kills spread over a run, in its order. Every second one is in a save."""
     draw = random.Random(seed)
     kills = []
     for i in range(count):
@@ -38,11 +39,11 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 
 
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
-    """Wait for the moment and kill; returns what was hit, or nothing if the training had ended.
+    """Wait for the moment and kill. Return what was hit, or "" if the training had already ended.
 
-    A moment that lies before the checkpoint it goes on from becomes the next update, or the next
-    save.
+    A moment before the checkpoint that the launch resumes from becomes the next update or save.
     """
+    # the moment
     update = max(kill.update, resumed_at + 1)
 
     def come() -> bool:
@@ -53,14 +54,18 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
 
     tail = TRAINING_SHARE * pace.tail
     seconds = pace.save if kill.save else pace.update if update <= updates else tail
+
+    # wait and kill
     if not launch.wait_for(lambda: launch.updates() is not None):
         return ""
-    family = launch.family()  # looking takes longer than the save of a small network
+    family = launch.family()  # finding it takes longer than a save of a small network
     if not launch.wait_for(come):
         return ""
     time.sleep(kill.share * seconds)
     launch.kill(family)
-    if launch.process.returncode >= 0:  # it had ended by itself
+
+    # what was hit
+    if launch.process.returncode >= 0:  # it had already ended
         return ""
     done = launch.updates() or 0
     if launch.saving():

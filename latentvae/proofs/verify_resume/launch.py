@@ -1,5 +1,7 @@
-"""Training as users start it: `accelerate launch` with its processes, watched through the files it
-writes, and killed as a power cut would."""
+"""Launch a training as users do, watch it through its files, and kill it like a power cut.
+
+It is started by `accelerate launch` with all its processes.
+"""
 
 import os
 import signal
@@ -19,20 +21,24 @@ from tqdm.auto import tqdm
 from latentvae.engine.checkpoint_files import PREFIX
 from latentvae.engine.log import read_rows
 
-POLL_SECONDS = 0.002  # a save of a small network takes some ten of these
+POLL_SECONDS = 0.002  # a save of a small network takes about ten times as long
 
 
 class Hung(Exception):
-    """A launch did not end in its time; it was killed."""
+    """A launch did not end in its time and was killed."""
 
 
 def training_command(
     script: Sequence[str], config: Path, folder: Path, *, processes: int, precision: str
 ) -> list[str]:
-    """The run of a YAML file in a folder, as docs/launching.md has it.
+    """Return the command that trains a YAML file in a folder, as in docs/launching.md.
 
     Args:
         script: what the launcher starts, such as `-m latentvae.cli.train`.
+        config: the YAML file.
+        folder: the folder of the run.
+        processes: number of processes.
+        precision: mixed precision of the launcher.
     """
     many = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *many]
@@ -43,11 +49,11 @@ def training_command(
 
 @dataclass
 class Pace:
-    """Seconds that parts of a run take, as an unbroken one shows them."""
+    """Seconds that parts of a run take, measured on an unbroken one."""
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
-    tail: float = 0.0  # from the last row of the log to the end: save, validation, export
+    tail: float = 0.0  # from the last row of the log to the end, with save, validation and export
 
     @property
     def update(self) -> float:
@@ -59,14 +65,14 @@ class Pace:
 
 
 class Launch:
-    """A training that was started: what it has done by now, to its end or its kill.
+    """A training that was started, up to its end or its kill.
 
     Args:
         command: what to start.
-        folder: the run's folder; what an earlier launch left there does not count.
-        output: file that takes all it prints.
-        on_cpu: train on the CPU even where there is a GPU.
-        seconds: after which it counts as hung.
+        folder: the run's folder. Files left there by an earlier launch do not count.
+        output: file that takes all that the training prints.
+        on_cpu: train on the CPU even if there is a GPU.
+        seconds: time after which the launch counts as hung.
     """
 
     def __init__(
@@ -79,13 +85,13 @@ class Launch:
         self._old_saves = self._temporary()
         cpu = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
         with output.open("w") as file:
-            self.process = subprocess.Popen(  # noqa: S603 (a list, which no shell reads)
+            self.process = subprocess.Popen(  # noqa: S603 (a list, not a shell command)
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | cpu,
-                start_new_session=True,  # Ctrl-C is for this command, which then kills it
+                start_new_session=True,  # Ctrl-C reaches only this command, which then kills
             )
         self._deadline = time.monotonic() + seconds
 
@@ -93,7 +99,7 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever happens in between, nothing of it lives on."""
+        """Kill all processes of a training that still runs, whatever happened."""
         if self.running:
             self.kill()
 
@@ -102,19 +108,20 @@ class Launch:
         return self.process.poll() is None
 
     def updates(self) -> int | None:
-        """Updates that its log holds; None until it has opened the log (by a new file)."""
+        """Return the updates in its log, or None until it has opened a new log file."""
         if _inode(self._log) in (None, self._old_log):
             return None
         return max((row["update"] for row in read_rows(self._log)), default=0)
 
     def saving(self) -> bool:
+        """Return whether it is writing a checkpoint."""
         return bool(self._temporary() - self._old_saves)
 
     def wait_for(self, event: Callable[[], bool]) -> bool:
-        """Whether an event came before the end of the training.
+        """Return whether an event came before the end of the training.
 
         Raises:
-            Hung: neither came in time; nothing of the training is left.
+            Hung: neither came in time. The training was killed.
         """
         while self.running:
             if event():
@@ -126,14 +133,18 @@ class Launch:
         return False
 
     def family(self) -> list[psutil.Process]:
-        """The launcher and all below it; workers may have sessions of their own."""
+        """Return the launcher and all processes below it. Workers may have their own sessions."""
         with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self.process.pid)
             return [launcher, *launcher.children(recursive=True)]
         return []
 
     def kill(self, known: list[psutil.Process] | None = None) -> None:
-        """SIGKILL to all at once; `known` ones are halted before the others are looked for."""
+        """Send SIGKILL to all processes at once.
+
+        Args:
+            known: processes that are stopped before the others are looked for.
+        """
         _send(known or [], signal.SIGSTOP)
         family = self.family()
         _send(family, signal.SIGSTOP)
@@ -144,10 +155,10 @@ class Launch:
             time.sleep(POLL_SECONDS)
 
     def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
-        """To the end, with a progress bar; returns the exit code and the pace."""
+        """Watch to the end with a progress bar, and return the exit code and the pace."""
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
-
+            # one look at the files
             def look() -> bool:
                 nonlocal mark, before, began
                 now, done = time.monotonic(), self.updates()
@@ -163,16 +174,17 @@ class Launch:
                     began = None
                 return False
 
+            # to the end
             self.wait_for(look)
         pace.tail = time.monotonic() - mark
         return self.process.wait(), pace
 
     def last_words(self) -> str:
-        """The last line it printed that is not the launcher's traceback."""
+        """Return the last line it printed that is not part of the launcher's traceback."""
         lines = [line.strip() for line in self.output.read_text(errors="replace").splitlines()]
-        told = [line for line in lines if line.startswith("error:")]
+        errors = [line for line in lines if line.startswith("error:")]
         raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-        return next(iter([*told, *raised[:1], *reversed(lines), "nothing"]))
+        return next(iter([*errors, *raised[:1], *reversed(lines), "nothing"]))
 
     def _temporary(self) -> set[str]:
         return {path.name for path in self.folder.glob(f"{PREFIX}*.tmp-*")}
@@ -186,7 +198,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """A zombie that nobody has waited for writes nothing any more."""
+    """Return whether a process can still write. A zombie cannot."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

@@ -1,8 +1,8 @@
 """The whole of `latentvae verify-resume`.
 
-A short form of the user's run is made twice through `accelerate launch`: straight, and in another
-folder with SIGKILL to all its processes at random moments, each time with the same command again.
-Then everything that the two leave behind is compared.
+A short form of the user's run is made twice through `accelerate launch`. One run is straight.
+The other, in another folder, gets SIGKILL to all its processes at random moments, each time
+followed by the same command again. Then everything that the two leave behind is compared.
 """
 
 import shutil
@@ -16,13 +16,13 @@ from latentvae.engine.run_options import check_options
 from latentvae.engine.task import Task
 from latentvae.errors import UserError
 from latentvae.proofs.checks import Check, check_json_file, conclude
-from latentvae.proofs.verify_resume.compare import compare, what_is_left
+from latentvae.proofs.verify_resume.compare import compare, read_results
 from latentvae.proofs.verify_resume.job import Job, on_cpu, shortened
 from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.order import check_order
 
 LEAST_UPDATES = 4
-EXACT_PROCESSES = 2  # equality to the bit is promised for so many, on the CPU
+EXACT_PROCESSES = 2  # up to so many processes, on the CPU, equality to the bit is promised
 
 
 def verify_resume(
@@ -37,27 +37,28 @@ def verify_resume(
     json: Path | None = None,
     launch_timeout: int = 3600,
 ) -> int:
-    """Train straight, and with kills and resumes; print a line for each check.
+    """Train straight, and with kills and resumes. Print a line for each check.
 
     Args:
         task: what is trained.
-        config: the run. How long it is, what it logs and saves and where are set here; nothing is
-            written to its `output_dir`.
-        updates: of each of the two runs.
-        kills: SIGKILLs to all processes of the second.
-        processes: of each launch.
-        kill_seed: of the moments.
-        work_dir: new folder for both runs, which is kept; by default a temporary one, which is
-            kept where a check failed.
+        config: the run. Its length, its logs, saves and folder are set here. Nothing is written to
+            its `output_dir`.
+        updates: number of updates of each of the two runs.
+        kills: number of SIGKILLs to all processes of the second run.
+        processes: number of processes of each launch.
+        kill_seed: seed of the moments of the kills.
+        work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
+            is kept if a check failed.
         json: file for the checks.
         launch_timeout: seconds after which a launch counts as hung.
 
     Returns:
-        the exit code: 0 all holds, 1 a check failed.
+        The exit code: 0 if all checks hold, 1 if one failed.
 
     Raises:
-        UserError: an option that cannot be, or a run that does not come to its end unbroken.
+        UserError: a wrong option, or a run that does not come to its end without kills.
     """
+    # options
     for name, value, least in (
         ("updates", updates, LEAST_UPDATES),
         ("kills", kills, 1),
@@ -66,13 +67,17 @@ def verify_resume(
         ("launch_timeout", launch_timeout, 1),
     ):
         if value < least:
-            raise UserError(f"{name} is {value}, but should be {least} or more")
+            raise UserError(f"{name} must be at least {least} (got {value}).")
     check_json_file(json)
+
+    # the short run
     opened = task(shortened(task, config, updates=updates))
     opened.check()
     check_options(opened.config.run)
     opened.open()
     opened.check_repeatable()
+
+    # launches
     work = _new_folder(work_dir)
     write_config(opened.config, work / "config.yaml")
     job = Job(task=opened, work=work, processes=processes, seconds=launch_timeout)
@@ -80,11 +85,13 @@ def verify_resume(
     checks = _checks(job, kills=kills, seed=kill_seed)
     for check in checks:
         print(check)
+
+    # report
     code = conclude(checks, json_file=json)
     if work_dir is None and code == 0:
         shutil.rmtree(work)
     else:
-        print(f"both runs, and all that they printed, stay in {work}")
+        print(f"both runs and their output are kept in {work}")
     return code
 
 
@@ -95,7 +102,7 @@ def _new_folder(work_dir: Path | None) -> Path:
         work_dir.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"work_dir '{work_dir}' cannot be made: {error.strerror}; give a new folder"
+            f"work_dir '{work_dir}' cannot be made: {error.strerror}. Give a new folder."
         ) from error
     return work_dir
 
@@ -105,7 +112,7 @@ def _plan(job: Job, *, kills: int) -> str:
     return (
         f"verify-resume: {run.max_train_steps} updates of {run.gradient_accumulation_steps} "
         f"micro-steps, checkpoints every {run.checkpointing_steps}, processes: {job.processes} "
-        f"({device}); once straight and once with {kills} kills, in {job.work}"
+        f"({device}), once straight and once with {kills} kills, in {job.work}"
     )
 
 
@@ -126,25 +133,30 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
 
 
 def _compared(job: Job) -> list[Check]:
-    """To the bit where that is promised; where it is not, or does not hold, beside a second run
-    that is not killed."""
+    """Compare the two runs to the bit.
+
+    Where that is not promised or does not hold, they are compared beside a second unbroken run.
+    """
+    # equal to the bit
     update = job.config.run.max_train_steps
     straight, resumed = (
-        what_is_left(job.work / name, update=update, parts=job.task.parts)
+        read_results(job.work / name, update=update, parts=job.task.parts)
         for name in ("straight", "killed")
     )
     exact = on_cpu() and job.processes <= EXACT_PROCESSES
     checks = compare(straight, resumed)
     if all(check.passed for check in checks):
         return checks
+
+    # beside a second unbroken run
     job.straight("again", title="straight again")
-    again = what_is_left(job.work / "again", update=update, parts=job.task.parts)
+    again = read_results(job.work / "again", update=update, parts=job.task.parts)
     if not exact:
         return compare(straight, resumed, again=again)
     if all(check.passed for check in compare(straight, again)):
         return checks
     advice = (
-        "two runs that were not killed differ as well: it is not the resume, but the machine or "
-        "this configuration that does not repeat itself"
+        "Two runs that were not killed differ as well. So the cause is not the resume: this "
+        "machine or configuration does not repeat itself."
     )
     return [check if check.passed else replace(check, advice=advice) for check in checks]

@@ -98,7 +98,7 @@ def test_the_flag_takes_one_number_or_two(tmp_path: Path) -> None:
     [
         ({"resolution": (32, 50)}, "resolution 50 is not a multiple of the model's f = 4.*: 52"),
         ({"resolution": (32, 0)}, r"resolution is \(32, 0\); it is one number"),
-        ({"resolution": 0}, "resolution is 0; it is one number of pixels, or height and width"),
+        ({"resolution": 0}, r"resolution must be one number of pixels, or height and width, .* \(got 0\)\."),
         ({"resolution": "32x32"}, "resolution is '32x32'; it is one number"),
         ({"resolution": [32, 32, 32]}, r"resolution is \[32, 32, 32\]"),
         ({"aspect_ratio_buckets": -1}, "aspect_ratio_buckets"),
