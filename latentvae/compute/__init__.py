@@ -1,1 +1,1 @@
-"""How networks are computed faster or in less memory, never what. Nothing below imports it."""
+"""Faster or smaller ways to compute the same results. Nothing below imports this package."""

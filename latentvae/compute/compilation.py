@@ -1,10 +1,9 @@
 """`torch.compile` for the blocks of a network in training.
 
-Block by block, because what surrounds the blocks is used one by one: the adaptive weight needs the
-gradient of the decoder's last convolution alone, which a decoder compiled whole would give only
-together with all others, and a posterior sampled inside would draw other numbers. It is also
-compiled in a fraction of the time (https://docs.pytorch.org/tutorials/recipes/
-regional_compilation.html).
+Each block is compiled by itself, for three reasons. The adaptive weight needs only the gradient of
+the decoder's last convolution, and a decoder compiled as a whole gives it only with all others. A
+posterior sampled inside a compiled part would draw other numbers. And blocks compile in a fraction
+of the time (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """
 
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from torch import nn
 
 
 def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
-    """Compile the blocks of the encoder and the decoder in place, when they are first called;
-    returns how many there are. Names, state dicts and copies of the network do not change.
+    """Compile the blocks of the encoder and the decoder in place, and return their number.
 
-    Every size is compiled for itself, so that which sizes came before does not change a result.
+    Compilation happens at a block's first call. Names, state dicts and copies of the network do not
+    change. Every image size is compiled separately, so earlier sizes do not change a result.
     """
     blocks = list(_blocks(net))
     for block in blocks:
@@ -29,7 +28,7 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Call blocks as they are: for validation and export, whose sizes are met too rarely."""
+    """Call blocks without compilation, for sizes that are too rare: in validation and export."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

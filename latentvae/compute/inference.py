@@ -1,19 +1,20 @@
-"""Networks for inference alone: the same numbers sooner, or bfloat16.
+"""Networks for inference: the same numbers faster, or bfloat16.
 
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
-The copy shares the storage of the parameters that it keeps as they are. Those that it converts (to
-channels-last order on a GPU and in other precisions than float32, to bfloat16) and its folded
-kernels are its own: after a change of `net`'s weights, build another.
+The copy shares the storage of unchanged parameters. Two kinds of tensors are its own: parameters
+that it converts (to bfloat16, or to channels-last order on a GPU or outside float32) and folded
+kernels. So build another copy after a change of `net`'s weights.
 
-Exact, in float32: 3 x 3 convolutions with fewer multiplications (`winograd`), or upsampling folded
-into them where there is no Winograd (`upsampling`); activations and residual sums in place.
+Exact, in float32: 3 x 3 convolutions with fewer multiplications (`winograd`). Where there is no
+Winograd, upsampling is folded into them (`upsampling`). Activations and residual sums are computed
+in place.
 
-Fast: bfloat16 weights and maps in channels-last order. On a CPU without matrix units (AMX), where
-bfloat16 has twice the products of float32 and no more, wide blocks stay in float32: there
-Winograd's transform saves more, and the numbers are better. A tokenizer's encoder stays exact,
-since rounding turns codes.
+Fast: bfloat16 weights and maps in channels-last order. A CPU without matrix units (AMX) computes
+only twice as many products in bfloat16 as in float32. There wide blocks stay in float32, because
+Winograd's transform saves more and the numbers are better. A tokenizer's encoder stays exact,
+because rounding changes codes.
 """
 
 import copy
@@ -38,12 +39,12 @@ from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.models import calls
 
-# Channels out of a block from which Winograd in float32 beats a plain convolution in bfloat16.
+# From this width of a block, Winograd in float32 is faster than a plain bfloat16 convolution.
 WIDE = 256
 
 
 def build_exact(net: Any) -> Any:
-    """A copy of a network that computes the same to rounding, in its precision."""
+    """Return a copy of a network that computes the same up to rounding, in the same precision."""
     copied = sharing_copy(net)
     for half in (copied.encoder, copied.decoder):
         _make_exact(half)
@@ -51,8 +52,10 @@ def build_exact(net: Any) -> Any:
 
 
 def build_fast(net: Any) -> Any:
-    """A copy of a float32 network that computes in bfloat16 where that wins; float32 goes in and
-    comes out."""
+    """Return a copy of a float32 network that computes in bfloat16 where that is faster.
+
+    Inputs and outputs are float32.
+    """
     copied = sharing_copy(net)
     halves = [copied.encoder, copied.decoder]
     if calls.num_codes(net) is not None:
@@ -63,23 +66,25 @@ def build_fast(net: Any) -> Any:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16, sooner than in float32."""
+    """Return whether the hardware multiplies in bfloat16, faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _has_instructions("avx512_bf16", "amx_bf16")
 
 
 def _has_instructions(*names: str) -> bool:
-    """Whether the processor has one of these sets of instructions."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not tell
+    """Return whether the processor has one of these sets of instructions."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
         return False
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in names)
 
 
 def sharing_copy(net: Any) -> Any:
-    """A copy of the modules on the same storage; each parameter an object of its own, since
-    `Module.to` changes the object."""
+    """Return a copy of the modules with the same storage.
+
+    Each parameter is a new object, because `Module.to` changes the object.
+    """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
     memo |= {id(tensor): tensor.detach() for tensor in net.buffers()}
     return copy.deepcopy(net, memo)
@@ -95,12 +100,14 @@ def _make_exact(half: Any) -> None:
         return
     unfold_upsampling(half)  # Winograd on the upsampled map multiplies less than a folded kernel
     swap_convolutions(half)
-    _freeze_upsampling(half)  # of the others
+    _freeze_upsampling(half)  # where Winograd does not fit
 
 
 def _make_fast(half: Any) -> None:
     _swap_blocks(half)
     _freeze_upsampling(half)
+
+    # bfloat16, except for wide parts
     wide = list(_wide_parts(half))
     kept = [(parameter, parameter.data) for part in wide for parameter in part.parameters()]
     half.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -108,6 +115,8 @@ def _make_fast(half: Any) -> None:
         parameter.data = data
     for part in wide:
         swap_convolutions(part)
+
+    # Casts where precisions meet
     half.register_forward_pre_hook(_cast_inputs)
     half.register_forward_hook(lambda _half, _inputs, output: output.float())
     if wide:
@@ -118,8 +127,10 @@ def _make_fast(half: Any) -> None:
 
 
 def _wide_parts(half: Any) -> Iterator[nn.Module]:
-    """What of a half in bfloat16 stays in float32: residual blocks and attentions, if they are wide
-    and Winograd serves them."""
+    """Yield the parts of a bfloat16 half that stay in float32.
+
+    These are wide residual blocks and attentions, if Winograd is available.
+    """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
     if not (known and on_cpu and has_winograd()) or _has_instructions("amx_bf16"):
@@ -138,7 +149,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether it has nothing that only U-Nets have, and its sum is not scaled."""
+    """Return whether a block has no parts of U-Nets and does not scale its sum."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -161,13 +172,13 @@ def _freeze_upsampling(half: nn.Module) -> None:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook: the inputs in the precision of the module that is called."""
+    """Cast the inputs to the precision of the called module (a hook)."""
     parameter = next(module.parameters())
     return tuple(_cast(x, parameter) if isinstance(x, Tensor) else x for x in inputs)
 
 
 def _cast(x: Tensor, parameter: Tensor) -> Tensor:
-    """In the precision of a parameter, and in the order that its convolutions read."""
+    """Return `x` in a parameter's precision and in the memory order of its convolutions."""
     if x.dtype == parameter.dtype:
         return x
     half = parameter.dtype == torch.bfloat16
@@ -176,7 +187,7 @@ def _cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 class InPlaceResnetBlock2D(ResnetBlock2D):
-    """A residual block without a time embedding; its map may be of another precision than it."""
+    """A residual block without a time embedding. Its input may have another precision."""
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = _cast(input_tensor, self.conv1.weight)
@@ -186,7 +197,7 @@ class InPlaceResnetBlock2D(ResnetBlock2D):
 
 
 class FrozenUpsample2D(FoldedUpsample2D):
-    """Upsampling and convolution as one, the kernel folded beforehand."""
+    """Upsampling and convolution as one operation, with a kernel folded in advance."""
 
     kernel: Tensor
 

@@ -1,8 +1,8 @@
 """A network whose encoder and decoder run in OpenVINO, on the CPU.
 
 Both are traced and converted once, with upsampling folded (`upsampling`), for images of any size
-and number; quantisers and the small convolutions around the latent stay with torch. There are no
-gradients, and the weights are copied.
+and number. torch still computes quantisers and the small convolutions around the latent. There are
+no gradients, and the weights are copied.
 """
 
 import warnings
@@ -17,23 +17,23 @@ from latentvae.compute.upsampling import fold_upsampling
 from latentvae.errors import UserError
 from latentvae.models import calls
 
-SMALL = 64  # pixels a side of the image it is traced with; any other size may follow
+SMALL = 64  # side in pixels of the image for tracing. Later images may have any size
 
 
 class CompiledHalf(nn.Module):
-    """An encoder or a decoder: one tensor in, one out.
+    """A compiled encoder or decoder, from one tensor to one tensor.
 
     Args:
         half: in float32 on the CPU.
         example: a small input.
-        precision: that products are computed in, `"f32"` or `"bf16"`; sums are float32.
+        precision: of products, `"f32"` or `"bf16"`. Sums are float32.
     """
 
     def __init__(self, half: nn.Module, example: Tensor, *, precision: str) -> None:
         super().__init__()
         openvino = _import_openvino()
         with torch.inference_mode(), warnings.catch_warnings():
-            # That shapes are asked for does not fix them: what is converted follows its input.
+            # Tracing warns where code reads shapes, but the converted model takes any shape.
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(half, example, check_trace=False)
             model = openvino.convert_model(traced, example_input=example)
@@ -45,24 +45,35 @@ class CompiledHalf(nn.Module):
         self.compiled: Any = _core().compile_model(model, "CPU", options)
 
     def forward(self, sample: Tensor, *others: None) -> Tensor:
-        """What only other uses of a decoder give beside its input must be absent."""
+        """Return the output for one input. Other arguments of a decoder must be None."""
         assert all(other is None for other in others)
         result = self.compiled(sample.contiguous().numpy(), share_inputs=True)
         return torch.from_numpy(result[0])
 
 
 def build_openvino(net: Any, *, precision: str) -> Any:
-    """A copy of a float32 network on the CPU with compiled halves. A tokenizer's encoder computes
-    in float32: rounding turns codes.
+    """Return a copy of a float32 network on the CPU with a compiled encoder and decoder.
+
+    A tokenizer's encoder computes in float32, because rounding changes codes.
+
+    Args:
+        net: the network, which is not changed.
+        precision: of products, `"f32"` or `"bf16"`.
 
     Raises:
-        UserError: OpenVINO is not installed, another device, or a network that it cannot convert.
+        UserError: OpenVINO is not installed or cannot convert the network, or the network is not
+            on the CPU.
     """
+    # Networks that it cannot take
     openvino = _import_openvino()
     if net.device.type != "cpu":
-        raise UserError(f"optimize='openvino' runs on the CPU, not on '{net.device}'")
+        raise UserError(f"optimize='openvino' needs a network on the CPU (got '{net.device}')")
     if getattr(net, "config", {}).get("norm_type") == "spatial":
-        raise UserError("optimize='openvino' takes no decoder with spatial norms: take 'exact'")
+        raise UserError(
+            "optimize='openvino' cannot convert a decoder with spatial norms. Use 'exact'."
+        )
+
+    # An example for the encoder, and what reaches the decoder
     copied = sharing_copy(net)
     fold_upsampling(copied)
     images = torch.zeros(1, calls.image_channels(net), SMALL, SMALL)
@@ -73,6 +84,8 @@ def build_openvino(net: Any, *, precision: str) -> Any:
         )
         calls.decode(copied, calls.encode(copied, images))
         handle.remove()
+
+    # Compilation
     tokenizer = calls.num_codes(net) is not None
     try:
         copied.encoder = CompiledHalf(
@@ -87,9 +100,12 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 
 @cache
 def _core() -> Any:
-    """The process's only one, which is never given back: each sets a stack for signal handlers, and
-    of two that go, the first frees the stack that the second restores. The next signal that Python
-    handles, Ctrl-C too, then ends the process with a segmentation fault (OpenVINO 2026.4)."""
+    """Return the process's only OpenVINO core, which is never destroyed.
+
+    Each core sets a stack for signal handlers. When two are destroyed, the first frees the stack
+    that the second restores. The next signal in Python, for example Ctrl-C, then ends the process
+    with a segmentation fault (OpenVINO 2026.4).
+    """
     return _import_openvino().Core()
 
 
@@ -98,6 +114,6 @@ def _import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise UserError(
-            "optimize='openvino' needs OpenVINO: `pip install latentvae[openvino]`"
+            "optimize='openvino' needs OpenVINO. Install it with `pip install latentvae[openvino]`."
         ) from error
     return openvino

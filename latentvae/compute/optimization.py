@@ -1,11 +1,11 @@
-"""What may compute in a network's place at inference.
+"""Replace a network by a faster one at inference.
 
     optimized = optimize_network(net, mode="fast")
     z = encode(optimized.net, images)
     print(optimized)  # fast, 52.3 dB against exact
 
-`"exact"` gives the same numbers to rounding, `"fast"` bfloat16 where it wins (both in `inference`),
-`"openvino"` what OpenVINO makes of it. The network itself is not changed.
+`"exact"` gives the same numbers up to rounding. `"fast"` computes in bfloat16 where that is faster.
+Both are in `inference`. `"openvino"` runs the network in OpenVINO. The given network stays as is.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
 Optimize = Literal["exact", "fast", "openvino"]
-MIN_PSNR = 45.0  # dB against exact, below which `fast` is not used
-MIN_PSNR_OPENVINO = 40.0  # below which OpenVINO is not: its bfloat16 has no islands of float32
-PROBE = 128  # pixels a side of the picture that it is measured on
+MIN_PSNR = 45.0  # dB against exact. Below it, "fast" is not used
+MIN_PSNR_OPENVINO = 40.0  # the same for OpenVINO, whose bfloat16 keeps no part in float32
+PROBE = 128  # side in pixels of the picture for this measurement
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """A network that computes what another one does.
+    """A network that computes the same as another one.
 
     Attributes:
-        net: with the same calls, for inference alone; made of the other's weights as they were,
-            whose storage it shares where it converts nothing (`inference`).
-        mode: what it does: `"stock"` or one of `Optimize`.
-        psnr: dB of its pictures of a probe against those of `exact`; None of plain and exact.
-        why: why it is not what was asked for, as a clause; empty if it is.
-        bfloat16: whether it multiplies in bfloat16, all or part, of its own accord.
+        net: with the same calls, for inference only. It shares the storage of the other's weights
+            unless it converts them (`inference`), so later changes of weights may not reach it.
+        mode: how it computes, `"stock"` or one of `Optimize`.
+        psnr: dB of its picture of a probe against that of `exact`. None for stock and exact.
+        why: a clause that says why it is not the mode that was asked for, or "".
+        bfloat16: whether it multiplies in bfloat16 in some parts or all.
     """
 
     net: Any
@@ -46,25 +46,30 @@ class Optimized:
     bfloat16: bool = False
 
     def __str__(self) -> str:
-        told = "" if self.psnr is None else f", {self.psnr:.1f} dB against exact"
-        return f"{self.mode}{told}{self.why and f' ({self.why})'}"
+        psnr = "" if self.psnr is None else f", {self.psnr:.1f} dB against exact"
+        return f"{self.mode}{psnr}{self.why and f' ({self.why})'}"
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """What computes as `net` does, by the means of this machine. On the CPU the process keeps the
-    memory that a call frees for the next one (`latentvae.compute.memory`).
+    """Return a network that computes the same as `net`, by the means of this machine.
+
+    On the CPU, the process then keeps memory that a call frees (`latentvae.compute.memory`).
 
     Args:
         net: a diffusers autoencoder of images, in eval mode, on its device.
+        mode: how to compute.
 
     Raises:
-        UserError: another mode; of a lower precision a network that is not float32; OpenVINO that
-            is not there, or another device than the CPU, or that does not compute the same.
+        UserError: the mode is unknown, or it chooses the precision and `net` is not float32, or
+            OpenVINO is missing, is not for this device or gives other pictures.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:
         given = str(net.dtype).removeprefix("torch.")
-        raise UserError(f"optimize='{mode}' chooses the precision: leave out dtype, not {given}")
+        raise UserError(
+            f"optimize='{mode}' chooses the precision by itself (got dtype {given}). "
+            "Leave out dtype."
+        )
     if not _has_halves(net):
         return Optimized(net, "stock", why=f"{type(net).__name__} is not optimised")
     keep_freed_memory(net.device)
@@ -72,16 +77,21 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
 
 
 def check_mode(mode: str) -> None:
-    """Raises a `UserError` with the nearest choice unless it is one of `Optimize`."""
+    """Check that a mode is one of `Optimize`.
+
+    Raises:
+        UserError: it is not. The message suggests the nearest choice.
+    """
     allowed = get_args(Optimize)
     if mode not in allowed:
         names = ", ".join(map(repr, allowed))
-        raise UserError(f"optimize is one of {names}, not {mode!r}{nearest(mode, allowed)}")
+        hint = nearest(mode, allowed)
+        raise UserError(f"optimize must be one of {names} (got {mode!r}){hint}")
 
 
 @torch.inference_mode()
 def measure_psnr(net: Any, exact: Any) -> float:
-    """dB of `net`'s reconstruction of a probe against `exact`'s, of pictures in [-1, 1]."""
+    """Return the PSNR in dB of `net`'s reconstruction of a probe against `exact`'s."""
     images = probe(exact, side=PROBE)
     ours, theirs = (calls.decode(n, calls.encode(n, images)).float() for n in (net, exact))
     error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).double().square().mean()
@@ -89,7 +99,7 @@ def measure_psnr(net: Any, exact: Any) -> float:
 
 
 def probe(net: Any, *, side: int) -> Tensor:
-    """A picture (1, C, side, side) with slopes, edges and noise, always the same."""
+    """Return a picture (1, C, side, side) with slopes, edges and noise, always the same."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
     rings = torch.sin(20 * (x**2 + y**2))
@@ -100,7 +110,7 @@ def probe(net: Any, *, side: int) -> Tensor:
 
 
 def _has_halves(net: Any) -> bool:
-    """Whether an encoder and a decoder, modules that map tensors, do its work."""
+    """Return whether it has an encoder and a decoder that are modules from tensor to tensor."""
     halves = (getattr(net, "encoder", None), getattr(net, "decoder", None))
     return type(net).__name__ != "AutoencoderRAE" and all(isinstance(h, nn.Module) for h in halves)
 
@@ -132,8 +142,8 @@ def _openvino(net: Any) -> Optimized:
             return Optimized(built, "openvino", psnr, why, bfloat16=precision == "bf16")
         why = f"in float32: bfloat16 gives {psnr:.1f} dB, less than {MIN_PSNR_OPENVINO:.0f}"
     raise UserError(
-        f"OpenVINO's pictures of this {type(net).__name__} are at {psnr:.1f} dB against exact, "
-        f"less than {MIN_PSNR_OPENVINO:.0f}: take optimize='exact' or 'fast'"
+        f"OpenVINO's pictures of this {type(net).__name__} have {psnr:.1f} dB against exact, "
+        f"less than {MIN_PSNR_OPENVINO:.0f}. Use optimize='exact' or 'fast'."
     )
 
 

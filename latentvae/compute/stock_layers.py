@@ -1,4 +1,4 @@
-"""The stock layers in the place of those that training computes with."""
+"""Put the stock layers back in place of those that compute faster in training."""
 
 from torch import nn
 
@@ -7,6 +7,6 @@ from latentvae.compute.winograd.convolutions import restore_convolutions
 
 
 def restore_stock_layers(net: nn.Module) -> None:
-    """Let `net` compute what its classes do once it is loaded back; parameters stay."""
+    """Restore the layers of `net` that it has when it is loaded back. Parameters stay."""
     unfold_upsampling(net)
     restore_convolutions(net)

@@ -1,15 +1,15 @@
-"""Nearest x2 upsampling and the 3 x 3 convolution after it, as one transposed convolution.
+"""Compute nearest x2 upsampling and the 3 x 3 convolution after it as one transposed convolution.
 
     y[2i + p] = sum_k w[k] x[(2i + p + k) // 2],  k in -1, 0, 1,  p in 0, 1
 
-On a side, an even output reads x[i - 1] by w[-1] and x[i] by w[0] + w[1]; an odd one x[i] by
-w[-1] + w[0] and x[i + 1] by w[1]. That is a transposed convolution of stride 2 and padding 1 with
-the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]): four 2 x 2 phases, 2.25 times fewer
-multiply-adds than 3 x 3 at full size, and no upsampled map in memory. At the border both leave the
-same products out: the zeros around the upsampled map are the upsampled zeros around x.
+On a side, an even output multiplies x[i - 1] by w[-1] and x[i] by w[0] + w[1]. An odd output
+multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. That is a transposed convolution of stride 2
+and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]). Its four 2 x 2 phases need
+2.25 times fewer multiply-adds than 3 x 3 at full size, and no upsampled map is in memory. At the
+border both leave out the same products, because upsampled zeros around x are zeros.
 
-The kernel is folded from the same parameters in every call, so gradients, state dicts, checkpoints
-and exports are those of the plain layer; its numbers differ by rounding.
+The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
+and exports are those of the plain layer. The numbers differ by rounding.
 
 `B` batch, `I` and `O` channels in and out, `H W` space.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`.
+    """Return `conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`.
 
     Args:
         x: (B, I, H, W).
@@ -38,8 +38,10 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
-    """The transposed convolution's kernel, (I, O, 4, 4), of a convolution's (O, I, 3, 3); in the
-    weight's own precision, under autocast too."""
+    """Return the transposed convolution's kernel (I, O, 4, 4) of a convolution's (O, I, 3, 3).
+
+    Its precision is that of the weight, also under autocast.
+    """
     return _fold(_fold(weight.transpose(0, 1), dim=2), dim=3)
 
 
@@ -49,7 +51,7 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` that folds; the plain layer where another size than the double is asked."""
+    """An `Upsample2D` that folds. For output sizes other than the double it is the plain layer."""
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -80,11 +82,13 @@ _FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fold_upsampling(net: nn.Module) -> int:
-    """Let every nearest x2 upsampling of `net` that a 3 x 3 convolution follows fold the two;
-    returns how many there are.
+    """Fold every nearest x2 upsampling of `net` with the 3 x 3 convolution after it.
 
-    Only the class of those modules changes: names, parameters and hooks stay, and copies are
-    folded too. The convolution is no longer called as a module, so hooks of its own do not fire.
+    Only the class of these modules changes. Names, parameters and hooks stay, and copies are folded
+    too. The convolution is no longer called as a module, so its own hooks do not run.
+
+    Returns:
+        The number of folded modules.
     """
     found = 0
     for module in net.modules():
@@ -95,7 +99,7 @@ def fold_upsampling(net: nn.Module) -> int:
 
 
 def unfold_upsampling(net: nn.Module) -> None:
-    """Undo `fold_upsampling`: the stock layers again."""
+    """Undo `fold_upsampling`, so that the layers are stock again."""
     stock_class = {folded: stock for stock, folded in _FOLDED.items()}
     for module in net.modules():
         if type(module) in stock_class:
@@ -114,5 +118,5 @@ def _can_fold(module: Any) -> bool:
 
 
 def _convolution(module: Any) -> Any:
-    """Of the stock layer, which has two names for it; None without one."""
+    """Return the stock layer's convolution, which has one of two names, or None."""
     return getattr(module, "conv", None) or getattr(module, "Conv2d_0", None)

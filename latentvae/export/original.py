@@ -1,15 +1,15 @@
-"""Weights under the original names of taming-transformers and latent diffusion (CompVis).
+"""Weights with the original names of taming-transformers and latent diffusion (CompVis).
 
     tensors = to_original(net)             # of a stock VQModel or AutoencoderKL
     weights = from_original(tensors, net)  # back again, for a network of that shape
 
-diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 under other names. Levels of
-the decoder are counted from the other end, and the attention's matrices are 1 x 1 convolutions.
+diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 with other names. The levels
+of the decoder are counted from the other end, and the attention's matrices are 1 x 1 convolutions.
 
-The original classes always have a quant_conv and a post_quant_conv, and load without asking for all
-weights: what a file does not have stays random. Where the network has none (SD3, FLUX), identities
-are written. Readers without these layers skip them (diffusers, with a warning), latentvae's reads
-from the file that they are there: the numbers are the same.
+The original classes always have a quant_conv and a post_quant_conv. They also load files in which
+weights are missing, and these weights stay random. So identities are written for a network without
+these layers (SD3, FLUX). diffusers skips them with a warning, and latentvae makes the layers that
+the file has. The numbers are the same.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.models import Network, family_of, load_network
 
-_RENAMES = (  # diffusers' to the original, in this order
+_RENAMES = (  # diffusers' names and the original ones, in this order
     (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
     (r"(down|up)_blocks\.(\d+)\.attentions", r"\1.\2.attn"),
     (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
@@ -40,12 +40,13 @@ _RENAMES = (  # diffusers' to the original, in this order
     ("conv_norm_out", "norm_out"),
     ("conv_shortcut", "nin_shortcut"),
 )
-_GROUPS = 32  # of the original GroupNorm, written into its code
+_GROUPS = 32  # of the original GroupNorm, a constant in its code
 
 
 def to_original(net: Network) -> dict[str, Tensor]:
-    """The weights of a stock `VQModel` or `AutoencoderKL` by their original names, and identities
-    for 1 x 1 convolutions beside the latent that the network does without.
+    """Return the weights of a stock `VQModel` or `AutoencoderKL` by their original names.
+
+    Identities take the place of 1 x 1 convolutions around the latent that the network lacks.
 
     Raises:
         UserError: the original code has no such network.
@@ -61,7 +62,7 @@ def to_original(net: Network) -> dict[str, Tensor]:
 
 
 def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tensor]:
-    """The inverse of `to_original`: weights that fit a network of the shape of `net`.
+    """Return weights that fit a network of the shape of `net`, the inverse of `to_original`.
 
     Raises:
         KeyError: a tensor is missing.
@@ -74,12 +75,13 @@ def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tens
 
 
 def original_config(net: Network) -> dict[str, Any]:
-    """What the original model classes take: `embed_dim`, `n_embed` of a VQModel, `ddconfig`."""
+    """Return the original class's arguments: `embed_dim`, `ddconfig`, and a VQModel's `n_embed`."""
     own = family_of(net).original_options(net)
     assert own is not None, type(net)
     config = net.config
     widths, side = config["block_out_channels"], config["sample_size"]
     attention = [i for i, block in enumerate(config["down_block_types"]) if "Attn" in block]
+
     shape = {
         "double_z": own.pop("double_z"),
         "z_channels": config["latent_channels"],
@@ -92,6 +94,7 @@ def original_config(net: Network) -> dict[str, Any]:
         "attn_resolutions": [side // 2**i for i in attention],
         "dropout": 0.0,
     }
+
     width = config.get("vq_embed_dim") or config["latent_channels"]
     return {"embed_dim": width, **own, "ddconfig": shape}
 
@@ -100,12 +103,12 @@ def convert(model: str | Path, out: Path, *, overwrite: bool = False) -> None:
     """Write the autoencoder in the folder (or Hub id) `model` to the file `out`.
 
     Raises:
-        UserError: nothing to convert, or a file in the way.
+        UserError: the network has no original class, or `out` exists or is no .safetensors file.
     """
     if out.suffix != ".safetensors":
-        raise UserError(f"'{out}' is no .safetensors file, which is what is written")
+        raise UserError(f"out must be a .safetensors file (got '{out}')")
     if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"'{out}' exists; give another file or --overwrite")
+        raise UserError(f"'{out}' exists. Give another file or --overwrite.")
     net = load_network(model)
     tensors = {name: value.contiguous() for name, value in to_original(net).items()}
     config = original_config(net)
@@ -124,7 +127,7 @@ def _renamed(name: str, levels: int) -> str:
 
 
 def _identities(net: Network) -> dict[str, Tensor]:
-    """1 x 1 convolutions of moments (2 d) and latents (d) that change nothing."""
+    """Return 1 x 1 convolutions of moments (2 d) and latents (d) that change nothing."""
     d, like = net.config["latent_channels"], {"dtype": net.dtype, "device": net.device}
     return {
         "quant_conv.weight": torch.eye(2 * d, **like)[:, :, None, None],
@@ -135,15 +138,19 @@ def _identities(net: Network) -> dict[str, Tensor]:
 
 
 def _why_not(net: Network) -> str:
-    """Why the original code cannot be this network, as a clause; empty if it can."""
+    """Return a clause that says what the original code has instead of this network, or ""."""
     if family_of(net).original_options(net) is None:
         return f"it has a VQModel and an AutoencoderKL, no {type(net).__name__}"
+
+    # Widths and groups
     config = net.config
     widths = config["block_out_channels"]
     if config["norm_num_groups"] != _GROUPS:
         return f"its GroupNorm has {_GROUPS} groups, not {config['norm_num_groups']}"
     if any(width % widths[0] for width in widths):
         return f"its widths are multiples of the first, not {', '.join(map(str, widths))}"
+
+    # Attention
     if not config["mid_block_add_attention"]:
         return "its middle block has attention"
     encoder, decoder = (
@@ -151,10 +158,12 @@ def _why_not(net: Network) -> str:
     )
     if encoder != decoder[::-1]:
         return "its encoder and decoder have attention at the same levels"
+
+    # Layers and pixels
     if config["act_fn"] != "silu":
         return f"its activation is silu, not {config['act_fn']}"
     if config.get("norm_type", "group") != "group":
         return "its decoder has no spatial norm"
     if config.get("lookup_from_codebook"):
-        return "its pixels are in [-1, 1]; export without lookup_from_codebook"
+        return "its pixels are in [-1, 1], so export without lookup_from_codebook"
     return ""

@@ -1,7 +1,7 @@
-"""Networks: stock diffusers classes wherever one exists, and the thin wrappers that training
-prepares.
+"""Networks: stock diffusers classes wherever one exists, and thin wrappers for training.
 
-`table` names every kind; `family` and `trainable` say what a kind answers; `calls` asks it.
+`table` lists every kind of network. `family` and `trainable` are the contracts that a kind fulfils.
+`calls` are the functions that other code uses on any network.
 """
 
 from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor

@@ -1,4 +1,4 @@
-"""Networks of diffusers that are measured and used, not trained here, and differ from the rest."""
+"""Networks of diffusers that are measured and used here but not trained, and differ from others."""
 
 from dataclasses import replace
 
@@ -8,8 +8,10 @@ from latentvae.models.normalization import LatentNormalization, pooled
 
 
 class RAEFamily(Family):
-    """`AutoencoderRAE`: a decoder on the features of a frozen image encoder (arXiv:2510.11690). Its
-    pixels are in [0, 1], and its latents are normalised already."""
+    """`AutoencoderRAE`: a decoder on the features of a frozen image encoder (arXiv:2510.11690).
+
+    Its pixels are in [0, 1], and its latents are already normalised.
+    """
 
     def takes_unit_range(self, net: Network) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Options that the networks share; those of one kind sit beside it."""
+"""Options that all networks share. The options of one kind sit beside its network."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,20 +13,20 @@ Widths = tuple[Positive, ...]
 
 
 class Pretrained(Section):
-    """What a fine-tuning starts from."""
+    """The pretrained network that a fine-tuning starts from."""
 
     pretrained_model_name_or_path: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Fine-tune this network instead of starting from nothing: a diffusers folder, a "
-            "single .safetensors file, or a Hub id (owner/name/folder). Its own shape counts."
+            "Fine-tune this network instead of a new one. A diffusers folder, a single "
+            ".safetensors file or a Hub id (owner/name/folder). Its own config decides the shape."
         ),
     )
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
-            "Train the decoder alone: latents, scaling and shift stay those of the pretrained "
-            "network, and generators trained on them stay valid."
+            "Train only the decoder. Latents, scaling and shift stay those of the pretrained "
+            "network, so generators that were trained on them keep working."
         ),
     )
 
@@ -34,38 +34,38 @@ class Pretrained(Section):
     def _check_frozen(self) -> "Pretrained":
         if self.freeze_encoder and self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "freeze_encoder needs pretrained_model_name_or_path: an encoder that has learned "
-                "nothing cannot be kept"
+                "freeze_encoder needs pretrained_model_name_or_path: a new encoder has learned "
+                "nothing that could be kept"
             )
         return self
 
 
 class ModelConfig(Pretrained):
-    """What all networks have, and what of them depends on their options.
+    """Options of every network, and the properties that follow from them.
 
     Attributes:
-        architecture: the family's name, which chooses the class in a preset.
+        architecture: the family's name, which chooses the options' class in a preset.
     """
 
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
         description=(
-            "Width of each level, from full resolution down; f = 2 ** (number of levels - 1)."
+            "Width of each level, from full resolution down. f = 2 ** (number of levels - 1)."
         ),
     )
     latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
-        default=4, description="Latent channels d: 4 serves the SD family, 16 SD3 and FLUX."
+        default=4, description="Latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16."
     )
 
     @property
     def kind(self) -> str:
-        """The network in a few words, for messages."""
+        """Name of the network, for messages."""
         return self.architecture
 
     @property
     def posterior(self) -> Literal["gaussian", "categorical"] | None:
-        """What latents are drawn from; None where they are not."""
+        """Distribution that latents are drawn from, or None."""
         return None
 
     @property
@@ -80,7 +80,7 @@ class ModelConfig(Pretrained):
 
     @property
     def bottleneck(self) -> BottleneckConfig:
-        """Options of what turns encoder features into its latent; here nothing does."""
+        """Options of the bottleneck, which turns encoder features into a latent. None here."""
         return BottleneckConfig()
 
     @property
@@ -90,7 +90,7 @@ class ModelConfig(Pretrained):
 
     @property
     def pixel_likelihood(self) -> str | None:
-        """The likelihood whose parameters the decoder gives; None where it gives images."""
+        """Likelihood whose parameters the decoder gives, or None if it gives images."""
         return None
 
     @property
@@ -103,7 +103,7 @@ class ModelConfig(Pretrained):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def shape(self) -> dict[str, Any]:
-        """What the family's builder takes: all but what a fine-tuning starts from."""
+        """Return the arguments of the family's builder: all options but those of `OfTheRun`."""
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
     def check_levels(self, name: str, levels: tuple[int, ...]) -> None:
@@ -123,14 +123,14 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """Of Stable Diffusion's kinds alone."""
+    """The option of kinds that a single file may hold: those of Stable Diffusion."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,
-        description="Of a single file: whose autoencoder it is, which says how latents are scaled.",
+        description="Family of a single file, which decides how its latents are scaled.",
     )
 
 
 def levels_with(kind: str, blocks: Sequence[str]) -> tuple[int, ...]:
-    """Levels whose block has `kind` in its name."""
+    """Return the levels whose block has `kind` in its name."""
     return tuple(i for i, block in enumerate(blocks) if kind in block)

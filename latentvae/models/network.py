@@ -1,7 +1,7 @@
-"""What all code may use of a network, whichever class it is of.
+"""The attributes and methods that all code may use of a network of any class.
 
-diffusers' autoencoders have this without knowing of it. What only one kind has, such as a
-quantiser, its family reads (`models.family`).
+diffusers' autoencoders have them already. A part that only one kind has, such as a quantiser, is
+read by its family (`models.family`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """A `ModelMixin` with `ConfigMixin`, and diffusers' two calls."""
+    """A `ModelMixin` with `ConfigMixin` and diffusers' two calls."""
 
     training: bool
 
@@ -24,11 +24,11 @@ class Network(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, images: Tensor, /) -> Any:
-        """An output with `latent_dist`, `latents` or `latent`, of images (B, C, H, W)."""
+        """Return an output with `latent_dist`, `latents` or `latent`, of images (B, C, H, W)."""
         ...
 
     def decode(self, z: Tensor, /) -> Any:
-        """An output with `sample` (B, C, f h, f w), of latents (B, d, h, w)."""
+        """Return an output with `sample` (B, C, f h, f w), of latents (B, d, h, w)."""
         ...
 
     def parameters(self, recurse: bool = ...) -> Iterator[nn.Parameter]: ...
@@ -48,12 +48,12 @@ class Network(Protocol):
 
 
 class Computation(Protocol):
-    """What computes a network's calls by other means, such as `compute.strips`."""
+    """Another way to compute a network's calls, such as `compute.strips`."""
 
     def encode(self, net: Network, images: Tensor) -> Any:
         """Return what `net.encode(images)` returns."""
         ...
 
     def decode(self, net: Network, z: Tensor, *, force_not_quantize: bool = False) -> Any:
-        """Return what `net.decode(z)` returns; of codes with `force_not_quantize`."""
+        """Return what `net.decode(z)` returns. With `force_not_quantize`, `z` are codes."""
         ...

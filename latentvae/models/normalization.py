@@ -1,7 +1,8 @@
 """How pipelines bring a network's latents to about unit variance.
 
-Most subtract `shift_factor` and multiply by `scaling_factor`; SDXL-type configs give
-`latents_mean` and `latents_std` per channel. Families whose pipelines do otherwise say so.
+Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. SDXL-type configs have
+`latents_mean` and `latents_std` per channel. A family whose pipelines differ overrides
+`Family.normalization`.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -17,13 +18,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LatentNormalization:
-    """(z - mean) * scale, after folding `fold` x `fold` positions into channels.
+    """The map (z - mean) * scale, after folding `fold` x `fold` positions into channels.
 
     Args:
         scaling_factor, shift_factor: as pipelines read them, for a report.
-        mean, scale: (C,) per channel of the folded latents, or (1,) for all.
-        fold: positions on a side that become channels; 1 folds none.
-        applied: the network does it itself, and these values are 1 and 0.
+        mean, scale: (C,) per channel of the folded latents, or (1,) for all channels.
+        fold: positions on a side that become channels. 1 folds none.
+        applied: the network normalises by itself, so these values are 1 and 0.
     """
 
     scaling_factor: float
@@ -34,12 +35,12 @@ class LatentNormalization:
     applied: bool = False
 
     def apply(self, z: Tensor) -> Tensor:
-        """(B, d, h, w) to (B, d * fold ** 2, h / fold, w / fold)."""
+        """Return normalised latents (B, d * fold ** 2, h / fold, w / fold) of z (B, d, h, w)."""
         z = F.pixel_unshuffle(z, self.fold)
         return (z - self._like(self.mean, z)) * self._like(self.scale, z)
 
     def invert(self, z: Tensor) -> Tensor:
-        """What `apply` was given."""
+        """Return the latents (B, d, h, w) that `apply` turns into `z`."""
         return F.pixel_shuffle(z / self._like(self.scale, z) + self._like(self.mean, z), self.fold)
 
     def _like(self, values: Tensor, z: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class LatentNormalization:
 
 
 def from_config(config: Mapping[str, Any]) -> LatentNormalization:
-    """By a network's config; keys that a class does not have count as 1 and 0."""
+    """Return the normalisation in a network's config. Missing factors are 1, missing shifts 0."""
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
@@ -56,5 +57,5 @@ def from_config(config: Mapping[str, Any]) -> LatentNormalization:
 
 
 def pooled(scale: float, shift: float) -> LatentNormalization:
-    """One scale and shift for all channels."""
+    """Return a normalisation with one scale and shift for all channels."""
     return LatentNormalization(scale, shift, torch.tensor([shift]), torch.tensor([scale]))

@@ -1,13 +1,13 @@
 """One `.safetensors` file with the autoencoder of Stable Diffusion, SDXL, SD3 or FLUX.
 
-The file is a whole checkpoint of the original code or its autoencoder alone (CompVis' names, or
-diffusers', old or new). The names are mapped by diffusers; widths, channels and blocks are read
-from the tensors. What no tensor tells, the scale of the latents and the 32 groups of GroupNorm,
-follows from the family.
+The file is a whole checkpoint of the original code or its autoencoder alone, with CompVis' names or
+diffusers' (old or new). diffusers maps the names. Widths, channels and blocks are read from the
+tensors. The tensors do not show the scale of the latents and the 32 groups of GroupNorm. These
+follow from the family.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-# Whose autoencoder a file holds.
+# Families of models whose autoencoder a file may hold.
 SingleFileKind = Literal["sd", "sdxl", "sd3", "flux"]
 SINGLE_FILE_KINDS: tuple[SingleFileKind, ...] = get_args(SingleFileKind)
 
@@ -32,37 +32,43 @@ _SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-_PREFIXES = ("first_stage_model.", "vae.", "")  # of a whole checkpoint, and of the part alone
-_MARKS: dict[str, SingleFileKind] = {  # a whole checkpoint's other parts
+_PREFIXES = ("first_stage_model.", "vae.", "")  # in a whole checkpoint, and in the part alone
+_MARKS: dict[str, SingleFileKind] = {  # other parts of a whole checkpoint
     "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
     "model.diffusion_model.joint_blocks.": "sd3",
     "model.diffusion_model.double_blocks.": "flux",
 }
+_PARTS = ("encoder.", "decoder.", "quant_conv", "post_quant")
 _GROUPS = 32
-# The middle attention as diffusers called it before 0.17, and as it does now.
+# diffusers' names in the middle attention before version 0.17, and now.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_single_file(path: Path, *, family: SingleFileKind | None) -> AutoencoderKL:
-    """The autoencoder in a file, float32.
+    """Return the autoencoder in a file, in float32.
 
     Args:
-        family: whose scale the latents have; None reads it from a whole checkpoint.
+        path: the file.
+        family: decides the scale of the latents. None reads it from a whole checkpoint.
 
     Raises:
-        UserError: not such a file, or its family cannot be told.
+        UserError: the file holds no such autoencoder, or does not show its family.
     """
     if family is not None and family not in SINGLE_FILE_KINDS:
         hint = nearest(family, SINGLE_FILE_KINDS)
-        raise UserError(f"no family '{family}': it must be {', '.join(SINGLE_FILE_KINDS)}{hint}")
+        raise UserError(
+            f"family must be one of {', '.join(SINGLE_FILE_KINDS)} (got '{family}'){hint}"
+        )
     tensors, whole = _read(path)
     family = family or whole
     if family is None:
         raise UserError(
-            f"'{path}' does not tell how its latents are scaled, as an autoencoder alone never "
-            f"does: say which family it is of, {', '.join(SINGLE_FILE_KINDS)}"
+            f"'{path}' does not say how its latents are scaled, because it holds only an "
+            f"autoencoder. Give its family: {', '.join(SINGLE_FILE_KINDS)}."
         )
+
+    # The network, with the file's weights
     original = "encoder.down.0.block.0.conv1.weight" in tensors
     try:
         config = _config(tensors, path, original=original) | _SCALES[family]
@@ -75,42 +81,39 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Autoencode
             net.load_state_dict({name: value.float() for name, value in tensors.items()})
     except UserError:
         raise
-    # Tensors are missing, too many or of another shape.
+    # Tensors are missing, unknown or have another shape.
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
+
     if config["latent_channels"] != _CHANNELS[family]:
         raise UserError(
-            f"'{path}' has {config['latent_channels']} latent channels, those of the family "
-            f"'{family}' {_CHANNELS[family]}; give its diffusers folder, if it is of no family"
+            f"'{path}' has {config['latent_channels']} latent channels, but those of the family "
+            f"'{family}' have {_CHANNELS[family]}. If it has no family, give its diffusers folder."
         )
     return net
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], SingleFileKind | None]:
-    """The autoencoder's tensors by their own names, and the family of a whole checkpoint."""
+    """Return the autoencoder's tensors by name, and the family of a whole checkpoint."""
     if path.suffix != ".safetensors":
-        raise UserError(f"'{path}' is no .safetensors file; other formats can hold code")
+        raise UserError(f"'{path}' is no .safetensors file. Other formats can hold code.")
     try:
         with safe_open(path, framework="pt") as file:
+            # A whole checkpoint has other parts beside the autoencoder's
             names = list(file.keys())
             prefix = next(p for p in _PREFIXES if any(n.startswith(f"{p}encoder.") for n in names))
-            own = [
-                name
-                for name in names
-                if name.startswith((f"{prefix}encoder.", f"{prefix}decoder."))
-            ]
-            own += [
-                n for n in names if n.startswith((f"{prefix}quant_conv", f"{prefix}post_quant"))
-            ]
+            parts = tuple(prefix + part for part in _PARTS)
+            own = [name for name in names if name.startswith(parts)]
+
             if f"{prefix}quantize.embedding.weight" in names:
                 raise UserError(
-                    f"'{path}' holds a VQModel, and as a single file only an AutoencoderKL is "
-                    "read; give its diffusers folder"
+                    f"'{path}' holds a VQModel, but as a single file only an AutoencoderKL can be "
+                    "read. Give its diffusers folder."
                 )
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
     except StopIteration as error:
-        raise UserError(f"'{path}' holds no autoencoder: no tensor is called encoder.*") from error
+        raise UserError(f"'{path}' holds no autoencoder: no tensor is named encoder.*") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read '{path}': {error}") from error
     return tensors, _family(names)
@@ -124,7 +127,7 @@ def _family(names: list[str]) -> SingleFileKind | None:
 
 
 def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """A tensor of the middle attention by its present name, a 1 x 1 convolution as a matrix."""
+    """Return a tensor of the middle attention with its present name, and always as a matrix."""
     match = re.fullmatch(r"(.*\.attentions\.0)\.(\w+)(?:\.0)?\.(weight|bias)", name)
     if match is None or match[2] == "group_norm":
         return name, value
@@ -134,7 +137,8 @@ def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dict[str, Any]:
-    """Of the network that the tensors fit."""
+    """Return the config of the network that the tensors fit."""
+    # Levels and blocks
     block = r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight"
     if not original:
         block = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
@@ -143,20 +147,10 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
-    if any(re.search(r"\b(down|up)(_blocks)?\.\d+\.att(n|entions)\.", name) for name in tensors):
-        raise UserError(
-            f"'{path}' has attention in its levels, and those of these families have it in the "
-            "middle alone; give its diffusers folder"
-        )
-    if levels * layers > len(found):  # a number in a name is no reason to build so many
-        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
+    _check_blocks(tensors, path, missing=levels * layers > len(found))
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
-    if any(width % _GROUPS for width in widths):
-        raise UserError(
-            f"'{path}' has levels of {', '.join(map(str, widths))} channels, and those of these "
-            f"families are multiples of {_GROUPS}, the groups of their GroupNorm, which a single "
-            "file does not tell; give a diffusers folder, whose config.json does"
-        )
+    _check_widths(widths, path)
+
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
@@ -169,3 +163,23 @@ def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dic
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         "shift_factor": None,
     }
+
+
+def _check_blocks(tensors: Mapping[str, Tensor], path: Path, *, missing: bool) -> None:
+    if any(re.search(r"\b(down|up)(_blocks)?\.\d+\.att(n|entions)\.", name) for name in tensors):
+        raise UserError(
+            f"'{path}' has attention in its levels, but these families have it only in the middle "
+            "block. Give its diffusers folder."
+        )
+    if missing:  # a large number in a name is no reason to build that many blocks
+        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
+
+
+def _check_widths(widths: Sequence[int], path: Path) -> None:
+    if any(width % _GROUPS for width in widths):
+        raise UserError(
+            f"'{path}' has levels of {', '.join(map(str, widths))} channels, but those of these "
+            f"families are multiples of {_GROUPS}, the groups of their GroupNorm. A single file "
+            "does not say how many groups there are. Give a diffusers folder, whose config.json "
+            "does."
+        )

@@ -1,4 +1,4 @@
-"""The one table of networks: those that can be trained, and who answers for any other."""
+"""The one table of networks: the families that can be trained, and the family of any other."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
 from latentvae.option_marks import tag_in
 
-# By the name that a preset gives as `architecture`.
+# Keys are the names that a preset gives as `architecture`.
 FAMILIES: dict[str, TrainableFamily] = {
     "kl": KLFamily(),
     "asymmetric": AsymmetricFamily(),
@@ -28,7 +28,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vq": VQFamily(),
 }
 
-# Classes of diffusers, by name: older releases do not have all of them.
+# Keys are names of diffusers' classes, because older releases do not have all of them.
 FOREIGN: dict[str, Family] = {
     "VQModel": StockVQFamily(),
     "AutoencoderKLFlux2": Flux2Family(),
@@ -36,7 +36,7 @@ FOREIGN: dict[str, Family] = {
 }
 ANY = Family()
 
-# Options of each family's network, and their union, of which `architecture` chooses.
+# Options of each family's network. `architecture` chooses one of their union.
 MODELS: dict[str, type[ModelConfig]] = {name: kind.options for name, kind in FAMILIES.items()}
 if TYPE_CHECKING:
     AnyModelConfig = ModelConfig
@@ -50,7 +50,7 @@ _BY_CLASS: dict[type[Any], Family] = {kind.network: kind for kind in FAMILIES.va
 
 
 def family_of(net: Network) -> Family:
-    """Who answers for a network: the family of its class, or of the nearest base class."""
+    """Return the family of a network's class, or of its nearest base class."""
     for cls in type(net).__mro__:
         if cls in _BY_CLASS:
             return _BY_CLASS[cls]
@@ -60,7 +60,7 @@ def family_of(net: Network) -> Family:
 
 
 def class_named(name: str) -> Any | None:
-    """The class of that name, of this package or of diffusers; None if there is none."""
+    """Return the class of that name in this package or diffusers, or None."""
     for kind in FAMILIES.values():
         if kind.network.__name__ == name:
             return kind.network

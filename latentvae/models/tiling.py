@@ -1,7 +1,7 @@
-"""How diffusers' classes are told to decode in tiles: one of two sets of attributes.
+"""Attributes that set the tiles of diffusers' classes. There are two sets of them.
 
-Classes like AutoencoderKL take the share of a tile that the next one overlaps, others the distance
-from one tile to the next.
+Classes like AutoencoderKL take the share of a tile that the next one overlaps. Other classes take
+the distance from one tile to the next.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tiling:
-    """Square tiles, in the words of a network's class.
+    """Square tiles, as a network's class describes them.
 
     Args:
-        share: of a tile's side that the next one overlaps.
-        by_factor: the class takes that share, and else a distance.
+        share: part of a tile's side that the next tile overlaps.
+        by_factor: whether the class takes this share. Otherwise it takes a distance.
     """
 
     share: Fraction
@@ -25,16 +25,21 @@ class Tiling:
 
     @property
     def step(self) -> int:
-        """Tiles are a multiple of so many latent positions on a side.
+        """Number of latent positions of which a tile's side must be a multiple.
 
-        With a share, diffusers rounds overlap and stride by themselves: tiles whose overlap is not
-        a whole number of latent positions would not fit together.
+        With a share, diffusers rounds overlap and stride separately. Tiles whose overlap is not a
+        whole number of latent positions would not fit together.
         """
         return self.share.denominator if self.by_factor else 1
 
     def attributes(self, *, size: int, overlap: int, f: int) -> dict[str, int]:
-        """What to set on the network for tiles of `size` latent positions on a side, of which the
-        next one overlaps `overlap`."""
+        """Return the attributes to set on the network.
+
+        Args:
+            size: latent positions on a side of a tile.
+            overlap: latent positions that the next tile overlaps.
+            f: pixels on a side of one latent position.
+        """
         pixels = size * f
         if self.by_factor:
             return {"tile_latent_min_size": size, "tile_sample_min_size": pixels}
@@ -44,10 +49,10 @@ class Tiling:
 
 
 def read_tiling(net: Any, *, f: int) -> Tiling | None:
-    """What a network of `f` pixels per latent position has of these attributes, or None.
+    """Return the tiles of a network with `f` pixels per latent position, or None if it has none.
 
-    AutoencoderTiny's tiles are right for `spatial_scale_factor` alone, which it does not take from
-    its number of blocks.
+    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not follow its number
+    of blocks. Where the two differ, its tiles are wrong.
     """
     if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
         return None
@@ -62,7 +67,7 @@ def read_tiling(net: Any, *, f: int) -> Tiling | None:
 
 @contextmanager
 def tile_settings(net: Any, **values: Any) -> Iterator[None]:
-    """Attributes of `net` for a while."""
+    """Set attributes of `net` inside the context, then restore them."""
     before = {name: getattr(net, name) for name in values}
     try:
         for name, value in values.items():

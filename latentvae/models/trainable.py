@@ -1,6 +1,6 @@
 """The contract of networks that can be trained: built, wrapped, fine-tuned, frozen, exported.
 
-A new kind is a folder with its options, network, training wrapper and a family, and a line in
+A new kind is a folder with its options, network, training wrapper and family, and a line in
 `models.table`. `B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
 """
 
@@ -16,7 +16,7 @@ from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network
 from latentvae.models.wrapper import TrainingWrapper
 
-PROFILES = ("sd", "sd3", "sdxl")  # readings of scale and shift that an export may be written for
+PROFILES = ("sd", "sd3", "sdxl")  # groups of pipelines, which read scale and shift differently
 
 
 class TrainableFamily(Family, ABC):
@@ -24,10 +24,10 @@ class TrainableFamily(Family, ABC):
 
     Attributes:
         network: its class.
-        options: of the network in a run's config; they name the family as `architecture`.
-        wrapper: what training prepares.
-        profiles: of its exports.
-        why_no_checkpointing: a clause on why gradient checkpointing is not there; empty if it is.
+        options: of the network in a run's config. Their `architecture` names the family.
+        wrapper: the module that training prepares.
+        profiles: that its exports can be written for.
+        why_no_checkpointing: a clause that says why it has no gradient checkpointing, or "".
     """
 
     network: ClassVar[type[Any]]
@@ -38,45 +38,47 @@ class TrainableFamily(Family, ABC):
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
-        """Classes that an export of it may be of."""
+        """Classes that its export may have."""
         return (self.network,)
 
     # A new network, or a pretrained one.
 
     @abstractmethod
     def build(self, *, image_channels: int = 3, sample_size: int = 256, **options: Any) -> Any:
-        """A freshly initialised network.
+        """Return a freshly initialised network.
 
         Args:
+            image_channels: C.
             sample_size: side of the training images in pixels, by which diffusers tiles.
-            options: as `self.options(...).shape()` gives them.
+            options: as `self.options(...).shape()` returns them.
         """
 
     @abstractmethod
     def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Options, as far as a pretrained network's config decides them."""
+        """Return the options that a pretrained network's config decides."""
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
-        """A pretrained network as one of this family; None where it is another kind.
+        """Return a pretrained network as one of this family, or None if it is another kind.
 
         Args:
-            options: of `build`, for what the pretrained network does not have.
+            net: the pretrained network.
+            options: of `build`, for the parts that the pretrained network does not have.
         """
         return net if type(net) is self.network else None
 
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Options of a run with those that a pretrained network's config decides in their place."""
+        """Return the options of a run, replaced where a pretrained network's config decides."""
         return {**options, **self.options_of(config)}
 
     def apply_options(self, net: Network, options: ModelConfig) -> None:
-        """Let a pretrained network learn as the run's options say, where its config does not."""
+        """Set the run's options on a pretrained network where its config does not decide them."""
 
     # Export.
 
     def why_not_stock(self, options: Mapping[str, Any]) -> str:
-        """Why no class of diffusers can be the same network, as a clause; empty if one can.
+        """Return a clause that says why no class of diffusers can be the same network, or "".
 
         Args:
             options: of the network, as in its config.
@@ -87,8 +89,7 @@ class TrainableFamily(Family, ABC):
 class DiscreteFamily(TrainableFamily):
     """A tokenizer, with its quantiser in `net.quantize`.
 
-    Its export is of a stock class of diffusers where there is one that finds the same codes, and
-    else of its own.
+    Its export has a class of diffusers if one finds the same codes. Otherwise it has its own class.
     """
 
     has_posterior = False
@@ -96,7 +97,7 @@ class DiscreteFamily(TrainableFamily):
     def freeze_encoder(self, net: Network) -> None:
         super().freeze_encoder(net)
         module: Any = net
-        module.quantize.eval()  # nor will a codebook of moving averages learn
+        module.quantize.eval()  # otherwise a codebook of moving averages would still change
 
     def quantizer(self, net: Network) -> Quantizer:
         module: Any = net
@@ -117,19 +118,23 @@ class DiscreteFamily(TrainableFamily):
         return f"diffusers has no class for a {self.network.__name__}"
 
     def to_stock(self, net: Network, *, unit_range: bool = False) -> Any:
-        """The same tokenizer as a stock network, where `why_not_stock` has no reason against it.
+        """Return the same tokenizer as a stock network. `why_not_stock` must be "".
 
         Args:
             net: float32, on the CPU.
-            unit_range: of pixels in [0, 1], with codes looked up by index, as aMUSEd asks.
+            unit_range: with pixels in [0, 1] and codes looked up by index, as aMUSEd needs it.
         """
-        raise NotImplementedError(self.why_not_stock(net.config))  # callers ask that first
+        raise NotImplementedError(self.why_not_stock(net.config))  # callers check this first
 
     def fit_stock(self, net: Network, stock: Network, images: Tensor) -> float:
-        """Scale the features of `stock`, in place, so that its search tells codes apart; returns
-        the factor, a power of two.
+        """Scale the features of `stock` in place so that its search can tell codes apart.
 
         Args:
-            images: in [-1, 1], to measure on.
+            net: the trained network.
+            stock: the same network as a class of diffusers.
+            images: (B, C, H, W) in [-1, 1], to measure the features' lengths.
+
+        Returns:
+            The factor, a power of two.
         """
         return 1.0

@@ -1,4 +1,4 @@
-"""What training prepares and calls: a network with what only training needs."""
+"""The module that training prepares and calls: a network and the parts that only training needs."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 
 class TrainingWrapper(nn.Module):
-    """A network with what only training needs; what the loop prepares and calls. Each architecture
-    adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
+    """A network with the parts that only training needs.
+
+    Each architecture adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
-        net: the autoencoder; the export saves it as it is.
+        net: the autoencoder. The export saves it without the wrapper.
         output_logvar: initial log-variance of the output likelihood (natural logarithm).
         learn_logvar: whether it is a parameter (trained, reduced over ranks) or a constant.
     """
@@ -32,8 +33,10 @@ class TrainingWrapper(nn.Module):
 
 
 def keep_batch_statistics(net: nn.Module) -> None:
-    """Batch norms of a pretrained network go on with the statistics they have: those of small
-    batches would differ between ranks."""
+    """Keep the statistics of a pretrained network's batch norms.
+
+    Statistics of small batches would differ between ranks.
+    """
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()

@@ -1,4 +1,4 @@
-"""The convolutions of a processor with AVX-512, whatever runs the tests."""
+"""Use the limits of a processor with AVX-512 on every machine."""
 
 import pytest
 

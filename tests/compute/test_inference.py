@@ -1,4 +1,4 @@
-"""Which residual blocks are computed in place, and that they give what the stock ones give."""
+"""Residual blocks that are computed in place give the same as the stock ones."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ def block(**options: Any) -> ResnetBlock2D:
 
 
 def in_place(stock: ResnetBlock2D) -> Any:
-    """What `build_exact` makes of a block, in an autoencoder."""
+    """Return the block that `build_exact` makes of one in an autoencoder."""
     net: Any = build_autoencoder_kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
     net.encoder.down_blocks[0].resnets = nn.ModuleList([stock])
     return build_exact(net.eval()).encoder.down_blocks[0].resnets[0]
@@ -29,7 +29,7 @@ def test_every_block_of_an_autoencoder_is_computed_in_place() -> None:
     exact = build_exact(net)
     assert not any(type(m) is ResnetBlock2D for m in exact.modules())
     count = sum(type(m) is InPlaceResnetBlock2D for m in exact.modules())
-    # A residual block or more of each half, two in the middle.
+    # At least one residual block in each half, and two in the middle.
     assert count == sum(type(m) is ResnetBlock2D for m in net.modules()) > 6
 
 

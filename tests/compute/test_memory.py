@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process: fewer page faults, and no setting overruled."""
+"""Memory that stays with the process saves page faults, and settings of the user win."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def fill(rounds):
     for _ in range(rounds):
         torch.ones(64 << 20, dtype=torch.uint8)
 def faults():
-    """Of five tensors of 64 MiB after ten others, of which the first few lie one after another."""
+    """Return the page faults of five tensors of 64 MiB that follow ten others."""
     fill(10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fill(5)

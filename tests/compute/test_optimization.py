@@ -1,4 +1,4 @@
-"""What computes in a network's place: the same numbers, the same parameters, and what is told."""
+"""Optimised networks have the same numbers and parameters, and say what they are."""
 
 import copy
 from typing import Any
@@ -76,7 +76,7 @@ def test_exact_shares_the_parameters() -> None:
 def test_exact_uses_winograd_where_it_serves() -> None:
     exact = optimize_network(kl(), mode="exact").net
     assert sum(type(m) is WinogradConv2d for m in exact.modules()) > 10
-    assert convolutions.LIMITS.positions <= 72 * 64  # so that the images above are convolved by it
+    assert convolutions.LIMITS.positions <= 72 * 64  # the images above are large enough for it
     assert type(exact.encoder.conv_in) is type(exact.decoder.conv_out) is torch.nn.Conv2d
 
 
@@ -187,16 +187,16 @@ def test_the_probe_is_a_picture_of_any_channels() -> None:
         assert picture.abs().max() <= 1 and picture.std() > 0.2
 
 
-def test_others_are_left_alone() -> None:
+def test_other_networks_stay_stock() -> None:
     rae = AutoencoderRAE.__new__(AutoencoderRAE)
     torch.nn.Module.__init__(rae)
     rae.register_parameter("weight", torch.nn.Parameter(torch.zeros(1)))
-    assert str(optimize_network(rae, mode="exact")) == "plain (AutoencoderRAE is not optimised)"
+    assert str(optimize_network(rae, mode="exact")) == "stock (AutoencoderRAE is not optimised)"
 
 
-def test_wrong_choices_are_told() -> None:
-    with pytest.raises(UserError, match=r"optimize is one of .*not 'exakt'; did you mean 'exact'"):
+def test_wrong_choices_name_the_right_ones() -> None:
+    with pytest.raises(UserError, match=r"optimize must be one of .*'exakt'.*did you mean 'exact'"):
         optimize_network(kl(), mode="exakt")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="leave out dtype, not bfloat16"):
+    with pytest.raises(UserError, match="got dtype bfloat16"):
         optimize_network(kl().to(torch.bfloat16), mode="fast")
     assert str(Optimized(None, "fast", 51.26)) == "fast, 51.3 dB against exact"

@@ -52,13 +52,13 @@ def pictures(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that test images' maps are large enough for a file."""
+    """Make the limit so small that maps of test images go to a file."""
     monkeypatch.setattr(maps, "SMALL_MAP", 1000)
 
 
 @torch.no_grad()
 def differences(net: Any, strips: Strips, *size: int) -> tuple[float, float]:
-    """Largest of the moments and of the images, as a share of the largest value."""
+    """Return the largest difference of moments and images, as a share of the largest value."""
     images, f = pictures(2, 3, *size, dtype=net.dtype), 2 ** (len(WIDTHS) - 1)
     whole = net.encode(images).latent_dist.parameters
     ours = encode_in_strips(net, images, strips).latent_dist.parameters
@@ -78,7 +78,7 @@ def _share(ours: Tensor, whole: Tensor) -> float:
 def test_equal_the_whole_image(rows: int | None, storage: Any) -> None:
     strips = Strips(rows=rows, storage=storage)
     net = build(attention_levels=(1,)).double()
-    # 35 x 43: odd at every level, of which the downsampler drops the last row and column
+    # 35 x 43 is odd at every level, where the downsampler drops the last row and column.
     for size in ((32, 48), (36, 20), (35, 43)):
         assert max(differences(net, strips, *size)) < 1e-12
     assert max(differences(net.float(), strips, 36, 44)) < 2e-5
@@ -127,7 +127,7 @@ def test_half_precision_is_as_near_to_float32() -> None:
 
 @pytest.mark.parametrize("lookup", [False, True])
 def test_stock_tokenizer(lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its codes are searched by rows of positions, too."""
+    """It also searches its codes by rows of positions."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"block_out_channels": (16, 32), "norm_num_groups": 4}
     net: Any = VQModel(
@@ -153,7 +153,7 @@ def test_stock_tokenizer(lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_our_tokenizers() -> None:
-    """Codes narrower than features, and a decoder of a likelihood's parameters."""
+    """Codes are narrower than features, and the decoder gives a likelihood's parameters."""
     torch.manual_seed(0)
     net = DiscreteAutoencoder(
         block_out_channels=(16, 32),
@@ -163,24 +163,21 @@ def test_our_tokenizers() -> None:
         quantizer={"type": "vq", "num_codes": 16, "code_channels": 4},
         likelihood="logit_laplace",
     ).eval()
-    images, strips = pictures(2, 3, 24, 28), Strips(rows=3)
+    images, in_strips = pictures(2, 3, 24, 28), StripComputation(Strips(rows=3))
+
     with torch.no_grad():
         z = calls.encode(net, images)
-        assert _share(calls.encode(net, images, computation=StripComputation(strips)), z) < 2e-5
-        assert (
-            _share(calls.decode(net, z, computation=StripComputation(strips)), calls.decode(net, z))
-            < 2e-5
-        )
+        assert _share(calls.encode(net, images, computation=in_strips), z) < 2e-5
+        recon = calls.decode(net, z)
+        assert _share(calls.decode(net, z, computation=in_strips), recon) < 2e-5
+
         indices = calls.tokenize(net, z)
         recon = calls.decode_indices(net, indices)
-        assert (
-            _share(calls.decode_indices(net, indices, computation=StripComputation(strips)), recon)
-            < 2e-5
-        )
+        assert _share(calls.decode_indices(net, indices, computation=in_strips), recon) < 2e-5
 
 
 def test_statistics_of_a_large_mean() -> None:
-    """float32 around 10,000 with a deviation of 1: sums of squares would keep no digit."""
+    """Values near 10,000 with a deviation of 1. Sums of squares in float32 would be wrong."""
     values = (torch.randn(40, 30, 8, dtype=torch.float64) + 1e4).float()
     moments = RunningMoments(8)
     for rows in values.split(7):
@@ -202,7 +199,7 @@ def test_a_norm_of_strips_is_the_norm() -> None:
 
 
 class LargeStorages(TorchDispatchMode):
-    """The most bytes, in storages of at least so many, that lived at once."""
+    """Record the most bytes that lived at once in storages of at least a given size."""
 
     def __init__(self, least: int) -> None:
         super().__init__()
@@ -228,14 +225,14 @@ def most_bytes(call: Any, inputs: Tensor, least: int) -> int:
 
 
 def test_two_full_size_tensors_are_held() -> None:
-    """Of the widest level, where the whole image takes many; on disk, not one."""
+    """Two maps of the widest level are in memory, where the whole image takes many."""
     net = build(mid_block_add_attention=False)
     images, z, rows = pictures(1, 3, 96, 64), pictures(1, 4, 24, 16), 4
     one = WIDTHS[0] * 96 * 64 * 4  # bytes of a map at full resolution
     memory = Strips(rows=rows, storage="memory")
     whole = most_bytes(net.encode, images, one)
     assert most_bytes(lambda x: encode_in_strips(net, x, memory), images, one) == 2 * one < whole
-    # The decoder's last level starts from 32 channels and goes on with 16: one and a half maps.
+    # The decoder's last level has 32 channels and then 16, so one and a half maps.
     whole = most_bytes(net.decode, z, one)
     assert most_bytes(lambda x: decode_in_strips(net, x, memory), z, one) == 3 * one < whole
 
@@ -260,7 +257,9 @@ def test_files_are_gone_with_their_maps(tmp_path: Any) -> None:
     assert gone() is None and file.closed
 
 
-def test_a_full_disk_is_said_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_full_disk_is_an_error_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     usage = type("Usage", (), {"free": 2**30})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"1\.0 GiB free, and a feature map takes 4\.0 GiB"):
@@ -288,7 +287,7 @@ def test_unknown_blocks_are_named(break_: Any, said: str) -> None:
 
 
 def test_other_networks_are_refused() -> None:
-    with pytest.raises(ValueError, match="AutoencoderTiny is of another kind"):
+    with pytest.raises(ValueError, match="encoder of AutoencoderTiny is a EncoderTiny"):
         check_supported(AutoencoderTiny())
 
 
@@ -299,8 +298,7 @@ def test_wrong_options(options: Any) -> None:
 
 
 def test_price() -> None:
-    """Maps of the largest step (32 channels in, 16 out, at full resolution), and time that grows
-    with the pixels: the middle's attention apart, work is in proportion."""
+    """Maps are those of the largest step: 32 channels in and 16 out, at full resolution."""
     net = build(mid_block_add_attention=False)
     price = price_in_strips(net, "decode", (96, 64), Strips(storage="disk"), batch=2)
     assert price.map_bytes == (32 + 16) * 96 * 64 * 4

@@ -1,4 +1,4 @@
-"""The folded upsampling is the plain one: values, gradients, state dicts, whole networks."""
+"""Folded upsampling equals plain upsampling: values, gradients, state dicts, networks."""
 
 import copy
 from typing import Any
@@ -32,7 +32,7 @@ def parameters(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def test_kernel_of_distinct_powers() -> None:
-    """One row of taps 1, 10, 100: what each of the four phases' rows reads, by hand."""
+    """Taps 1, 10 and 100 show by hand which of them each of the four phases reads."""
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1] = torch.tensor([1.0, 10.0, 100.0])
     across = torch.tensor([100.0, 110.0, 11.0, 1.0])
@@ -107,7 +107,7 @@ def check_network(architecture: str, count: int) -> None:
     stock = tiny(architecture).double()
     folded = copy.deepcopy(stock)
     assert fold_upsampling(folded) == count
-    assert fold_upsampling(folded) == 0  # nothing is left to fold
+    assert fold_upsampling(folded) == 0  # all are folded already
     assert folded.state_dict().keys() == stock.state_dict().keys()
     images = torch.rand(1, 3, 16, 24, dtype=torch.float64) * 2 - 1
     found, expected = (gradients(net, images) for net in (folded, stock))
@@ -118,7 +118,7 @@ def check_network(architecture: str, count: int) -> None:
 
 
 def gradients(net: Any, images: Tensor) -> dict[str, Tensor]:
-    """The reconstruction, and the gradient of its square at each parameter."""
+    """Return the reconstruction, and the gradient of its square at each parameter."""
     torch.manual_seed(0)
     recon = net(images).sample
     recon.square().mean().backward()

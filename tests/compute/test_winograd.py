@@ -55,9 +55,9 @@ def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
         return compute(x, *rest)
 
     monkeypatch.setattr(torch, "_nnpack_spatial_convolution", count)
-    row_of_tiles = 4 * 8 * 8 * (32 + 48) * 4  # bytes; four tiles are 20 columns, seven 37 rows
+    row_of_tiles = 4 * 8 * 8 * (32 + 48) * 4  # bytes. Four tiles are 20 columns, seven are 37 rows
     for workspace, rows in (
-        (0, [8] * 6 + [3]),  # a row of tiles at least, with the positions around it
+        (0, [8] * 6 + [3]),  # at least a row of tiles, with the positions around it
         (2 * row_of_tiles, [14, 14, 14, 3]),
         (6 * row_of_tiles, [26, 15]),  # about halves
         (7 * row_of_tiles, [37]),
@@ -69,7 +69,7 @@ def test_large_maps_are_convolved_by_rows_to_the_same_numbers(
 
 
 def test_the_transforms_are_a_convolution_exactly() -> None:
-    """A2 [(G2 w) (B2 x)] in double precision, where all numbers of G2 are multiples of 1 / 576."""
+    """Test A2 [(G2 w) (B2 x)] in double precision. Numbers of G2 are multiples of 1 / 576."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(1, 1, n, n, generator=generator, dtype=torch.float64) for n in (6, 3))
     unrounded = torch.round(G2.double() * 576) / 576
@@ -78,7 +78,7 @@ def test_the_transforms_are_a_convolution_exactly() -> None:
 
 
 def case(shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias and a gradient of the output."""
+    """Return x, weight, bias and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape, (outputs, shape[1], 3, 3), (outputs,), (shape[0], outputs, *shape[2:]))
     x, weight, bias, gradient = (torch.randn(size, generator=generator) for size in sizes)
@@ -86,7 +86,7 @@ def case(shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def plain_results(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> list[Tensor]:
-    """The output and the gradients of x, weight and bias, in double precision."""
+    """Return the output and the gradients of x, weight and bias, in double precision."""
     given = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     y = F.conv2d(*given, padding=1)
     return [y.detach(), *torch.autograd.grad(y, given, gradient.double())]
@@ -147,7 +147,7 @@ def test_inference_is_plain_under_autocast_and_in_other_precisions(
         recon = net(x).sample
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = (n(x).sample.sub(recon).square().mean() for n in (exact, net))
-    assert 0 < ours < 2 * theirs  # residual sums in place round once more
+    assert 0 < ours < 2 * theirs  # residual sums in place round one more time
     conv = nn.Conv2d(32, 32, 3, padding=1)
     swap_convolutions(conv.requires_grad_(False))
     assert conv.double()(torch.zeros(1, 32, 40, 40).double()).dtype == torch.float64
@@ -167,7 +167,7 @@ def test_a_frozen_layer_transforms_no_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     assert x.grad is not None
 
 
-def test_what_a_plain_layer_takes_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_without_images_or_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutions, "TRAINING_POSITIONS", 0)
     conv = nn.Conv2d(32, 32, 3, padding=1)
     swap_convolutions(conv, trained=True)

@@ -1,4 +1,4 @@
-"""Original names of CompVis: a list written by hand, diffusers' converter, and back again."""
+"""CompVis' names against a list written by hand and diffusers' converter, and back again."""
 
 import json
 from pathlib import Path
@@ -160,7 +160,10 @@ def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "n_embed: 32" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     before = out.stat().st_ino
-    for given, message in ((out, "--overwrite"), (out.with_suffix(".ckpt"), "no .safetensors")):
+    for given, message in (
+        (out, "--overwrite"),
+        (out.with_suffix(".ckpt"), "must be a .safetensors"),
+    ):
         with pytest.raises(SystemExit):
             main(["convert", str(folder), "--out", str(given)])
         said = capsys.readouterr().err

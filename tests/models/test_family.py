@@ -1,4 +1,4 @@
-"""Networks beside AutoencoderKL: training wrappers, and what fine-tuning makes of them."""
+"""Networks other than AutoencoderKL: training wrappers, and fine-tuning from other kinds."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_mask_of_ones_is_no_picture_at_all(monkeypatch: pytest.MonkeyPatch) ->
     out = wrapper(images, sample=False)
     assert torch.equal(out.recon, net.decode(out.latents[0].mean).sample)
     out.recon.sum().backward()
-    assert all(p.grad is not None for p in net.decoder.parameters())  # none unused, as DDP needs
+    assert all(p.grad is not None for p in net.decoder.parameters())  # DDP needs all to be used
 
 
 def test_outside_of_the_mask_the_picture_is_seen() -> None:
@@ -115,7 +115,7 @@ def test_a_larger_decoder_is_for_the_encoder_it_fits() -> None:
 
 @pytest.mark.parametrize("architecture", ["kl", "asymmetric", "dc"])
 def test_the_config_tells_the_options(architecture: str) -> None:
-    """Built anew from what its config says, a network has the same parameters."""
+    """A network built from its config has the same parameters."""
     options = {
         "kl": {**ENCODER, "attention_levels": (1, 3), "use_quant_conv": False},
         "asymmetric": {**ENCODER, **DECODER, "latent_channels": 6},

@@ -1,5 +1,7 @@
-"""Outside of models (and of compute, whose algorithms are for certain layers) nobody tests what
-kind of network is there: the family answers."""
+"""Only `models` and `compute` test the kind of a network. Other packages use its family.
+
+`compute` may do so because its algorithms are for certain layers.
+"""
 
 import ast
 import inspect
@@ -23,7 +25,7 @@ MODULES = {
 
 
 def questions(source: str) -> list[str]:
-    """Each test of a network's class, of its class's name or of its architecture."""
+    """List each test of a network's class, of its class's name or of its architecture."""
     tree = ast.parse(source)
     networks = set(_networks(tree))
     found: list[str] = []
@@ -41,7 +43,7 @@ def questions(source: str) -> list[str]:
 
 
 def _networks(tree: ast.AST) -> Iterator[str]:
-    """Names that are imported from diffusers or from models, and are classes of networks."""
+    """Yield names of network classes that are imported from diffusers or from models."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
@@ -58,7 +60,7 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def _name(node: ast.AST) -> str:
-    """Of a name or an attribute; empty of anything else."""
+    """Return the name of a name or an attribute, else ""."""
     return getattr(node, "id", getattr(node, "attr", ""))
 
 
@@ -67,7 +69,7 @@ def _is_type(node: ast.AST) -> bool:
 
 
 def _compares_name(sides: list[ast.expr]) -> bool:
-    """`type(net).__name__` beside a text."""
+    """Return whether `type(net).__name__` is compared with a text."""
     attributes = [side for side in sides if isinstance(side, ast.Attribute)]
     named = any(side.attr == "__name__" and _is_type(side.value) for side in attributes)
     return named and any(isinstance(side, ast.Constant) for side in sides)

@@ -1,4 +1,4 @@
-"""Single files under CompVis' names and diffusers', alone and in whole checkpoints."""
+"""Single files with CompVis' names and diffusers', alone and in whole checkpoints."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def network(channels: int = 4, *, quant_conv: bool = True) -> AutoencoderKL:
 
 
 def original(net: AutoencoderKL) -> dict[str, Tensor]:
-    """The weights under CompVis' names, the attention's as 1 x 1 convolutions."""
+    """Return the weights with CompVis' names, the attention's as 1 x 1 convolutions."""
     tensors = {}
     for name, value in net.state_dict().items():
         renamed = re.sub(
@@ -129,7 +129,7 @@ def test_a_whole_checkpoint_of_16_channels_tells_its_family(
 
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_early_names_of_the_attention(convolutions: bool, tmp_path: Path) -> None:
-    """As diffusers wrote it before 0.17: query, key, value, proj_attn."""
+    """diffusers before 0.17 wrote query, key, value and proj_attn."""
     net, tensors = network(), {}
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for name, value in net.state_dict().items():
@@ -168,7 +168,7 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     wrong = [
         (file_of(tmp_path / "headless.safetensors", headless), "sd", "encoder.conv_in.weight"),
         (alone, None, "sd, sdxl, sd3, flux"),
-        (alone, "flux", "4 latent channels, those of the family 'flux' 16"),
+        (alone, "flux", "4 latent channels, but those of the family 'flux' have 16"),
         (alone, "sdx", "did you mean 'sdxl'"),
         (file_of(tmp_path / "cut.safetensors", cut), "sd", "decoder.conv_out.bias"),
         (file_of(tmp_path / "unet.safetensors", {"a": torch.zeros(1)}), "sd", "no autoencoder"),

@@ -1,5 +1,7 @@
-"""Large images in exact strips; see `network` for what it computes, and
-`price` for what it costs."""
+"""Compute large images in exact strips.
+
+`strip_network` has the calls, and `price` predicts what they cost.
+"""
 
 from latentvae.compute.strips.maps import Strips
 from latentvae.compute.strips.price import Price, price_in_strips

@@ -1,10 +1,10 @@
-"""Feature maps that are written and read a strip of rows at a time, in memory or in a file.
+"""Feature maps that are written and read in strips of rows, in memory or in a file.
 
     strips -> fill -> rows (H, W, C) and the statistics of every channel
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
-Rows lie one after the other with their channels last, so that a strip is one piece of memory or of
-a file. Deviations are taken from each strip's own mean, so that a large mean costs no digits.
+Rows are stored one after the other with channels last, so a strip is one piece of memory or file.
+Deviations are taken from each strip's own mean, so a large mean loses no digits.
 
 `C` channels, `H W` space.
 """
@@ -25,20 +25,20 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.moments import RunningMoments
 
-CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes; a GPU has launches to save
+CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes. Larger on a GPU, for fewer launches
 SMALL_MAP = 16 * 2**20  # bytes of a map that stays in memory
 
 
 @dataclass(frozen=True)
 class Strips:
-    """How large images are computed in strips; the result is that of the whole image, to rounding.
+    """Options of strips. The result is that of the whole image, up to rounding.
 
     Args:
-        rows: of a feature map, computed at a time; None takes what fills 4 MiB (64 on a GPU).
-        storage: where maps above 16 MiB are: `"memory"`, of which two are held at a time, or
-            `"disk"`, with which memory stays nearly flat. None is the disk for a network on the
-            CPU, and the memory of any other device.
-        folder: for their files, which have no name and are gone with the process; None is that of
+        rows: of a feature map that are computed at a time. None takes rows of 4 MiB (64 on a GPU).
+        storage: where maps above 16 MiB are kept. `"memory"` holds two of them at a time. With
+            `"disk"` the need for memory stays nearly constant. None is the disk for a network on
+            the CPU, and memory for other devices.
+        folder: for their files, which have no name and end with the process. None is the folder of
             temporary files (TMPDIR), which should be on a disk, not in memory.
     """
 
@@ -48,14 +48,17 @@ class Strips:
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
-            raise UserError(f"strips have 1 row or more, not {self.rows}")
+            raise UserError(f"strips must have at least 1 row (got {self.rows})")
         if self.storage not in (None, "memory", "disk"):
-            raise UserError(f"maps are stored in 'memory' or on 'disk', not '{self.storage}'")
+            raise UserError(f"storage must be 'memory' or 'disk' (got '{self.storage}')")
 
 
 def moments_of_rows(rows: Tensor) -> RunningMoments:
-    """The moments of each channel over rows (n, W, C), exact enough for float32 rows whose mean is
-    thousands of times their deviation, without a copy of them in float64."""
+    """Return the moments of each channel over rows (n, W, C).
+
+    They are exact enough for float32 rows whose mean is thousands of times their deviation, without
+    a copy of the rows in float64.
+    """
     values = rows.flatten(0, 1)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
@@ -67,10 +70,10 @@ def moments_of_rows(rows: Tensor) -> RunningMoments:
 
 
 class FeatureMap(ABC):
-    """(C, H, W) of one image.
+    """A feature map (C, H, W) of one image.
 
     Attributes:
-        statistics: of each channel, over what `fill` has written last.
+        statistics: of each channel, over the rows that the last `fill` wrote.
     """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
@@ -78,14 +81,18 @@ class FeatureMap(ABC):
         self.statistics = RunningMoments(channels)
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows, (1, C, bottom - top, W), channels last; not to be changed."""
+        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change them."""
         return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
-        """Write strips, each with its first row, from top to bottom.
+        """Write strips from top to bottom.
 
-        Each is written when the next has been computed: a map may be filled from its own strips,
-        if these read but one row above their own.
+        A strip is written only after the next has been computed. So a map may be filled from its
+        own strips, if these read at most one row above their own.
+
+        Args:
+            strips: pairs of the first row and the strip (1, C, rows, W).
+            measure: also take statistics.
         """
         statistics, last = RunningMoments(self.channels), None
         for strip in strips:
@@ -104,14 +111,14 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def _load(self, top: int, bottom: int) -> Tensor:
-        """(bottom - top, W, C)."""
+        """Return rows (bottom - top, W, C)."""
 
     @abstractmethod
     def _store(self, top: int, rows: Tensor) -> None: ...
 
 
 class MemoryMap(FeatureMap):
-    """In a tensor (C, H, W), which may be an image that was given or is asked for."""
+    """A map in a tensor (C, H, W), which may be the input or the output image."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(*values.shape)
@@ -125,10 +132,10 @@ class MemoryMap(FeatureMap):
 
 
 class FileMap(FeatureMap):
-    """In a temporary file without a name, which the kernel may write out whenever memory is short.
+    """A map in a temporary file without a name, which the kernel writes out if memory is short.
 
     Raises:
-        UserError: the folder's disk has not the room.
+        UserError: the folder's disk has not enough room.
     """
 
     def __init__(
@@ -140,9 +147,9 @@ class FileMap(FeatureMap):
         if (free := shutil.disk_usage(where).free) < (size := self._row * height):
             raise UserError(
                 f"'{where}' has {free / 2**30:.1f} GiB free, and a feature map takes "
-                f"{size / 2**30:.1f} GiB: name a folder on another disk (TMPDIR)"
+                f"{size / 2**30:.1f} GiB. Give a folder on another disk (TMPDIR)."
             )
-        self._file = tempfile.TemporaryFile(dir=where)  # open as long as the map is
+        self._file = tempfile.TemporaryFile(dir=where)  # closed with the map
         weakref.finalize(self, self._file.close)
 
     def _load(self, top: int, bottom: int) -> Tensor:
@@ -163,7 +170,7 @@ def _bytes(rows: Tensor) -> memoryview:
 
 
 class Workspace:
-    """Makes the maps of one call, and cuts them into strips.
+    """The maps of one call, and the rows of their strips.
 
     Args:
         like: a tensor of the network's device and dtype.
@@ -180,12 +187,12 @@ class Workspace:
         if self.on_disk and size > SMALL_MAP:
             folder = self._strips.folder
             return FileMap(channels, height, width, like=self._like, folder=folder)
-        # Channels last: `MemoryMap` wants rows of one piece.
+        # Channels last, because `MemoryMap` needs each row in one piece.
         rows = self._like.new_empty(height, width, channels)
         return MemoryMap(rearrange(rows, "h w c -> c h w"))
 
     def slices(self, height: int, row_elements: int) -> Iterator[tuple[int, int]]:
-        """First row and end of strips whose rows have so many elements."""
+        """Yield the first row and the end of strips whose rows have `row_elements` elements."""
         fitting = self.strip_bytes // (row_elements * self._like.element_size())
         rows = self._strips.rows or max(fitting, 1)
         for top in range(0, height, rows):

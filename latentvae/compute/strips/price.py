@@ -1,9 +1,9 @@
-"""What an image costs in strips, told before it starts.
+"""Predict what an image costs in strips.
 
 Time: a band of the image's width, four latent positions high, is computed in strips (at f = 8 that
-is 3 % of 1,024 pixels), and its time multiplied by the work of the whole over that of the band.
-Work is counted by torch on tensors without storage, the attention's square of the positions
-included.
+is 3 % of 1,024 pixels). Its time is multiplied by the ratio of the work of the whole image to that
+of the band. torch counts the work on tensors without storage, including the attention's square of
+the positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -28,12 +28,12 @@ BAND = 4  # latent rows
 
 @dataclass(frozen=True)
 class Price:
-    """Of one call.
+    """The price of one call.
 
     Args:
-        seconds: about; on the CPU, other work on the machine counts.
-        map_bytes: of the two largest feature maps that are held at a time.
-        on_disk: whether they are there.
+        seconds: an estimate. On the CPU, other work on the machine makes it longer.
+        map_bytes: of the two largest feature maps that exist at the same time.
+        on_disk: whether these maps are on the disk.
     """
 
     seconds: float
@@ -58,21 +58,28 @@ def price_in_strips(
     *,
     batch: int = 1,
 ) -> Price:
-    """Price of `encode_in_strips` or `decode_in_strips`, measured on a band of black pixels or of
-    zeros on the network's device.
+    """Return the price of `encode_in_strips` or `decode_in_strips`.
+
+    It is measured on a band of zeros on the network's device.
 
     Args:
+        net: the network.
+        call: which of the two.
         size: (H, W) of the images, in pixels.
+        strips: their options.
         batch: B.
 
     Raises:
-        ValueError: as for those.
+        ValueError: as those functions do.
     """
+    # A band of the image
     strips = strips or Strips()
     f = 2 ** (len(net.encoder.down_blocks) - 1)
     shape = _input_shape(net, call, size, f)
     rows = min(BAND * (f if call == "encode" else 1), shape[2])
     band = torch.zeros(1, shape[1], rows, shape[3], device=net.device, dtype=net.dtype)
+
+    # Its time
     start = time.perf_counter()
     if call == "encode":
         encode_in_strips(net, band, strips)
@@ -81,6 +88,8 @@ def price_in_strips(
     if band.device.type == "cuda":
         torch.cuda.synchronize(band.device)
     seconds = time.perf_counter() - start
+
+    # The work of the band and of the whole image
     part = net.encoder if call == "encode" else net.decoder
     whole, map_bytes = _work(part, shape[2:], band.element_size())
     probed, _ = _work(part, band.shape[2:], band.element_size())
@@ -96,15 +105,15 @@ def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[in
 
 
 def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Multiply-adds (doubled) of a forward pass, and bytes of the two maps of its largest step."""
+    """Return the operations of a forward pass, and the bytes of its largest step's two maps."""
     largest = 0
 
-    def see(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+    def record(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal largest
         largest = max(largest, given[0].numel() + result.numel())
 
     steps = (ResnetBlock2D, Downsample2D, Upsample2D)
-    hooks = [m.register_forward_hook(see) for m in part.modules() if isinstance(m, steps)]
+    hooks = [m.register_forward_hook(record) for m in part.modules() if isinstance(m, steps)]
     values = {name: value.to("meta") for name, value in part.state_dict().items()}
     shape = (1, part.conv_in.in_channels, *size)
     image = torch.empty(shape, device="meta", dtype=part.conv_in.weight.dtype)

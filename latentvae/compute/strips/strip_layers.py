@@ -1,11 +1,14 @@
-"""diffusers' blocks on feature maps that are never whole in memory, strip by strip.
+"""Compute diffusers' blocks strip by strip, on feature maps that are never whole in memory.
 
-A convolution of 3 x 3 needs one row above and one below its strip; a group norm needs the whole
-map's statistics, which were summed while the map was written. So a residual block reads x once for
-norm1 -> activation -> conv1 -> h and once, with h, for norm2 -> activation -> conv2, and writes the
-sum in place of x (of h, where the block changes the width): two maps, whatever the block's depth.
+A 3 x 3 convolution needs one row above and one below its strip. A group norm needs the statistics
+of the whole map, which were summed while the map was written. So a residual block has two passes:
 
-`C` channels, `H W` space, `N` positions, `n` of a strip.
+    norm1 -> activation -> conv1 -> h       reads x
+    norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if widths differ)
+
+Two maps are enough, however deep the block is.
+
+`C` channels, `H W` space, `N` positions, `n` positions of a strip.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +26,10 @@ Prepare = Callable[[Tensor], Tensor]
 
 
 def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
-    """The norm with the statistics that `x` has now, and the activation, of strips of `x`."""
+    """Return a function that applies the norm and the activation to strips of `x`.
+
+    The norm has the statistics that `x` has at the time of this call.
+    """
     groups = x.statistics.pooled(norm.num_groups)
     mean, variance = groups.mean, groups.variance(correction=0)
     size = x.channels // norm.num_groups
@@ -49,14 +55,14 @@ def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None =
 def convolved(
     x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Strips of a 3 x 3 convolution of `x`, each with its first row."""
+    """Yield strips of a 3 x 3 convolution of `x`, each with its first row."""
     for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
         strip = _with_halo(x, top, bottom, prepare)
         yield top, F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = None) -> Tensor:
-    """A row more above and below; at the image's border it is zero after the activation."""
+    """Return a strip with one more row above and below, which is 0 outside of the image."""
     strip = x.read(max(top - 1, 0), min(bottom + 1, x.height))
     if prepare is not None:
         strip = prepare(strip)
@@ -65,7 +71,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """`ResnetBlock2D`; `x` is written over or let go."""
+    """Compute a `ResnetBlock2D`. The map `x` is overwritten or no longer needed."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))
@@ -88,7 +94,7 @@ def _with_residual(
 
 
 def downsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """`Downsample2D` of stride 2, with a zero row below and a zero column at the right."""
+    """Compute a `Downsample2D` of stride 2, with a row of zeros below and a column at the right."""
     conv = block.conv
     y = space.make(conv.out_channels, (x.height - 2) // 2 + 1, (x.width - 2) // 2 + 1)
     y.fill(_strided(x, y, conv, space))
@@ -105,7 +111,7 @@ def _strided(
 
 
 def upsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """`Upsample2D`: nearest x2 and a 3 x 3 convolution, as one transposed convolution."""
+    """Compute an `Upsample2D` (nearest x2, 3 x 3 convolution) as one transposed convolution."""
     y = space.make(block.conv.out_channels, 2 * x.height, 2 * x.width)
     y.fill(_doubled(x, block.conv, space))
     return y
@@ -115,12 +121,12 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
     kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
         strip = _with_halo(x, top, bottom)
-        # Padding 1, as `upsample_conv` has it, and 2 more rows: those of the rows around the strip.
+        # Padding 1 as in `upsample_conv`, and 2 more rows for the row on each side of the strip.
         yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
 def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Self-attention over all positions, in place: keys and values whole, queries by strips."""
+    """Compute self-attention over all positions in place, with all keys and strips of queries."""
     prepare = normalizer(block.group_norm, x)
     keys, values = _keys_and_values(block, x, prepare, space)
     x.fill(_attended(block, x, prepare, keys, values, space))
@@ -130,7 +136,7 @@ def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
 def _keys_and_values(
     block: Any, x: FeatureMap, prepare: Prepare, space: Workspace
 ) -> tuple[Tensor, Tensor]:
-    """(1, heads, N, C / heads) each."""
+    """Return keys and values of all positions, (1, heads, N, C / heads) each."""
     keys: Any = None
     values: Any = None
     for top, bottom in space.slices(x.height, x.channels * x.width):
@@ -146,7 +152,7 @@ def _keys_and_values(
 def _attended(
     block: Any, x: FeatureMap, prepare: Prepare, keys: Tensor, values: Tensor, space: Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    scores = x.width * block.heads * keys.shape[2]  # of a row: some kernels hold them all
+    scores = x.width * block.heads * keys.shape[2]  # of one row. Some kernels keep all of them
     for top, bottom in space.slices(x.height, max(scores, x.channels * x.width)):
         strip = x.read(top, bottom)
         queries = _heads(block.to_q(_tokens(prepare(strip))), block)
@@ -159,10 +165,10 @@ def _attended(
 
 
 def _tokens(strip: Tensor) -> Tensor:
-    """(1, C, rows, W) to (n, C)."""
+    """Return tokens (n, C) of a strip (1, C, rows, W)."""
     return rearrange(strip, "1 c h w -> (h w) c")
 
 
 def _heads(tokens: Tensor, block: Any) -> Tensor:
-    """(n, C) to (1, heads, n, C / heads)."""
+    """Return heads (1, heads, n, C / heads) of tokens (n, C)."""
     return rearrange(tokens, "n (heads c) -> 1 heads n c", heads=block.heads)

@@ -1,11 +1,13 @@
-"""diffusers' encoder and decoder of convolutions (`AutoencoderKL`, `VQModel` and their kin) on
-images of any size, strip by strip: the whole image's result, to rounding.
+"""Compute diffusers' convolutional encoder and decoder strip by strip, on images of any size.
+
+The classes are `AutoencoderKL`, `VQModel` and similar ones. The result is that of the whole image,
+up to rounding.
 
     posterior = encode_in_strips(net, images).latent_dist    # as net.encode(images)
     recon = decode_in_strips(net, posterior.mean).sample     # as net.decode(z)
 
-Nothing is approximated, so there are no seams: see `layers`. The images of a batch are computed one
-after the other, and without gradients.
+Nothing is approximated, so there are no seams (see `strip_layers`). The images of a batch are
+computed one after the other, without gradients.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -49,15 +51,15 @@ from latentvae.compute.strips.strip_layers import (
 from latentvae.compute.upsampling import FoldedUpsample2D
 from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 
-CPU_SCORES = 2**24  # distances to codes of a stock VQModel, held at a time
+CPU_SCORES = 2**24  # distances to a stock VQModel's codes that are in memory at a time
 
 
 @torch.no_grad()
 def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> Any:
-    """What `net.encode(images)` gives, of images (B, C, H, W) as the network takes them.
+    """Return what `net.encode(images)` returns, of images (B, C, H, W) in the network's range.
 
     Raises:
-        ValueError: the network has a block that is not known; see `check_supported`.
+        ValueError: the network has an unknown block, see `check_supported`.
     """
     check_supported(net)
     features = _run(net.encoder, images, _encoder_steps(net.encoder), strips or Strips())
@@ -72,13 +74,16 @@ def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> 
 def decode_in_strips(
     net: Any, z: Tensor, strips: Strips | None = None, *, force_not_quantize: bool = False
 ) -> DecoderOutput:
-    """What `net.decode(z)` gives, of latents (B, d, h, w).
+    """Return what `net.decode(z)` returns, of latents (B, d, h, w).
 
     Args:
-        force_not_quantize: of a tokenizer: `z` are codes.
+        net: the network.
+        z: its latents.
+        strips: their options.
+        force_not_quantize: `z` are codes of a tokenizer.
 
     Raises:
-        ValueError: as for `encode_in_strips`.
+        ValueError: as in `encode_in_strips`.
     """
     check_supported(net)
     if isinstance(net, VQModel | DiscreteAutoencoder) and not force_not_quantize:
@@ -92,7 +97,7 @@ def decode_in_strips(
 
 
 def _quantize(net: Any, z: Tensor) -> Tensor:
-    """Codes of features. A stock `VQModel` would hold all distances at once."""
+    """Return the codes of features, in parts: a stock `VQModel` keeps all distances at once."""
     if isinstance(net, DiscreteAutoencoder):
         return net.quantize(z).z.to(net.dtype)
     rows = max(CPU_SCORES // (len(z) * z.shape[3] * net.config["num_vq_embeddings"]), 1)
@@ -101,10 +106,10 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StripComputation:
-    """The calls of a network in strips, for `models.calls`.
+    """A network's calls in strips, as the `computation` of `models.calls`.
 
     Args:
-        strips: how tall they are and where maps are kept.
+        strips: their height, and where maps are kept.
     """
 
     strips: Strips
@@ -116,17 +121,20 @@ class StripComputation:
         return decode_in_strips(net, z, self.strips, force_not_quantize=force_not_quantize)
 
 
-Step = tuple[Callable[[Any, FeatureMap, Workspace], FeatureMap], Any]  # and its block
+Step = tuple[Callable[[Any, FeatureMap, Workspace], FeatureMap], Any]  # a function and its block
 
 
 def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Tensor:
-    """The encoder or decoder on each image; its last convolution writes into the output."""
+    """Compute the encoder or decoder on each image. Its last convolution writes the output."""
     space = Workspace(strips, like=inputs)
     outputs: Tensor | None = None
     for i, image in enumerate(inputs):
         x = space.make(part.conv_in.out_channels, *image.shape[1:])
         x.fill(convolved(MemoryMap(image), part.conv_in, space))
-        for step, block in steps:  # one flat loop: no caller holds on to a map that is done with
+        for (
+            step,
+            block,
+        ) in steps:  # flat, so that no caller keeps a map alive that is no longer needed
             x = step(block, x, space)
         if outputs is None:
             shape = (len(inputs), part.conv_out.out_channels, x.height, x.width)
@@ -173,23 +181,23 @@ def _middle(middle: Any) -> Iterator[Step]:
 
 
 def check_supported(net: Any) -> None:
-    """Whether every block of the encoder and the decoder is one whose strips are known here.
+    """Check that strips can compute every block of the encoder and the decoder.
 
     Raises:
-        ValueError: one is not; it is named with its type.
+        ValueError: with the name and the type of a block that they cannot compute.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
         module: Any = getattr(net, part, None)
         if type(module) is not kind or not hasattr(net, "quant_conv"):
             raise ValueError(
-                f"exact strips are for networks with diffusers' Encoder and Decoder, and the "
-                f"{part} of {type(net).__name__} is of another kind ({type(module).__name__})"
+                "exact strips need a network with diffusers' Encoder and Decoder, but the "
+                f"{part} of {type(net).__name__} is a {type(module).__name__}"
             )
         for name, block in module.named_modules():
             known = _KNOWN.get(type(block))
             if known is None or not known(block):
-                how = "which exact strips do not know" if known is None else "with other options"
-                raise ValueError(f"{part}.{name} is a {type(block).__name__}, {how}")
+                why = "which exact strips do not know" if known is None else "with unknown options"
+                raise ValueError(f"{part}.{name} is a {type(block).__name__}, {why}")
 
 
 def _known_resnet(block: Any) -> bool:
@@ -211,7 +219,7 @@ def _known_convolution(conv: Any) -> bool:
     shape = (conv.kernel_size, conv.padding, conv.dilation, conv.padding_mode)
     return shape in (
         ((3, 3), (1, 1), (1, 1), "zeros"),
-        ((3, 3), (0, 0), (1, 1), "zeros"),  # of a downsampler
+        ((3, 3), (0, 0), (1, 1), "zeros"),  # in a downsampler
         ((1, 1), (0, 0), (1, 1), "zeros"),
     )
 
@@ -220,7 +228,7 @@ def _always(block: Any) -> bool:
     return True
 
 
-_POINTWISE = (nn.SiLU, nn.Mish, nn.GELU, nn.ReLU, nn.Dropout)  # dropout: of inference, so none
+_POINTWISE = (nn.SiLU, nn.Mish, nn.GELU, nn.ReLU, nn.Dropout)  # dropout does nothing at inference
 _LEVELS = (DownEncoderBlock2D, AttnDownEncoderBlock2D, UpDecoderBlock2D, AttnUpDecoderBlock2D)
 _WHOLE = (Encoder, Decoder, UNetMidBlock2D, nn.ModuleList, nn.GroupNorm, nn.Linear)
 

@@ -1,7 +1,7 @@
-"""Convolutions that take Winograd's algorithms where those are sooner, in float32 on the CPU.
+"""Convolutions that use Winograd's algorithms where these are faster, in float32 on the CPU.
 
-Which one, if any, follows from the shapes and the kind of processor, so equal runs on one machine
-give equal numbers.
+The choice depends only on shapes and the kind of processor, so repeated runs on one machine give
+equal numbers.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from torch.autograd.function import once_differentiable
 from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.compute.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-TRAINING_POSITIONS = 64 * 64  # plain ones have a batch to work on, NNPACK takes image by image
+# Positions of a map from which training uses NNPACK. It computes one image at a time, but a plain
+# convolution the whole batch.
+TRAINING_POSITIONS = 64 * 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on Winograd's algorithms are sooner than plain convolutions.
+    """Sizes from which Winograd's algorithms are faster than plain convolutions.
 
     Attributes:
-        channels: of the narrower side.
+        channels: of input or output, whichever has fewer.
         positions: of a map at inference, for NNPACK.
-        tiled: channels for the tiles: of y or dx alone (`one`), of dx and dw together (`both`).
+        tiled: channels for the tiles. `one` is for y or dx, `both` for dx and dw together.
     """
 
     channels: int
@@ -34,7 +36,7 @@ class Limits:
 
 
 def limits_of(capability: str) -> Limits:
-    """Of a processor by the vector instructions that torch uses, measured with AVX-512 and AVX2."""
+    """Return the limits for torch's vector instructions, as measured with AVX-512 and AVX2."""
     if capability == "AVX512":
         return Limits(channels=32, positions=32 * 32, tiled={"one": 256, "both": 128})
     return Limits(channels=128, positions=64 * 64, tiled={"one": 128, "both": 128})
@@ -44,7 +46,7 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """At inference; the plain one of small maps, and where `_is_plain`."""
+    """A convolution for inference. It is the plain one for small maps and where `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
@@ -53,7 +55,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """With gradients; the plain one where `_is_plain`."""
+    """A convolution with gradients. It is the plain one where `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input):
@@ -62,13 +64,13 @@ class TrainedWinogradConv2d(nn.Conv2d):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Under autocast, in other precisions, on other devices, and what is no batch of maps."""
+    """Return whether `x` is no float32 batch of maps on the CPU, or autocast is on."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
     return not known or torch.is_autocast_enabled("cpu")
 
 
 class _Convolution(torch.autograd.Function):
-    """`conv2d(x, weight, bias, padding=1)`, differentiable once."""
+    """The function `conv2d(x, weight, bias, padding=1)`, differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,15 +110,24 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Whether channels are many, and tiles enough to transform their kernels for."""
+    """Return whether there are enough channels, and enough tiles to transform kernels for."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
 
 
 def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
-    """Give the convolutions of `part` that Winograd's transforms serve its class, for training or
-    for inference; returns how many there are. Names, parameters and hooks stay."""
+    """Set the class of the convolutions in `part` for which Winograd's algorithms fit.
+
+    Names, parameters and hooks stay.
+
+    Args:
+        part: a module.
+        trained: with gradients. By default for inference only.
+
+    Returns:
+        The number of these convolutions.
+    """
     found = [m for m in part.modules() if type(m) is nn.Conv2d and _fits(m)]
     for module in found:
         module.__class__ = TrainedWinogradConv2d if trained else WinogradConv2d
@@ -124,7 +135,7 @@ def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
 
 
 def restore_convolutions(part: nn.Module) -> None:
-    """Undo `swap_convolutions`: the stock layers again."""
+    """Undo `swap_convolutions`, so that the layers are stock again."""
     for module in part.modules():
         if type(module) in (WinogradConv2d, TrainedWinogradConv2d):
             module.__class__ = nn.Conv2d

@@ -1,8 +1,9 @@
-"""3 x 3 convolutions by NNPACK, which is inside of torch: Winograd's F(6 x 6, 3 x 3), 64 products
-for 36 outputs instead of 324 (Lavin and Gray 2015, arXiv:1509.09308).
+"""3 x 3 convolutions by NNPACK, which is part of torch, in float32 on the CPU.
 
-In float32 on the CPU. Rounding is 3e-6 to 5e-6 of the output's deviation (root mean square; single
-values 7e-5), ten times that of a plain convolution and a thousandth of bfloat16's.
+It computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and Gray
+2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation (root
+mean square, up to 7e-5 for single values). That is ten times that of a plain convolution and a
+thousandth of bfloat16's.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 6  # rows and columns that are computed together
-WORKSPACE = 256 << 20  # bytes for the tiles of one call; parts cost a copy of what goes in and out
+WORKSPACE = 256 << 20  # bytes for the tiles of one call. More calls cost copies of input and output
 
 
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1)` of a 3 x 3 kernel.
+    """Return `conv2d(x, weight, bias, padding=1)` for a 3 x 3 kernel.
 
-    Image by image: of a batch NNPACK takes another algorithm, and what an image gives would depend
-    on whether there are others. And by rows where a map is large: NNPACK keeps all tiles of a call,
-    almost twice what it reads and writes.
+    Each image is computed by itself. For a batch NNPACK uses another algorithm, so an image's
+    result would depend on the others. Large maps are computed in parts of rows, because NNPACK
+    keeps all tiles of a call: almost twice the memory that it reads and writes.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     rows = _rows(x, outputs=len(weight))
@@ -31,7 +32,7 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor, *, outputs: int) -> int:
-    """How many of (B, C, H, W) to compute in one call: parts of about one size that fit."""
+    """Return how many rows of (B, C, H, W) one call computes: parts of about one size that fit."""
     height, width = x.shape[2:]
     tiles = -(-height // TILE)
     bytes_of_a_row = 4 * (TILE + 2) ** 2 * (x.shape[1] + outputs) * -(-width // TILE)
@@ -40,7 +41,7 @@ def _rows(x: Tensor, *, outputs: int) -> int:
 
 
 def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
-    """Of one image (1, C, H, W); the same tiles, so the same numbers, whatever `rows` is."""
+    """Convolve one image (1, C, H, W). The tiles and numbers do not depend on `rows`."""
     height = x.shape[2]
     if height <= rows:
         return torch._nnpack_spatial_convolution(x.contiguous(), weight, bias, [1, 1])
@@ -57,10 +58,11 @@ def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Ten
 
 @lru_cache(maxsize=1)
 def has_winograd() -> bool:
-    """Whether torch has NNPACK, it knows this processor, and it computes what it should."""
-    # `_nnpack_available` also sets NNPACK up: without it every call fails.
+    """Return whether torch has NNPACK, it supports this processor and its result is right."""
+    # `_nnpack_available` also initialises NNPACK. Without this call, every other one fails.
     if not (hasattr(torch, "_nnpack_available") and torch._nnpack_available()):
         return False
+
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(s, generator=generator) for s in ((1, 32, 33, 35), (32, 32, 3, 3)))
     with torch.inference_mode():

@@ -1,17 +1,19 @@
-"""3 x 3 convolutions and their gradients as matrix products: Winograd's F(4 x 4, 3 x 3), with 36
-products for 16 outputs instead of 144 (Lavin and Gray 2015, arXiv:1509.09308).
+"""3 x 3 convolutions and their gradients as matrix products: Winograd's F(4 x 4, 3 x 3).
 
-    Y = A [sum_i (G w G') * (B X B')] A'    of a tile Y of 4 x 4, which sees X of 6 x 6
+It has 36 products for 16 outputs instead of 144 (Lavin and Gray 2015, arXiv:1509.09308):
+
+    Y = A [sum_i (G w G') * (B X B')] A'    for a tile Y of 4 x 4, which reads X of 6 x 6
 
 The sums over channels are 36 matrix products. Rows and columns are transformed at once, by one more
-matrix product with a Kronecker square (`A2`, `B2`, `G2`). The gradients are those of the formula:
+matrix product with a Kronecker square (`A2`, `B2`, `G2`). The gradients follow from the formula:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
-and where the tiles of X overlap, their dX are added. Rounding in float32 is 2e-6 to 4e-6 of the
-result's deviation, ten times that of a plain convolution.
+Where tiles of X overlap, their dX are added. The rounding error in float32 is 2e-6 to 4e-6 of the
+result's standard deviation, ten times that of a plain convolution.
 
-What is called for every part of the tiles views and permutes: einops costs 10 us a call there.
+Functions that are called for every part of the tiles use view and permute, because einops costs
+10 us per call.
 
 `N` images, `I O` channels in and out, `H W` space, `T` tiles.
 """
@@ -26,8 +28,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-SIDE = 4  # of a tile of the output; it sees two more
-CHUNK_BYTES = 8 << 20  # of what is computed at once, to stay in the cache
+SIDE = 4  # of an output tile. Its input tile is two larger
+CHUNK_BYTES = 8 << 20  # of the tiles that are computed at once, to stay in the cache
 
 
 def _square(rows: list[list[float]], *, divide_by: int = 1) -> Tensor:
@@ -52,7 +54,7 @@ G2 = _square(
 
 
 def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1)` of (N, I, H, W) and (O, I, 3, 3), in float32."""
+    """Return `conv2d(x, weight, bias, padding=1)` of (N, I, H, W) and (O, I, 3, 3), in float32."""
     tiling, outputs = Tiling.of(x), len(weight)
     seen, kernel = tiling.split(x, side=SIDE + 2, before=1), _transform_kernel(weight)
     out = x.new_empty(tiling.images, tiling.size[0], SIDE, tiling.size[1], SIDE, outputs)
@@ -68,13 +70,23 @@ def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def tiled_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, *, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `tiled_conv`'s `x` and `weight`, of that of its output, (N, O, H, W)."""
+    """Return the gradients of `tiled_conv`'s `x` and `weight`, or None for one not asked for.
+
+    Args:
+        gradient: of its output, (N, O, H, W).
+        x: its input.
+        weight: its kernel.
+        of_x: compute the gradient of `x`.
+        of_weight: compute the gradient of `weight`.
+    """
     tiling, (outputs, inputs) = Tiling.of(x), weight.shape[:2]
     tiles = tiling.split(gradient, side=SIDE, before=0)
     seen = tiling.split(x, side=SIDE + 2, before=1) if of_weight else None
     kernel = _transform_kernel(weight) if of_x else None
     of_kernel = weight.new_zeros(36, outputs, inputs)
     of_seen = x.new_zeros(tiling.images, *(SIDE * n + 2 for n in tiling.size), inputs)
+
+    # Sums over the parts of all tiles
     for part in tiling.parts(channels=2 * inputs + outputs):
         products = _transform(A2.t(), tiles[part])
         if seen is not None:
@@ -82,6 +94,7 @@ def tiled_gradients(
         if kernel is not None:
             added = _inverse(B2.t(), products @ kernel, like=tiles[part])
             _add_overlapping(_tiles(of_seen, SIDE + 2)[part], added)
+
     return (
         tiling.crop(of_seen[:, 1:, 1:]) if of_x else None,
         (G2.t() @ of_kernel.flatten(1)).t().reshape_as(weight) if of_weight else None,
@@ -89,30 +102,30 @@ def tiled_gradients(
 
 
 def _transform_kernel(weight: Tensor) -> Tensor:
-    """(36, O, I)."""
+    """Return the transformed kernel (36, O, I)."""
     return (G2 @ weight.reshape(-1, 9).t()).view(36, *weight.shape[:2])
 
 
 def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """(36, T, C) of tiles (n, h, w, C, side, side)."""
+    """Return transformed tiles (36, T, C) of tiles (n, h, w, C, side, side)."""
     columns = tiles.permute(4, 5, 0, 1, 2, 3).reshape(matrix.shape[1], -1)
     return (matrix @ columns).view(36, -1, tiles.shape[3])
 
 
 def _inverse(matrix: Tensor, products: Tensor, *, like: Tensor) -> Tensor:
-    """Tiles (n, h, w, C, side, side) of products (36, T, C), in the order of the tiles `like`."""
+    """Return tiles (n, h, w, C, side, side) of products (36, T, C), in the order of `like`."""
     side = math.isqrt(len(matrix))
     tiles = (matrix @ products.flatten(1)).view(side, side, *like.shape[:3], -1)
     return tiles.permute(2, 3, 4, 5, 0, 1)
 
 
 def _tiles(maps: Tensor, side: int) -> Tensor:
-    """A view (N, h, w, C, side, side) of maps (N, H, W, C)."""
+    """Return a view (N, h, w, C, side, side) of maps (N, H, W, C)."""
     return maps.unfold(1, side, SIDE).unfold(2, side, SIDE)
 
 
 def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
-    """Add to a view of overlapping tiles, in four steps of parts that do not overlap."""
+    """Add to a view of overlapping tiles, in four steps whose parts do not overlap."""
     parts = (slice(0, SIDE), slice(SIDE, None))
     for rows, columns in itertools.product(parts, parts):
         tiles[..., rows, columns] += added[..., rows, columns]
@@ -120,12 +133,12 @@ def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How maps are cut.
+    """The tiles of maps.
 
     Attributes:
-        images: how many maps.
-        size: tiles of a column and of a row of a map.
-        map_size: positions of them.
+        images: number of maps.
+        size: number of tiles in a column and in a row of a map.
+        map_size: number of positions in a column and in a row.
     """
 
     images: int
@@ -138,15 +151,18 @@ class Tiling:
         return cls(len(x), (-(-height // SIDE), -(-width // SIDE)), (height, width))
 
     def split(self, x: Tensor, *, side: int, before: int) -> Tensor:
-        """Tiles (N, h, w, C, side, side) of (N, C, H, W), zeros around it: `before` and at least
-        one after it, without which the copy would read and write at multiples of a page."""
+        """Return tiles (N, h, w, C, side, side) of (N, C, H, W) with zeros around it.
+
+        There are `before` zeros before each row and column, and at least one after it. Without that
+        one, the copy would read and write at multiples of a page, which is slow.
+        """
         rows, columns = (SIDE * n - m + 1 for n, m in zip(self.size, self.map_size, strict=True))
         padded = F.pad(x, (before, columns, before, rows))
         innermost = padded.flatten(2).transpose(1, 2).contiguous()
         return _tiles(innermost.view(len(x), *padded.shape[2:], -1), side)
 
     def parts(self, *, channels: int) -> Iterator[tuple[slice, slice]]:
-        """Images and rows of tiles to compute at once: several images, or rows of one."""
+        """Yield the images and rows of tiles to compute at once: some images, or rows of one."""
         rows = max(1, CHUNK_BYTES // (36 * 4 * channels * self.size[1]))
         images, rows = max(1, rows // self.size[0]), min(rows, self.size[0])
         for i in range(0, self.images, images):
@@ -154,6 +170,6 @@ class Tiling:
                 yield slice(i, i + images), slice(row, row + rows)
 
     def crop(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) of maps (N, at least H, at least W, C)."""
+        """Return (N, C, H, W) of maps (N, at least H, at least W, C)."""
         height, width = self.map_size
         return rearrange(maps[:, :height, :width], "n h w c -> n c h w").contiguous()

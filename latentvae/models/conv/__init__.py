@@ -1,1 +1,1 @@
-"""Convolutional networks: AutoencoderKL and its kin, and VQGAN's around any bottleneck."""
+"""Convolutional networks: AutoencoderKL and similar, and VQGAN's with any bottleneck."""

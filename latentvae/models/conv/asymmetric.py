@@ -1,5 +1,6 @@
-"""Stable Diffusion's encoder with a larger decoder, which may see the known part of a picture:
-`AsymmetricAutoencoderKL` (Zhu et al. 2023, arXiv:2306.04632).
+"""`AsymmetricAutoencoderKL`: Stable Diffusion's encoder with a larger decoder.
+
+The decoder may also see the known part of a picture (Zhu et al. 2023, arXiv:2306.04632).
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/8, W/8) -> z (B, d, H/8, W/8) -> decoder ->
 recon (B, C, H, W)
@@ -25,8 +26,11 @@ from latentvae.option_marks import Positive
 
 
 class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
-    """The network: a stock diffusers AsymmetricAutoencoderKL, Stable Diffusion's encoder with a
-    decoder of its own size. Fine-tuning takes either one, or the encoder of an AutoencoderKL."""
+    """The network: a stock diffusers AsymmetricAutoencoderKL.
+
+    It has Stable Diffusion's encoder and a decoder of another size. Fine-tuning takes such a
+    network, or an AutoencoderKL, whose encoder it keeps.
+    """
 
     architecture: Literal["asymmetric"] = "asymmetric"
     up_block_out_channels: Widths = Field(
@@ -34,7 +38,7 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
         description="Width of each level of the decoder, from full resolution: w, 2 w, 4 w, 4 w.",
     )
     layers_per_up_block: Positive = Field(
-        default=3, description="Residual blocks per level of the decoder, less one."
+        default=3, description="Residual blocks per level of the decoder, minus one."
     )
 
     @property
@@ -54,13 +58,14 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
         w = self.up_block_out_channels[0]
         if self.up_block_out_channels != (w, 2 * w, 4 * w, 4 * w):
             raise ValueError(
-                f"up_block_out_channels is {self.up_block_out_channels}, but diffusers' decoder "
-                f"can see a picture at w, 2 w, 4 w, 4 w alone, such as {(w, 2 * w, 4 * w, 4 * w)}"
+                "up_block_out_channels must be w, 2 w, 4 w, 4 w, the only widths at which "
+                f"diffusers' decoder can see a picture, such as {(w, 2 * w, 4 * w, 4 * w)} "
+                f"(got {self.up_block_out_channels})"
             )
         if len(self.block_out_channels) != 4:
             raise ValueError(
-                f"block_out_channels has {len(self.block_out_channels)} levels, but the decoder "
-                "has 4: f is 8"
+                "block_out_channels must have 4 levels, as the decoder has (f is 8), not "
+                f"{len(self.block_out_channels)}"
             )
         if w % self.norm_num_groups:
             raise ValueError(
@@ -81,17 +86,18 @@ def build_asymmetric_kl(
     norm_num_groups: int = 32,
     sample_size: int = 256,
 ) -> AsymmetricAutoencoderKL:
-    """A freshly initialised `AsymmetricAutoencoderKL`: Stable Diffusion's encoder, and a decoder of
-    its own width and depth.
+    """Return a freshly initialised `AsymmetricAutoencoderKL`.
 
     Args:
         block_out_channels, layers_per_block: of the encoder.
-        up_block_out_channels, layers_per_up_block: of the decoder; widths from full resolution
-            down, which must be w, 2 w, 4 w, 4 w (diffusers' encoder of the known picture has no
-            others, so f is 8).
+        up_block_out_channels, layers_per_up_block: of the decoder. Widths, from full resolution
+            down, must be w, 2 w, 4 w, 4 w, as diffusers' encoder of the known picture has them.
+            So f is 8.
+        sample_size: side of the training images in pixels, by which diffusers tiles.
     """
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
+
     return AsymmetricAutoencoderKL(
         in_channels=image_channels,
         out_channels=image_channels,
@@ -108,18 +114,24 @@ def build_asymmetric_kl(
 
 
 class AsymmetricTrainingWrapper(KLTrainingWrapper):
-    """Half of the images are decoded from latents alone, half with the picture outside of a random
-    box given, as inpainting pipelines give it."""
+    """Encode, sample the posterior, and decode with a random mask.
+
+    About half of the images are decoded from their latents alone. For the others the decoder sees
+    the picture outside a random box, as in inpainting pipelines.
+    """
 
     def decode(self, z: Tensor, images: Tensor) -> Tensor:
-        # A mask of ones leaves nothing of the picture: as without one, but every weight is used, as
-        # DDP needs.
+        # A mask of ones hides the whole picture, as if none were given. But every weight is used,
+        # which DDP needs.
         return self.net.decode(z, image=images, mask=random_masks(images)).sample
 
 
 def random_masks(images: Tensor) -> Tensor:
-    """1 where an image is to be made up, (B, 1, H, W): everywhere for about half of the images,
-    else in a box of a quarter to the whole of each side. From the global generator."""
+    """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
+
+    About half of them are 1 everywhere. The others are 1 in a box, whose sides are a quarter to the
+    whole of the image's. Drawn from the global generator.
+    """
     B, _, H, W = images.shape
     whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
     height, width = 0.25 + 0.75 * height, 0.25 + 0.75 * width
@@ -131,7 +143,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(TrainableFamily):
-    """`AsymmetricAutoencoderKL`, of its own or on the encoder of a pretrained `AutoencoderKL`."""
+    """`AsymmetricAutoencoderKL`, new or with the encoder of a pretrained `AutoencoderKL`."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig
@@ -178,7 +190,7 @@ def _with_larger_decoder(
         set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
     )
     if net.quant_conv is None or not is_stock or not config["mid_block_add_attention"]:
-        return None  # AsymmetricAutoencoderKL has no such encoder
+        return None  # AsymmetricAutoencoderKL cannot have such an encoder
     own = {name: config[name] for name in ENCODER} | {"image_channels": config["in_channels"]}
     larger = build_asymmetric_kl(**{**options, **own})
     for name in ("encoder", "quant_conv"):

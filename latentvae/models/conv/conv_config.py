@@ -1,4 +1,4 @@
-"""Options of networks of residual blocks with GroupNorm, and diffusers' names of their blocks."""
+"""Options of networks with residual blocks and GroupNorm, and diffusers' names of the blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,19 +8,19 @@ from pydantic import Field, model_validator
 from latentvae.models.model_config import ModelConfig
 from latentvae.option_marks import Count, Positive
 
-# Options that a network of these blocks has by the same name in its config.
+# Options with the same name in the config of a network with these blocks.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
 
 class ConvolutionalConfig(ModelConfig):
-    """Residual blocks with GroupNorm."""
+    """Options of residual blocks with GroupNorm."""
 
     layers_per_block: Positive = Field(
         default=2,
         description="Residual blocks per level of the encoder (the decoder has one more).",
     )
     norm_num_groups: Positive = Field(
-        default=32, description="Groups of each GroupNorm; must divide every width."
+        default=32, description="Groups of each GroupNorm. Must divide every width."
     )
 
     @model_validator(mode="after")
@@ -35,7 +35,7 @@ class ConvolutionalConfig(ModelConfig):
 
 
 class AttentionConfig(ConvolutionalConfig):
-    """The same, with self-attention."""
+    """The same options, and those of self-attention."""
 
     attention_levels: tuple[Count, ...] = Field(
         default=(),
@@ -52,7 +52,7 @@ class AttentionConfig(ConvolutionalConfig):
 
 
 def block_types(num_levels: int, attention_levels: Sequence[int]) -> tuple[Any, Any]:
-    """diffusers' names of the encoder's and the decoder's blocks."""
+    """Return diffusers' names of the encoder's and the decoder's blocks."""
     levels = range(num_levels)
     down = (
         "AttnDownEncoderBlock2D" if i in attention_levels else "DownEncoderBlock2D" for i in levels

@@ -1,5 +1,6 @@
-"""The autoencoder with continuous latents of latent diffusion: a stock `AutoencoderKL` (Rombach et
-al. 2022, arXiv:2112.10752).
+"""The autoencoder of latent diffusion, with continuous latents: a stock `AutoencoderKL`.
+
+From Rombach et al. 2022, arXiv:2112.10752.
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
 recon (B, C, H, W)
@@ -25,16 +26,17 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class KLModelConfig(AttentionConfig, SingleFile):
-    """The network: a stock diffusers AutoencoderKL; f = 2 ** (levels - 1)."""
+    """The network: a stock diffusers AutoencoderKL. f = 2 ** (levels - 1)."""
 
     architecture: Literal["kl"] = "kl"
     use_quant_conv: bool = Field(
-        default=True, description="1x1 convolutions around the latent (SD: yes; SD3 and FLUX: no)."
+        default=True,
+        description="1x1 convolutions around the latent. SD has them, SD3 and FLUX do not.",
     )
     initial_posterior_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance that the posterior starts with; below 0 the decoder sees less noise at "
+            "Log-variance of the posterior at the start. Below 0 the decoder sees less noise at "
             "first and learns sooner."
         ),
     )
@@ -61,21 +63,22 @@ def build_autoencoder_kl(
     initial_posterior_logvar: float = 0.0,
     sample_size: int = 256,
 ) -> AutoencoderKL:
-    """A freshly initialised `AutoencoderKL` with f = 2 ** (len(block_out_channels) - 1).
+    """Return a freshly initialised `AutoencoderKL` with f = 2 ** (len(block_out_channels) - 1).
 
     Args:
         block_out_channels: width of each level, from full resolution down.
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
-        use_quant_conv: 1x1 convolutions on both sides of the latent (Stable Diffusion yes, SD3 and
-            FLUX no).
+        use_quant_conv: 1x1 convolutions on both sides of the latent. Stable Diffusion has them,
+            SD3 and FLUX do not.
         initial_posterior_logvar: added to the log-variance's bias. At 0 the posterior starts as
-            wide as the prior, and the decoder sees mostly noise until the encoder has outgrown it.
-        sample_size: side of the training images in pixels; diffusers' tiling reads it.
+            wide as the prior, and at first the decoder sees mostly noise.
+        sample_size: side of the training images in pixels, by which diffusers tiles.
     """
     widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
     down, up = block_types(len(widths), attention_levels)
+
     net = AutoencoderKL(
         in_channels=image_channels,
         out_channels=image_channels,
@@ -90,6 +93,7 @@ def build_autoencoder_kl(
         use_post_quant_conv=use_quant_conv,
         sample_size=sample_size,
     )
+
     last: Any = net.quant_conv if use_quant_conv else net.encoder.conv_out
     with torch.no_grad():
         last.bias[latent_channels:] += initial_posterior_logvar
@@ -97,12 +101,12 @@ def build_autoencoder_kl(
 
 
 def downsampling_factor(net: Network) -> int:
-    """f: how many image pixels one latent pixel spans on a side."""
+    """Return f, the image pixels on a side of one latent position."""
     return 2 ** (len(net.config["block_out_channels"]) - 1)
 
 
 class KLTrainingWrapper(TrainingWrapper):
-    """Encode, sample (or take the mode of) the posterior, decode."""
+    """Encode, sample the posterior or take its mode, decode."""
 
     def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
         super().__init__(net, output_logvar=output_logvar, learn_logvar=learn_logvar)

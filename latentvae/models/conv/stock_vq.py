@@ -1,5 +1,6 @@
-"""The tokenizer that diffusers has: `VQModel`, MoVQ and aMUSEd's among them. Conversions between it
-and `DiscreteAutoencoder`, whose parts have the same names.
+"""diffusers' tokenizer `VQModel`, which is also that of MoVQ and aMUSEd.
+
+It is converted to and from `DiscreteAutoencoder`, whose parts have the same names.
 
 `B` batch, `h w` latent positions, `K` codes, `D` code width.
 """
@@ -27,10 +28,10 @@ _SHARED = (
 
 
 class StockVQFamily(Family):
-    """`VQModel`: codes in a list, of which the nearest is taken.
+    """`VQModel`: a list of codes, of which the nearest is taken.
 
-    aMUSEd's is the one that looks codes up by index (`lookup_from_codebook`); its pixels are in
-    [0, 1], for its pipeline does not normalise images (diffusers, pipeline_amused_img2img.py).
+    aMUSEd's model looks codes up by index (`lookup_from_codebook`). Its pixels are in [0, 1],
+    because its pipeline does not normalise images (diffusers, pipeline_amused_img2img.py).
     """
 
     has_posterior = False
@@ -63,7 +64,7 @@ class StockVQFamily(Family):
         module: Any = net
         if not net.config["lookup_from_codebook"]:
             return module.decode(_codes_of(net, indices), force_not_quantize=True).sample
-        # Indices and a shape, as aMUSEd's pipelines give them.
+        # aMUSEd's pipelines also pass indices and a shape.
         shape = (*indices.shape, net.config["latent_channels"])
         sample = module.decode(indices, force_not_quantize=True, shape=shape).sample
         return self.from_own_range(net, sample)
@@ -97,20 +98,24 @@ def _code_channels(net: Network) -> int:
 
 
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
-    """The codes (B, D, h, w) of indices (B, h, w); `decode` takes them: each is its own nearest."""
+    """Return codes (B, D, h, w) of indices (B, h, w). `decode` finds the same: each is nearest."""
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 
 
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
-    """A stock `VQModel` as the same network with this package's quantiser: same weights, codes and
-    indices, its own commitment and codebook terms. None where its blocks (spatial norms, another
-    activation, attention at other levels of the decoder than of the encoder) or its pixels
-    (aMUSEd's) are others.
+    """Return a stock `VQModel` as the same network with this package's quantiser.
 
+    Weights, codes and indices are the same. The quantiser adds its commitment and codebook terms.
     Codes of length 1, as exports of l2-normalised quantisers have, stay on the unit sphere.
+
+    Returns:
+        None if `DiscreteAutoencoder` has no such blocks (spatial norms, another activation,
+        attention at different levels of encoder and decoder) or no such pixels (aMUSEd's).
     """
     config = net.config
+
+    # Networks that the class cannot be
     if (config["norm_type"], config["act_fn"]) != ("group", "silu"):
         return None
     if config["lookup_from_codebook"]:
@@ -119,6 +124,8 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
     if blocks != block_types(len(config["block_out_channels"]), attention):
         return None
+
+    # The same network with our quantiser
     lengths = net.quantize.embedding.weight.detach().float().norm(dim=1)
     ours = DiscreteAutoencoder(
         **{name: config[name] for name in (*_SHARED, "scaling_factor")},
@@ -130,6 +137,8 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
             "l2_normalize": bool(torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4)),
         },
     )
+
+    # Its weights
     weights = net.state_dict()
     weights["quantize.weight"] = weights.pop("quantize.embedding.weight")
     problems = ours.load_state_dict(weights, strict=False)
@@ -138,40 +147,40 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
 
 
 def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
-    """Why a stock `VQModel` cannot be the same tokenizer, as a clause; empty if it can.
+    """Return a clause that says why no stock `VQModel` is the same tokenizer, or "".
 
     Args:
         quantizer, likelihood: as `DiscreteAutoencoder` takes them.
     """
     if likelihood is not None:
         return f"its decoder gives the parameters of a {likelihood} likelihood"
-    with torch.device("meta"):  # its options are asked, not its weights
+    with torch.device("meta"):  # only its options count, so no weights are made
         return build_quantizer(**quantizer).why_not_listed()
 
 
 @torch.no_grad()
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
-    """The same tokenizer as a stock `VQModel`, with the same indices, where `why_no_vq_model` has
-    no reason against it.
+    """Return the same tokenizer as a stock `VQModel`, with the same indices.
 
-    Codes on the unit sphere stay there: nearest by Euclid is then nearest by cosine, whatever the
-    vectors' length. Features are scaled by a power of two, which costs no digit, so that they are
-    about as long as the codes: of long vectors distances lose what tells codes apart.
+    `why_no_vq_model` must be "". Codes on the unit sphere stay there: for them the nearest by
+    Euclidean distance is the nearest by cosine, whatever the features' length.
 
     Args:
         net: float32, on the CPU.
-        unit_range: pixels in [0, 1] on both sides, and codes looked up by index: aMUSEd's. The
-            first convolution then pads with black where training padded with grey. Codes are as
-            wide as `latent_channels`, by which its pipelines shape them: zeros fill up.
+        unit_range: pixels in [0, 1] on both sides and codes looked up by index, as in aMUSEd. The
+            first convolution then pads with black, where training padded with grey. Zeros make
+            codes as wide as `latent_channels`, by which aMUSEd's pipelines shape them.
     """
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
     codebook = weights["quantize.embedding.weight"] = net.quantize.listed_codes()
     config = {name: net.config[name] for name in _SHARED}
+
     if unit_range:
         _fold_unit_range(weights)
         config["latent_channels"] = _make_as_wide(weights)
         codebook = weights["quantize.embedding.weight"]
+
     down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
     network: Any = VQModel  # diffusers types widths as one-element tuples
     with torch.device("meta"):
@@ -189,17 +198,24 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 
 @torch.no_grad()
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
-    """Make `stock`'s features about as long as its codes, where its codes have one length; returns
-    the factor, a power of two.
+    """Scale `stock`'s features in place to about the length of its codes, if that is one length.
+
+    Between much longer features and the codes, float32 distances lose the digits that tell codes
+    apart. A power of two changes no digit.
 
     Args:
-        images: in [-1, 1], to measure on.
+        net: the trained network.
+        stock: the same network as a `VQModel`.
+        images: (B, C, H, W) in [-1, 1], to measure the features' length.
+
+    Returns:
+        The factor, a power of two.
     """
     lengths = stock.quantize.embedding.weight.norm(dim=1)
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
         return 1.0
     features = net.encode(images).latents
-    length = features.norm(dim=1).mean().clamp(min=1e-6)  # of a dead encoder it is 0
+    length = features.norm(dim=1).mean().clamp(min=1e-6)  # a dead encoder's is 0
     factor = 2.0 ** round(math.log2(lengths[0] / length))
     for parameter in stock.quant_conv.parameters():
         parameter.mul_(factor)
@@ -207,7 +223,7 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
 
 
 def _fold_unit_range(weights: dict[str, Tensor]) -> None:
-    """Take x in [0, 1] for 2 x - 1, and give (y + 1) / 2 for y."""
+    """Fold 2 x - 1 into the first layer and (y + 1) / 2 into the last, for pixels in [0, 1]."""
     first = weights["encoder.conv_in.weight"]
     weights["encoder.conv_in.bias"] -= first.sum(dim=(1, 2, 3))
     first *= 2
@@ -217,7 +233,7 @@ def _fold_unit_range(weights: dict[str, Tensor]) -> None:
 
 
 def _make_as_wide(weights: dict[str, Tensor]) -> int:
-    """Fill features, codes and what lies around them up to one width; returns it."""
+    """Pad features, codes and the layers around them with zeros to one width, and return it."""
     width = max(weights["quant_conv.weight"].shape[:2])
     for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]

@@ -1,10 +1,11 @@
-"""An autoencoder with discrete latents: the convolutional VQGAN (Esser et al. 2020,
-arXiv:2012.09841) around any quantiser of `latentvae.bottlenecks`.
+"""An autoencoder with discrete latents: VQGAN with any quantiser of `latentvae.bottlenecks`.
+
+From Esser et al. 2020, arXiv:2012.09841.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
 H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 
-The parts and their names are those of diffusers' `VQModel`; `conv.stock_vq` turns one class into
+The parts and their names are those of diffusers' `VQModel`. `conv.stock_vq` converts one class into
 the other.
 
 `B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
@@ -29,35 +30,35 @@ from latentvae.models.conv.conv_config import block_types
 
 LIKELIHOODS = {"logit_laplace": LogitLaplace}
 
-# taming-transformers' configs/imagenet_vqgan.yaml, which has the widths of the class's defaults.
+# From taming-transformers' configs/imagenet_vqgan.yaml, like the class's default widths.
 _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
 
 
 @dataclass
 class TokenOutput(BaseOutput):
-    """Indices of an image's codes.
+    """The indices of images' codes.
 
     Attributes:
-        indices: (B, h, w), or (B, L, h, w) of L levels; int64 in 0..K - 1, row by row from the top
-            left.
+        indices: (B, h, w), or (B, L, h, w) with L levels. int64 in 0..K - 1, row by row from the
+            top left.
     """
 
     indices: Tensor = None  # type: ignore[assignment]
 
 
 class DiscreteAutoencoder(ModelMixin, ConfigMixin):
-    """VQGAN's network with a quantiser of this package; diffusers' calls and files.
+    """VQGAN's network with a quantiser of this package, and diffusers' calls and files.
 
         net = DiscreteAutoencoder.from_pretrained(folder)
         indices = net.tokenize(images).indices
         recon = net.decode_indices(indices).sample
 
     Args:
-        block_out_channels: width of each level, from full resolution down; f = 2 ** (levels - 1).
+        block_out_channels: width of each level, from full resolution down. f = 2 ** (levels - 1).
         latent_channels: width between the encoder and `quant_conv`.
         attention_levels: levels (0 = full resolution) with self-attention.
         quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
-        likelihood: None, or "logit_laplace": the decoder gives its parameters, 2 C maps.
+        likelihood: None or "logit_laplace", whose parameters (2 C maps) the decoder then gives.
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the features, for diffusion models on them.
     """
@@ -82,6 +83,8 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
+
+        # Shapes
         down, up = block_types(len(block_out_channels), attention_levels)
         shape: Any = {
             "block_out_channels": tuple(block_out_channels),
@@ -90,8 +93,12 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
             "mid_block_add_attention": mid_block_add_attention,
         }
         quantize: Quantizer = build_quantizer(**quantizer)
+
+        # A decoder of parameters has 2 maps for each image channel
         self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
         maps = out_channels * (1 if self.likelihood is None else 2)
+
+        # Parts, in the order in which images pass them
         self.encoder = Encoder(
             in_channels, latent_channels, down_block_types=down, double_z=False, **shape
         )
@@ -102,8 +109,10 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Another quantiser of the same shape, such as one that learns otherwise, with the codes
-        of the present one, in its mode, precision and place."""
+        """Replace the quantiser by one of the same shape but other training options.
+
+        Keeps the codes, mode, dtype and device.
+        """
         old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
         module: Any = new
         module.load_state_dict(old, strict=False)
@@ -115,7 +124,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(quantizer=dict(quantizer))
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
-        """Features (B, c, h, w), not yet quantised, as `VQModel` gives them."""
+        """Return features (B, c, h, w) before quantisation, as `VQModel` does."""
         height, width = images.shape[2:]
         if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
             raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
@@ -125,7 +134,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> Any:
-        """Images of features; with `force_not_quantize` of codes z (B, D, h, w)."""
+        """Return images of features, or of codes z (B, D, h, w) with `force_not_quantize`."""
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))
         if self.likelihood is not None:
@@ -133,25 +142,28 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_parameters(self, z: Tensor) -> Tensor:
-        """What the decoder itself gives: images, or the parameters of their likelihood."""
+        """Return the decoder's own output: images, or the parameters of their likelihood."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> TokenOutput:
-        """Indices of images in [-1, 1]."""
+        """Return the indices of images (B, C, H, W) in [-1, 1]."""
         return TokenOutput(indices=self.quantize(self.encode(images).latents).indices)
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Images of indices, integers of any type, which must be those of codes: a `UserError`
-        otherwise."""
+        """Return the images of indices, integers of any type.
+
+        Raises:
+            UserError: indices are not integers in 0..K - 1.
+        """
         if indices.is_floating_point():
-            raise UserError(f"indices are integers, not {indices.dtype}")
+            raise UserError(f"indices must be integers (got {indices.dtype})")
         indices = indices.long()  # uint16 has no minimum, uint8 no embedding
         low, high = (int(value) for value in indices.aminmax())  # waits for the device
         if low < 0 or high >= self.quantize.num_codes:
             last = self.quantize.num_codes - 1
-            raise UserError(f"indices are in 0..{last}, not {low}..{high}")
+            raise UserError(f"indices must be in 0..{last} (got {low}..{high})")
         return self.decode(self.quantize.codes(indices), True, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:

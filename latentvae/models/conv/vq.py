@@ -1,4 +1,4 @@
-"""The trainable tokenizer: VQGAN's network around any quantiser of `latentvae.bottlenecks`.
+"""The trainable tokenizer: VQGAN's network with any quantiser of `latentvae.bottlenecks`.
 
 `B` batch, `C` image channels, `h w` latent positions, `K` codes, `L` levels.
 """
@@ -33,7 +33,7 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class VQModelConfig(AttentionConfig):
-    """The network: VQGAN's, around a quantiser; f = 2 ** (levels - 1)."""
+    """The network: VQGAN's with a quantiser. f = 2 ** (levels - 1)."""
 
     architecture: Literal["vq"] = "vq"
     latent_channels: Positive = Field(
@@ -42,8 +42,8 @@ class VQModelConfig(AttentionConfig):
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Pixel likelihood whose parameters the decoder gives (DALL-E's logit-Laplace); its "
-            "negative logarithm takes the place of rec_loss."
+            "Pixel likelihood whose parameters the decoder gives, such as DALL-E's logit-Laplace. "
+            "Its negative logarithm replaces rec_loss."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()
@@ -81,23 +81,27 @@ class VQModelConfig(AttentionConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """A freshly initialised one, with options of the class."""
+    """Return a freshly initialised tokenizer. Options are those of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
 
 class DiscreteTrainingWrapper(TrainingWrapper):
-    """Encode, quantise, decode, with what the objective and the codebook need."""
+    """Encode, quantise, decode. Returns all that the objective and the codebook need."""
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> AutoencoderOutput:
+        # Features and their codes
         features = self.net.encode(images).latents
         quantized = self.net.quantize(features, temperature=temperature)
+
+        # The quantiser's KL, a mean in nats per token, becomes the sum for each image
         losses = dict(quantized.losses)
-        kl = losses.pop("kl", None)  # nats per token, the mean
+        kl = losses.pop("kl", None)
         tokens = quantized.indices[0].numel()
         kl_per_channel = None if kl is None else (kl * tokens).expand(len(images), 1)
+
         latent = Latent(
             z=quantized.z,
             kl=None if kl_per_channel is None else kl_per_channel.sum(dim=1),
@@ -115,7 +119,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class VQFamily(DiscreteFamily):
-    """`DiscreteAutoencoder`; exported as a `VQModel` where that finds the same codes."""
+    """`DiscreteAutoencoder`, exported as a `VQModel` where that finds the same codes."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig
@@ -138,7 +142,10 @@ class VQFamily(DiscreteFamily):
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """How a pretrained quantiser learns is the run's to say, if it is of the same type."""
+        """Return the run's options with the pretrained network's shape.
+
+        The run decides how a quantiser of the same type learns.
+        """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]
         shape = QUANTIZERS[own["quantizer"]["type"]].config().shape_of(own["quantizer"])

@@ -1,5 +1,6 @@
-"""The autoencoder of SANA: a stock `AutoencoderDC`, f = 32 and more, without a posterior (Chen et
-al. 2024, arXiv:2410.10733).
+"""The autoencoder of SANA: a stock `AutoencoderDC`, f = 32 and more, without a posterior.
+
+From Chen et al. 2024, arXiv:2410.10733.
 
 images (B, C, H, W) -> encoder -> z (B, d, H/f, W/f) -> decoder -> recon (B, C, H, W)
 """
@@ -21,7 +22,7 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class DCModelConfig(ModelConfig):
-    """The network: a stock diffusers AutoencoderDC, without a posterior; f = 2 ** (levels - 1)."""
+    """The network: a stock diffusers AutoencoderDC, without a posterior. f = 2 ** (levels - 1)."""
 
     architecture: Literal["dc"] = "dc"
     encoder_layers_per_block: tuple[Count, ...] = Field(
@@ -31,10 +32,10 @@ class DCModelConfig(ModelConfig):
         default=(3, 3, 3, 3), description="Blocks of each level of the decoder."
     )
     attention_levels: tuple[Count, ...] = Field(
-        default=(), description="Levels (0 = full resolution) of EfficientViT blocks."
+        default=(), description="Levels (0 = full resolution) with EfficientViT blocks."
     )
     attention_head_dim: Positive = Field(
-        default=32, description="Width of an attention head; must divide those levels' widths."
+        default=32, description="Width of an attention head. Must divide those levels' widths."
     )
 
     @model_validator(mode="after")
@@ -61,13 +62,13 @@ def build_autoencoder_dc(
     attention_levels: Sequence[int] = (),
     attention_head_dim: int = 32,
 ) -> AutoencoderDC:
-    """A freshly initialised `AutoencoderDC` with f = 2 ** (len(block_out_channels) - 1).
+    """Return a freshly initialised `AutoencoderDC` with f = 2 ** (len(block_out_channels) - 1).
 
     Args:
         encoder_layers_per_block, decoder_layers_per_block: blocks of each level.
-        attention_levels: levels of EfficientViT blocks (linear attention, multi-scale at 5 x 5);
-            the others have residual blocks.
-        attention_head_dim: divides the width of those levels.
+        attention_levels: levels with EfficientViT blocks (linear attention, multi-scale at 5 x 5).
+            The others have residual blocks.
+        attention_head_dim: must divide the width of those levels.
     """
     levels = range(len(block_out_channels))
     widths: Any = tuple(block_out_channels)
@@ -75,6 +76,7 @@ def build_autoencoder_dc(
         "EfficientViTBlock" if i in attention_levels else "ResBlock" for i in levels
     )
     scales = tuple((5,) if i in attention_levels else () for i in levels)
+
     return AutoencoderDC(
         in_channels=image_channels,
         latent_channels=latent_channels,
@@ -93,7 +95,7 @@ def build_autoencoder_dc(
 
 
 class DCTrainingWrapper(TrainingWrapper):
-    """Encode and decode; there is no posterior."""
+    """Encode and decode. There is no posterior."""
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
@@ -107,7 +109,7 @@ class DCTrainingWrapper(TrainingWrapper):
 
 
 class DCFamily(TrainableFamily):
-    """`AutoencoderDC`, whose latents are about zero: SANA multiplies them by 1 / RMS."""
+    """`AutoencoderDC`. Its latents have a mean near zero, and SANA multiplies them by 1 / RMS."""
 
     network = AutoencoderDC
     options = DCModelConfig
@@ -117,7 +119,7 @@ class DCFamily(TrainableFamily):
     why_no_checkpointing = "is not there for diffusers' AutoencoderDC"
 
     def build(self, *, sample_size: int = 256, **options: Any) -> AutoencoderDC:
-        return build_autoencoder_dc(**options)  # which has no tiling by the training size
+        return build_autoencoder_dc(**options)  # its tiles do not depend on sample_size
 
     def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
         widths, blocks = config["encoder_block_out_channels"], config["encoder_block_types"]

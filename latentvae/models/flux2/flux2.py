@@ -1,5 +1,8 @@
-"""`AutoencoderKLFlux2`, whose pipeline folds 2 x 2 positions into channels and takes the statistics
-of a batch norm (diffusers, pipeline_flux2.py)."""
+"""`AutoencoderKLFlux2`, FLUX.2's autoencoder.
+
+Its pipeline folds 2 x 2 positions into channels and normalises by the statistics of a batch norm
+(diffusers, pipeline_flux2.py).
+"""
 
 from typing import Any
 
@@ -9,7 +12,7 @@ from latentvae.models.normalization import LatentNormalization
 
 
 class Flux2Family(Family):
-    """Encoded and decoded as any other; its batch norm is no part of that."""
+    """`AutoencoderKLFlux2`. Encoding and decoding do not use its batch norm."""
 
     def normalization(self, net: Network) -> LatentNormalization:
         module: Any = net
