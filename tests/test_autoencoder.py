@@ -255,9 +255,9 @@ def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
     for name, message in (
-        ("AutoencoderKI", "this diffusers does not know"),
-        ("os.system", "this diffusers does not know"),
-        ("UNet2DModel", "has encode and decode"),
+        ("AutoencoderKI", "this version of diffusers does not know"),
+        ("os.system", "this version of diffusers does not know"),
+        ("UNet2DModel", "is no autoencoder"),
         ("AutoencoderKLWan", "cannot load the weights|does not encode and decode images"),
     ):
         config.write_text(text.replace("AutoencoderKL", name))
@@ -476,7 +476,7 @@ def test_exact_computes_the_same_and_says_so(folder: Path, photo: Image.Image) -
 
 
 def test_a_wrong_optimisation_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not 'fats'; did you mean 'fast'"):
+    with pytest.raises(UserError, match=r"got 'fats'.*did you mean 'fast'"):
         load(tmp_path / "nowhere", optimize="fats")  # type: ignore[arg-type]
 
 

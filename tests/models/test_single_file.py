@@ -196,7 +196,7 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "text.safetensors").write_text("hello")
     wrong += [
-        (tmp_path / "model.ckpt", "sd", "other formats can hold code"),
+        (tmp_path / "model.ckpt", "sd", "Other formats can hold code"),
         (tmp_path / "text.safetensors", "sd", "cannot read"),
     ]
     for path, family, message in wrong:
