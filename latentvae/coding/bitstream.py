@@ -19,20 +19,28 @@ Integers = NDArray[np.int64]
 
 
 def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
-    """A file of at most 255 header numbers (not negative) and what a range coder has encoded."""
+    """Return a file: at most 255 header numbers (0 or more), then the words of a range coder."""
     head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))
     body = head + coder.get_compressed().astype("<u4").tobytes()
     return magic + zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
-    """Header numbers and range decoder of a file of `pack`; UserError if it is none."""
+    """Return the header numbers and the range decoder of a file that `pack` wrote.
+
+    Raises:
+        UserError: another kind of file, another version of the format, or damaged bytes.
+    """
     if content[:3] != magic[:3]:
-        raise UserError(f"a file that starts with {magic[:3]!r} is needed, not {content[:3]!r}")
+        raise UserError(f"the file must start with {magic[:3]!r} (got {content[:3]!r}).")
     if content[3:4] != magic[3:]:
-        raise UserError(f"version {magic[3]} of the format is read, not {list(content[3:4])}")
+        raise UserError(
+            f"only version {magic[3]} of the format can be read (got {list(content[3:4])})."
+        )
     body = content[8:]
     require(len(body) > 0 and zlib.crc32(body).to_bytes(4, "little") == content[4:8])
+
+    # header, then the coder's words
     numbers, position = [], 1
     for _ in range(body[0]):
         number, position = _read_varint(body, position)
@@ -43,14 +51,14 @@ def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    """Write seven bits in each byte, lowest first. The top bit says that more bytes follow."""
     assert number >= 0
     groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
 
 
 def _read_varint(body: bytes, start: int) -> tuple[int, int]:
-    """The number at `start`, below 2**35, and where the next one starts."""
+    """Return the number at `start` (below 2**35) and the position of the next one."""
     number = 0
     for i, byte in enumerate(body[start : start + 5]):
         number |= (byte & 127) << 7 * i
@@ -60,10 +68,10 @@ def _read_varint(body: bytes, start: int) -> tuple[int, int]:
 
 
 def decode_symbols(coder: Any, model: Any, count: int) -> Integers:
-    """The next symbols; UserError where the words are none that the encoder makes."""
+    """Return the next `count` symbols. Raise UserError for words that no encoder writes."""
     try:
         return coder.decode(model, count).astype(np.int64)
-    except AssertionError as error:  # constriction's word for it
+    except AssertionError as error:  # constriction raises this for impossible words
         raise damaged() from error
 
 
@@ -73,5 +81,5 @@ def require(holds: bool) -> None:
 
 
 def damaged() -> UserError:
-    """What to raise for bytes that no encoder wrote."""
-    return UserError("the file is damaged or cut short; encode it again")
+    """Return the error for bytes that no encoder wrote."""
+    return UserError("the file is damaged or incomplete. Encode it again.")

@@ -1,4 +1,4 @@
-"""Image codecs to stand beside the models, through Pillow; their rate is that of real files."""
+"""Image codecs as a reference for the models, through Pillow. Their rate is that of real files."""
 
 import bisect
 import io
@@ -15,9 +15,9 @@ class Codec:
 
     Args:
         format: Pillow's name of the file format.
-        qualities: Pillow's `quality` for each point of the curve, rising.
+        qualities: Pillow's `quality` (1 to 100) for each point of the curve, rising.
         options: All other options of the encoder.
-        max_side: Pixels a side that the format can hold.
+        max_side: Largest width or height that the format can hold, in pixels.
     """
 
     format: str
@@ -26,7 +26,7 @@ class Codec:
     max_side: int = 65500
 
     def encode(self, image: Image.Image, *, quality: int) -> bytes:
-        """The whole file, headers included."""
+        """Return the whole file, headers included."""
         buffer = io.BytesIO()
         image.save(buffer, format=self.format, quality=quality, **self.options)
         return buffer.getvalue()
@@ -36,7 +36,7 @@ class Codec:
             return image.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
-        """For the protocol: encoder library, options, qualities."""
+        """Return what the protocol records: encoder library, options, qualities."""
         library = _LIBRARIES[self.format]
         return {
             "library": f"{library} {features.version(library)}",
@@ -49,7 +49,7 @@ _LIBRARIES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}  # Pillow's names
 _QUALITIES = (1, 5, 10, 20, 35, 50, 70, 85, 95)
 
 CODECS: dict[str, Codec] = {
-    # The standard's Huffman tables, as published curves have it; `optimize` saves up to a third.
+    # Published curves use the standard's Huffman tables. `optimize` would save up to a third.
     "jpeg": Codec("JPEG", _QUALITIES, {"optimize": False, "subsampling": "4:2:0"}),
     "webp": Codec("WEBP", _QUALITIES, {"method": 4}, max_side=16383),
     "avif": Codec("AVIF", _QUALITIES, {"speed": 6, "subsampling": "4:2:0"}),
@@ -57,7 +57,7 @@ CODECS: dict[str, Codec] = {
 
 
 def available_codecs(qualities: tuple[int, ...] = _QUALITIES) -> dict[str, Codec]:
-    """Those that this build of Pillow can write, at some qualities."""
+    """Return the codecs that this build of Pillow can write, to be swept over `qualities`."""
     return {
         name: replace(codec, qualities=qualities)
         for name, codec in CODECS.items()
@@ -70,7 +70,10 @@ def bits_per_pixel(content: bytes, image: Image.Image) -> float:
 
 
 def encode_at_rate(codec: Codec, image: Image.Image, *, bpp: float) -> tuple[bytes, int]:
-    """The file of the lowest quality that has at least `bpp`; of quality 100 if none has."""
+    """Return the file of the lowest quality that reaches `bpp`, and that quality.
+
+    Quality 100 is returned where no quality reaches `bpp`. Rates are assumed to rise with quality.
+    """
 
     def enough(quality: int) -> bool:
         return bits_per_pixel(codec.encode(image, quality=quality), image) >= bpp

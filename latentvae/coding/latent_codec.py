@@ -1,4 +1,4 @@
-"""True bits of a continuous latent: quantised with a step per channel, range-coded, self-contained.
+"""True bits of a continuous latent: a quantiser step per channel, then a range coder.
 
     prior = LatentPrior.fit(samples)                      # (d, n): latents of other images
     gains = channel_gains(decode, z)                      # (d,)
@@ -6,10 +6,10 @@
     content = encode_latent(z[0], prior=prior, steps=steps)
     z_hat = decode_latent(content)                        # from the bytes alone
 
-Uniform scalar quantisation about each channel's location, then an ideal code under a Laplace or
-Gaussian of the prior's scale (range coder of constriction, Bamler 2022,
-https://arxiv.org/abs/2201.01741). The steps spread the error as reverse water-filling does
-(Cover and Thomas 2006, section 10.3.3), seen through the decoder's Jacobian.
+A latent is quantised uniformly about each channel's location. Its symbols get an ideal code under a
+Laplace or Gaussian of the prior's scale (range coder of constriction, Bamler 2022,
+https://arxiv.org/abs/2201.01741). The steps spread the error over the channels as reverse
+water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the decoder's Jacobian.
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | varints: d, h, w, smallest step,
            and lowest value and span of six fields of integers | words of the range coder:
@@ -36,16 +36,17 @@ LATENT_MAGIC = b"LVZ\x01"  # the last byte is the format's version
 MAX_ELEMENTS = 2**26  # of one latent: 256 MB in float32
 MAX_CHANNELS = 2**16
 MIN_STEP = 1e-30
-STEP_RESOLUTION = 16  # codes an octave: steps are kept to 2.2 percent
-SCALE_RESOLUTION = 8  # codes an octave: a scale 4.4 percent off costs at most 0.003 bits a symbol
-OCTAVES = 60  # of a step or a scale about the smallest step
+STEP_RESOLUTION = 16  # codes per octave: a stored step is at most 2.2 percent off
+# Codes per octave. A scale that is 4.4 percent off costs at most 0.003 bits per symbol.
+SCALE_RESOLUTION = 8
+OCTAVES = 60  # range of steps and scales, relative to the smallest step
 
-# A narrower model gains nothing for zeros and charges up to 24 bits for each other symbol.
+# A narrower model gains nothing for zeros and costs up to 24 bits for each other symbol.
 MIN_MODEL_SCALE = (1 / 16, 1 / 8)  # in steps: Laplace, Gaussian
 FAMILIES = (stream.model.QuantizedLaplace, stream.model.QuantizedGaussian)
 
 # Lowest and highest value of each field: step, scale, family, location, lowest symbol, and highest
-# minus lowest symbol. constriction divides 2**24 among the symbols, at least 1 for each.
+# minus lowest symbol. constriction divides 2**24 among the symbols and gives each at least 1.
 MAX_SYMBOL = 2**19
 LIMITS = (
     (0, STEP_RESOLUTION * OCTAVES + 1),
@@ -61,12 +62,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LatentPrior:
-    """How the latents of each channel are distributed, all (d,).
+    """The distribution of the latents of each channel. All tensors are (d,).
 
     Args:
-        location: median of a Laplace, mean of a Gaussian; float64.
-        scale: mean absolute deviation of a Laplace, standard deviation of a Gaussian; positive.
-        gaussian: which of the two it is; bool.
+        location: median of a Laplace, mean of a Gaussian. Float64.
+        scale: mean absolute deviation of a Laplace, standard deviation of a Gaussian. Positive.
+        gaussian: True for a Gaussian, False for a Laplace.
     """
 
     location: Tensor
@@ -75,16 +76,21 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Maximum likelihood on latents (d, n); the likelier family, channel by channel."""
+        """Fit latents (d, n) by maximum likelihood. Each channel takes the likelier family."""
         if samples.ndim != 2 or samples.numel() == 0:
-            raise ValueError(f"samples of latents are (d, n), not {tuple(samples.shape)}")
+            raise ValueError(
+                f"samples must be latents of shape (d, n) (got {tuple(samples.shape)})."
+            )
         values = samples.detach().cpu().double()
         _require_finite(values)
-        floor = 1e-6 * (values.abs().max().item() or 1.0)  # a dead channel has a scale too
+
+        # both families
+        floor = 1e-6 * (values.abs().max().item() or 1.0)  # a dead channel needs a scale too
         median, mean = values.median(dim=1).values, values.mean(dim=1)
         deviation = (values - median[:, None]).abs().mean(dim=1).clamp_min(floor)
         std = values.std(dim=1, correction=0).clamp_min(floor)
-        # Log-likelihoods per sample, at their maximum: minus the entropy of the fitted density.
+
+        # The log-likelihood per sample at its maximum is minus the entropy of the fitted density.
         laplace = -(2 * math.e * deviation).log()
         gaussian = -(2 * math.pi * math.e * std.square()).log() / 2 > laplace
         location = torch.where(gaussian, mean, median)
@@ -99,22 +105,24 @@ def channel_gains(
     seed: int = 0,
     max_side: int = 32,
 ) -> Tensor:
-    """Squared output error, summed over an image, per squared error of one latent element: (d,).
+    """Return the squared output error of an image per squared error of one latent element: (d,).
 
-    Diagonal of J^T J of the decoder at `z`, averaged over positions: E[(J^T v)_i^2] is the sum over
-    outputs j of J_ji^2 for random signs v (Hutchinson 1989). Float64, on the CPU.
+    This is the diagonal of J^T J of the decoder at `z`, averaged over positions. For random signs
+    v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson 1989). Float64, on the CPU.
 
     Args:
-        decode: (B, d, h, w) -> (B, 3, H, W) in [-1, 1], differentiable; parameters may be frozen.
-        z: (B, d, h, w); B = 1 is enough.
-        probes: number of random v, each one backward pass.
-        max_side: only the middle is looked at of a latent with more positions a side than this.
+        decode: (B, d, h, w) -> (B, 3, H, W) in [-1, 1], differentiable. Parameters may be frozen.
+        z: (B, d, h, w). B = 1 is enough.
+        probes: number of random v. Each takes one backward pass.
+        max_side: positions. A latent with a longer side is cut to its middle.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():
         total = torch.zeros(z.shape[1], dtype=torch.float64)
         z = _middle(z, max_side).detach().clone().requires_grad_()
         images = decode(z)
+
+        # one backward pass per probe
         for _ in range(probes):
             signs = torch.randint(2, images.shape, generator=generator) * 2 - 1
             (pulled,) = torch.autograd.grad(images, z, signs.to(images), retain_graph=True)
@@ -123,47 +131,47 @@ def channel_gains(
 
 
 def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
-    """Quantiser steps (d,), float64, whose error alone leaves the decoded image `noise_psnr` dB.
+    """Return the quantiser steps (d,), float64, whose error alone gives a PSNR of `noise_psnr` dB.
 
-    A step D makes an error of D^2 / 12 per element; over the 3 f^2 outputs of a position,
-    MSE = sum_c g_c D_c^2 / 12 / (3 f^2). Bits are fewest where every channel has the same g_c D_c^2
-    (high-rate theory: a step wide beside its channel makes less error, and the PSNR is higher).
+    A step D makes an error of D^2 / 12 per element. Over the 3 f^2 outputs of a position,
+    MSE = sum_c g_c D_c^2 / 12 / (3 f^2). Bits are fewest where g_c D_c^2 is the same in every
+    channel. This is high-rate theory: a step that is wide for its channel makes less error and a
+    higher PSNR.
 
     Args:
-        gains: (d,) of `channel_gains`; a channel of gain 0 gets an infinite step.
+        gains: (d,) of `channel_gains`. A channel of gain 0 gets an infinite step.
         noise_psnr: dB, peak 2 (images in [-1, 1]).
         f: pixels on a side of one latent position.
     """
     gains = gains.detach().cpu().double()
     if not (gains.isfinite() & (gains >= 0)).all():
-        raise ValueError(f"gains are finite and not negative, not {gains.tolist()}")
+        raise ValueError(f"gains must be finite and at least 0 (got {gains.tolist()}).")
     mse = 4 / 10 ** (noise_psnr / 10)
     share = 36 * f**2 * mse / max(1, int(gains.count_nonzero()))  # g_c D_c^2
     return (share / gains).sqrt()
 
 
 def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
-    """One image's latent as a file of its own; its bits are 8 * len().
+    """Return one image's latent as a file of its own. Its bits are 8 * len().
 
     Args:
         z: (d, h, w).
-        prior: fitted on other images, so that nothing of this one is used for free.
-        steps: (d,), at least 1e-30; a channel of infinite step is decoded as its location.
+        prior: fitted on other images, so that this image pays for everything it needs.
+        steps: (d,), at least 1e-30. A channel of infinite step is decoded as its location.
 
     Raises:
-        ValueError: latents that are not finite; shapes or steps that are wrong.
+        ValueError: latents that are not finite, or wrong shapes or steps.
         UserError: the latent is too large, or a step so fine that a channel has symbols past 2**19.
     """
-    if z.ndim != 3 or z.numel() == 0 or not len(z) == len(steps) == len(prior.scale):
-        shapes = f"{tuple(z.shape)}, {tuple(steps.shape)} and {tuple(prior.scale.shape)}"
-        raise ValueError(f"latent, steps and prior are (d, h, w), (d,) and (d,), not {shapes}")
-    if z.numel() > MAX_ELEMENTS or len(z) > MAX_CHANNELS:
-        raise UserError(f"a latent has at most {MAX_ELEMENTS} elements, not {z.numel()}")
-    _require_finite(z)
+    _check_latent(z, prior, steps)
+
+    # symbols
     grid = _Grid.of(prior, steps.detach().cpu().double().numpy())
     symbols = grid.quantize(z.detach().flatten(1).cpu().double().numpy())
     lows = symbols.min(axis=1)
     fields = [*grid.fields, lows, symbols.max(axis=1) - lows]
+
+    # header: shape, smallest step, and the channels' fields, range-coded
     numbers = [*z.shape, int(np.float32(grid.base).view(np.uint32))]
     coder = stream.queue.RangeEncoder()
     for field, limits in zip(fields, LIMITS, strict=True):
@@ -171,43 +179,65 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
         assert limits[0] <= low and low + span <= limits[1], (limits, low, span)
         numbers += [low - limits[0], span]
         _encode(coder, field - low, _uniform(span))
+
+    # channel by channel, the symbols
     for values, model in zip(symbols, grid.models(*fields[-2:]), strict=True):
         _encode(coder, values, model)
     return pack(LATENT_MAGIC, numbers, coder)
 
 
 def decode_latent(content: bytes) -> Tensor:
-    """The quantised latent (d, h, w), float32, of a file of `encode_latent`.
+    """Return the quantised latent (d, h, w), float32, of a file that `encode_latent` wrote.
 
     Raises:
-        UserError: the bytes are damaged, cut short or something else.
+        UserError: the bytes are damaged, incomplete or of another kind of file.
     """
+    # header
     numbers, coder = unpack(LATENT_MAGIC, content)
     require(len(numbers) == 4 + 2 * len(LIMITS))
     d, h, w, base_bits = numbers[:4]
     require(0 < d <= MAX_CHANNELS and 0 < d * h * w <= MAX_ELEMENTS and base_bits < 2**32)
     base = float(np.uint32(base_bits).view(np.float32))
     require(0 < base < math.inf)
+
+    # the channels' fields
     fields = []
     for limits, low, span in zip(LIMITS, numbers[4::2], numbers[5::2], strict=True):
         require(limits[0] + low + span <= limits[1])
         fields.append(_decode(coder, d, _uniform(span)) + limits[0] + low)
     grid = _Grid(base, fields[0], fields[1], fields[2], fields[3])
+
+    # symbols
     symbols = np.empty((d, h * w), np.int64)
     for values, model in zip(symbols, grid.models(*fields[-2:]), strict=True):
         values[:] = _decode(coder, h * w, model)
     require(coder.maybe_exhausted())
-    # A channel whose symbols are all equal has no model: its lowest symbol is the one.
+
+    # A channel whose symbols are all equal has no model. Every symbol is then its lowest one.
     z = grid.dequantize(np.where(fields[5][:, None] == 0, fields[4][:, None], symbols))
     require(bool((np.abs(z) <= np.finfo(np.float32).max).all()))
     return torch.from_numpy(z.astype(np.float32)).view(d, h, w)
+
+
+def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
+    if z.ndim != 3 or z.numel() == 0 or not len(z) == len(steps) == len(prior.scale):
+        shapes = f"{tuple(z.shape)}, {tuple(steps.shape)} and {tuple(prior.scale.shape)}"
+        raise ValueError(
+            f"latent, steps and prior must be (d, h, w), (d,) and (d,) (got {shapes})."
+        )
+    if z.numel() > MAX_ELEMENTS or len(z) > MAX_CHANNELS:
+        raise UserError(
+            f"a latent may have at most {MAX_ELEMENTS} elements and {MAX_CHANNELS} channels "
+            f"(got {z.numel()} and {len(z)}). Code the image in parts."
+        )
+    _require_finite(z)
 
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
     """Quantiser and entropy model of each channel, from the integers that a file holds, (d,) each.
 
-    Floats are computed from these alone, so the decoder's equal the encoder's.
+    All floats are computed from these integers, so the decoder's are equal to the encoder's.
     """
 
     base: float  # the smallest finite step, a float32
@@ -218,18 +248,22 @@ class _Grid:
 
     @classmethod
     def of(cls, prior: LatentPrior, steps: Floats) -> "_Grid":
-        """The nearest that a file can say."""
+        """Return the grid nearest to these values that a file can hold."""
         if not (steps >= MIN_STEP).all():
-            raise ValueError(f"steps are at least {MIN_STEP:g}, not {steps.tolist()}")
+            raise ValueError(f"steps must be at least {MIN_STEP:g} (got {steps.tolist()}).")
         finite = np.isfinite(steps)
         base = float(np.float32(min(steps[finite].min(initial=1e30), 1e30)))
         if not finite.any():
             base = 1.0
+
+        # codes of steps and scales, on logarithmic scales
         octaves = np.log2(np.where(finite, steps, base) / base).clip(0, OCTAVES)
         step_codes = np.where(finite, 1 + np.rint(STEP_RESOLUTION * octaves), 0)
         octaves = np.log2(prior.scale.numpy() / base).clip(-OCTAVES, OCTAVES)
         scale_codes, families = np.rint(SCALE_RESOLUTION * octaves), prior.gaussian.numpy()
         step, scale, family = (x.astype(np.int64) for x in (step_codes, scale_codes, families))
+
+        # locations, in a unit that follows from the codes
         grid = cls(base, step, scale, family, np.zeros_like(step))
         locations = np.rint(prior.location.numpy() / grid.unit)
         _require_coarse(locations, LIMITS[3][1])
@@ -241,7 +275,7 @@ class _Grid:
 
     @property
     def step(self) -> Floats:
-        """(d,); 0 in place of an infinite step, whose symbols are all 0."""
+        """Quantiser steps (d,). An infinite step is 0 here, because its symbols are all 0."""
         finite = self.base * np.exp2((self.steps - 1) / STEP_RESOLUTION)
         return np.where(self.steps > 0, finite, 0.0)
 
@@ -251,7 +285,7 @@ class _Grid:
 
     @property
     def unit(self) -> Floats:
-        """Of locations: far below the scale, or else far below the error of the quantiser."""
+        """Unit of locations: far below the scale, or far below the error of the quantiser."""
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 
     @property
@@ -259,7 +293,7 @@ class _Grid:
         return self.locations * self.unit
 
     def quantize(self, values: Floats) -> Integers:
-        """Symbols (d, n) of latents (d, n)."""
+        """Return the symbols (d, n) of latents (d, n)."""
         step = np.where(self.steps > 0, self.step, np.inf)
         symbols = np.rint((values - self.location[:, None]) / step[:, None])
         _require_coarse(symbols, MAX_SYMBOL)
@@ -269,7 +303,7 @@ class _Grid:
         return symbols * self.step[:, None] + self.location[:, None]
 
     def models(self, lows: Integers, spans: Integers) -> list[Any | None]:
-        """One model a channel, on the symbols it has; None where there is only one."""
+        """Return one model per channel, over its range of symbols. A single symbol has None."""
         result: list[Any | None] = []
         scales = self.scale / np.where(self.steps > 0, self.step, np.inf)
         for low, span, family, scale in zip(lows, spans, self.families, scales, strict=True):
@@ -303,7 +337,7 @@ def _middle(z: Tensor, max_side: int) -> Tensor:
 
 def _require_finite(z: Tensor) -> None:
     if not z.isfinite().all():
-        raise ValueError("latents hold values that are not finite: nothing can be encoded")
+        raise ValueError("the latent has values that are not finite, so it cannot be encoded.")
 
 
 def _require_coarse(codes: Floats, limit: int) -> None:
@@ -312,6 +346,6 @@ def _require_coarse(codes: Floats, limit: int) -> None:
     if peaks.max() > limit:
         channel = int(peaks.argmax())
         raise UserError(
-            f"the step of channel {channel} is too fine: a value {peaks[channel]:.3g} units off "
-            f"where a file holds at most {limit}; take coarser steps (a lower noise_psnr)"
+            f"the step of channel {channel} is too fine: a value is {peaks[channel]:.3g} units "
+            f"away, and a file holds at most {limit}. Use coarser steps (a lower noise_psnr)."
         )

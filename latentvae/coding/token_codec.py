@@ -1,13 +1,13 @@
-"""True bits of a tokenizer's indices: adaptive arithmetic coding, nothing known beforehand.
+"""True bits of a tokenizer's indices: adaptive arithmetic coding without prior knowledge.
 
     content = encode_tokens(indices, num_codes=16384)  # int (h, w)
     indices = decode_tokens(content)                   # int64 (h, w), from the bytes alone
 
-Order 0: encoder and decoder alike count the codes seen so far and take (count + a) / (n + a K) for
-the next, the mean under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
-https://doi.org/10.1109/TIT.1981.1056331). `a` is the one of a short list that costs this image
-least; with few tokens of many codes that may be the uniform code. Counts are brought up to date
-after blocks of an eighth of what is known, so that the work is K log n and not K n.
+The model is of order 0. Encoder and decoder both count the codes seen so far. A code's probability
+is (count + a) / (n + a K), its mean under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981
+for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). The encoder takes the `a` of a short list
+that costs this image least. With few tokens of many codes that may be the uniform code. Counts are
+updated after each block of an eighth of the tokens so far: the work is K log n instead of K n.
 
 `K` codes, `n` tokens.
 """
@@ -26,31 +26,25 @@ from latentvae.errors import UserError
 TOKEN_MAGIC = b"LVT\x01"  # the last byte is the format's version
 MAX_CODES = 2**20
 MAX_TOKENS = 2**24
-CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))  # `a`; choice 0 of a file is uniform
+CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))  # `a`. Choice 0 in a file is uniform.
 
 
 def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
-    """One image's tokens as a file of its own; its bits are 8 * len().
+    """Return one image's tokens as a file of its own. Its bits are 8 * len().
 
     Args:
         indices: 1 to 3 dimensions, each in 0..num_codes - 1.
         num_codes: K, at most 2**20.
 
     Raises:
-        ValueError: something else than such indices.
+        ValueError: wrong shape or type, or indices out of range.
         UserError: too many codes or tokens.
     """
-    if not 1 <= num_codes <= MAX_CODES:
-        raise UserError(f"tokens of 1 to {MAX_CODES} codes can be encoded, not of {num_codes}")
-    if indices.ndim not in (1, 2, 3) or indices.size == 0 or indices.dtype.kind not in "iu":
-        raise ValueError(f"tokens are integers (n), (h, w) or (l, h, w), not {indices.shape}")
-    if indices.size > MAX_TOKENS:
-        raise UserError(f"at most {MAX_TOKENS} tokens can be encoded, not {indices.size}")
-    if indices.min() < 0 or indices.max() >= num_codes:
-        found = f"{indices.min()}..{indices.max()}"
-        raise ValueError(f"tokens of {num_codes} codes are in 0..{num_codes - 1}, not {found}")
+    _check_tokens(indices, num_codes)
     tokens = indices.reshape(-1).astype(np.int64)
     choice = _cheapest(tokens, num_codes)
+
+    # block by block, with a model of the blocks before
     coder = stream.queue.RangeEncoder()
     model = _Model(num_codes, choice)
     for block in _blocks(len(tokens)):
@@ -61,11 +55,12 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
 
 
 def decode_tokens(content: bytes) -> Integers:
-    """The tokens of a file of `encode_tokens`, in their shape.
+    """Return the tokens of a file that `encode_tokens` wrote, int64, in their shape.
 
     Raises:
-        UserError: the bytes are damaged, cut short or something else.
+        UserError: the bytes are damaged, incomplete or of another kind of file.
     """
+    # header
     numbers, coder = unpack(TOKEN_MAGIC, content)
     if not 3 <= len(numbers) <= 5:
         raise damaged()
@@ -75,6 +70,8 @@ def decode_tokens(content: bytes) -> Integers:
         raise damaged()
     if choice > len(CONCENTRATIONS):
         raise damaged()
+
+    # block by block, as the encoder did
     tokens = np.zeros(count, np.int64)
     model = _Model(num_codes, choice)
     for block in _blocks(count):
@@ -86,8 +83,25 @@ def decode_tokens(content: bytes) -> Integers:
     return tokens.reshape(shape)
 
 
+def _check_tokens(indices: NDArray[np.integer], num_codes: int) -> None:
+    if not 1 <= num_codes <= MAX_CODES:
+        raise UserError(f"num_codes must be 1 to {MAX_CODES} to be encoded (got {num_codes}).")
+    if indices.ndim not in (1, 2, 3) or indices.size == 0 or indices.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens must be integers of shape (n), (h, w) or (l, h, w) "
+            f"(got {indices.dtype} of shape {indices.shape})."
+        )
+    if indices.size > MAX_TOKENS:
+        raise UserError(f"at most {MAX_TOKENS} tokens can be encoded (got {indices.size}).")
+    if indices.min() < 0 or indices.max() >= num_codes:
+        found = f"{indices.min()}..{indices.max()}"
+        raise ValueError(
+            f"tokens of {num_codes} codes must be in 0..{num_codes - 1} (got {found})."
+        )
+
+
 class _Model:
-    """What encoder and decoder expect of the next block."""
+    """The probabilities that encoder and decoder use for the next block."""
 
     def __init__(self, num_codes: int, choice: int) -> None:
         self._concentration = CONCENTRATIONS[choice - 1] if choice else None
@@ -104,7 +118,7 @@ class _Model:
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    """Each an eighth of what comes before it, at first one token."""
+    """Yield blocks of an eighth of the tokens before them. The first block is one token."""
     start = 0
     while start < count:
         stop = min(count, start + max(1, start // 8))
@@ -113,12 +127,15 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """The choice of concentration that costs fewest bits; 0, uniform, if none gains."""
+    """Return the choice of concentration that costs fewest bits. It is 0 for the uniform code."""
+    # per token: how often its code was seen before, and how many tokens were
     counts = np.zeros(num_codes, np.int64)
-    seen, total = np.empty(len(tokens)), np.empty(len(tokens))  # of its code, of all: per token
+    seen, total = np.empty(len(tokens)), np.empty(len(tokens))
     for block in _blocks(len(tokens)):
         seen[block], total[block] = counts[tokens[block]], block.start
         np.add.at(counts, tokens[block], 1)
+
+    # bits of each choice
     costs = [len(tokens) * math.log2(num_codes)]
     for a in CONCENTRATIONS:
         probability = (seen + a) / (total + a * num_codes)

@@ -170,7 +170,7 @@ def test_damage_is_noticed(content: bytes, where: str) -> None:
 
 def test_other_files_are_refused(content: bytes) -> None:
     for wrong in (b"", b"\x89PNG\r\n\x1a\n" + content, b"LVT\x01" + content[4:]):
-        with pytest.raises(UserError, match="starts with"):
+        with pytest.raises(UserError, match="must start with"):
             decode_latent(wrong)
     for wrong in (b"LVZ", b"LVZ\x02" + content[4:]):
         with pytest.raises(UserError, match="version 1"):
@@ -198,7 +198,7 @@ def test_wrong_latents_are_refused() -> None:
         encode_latent(torch.full((1, 2, 2), math.nan), prior=prior, steps=steps)
     with pytest.raises(ValueError, match=r"\(d, h, w\)"):
         encode_latent(z[None], prior=prior, steps=steps)
-    with pytest.raises(ValueError, match="steps are at least"):
+    with pytest.raises(ValueError, match="steps must be at least"):
         encode_latent(z, prior=prior, steps=torch.tensor([0.0]))
     with pytest.raises(UserError, match="step of channel 0 is too fine"):
         encode_latent(z + 1, prior=prior, steps=torch.tensor([1e-6]))
@@ -258,7 +258,7 @@ def test_steps_share_the_error_equally() -> None:
     assert error.sum().item() / (3 * 8**2) == pytest.approx(4 / 100)
     assert steps[2] == math.inf
     assert channel_steps(torch.zeros(2), noise_psnr=20.0, f=8).tolist() == [math.inf] * 2
-    with pytest.raises(ValueError, match="gains are finite"):
+    with pytest.raises(ValueError, match="gains must be finite"):
         channel_steps(torch.tensor([math.nan]), noise_psnr=20.0, f=8)
 
 

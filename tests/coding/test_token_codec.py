@@ -88,7 +88,7 @@ def test_damage_is_noticed(tokens: np.ndarray, position: int) -> None:
 def test_other_files_are_refused(tokens: np.ndarray) -> None:
     content = encode_tokens(tokens, num_codes=512)
     for wrong in (b"", b"GIF89a", b"LVZ\x01" + content[4:]):
-        with pytest.raises(UserError, match="starts with"):
+        with pytest.raises(UserError, match="must start with"):
             decode_tokens(wrong)
     with pytest.raises(UserError, match="version 1"):
         decode_tokens(b"LVT\x07" + content[4:])
@@ -107,12 +107,12 @@ def test_a_forged_file_is_decoded_or_refused(start: int, values: bytes) -> None:
 
 
 def test_wrong_tokens_are_refused(tokens: np.ndarray) -> None:
-    with pytest.raises(UserError, match="not of 2097152"):
+    with pytest.raises(UserError, match="got 2097152"):
         encode_tokens(tokens, num_codes=2**21)
     with pytest.raises(ValueError, match=r"0\.\.3"):
         encode_tokens(np.array([0, 4]), num_codes=4)
     with pytest.raises(ValueError, match=r"0\.\.3"):
         encode_tokens(np.array([-1, 2]), num_codes=4)
     for wrong in (np.array([0.5]), np.zeros(0, int), np.zeros((1, 1, 1, 1), int)):
-        with pytest.raises(ValueError, match="tokens are integers"):
+        with pytest.raises(ValueError, match="tokens must be integers"):
             encode_tokens(wrong, num_codes=4)
