@@ -11,7 +11,7 @@ from rich.console import Console
 from latentvae.errors import printable
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
-from latentvae.latents.shards import Manifest
+from latentvae.latents.formats.shards import Manifest
 
 
 def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:

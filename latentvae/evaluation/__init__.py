@@ -1,4 +1,4 @@
-"""Measure autoencoders beside image codecs: `evaluate` returns a `report.Report`."""
+"""Measure autoencoders and image codecs on the same images: `evaluate` returns a `Report`."""
 
 from latentvae.evaluation.evaluate import evaluate
 from latentvae.evaluation.settings import FULL, METRICS_ONLY, QUICK, Plan

@@ -1,8 +1,8 @@
 """Rate curves whose rate and quality are means over the same images, and BD-rates between them.
 
-An exact copy has an infinite PSNR and small images have no LPIPS. The mean rate over all images
-beside the mean quality over the others would lie on no coder's curve. So an image counts for a
-metric's curves where every coder has a finite value of it at every setting.
+An exact copy has an infinite PSNR, and small images have no LPIPS. A mean rate over all images and
+a mean quality over fewer images would be a point on no coder's curve. So an image counts for a
+metric's curves only if every coder has a finite value of that metric at every setting.
 """
 
 import json
@@ -16,8 +16,8 @@ from latentvae.evaluation.saved_progress import Arrays
 from latentvae.metrics.rate import bd_rate
 from latentvae.report.schema import BDRate, CurvePoint, Metric, Point
 
-ANCHOR = "jpeg"  # of the BD-rates
-SIGNS: dict[Metric, int] = {"psnr": 1, "lpips_alex": -1}  # LPIPS counts downwards
+ANCHOR = "jpeg"  # the codec that BD-rates are relative to
+SIGNS: dict[Metric, int] = {"psnr": 1, "lpips_alex": -1}  # lower LPIPS is better
 
 Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
 
@@ -29,7 +29,7 @@ class Curves:
         self._sums: dict[Key, np.ndarray] = {}
 
     def update(self, rows: Sequence[Row]) -> None:
-        """All rows of one image; those of `kind` model are no points."""
+        """Add all rows of one image. Rows of `kind` model are not points of a curve."""
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
             values = [row.value(metric) for row in points]
@@ -43,13 +43,15 @@ class Curves:
     def points(
         self, kind: str, coder: str, settings: Sequence[float | None], *, means: Means
     ) -> list[Point]:
-        """At `settings`, codecs' qualities or bitstreams' noise PSNR; beside each point's place on
-        the curves its `means` over all images."""
+        """Return the points at `settings`: a codec's qualities, or a bitstream's noise PSNR.
+
+        Each point has its place on the curves and its `means` over all images.
+        """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
         for setting in settings:
             found = {c: means.mean(kind, coder, c, setting=setting) for c in ("bpp", *SIGNS)}
-            if found["bpp"] is None:  # no image that this codec can hold
+            if found["bpp"] is None:  # this codec could hold none of the images
                 continue
             found = {column: mean for column, mean in found.items() if mean is not None}
             point = {column: mean.mean for column, mean in found.items()} | {name: setting}
@@ -79,7 +81,7 @@ class Curves:
 
 
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
-    """Of every curve beside JPEG's. Empty where JPEG was not measured."""
+    """Return the BD-rate of every curve relative to JPEG's. Empty if JPEG was not measured."""
     if not curves.get(ANCHOR):
         return {}
     return {
@@ -90,7 +92,7 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
 
 
 def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -> float | None:
-    """None too where one curve lacks images of the other, as pictures too wide for WebP."""
+    """Return None also if the curves have different images (some are too wide for WebP)."""
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:
         return None

@@ -1,7 +1,7 @@
-"""What a latent's bitstream needs to know beforehand, learned from other images than it codes.
+"""Entropy models and quantiser gains of latents, fitted on other images than they code.
 
-The images are dealt into two halves by the parity of their position; those of one half are coded
-with the model of the latents and the steps that were fitted on the other.
+The images are split into two halves by the parity of their position. Each half is coded with the
+entropy model and the steps that were fitted on the other half.
 
 `d` latent channels, `h w` latent positions, `n` samples.
 """
@@ -21,24 +21,24 @@ from latentvae.evaluation.saved_progress import Arrays
 from latentvae.evaluation.settings import Plan
 from latentvae.models import calls
 
-MAX_POSITIONS = 4096  # of one image's latent that the fit looks at
-PROBES = 4  # backward passes of one image; steps are kept to 2 percent anyway
-GAIN_PIXELS = 256  # a side of what is decoded, with gradients, for the decoder's gains
+MAX_POSITIONS = 4096  # positions of one image's latent that the fit uses
+PROBES = 4  # backward passes of one image. A file keeps steps to 2 percent anyway.
+GAIN_PIXELS = 256  # side of the image that is decoded, with gradients, for the decoder's gains
 
 
 @dataclass(frozen=True)
 class HalfPrior:
-    """From one half of the images: the latents' distribution, and the decoder's gains, (d,)."""
+    """Fit on one half of the images: the latents' distribution, and the decoder's gains (d,)."""
 
     prior: LatentPrior
     gains: Tensor
 
 
 class Priors:
-    """Those of both halves, once they are fitted; `other` is what a picture is coded with.
+    """The fits of both halves. `other` gives the one that a picture is coded with.
 
     Attributes:
-        own: one half had no image, so the other is coded with what was fitted on itself.
+        own: one half has no images, so the other half is coded with its own fit.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Priors:
 
     @torch.no_grad()
     def fit(self, model: Autoencoder, pictures: Pictures, *, plan: Plan) -> None:
-        """From at most `plan.prior_images` of each half, evenly spread."""
+        """Fit on at most `plan.prior_images` images of each half, evenly spread."""
         halves = [_fit(model, pictures, parity, plan) for parity in (0, 1)]
         found = [half for half in halves if half is not None]
         if not found:
             read = list(pictures.some(1))
             if read:
                 raise NotFiniteError(model.name, model.net.dtype)
-            raise UserError(f"not one of {len(pictures)} images can be read")
+            raise UserError(f"none of the {len(pictures)} images can be read.")
         self.own = len(found) == 1
         self.halves = [half or found[0] for half in halves]
 
@@ -98,7 +98,7 @@ def _fit(model: Autoencoder, pictures: Pictures, parity: int, plan: Plan) -> Hal
 
 
 def _gains(model: Autoencoder, z: Tensor) -> Tensor:
-    side = model.fixed_size or GAIN_PIXELS  # a network of one size decodes no part of a latent
+    side = model.fixed_size or GAIN_PIXELS  # a network of one size cannot decode part of a latent
     return channel_gains(
         lambda y: calls.decode(model.net, y),
         z,
@@ -108,6 +108,6 @@ def _gains(model: Autoencoder, z: Tensor) -> Tensor:
 
 
 def _some_positions(z: Tensor) -> Tensor:
-    """(1, d, h, w) to (d, n), n at most MAX_POSITIONS, evenly spread."""
+    """Return positions of (1, d, h, w), evenly spread, as (d, n). n is at most MAX_POSITIONS."""
     flat = z[0].flatten(1).float().cpu()
     return flat[:, :: max(1, -(-flat.shape[1] // MAX_POSITIONS))]

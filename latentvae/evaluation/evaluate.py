@@ -4,8 +4,8 @@
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
 Each picture is brought to the protocol's size, coded and rebuilt by every model and codec, rounded
-to 8 bits, and compared with the original. One picture is in memory at a time; what is kept of it is
-sums. The same call again goes on where the last one was stopped.
+to 8 bits, and compared with the original. One picture is in memory at a time, and only sums are
+kept. The same call again continues where the last one was stopped.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ from latentvae.report.figures import rate_figure
 from latentvae.report.schema import Report
 
 SAVE_SECONDS = 30.0  # between two states on disk
-PASSPORT_SIDE = 512  # pixels; larger pictures are cropped for the passport
-CIRCUMSTANCES = ("device", "threads")  # an evaluation may go on with others
+PASSPORT_SIDE = 512  # pixels. Larger pictures are cropped for the passport.
+CIRCUMSTANCES = ("device", "threads")  # an evaluation may continue with others
 
 
 def evaluate(
@@ -66,36 +66,49 @@ def evaluate(
 
     Args:
         models: by the names to show.
-        source: the images; unreadable ones are named on the screen, counted and left out.
-        data_name: what the report calls the source.
+        source: the images. Unreadable ones are reported on the screen, counted and left out.
+        data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
         inception: as `metrics.inception.load_inception` gives it, or None.
-        max_images: at most so many, evenly spread over the source.
-        sheet_images: how many images the sheet shows, evenly spread too.
-        overwrite: forget what is in `out`.
+        max_images: measure at most this many images, evenly spread over the source.
+        sheet_images: number of images in the sheet, evenly spread too.
+        overwrite: delete the evaluation that `out` holds.
         device: where models and metrics run.
 
     Raises:
-        UserError: `out` holds another evaluation, or not one image can be read.
+        UserError: `out` holds another evaluation, or no image can be read.
     """
+    _check_options(models, lpips, plan=plan, sheet_images=sheet_images)
+
+    evaluation = _Evaluation(
+        models, source, out, data_name, lpips, inception, plan, max_images, device
+    )
+    return evaluation(sheet_images=sheet_images, overwrite=overwrite)
+
+
+def _check_options(
+    models: Mapping[str, Autoencoder],
+    lpips: Mapping[str, PerceptualLoss],
+    *,
+    plan: Plan,
+    sheet_images: int,
+) -> None:
     if sheet_images < 1:
-        raise UserError(f"the sheet is to show {sheet_images} images; at least 1 is needed")
+        raise UserError(f"sheet_images must be at least 1 (got {sheet_images}).")
     if set(lpips) != set(plan.lpips_nets):
-        raise UserError(f"the plan asks for LPIPS on {plan.lpips_nets}, given is {tuple(lpips)}")
+        raise UserError(f"the plan needs LPIPS on {plan.lpips_nets} (got {tuple(lpips)}).")
     for name, model in models.items():
         if model.image_channels != 3:
             raise UserError(
-                f"'{name}' takes {model.image_channels}-channel images, and evaluate measures RGB "
-                "alone, beside codecs of RGB; `latentvae reconstruct` measures PSNR, SSIM and "
-                "LPIPS of any"
+                f"evaluate needs RGB models, because its codecs code RGB ('{name}' takes images of "
+                f"{model.image_channels} channels). `latentvae reconstruct` measures PSNR, SSIM "
+                "and LPIPS of any model."
             )
     if clash := sorted(models.keys() & CODECS.keys()):
-        raise UserError(f"a model cannot be called '{clash[0]}', as a codec is; rename its folder")
-    run = _Run(models, source, out, data_name, lpips, inception, plan, max_images, device)
-    return run(sheet_images=sheet_images, overwrite=overwrite)
+        raise UserError(f"a model cannot be called '{clash[0]}', like a codec. Rename its folder.")
 
 
-class _Run:
+class _Evaluation:
     """One evaluation: its parts, and the order of the work."""
 
     def __init__(
@@ -110,14 +123,19 @@ class _Run:
         max_images: int | None,
         device: torch.device | str,
     ) -> None:
+        # what is measured
         self.models, self.out, self.plan, self.data_name = dict(models), out, plan, data_name
         self.device = torch.device(device)
+        indices = spread(len(source), max_images)
+        self.pictures = Pictures(source, indices, resolution=plan.resolution)
+
+        # what measures
         on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
         self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
         self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
-        indices = spread(len(source), max_images)
-        self.pictures = Pictures(source, indices, resolution=plan.resolution)
         self.console = Console(stderr=True)
+
+        # what was measured
         self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
         self.measures = {
             name: ModelMeasures(
@@ -132,17 +150,25 @@ class _Run:
         if progress.finished:
             self.console.print(f"measured already: {self.out / 'report.json'}", markup=False)
             return Report.read(self.out / "report.json")
+
+        # check sizes before hours of work
         for model in self.models.values():
             self._check_size(model)
         if self.plan.resolution is None and not progress.values:
             self._check_sides()
+
+        # pictures
         if progress.values:
             self._restore(progress)
         else:
             self._fit_priors()
         self._measure(progress)
-        self._report().write(self.out / "report.json")  # should what follows not come to its end
+        self._report().write(self.out / "report.json")  # in case the next phases do not end
+
+        # models, apart from the pictures
         self._examine(progress)
+
+        # report
         report = self._report()
         report.write(self.out / "report.json")
         rate_figure(report, self.out / "rate.png")
@@ -153,7 +179,7 @@ class _Run:
     def _fit_priors(self) -> None:
         for name, measures in self.measures.items():
             if measures.priors is not None:
-                self.console.print(f"{name}: fitting the bitstream's model", markup=False)
+                self.console.print(f"{name}: fitting the bitstream's entropy model", markup=False)
                 with _failing(measures):
                     measures.priors.fit(measures.model, self.pictures, plan=self.plan)
 
@@ -161,16 +187,21 @@ class _Run:
         only = model.fixed_size
         if only is not None and self.plan.resolution != only:
             raise UserError(
-                f"'{model.name}' makes {only} x {only} images alone: measure with resolution {only}"
+                f"'{model.name}' only makes {only} x {only} images. "
+                f"Measure with --resolution {only}."
             )
         if self.plan.resolution is not None and self.plan.resolution < model.smallest_side:
             raise UserError(
-                f"resolution {self.plan.resolution} is smaller than f = {model.f} of '{model.name}'"
+                f"resolution must be at least {model.smallest_side}, the f of '{model.name}' "
+                f"(got {self.plan.resolution})."
             )
 
     def _check_sides(self) -> None:
-        """By the images' headers, before hours of work: one that is too small for a model cannot be
-        left out for it alone, or models would be compared on other images."""
+        """Refuse images that are too small for a model, by their headers.
+
+        Such an image cannot be left out for one model only, because models would then be compared
+        on different images.
+        """
         strictest = max(self.models.values(), key=lambda model: model.smallest_side)
         least = strictest.smallest_side
         if least <= 1:
@@ -180,16 +211,16 @@ class _Run:
             try:
                 width, height = self.pictures.size(position)
             except UnreadableImage:
-                continue  # named when it is its turn
+                continue  # reported when it is measured
             if min(width, height) < least:
                 raise UserError(
-                    f"'{self.pictures.name(position)}' has {width} x {height} pixels, fewer than "
-                    f"f = {least} of '{strictest.name}' a side; take it out, or give a resolution "
-                    f"of {least} or more, to which images are resized"
+                    f"images must have at least {least} pixels on a side, the f of "
+                    f"'{strictest.name}' ('{self.pictures.name(position)}' has {width} x {height} "
+                    f"pixels). Remove it, or resize images with --resolution {least} or more."
                 )
 
     def _measure(self, progress: Progress) -> None:
-        """Every picture that is not through yet. The state is saved between pictures alone."""
+        """Measure every remaining picture. The state is saved only between pictures."""
         with self._open_csv(progress) as file:
             writer = csv.DictWriter(file, CSV_COLUMNS)
             if file.tell() == 0:
@@ -201,16 +232,16 @@ class _Run:
                     self._save(progress, position + 1, csv_bytes=_written(file))
                     saved = time.monotonic()
             if not self.seen.count:
-                raise UserError(f"not one of {len(self.pictures)} images can be read")
+                raise UserError(f"none of the {len(self.pictures)} images can be read.")
             self._save(progress, len(self.pictures), csv_bytes=_written(file))
 
     def _open_csv(self, progress: Progress) -> TextIO:
-        """Cut to the rows that the saved state knows of."""
+        """Open per_image.csv, cut to the rows that the saved state knows."""
         path, rows = self.out / "per_image.csv", progress.values.get("csv_bytes", 0)
         try:
             file = path.open("r+" if rows else "w", newline="", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write '{path}': {error.strerror}") from error
+            raise UserError(f"cannot write '{path}': {error.strerror}.") from error
         file.seek(rows)
         file.truncate()
         return file
@@ -239,9 +270,9 @@ class _Run:
         return rows + of_codecs
 
     def _examine(self, progress: Progress) -> None:
-        """Passports and speeds; each is saved when it is there.
+        """Measure passports and speeds, and save each when it is complete.
 
-        One that ended the process, out of memory, is not tried again.
+        A section that ended the process (out of memory) is not tried again.
         """
         sections = {"passport": self._passport, "speed": self._speed}
         for (name, model), (section, examine) in itertools.product(
@@ -251,6 +282,8 @@ class _Run:
             if section in found or self.measures[name].failure is not None:
                 continue
             self.console.print(f"{name}: {section}", markup=False)
+
+            # saved first: the reason of a process that does not come back
             found[section] = {"skipped": "the process ended here"}
             self._save(progress, progress.done)
             try:
@@ -333,7 +366,7 @@ class _Run:
         )
 
     def _task(self) -> dict[str, Any]:
-        """All that the numbers depend on; names, not pixels, tell the images."""
+        """Return everything that the numbers depend on. Images are identified by their names."""
         names = "\n".join(self.pictures.name(i) for i in range(len(self.pictures)))
         return {
             "models": {name: model.info() for name, model in self.models.items()},
@@ -357,7 +390,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
-    """A model that overflows is measured no further; the others are."""
+    """Stop measuring a model that overflows, and continue with the others."""
     try:
         yield
     except NotFiniteError as error:
@@ -366,7 +399,7 @@ def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
 
 
 def _written(file: TextIO) -> int:
-    """Bytes of the file, all of them on disk."""
+    """Sync the file to disk and return its size in bytes."""
     file.flush()
     os.fsync(file.fileno())
     return file.tell()

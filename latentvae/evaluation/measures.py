@@ -1,4 +1,4 @@
-"""One picture through a model or a codec: what is measured of it, and what is kept.
+"""One picture through a model or a codec: its metrics, and the means over pictures.
 
 `B` batch, `C` channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -32,8 +32,8 @@ class Row:
     Args:
         kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, or `"codec"`.
         setting: a codec's quality, or a bitstream's noise PSNR in dB.
-        metrics: keys of `IMAGE_COLUMNS`; one that the picture's size does not allow is None or
-            absent.
+        metrics: values by the keys of `IMAGE_COLUMNS`. A metric that needs a larger picture is None
+            or absent.
     """
 
     image: str
@@ -46,11 +46,11 @@ class Row:
     metrics: Mapping[str, float | None]
 
     def value(self, column: str) -> float | None:
-        """Bits per pixel or a metric, by name."""
+        """Return bits per pixel or a metric, by name."""
         return self.bpp if column == "bpp" else self.metrics.get(column)
 
     def to_dict(self) -> dict[str, Any]:
-        """By `CSV_COLUMNS`."""
+        """Return the values by `CSV_COLUMNS`."""
         values = {name: getattr(self, name) for name in FACTS}
         names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
         return values | names | {name: self.metrics.get(name) for name in IMAGE_COLUMNS}
@@ -62,13 +62,13 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """What all coders are compared with.
+    """An original, with the features that all reconstructions are compared with.
 
     Args:
-        position: of the picture in the evaluation.
+        position: number of the picture in the evaluation.
         images: (1, 3, H, W) on the 8-bit grid.
-        levels: LPIPS' features by trunk.
-        inception: Inception's features (1, 2048), where it is measured.
+        levels: LPIPS features by trunk.
+        inception: Inception features (1, 2048), or None if they are not measured.
     """
 
     name: str
@@ -84,14 +84,14 @@ class Original:
 
 @dataclass(frozen=True)
 class Compared:
-    """A reconstruction beside its original: metrics by name, and features by extractor, (1, D)."""
+    """A reconstruction's metrics by name, and its features (1, D) by extractor."""
 
     metrics: dict[str, float | None]
     features: dict[str, Tensor]
 
 
 class Judge:
-    """Compares reconstructions with originals, whose features it computes once.
+    """Compares reconstructions with originals. An original's features are computed once.
 
     Args:
         lpips: by trunk.
@@ -103,7 +103,7 @@ class Judge:
 
     @property
     def extractors(self) -> dict[str, int]:
-        """Width of the features that distributions are compared on."""
+        """Width of the features of distribution distances, by extractor."""
         vgg = {"vgg": 512} if "vgg" in self.lpips else {}
         return vgg | ({"inception": 2048} if self.inception is not None else {})
 
@@ -114,11 +114,11 @@ class Judge:
         return Original(name, position, images, levels, inception)
 
     def features_of(self, original: Original) -> dict[str, Tensor]:
-        """As those of `Compared`."""
+        """Return an original's features by extractor, as in `Compared`."""
         return _features(original.levels, original.inception)
 
     def compare(self, original: Original, recon: Tensor) -> Compared:
-        """Every metric; `recon` (1, 3, H, W) on the 8-bit grid."""
+        """Return every metric of `recon`, (1, 3, H, W) on the 8-bit grid."""
         images, size = original.images, min(original.images.shape[2:])
         levels = {net: self.lpips[net].features(recon) for net in original.levels}
         metrics = {
@@ -132,7 +132,7 @@ class Judge:
         return Compared(metrics, _features(levels, inception))
 
     def compare_point(self, original: Original, recon: Tensor) -> dict[str, float]:
-        """PSNR and LPIPS (alex) alone, for the points of a curve."""
+        """Return only PSNR and LPIPS (alex), for the points of a curve."""
         metrics = {"psnr": psnr(original.images, recon).item()}
         if "alex" in original.levels:
             levels = self.lpips["alex"].features(recon)
@@ -144,7 +144,7 @@ class Judge:
 
 
 def codec_rows(judge: Judge, original: Original, codecs: Mapping[str, Codec]) -> list[Row]:
-    """The picture through every codec at each of its qualities, unless it is too large for it."""
+    """Code the picture with every codec at each quality. Codecs it is too large for are skipped."""
     rows, picture = [], to_picture(original.images)
     for name, codec in codecs.items():
         for quality in codec.qualities if max(picture.size) <= codec.max_side else ():
@@ -165,7 +165,7 @@ def row(
     setting: float | None = None,
     **metrics: Any,
 ) -> Row:
-    """`metrics` by name; psnr is always among them."""
+    """Return a row with `metrics` by name. PSNR is always one of them."""
     height, width = original.images.shape[2:]
     return Row(
         image=original.name,
@@ -193,7 +193,7 @@ class Means:
                     self._means.setdefault(key, BootstrapMean()).update(value, index=position)
 
     def mean(self, kind: str, coder: str, column: str, *, setting: float | None = None) -> Any:
-        """A `schema.Mean`, or None where there was no value."""
+        """Return a `schema.Mean`, or None if there was no value."""
         found = self._means.get((kind, coder, setting, column))
         return None if found is None else Mean.model_validate(found.result())
 

@@ -1,4 +1,4 @@
-"""All that is measured of one model, picture by picture."""
+"""All measurements of one model, picture by picture."""
 
 import math
 from collections.abc import Mapping
@@ -30,21 +30,21 @@ from latentvae.report.schema import (
     Rate,
 )
 
-MIN_FRECHET_IMAGES = 2000  # with fewer, it is mostly the bias of a rank-deficient covariance
+MIN_FRECHET_IMAGES = 2000  # with fewer, the distance is mostly bias: covariances lack rank
 MAX_CORRELATED = 64  # channels whose correlations are listed one by one
 DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}  # Frechet, kernel
 
 
 class ModelMeasures:
-    """Takes pictures one by one, and gives the model's part of the report.
+    """Measures a model picture by picture, and gives its part of the report.
 
     Args:
-        name: the report's name for it.
-        num_pictures: that there are in all.
+        name: the model's name in the report.
+        num_pictures: number of pictures in the evaluation.
 
     Attributes:
-        priors: for the bitstream of a continuous latent, to be fitted; None if it is not measured.
-        failure: why it is no longer measured.
+        priors: for the bitstream of a continuous latent. None if it is not measured.
+        failure: why the model is no longer measured, or None.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ModelMeasures:
     ) -> None:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
         self.priors = Priors() if plan.noise_psnr and not model.num_codes else None
-        # A kernel distance keeps features, so it takes every so many-th picture.
+        # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
         self.means, self.pooled = Means(), PooledError()
@@ -65,7 +65,7 @@ class ModelMeasures:
         self.tokens = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
 
     def parts(self) -> dict[str, Accumulator]:
-        """What is saved so that an evaluation can go on."""
+        """Return the parts that are saved so that an evaluation can continue."""
         kept = {
             "means": self.means,
             "pooled": self.pooled,
@@ -78,11 +78,12 @@ class ModelMeasures:
 
     @torch.no_grad()
     def update(self, original: Original) -> list[Row]:
-        """Measure one picture; gives its rows.
+        """Measure one picture and return its rows.
 
         Raises:
-            NotFiniteError: the model overflows, in the precision that it is measured in.
+            NotFiniteError: the model overflows in the precision it is measured in.
         """
+        # reconstruct and compare
         mean, logvar = self.model.encode_posterior(original.images)
         if not mean.isfinite().all():
             raise NotFiniteError(self.name, mean.dtype)
@@ -91,58 +92,69 @@ class ModelMeasures:
         compared = self.judge.compare(original, recon)
         bpp = raw_bits(self.model, z) / original.pixels
         rows = [row(original, "model", self.name, bpp=bpp, **compared.metrics)]
+
+        # bitstream
         if self.tokens is not None:
             rows += self._token_rows(original, z, self.tokens)
         elif self.priors is not None:
             rows += self._bitstream_rows(original, mean, self.priors)
+
+        # sums over pictures
         if self.latent is not None:
             self.latent.update(mean, logvar=logvar)
         self.pooled.update(original.images, recon)
+        self.means.update(rows, position=original.position)
         features = self.judge.features_of(original)
         for extractor, values in compared.features.items():
             frechet, kernel = DISTANCES[extractor]
             self.distances[frechet].update(features[extractor], values)
             if original.position % self.kernel_stride == 0:
                 self.distances[kernel].update(features[extractor], values)
-        self.means.update(rows, position=original.position)
         return rows
 
     def report(
         self, *, curves: Curves, passport: Mapping[str, Any] | None, speed: Any | None
     ) -> ModelReport:
+        """Return the model's part of the report, with passport and speed if they were measured."""
         if self.failure is not None:
             return ModelReport(info=self._info(), warnings=[self.failure])
+
+        # parts that bring warnings
+        latent = self._latent_report()
+        passport = None if passport is None else dict(passport)
+        warnings = [
+            *(latent or {}).pop("warnings", []),
+            *self._bitstream_warnings(),
+            *(passport or {}).pop("warnings", []),
+        ]
+
+        # all parts
         metrics = {name: self._mean(name) for name in IMAGE_COLUMNS}
-        latent = tokens = None
-        warnings: list[str] = []
-        if self.latent is not None and self.latent.positions > 1:
-            latent = self._latent_report()
-            warnings += latent.pop("warnings", [])
-        if self.priors is not None and self.priors.own:
-            warnings.append(
-                "There was no other image to fit the bitstream's model on: bits are too few."
-            )
-        if self.tokens is not None:
-            tokens = dict(self.tokens.result())
-        if (self.model.num_codes or 0) > MAX_CODES:
-            warnings.append(
-                f"No bitstream is measured: tokens of at most {MAX_CODES:,} codes can be coded, "
-                f"not of {self.model.num_codes:,}."
-            )
-        if passport is not None:
-            passport = dict(passport)
-            warnings += passport.pop("warnings", [])
         return ModelReport(
             metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
             rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points(curves)),
             distribution=self._distribution(),
             info=self._info(),
             latent=latent,
-            tokens=tokens,
+            tokens=None if self.tokens is None else dict(self.tokens.result()),
             passport=passport,
             speed=speed,
             warnings=warnings,
         )
+
+    def _bitstream_warnings(self) -> list[str]:
+        warnings = []
+        if self.priors is not None and self.priors.own:
+            warnings.append(
+                "The bitstream's entropy model was fitted on the images that it codes, because "
+                "there are no others. Its bits are too few."
+            )
+        if (self.model.num_codes or 0) > MAX_CODES:
+            warnings.append(
+                f"No bitstream is measured: tokens of at most {MAX_CODES:,} codes can be coded "
+                f"(the model has {self.model.num_codes:,})."
+            )
+        return warnings
 
     def _info(self) -> dict[str, Any]:
         path = {} if self.model.path is None else {"path": self.model.path}
@@ -161,7 +173,10 @@ class ModelMeasures:
         return to_8bit(images).to(original.images.device)
 
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
-        """Through the bytes and back; what is decoded is measured. None of too many codes."""
+        """Code the tokens, decode the bytes, and measure what is decoded.
+
+        There is no row if the model has more than MAX_CODES codes.
+        """
         assert self.model.num_codes is not None
         indices = calls.tokenize(self.model.net, z)
         usage.update(indices)
@@ -199,7 +214,7 @@ class ModelMeasures:
         return curves.points("bitstream", self.name, settings, means=self.means)
 
     def _distribution(self) -> Distribution | None:
-        """Frechet distances of enough images alone."""
+        """Return the distances that have enough images."""
         least = {name: 2 for _, name in DISTANCES.values()}
         least |= {name: MIN_FRECHET_IMAGES for name, _ in DISTANCES.values()}
         found = {n: part for n, part in self.distances.items() if part.num_images >= least[n]}
@@ -210,8 +225,9 @@ class ModelMeasures:
             **{name: part.result() for name, part in found.items()},
         )
 
-    def _latent_report(self) -> dict[str, Any]:
-        assert self.latent is not None
+    def _latent_report(self) -> dict[str, Any] | None:
+        if self.latent is None or self.latent.positions < 2:
+            return None
         config, normalization = self.model.net.config, self.model.normalization
         known = normalization.fold == 1 and "scaling_factor" in config
         per_channel = {} if normalization.applied else config
@@ -229,7 +245,7 @@ class ModelMeasures:
 
 
 def raw_bits(model: Autoencoder, z: Tensor) -> float:
-    """Of one image's latent (1, d, h, w), or of its tokens, with no entropy coding."""
+    """Return the bits of one image's latent (1, d, h, w) or tokens without entropy coding."""
     if model.num_codes is None:
         return LATENT_BITS * z.numel()
     tokens = calls.num_levels(model.net) * z.shape[2] * z.shape[3]

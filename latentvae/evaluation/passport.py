@@ -1,4 +1,4 @@
-"""A network's passport: what it needs to be run, in which precisions and whether in tiles."""
+"""A network's passport: the precisions it works in, and whether it works in tiles."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ NUM_LAYERS = 10
 
 
 def passport(net: Network, images: Sequence[Tensor], *, f: int) -> dict[str, Any]:
-    """Check precision and tiling on `images`; plain values, of which some may be infinite.
+    """Check precision and tiling on `images`, and return plain values. Some may be infinite.
 
     Args:
         net: any diffusers autoencoder, float32, in eval mode.
@@ -34,10 +34,11 @@ def passport(net: Network, images: Sequence[Tensor], *, f: int) -> dict[str, Any
         `warnings`, one sentence each.
 
     Raises:
-        ValueError: reconstructions are not finite, in float32 already.
+        ValueError: reconstructions are not finite in float32.
     """
     float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, torch.bfloat16))
     tiling = check_tiling(net, images, f=f)
+
     return {
         "precision": {"float16": _verdict(float16), "bfloat16": _verdict(bfloat16)},
         "max_activation": float16.max_activation,
@@ -52,7 +53,7 @@ def passport(net: Network, images: Sequence[Tensor], *, f: int) -> dict[str, Any
 
 
 def _verdict(check: HalfPrecision) -> dict[str, Any]:
-    """`psnr` and `psnr_cost` are None where the reconstruction is not finite."""
+    """Return plain values. `psnr` and `psnr_cost` are None if reconstructions are not finite."""
     finite = not math.isnan(check.psnr)
     return {
         "safe": check.safe,
@@ -63,7 +64,10 @@ def _verdict(check: HalfPrecision) -> dict[str, Any]:
 
 
 def _largest(layers: dict[str, float]) -> dict[str, float]:
-    """The layers with the largest outputs; a block that hands on its last part's is left out."""
+    """Return the layers with the largest outputs.
+
+    A block that returns its last part's output is left out.
+    """
 
     def is_part(name: str, whole: str) -> bool:
         return whole in (LATENTS, RECONSTRUCTION) or name.startswith(f"{whole}.")

@@ -1,4 +1,4 @@
-"""The pictures of a source that an evaluation goes through, and what is known of them after."""
+"""The pictures of an evaluation, and what the report says about them."""
 
 import hashlib
 import itertools
@@ -21,11 +21,12 @@ _MODULUS = 1 << 256
 
 
 class Pictures:
-    """Some images of a source, in order, brought to the protocol's size: (1, 3, H, W), 8-bit grid.
+    """Some images of a source, in order, at the protocol's size: (1, 3, H, W) on the 8-bit grid.
 
     Args:
-        indices: which of the source, in this order.
-        resolution: pixels a side (shorter side resized, then centre crop), or None for own size.
+        indices: numbers of the images in the source, in this order.
+        resolution: pixels on a side (shorter side resized, then centre crop). None keeps each
+            image's own size.
     """
 
     def __init__(
@@ -41,22 +42,22 @@ class Pictures:
         return self.source.name(self.indices[position])
 
     def size(self, position: int) -> tuple[int, int]:
-        """Width and height of the image as it is, from its header. Raises UnreadableImage."""
+        """Return width and height in the image's header. Raise UnreadableImage if unreadable."""
         return self.source.size(self.indices[position])
 
     def read(self, position: int) -> Tensor:
-        """Raises UnreadableImage."""
+        """Return the picture (1, 3, H, W). Raise UnreadableImage if it cannot be read."""
         picture = self.source.read(self.indices[position])
-        assert isinstance(picture, Image.Image)  # no format was asked of the source
+        assert isinstance(picture, Image.Image)  # the source was opened without a pixel format
         return to_8bit(self._prepare(picture.convert("RGB")))[None]
 
     def some(
         self, at_most: int, *, positions: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Up to `at_most` pictures, evenly spread; others in the place of unreadable ones.
+        """Yield up to `at_most` pictures, evenly spread. Others replace unreadable ones.
 
         Args:
-            positions: among which; None is all.
+            positions: positions to choose from. None is all.
         """
         positions = range(len(self)) if positions is None else positions
         chosen = [positions[i] for i in spread(len(positions), at_most)]
@@ -74,10 +75,10 @@ class Pictures:
 
 
 class Seen:
-    """What was measured so far: counts, sizes, a hash of all pixels, and what could not be read.
+    """The images measured so far: counts, sizes, a hash of all pixels, and unreadable ones.
 
-    The hash is the sum of the images' own sha256 modulo 2 ** 256, so that it needs no order and
-    can be continued from a saved state.
+    The hash is the sum of the images' own sha256 modulo 2 ** 256. So it does not depend on their
+    order and can be continued from a saved state.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class Seen:
         self.unreadable: list[str] = []
 
     def add(self, images: Tensor) -> None:
-        """(1, 3, H, W) on the 8-bit grid."""
+        """Add an image (1, 3, H, W) on the 8-bit grid."""
         pixels = to_uint8(images)[0]  # (H, W, 3)
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
         digest = hashlib.sha256(size.encode() + pixels.tobytes()).digest()
@@ -99,7 +100,7 @@ class Seen:
         tqdm.write(f"left out: {error}", file=sys.stderr)
 
     def describe(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the report's part on the data."""
         return {
             "num_images": self.count,
             "pixels_sha256_sum": f"{self._hash:064x}",
@@ -121,14 +122,14 @@ class Seen:
 
 
 def to_picture(images: Tensor) -> Image.Image:
-    """(1, 3, H, W) in [-1, 1] to an 8-bit picture."""
+    """Return an 8-bit picture of (1, 3, H, W) in [-1, 1]."""
     return to_pil(images)[0]
 
 
 def center_crop(images: Tensor, *, side: int, multiple: int) -> Tensor:
-    """The middle of (1, 3, H, W), at most `side` a side, both sides divided by `multiple`.
+    """Return the middle of (1, 3, H, W): sides at most `side`, and divisible by `multiple`.
 
-    Smaller pictures than `multiple` are enlarged.
+    Pictures smaller than `multiple` are enlarged.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

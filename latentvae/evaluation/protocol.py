@@ -1,4 +1,4 @@
-"""How the numbers of a report came about, written beside them."""
+"""The protocol of a report: how its numbers were measured."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,13 +21,15 @@ PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow"
 def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
-    """JSON values, one entry for each thing that two reports can differ in."""
+    """Return JSON values with one entry for each way in which two reports can differ."""
+    # choices of the plan
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.resolution is not None:
         size = f"shorter side resized to {plan.resolution} (Lanczos, antialiased), centre crop"
     latent = "mode of the posterior"
     if plan.latent == "sample":
         latent = "a draw from the posterior, seeded by the image's position"
+
     return {
         "size": size,
         "rounding": "originals and reconstructions are rounded to 8 bits before any metric",
@@ -49,7 +51,7 @@ def protocol(
 
 
 def _distribution(judge: Judge) -> dict[str, str]:
-    """Extractors and estimators."""
+    """Return the extractors and estimators of distribution distances."""
     found = {}
     if judge.extractors:
         found["kernel"] = (

@@ -1,10 +1,10 @@
-"""An evaluation's place on disk: a second start of the same one goes on where it was.
+"""An evaluation's state on disk, so that a second start continues it.
 
     OUT/.progress/state.json    what is evaluated and how, how far it is, values
-    OUT/.progress/<n>.npz       sums, numbers alone
+    OUT/.progress/<n>.npz       sums, as numbers
 
-`state.json` is replaced in one step and names its sums, so that a kill at any time leaves a whole
-state.
+`state.json` is replaced in one step and names its file of sums, so that a kill at any time leaves a
+complete state.
 """
 
 import json
@@ -22,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Accumulator(Protocol):
-    """Something that grows with every image, and can be saved and continued."""
+    """Sums over images that can be saved and continued."""
 
     def state_dict(self) -> Arrays: ...
 
@@ -30,18 +30,18 @@ class Accumulator(Protocol):
 
 
 class Progress:
-    """Where an evaluation in `out` stands.
+    """The saved state of an evaluation in `out`.
 
     Args:
-        out: the report's folder; made if it is not there.
-        task: JSON values of all that the numbers depend on; another task in the same folder is
-            refused, and the keys that differ are named.
-        overwrite: forget what is there.
+        out: the report's folder. It is made if it does not exist.
+        task: JSON values of everything that the numbers depend on. Another task in the same folder
+            is refused, and the error names the keys that differ.
+        overwrite: delete the saved state.
 
     Attributes:
-        done: images that are through.
+        done: number of images that were measured.
         values: JSON values as last saved.
-        finished: whether the report is written.
+        finished: whether the report is complete.
     """
 
     def __init__(self, out: Path, task: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -50,23 +50,26 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # a state never overwrites the sums of the one before
+        self._saves = 0  # numbers the files: a state never overwrites the sums of the one before
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder '{out}': {error.strerror}") from error
+            raise UserError(f"cannot make the folder '{out}': {error.strerror}.") from error
+
+        # start, continue, or refuse
         if overwrite:
             (out / "report.json").unlink(missing_ok=True)
             self._write({"done": 0})
         elif (self.folder / "state.json").exists():
             self._read(out)
         elif (out / "report.json").exists():
-            raise UserError(f"'{out}' holds a report already; give another folder or --overwrite")
+            raise UserError(f"'{out}' already holds a report. Give another folder, or --overwrite.")
         else:
             self._write({"done": 0})
 
     def save(self, done: int, values: Mapping[str, Any], parts: Mapping[str, Accumulator]) -> None:
-        """Put all of it on disk."""
+        """Write everything to disk."""
+        # sums first
         arrays = {
             f"{name}/{key}": array
             for name, part in parts.items()
@@ -78,6 +81,8 @@ class Progress:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
+
+        # then the state that names them
         self.done, self.values = done, dict(values)
         self._write({"done": done, "values": self.values, "arrays": path.name})
         for old in self.folder.glob("*.npz"):
@@ -85,7 +90,7 @@ class Progress:
                 old.unlink()
 
     def restore(self, parts: Mapping[str, Accumulator]) -> None:
-        """Bring every part to where it was when it was saved."""
+        """Load the saved sums into every part."""
         for name, part in parts.items():
             prefix = f"{name}/"
             state = {
@@ -95,7 +100,7 @@ class Progress:
             }
             try:
                 part.load_state_dict(state)
-            except Exception as error:  # of whatever the part makes of other arrays
+            except Exception as error:  # parts raise different errors for wrong arrays
                 raise self.damaged(error) from error
         self._arrays = {}
 
@@ -117,46 +122,51 @@ class Progress:
             state = read_json(self.folder / "state.json")
         except UserError as error:
             raise self.damaged(error) from error
+
+        # the same task?
         try:
             if keys := _differing(state["task"], self.task):
                 raise UserError(
-                    f"'{out}' holds an evaluation with another {', '.join(keys)}: "
-                    "give another folder, or --overwrite"
+                    f"'{out}' holds an evaluation with another {', '.join(keys)}. "
+                    "Give another folder, or --overwrite."
                 )
             if state.get("finished"):
                 self.finished = (out / "report.json").exists()
                 return
             if "arrays" not in state:
                 return
+
+            # sums, values and rows
             self._saves = int(Path(state["arrays"]).stem)
             path = self.folder / f"{self._saves}.npz"
             if not path.is_file():
-                raise ValueError(f"{path.name} is no file")
+                raise ValueError(f"{path.name} is not a file")
             with np.load(path, allow_pickle=False) as arrays:
                 self._arrays = dict(arrays)
             self.done, self.values = int(state["done"]), dict(state["values"])
             _check_rows(out / "per_image.csv", self.values.get("csv_bytes", 0))
         except UserError:
             raise
-        except Exception as error:  # zip, zlib and NumPy each raise their own
+        except Exception as error:  # zip, zlib and NumPy raise different errors
             raise self.damaged(error) from error
 
     def damaged(self, error: Exception) -> UserError:
-        """The sentence for a state that no evaluation has written."""
+        """Return the error for a state that no evaluation wrote."""
         reason = str(error) or type(error).__name__
         return UserError(
-            f"the saved state in '{self.folder}' is damaged ({reason}); start anew with --overwrite"
+            f"the saved state in '{self.folder}' is damaged ({reason}). Start again with "
+            "--overwrite."
         )
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Rows that the state knows of and the table has no longer would be zeros in the end."""
+    """Check that the table still has all rows of the state. Missing ones would become zeros."""
     if size < 0 or (size and table.stat().st_size < size):
         raise ValueError(f"{table.name} is shorter than it was")
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of the entries that are not the same, those within an entry after a dot."""
+    """Return the names of entries that differ. Names inside an entry follow a dot."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and how finely."""
+"""The plan of an evaluation: what it measures, and how finely."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,27 +6,27 @@ from typing import Literal
 from latentvae.errors import UserError
 from latentvae.losses.lpips_weights import Net
 
-KERNEL_IMAGES = 2000  # at most, evenly spread, of which features are kept in memory
-QUICK_IMAGES = 8  # that `--quick` measures, unless told otherwise
+KERNEL_IMAGES = 2000  # most images, evenly spread, whose features are kept in memory
+QUICK_IMAGES = 8  # images that `--quick` measures by default
 
 LatentKind = Literal["mode", "sample"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sections and their steps; an empty tuple or 0 leaves a section out.
+    """Sections of an evaluation and their settings. An empty tuple or 0 leaves a section out.
 
     Args:
-        lpips_nets: trunks of LPIPS; `"vgg"` also serves the distribution distances.
-        qualities: of each image codec.
-        noise_psnr: points of a continuous latent's rate curve, see `coding.latent_codec`.
-        prior_images: images that each half's model of the latents is fitted on.
-        gain_images: of these, how many the decoder's gains are measured on.
+        lpips_nets: trunks of LPIPS. `"vgg"` is also used for the distribution distances.
+        qualities: settings of each image codec, 1 to 100.
+        noise_psnr: points of a continuous latent's rate curve in dB, see `coding.latent_codec`.
+        prior_images: images that each half's entropy model is fitted on.
+        gain_images: number of these images that the decoder's gains are measured on.
         passport_images: images of the precision and tiling checks.
-        speed_sizes: pixels a side.
-        speed_budget: seconds; a size that would take longer is skipped.
+        speed_sizes: pixels on a side.
+        speed_budget: seconds. A size that would take longer is skipped.
         latent: the posterior's mode, or a draw from it.
-        resolution: pixels a side after resizing and centre crop; None keeps each image's size.
+        resolution: pixels on a side after resizing and centre crop. None keeps each image's size.
     """
 
     lpips_nets: tuple[Net, ...] = ("alex", "vgg")
@@ -42,9 +42,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.latent not in ("mode", "sample"):
-            raise UserError(f"the latent is 'mode' or 'sample', not '{self.latent}'")
+            raise UserError(f"latent must be 'mode' or 'sample' (got '{self.latent}').")
         if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"the resolution must be above 0, not {self.resolution}")
+            raise UserError(f"resolution must be at least 1 (got {self.resolution}).")
 
 
 FULL = Plan()

@@ -16,19 +16,22 @@ from latentvae.evaluation.model_evaluation import raw_bits
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.metrics import psnr, to_8bit
 
-CROP = 320  # pixels a side of what a sheet shows of a picture, at one to one
+CROP = 320  # pixels on a side of the part of a picture that a sheet shows, unscaled
 MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 
 
 def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> list["Tile"]:
-    """The original, each model, and JPEG at the nearest rate not below each model's.
+    """Return tiles of the original, each model, and JPEG at each model's rate or just above.
 
     Args:
         images: (1, 3, H, W) on the 8-bit grid.
     """
+    # original
     source = to_picture(images)
     caption = f"{printable(Path(name).name)}\n{source.width} x {source.height}"
     tiles, rates = [Tile(source, caption)], set()
+
+    # models
     for label, model in models.items():
         z = model.encode(images)
         decoded: Any = model.decode(z, size=(source.height, source.width))
@@ -37,6 +40,8 @@ def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> l
         caption = f"{label}\n{bpp:.2f} bpp raw, {psnr(images, recon.to(images)).item():.1f} dB"
         tiles.append(Tile(to_picture(recon), caption))
         rates.add(bpp)
+
+    # JPEG at the models' rates
     for rate in sorted(rates):
         content, quality = encode_at_rate(CODECS["jpeg"], source, bpp=rate)
         decoded = CODECS["jpeg"].decode(content)
@@ -55,9 +60,10 @@ class Tile:
 
 
 def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
-    """Rows of pictures, each the middle of its picture, whole pixels: cut at 320, enlarged below.
+    """Write rows of pictures. Each tile is the middle of its picture, in whole pixels.
 
-    All tiles of a row show the same part.
+    Pictures larger than 320 pixels are cut, smaller ones are enlarged. All tiles of a row show the
+    same part.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
     width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN

@@ -1,7 +1,7 @@
-"""How fast a network encodes and decodes one image, and how much memory that takes.
+"""Speed and peak memory of a network's encoding and decoding, one image at a time.
 
-On CUDA the peak is what torch allocated beyond the network; elsewhere it is how far the process's
-resident memory rose above what it was before the call, sampled every few milliseconds.
+On CUDA the peak is what torch allocated beyond the network. Elsewhere it is the rise of the
+process's resident memory during the call, sampled every few milliseconds.
 """
 
 import gc
@@ -23,8 +23,8 @@ from latentvae.compute.memory import release_freed_memory
 from latentvae.models import Network
 from latentvae.models.calls import decode, encode
 
-INTERVAL = 0.002  # seconds between two looks at the memory
-MIN_RUNS, MAX_RUNS, ENOUGH = 3, 20, 1.0  # timed runs; between the two, as many as fill a second
+INTERVAL = 0.002  # seconds between two samples of the memory
+MIN_REPEATS, MAX_REPEATS, ENOUGH = 3, 20, 1.0  # timed calls: as many as fit into ENOUGH seconds
 MIB = 2**20
 
 
@@ -35,9 +35,9 @@ class SpeedPoint:
     Args:
         call: `"encode"` or `"decode"`.
         size: pixels on a side of the image.
-        images_per_second: of the median run; None if it was skipped.
+        images_per_second: of the median call. None if it was skipped.
         peak_mib: memory beyond what was held before the call, MiB.
-        runs: timed runs after the first.
+        runs: timed calls after the first.
         skipped: why nothing was measured.
     """
 
@@ -49,7 +49,7 @@ class SpeedPoint:
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without the absent ones."""
+        """Return plain values, without the absent ones."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -67,27 +67,31 @@ def measure_speed(
 
     Args:
         net: in eval mode, on `device`.
-        sizes: pixels on a side, rounded to multiples of `f`; of a network with a fixed size
-            that alone.
-        budget_s: seconds; a call that would take longer, by the last size, is skipped.
+        sizes: pixels on a side, rounded to multiples of `f`. A network with a fixed size needs
+            exactly that size.
+        budget_s: seconds. A call that would take longer, judged by the last size, is skipped.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
         `peak_mib` counts), and `points`, each a `SpeedPoint`.
     """
+    # inputs of the smallest size
     device, dtype = torch.device(device), net.dtype
     rounded = sorted({max(round(size / f), 1) * f for size in sizes})
     generator = torch.Generator().manual_seed(0)
     smallest = torch.rand(1, in_channels, rounded[0], rounded[0], generator=generator) * 2 - 1
     smallest = smallest.to(device, dtype)
     z = encode(net, smallest)
-    decode(net, z)  # so that what is set up once is not counted as the smallest size's memory
+    decode(net, z)  # a first call, so that one-time setup does not count as memory
+
+    # larger sizes are stretched from them
     calls = {"encode": (encode, smallest), "decode": (decode, z)}
     points = [
         point
         for name, (call, inputs) in calls.items()
         for point in _measure_sizes(name, partial(call, net), inputs, rounded, budget_s)
     ]
+
     return {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -100,7 +104,7 @@ def measure_speed(
 def _measure_sizes(
     name: str, call: Callable[[Tensor], Any], smallest: Tensor, sizes: Sequence[int], budget: float
 ) -> Iterator[SpeedPoint]:
-    """`smallest` is the call's input at the first of `sizes`; the others are stretched from it."""
+    """Measure the call at all `sizes`. `smallest` is its input at the first of them."""
     last: SpeedPoint | None = None
     for size in sizes:
         reason = None if last is None else _reason_to_skip(last, size, budget, smallest.device)
@@ -119,31 +123,33 @@ def _measure_sizes(
 
 
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
-    """Time and memory grow at least as the number of pixels."""
+    """Return a reason if a size would exceed time or memory, which grow at least as the pixels."""
     assert last.images_per_second is not None and last.peak_mib is not None
     ratio = (size / last.size) ** 2
     seconds, mib = ratio / last.images_per_second, ratio * last.peak_mib
     if seconds > budget:
         return f"would take about {seconds:.0f} s"
-    # Linux hands out more memory than there is and then kills the process: no error to catch.
+    # Linux allocates more memory than exists and then kills the process, so no error is raised.
     if device.type != "cuda" and mib * MIB > psutil.virtual_memory().available:
         return f"would need about {mib / 1024:.1f} GiB of memory"
     return None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On the CPU torch raises a plain error."""
+    """Return whether an error means out of memory. On the CPU it is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _measure(
     name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
 ) -> SpeedPoint:
-    with peak_memory(device) as peak:  # of one call: what follows may fragment the heap
+    with peak_memory(device) as peak:  # only the first call: later ones may fragment the heap
         first = _time(call, device)
-    runs = 1 if first * MIN_RUNS > budget else _clamp(int(ENOUGH / first), MIN_RUNS, MAX_RUNS)
-    seconds = statistics.median(_time(call, device) for _ in range(runs))
-    return SpeedPoint(name, size, 1 / seconds, peak[0] / MIB, runs)
+    repeats = _clamp(int(ENOUGH / first), MIN_REPEATS, MAX_REPEATS)
+    if first * MIN_REPEATS > budget:
+        repeats = 1
+    seconds = statistics.median(_time(call, device) for _ in range(repeats))
+    return SpeedPoint(name, size, 1 / seconds, peak[0] / MIB, repeats)
 
 
 def _clamp(value: int, low: int, high: int) -> int:
@@ -151,17 +157,17 @@ def _clamp(value: int, low: int, high: int) -> int:
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the result is there."""
+    """Return the seconds until the result is there."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # calls return before the GPU is done
+        torch.cuda.synchronize(device)  # sync point: calls return before the GPU is done
     return time.perf_counter() - start
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that, afterwards, holds the bytes by which memory rose at most."""
+    """Give a list that holds, after the block, the largest rise of memory in bytes."""
     gc.collect()
     with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:
         yield peak
@@ -178,7 +184,7 @@ def _peak_on_cuda(device: torch.device) -> Iterator[list[int]]:
 
 @contextmanager
 def _peak_of_process() -> Iterator[list[int]]:
-    release_freed_memory()  # filling it again would go unseen
+    release_freed_memory()  # otherwise a call that fills it again would show no rise
     process, done = psutil.Process(), Event()
     before = process.memory_info().rss
     peak = [0]

@@ -1,8 +1,8 @@
-"""Do tiles show? Images decoded in tiles, as diffusers does it to save memory, and whole.
+"""Check whether tiles are visible: decode in tiles, as diffusers does to save memory, and whole.
 
 A tile sees less of the image than the whole decoder does, so its colours may drift. Tiles overlap
-and are blended, which hides a drift but not what each tile does at its own border. `seam` looks for
-the border alone: the difference D of both decodes has a step there, of one sign along the border.
+and are blended, which hides a drift but not the effects at a tile's own border. `seam` measures
+these: the difference D of both decodes has a step there, with one sign along the border.
 
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
@@ -24,12 +24,13 @@ from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode
 from latentvae.models.tiling import Tiling, tile_settings
 
-SEGMENT = 32  # pixels along a border that a step is averaged over: noise and texture cancel
-SIDE = 4  # pixels on each side of it: a line is no step
-BESIDE = range(SIDE, 16)  # pixels from a border, where steps are no longer its own
+SEGMENT = 32  # pixels along a border over which a step is averaged. Noise and texture cancel.
+SIDE = 4  # pixels on each side of a border that are averaged. A thin line is then no step.
+BESIDE = range(SIDE, 16)  # distances from a border in pixels: steps there have other causes
 
-# 8-bit levels. One is 1.7 % of mid-grey's luminance, about the least step that the eye finds along
-# a straight line (banding in 8-bit gradients); the second leaves room for rounding and texture.
+# 8-bit levels. One level is 1.7 % of mid-grey's luminance, about the smallest step that the eye
+# finds along a straight line (banding in 8-bit gradients). The second is a margin for rounding and
+# texture.
 VISIBLE_SEAM = 2.0
 
 
@@ -38,10 +39,10 @@ class TilingCheck:
     """Tiled against whole decoding, as 8-bit pictures.
 
     Args:
-        psnr: over all images together, dB; infinity if both are equal.
+        psnr: over all images together, dB. Infinity if both are equal.
         max_difference: the largest of any pixel and channel, in levels of 255.
-        seam: the largest step of the difference at a tile's border, mean over `SEGMENT` pixels of
-            it, above the steps beside the border and the picture's own; in levels of 255.
+        seam: the largest step of the difference at a tile's border, mean over `SEGMENT` pixels,
+            above the steps beside the border and the picture's own. In levels of 255.
         num_images: images that were large enough for more than one tile.
     """
 
@@ -60,21 +61,21 @@ class TilingCheck:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Square tiles in latent positions: `size` on a side, `overlap` of it shared with the next."""
+    """Square tiles of `size` latent positions on a side, with an `overlap` with the next tile."""
 
     size: int
     overlap: int
     f: int
 
     def borders(self, pixels: int) -> list[int]:
-        """Where on a side of `pixels` a tile starts, or its blending with the one before ends."""
+        """Return where on a side of `pixels` a tile starts, or its blending with the last ends."""
         stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
         starts = range(stride, pixels, stride)
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
 
 
 def can_tile(net: Network, *, f: int) -> bool:
-    """Whether it decodes in tiles, in one of diffusers' two ways."""
+    """Return whether a network can decode in tiles, in one of diffusers' two ways."""
     return family_of(net).tiling(net, f=f) is not None
 
 
@@ -83,7 +84,7 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
     """Decode `images` whole and in tiles of about two thirds of their longer side.
 
     Args:
-        net: in eval mode. It keeps its own share of overlap, and its settings afterwards.
+        net: in eval mode. Its share of overlap is used, and its settings are restored.
         images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
         f: pixels on a side of one latent position.
 
@@ -98,6 +99,8 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
     found = [check for check in checks if check is not None]
     if not found:
         return None
+
+    # all images together
     squares, elements = sum(c.squares for c in found), sum(c.elements for c in found)
     return TilingCheck(
         psnr=10 * math.log10(255**2 * elements / squares) if squares else math.inf,
@@ -108,11 +111,11 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
 
 
 def seam_between(tiled: Tensor, whole: Tensor, *, tile: int, overlap: int, f: int) -> float:
-    """`TilingCheck.seam` of images (B, C, H, W) that were decoded already.
+    """Return `TilingCheck.seam` of decoded images (B, C, H, W).
 
     Args:
-        tile, overlap: of a tile's side, in latent positions.
-        f: pixels on a side of one of them.
+        tile, overlap: size of a tile and of its overlap, in latent positions.
+        f: pixels on a side of one latent position.
     """
     tiles = _Tiles(tile, overlap, f)
     x, y = _levels(tiled).mean(dim=1), _levels(whole).mean(dim=1)  # (B, H, W)
@@ -150,11 +153,11 @@ def _check_one(net: Network, images: Tensor, tiling: Tiling, f: int) -> _Differe
 
 
 def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
-    """At the columns where tiles begin or blending ends; pictures (B, H, W).
+    """Return the largest seam at the columns where tiles begin or blending ends, of (B, H, W).
 
-    Where detail is decoded otherwise, the difference has a texture of its own, with steps
-    everywhere, and the picture's own edges become higher or lower. A seam is what stands out from
-    the steps beside it and from the picture's edge at its place.
+    Where tiles change the detail, the difference has a texture of its own with steps everywhere,
+    and the picture's own edges become higher or lower. So a seam is only what exceeds the steps
+    beside it and the picture's edge at its place.
     """
     width = whole.shape[2]
     borders = [x for x in tiles.borders(width) if SIDE <= x <= width - SIDE]
@@ -171,22 +174,25 @@ def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
 
 
 def _steps(pictures: Tensor) -> Tensor:
-    """From the `SIDE` columns before each x to those from it on, (B, W - 2 SIDE + 1, segments)."""
+    """Return the steps at each x between the `SIDE` columns before it and from it on.
+
+    A step is a mean over a segment of rows. The result is (B, W - 2 SIDE + 1, segments).
+    """
     sides = F.avg_pool1d(pictures, SIDE, stride=1)
-    steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), x from SIDE on
+    steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), starting at x = SIDE
     segment = min(SEGMENT, steps.shape[1])
-    # Segments overlap by half, so that one lies well inside any stretch of 1.5 segments.
+    # Segments overlap by half, so that one lies inside any stretch of 1.5 segments.
     return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
 
 
 def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:
-    """About two thirds of `longer` latent positions; None if there is no smaller tile."""
+    """Return tiles of about two thirds of `longer` latent positions, or None if none is smaller."""
     size = max(round(longer * 2 / 3 / tiling.step), 1) * tiling.step
     return _Tiles(size, math.ceil(size * tiling.share), f) if size < longer else None
 
 
 def _levels(recon: Tensor) -> Tensor:
-    """Of an 8-bit picture, 0..255."""
+    """Return the levels of an 8-bit picture, 0..255."""
     if not recon.isfinite().all():
-        raise ValueError("the network's reconstructions are not finite")
+        raise ValueError("the network's reconstructions are not finite.")
     return ((to_8bit(recon) + 1) * 127.5).round()

@@ -1,4 +1,4 @@
-"""The one door: export a trained network, whatever its family."""
+"""Export a trained network of any family."""
 
 from pathlib import Path
 
@@ -25,13 +25,15 @@ def export_network(
     lookup_from_codebook: bool = False,
     overwrite: bool = False,
 ) -> ExportReport | TokenizerReport:
-    """Export `net` to the folder `out`: `export_tokenizer` if it has codes, else
-    `export_autoencoder`, whose options these are.
+    """Export `net` to the folder `out` with `export_tokenizer` or `export_autoencoder`.
+
+    Networks with codes are tokenizers. The options are those of the two functions.
 
     Args:
-        profile: not for tokenizers, which have no other than `"sd"`.
-        lookup_from_codebook: for tokenizers alone.
+        profile: for autoencoders. Tokenizers always have `"sd"`.
+        lookup_from_codebook: for tokenizers.
     """
+    # a tokenizer
     if calls.codes(net) is not None:
         return export_tokenizer(
             net,
@@ -44,6 +46,8 @@ def export_network(
             lookup_from_codebook=lookup_from_codebook,
             overwrite=overwrite,
         )
+
+    # an autoencoder with continuous latents
     return export_autoencoder(
         net,
         out,

@@ -18,11 +18,12 @@ TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compressio
 
 
 class Report(Protocol):
-    """What an export says of itself.
+    """What a card needs from an export's report.
 
     Attributes:
         network: the class that loads it.
-        kind: what it is, and `size`, how large its latents are, in a few words.
+        kind: the kind of network, in a few words.
+        size: the size of its latents, in a few words.
     """
 
     @property
@@ -32,27 +33,27 @@ class Report(Protocol):
     @property
     def size(self) -> str: ...
     def facts(self) -> str:
-        """The card's section on the export."""
+        """Return the card's section on the export."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the export itself cannot know.
+    """Facts for the card that the exported network does not hold.
 
     Args:
-        name: what to call the model.
-        description: a sentence or two on what it was trained for.
-        metrics: name and value, in the order of the table.
-        protocol: under which the metrics were measured, in one sentence.
-        resolution: of the training images in pixels, such as "64" or "64 x 96", where it is not
-            the config's `sample_size`.
-        training: options of the run; tokens are left out, and of paths all but the last part.
-        sample_grid: a PNG, copied beside the card.
-        license: a Hub licence name; it is the user's to choose.
+        name: the model's name.
+        description: a sentence or two on the purpose of its training.
+        metrics: names and values, in the order of the table.
+        protocol: how the metrics were measured, in one sentence.
+        resolution: of the training images in pixels, such as "64" or "64 x 96". None takes the
+            config's `sample_size`.
+        training: options of the run. Tokens are left out, and paths are cut to their last part.
+        sample_grid: a PNG that is copied beside the card.
+        license: a Hub licence name, chosen by the user.
         base_model: id of a Hub model that was fine-tuned.
         dataset: id of a Hub data set that it was trained on.
-        location: what its user gives to `from_pretrained`, such as an id on the Hub.
+        location: argument of `from_pretrained` in the card's example, such as an id on the Hub.
     """
 
     name: str = "autoencoder"
@@ -77,6 +78,7 @@ def write_card(
         net: the exported network.
         config: its options.
     """
+    # metadata for the Hub
     data = ModelCardData(
         library_name="diffusers",
         tags=list(TAGS),
@@ -86,6 +88,8 @@ def write_card(
     )
     if card.base_model:
         data["base_model_relation"] = "finetune"
+
+    # sections
     sections = [
         _title(card, net, config, report),
         _samples(card, folder),
@@ -117,8 +121,8 @@ def _samples(card: ModelCard, folder: Path) -> str:
         return ""
     shutil.copyfile(card.sample_grid, folder / "samples.png")
     return (
-        "![Samples](samples.png)\n\nUnseen images: original, reconstruction, difference "
-        "(mid-grey is none)."
+        "![Samples](samples.png)\n\nValidation images: original, reconstruction, and their "
+        "difference (mid-grey means no difference)."
     )
 
 
@@ -165,8 +169,10 @@ def _training(card: ModelCard) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """An option as the card may show it: of a path, which tells whose machine it was, the last
-    part."""
+    """Return an option as a card may show it.
+
+    A path is cut to its last part, because the rest would say whose machine it was.
+    """
     if not isinstance(value, str | Path):
         return value
     local = Path(value).is_absolute() or str(value)[:1] in (".", "~") or os.path.exists(value)

@@ -1,11 +1,13 @@
-"""Write a trained autoencoder as diffusers reads it, load it back, and compare.
+"""Write a trained autoencoder for diffusers, load it back, and compare.
 
     trained net -> temporary folder -> its class's from_pretrained -> equal? -> renamed into place
 
-The config's values follow from how the pipelines read them: Stable Diffusion, SDXL, DiT and LDM
-divide by `scaling_factor` and ignore `shift_factor`; SD3 and FLUX add `shift_factor` and fail if
-it is null; SDXL uses `latents_mean` and `latents_std` where they are set (4 channels alone);
-SANA, with AutoencoderDC's latents about zero, multiplies by `scaling_factor`, 1 / RMS.
+The config's values follow from how the pipelines read them.
+
+- Stable Diffusion, SDXL, DiT and LDM divide by `scaling_factor` and ignore `shift_factor`.
+- SD3 and FLUX add `shift_factor`, and fail if it is null.
+- SDXL uses `latents_mean` and `latents_std` if they are set (4 channels only).
+- SANA multiplies by `scaling_factor`, which is 1 / RMS: AutoencoderDC's latents lie about zero.
 """
 
 import copy
@@ -40,25 +42,25 @@ def export_autoencoder(
     frozen_encoder: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export `net` to the folder `out`; nothing appears there unless it equals the trained network.
+    """Export `net` to the folder `out`. The folder appears only if it equals the trained network.
 
     Args:
-        net: the trained network (the averaged weights, where there are such), of a family without
-            codes; it is not changed.
+        net: the trained network of a family without codes (averaged weights, if there are any). It
+            is not changed.
         statistics: of posterior samples of this network, see `latentvae.latents`.
-        sample_size: side of the training images in pixels; diffusers' tiling goes by it.
-        probe: real images (B, C, H, W) in [-1, 1] for the float16 check; the
-            first is compared, at its size and at an odd one.
-        profile: `"sd"` serves every pipeline; `"sd3"` (FLUX too) writes the measured shift;
-            `"sdxl"` writes mean and std per channel. Both are for `AutoencoderKL`: the other
-            classes have no such options.
+        sample_size: side of the training images in pixels. diffusers tiles by it.
+        probe: real images (B, C, H, W) in [-1, 1] for the float16 check. The first image is also
+            compared, at its own size and at an odd one.
+        profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
+            `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has the last two.
         frozen_encoder: the latents are the base model's, so its scale and shift are kept.
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option that cannot be, or a folder that is in the way.
+        UserError: an impossible option, or another folder is in the way.
         RuntimeError: what diffusers loads back is not what was trained.
     """
+    # measure
     _check_options(net, out, profile=profile, overwrite=overwrite)
     trained = _on_cpu(net)
     probe = probe.to("cpu", torch.float32)
@@ -66,6 +68,8 @@ def export_autoencoder(
     identity = not half.safe and getattr(trained, "post_quant_conv", trained) is None
     config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
     config |= _known(trained, {"sample_size": int(sample_size), "force_upcast": not half.safe})
+
+    # report
     report = ExportReport(
         path=out,
         network=type(trained).__name__,
@@ -83,6 +87,8 @@ def export_autoencoder(
         identity_post_quant_conv=identity,
         compared_sizes=tuple((p.shape[2], p.shape[3]) for p in probes(trained, probe)),
     )
+
+    # write, load back, compare
     with written_whole(out) as folder:
         written = _build(trained, config, identity=identity)
         written.save_pretrained(folder)
@@ -93,8 +99,11 @@ def export_autoencoder(
 
 
 def _on_cpu(net: Network) -> Any:
-    """A float32 copy, contiguous (as a file is), without tiling and with the stock layers that
-    load the export: what is proved equal is the trained weights' plain forward pass."""
+    """Return a float32 copy of `net` that computes as the loaded export will.
+
+    It is contiguous (as in a file), without tiling, and has stock layers. So the comparison is
+    about the plain forward pass of the trained weights.
+    """
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     restore_stock_layers(copied)
     if hasattr(copied, "disable_tiling"):
@@ -105,19 +114,22 @@ def _on_cpu(net: Network) -> Any:
 def _check_options(net: Network, out: Path, *, profile: str, overwrite: bool) -> None:
     if profile not in PROFILES:
         hint = nearest(profile, PROFILES)
-        raise UserError(f"no export profile '{profile}': it must be sd, sd3 or sdxl{hint}")
+        raise UserError(f"export profile must be sd, sd3 or sdxl (got '{profile}'){hint}")
     if lacking := [name for name in _WRITTEN[profile] if name not in _options(net)]:
         raise UserError(
             f"export profile '{profile}' writes {' and '.join(lacking)}, which "
-            f"{type(net).__name__} does not have; take 'sd'"
+            f"{type(net).__name__} does not have. Use profile 'sd'."
         )
     if profile == "sdxl" and net.config["latent_channels"] != 4:
         channels = net.config["latent_channels"]
-        raise UserError(f"export profile 'sdxl' needs 4 latent channels, not {channels}; take 'sd'")
+        raise UserError(
+            f"export profile 'sdxl' needs 4 latent channels (got {channels}). Use profile 'sd'."
+        )
     check_folder(out, overwrite=overwrite)
 
 
-_WRITTEN: dict[str, tuple[str, ...]] = {  # by profile, beside the scaling_factor that all have
+# Options that each profile writes besides `scaling_factor`, which all profiles write.
+_WRITTEN: dict[str, tuple[str, ...]] = {
     "sd": (),
     "sd3": ("shift_factor",),
     "sdxl": ("latents_mean", "latents_std"),
@@ -127,7 +139,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {  # by profile, beside the scaling_facto
 def _exported_config(
     net: Network, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
 ) -> dict[str, Any]:
-    """The network's own config (without private keys, which hold paths), and the scale."""
+    """Return the network's config with the new scale, without private keys (they hold paths)."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:
         return config | _known(net, {"shift_factor": config.get("shift_factor") or 0.0})
@@ -135,13 +147,15 @@ def _exported_config(
 
 
 def _known(net: Network, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that the network's class takes; a config may hold others, which it sets
-    by itself."""
+    """Return the values that the network's class takes.
+
+    A config may hold others, which the class sets by itself.
+    """
     return {key: value for key, value in values.items() if key in _options(net)}
 
 
 def _options(net: Network) -> Collection[str]:
-    """What the network's class takes."""
+    """Return the names of the options that the network's class takes."""
     return inspect.signature(type(net).__init__).parameters.keys()
 
 
@@ -163,7 +177,10 @@ def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> d
 
 
 def _build(trained: Network, config: Mapping[str, Any], *, identity: bool) -> Any:
-    """The same weights under the exported config; no random numbers are drawn on the way."""
+    """Return a network of the exported config with the trained weights.
+
+    It is built on the meta device, so that no random numbers are drawn.
+    """
     weights = trained.state_dict()
     if identity:
         d = config["latent_channels"]
@@ -192,4 +209,6 @@ def _compare(trained: Network, loaded: Network, probe: Tensor) -> None:
 def _difference(part: str, images: Tensor, ours: Tensor, theirs: Tensor) -> str:
     size = " x ".join(map(str, images.shape[2:]))
     largest = (ours - theirs).abs().max().item()
-    return f"the exported {part} differs from the trained one at {size} pixels by up to {largest:g}"
+    return (
+        f"the exported {part} differs from the trained one at {size} pixels by up to {largest:g}."
+    )

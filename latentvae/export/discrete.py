@@ -1,12 +1,11 @@
 """Write a trained tokenizer, load it back, and compare indices and reconstructions.
 
-It becomes a stock class of diffusers where one finds the same codes: VQ, LFQ and BSQ are a
-`VQModel`. Else it stays what it is: FSQ, residual VQ and Gumbel-softmax are a
-`DiscreteAutoencoder`.
+It becomes a stock class of diffusers if that class finds the same codes: VQ, LFQ and BSQ become a
+`VQModel`. FSQ, residual VQ and Gumbel-softmax stay a `DiscreteAutoencoder`.
 
-A `VQModel` searches with its own arithmetic, so two codes at the same distance to rounding may
-change places: that is a tie, and is counted. Where ties are many, as among codes that are short
-beside the features (which have not learned yet), it is no VQModel.
+A `VQModel` searches with its own arithmetic. Two codes whose distances are equal to rounding may
+change places. Such a tie is counted. If there are many ties, the tokenizer stays a
+`DiscreteAutoencoder`. Untrained codes, which are short compared with the features, are an example.
 
 `z` feature, `c` code, `K` codes, `L` levels.
 """
@@ -28,7 +27,7 @@ from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteFamily, Network, calls, family_of
 
 MIN_EQUAL = 0.999  # share of indices that must be equal
-TIE = 1e-5  # difference of two squared distances that is rounding, as a share of |z|^2 + |c|^2
+TIE = 1e-5  # largest difference of squared distances from rounding, as a share of |z|^2 + |c|^2
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,16 @@ class TokenizerReport:
     Args:
         path: the folder.
         network: the class that loads it, `"VQModel"` or `"DiscreteAutoencoder"`.
-        reason: why it is not a VQModel; empty if it is.
+        reason: why it is not a VQModel. Empty if it is one.
         quantizer: its type, see `bottlenecks.QUANTIZERS`.
         num_codes, num_levels: K and L.
         scaling_factor: 1 / std of its features.
-        num_images: images that was measured on.
+        num_images: images that `scaling_factor` was measured on.
         half_precision: the float16 check.
-        equal_share: indices equal to the trained network's, over all compared sizes.
-        ties: indices that differ and are as near to rounding; not counted with `unit_range`.
-        unit_range: pixels in [0, 1] and codes looked up by index, as aMUSEd asks.
-        compared_sizes: (H, W).
+        equal_share: share of indices equal to the trained network's, over all compared sizes.
+        ties: indices that differ but are equally near to rounding. Not counted with `unit_range`.
+        unit_range: pixels are in [0, 1] and codes are looked up by index, as aMUSEd needs.
+        compared_sizes: (H, W) of each comparison.
     """
 
     path: Path
@@ -78,34 +77,37 @@ class TokenizerReport:
         return f"K = {self.num_codes:,} codes{levels}"
 
     def summary(self) -> str:
-        """A few lines for the screen."""
+        """Return a few lines for the screen."""
         return "\n".join([f"export {self.path} ({self.network})", *self._lines("  ")])
 
     def facts(self) -> str:
-        """The same for the model card."""
+        """Return the same lines for the model card."""
         return "\n".join(["## Export", "", *self._lines("- ")])
 
     def _lines(self, mark: str) -> list[str]:
+        # what every tokenizer has
         half, sizes = self.half_precision, ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         lines = [
             f"{self.quantizer}: {self.size}",
-            f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before they are "
-            f"quantised, on {self.num_images} images; with a frozen encoder the base's)",
+            f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before "
+            f"quantisation, on {self.num_images} images. A frozen encoder keeps the base's)",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
             f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
             + (
                 "images of equal indices equal to rounding"
                 if self.unit_range
-                else f"{self.ties} ties; images of equal indices equal, bit for bit"
+                else f"{self.ties} ties, images of equal indices equal, bit for bit"
             ),
         ]
+
+        # what only some have
         if self.reason:
             lines.append(f"not a diffusers VQModel: {self.reason}")
         if self.unit_range:
             lines.append(
-                "pixels in [0, 1] and codes looked up by index, as aMUSEd asks; encode() sees "
-                "black beyond the picture's edge where training saw grey, so that tokens near the "
-                "edge may differ"
+                "pixels in [0, 1] and codes looked up by index, as aMUSEd needs. encode() sees "
+                "black beyond the picture's edge, and training saw grey. So tokens near the edge "
+                "may differ"
             )
         return [mark + line for line in lines]
 
@@ -122,11 +124,12 @@ def export_tokenizer(
     lookup_from_codebook: bool = False,
     overwrite: bool = False,
 ) -> TokenizerReport:
-    """Export `net` to the folder `out`; nothing appears there unless it gives the trained network's
-    tokens and images.
+    """Export `net` to the folder `out`.
+
+    The folder appears only if it gives the trained network's tokens and images.
 
     Args:
-        net: the trained network (the averaged weights, where there are such); it is not changed.
+        net: the trained network (averaged weights, if there are any). It is not changed.
         statistics: of its features.
         resolution: side of the training images in pixels.
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
@@ -135,32 +138,41 @@ def export_tokenizer(
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option that cannot be, or a folder that is in the way.
+        UserError: an impossible option, or another folder is in the way.
         RuntimeError: what is loaded back is not what was trained.
     """
+    # measure
     check_folder(out, overwrite=overwrite)
     family = discrete_family(net)
     reason = family.why_not_stock(net.config)
     if reason and lookup_from_codebook:
-        raise UserError(f"lookup_from_codebook is an option of VQModel, and this is none: {reason}")
+        raise UserError(
+            f"lookup_from_codebook is an option of VQModel, and this is not one: {reason}. Leave "
+            "it out."
+        )
     trained: Any = copy.deepcopy(net).cpu().float().eval()
-    restore_stock_layers(trained)  # as what is loaded back computes
+    restore_stock_layers(trained)  # the loaded export has stock layers too
     probe = probe.to("cpu", torch.float32)
     half = check_half_precision(trained, probe)
+
+    # choose the class
     written, factor = trained, 1.0
     if not reason:
         written = family.to_stock(trained, unit_range=lookup_from_codebook)
         factor = 1.0 if frozen_encoder else family.fit_stock(trained, written, probe)
-        reason = _why_too_near(trained, written, probe, factor) if not lookup_from_codebook else ""
+        reason = "" if lookup_from_codebook else _why_too_near(trained, written, probe, factor)
     if reason:
         written, factor = copy.deepcopy(trained), 1.0
-    written.register_to_config(sample_size=int(resolution))
+
+    # config
     scaling = statistics.scaling_factor / factor
     if frozen_encoder:
         scaling = net.config["scaling_factor"]
-    written.register_to_config(scaling_factor=scaling)
+    written.register_to_config(sample_size=int(resolution), scaling_factor=scaling)
     if not reason:
         written.register_to_config(force_upcast=not half.safe)
+
+    # write, load back, compare
     codes = family.codes(net)
     with written_whole(out) as folder:
         written.save_pretrained(folder)
@@ -169,6 +181,7 @@ def export_tokenizer(
             trained, loaded, probe, factor=None if lookup_from_codebook else factor
         )
         _compare_images(trained, loaded, probe, exact=not lookup_from_codebook)
+
         report = TokenizerReport(
             path=out,
             network=type(written).__name__,
@@ -190,20 +203,20 @@ def export_tokenizer(
 
 
 def discrete_family(net: Network) -> DiscreteFamily:
-    """The family of a tokenizer that can be trained."""
+    """Return the family of a trainable tokenizer."""
     family = family_of(net)
     assert isinstance(family, DiscreteFamily), type(net)
     return family
 
 
 def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
-    """Why `stock` is of no use though it is right; empty if it is."""
+    """Return why `stock` finds too many other codes by rounding. Empty if it does not."""
     equal, _ = _compare_indices(trained, stock, probe, factor=factor)
     if equal >= MIN_EQUAL:
         return ""
     return (
-        f"only {equal:.2%} of its indices are equal, for its codes are nearer to one another than "
-        "its search can tell"
+        f"only {equal:.2%} of its indices are equal, because its codes are nearer to one another "
+        "than its search can resolve"
     )
 
 
@@ -211,13 +224,13 @@ def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float
 def _compare_indices(
     trained: Network, net: Network, probe: Tensor, *, factor: float | None
 ) -> tuple[float, int]:
-    """Share of equal indices, and ties.
+    """Return the share of equal indices, and the number of ties.
 
     Args:
-        factor: on `net`'s features. None: indices that differ are not looked into.
+        factor: scale of `net`'s features. With None, differing indices are not examined.
 
     Raises:
-        RuntimeError: indices differ that are no ties.
+        RuntimeError: indices differ and are not ties.
     """
     equal = total = 0
     for images in probes(trained, probe):
@@ -234,8 +247,9 @@ def _compare_indices(
 def _check_ties(
     trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
 ) -> None:
-    if family_of(net) is family_of(trained):  # which does the same arithmetic
-        raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ")
+    """Check that the indices that differ belong to codes at the same distance, to rounding."""
+    if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
+        raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
     where = ours != theirs
     codes = discrete_family(trained).quantizer(trained).codes
     z, near, far = (
@@ -244,16 +258,16 @@ def _check_ties(
     gap = ((far - z).square().sum(1) - (near - z).square().sum(1)).abs()
     worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()
     if worst > TIE:
-        raise RuntimeError(f"the export takes another code, further away by {worst:g}")
+        raise RuntimeError(f"the export takes another code, further away by {worst:g}.")
 
 
 @torch.no_grad()
 def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
-    """Those of the same indices must be equal, or equal to rounding."""
+    """Check that images of the same indices are equal, or equal to rounding."""
     for images in probes(trained, probe):
         indices = calls.tokenize(trained, calls.encode(trained, images))
         ours = calls.decode_indices(trained, indices)
         theirs = family_of(loaded).decode_without_search(loaded, indices)
         if not (torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=1e-4)):
             difference = (ours - theirs).abs().max().item()
-            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}")
+            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}.")

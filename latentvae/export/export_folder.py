@@ -1,4 +1,4 @@
-"""The folder of an export: written whole or not at all, read back, and told from others."""
+"""The folder of an export: written completely or not at all, read back, and recognised."""
 
 import copy
 import json
@@ -17,17 +17,17 @@ from latentvae.models import FAMILIES, Network, family_of
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """Refuse what is no export, and an export that is not to be replaced."""
+    """Refuse a folder with other content, and an export that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_export(out):
-        raise UserError(f"'{out}' exists and is not an export; name another folder")
+        raise UserError(f"'{out}' exists and is not an export. Give another folder.")
     if not overwrite:
-        raise UserError(f"'{out}' holds an export; name another folder, or ask to overwrite it")
+        raise UserError(f"'{out}' holds an export. Give another folder, or overwrite it.")
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder's config.json names a network that is exported here."""
+    """Return whether a folder's config.json names a network that can be exported here."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -38,11 +38,11 @@ def is_export(folder: Path) -> bool:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end, or disappears."""
+    """Give a temporary folder beside `out`. It is renamed to `out` at the end, or deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()  # by the umask, unlike tempfile's
+    folder.mkdir()  # tempfile would ignore the umask
     try:
         yield folder
         _settle(folder)
@@ -52,7 +52,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Give every file the umask's mode (safetensors writes 0600) and bring it to the disk."""
+    """Give every file the umask's mode (safetensors writes 0600) and sync it to the disk."""
     mode = (folder / "README.md").stat().st_mode & 0o777
     for file in folder.iterdir():
         file.chmod(mode)
@@ -61,7 +61,7 @@ def _settle(folder: Path) -> None:
 
 
 def _swap(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an earlier `out` goes only when the new one stands."""
+    """Rename `folder` to `out`. An earlier `out` is deleted only after that."""
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
     if out.exists():
         out.rename(old)
@@ -75,19 +75,21 @@ def _swap(folder: Path, out: Path) -> None:
 
 
 def load_back(folder: Path, cls: type[Any]) -> Any:
-    """What `cls` loads from an export, whole or not at all; on the CPU, in eval mode."""
+    """Load an export with `cls`, on the CPU, in eval mode. Raise RuntimeError if keys differ."""
     net, info = cls.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
-        raise RuntimeError(f"the export is not loaded whole: {problems}")
-    return copy.deepcopy(net)  # out of the file's memory map, whose alignment can change sums
+        raise RuntimeError(f"the export cannot be loaded completely: {problems}")
+    return copy.deepcopy(net)  # a copy: the alignment of the file's memory map can change sums
 
 
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """The first image, and it at another size: one that f does not divide, where the network takes
-    such."""
+    """Return the first image, and the same image padded to another size.
+
+    The other size is not divisible by f, unless the network needs that.
+    """
     multiple = family_of(net).side_multiple(net)
     more = (0, multiple, 0, 0) if multiple > 1 else (0, 3, 0, 1)
     return probe[:1], F.pad(probe[:1], more, mode="replicate")

@@ -1,4 +1,4 @@
-"""What an export did: kept beside it, and told to the user."""
+"""The report of an export, for the screen and the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ class ExportReport:
         network: the class that loads it.
         has_posterior: whether its encoder gives a distribution.
         latent_channels: d.
-        profile: whose reading of scale and shift it is written for.
+        profile: the pipelines that scale and shift are written for.
         num_images: images that scale and shift were measured on.
-        old_scaling_factor, old_shift_factor: what the network's config said before.
+        old_scaling_factor, old_shift_factor: values in the network's config before.
         measured_scaling_factor: 1 / std of its latents now (also with a frozen encoder).
-        scaling_factor, shift_factor: what was written.
+        scaling_factor, shift_factor: values that were written.
         half_precision: the float16 check.
-        has_force_upcast: whether the class has that option, which is then written as the opposite.
+        has_force_upcast: whether the class has that option. It is true if float16 is not safe.
         identity_post_quant_conv: whether one was added, for pipelines that read its dtype.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """
@@ -60,7 +60,7 @@ class ExportReport:
         return f"d = {self.latent_channels} channels"
 
     def summary(self) -> str:
-        """A few lines for the screen."""
+        """Return a few lines for the screen."""
         sizes = ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         return "\n".join(
             [
@@ -79,22 +79,23 @@ class ExportReport:
             return "safe"
         if self.has_force_upcast:
             return "not safe, so pipelines decode in float32"
-        return "not safe: load it in float32 or bfloat16"
+        return "not safe: load the model in float32 or bfloat16"
 
     def facts(self) -> str:
-        """The same for the model card."""
+        """Return the same facts for the model card."""
         upcast = f"`force_upcast` {str(self.force_upcast).lower()}: " * self.has_force_upcast
         lines = [
             "## Export",
             "",
             f"- Profile `{self.profile}`: `scaling_factor` {self.scaling_factor:.6g} (before "
-            f"{self.old_scaling_factor:.6g}; measured on posterior samples of {self.num_images} "
+            f"{self.old_scaling_factor:.6g}, measured on posterior samples of {self.num_images} "
             f"images: {self.measured_scaling_factor:.6g}), `shift_factor` {self.shift_factor:.6g}.",
             f"- {upcast}float16 is {self._verdict()}. Measured with float16 weights and "
             f"activations: {self.half_precision}.",
             "- Loaded back with diffusers and compared with the trained network: equal, bit for "
             "bit.",
         ]
+
         if self.identity_post_quant_conv:
             lines.append(
                 "- An identity `post_quant_conv` was added: SDXL pipelines need one to upcast."

@@ -1,11 +1,11 @@
-"""Does an autoencoder survive 16 bits? Measured, because diffusers' `force_upcast` asks for it.
+"""Check whether an autoencoder works in 16 bits, as diffusers' `force_upcast` needs to know.
 
 Stable Diffusion XL's autoencoder overflows in float16 and gives black pictures
 (https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
 precision. Both are emulated: weights and the output of every module are rounded, also where a
-network computes in float32 by itself; sums are kept in float32, as GPUs do. That takes about the
-time of float32 and gives the same answer on every machine; real float16 is a hundred times slower
-on most CPUs.
+network computes in float32 by itself. Sums stay in float32, as on GPUs. This takes about the time
+of float32 and gives the same answer on every machine. Real float16 is a hundred times slower on
+most CPUs.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -27,34 +27,34 @@ from latentvae.models import Network
 from latentvae.models.calls import decode, encode, num_codes, tokenize
 
 FLOAT16_MAX = 65504.0
-MARGIN = 4.0  # the largest activation stays this far below the maximum: other images go higher
+MARGIN = 4.0  # other images have larger activations, by up to this factor
 MIN_PSNR = 40.0  # dB, float16 against float32
 
 # dB that bfloat16 may take from the PSNR against the originals. Its error adds to the network's
-# own, so their ratio counts, not a distance to float32: 0.1 dB is 2 % of the error (a network of
-# 29 dB then stays 45 dB from its float32 reconstructions), the last digit of published tables.
-# So it is for float16 where a tokenizer takes another code: the picture moves by the distance of
-# two codes, far from float32's and as near to the original.
+# own error, so their ratio counts and not the distance to float32. 0.1 dB is 2 % of the error and
+# the last digit of published tables. A network of 29 dB then stays 45 dB from its float32
+# reconstructions. The same limit holds for float16 if a tokenizer takes another code: the picture
+# then moves by the distance of two codes, far from float32's but as near to the original.
 MAX_COST = 0.1
 
-LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # beside the names of modules
-Hook = Callable[[str, Any], Any]  # (name, output) to what goes on instead
+LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # names besides those of modules
+Hook = Callable[[str, Any], Any]  # from (name, output) to the output that replaces it
 
 
 @dataclass(frozen=True)
 class HalfPrecision:
-    """What a 16-bit type does to an autoencoder on some images.
+    """The effect of a 16-bit type on an autoencoder, measured on some images.
 
     Args:
         max_activation: largest absolute value of any of `layers`.
         psnr: of the 16-bit reconstruction against the float32 one, over all images together, dB,
-            peak 2; NaN if it is not finite, infinity if both are equal.
+            peak 2. NaN if it is not finite, infinity if both are equal.
         psnr_cost: PSNR of the float32 reconstruction against the images minus that of the 16-bit
-            one, dB, of 8-bit pictures; NaN if it was not measured or the latter is not finite.
+            one, dB, of 8-bit pictures. NaN if it was not measured or the latter is not finite.
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order they ran (a block
             comes after its parts), and of the latents and the reconstruction.
-        flipped: share of a tokenizer's indices that differ; None where there are no indices.
+        flipped: share of a tokenizer's indices that differ. None if there are no indices.
     """
 
     max_activation: float
@@ -66,7 +66,7 @@ class HalfPrecision:
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may run it so; for float16 `force_upcast` is the opposite."""
+        """Whether pipelines may use this type. `force_upcast` is the opposite, for float16."""
         as_good = self.psnr_cost <= MAX_COST
         if self.dtype == torch.bfloat16:
             return as_good
@@ -75,21 +75,21 @@ class HalfPrecision:
 
     @property
     def largest_layer(self) -> str:
-        """The module with the largest output: of a block and its last part, the part."""
+        """Name of the module with the largest output. A block's last part comes before it."""
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
         close = "not finite" if math.isnan(self.psnr) else f"{self.psnr:.1f} dB from float32's"
         if self.flipped and not math.isnan(self.psnr):
             cost = f"{self.psnr_cost:.2f} dB worse against the images"
-            close += f", for {self.flipped:.2%} of the indices differ: {cost}"
+            close += f", because {self.flipped:.2%} of the indices differ: {cost}"
         return f"largest activation {self.max_activation:.4g}, reconstruction {close}"
 
 
 def check_half_precision(
     net: Network, images: Tensor | Sequence[Tensor], *, dtype: torch.dtype = torch.float16
 ) -> HalfPrecision:
-    """Reconstruct `images` in float32 and in `dtype`, see `check_precisions`."""
+    """Compare reconstructions in float32 and in `dtype`, see `check_precisions`."""
     return check_precisions(net, images, dtypes=(dtype,))[0]
 
 
@@ -97,26 +97,30 @@ def check_half_precision(
 def check_precisions(
     net: Network, images: Tensor | Sequence[Tensor], *, dtypes: Sequence[torch.dtype]
 ) -> list[HalfPrecision]:
-    """Reconstruct `images` in float32 and in each of `dtypes`, from the posterior's mode.
+    """Compare reconstructions in float32 and in each of `dtypes`, from the posterior's mode.
 
     Args:
-        net: any diffusers autoencoder, float32; it is not changed.
-        images: (B, C, H, W) in [-1, 1], float32, on the network's device; or several of these, of
-            different sizes.
+        net: any diffusers autoencoder, float32. It is not changed.
+        images: (B, C, H, W) in [-1, 1], float32, on the network's device, or several such tensors
+            of different sizes.
 
     Raises:
         ValueError: the float32 reconstructions are not finite, or there are no images.
     """
     batches = [images] if isinstance(images, Tensor) else list(images)
     if not batches:
-        raise ValueError("the precision check needs at least one image")
-    copied = copy.deepcopy(net).eval()  # the only one: large networks must fit
+        raise ValueError("the precision check needs at least one image (got none).")
+
+    # float32
+    copied = copy.deepcopy(net).eval()  # only one copy, so that large networks fit in memory
     peaks: dict[str, Tensor] = {}
     with _after_every_module(copied, partial(_record, peaks)):
         exact, indices = _reconstruct(copied, batches, partial(_record, peaks))
     if not all(recon.isfinite().all() for recon in exact):
-        raise ValueError("the network's float32 reconstructions are not finite")
+        raise ValueError("the network's float32 reconstructions are not finite.")
     layers = {name: peak.item() for name, peak in peaks.items()}
+
+    # each 16-bit type
     results = []
     for dtype in dtypes:
         rounded, found = _reconstruct_rounded(copied, net, batches, dtype)
@@ -138,7 +142,7 @@ def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
 def _reconstruct_rounded(
     copied: Network, net: Network, batches: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """With the weights of `net`, rounded, in `copied`."""
+    """Reconstruct with the rounded weights of `net` in `copied`."""
     weights = chain(copied.parameters(), copied.buffers())
     originals = chain(net.parameters(), net.buffers())
     for value, original in zip(weights, originals, strict=True):
@@ -154,7 +158,7 @@ def _reconstruct_rounded(
 def _reconstruct(
     net: Network, batches: Sequence[Tensor], hook: Hook
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Images, and a tokenizer's indices. What is computed outside of modules also passes `hook`."""
+    """Return images, and a tokenizer's indices. Values outside of modules also pass `hook`."""
     recons, indices = [], []
     for images in batches:
         z = hook(LATENTS, encode(net, images))
@@ -166,7 +170,7 @@ def _reconstruct(
 
 @contextmanager
 def _after_every_module(net: Network, hook: Hook) -> Iterator[None]:
-    """`hook` in the way of each module's output."""
+    """Let `hook` replace each module's output."""
 
     def register(name: str, module: Any) -> Any:
         return module.register_forward_hook(lambda _module, _inputs, output: hook(name, output))
@@ -200,7 +204,7 @@ def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 def _psnr_cost(
     images: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor]
 ) -> float:
-    """A difference of two PSNR is the ratio of their errors, which may be 0."""
+    """Return the difference of two PSNR in dB. It is a ratio of errors, which may be 0."""
     if not all(recon.isfinite().all() for recon in rounded):
         return math.nan
     images, exact, rounded = ([_levels(t) for t in part] for part in (images, exact, rounded))
@@ -213,11 +217,11 @@ def _psnr_cost(
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Of an 8-bit picture, 0..255."""
+    """Return the levels of an 8-bit picture, 0..255."""
     return (images.clamp(-1, 1) + 1).mul(127.5).round()
 
 
 def _mean_square(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Of the differences, over the elements of all pairs together."""
+    """Return the mean square of the differences over the elements of all pairs together."""
     squares = sum((y - x).cpu().double().square().sum().item() for x, y in zip(a, b, strict=True))
     return squares / sum(x.numel() for x in a)

@@ -1,7 +1,7 @@
 """Put an export on the Hugging Face Hub.
 
-Who uploads is `huggingface_hub`'s matter (`hf auth login`, or HF_TOKEN): no token passes through
-here, so that none reaches a file, a log, a tracker or the model card.
+`huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code never sees a token, so
+no token can reach a file, a log, a tracker or the model card.
 """
 
 import re
@@ -17,86 +17,95 @@ from latentvae.errors import UserError
 
 
 class UploadError(Exception):
-    """The Hub did not take an export, which lies whole on the disk. Commands exit with code 1."""
+    """Upload error: the export is complete on the disk. Commands exit with code 1."""
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot name a repository of the Hub: neither `owner/name` nor `name`."""
+    """Check that `repo_id` can name a repository of the Hub: `owner/name` or `name`."""
     if not _is_valid(repo_id):
         near = re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", repo_id.rstrip("/").split("/")[-1]).strip("-.")
         near = "/".join([*repo_id.split("/")[:-1][:1], near])
-        hint = f"; such as '{near}'" if _is_valid(near) else ""
+        hint = f" Try '{near}'." if _is_valid(near) else ""
         raise UserError(
-            f"hub_model_id '{repo_id}' cannot name a repository of the Hub: allowed is owner/name, "
-            "or name for one of your own, of letters, digits, '-', '_' and single '.'"
-            f"{hint}"
+            f"hub_model_id must be owner/name, or name for your own account (got '{repo_id}'). "
+            f"Allowed are letters, digits, '-', '_' and single '.'.{hint}"
         )
 
 
 def check_access(repo_id: str, *, private: bool = False) -> str | None:
-    """Refuse, before any work, an upload that is sure to fail; returns a doubt, in one sentence.
+    """Refuse an upload that is sure to fail, before any work. Return a warning or None.
 
     Args:
-        private: as of `upload_export`.
+        private: see `upload_export`.
 
     Raises:
-        UserError: offline mode, no login, or a token that the Hub refuses or that may only read.
+        UserError: offline mode, no login, or a token that is unknown or may only read.
     """
+    # is there a login?
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
-            "push_to_hub cannot upload while HF_HUB_OFFLINE is set; unset it, or leave push_to_hub "
-            f"out and upload the export later (`{_command(repo_id, 'EXPORT', private=private)}`)"
+            "push_to_hub cannot upload while HF_HUB_OFFLINE is set. Unset it, or leave out "
+            "push_to_hub and upload the export later "
+            f"(`{_command(repo_id, 'EXPORT', private=private)}`)."
         )
     if huggingface_hub.get_token() is None:
-        raise UserError("push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
+        raise UserError("push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN.")
+
+    # does the Hub know it?
     try:
         user = HfApi().whoami()
-    except Exception as error:  # of the network or a Hub that is down, which may be up at the end
+    except Exception as error:  # the network or the Hub may work again at the end of the run
         if _status(error) == 401:
             raise UserError(
-                "the Hub does not know the token of push_to_hub; run `hf auth login` again, or set "
-                "another HF_TOKEN"
+                "the Hub does not know the token of push_to_hub. Run `hf auth login` again, or set "
+                "another HF_TOKEN."
             ) from error
         return (
-            f"the Hub cannot be asked now ({_reason(error)}); the export is uploaded at the "
-            "end, if it can be reached then"
+            f"the Hub cannot be reached now ({_reason(error)}). The export is uploaded at the "
+            "end, if the Hub can be reached then."
         )
+
+    # may it write there?
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError("the token of push_to_hub may only read; take one that may write")
+        raise UserError("the token of push_to_hub may only read. Use a token that may write.")
     owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
     owner = repo_id.split("/")[0]
     if "/" in repo_id and owner not in owners:
-        return f"'{owner}' of hub_model_id '{repo_id}' is not among yours ({', '.join(owners)})"
+        return (
+            f"'{owner}' of hub_model_id '{repo_id}' is not one of your accounts "
+            f"({', '.join(owners)})."
+        )
     return None
 
 
 def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) -> str:
-    """Upload an export as one commit, into a repository that is made if it is not there.
+    """Upload an export as one commit. A missing repository is created.
 
     Args:
-        private: of a new repository; without it the account's own setting counts.
+        private: make a new repository private. False uses the account's own setting.
         message: of the commit.
 
     Returns:
         The repository's address.
 
     Raises:
-        UploadError: the Hub or the network refuses; the folder is as it was.
+        UploadError: the Hub or the network refuses. The folder is not changed.
     """
     api = HfApi()
     try:
         repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message)
-    except Exception as error:  # whatever happens here, the model is made, and the user is told
+    except Exception as error:  # the export is complete whatever happens here
         raise UploadError(
-            f"the export in '{folder}' is whole, but the Hub did not take it ({_reason(error)}); "
-            f"upload it later with `{_command(repo_id, str(folder), private=private)}`"
+            f"the export in '{folder}' is complete, but the Hub did not take it "
+            f"({_reason(error)}). Upload it later with "
+            f"`{_command(repo_id, str(folder), private=private)}`."
         ) from error
     return str(repository)
 
 
 def _command(repo_id: str, folder: str, *, private: bool) -> str:
-    """What uploads the same by hand; without its flag a new repository would be public."""
+    """Return a command that uploads the same. Without the flag a new repository is public."""
     return shlex.join(["hf", "upload", repo_id, folder, ".", *(["--private"] if private else [])])
 
 
@@ -113,7 +122,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """What the Hub said, or the first line of the error."""
+    """Return the Hub's answer, or the first line of the error."""
     if isinstance(error, HfHubHTTPError):
         said = f": {error.server_message}" if error.server_message else ""
         return f"status {error.response.status_code}{said}"

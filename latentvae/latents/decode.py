@@ -1,8 +1,8 @@
-"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item, of 8 bits and
-the channels of the model.
+"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item.
 
-Rank r of W decodes the batches r, r + W, r + 2W...; a batch whose pictures are all there is passed
-over, so the same command again goes on where it was killed.
+Pictures have 8 bits and the channels of the model. Rank r of W decodes the batches r, r + W,
+r + 2W and so on. A batch whose pictures all exist is skipped, so the same command continues a
+decoding that was killed.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from latentvae.data.image_folder import inner_name
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError, printable
 from latentvae.files import read_text
+from latentvae.latents.formats.shards import MANIFEST, sha256_of, write_file
 from latentvae.latents.opening import open_model
 from latentvae.latents.shard_dataset import ShardReader
-from latentvae.latents.shards import MANIFEST, sha256_of, write_file
 from latentvae.pictures import to_pil
 
 RECORD = "decoded.json"
-MAX_PART = 200  # bytes; what is written aside has a longer name
+MAX_PART = 200  # bytes. Temporary files have longer names.
 
 
 class Decoded(BaseModel):
-    """decoded.json: which shards the pictures in a folder are of, and what computed them."""
+    """Content of decoded.json: the shards that pictures came from, and how they were computed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,23 +55,28 @@ def decode_folder(
     """Write `<id>.png` below `out` for the items of a folder of shards.
 
     Args:
-        shards: what `encode_folder` wrote; every file is compared with its sha256 first.
-        model: the autoencoder, or its folder or Hub id; None takes the one the manifest names.
-        limit: decode the first so many items.
-        batch_size: images a forward pass.
-        optimize: of a folder or Hub id, as `load` takes it.
+        shards: what `encode_folder` wrote. Every file is compared with its sha256 first.
+        model: the autoencoder, or its folder or Hub id. None takes the one in the manifest.
+        limit: decode only the first `limit` items.
+        batch_size: images per forward pass.
+        optimize: for a folder or Hub id: as `load` takes it.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
         The pictures of this rank, in the order of the items.
 
     Raises:
-        UserError: before anything is decoded: damaged shards, indices out of range, another model,
-            or `out` holds pictures of other shards, or files of these names that are not decoded.
+        UserError: before anything is decoded: damaged shards, indices out of range, or another
+            model. Also if `out` has pictures of other shards, or other files with these names.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch_size {batch_size} and limit {limit} must be 1 or more")
+        raise UserError(
+            f"batch_size and limit must be at least 1 (got batch_size {batch_size} and "
+            f"limit {limit})."
+        )
+
+    # check everything before the first picture
     reader = ShardReader(shards)
     reader.verify()
     count = min(len(reader), limit or len(reader))
@@ -79,6 +84,8 @@ def decode_folder(
     paths = [out / name for name in picture_names(reader.names())[:count]]
     network = _fitting_model(reader, model, device=device, optimize=optimize)
     _prepare(out, paths, reader, rank=rank, mode=network.optimization.mode)
+
+    # this rank's batches
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     mine = batches[rank::world_size]
     for batch in tqdm(mine, desc=network.name, unit="batch", disable=None if rank == 0 else True):
@@ -88,12 +95,12 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """A PNG's path for each item's name: never outside of the folder, never twice the same."""
+    """Return a PNG's path for each item's name. All differ, and none leaves the folder."""
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()
     for name, stem in zip(inner, stems, strict=True):
-        base = stem if times[stem] == 1 else name  # a.jpg and a.png stay apart
+        base = stem if times[stem] == 1 else name  # a.jpg and a.png need different names
         candidate, number = base, 1
         while candidate in taken:
             number += 1
@@ -104,13 +111,13 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 
 def _on_disk(name: str) -> str:
-    """A name whose parts every file system takes: no control characters, no part too long."""
+    """Return a name that every file system takes: no control characters, no part too long."""
     escaped = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
     return "/".join(map(_short, escaped.replace("\\", "_").split("/")))
 
 
 def _short(part: str) -> str:
-    """A file name holds 255 bytes; the end of a hash keeps those apart that begin alike."""
+    """Shorten a part: a file name holds 255 bytes. A hash keeps long names different."""
     data = os.fsencode(part)
     if len(data) <= MAX_PART:
         return part
@@ -125,7 +132,7 @@ def _fitting_model(
     device: str | None,
     optimize: Optimize | None,
 ) -> Autoencoder:
-    """The model that made the shards, or a sentence."""
+    """Return the model that made the shards. Raise UserError if `model` is another one."""
     content = reader.content
     if not isinstance(model, Autoencoder):
         try:
@@ -133,17 +140,24 @@ def _fitting_model(
         except UserError as error:
             if model is not None:
                 raise
-            raise UserError(f"{error} (the manifest says so; --model gives another)") from error
+            raise UserError(
+                f"{error} (The manifest names this model. Give another with --model.)"
+            ) from error
+
+    # the same codes and the same weights
     if model.num_codes != content.num_codes:
         has, needs = (
             "continuous latents" if codes is None else f"{codes} codes"
             for codes in (model.num_codes, content.num_codes)
         )
-        raise UserError(f"'{reader.folder}' is of a model with {needs}; '{model.name}' has {has}")
+        raise UserError(
+            f"'{reader.folder}' was encoded by a model with {needs}, but '{model.name}' has {has}. "
+            f"Give the model that encoded it ('{reader.manifest.model}')."
+        )
     if model.info()["weights_sha256"] != content.model_sha256:
         raise UserError(
-            f"'{model.name}' has other weights than the model that made '{reader.folder}' "
-            f"('{reader.manifest.model}'); give that one"
+            f"'{model.name}' has other weights than the model that encoded '{reader.folder}'. "
+            f"Give the model that encoded it ('{reader.manifest.model}')."
         )
     return model
 
@@ -151,36 +165,46 @@ def _fitting_model(
 def _prepare(
     out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
 ) -> None:
-    """Make the folder, and write down which shards its pictures are of."""
+    """Make the folder, and record which shards its pictures come from."""
     record = Decoded(
         shards=str(reader.folder),
         manifest_sha256=sha256_of(reader.folder / MANIFEST),
         optimize=None if mode == "stock" else mode,
     )
     path = out / RECORD
+
+    # what the folder holds already
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # Before the record is read: another rank writes it before its first picture.
+        # Another rank writes the record before its first picture, so look for pictures first.
         there = None if path.exists() else next((p for p in paths if p.exists()), None)
         found = Decoded.model_validate_json(read_text(path)) if path.exists() else None
     except OSError as error:
-        raise UserError(f"cannot use the folder '{out}': {error.strerror}") from error
+        raise UserError(f"cannot use the folder '{out}': {error.strerror}.") from error
     except ValidationError as error:
-        raise UserError(f"'{path}' was not written by `latentvae decode`") from error
+        raise UserError(
+            f"'{path}' was not written by `latentvae decode`. Give another folder."
+        ) from error
     if found is None and there is not None:
         raise UserError(
-            f"'{there}' is there, and `latentvae decode` has not written it: give another folder"
+            f"'{there}' exists, and `latentvae decode` did not write it. Give another folder."
         )
-    if found is not None and found.manifest_sha256 != record.manifest_sha256:
-        raise UserError(
-            f"'{out}' holds pictures of other shards ('{found.shards}'): give another folder"
-        )
-    if found is not None and found.optimize != record.optimize:
-        raise UserError(
-            f"'{out}' holds pictures decoded with optimize {found.optimize}, not "
-            f"{record.optimize}: give another folder"
-        )
+    if found is not None:
+        _refuse_other_pictures(out, found, record)
+
     write_file(path, record.model_dump_json(indent=1).encode(), owner=rank)
+
+
+def _refuse_other_pictures(out: Path, found: Decoded, record: Decoded) -> None:
+    if found.manifest_sha256 != record.manifest_sha256:
+        raise UserError(
+            f"'{out}' holds pictures of other shards ('{found.shards}'). Give another folder."
+        )
+    if found.optimize != record.optimize:
+        raise UserError(
+            f"'{out}' holds pictures decoded with optimize {found.optimize} "
+            f"(now {record.optimize}). Give another folder, or the same optimize."
+        )
 
 
 def _write_pictures(

@@ -1,11 +1,11 @@
-"""What an encoding will hold, found out before the first image is read."""
+"""The content of an encoding, found out before the first image is read."""
 
 import torch
 from torch import Tensor
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError, nearest
-from latentvae.latents.shards import (
+from latentvae.latents.formats.shards import (
     LATENT_ORDER,
     TOKEN_ORDER,
     Content,
@@ -30,30 +30,22 @@ def describe(
     class_names: list[str] | None,
     labels: bool,
 ) -> Content:
-    """The content of a folder of shards; tokens of a tokenizer, latents of any other autoencoder.
+    """Return the content of a folder of shards.
+
+    A tokenizer gives tokens, any other autoencoder latents.
 
     Raises:
-        UserError: a resolution, type or option that this model cannot be given.
+        UserError: a resolution, type or option that this model cannot take.
     """
-    if shard_items < 1:
-        raise UserError(f"shard_items is {shard_items}; 1 or more is needed")
-    if resolution < model.f:
-        raise UserError(
-            f"the resolution is {resolution}, smaller than the {model.f} pixels of one position of "
-            f"'{model.name}'; {model.f} or more is needed"
-        )
+    _check_options(
+        model, resolution=resolution, shard_items=shard_items, dtype=dtype, moments=moments
+    )
     tokens = model.num_codes is not None
-    if tokens and (dtype is not None or moments):
-        raise UserError(
-            f"'{model.name}' is a tokenizer: its indices take the smallest integer type, so dtype "
-            "and moments have no meaning"
-        )
-    if dtype is not None and dtype not in LATENT_DTYPES:
-        known = ", ".join(LATENT_DTYPES)
-        raise UserError(f"dtype is '{dtype}'; {known} are possible{nearest(dtype, LATENT_DTYPES)}")
     norm = model.normalization
+
     return Content.model_validate(
         {
+            # what an item is
             "kind": "tokens" if tokens else "latents",
             "dtype": index_dtype(model.num_codes or 0) if tokens else dtype or "float16",
             "item_shape": _item_shape(model, resolution, moments=moments),
@@ -63,9 +55,12 @@ def describe(
             "normalization": None
             if tokens
             else Normalization(mean=_list(norm.mean), scale=_list(norm.scale), fold=norm.fold),
+            # what makes it
             "model_class": type(model.net).__name__,
             "model_sha256": model.info()["weights_sha256"],
             "f": model.f,
+            "optimize": None if model.optimization.mode == "stock" else model.optimization.mode,
+            # of which images
             "image_channels": model.image_channels,
             "value_range": value_range,
             "resolution": resolution,
@@ -75,20 +70,41 @@ def describe(
             "labels": labels,
             "class_names": class_names,
             "shard_items": shard_items,
-            "optimize": None if model.optimization.mode == "stock" else model.optimization.mode,
         }
     )
 
 
+def _check_options(
+    model: Autoencoder, *, resolution: int, shard_items: int, dtype: str | None, moments: bool
+) -> None:
+    if shard_items < 1:
+        raise UserError(f"shard_items must be at least 1 (got {shard_items}).")
+    if resolution < model.f:
+        raise UserError(
+            f"resolution must be at least {model.f}, the pixels of one latent position of "
+            f"'{model.name}' (got {resolution})."
+        )
+    if model.num_codes is not None and (dtype is not None or moments):
+        raise UserError(
+            f"'{model.name}' is a tokenizer: its indices take the smallest integer type. "
+            "Leave out dtype and moments."
+        )
+    if dtype is not None and dtype not in LATENT_DTYPES:
+        known = ", ".join(LATENT_DTYPES)
+        raise UserError(
+            f"dtype must be one of {known} (got '{dtype}'){nearest(dtype, LATENT_DTYPES)}"
+        )
+
+
 def _item_shape(model: Autoencoder, resolution: int, *, moments: bool) -> tuple[int, ...]:
-    """Of what one grey image gives."""
+    """Return the shape that one grey image gives."""
     grey = torch.zeros(1, model.image_channels, resolution, resolution)
     if model.num_codes is not None:
         return tuple(model.encode_tokens(grey).shape[1:])
     mean, logvar = model.encode_posterior(grey)
     if moments and logvar is None:
         raise UserError(
-            f"'{model.name}' has no posterior, so it has no standard deviations: leave moments out"
+            f"'{model.name}' has no posterior, so it has no standard deviations. Leave out moments."
         )
     return tuple(mean.shape[1:])
 

@@ -1,9 +1,9 @@
 """`latentvae encode`: every image of a set through an encoder once, into shards.
 
-Rank r of W writes the shards r, r + W, r + 2W... that are not there yet; batches do not reach over
-a shard's end. So the files depend neither on the number of ranks nor on when a run was killed, and
-the same command again writes what is missing. Ranks need not talk: whichever sees all shards
-complete writes the manifest, and it is the same whoever does.
+Rank r of W writes the shards r, r + W, r + 2W and so on that do not exist yet. No batch crosses the
+end of a shard. So the files depend neither on the number of ranks nor on when the command was
+killed, and the same command again writes what is missing. Ranks do not communicate: any rank that
+sees all shards complete writes the manifest, and every rank would write the same one.
 """
 
 import os
@@ -17,9 +17,7 @@ from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.describe import describe
 from latentvae.latents.finishing import finish
-from latentvae.latents.items import Pictures, data_sha256, find_labels, open_items
-from latentvae.latents.opening import open_model
-from latentvae.latents.shards import (
+from latentvae.latents.formats.shards import (
     MANIFEST,
     Content,
     Manifest,
@@ -31,6 +29,8 @@ from latentvae.latents.shards import (
     sweep_temporary,
     table_path,
 )
+from latentvae.latents.items import Pictures, data_sha256, find_labels, open_items
+from latentvae.latents.opening import open_model
 from latentvae.latents.writing import write_shards
 
 
@@ -52,42 +52,44 @@ def encode_folder(
     optimize: Optimize | None = None,
     device: str | None = None,
 ) -> Manifest | None:
-    """Write the tokens (of a tokenizer) or latents of all images into `out`; see `latents.shards`.
+    """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
 
-    An image becomes what the model takes: grey, RGB or RGBA, of the depth its file has. Its shorter
-    side is resized to `resolution`, enlarged where it is smaller, and the centre cropped. An image
-    that cannot be read is left out and named in the manifest.
+    A tokenizer gives tokens, any other autoencoder latents. An image becomes what the model takes:
+    grey, RGB or RGBA, with the bit depth of its file. Its shorter side is resized to `resolution`
+    (also enlarged), and the centre is cropped. The manifest names images that cannot be read.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
-        data: what `data.open_source` takes, or the Hub's `owner/name`; of tables the training
+        data: what `data.open_source` takes, or `owner/name` on the Hub. Tables give the training
             split.
-        resolution: pixels a side, at least f.
-        batch_size: images a forward pass. Another one may change the last digits of latents.
-        num_workers: processes that decode images beside this one.
-        shard_items: images a shard.
-        dtype: of latents; None is float16.
-        moments: latents come with the standard deviations of their posteriors, to sample from.
-        value_range: stored numbers that become black and white, as in training; float files of a
+        resolution: pixels on a side, at least f.
+        batch_size: images per forward pass. Another one may change the last digits of latents.
+        num_workers: extra processes that decode images.
+        shard_items: images per shard.
+        dtype: of latents. None is float16.
+        moments: also store the standard deviations of the posteriors, to sample from.
+        value_range: stored numbers that become black and white, as in training. Float files for a
             grey or RGBA model need it.
-        label_column: of a table; None takes `label`, if it is there.
-        overwrite: replace shards of another model or other data, which are told apart by the names
-            and labels of the images, not by what is in them.
-        optimize: of a folder or Hub id, as `load` takes it; the manifest holds what was used.
+        label_column: of a table. None takes `label`, if it exists.
+        overwrite: replace shards of another model or other data. Data is compared by the names
+            and labels of the images, not by their pixels.
+        optimize: for a folder or Hub id: as `load` takes it. The manifest records what was used.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
-        The manifest; None where other ranks have not ended yet.
+        The manifest, or None where other ranks are still working.
 
     Raises:
-        UserError: before any image is read: something given is wrong, or `out` holds shards of
-            something else. Afterwards: not one image can be read, or latents overflow `dtype`.
+        UserError: before any image is read: a wrong option, or `out` holds shards of something
+            else. Afterwards: no image can be read, or latents overflow `dtype`.
     """
+    # open model and images
     out = Path(out).expanduser()
     rank, world_size = launched_rank()
     if batch_size < 1 or num_workers < 0:
         raise UserError(
-            f"batch_size {batch_size} and num_workers {num_workers} cannot be: 1 and 0 are least"
+            "batch_size must be at least 1 and num_workers at least 0 (got batch_size "
+            f"{batch_size} and num_workers {num_workers})."
         )
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
@@ -95,6 +97,8 @@ def encode_folder(
     source = open_items(data, pixels=PixelFormat(model.image_channels, value_range))
     transform = EvalTransform(resolution, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)
+
+    # what the shards will hold
     content = describe(
         model,
         resolution=resolution,
@@ -108,6 +112,8 @@ def encode_folder(
         class_names=labels.class_names if labels else None,
         labels=labels is not None,
     )
+
+    # write this rank's missing shards, and the manifest if all are there
     mine = range(rank, content.num_shards, world_size)
     _prepare(out, content, overwrite=overwrite, rank=rank, world_size=world_size)
     write_shards(
@@ -126,11 +132,13 @@ def encode_folder(
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
-    """Make the folder; refuse or remove what is of something else, remove what is damaged."""
+    """Make the folder. Refuse or remove other content, and remove damaged shards."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder '{out}': {error.strerror}") from error
+        raise UserError(f"cannot make the folder '{out}': {error.strerror}.") from error
+
+    # what the folder holds already
     manifest = read_manifest(out) if (out / MANIFEST).exists() else None
     found = {path: read_header(path) for path in sorted(out.glob("shard-*.safetensors"))}
     if not overwrite:
@@ -138,9 +146,11 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
     same = any(header is not None and header.content == content for header in found.values())
     if overwrite and same and rank == 0:
         print(
-            f"'{out}' holds shards of this model and of images of these names: whole ones stay, "
-            "overwrite or not; delete the folder if the images have changed"
+            f"'{out}' holds shards of this model and of images with these names. Complete shards "
+            "are kept, also with overwrite. Delete the folder if the images have changed."
         )
+
+    # remove what does not belong, and this rank's damaged shards
     if manifest is not None and manifest.content != content:
         (out / MANIFEST).unlink(missing_ok=True)
         manifest = None
@@ -150,7 +160,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
             continue
         fits = header is not None and header.content == content and header.shard == int(number)
         if not (fits and _as_listed(out, int(number), manifest)):
-            path.unlink(missing_ok=True)  # first: it tells that not all is there
+            path.unlink(missing_ok=True)  # first, because a missing shard marks the rest as partial
             path.with_suffix(".parquet").unlink(missing_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
     sweep_temporary(out, rank=rank, world_size=world_size)
@@ -159,23 +169,24 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Only a damaged shard that a manifest lists is ours without saying so."""
+    """Refuse shards of something else. A damaged shard is ours only if the manifest lists it."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:
         if keys := ", ".join(other.differences(content)):
             raise UserError(
-                f"'{out}' holds shards with another {keys}: give another folder, or --overwrite"
+                f"'{out}' holds shards with another {keys}. Give another folder, or --overwrite."
             )
     strange = next((path for path, header in found.items() if header is None), None)
     if strange is not None and manifest is None:
         raise UserError(
-            f"'{strange}' is damaged or no shard of latentvae: delete it, or give another folder"
+            f"'{strange}' is damaged or not a shard of latentvae. Delete it, or give another "
+            "folder."
         )
 
 
 def _as_listed(out: Path, shard: int, manifest: Manifest | None) -> bool:
-    """Whether a shard's files are what the manifest says, if there is one."""
+    """Return whether a shard's files are what the manifest says, if there is one."""
     if manifest is None:
         return True
     if shard >= len(manifest.shards):

@@ -1,6 +1,6 @@
-"""The end of an encoding: the manifest, with what the tokens or latents are like.
+"""The end of an encoding: the manifest, with statistics of the tokens or latents.
 
-All of it is read from the shards, so that every rank and every resumed run writes the same.
+Everything is read from the shards, so that every rank and every continued encoding writes the same.
 
 `K` codes, `L` levels, `h w` latent positions.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from latentvae.coding.token_codec import MAX_CODES, encode_tokens
 from latentvae.errors import UserError
 from latentvae.latents import LatentStatistics
-from latentvae.latents.shard_table import CARD
-from latentvae.latents.shards import (
+from latentvae.latents.formats.shard_table import CARD
+from latentvae.latents.formats.shards import (
     MANIFEST,
     Content,
     Manifest,
@@ -32,28 +32,33 @@ from latentvae.latents.shards import (
 )
 from latentvae.metrics.tokens import TokenUsage
 
-CODED_IMAGES = 64  # of evenly spread images true bits are measured
+CODED_IMAGES = 64  # number of images, evenly spread, whose true bits are measured
 
 
 def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:
-    """Write the manifest if every shard is there; None if one is missing.
+    """Write the manifest and return it, or return None if a shard is missing.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: no image could be read.
     """
+    # all shards complete?
     headers = [read_header(shard_path(out, shard)) for shard in range(content.num_shards)]
     whole = [h for h in headers if h is not None and h.content == content]
     if len(whole) < content.num_shards:
         return None
     if (out / MANIFEST).exists():
         return read_manifest(out)
+
+    # the manifest
     manifest = _manifest(out, whole, model=model, data=data)
     if manifest.num_items == 0:
         name, reason = manifest.unreadable[0]
         raise UserError(
-            f"not one of {len(manifest.unreadable)} images can be read; the first is '{name}': "
+            f"none of the {len(manifest.unreadable)} images can be read. The first is '{name}': "
             f"{reason}"
         )
+
+    # write it last: it marks the folder as complete
     if content.kind == "tokens":
         write_file(out / "README.md", CARD.encode(), owner=rank)
     text = manifest.model_dump_json(indent=1) + "\n"
@@ -86,14 +91,16 @@ def _manifest(out: Path, headers: list[ShardHeader], *, model: str, data: str) -
 
 
 def load_shard(out: Path, shard: int) -> Tensor:
-    """Tokens or latents of a shard, (n, ...)."""
+    """Return the tokens or latents of a shard, (n, ...)."""
     tensors = load_file(shard_path(out, shard))
     return tensors["indices"] if "indices" in tensors else tensors["latents"]
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Use of the codes, and bits per pixel of the square that was encoded: log2 K, and true."""
+    """Return the use of the codes, and bits per pixel of the encoded square: log2 K, and true."""
     assert content.num_codes is not None
+
+    # pass over all shards
     usage, total, first = TokenUsage(content.num_codes), sum(counts), 0
     chosen = {i * total // CODED_IMAGES for i in range(CODED_IMAGES)} if total else set[int]()
     coded: list[int] = []
@@ -104,6 +111,8 @@ def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[st
         if content.num_codes <= MAX_CODES:
             coded += [_coded_bits(indices[row], content.num_codes) for row in rows]
         first += count
+
+    # bits per pixel
     pixels = content.resolution**2
     raw = math.prod(content.item_shape) * math.log2(content.num_codes) / pixels
     report = {name: _rounded(value) for name, value in usage.result().items()}
@@ -119,7 +128,7 @@ def _coded_bits(indices: Tensor, num_codes: int) -> int:
 
 
 def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Of the stored means, before scaling."""
+    """Return mean and deviation of the stored means, before scaling."""
     statistics = LatentStatistics()
     for shard, count in enumerate(counts):
         if count:
@@ -137,7 +146,7 @@ def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[s
 
 
 def _rounded(value: Any) -> Any:
-    """Nine digits: the order of a sum, which threads may change, is not seen in them."""
+    """Round to nine digits, so that the order of a sum (which threads may change) has no effect."""
     if isinstance(value, torch.Tensor):
         return [_rounded(item) for item in value.tolist()]
     return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""What is encoded: images in their sorted order, labels, and the hash that names the set."""
+"""The items of an encoding: images in sorted order, labels, and the hash of the set."""
 
 import hashlib
 import os
@@ -26,14 +26,17 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class Labels:
-    """A class for each item, and the names of classes 0, 1, 2... where they have any."""
+    """A class for each item, and the names of classes 0, 1, 2 and so on if they have names."""
 
     values: list[int]
     class_names: list[str] | None
 
 
 class Picture(NamedTuple):
-    """One item: an image (C, R, R) and (height, width) before the transform; or a reason."""
+    """One item: an image (C, R, R) and its (height, width) before the transform, or a reason.
+
+    The reason says why the image could not be read, and is empty otherwise.
+    """
 
     number: int
     name: str
@@ -43,7 +46,7 @@ class Picture(NamedTuple):
 
 
 class Pictures(Dataset[Picture]):
-    """Items by number; one that cannot be read says why instead of raising."""
+    """Items by number. An item that cannot be read holds the reason, and nothing is raised."""
 
     def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
         self.source = source
@@ -60,7 +63,7 @@ class Pictures(Dataset[Picture]):
 
 
 def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelFormat) -> ImageSource:
-    """All images of `data`: what `open_source` takes; where there is no such path, `owner/name`."""
+    """Return all images of `data`: what `open_source` takes, else `owner/name` on the Hub."""
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
         if not Path(data).exists() and not Path(data).parent.exists():
             return open_source(DatasetSpec(name=data), pixels=pixels)
@@ -68,21 +71,25 @@ def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelForma
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
-    """A table's label column, or the first folder in the names where that gives several classes.
+    """Return a table's label column, or the first folders in the names if they give classes.
+
+    None means that there are no labels: no such column, or fewer than two folders.
 
     Raises:
-        UserError: `label_column` is not there, holds no classes, or `source` is no table.
+        UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
     """
     if isinstance(source, HubImages):
         found = source.labels(label_column)
         return None if found is None else Labels(*found)
     if label_column is not None:
         raise UserError(
-            f"label_column is '{label_column}', but the data is no table; classes of folders and "
-            "tar files are the first folders in their names"
+            f"label_column '{label_column}' needs a table, and the data is not one. Leave it out: "
+            "classes of folders and tar files are the first folders in the names."
         )
     if not isinstance(source, ImageFolder | TarShards):
         return None
+
+    # classes from the first folders
     folders = [name.partition("/")[0] if "/" in name else None for name in source.names]
     named = [folder for folder in folders if folder is not None]
     classes = {name: number for number, name in enumerate(sorted(set(named)))}
@@ -92,7 +99,7 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
 
 
 def data_sha256(source: ImageSource, labels: Labels | None) -> str:
-    """Of the names in their order, and the labels."""
+    """Return the hash of the names in their order, and the labels."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         label = "" if labels is None else str(labels.values[index])

@@ -10,7 +10,7 @@ from latentvae.distributed import launched_device, launched_rank
 def open_model(
     path: str | Path, *, device: str | None, optimize: Optimize | None = None
 ) -> Autoencoder:
-    """Load it; the first rank prints what an optimisation came to."""
+    """Load the autoencoder. The first rank prints which optimisation was used."""
     model = load(path, device=device or launched_device(), optimize=optimize)
     if optimize is not None and launched_rank()[0] == 0:
         print(f"{model.name}: {model.optimization}")

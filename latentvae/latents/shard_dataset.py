@@ -20,20 +20,26 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentvae.errors import UserError
-from latentvae.latents.shards import DTYPES, read_manifest, sha256_of, shard_path, table_path
+from latentvae.latents.formats.shards import (
+    DTYPES,
+    read_manifest,
+    sha256_of,
+    shard_path,
+    table_path,
+)
 from latentvae.models.normalization import LatentNormalization
 
 MAX_OPEN = 64  # shards a process keeps mapped
 
 
 class ShardReader:
-    """Items of a complete folder by number; files are opened when first needed, in each process.
+    """Items of a complete folder by number. Each process opens a file when it first needs it.
 
     Args:
         folder: what `latentvae encode` wrote.
 
     Attributes:
-        manifest, content: what the folder says of itself.
+        manifest, content: what the folder's manifest says.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -44,16 +50,19 @@ class ShardReader:
         self._open: dict[tuple[int, int], Any] = {}  # by process and shard
         for number in range(len(self.manifest.shards)):
             if not shard_path(self.folder, number).is_file():
-                raise UserError(f"'{shard_path(self.folder, number)}' is missing: encode again")
+                raise UserError(
+                    f"'{shard_path(self.folder, number)}' is missing. Run the same `latentvae "
+                    "encode` command again."
+                )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # what is open stays in its process
+        return {**self.__dict__, "_open": {}}  # open files cannot move to another process
 
     def read(self, name: str, index: int) -> Tensor:
-        """One item's row of a tensor, as it is stored.
+        """Return one item's row of a tensor, as it is stored.
 
         Raises:
             IndexError: no such item.
@@ -66,21 +75,24 @@ class ShardReader:
         return rows[row : row + 1][0]
 
     def payload(self, index: int) -> Tensor:
-        """Tokens in 0..K - 1, or a latent, as they are stored; shape, type and range checked."""
+        """Return an item's tokens in 0..K - 1, or its latent, as stored.
+
+        Shape, type and range are checked.
+        """
         shard, _ = self._locate(index)
         item = self.read(self.content.payload, index)
         self._check(item[None], shard, first=index)
         return item
 
     def name(self, index: int) -> str:
-        """The image's name in its source."""
+        """Return the image's name in its source."""
         shard, row = self._locate(index)
         ends = self._slice(shard, "id_ends")[max(row - 1, 0) : row + 1].tolist()
         ids = self._slice(shard, "ids")[ends[0] if row else 0 : ends[-1]]
         return _text(ids.numpy().tobytes())
 
     def names(self) -> list[str]:
-        """Of all items."""
+        """Return the names of all items."""
         result: list[str] = []
         for shard, listed in enumerate(self.manifest.shards):
             data = self._slice(shard, "ids")[:].numpy().tobytes()
@@ -91,10 +103,10 @@ class ShardReader:
         return result
 
     def check(self) -> None:
-        """Look at every item as `payload` does.
+        """Check every item as `payload` does.
 
         Raises:
-            UserError: names the first item or shard that is not as it should be.
+            UserError: names the first item or shard that is wrong.
         """
         for shard, end in enumerate(self._ends):
             rows = self._slice(shard, self.content.payload)
@@ -109,7 +121,7 @@ class ShardReader:
         """Compare every file with the sha256 in the manifest.
 
         Raises:
-            UserError: names the first that is another.
+            UserError: names the first file that differs.
         """
         for number, shard in enumerate(self.manifest.shards):
             files = {shard_path(self.folder, number): shard.sha256}
@@ -119,12 +131,12 @@ class ShardReader:
                 if not path.is_file() or sha256_of(path) != digest:
                     raise UserError(
                         f"'{path}' is not what {path.parent / 'manifest.json'} says: it is damaged "
-                        "or changed; the same `latentvae encode` command mends it"
+                        "or changed. Run the same `latentvae encode` command again to repair it."
                     )
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there are {len(self)} items, so none has number {index}")
+            raise IndexError(f"item {index} does not exist: there are {len(self)} items.")
         index %= len(self)
         shard = bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
@@ -141,7 +153,7 @@ class ShardReader:
             raise self._damaged(shard) from error
 
     def _check(self, rows: Tensor, shard: int, *, first: int) -> None:
-        """Shape, type and range of items (n, ...), of which `first` is the first one's number."""
+        """Check shape, type and range of items (n, ...). `first` is the first one's number."""
         content = self.content
         if tuple(rows.shape[1:]) != content.item_shape or rows.dtype != DTYPES[content.dtype]:
             raise self._damaged(shard)
@@ -153,14 +165,14 @@ class ShardReader:
             row = int(wrong[0])
             low, high = int(indices[row].min()), int(indices[row].max())
             raise UserError(
-                f"the tokens of '{self.name(first + row)}' lie in {low}..{high}; those of "
-                f"{content.num_codes} codes are in 0..{content.num_codes - 1}"
+                f"the tokens of '{self.name(first + row)}' must be in 0..{content.num_codes - 1} "
+                f"(got {low}..{high}). The shard is damaged: encode again."
             )
 
     def _damaged(self, shard: int) -> UserError:
         return UserError(
             f"'{shard_path(self.folder, shard)}' is damaged: it does not hold what the manifest "
-            "says; the same `latentvae encode` command mends it"
+            "says. Run the same `latentvae encode` command again to repair it."
         )
 
 
@@ -169,7 +181,7 @@ def _text(data: bytes) -> str:
 
 
 class _Cached(Dataset[dict[str, Any]]):
-    """What both kinds of data set share."""
+    """Base of both data sets: reader, length, names and labels."""
 
     kind: str
 
@@ -179,12 +191,12 @@ class _Cached(Dataset[dict[str, Any]]):
         if self.content.kind != self.kind:
             name = {"tokens": "TokenDataset", "latents": "LatentDataset"}[self.content.kind]
             raise UserError(
-                f"'{folder}' holds {self.content.kind}, not {self.kind}: {name} reads it"
+                f"'{folder}' holds {self.content.kind}, not {self.kind}. Read it with {name}."
             )
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of labels 0, 1, 2..., where they have names."""
+        """Names of labels 0, 1, 2 and so on, if they have names."""
         return self.content.class_names
 
     def __len__(self) -> int:
@@ -200,8 +212,8 @@ class _Cached(Dataset[dict[str, Any]]):
 class TokenDataset(_Cached):
     """Tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
 
-    `label` is there where the data has classes (-1 is "none"). A DataLoader with any number of
-    workers reads it; nothing is loaded before it is asked for.
+    `label` exists if the data has classes (-1 means "none"). A DataLoader may use any number of
+    workers. An item is loaded when it is asked for.
 
     Args:
         folder: what `latentvae encode` wrote for a tokenizer.
@@ -211,7 +223,7 @@ class TokenDataset(_Cached):
 
     @property
     def num_codes(self) -> int:
-        """K."""
+        """Number of codes, K."""
         assert self.content.num_codes is not None
         return self.content.num_codes
 
@@ -224,8 +236,8 @@ class LatentDataset(_Cached):
 
     Args:
         folder: what `latentvae encode` wrote for an autoencoder with continuous latents.
-        scaled: as a diffusion model sees them, shifted and scaled to about unit variance.
-        sample: draw from the posterior with PyTorch's global generator; needs `--moments`.
+        scaled: shift and scale to about unit variance, as a diffusion model sees latents.
+        sample: draw from the posterior with PyTorch's global generator. This needs `--moments`.
     """
 
     kind = "latents"
@@ -236,7 +248,7 @@ class LatentDataset(_Cached):
         super().__init__(folder)
         if sample and not self.content.moments:
             raise UserError(
-                f"'{folder}' holds no standard deviations to sample with: encode with --moments"
+                f"'{folder}' holds no standard deviations to sample with. Encode with --moments."
             )
         self.sample = sample
         self.normalization = self._normalization() if scaled else None

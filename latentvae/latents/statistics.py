@@ -1,4 +1,4 @@
-"""Mean and standard deviation of latents: what an export's `scaling_factor` and shift come from.
+"""Mean and standard deviation of latents, the source of an export's `scaling_factor` and shift.
 
 A diffusion model is trained on latents of about unit variance (Rombach et al. 2022, appendix G,
 https://arxiv.org/abs/2112.10752).
@@ -32,28 +32,28 @@ class LatentStatistics:
         self._moments = RunningMoments()  # of the channels, over images and positions
 
     def update(self, z: Tensor) -> None:
-        """Take in a batch of latents, (B, d, h, w)."""
+        """Add a batch of latents, (B, d, h, w)."""
         if z.ndim != 4 or z.numel() == 0:
-            raise ValueError(f"latents are (B, d, h, w), not {tuple(z.shape)}")
+            raise ValueError(f"latents must be (B, d, h, w) (got {tuple(z.shape)}).")
         batch = LatentStatistics()
         batch.num_images = len(z)
-        # A row per channel, each in one piece: so the sums have had this order always.
+        # Each channel is one contiguous row. Another order would change the sums' last digits.
         values = z.detach().cpu().double().transpose(0, 1).flatten(1)  # (d, B * h * w)
         batch._moments.update(values, axis=0)
         if not batch._moments.scatter.isfinite().all():
-            raise ValueError("latents hold values that are not finite: nothing can be measured")
+            raise ValueError("the latents have values that are not finite, so nothing is measured.")
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Take in everything that `other` has seen."""
+        """Add everything that `other` has seen."""
         if self.num_images and other.num_images and self.num_channels != other.num_channels:
             channels = f"{self.num_channels} and {other.num_channels}"
-            raise ValueError(f"latents have one number of channels, not {channels}")
+            raise ValueError(f"all latents must have the same number of channels (got {channels}).")
         self._moments.join(other._moments)
         self.num_images += other.num_images
 
     def joined(self) -> "LatentStatistics":
-        """The statistics of all ranks together, the same on every rank."""
+        """Return the statistics of all ranks together. Every rank gets the same."""
         result = LatentStatistics()
         for part in gather_objects(self):
             result.merge(part)
@@ -65,12 +65,12 @@ class LatentStatistics:
 
     @property
     def channel_mean(self) -> Tensor:
-        """(d,), float64."""
+        """Mean of each channel (d,), float64."""
         return self._moments.mean.clone()
 
     @property
     def channel_std(self) -> Tensor:
-        """(d,), float64; each about its own channel's mean (divisor n - 1)."""
+        """Standard deviation of each channel about its mean (d,), float64 (divisor n - 1)."""
         return self._moments.std()
 
     @property
@@ -84,7 +84,7 @@ class LatentStatistics:
         """The pooled standard deviation, about the pooled mean (divisor n - 1)."""
         moments, elements = self._moments, self._moments.count * self.num_channels
         self._require(elements)
-        # `RunningMoments.pooled` adds in another order, which would change an export's last digit.
+        # `RunningMoments.pooled` sums in another order, which would change an export's last digit.
         between = (moments.mean - moments.mean.mean()).square().sum() * moments.count
         return math.sqrt((moments.scatter.sum() + between).item() / (elements - 1))
 
@@ -101,7 +101,7 @@ class LatentStatistics:
         """1 / std: latents times this have unit variance."""
         std = self.std
         if std < 1e-8:
-            raise ValueError(f"the latents are constant (std {std:g}), so no scale can be measured")
+            raise ValueError(f"the latents are constant (std {std:g}), so they have no scale.")
         return 1.0 / std
 
     @property
@@ -110,7 +110,7 @@ class LatentStatistics:
         return self.mean
 
     def to_dict(self) -> dict[str, Any]:
-        """All results as plain numbers, for a report."""
+        """Return all results as plain numbers, for a report."""
         return {
             "num_images": self.num_images,
             "mean": self.mean,
@@ -121,7 +121,7 @@ class LatentStatistics:
 
     def _require(self, elements: int) -> None:
         if elements < 2:
-            raise ValueError(f"{elements} latent elements were seen; at least 2 are needed")
+            raise ValueError(f"at least 2 latent elements are needed (got {elements}).")
 
 
 @torch.no_grad()
@@ -132,13 +132,15 @@ def latent_statistics(
     max_images: int = 1024,
     generator: torch.Generator | None = None,
 ) -> LatentStatistics:
-    """Statistics of posterior samples (without a posterior: of latents) of the first `max_images`
-    images of this process.
+    """Return statistics of posterior samples of the first images of this process.
+
+    A network without a posterior gives its latents instead of samples.
 
     Args:
         net: in eval mode, on the device of the batches.
         batches: images (B, C, H, W) in [-1, 1], without augmentation.
-        generator: draws the samples; None takes the global one.
+        max_images: images of this process to look at.
+        generator: draws the samples. None takes the global one.
     """
     statistics = LatentStatistics()
     for batch in batches:

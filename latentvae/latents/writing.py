@@ -1,4 +1,4 @@
-"""Images to the files of one shard."""
+"""From images to the files of a shard."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
-from latentvae.latents.items import Labels, Picture, Pictures
-from latentvae.latents.shard_table import table_bytes
-from latentvae.latents.shards import (
+from latentvae.latents.formats.shard_table import table_bytes
+from latentvae.latents.formats.shards import (
     DTYPES,
     Content,
     ShardHeader,
@@ -23,6 +22,7 @@ from latentvae.latents.shards import (
     table_path,
     write_file,
 )
+from latentvae.latents.items import Labels, Picture, Pictures
 
 
 def write_shards(
@@ -37,15 +37,18 @@ def write_shards(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Encode the items of these shards and write each when its last batch is through."""
+    """Encode the items of these shards. Each shard is written after its last batch."""
+    # one stream of batches for all shards, so that workers never wait
     counts = {shard: -(-len(content.items_of(shard)) // batch_size) for shard in shards}
     bar = tqdm(
         _read(pictures, content, shards, batch_size, num_workers),
         total=sum(counts.values()),
         desc=model.name,
         unit="batch",
-        disable=None if progress else True,  # None: only where nobody looks
+        disable=None if progress else True,  # None disables the bar where there is no terminal
     )
+
+    # each shard takes its own batches
     batches = iter(bar)
     for shard, count in counts.items():
         own = itertools.islice(batches, count)
@@ -56,7 +59,7 @@ def write_shards(
 def _read(
     pictures: Pictures, content: Content, shards: Sequence[int], batch_size: int, num_workers: int
 ) -> Iterator[list[Picture]]:
-    """Batches of the shards, one shard after the other."""
+    """Yield the batches of the shards, one shard after the other."""
     batches = [
         list(items[start : start + batch_size])
         for items in map(content.items_of, shards)
@@ -67,7 +70,7 @@ def _read(
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # else iter() draws from the global generator
+        generator=torch.Generator(),  # otherwise iter() would draw from the global generator
     )
     return iter(loader)
 
@@ -81,14 +84,19 @@ def _write_shard(
     content: Content,
     labels: Labels | None,
 ) -> None:
+    """Encode the batches of one shard, and write its files."""
     read: list[Picture] = []
     unreadable: list[tuple[str, str]] = []
     encoded: list[dict[str, Tensor]] = []
+
+    # encode
     for batch in batches:
         unreadable += [(_printable(p.name), p.reason) for p in batch if p.image is None]
         read += [p._replace(image=None) for p in batch if p.image is not None]
         if images := [p.image for p in batch if p.image is not None]:
             encoded.append(_encode(model, torch.stack(images), content))
+
+    # tensors of all items
     names = [p.name for p in read]
     tensors = _joined(encoded, content)
     tensors["sizes"] = torch.tensor([p.size for p in read], dtype=torch.int32).reshape(-1, 2)
@@ -96,6 +104,8 @@ def _write_shard(
     if labels is not None:
         values = [labels.values[p.number] for p in read]
         tensors["labels"] = torch.tensor(values, dtype=torch.int64)
+
+    # files, the shard last
     if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows
         table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
         write_file(table_path(out, shard), table, owner=shard)
@@ -104,7 +114,7 @@ def _write_shard(
 
 
 def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:
-    """What is stored of images (b, C, R, R), on the CPU."""
+    """Return the stored tensors of images (b, C, R, R), on the CPU."""
     dtype = DTYPES[content.dtype]
     if content.num_codes is not None:
         indices = model.encode_tokens(images).cpu()
@@ -116,13 +126,13 @@ def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, T
         assert logvar is not None
         tensors["stds"] = (logvar.float() / 2).exp().cpu().to(dtype)
     if not all(value.isfinite().all() for value in tensors.values()):
-        advice = "" if content.dtype == "float32" else ": try float32"
-        raise UserError(f"latents of '{model.name}' are not finite in {content.dtype}{advice}")
+        advice = "" if content.dtype == "float32" else " Use dtype float32."
+        raise UserError(f"latents of '{model.name}' are not finite in {content.dtype}.{advice}")
     return tensors
 
 
 def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str, Tensor]:
-    """All batches; without one, tensors of no items."""
+    """Join all batches. Without batches, return tensors of no items."""
     if encoded:
         return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
     names = [content.payload, *(["stds"] if content.moments else [])]
@@ -131,5 +141,5 @@ def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str,
 
 
 def _printable(name: str) -> str:
-    """A name that JSON can hold: file names need not be UTF-8."""
+    """Return a name that JSON can hold: file names may be any bytes, not only UTF-8."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

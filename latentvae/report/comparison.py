@@ -1,4 +1,4 @@
-"""Reports beside one another, if they were measured alike.
+"""Several reports in one table, if they were measured under the same protocol.
 
 latentvae compare a/report.json b/report.json --markdown
 """
@@ -20,16 +20,16 @@ from latentvae.report.schema import IMAGE_COLUMNS, Mean, ModelReport, Report
 from latentvae.report.tables import ABSENT, DISTANCES, images_note
 from latentvae.text import markdown_text
 
-# Reports that differ in these parts of the protocol alone are still comparable.
+# Reports stay comparable if they differ only in these parts of the protocol.
 INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads")
 SHOWN = 80  # characters of a value that differs
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Reports, or the folders they are in, by the names to show."""
+    """Read reports, given as files or as their folders. Return them by the names to show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
-        raise UserError("a report is given twice")
+        raise UserError("a report is given twice. Give each report once.")
     places = [file.parent if file.name == "report.json" else file.with_suffix("") for file in files]
     return dict(zip(unique_names(places), map(_read, files), strict=True))
 
@@ -39,15 +39,17 @@ def _read(file: Path) -> Report:
     parts = [report.protocol.get(part, {}) for part in ("lpips", "distribution")]
     count = report.data.get("num_images")
     if not isinstance(count, int) or not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"'{file}' is no report of latentvae: its data or its protocol is damaged")
+        raise UserError(
+            f"'{file}' is not a report of latentvae: its data or its protocol is damaged."
+        )
     return report
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:
-    """What keeps the numbers from being compared, a sentence each.
+    """Return the differences that make the reports incomparable, one phrase for each.
 
-    Parts that one report lacks (as VGG after `--quick`) do not count; versions, devices and the
-    settings of codecs and bitstreams do not either.
+    Ignored are parts that one report lacks (as VGG after `--quick`), versions, devices, and the
+    settings of codecs and bitstreams.
     """
     facts = {name: _facts(report) for name, report in reports.items()}
     found = []
@@ -59,20 +61,22 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
-    """One line for each model of each report.
+    """Return a table with one row for each model of each report.
 
     Raises:
-        UserError: not two reports, or unlike protocols or images without `force`.
+        UserError: fewer than two reports, or other protocols or images without `force`.
     """
     if len(paths) < 2:
-        raise UserError(f"two or more reports are compared, not {len(paths)}")
+        raise UserError(f"compare needs at least 2 reports (got {len(paths)}).")
     reports = read_reports(paths)
     unlike = differences(reports)
     if unlike and not force:
         raise UserError(
-            f"these reports were not measured alike ({'; '.join(unlike)}); measure again, or "
-            "--force"
+            f"these reports were not measured alike ({'; '.join(unlike)}). Measure them again "
+            "with the same options, or compare anyway with --force."
         )
+
+    # rows and columns
     rows = [
         (name if len(report.models) == 1 else f"{name}: {model}", report, model)
         for name, report in reports.items()
@@ -81,6 +85,8 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
     columns = _columns([report.models[model] for _, report, model in rows])
     if not _same_rates(list(reports.values())):
         columns.pop("BD-rate", None)
+
+    # table
     table = Table("model", *columns, title="not measured alike" if unlike else None)
     for label, report, model in rows:
         table.add_row(Text(label), *(_cell(report, model, column) for column in columns))
@@ -88,7 +94,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """The table for a model card, numbers to the right."""
+    """Return the table in Markdown, numbers aligned to the right."""
     headings = [str(column.header) for column in table.columns]
     cells = [[markdown_text(str(cell)) for cell in column.cells] for column in table.columns]
     rule = ["---", *["---:"] * (len(headings) - 1)]
@@ -98,7 +104,10 @@ def markdown(table: Table) -> str:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """What must be equal, by name; extractors one by one, as some reports have fewer."""
+    """Return the parts that must be equal, by name.
+
+    Feature extractors are separate parts, because some reports have fewer of them.
+    """
     facts = {key: value for key, value in report.protocol.items() if key not in INCIDENTAL}
     for part in ("lpips", "distribution"):
         facts |= {f"{part} {net}": value for net, value in facts.pop(part, {}).items()}
@@ -107,14 +116,14 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _same_rates(reports: Sequence[Report]) -> bool:
-    """Whether points and anchor of the curves were measured with the same settings."""
+    """Return whether points and anchor of the curves were measured with the same settings."""
     keys = ("curves", "bitstream", "codecs")
     first, *others = ([report.protocol.get(key) for key in keys] for report in reports)
     return all(other == first for other in others)
 
 
 def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
-    """Headings of what at least one model has, and the part of the report it is."""
+    """Return the headings of columns with at least one value, and where the values are."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
         column.heading: metric
@@ -130,7 +139,10 @@ def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
 
 
 def _cell(report: Report, name: str, heading: str) -> str:
+    """Return a model's value in one column as text."""
     model = report.models[name]
+
+    # rate and distances
     if heading == "raw bpp":
         return ABSENT if model.rate is None else f"{model.rate.raw_bpp:.3f}"
     if heading == "BD-rate":
@@ -139,6 +151,8 @@ def _cell(report: Report, name: str, heading: str) -> str:
     if heading in DISTANCES:
         value = model.distribution and getattr(model.distribution, heading)
         return ABSENT if value is None else f"{value:.4g}"
+
+    # metrics of images
     metric, column = next(item for item in IMAGE_COLUMNS.items() if item[1].heading == heading)
     mean: Mean | None = getattr(model.metrics, metric)
     if mean is None:

@@ -18,11 +18,12 @@ TICKS = (0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
 def rate_figure(report: Report, path: Path) -> None:
-    """Two panels over bits per pixel (log scale): every curve of real files, and models' raw rates.
+    """Draw two panels over bits per pixel (log scale): curves of real files, and raw rates.
 
-    A model's star stands at the raw bits of its latent, its dashed curve at those of its files. The
-    points of curves are means over the same images, as `Point.curves` has them.
+    A model's star stands at the raw bits of its latent. Its dashed curve uses the bits of its
+    files. The points of curves are means over the same images, as `Point.curves` has them.
     """
+    # panels
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
     for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         _draw_panel(axes, report, metric)
@@ -31,6 +32,8 @@ def rate_figure(report: Report, path: Path) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
+
+    # legend and title
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     figure.suptitle(
@@ -50,9 +53,8 @@ def _draw_panel(axes: Axes, report: Report, metric: Metric) -> None:
         mean = getattr(model.metrics, metric)
         if model.rate is None:
             continue
-        label = f" {name}".replace(
-            "$", r"\$"
-        )  # neither hidden, as after "_", nor read as a formula
+        # matplotlib hides labels that start with "_" and reads "$" as a formula.
+        label = f" {name}".replace("$", r"\$")
         value = mean.mean if mean is not None and math.isfinite(mean.mean) else math.nan
         color = axes.plot(model.rate.raw_bpp, value, "*", markersize=14, label=label)[0].get_color()
         if model.rate.points:

@@ -1,4 +1,4 @@
-"""Short names that tell paths apart."""
+"""Short names for paths, each different."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from latentvae.errors import UserError
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """The last parts of the paths, as many as tell all of them apart (`a/export`, `b/export`)."""
+    """Return the last parts of the paths, as many as make all differ (`a/export`, `b/export`)."""
     parts = [Path(path).absolute().parts for path in paths]
     if twice := [path for path, n in Counter(map(str, paths)).items() if n > 1]:
-        raise UserError(f"'{twice[0]}' is given twice")
+        raise UserError(f"'{twice[0]}' is given twice. Give each path once.")
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"two of these are one: {', '.join(map(str, paths))}")
+    raise UserError(f"two of these paths are the same folder: {', '.join(map(str, paths))}.")

@@ -1,10 +1,10 @@
 """report.json: what was measured and how. A part that was not measured is absent.
 
-Means are over images. `bpp` is bits per pixel of the source image, of real files; `raw_bpp` counts
-the latent's elements at a stated width instead, with no entropy coding. PSNR is in dB; that of
-equal images is infinite, which JSON writes as the string "Infinity".
+Means are over images. `bpp` is bits per pixel of the source image, of real files. `raw_bpp` counts
+the latent's elements at a stated width instead, without entropy coding. PSNR is in dB. Equal images
+have an infinite PSNR, which JSON writes as the string "Infinity".
 
-`report.schema.json` in this folder is the JSON Schema of it; `make schema` writes it anew.
+`report.schema.json` in this folder is its JSON Schema. `make schema` writes it.
 """
 
 import json
@@ -31,8 +31,8 @@ class _Part(BaseModel):
 class Mean(_Part):
     """A mean over `images` images with its 95 % bootstrap interval (low, high).
 
-    `infinite` of the images have an infinite value (PSNR of an exact copy) and are not in the mean,
-    unless they all are. One value has no interval.
+    `infinite` counts images with an infinite value (PSNR of an exact copy). They are left out of
+    the mean, unless all images are infinite. One value has no interval.
     """
 
     mean: Unbounded
@@ -42,23 +42,23 @@ class Mean(_Part):
 
     @property
     def num_values(self) -> int:
-        """How many images are in the mean."""
+        """Number of images in the mean."""
         return self.images - self.infinite or self.images
 
 
 @dataclass(frozen=True)
 class Column:
-    """How tables show a metric: the column's heading, and digits after the point."""
+    """The form of a metric in tables: the column's heading, and digits after the point."""
 
     heading: str
     digits: int = 4
 
 
 class Metrics(_Part):
-    """Distortion and perception. Absent where no image was large enough.
+    """Distortion and perception. A metric is absent where no image was large enough.
 
-    `psnr` is the mean of the images' own values, `psnr_pooled` that of the squared error over the
-    pixels of all images.
+    `psnr` is the mean of the images' own values. `psnr_pooled` is the PSNR of the mean squared
+    error over the pixels of all images.
     """
 
     psnr: Annotated[Mean | None, Column("PSNR (dB)", digits=2)] = None
@@ -75,15 +75,17 @@ IMAGE_COLUMNS: dict[str, Column] = {
     for fact in field.metadata
     if isinstance(fact, Column)
 }
-"""Metrics with a value for each image, in the order of tables and of per_image.csv."""
+"""Metrics with a value for each image, in the order of tables and per_image.csv."""
 
 Metric = Literal["psnr", "lpips_alex"]
-"""What rate curves are drawn over."""
+"""Metrics that have rate curves."""
 
 
 class CurvePoint(_Part):
-    """Means of bits per pixel and of a metric over the same `images` images: those where every
-    coder has a finite value of it at every setting."""
+    """Means of bits per pixel and of a metric over the same `images` images.
+
+    These are the images where every coder has a finite value of the metric at every setting.
+    """
 
     images: int = Field(ge=1)
     bpp: float = Field(ge=0)
@@ -93,11 +95,11 @@ class CurvePoint(_Part):
 class Point(_Part):
     """One setting of a coder: means over all images that it could be measured on.
 
-    `images` says over how many each mean is: an exact copy has no finite PSNR, a small image no
-    LPIPS. `curves` has means over the same images, by metric.
+    `images` is the number of images in each mean: an exact copy has no finite PSNR, a small image
+    no LPIPS. `curves` has means over the same images, by metric.
 
-    The setting is a codec's `quality`, or for latents the `noise_psnr`: what the decoder's error
-    would be, in dB, if it came from the quantised latent alone. Tokens have none.
+    The setting is a codec's `quality` or a latent's `noise_psnr`, and tokens have none.
+    `noise_psnr` is the PSNR in dB if quantising the latent were the only error.
     """
 
     bpp: float = Field(ge=0)
@@ -110,18 +112,18 @@ class Point(_Part):
 
 
 class Rate(_Part):
-    """`raw_bpp` of the latent, and points measured on real bitstreams, if there are any."""
+    """Raw bits per pixel of the latent, and the points measured on real bitstreams, if any."""
 
     raw_bpp: float = Field(ge=0)
     points: list[Point] = []
 
 
 class Distribution(_Part):
-    """Distances between the sets of originals and reconstructions; 0 for a perfect copy.
+    """Distances between the sets of originals and reconstructions. A perfect copy has 0.
 
-    `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16;
-    `rfid` and `kid` are the same on the true Inception network. Frechet distances are given from
-    2,000 images on; kernel distances look at 2,000 at most. `images` says how many each is of.
+    `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16.
+    `rfid` and `kid` are the same on the true Inception network. Frechet distances need at least
+    2,000 images. Kernel distances use at most 2,000. `images` is the number that each one used.
     """
 
     images: dict[str, int]
@@ -132,9 +134,9 @@ class Distribution(_Part):
 
 
 class ModelReport(_Part):
-    """All that was measured of one model; `info` is what the model says about itself.
+    """All measurements of one model. `info` is the model's own description.
 
-    A model that overflows has no metrics, and a warning that says so.
+    A model that overflows has no metrics, and a warning says so.
     """
 
     metrics: Metrics = Metrics()
@@ -149,15 +151,18 @@ class ModelReport(_Part):
 
 
 class BDRate(_Part):
-    """Percent of JPEG's bits needed more (negative: fewer) at equal quality, of points' `curves`;
-    see `metrics.rate`. Absent where the curves do not meet or are over different images."""
+    """Extra bits in percent of JPEG's at equal quality. Negative means fewer bits than JPEG.
+
+    See `metrics.rate`. Computed from the points' `curves`, and absent where these do not overlap
+    or have different images.
+    """
 
     psnr: float | None = None
     lpips_alex: float | None = None
 
 
 class Report(_Part):
-    """The whole of report.json. `bd_rate` is beside JPEG, by the names of models and codecs."""
+    """The content of report.json. `bd_rate` is relative to JPEG, by names of models and codecs."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     protocol: dict[str, Any]
@@ -167,7 +172,7 @@ class Report(_Part):
     bd_rate: dict[str, BDRate] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the absent parts."""
+        """Return plain values for JSON, without the absent parts."""
         return json.loads(self.to_json())
 
     def to_json(self) -> str:
@@ -178,17 +183,20 @@ class Report(_Part):
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Raises UserError where the file cannot be read or is no report of this version."""
+        """Read a report.json. Raise UserError if it is not a report of this version."""
         text = read_text(path)
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             lines = str(error).splitlines()
             reason = " ".join(line.strip() for line in lines[1:3]) or lines[0]
-            raise UserError(f"'{path}' is no report of latentvae: {reason}") from error
+            raise UserError(
+                f"'{path}' is not a report of this version of latentvae: {reason}. Measure again "
+                "with `latentvae evaluate`."
+            ) from error
 
 
 def json_schema() -> str:
-    """The JSON Schema of report.json (draft 2020-12)."""
+    """Return the JSON Schema of report.json (draft 2020-12)."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return json.dumps(schema | Report.model_json_schema(), indent=2) + "\n"

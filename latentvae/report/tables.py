@@ -15,7 +15,7 @@ ABSENT = "n/a"
 
 
 def summary(report: Report) -> Group:
-    """All tables, and every warning as a line."""
+    """Return all tables, and one line for each warning."""
     tables: list[Table | Text] = [models_table(report)]
     if report.codecs:
         tables.append(codecs_table(report))
@@ -29,10 +29,11 @@ def summary(report: Report) -> Group:
 
 
 def models_table(report: Report) -> Table:
-    """One line a model: raw rate, and the mean of each metric with half its interval's width.
+    """Return one row per model: raw rate, and each metric's mean with half its interval's width.
 
-    A mean over fewer images than the title says has their number beside it.
+    A mean over fewer images than the title says shows their number.
     """
+    # columns
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
     table = Table("model", "raw bpp", title=title, title_justify="left")
     for column in IMAGE_COLUMNS.values():
@@ -40,6 +41,8 @@ def models_table(report: Report) -> Table:
     distances = [d for d in DISTANCES if any(_distance(m, d) for m in report.models.values())]
     for distance in distances:
         table.add_column(distance, justify="right")
+
+    # rows
     for name, model in report.models.items():
         cells = [
             _cell(report, getattr(model.metrics, metric), digits=column.digits)
@@ -52,7 +55,7 @@ def models_table(report: Report) -> Table:
 
 
 def codecs_table(report: Report) -> Table:
-    """The codecs beside each model: of each codec, the point nearest in rate that is not below."""
+    """Return each codec's point for each model: the lowest rate not below the model's raw rate."""
     title = "Codecs at the nearest rate not below each model's raw one, else at their highest"
     table = Table("beside", "codec", "quality", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex"):
@@ -67,7 +70,7 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Every point of the models' coded latents, and how many bits they need beside JPEG."""
+    """Return every point of the models' coded latents, and their bits relative to JPEG's."""
     title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
@@ -82,7 +85,7 @@ def bits_table(report: Report) -> Table:
 
 
 def passport_table(report: Report) -> Table:
-    """What happens to each model in half precision and in tiles, and how fast it is."""
+    """Return each model's behaviour in half precision and in tiles, and its speed."""
     table = Table("model", title="Passport", title_justify="left")
     for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
         table.add_column(heading)
@@ -97,7 +100,7 @@ def passport_table(report: Report) -> Table:
 
 
 def point_at_rate(points: Sequence[Point], bpp: float) -> Point:
-    """The cheapest point of at least `bpp`; the dearest if none reaches it."""
+    """Return the lowest-rate point of at least `bpp`, or the highest if none reaches it."""
     enough = [point for point in points if point.bpp >= bpp]
     if not enough:
         return max(points, key=lambda point: point.bpp)
@@ -105,7 +108,7 @@ def point_at_rate(points: Sequence[Point], bpp: float) -> Point:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """In brackets: over how many images a mean is, if not over all, and how many are exact."""
+    """Return in brackets how many images a mean has, if not all, and how many are exact."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []
@@ -113,7 +116,7 @@ def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
 
 
 def _point_cells(report: Report, point: Point) -> Iterator[str]:
-    """Bits per pixel, PSNR, LPIPS."""
+    """Yield bits per pixel, PSNR and LPIPS."""
     for column, digits in (("bpp", 3), ("psnr", 2), ("lpips_alex", 4)):
         value = getattr(point, column)
         note = images_note(report, point.images.get(column))
@@ -151,7 +154,7 @@ def _tiling(check: dict[str, Any] | None) -> str:
 
 
 def _speeds(model: ModelReport) -> Iterator[str]:
-    """A line for each size: images per second, and MiB."""
+    """Yield a line for each size: images per second, and MiB."""
     points = (model.speed or {}).get("points", [])
     for size in sorted({point["size"] for point in points}):
         found = {point["call"]: point for point in points if point["size"] == size}

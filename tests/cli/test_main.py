@@ -144,7 +144,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["encode", "{}/m", "--data", "{}/photo", "--out", "{}/out", "--resolution", "16"],
             "no such model folder",
         ),
-        (["decode", "{}/photos", "--out", "{}/out"], "is no folder of shards"),
+        (["decode", "{}/photos", "--out", "{}/out"], "is not a folder of shards"),
         (["compare", "{}/photos"], "two or more reports are compared, not 1"),
         (["compare", "{}/photos", "{}/photo"], "cannot read '"),
     ],

@@ -104,7 +104,7 @@ def test_no_login_is_refused_before_any_work_and_a_dead_hub_is_not(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard, which none serves
     with pytest.raises(UploadError):
         train(config(tmp_path / "run"))
-    assert "the Hub cannot be asked now" in capsys.readouterr().out
+    assert "the Hub cannot be reached now" in capsys.readouterr().out
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 

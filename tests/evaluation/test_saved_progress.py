@@ -84,10 +84,10 @@ def test_a_stop_and_a_second_start_give_the_unbroken_report(
         fragile.measuring, fragile.killer = True, killer
         return range_of(*_)
 
-    from latentvae.evaluation.evaluate import _Run
+    from latentvae.evaluation.evaluate import _Evaluation
 
-    range_of = _Run._bar
-    monkeypatch.setattr(_Run, "_bar", then_fragile)
+    range_of = _Evaluation._bar
+    monkeypatch.setattr(_Evaluation, "_bar", then_fragile)
     with pytest.raises(Killed):
         measure(nets, fragile, tmp_path / "broken", trunks)
     monkeypatch.undo()
@@ -128,14 +128,14 @@ def test_what_is_finished_is_not_measured_again(tmp_path: Path, trunks: Any) -> 
 def test_a_state_that_no_evaluation_wrote_is_refused(
     tmp_path: Path, trunks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentvae.evaluation.evaluate import _Run
+    from latentvae.evaluation.evaluate import _Evaluation
 
     def killed(*_: Any) -> None:
         raise Killed
 
     nets = models()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(_Run, "_examine", killed)
+        patch.setattr(_Evaluation, "_examine", killed)
         measure(nets, Photos(*PICTURES), tmp_path, trunks)
     path = tmp_path / ".progress" / "state.json"
     good = json.loads(path.read_text())
@@ -169,7 +169,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path: Path, trunks
 
 def test_a_report_of_unknown_origin_is_not_written_over(tmp_path: Path, trunks: Any) -> None:
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a report already"):
+    with pytest.raises(UserError, match="already holds a report"):
         measure(models(), Photos(*PICTURES), tmp_path, trunks)
     assert (tmp_path / "report.json").read_text() == "{}"
 

@@ -92,7 +92,7 @@ def test_a_dead_port_is_one_sentence(
         upload(export)
     assert "\n" not in str(refused.value)
     doubt = check_access("us/photos")
-    assert doubt is not None and "cannot be asked now (Connect" in doubt
+    assert doubt is not None and "cannot be reached now (Connect" in doubt
 
 
 def test_access_is_asked_once_and_changes_nothing(hub: HubStandIn) -> None:
@@ -103,7 +103,7 @@ def test_access_is_asked_once_and_changes_nothing(hub: HubStandIn) -> None:
 
 def test_anothers_repository_is_doubted(hub: HubStandIn) -> None:
     doubt = check_access("uss/photos")
-    assert doubt == "'uss' of hub_model_id 'uss/photos' is not among yours (me, us)"
+    assert doubt == "'uss' of hub_model_id 'uss/photos' is not one of your accounts (me, us)."
 
 
 def test_what_is_sure_to_fail_is_refused_before_any_work(
@@ -142,10 +142,10 @@ def test_names_of_repositories(repo_id: str) -> None:
         ("first run!", "'first-run'"),
         ("a/b/c", "'a/c'"),
         ("a--b", "'a-b'"),
-        ("", "allowed is"),
+        ("", "Allowed are"),
     ],
 )
 def test_what_cannot_name_a_repository_is_told_with_one_that_can(repo_id: str, near: str) -> None:
-    with pytest.raises(UserError, match="allowed is owner/name") as refused:
+    with pytest.raises(UserError, match="must be owner/name") as refused:
         check_repo_id(repo_id)
     assert near in str(refused.value)

@@ -16,7 +16,13 @@ from latentvae.data import EvalTransform, read_image
 from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder, picture_names
 from latentvae.latents.encode import encode_folder
-from latentvae.latents.shards import Manifest, read_header, sha256_of, shard_bytes, shard_path
+from latentvae.latents.formats.shards import (
+    Manifest,
+    read_header,
+    sha256_of,
+    shard_bytes,
+    shard_path,
+)
 from tests.latents.conftest import contents
 from tests.tiny import spread_vq
 
@@ -106,7 +112,7 @@ def test_indices_out_of_range_are_refused(tokens: Path, tmp_path: Path) -> None:
 
     forge(tokens, beyond)
     name = latentvae.TokenDataset(tokens).reader.name(6)
-    said = rf"the tokens of '{name}' lie in \d+\.\.300; those of 300 codes are in 0\.\.299"
+    said = rf"the tokens of '{name}' must be in 0\.\.299 \(got \d+\.\.300\)"
     with pytest.raises(UserError, match=said):
         decode_folder(tokens, tmp_path / "out", model="no/such/model")  # said before it is sought
     with pytest.raises(UserError, match=said):
@@ -132,9 +138,9 @@ def test_a_changed_byte_is_found(name: str, tokens: Path, tmp_path: Path) -> Non
 
 def test_another_model_is_refused(tokens: Path, kl: Autoencoder, tmp_path: Path) -> None:
     cases = [
-        (Autoencoder(spread_vq(512), name="m"), "with 300 codes; 'm' has 512 codes"),
+        (Autoencoder(spread_vq(512), name="m"), "with 300 codes, but 'm' has 512 codes"),
         (Autoencoder(spread_vq(seed=1), name="m"), "'m' has other weights than the model"),
-        (kl, "with 300 codes; 'kl' has continuous latents"),
+        (kl, "with 300 codes, but 'kl' has continuous latents"),
         (str(tmp_path / "nothing"), "no such model folder"),
     ]
     for model, said in cases:
@@ -144,7 +150,7 @@ def test_another_model_is_refused(tokens: Path, kl: Autoencoder, tmp_path: Path)
     manifest = Manifest.model_validate_json(path.read_text())
     moved = manifest.model_copy(update={"model": str(tmp_path / "gone")})
     path.write_text(moved.model_dump_json())
-    with pytest.raises(UserError, match=r"no such model folder .*--model gives another"):
+    with pytest.raises(UserError, match=r"no such model folder .*Give another with --model"):
         decode_folder(tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -166,16 +172,16 @@ def test_pictures_that_it_did_not_write_stay(tokens: Path, photos: Path, tmp_pat
             (folder / name).write_bytes(b"mine")
         if missing:
             (folder / name).unlink()
-        with pytest.raises(UserError, match="has not written it: give another folder"):
+        with pytest.raises(UserError, match=r"did not write it\. Give another folder"):
             decode_folder(tokens, folder)
         assert {path.read_bytes() for path in folder.rglob("*.*")} == {b"mine"}
 
 
 def test_folders_that_are_none(tokens: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder of shards"):
+    with pytest.raises(UserError, match="is not a folder of shards"):
         decode_folder(tmp_path, tmp_path / "out")
     (tokens / "manifest.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match="is not the manifest of shards"):
+    with pytest.raises(UserError, match="is not a manifest that"):
         decode_folder(tokens, tmp_path / "out")
     with pytest.raises(UserError, match="batch_size 0"):
         decode_folder(tokens, tmp_path / "out", batch_size=0)

@@ -13,7 +13,7 @@ import latentvae
 from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
-from latentvae.latents.shards import read_manifest
+from latentvae.latents.formats.shards import read_manifest
 from latentvae.models import DiscreteAutoencoder
 from tests.tiny import spread_vq
 

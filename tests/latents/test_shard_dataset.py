@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 from latentvae.errors import UserError
 from latentvae.latents import shard_dataset
-from latentvae.latents.shard_dataset import TokenDataset
-from latentvae.latents.shards import (
+from latentvae.latents.formats.shards import (
     TOKEN_ORDER,
     Content,
     Manifest,
@@ -23,6 +22,7 @@ from latentvae.latents.shards import (
     shard_bytes,
     shard_path,
 )
+from latentvae.latents.shard_dataset import TokenDataset
 
 COUNTS = (3, 0, 2, 4)
 

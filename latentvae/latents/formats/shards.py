@@ -1,17 +1,21 @@
-"""The one format of cached latents and tokens: safetensors files of equal length and a manifest.
+"""latentvae's format of cached latents and tokens: safetensors files and a manifest.
 
-    DIR/shard-00000.safetensors   items 0..n - 1 of the sorted source, with these tensors:
-        indices (n, h, w) or (n, L, h, w)    tokens, in the smallest of uint8, uint16, int32
-        latents (n, d, h, w), stds           or latents: posterior means and, if asked, deviations
-        labels (n)                           int64, where the data has classes
-        sizes (n, 2)                         height and width of the image before the transform
-        ids, id_ends (n)                     names in UTF-8, one after the other, and their ends
-    DIR/shard-00000.parquet       of tokens: the same rows as a table
-    DIR/manifest.json             written last; without it the folder is not complete
+    DIR/shard-00000.safetensors   items 0..n - 1 of the sorted source
+    DIR/shard-00000.parquet       for tokens: the same rows as a table
+    DIR/manifest.json             written last, so it marks the folder as complete
 
-Shard s holds the items s * shard_items and on, whoever writes it, less those that cannot be read.
-Every file is written under another name, synced and renamed, so a file that is there is whole; a
-shard's header says what it belongs to. The bytes depend on the content alone.
+A shard has these tensors:
+
+    indices (n, h, w) or (n, L, h, w)   tokens, in the smallest of uint8, uint16, int32
+    latents (n, d, h, w)                or latents: posterior means
+    stds (n, d, h, w)                   with --moments: their standard deviations
+    labels (n)                          int64, if the data has classes
+    sizes (n, 2)                        height and width of the image before the transform
+    ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
+
+Shard s holds `shard_items` items, from item s * shard_items on, except those that cannot be read.
+Every file is written under a temporary name, synced and renamed, so a file that exists is complete.
+A shard's header says which encoding it belongs to. The bytes depend only on the content.
 
 `n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions, `K`
 codes.
@@ -33,7 +37,7 @@ from latentvae.errors import UserError
 from latentvae.files import read_text
 
 MANIFEST = "manifest.json"
-HEADER_KEY = "latentvae"  # one key alone: safetensors writes several in no fixed order
+HEADER_KEY = "latentvae"  # only one key, because safetensors writes several in no fixed order
 DTYPES = {
     "uint8": torch.uint8,
     "uint16": torch.uint16,
@@ -42,6 +46,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+# Shards are compared by these words, so a change of them makes old shards count as different.
 TOKEN_ORDER = (
     "row-major: indices[y, x] is the code of row y (top first) and column x (left first); "
     "of L levels indices[level, y, x], coarsest level first"
@@ -54,8 +59,10 @@ class _Strict(BaseModel):
 
 
 class Normalization(_Strict):
-    """How a diffusion model sees the latents: (z - mean) * scale, after folding; see
-    `models.normalization`."""
+    """How a diffusion model sees the latents: (z - mean) * scale after folding.
+
+    See `models.normalization`.
+    """
 
     mean: list[float]
     scale: list[float]
@@ -63,17 +70,17 @@ class Normalization(_Strict):
 
 
 class Content(_Strict):
-    """All that the bytes of the shards follow from.
+    """Everything that determines the bytes of the shards.
 
     Attributes:
         item_shape: (h, w) or (L, h, w) of tokens, (d, h, w) of latents.
-        order: what the dimensions are, in words.
-        num_codes: K, of tokens.
+        order: the meaning of the dimensions, in words.
+        num_codes: K, for tokens.
         moments: latents come with the posterior's standard deviations.
-        image_channels, value_range: what every image became; see `data.PixelFormat`.
-        data_sha256: of the sorted names and the labels, not of the pictures.
-        shard_items: items of the source a shard.
-        optimize: what computed in the model's place, see `compute.optimization`; None is itself.
+        image_channels, value_range: format of every image, see `data.PixelFormat`.
+        data_sha256: hash of the sorted names and the labels, not of the pictures.
+        shard_items: items of the source per shard.
+        optimize: optimisation that computed instead of the stock model, see `compute.optimization`.
     """
 
     format_version: Literal[1] = 1
@@ -105,24 +112,24 @@ class Content(_Strict):
 
     @property
     def payload(self) -> str:
-        """Name of the tensor that matters."""
+        """Name of the main tensor."""
         return "indices" if self.kind == "tokens" else "latents"
 
     def items_of(self, shard: int) -> range:
-        """Which items of the source a shard is made from."""
+        """Return the items of the source that a shard is made from."""
         start = shard * self.shard_items
         return range(start, min(start + self.shard_items, self.num_source_items))
 
     def differences(self, other: "Content") -> list[str]:
-        """Names of what differs."""
+        """Return the names of the fields that differ."""
         return [name for name, value in self if getattr(other, name) != value]
 
 
 class ShardHeader(_Strict):
-    """What a shard's own header says.
+    """The header of a shard.
 
     Attributes:
-        unreadable: (name, reason) of the items that are left out.
+        unreadable: (name, reason) of the items that could not be read.
     """
 
     content: Content
@@ -131,7 +138,7 @@ class ShardHeader(_Strict):
 
 
 class ShardFile(_Strict):
-    """A shard in the manifest; `table_sha256` is that of its parquet file."""
+    """A shard in the manifest. `table_sha256` is the hash of its parquet file."""
 
     items: int = Field(ge=0, lt=2**48)
     sha256: str
@@ -139,11 +146,11 @@ class ShardFile(_Strict):
 
 
 class Manifest(_Strict):
-    """manifest.json.
+    """The content of manifest.json.
 
     Attributes:
-        model, data: as they were given; where the model is sought when decoding.
-        statistics: of tokens usage, perplexity and bits; of latents mean and deviation.
+        model, data: as they were given to encode. `decode` opens this model by default.
+        statistics: usage, perplexity and bits of tokens, or mean and deviation of latents.
     """
 
     format: Literal["latentvae-shards"] = "latentvae-shards"
@@ -157,9 +164,9 @@ class Manifest(_Strict):
 
 
 def index_dtype(num_codes: int) -> Literal["uint8", "uint16", "int32"]:
-    """The smallest type that holds 0..K - 1."""
+    """Return the smallest type that holds 0..K - 1."""
     if num_codes > 2**31:
-        raise UserError(f"tokens of at most {2**31} codes can be stored, not of {num_codes}")
+        raise UserError(f"tokens of at most {2**31} codes can be stored (got {num_codes}).")
     return "uint8" if num_codes <= 2**8 else "uint16" if num_codes <= 2**16 else "int32"
 
 
@@ -172,13 +179,13 @@ def table_path(folder: Path, shard: int) -> Path:
 
 
 def shard_bytes(tensors: Mapping[str, Tensor], header: ShardHeader) -> bytes:
-    """The file of a shard: the same bytes for the same content."""
+    """Return the file of a shard. The same content gives the same bytes."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
     return safetensors.torch.save(whole, metadata={HEADER_KEY: header.model_dump_json()})
 
 
 def read_header(path: Path) -> ShardHeader | None:
-    """The header of a whole shard; None if there is no such file, or it is cut short or another."""
+    """Return the header of a complete shard, or None if there is no such file or it is damaged."""
     if not path.is_file():  # opening a pipe would wait for a writer
         return None
     try:
@@ -189,38 +196,43 @@ def read_header(path: Path) -> ShardHeader | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete folder.
+    """Return the manifest of a complete folder.
 
     Raises:
-        UserError: no shards, an encoding that has not ended, or a manifest of something else.
+        UserError: no shards, an encoding that is not complete, or a manifest of something else.
     """
+    # a folder without one is not complete
     path = folder / MANIFEST
     if not path.exists():
         found = len(list(folder.glob("shard-*.safetensors")))
         text = (
-            f"'{folder}' has {found} shards but no {MANIFEST}: its encoding has not ended; the "
-            "same `latentvae encode` command goes on with it"
+            f"'{folder}' has {found} shards but no {MANIFEST}: its encoding is not complete. Run "
+            "the same `latentvae encode` command again to continue it."
             if found
-            else f"'{folder}' is no folder of shards: it has no {MANIFEST}"
+            else f"'{folder}' is not a folder of shards: it has no {MANIFEST}. "
+            "`latentvae encode` writes such folders."
         )
         raise UserError(text)
+
+    # read and check
     text = read_text(path)
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"'{path}' is not the manifest of shards of latentvae") from error
+        raise UserError(f"'{path}' is not a manifest that `latentvae encode` wrote.") from error
     if manifest.num_items != sum(shard.items for shard in manifest.shards):
         raise UserError(
-            f"'{path}' is damaged: its shards do not hold its {manifest.num_items} items"
+            f"'{path}' is damaged: its shards do not add up to its {manifest.num_items} items. "
+            "Encode again."
         )
     return manifest
 
 
 def write_file(path: Path, data: bytes, *, owner: int) -> None:
-    """Write a file that is there whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
-        owner: a number in the temporary name; see `sweep_temporary`.
+        owner: a number in the temporary name, see `sweep_temporary`.
     """
     temporary = path.with_name(f"{path.name}.part-{owner}")
     with temporary.open("wb") as file:
@@ -236,10 +248,10 @@ def write_file(path: Path, data: bytes, *, owner: int) -> None:
 
 
 def sweep_temporary(folder: Path, *, rank: int, world_size: int) -> None:
-    """Delete what killed ranks left, but for that of ranks at work.
+    """Delete temporary files that a killed process of this rank left.
 
-    A shard's temporary files carry its number, other ones the rank's; rank r writes none but with
-    numbers r, r + W, r + 2W...
+    A shard's temporary file carries the shard's number, any other file the rank. So rank r owns the
+    numbers r, r + W, r + 2W and so on, and the files of working ranks are not touched.
     """
     for path in folder.glob("*.part-*"):
         owner = path.name.rpartition("-")[2]
@@ -253,7 +265,7 @@ def sha256_of(path: Path) -> str:
 
 
 def pack_names(names: Sequence[str]) -> dict[str, Tensor]:
-    """`ids`, uint8, and `id_ends`, int64 (n)."""
+    """Return the tensors `ids` (uint8) and `id_ends` (int64, (n))."""
     encoded = [name.encode(errors="surrogateescape") for name in names]
     joined = bytearray(b"".join(encoded))
     ids = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0).byte()

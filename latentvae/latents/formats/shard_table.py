@@ -1,5 +1,4 @@
-"""A shard of tokens as a parquet file: what `datasets.load_dataset(DIR)` and other table readers
-take.
+"""A shard of tokens as a parquet file, for `datasets.load_dataset(DIR)` and other table readers.
 
 Columns: `id` string, `label` int64 (where there are labels), `indices` nested lists of the item's
 shape.
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-# `datasets` reads it; without it, manifest.json would be taken for a table too.
+# `datasets` reads this card. Without it, manifest.json would count as a table too.
 CARD = """---
 configs:
 - config_name: default
@@ -24,11 +23,11 @@ Tokens of images, written by `latentvae encode`: `latentvae.TokenDataset(folder)
 
 
 def table_bytes(indices: Tensor, *, names: Sequence[str], labels: Tensor | None) -> bytes:
-    """The parquet file of tokens (n, h, w) or (n, L, h, w)."""
+    """Return the parquet file of tokens (n, h, w) or (n, L, h, w)."""
     values = pa.array(indices.numpy().reshape(-1))
     for size in reversed(indices.shape[1:]):
         values = pa.FixedSizeListArray.from_arrays(values, size)
-    # A file name need not be UTF-8; a string in a table must.
+    # A string in a table must be UTF-8, but a file name may be any bytes.
     texts = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
     columns = {"id": pa.array(texts, pa.string())}
     if labels is not None:
