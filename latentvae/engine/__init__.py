@@ -1,1 +1,1 @@
-"""Any training run: checkpoints, resume, lock, log, signals, weight average."""
+"""Parts of any training run: loop, checkpoints, resume, lock, log, signals, weight average."""

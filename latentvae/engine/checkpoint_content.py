@@ -1,11 +1,11 @@
-"""What a checkpoint holds, and how a run takes it up again.
+"""The content of a checkpoint, and how a run resumes from it.
 
     model.safetensors  model_optimizer.safetensors  model_average.safetensors   of each learner
     ...                                              Task.tensors
     state.json                                       SavedValues
 
-Randomness is counted, not stored (see `randomness`), and the data position is the number of
-micro-steps done: one checkpoint, written by rank 0, serves all ranks.
+Random numbers follow from counters (see `randomness`), and the data position is the number of
+micro-steps done. So one checkpoint, written by rank 0, serves all ranks.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,18 @@ from latentvae.errors import UserError
 
 
 def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
-    """Return everything the rest of the run depends on. All ranks call it; tensors are not copied.
+    """Return everything that the rest of the run depends on. All ranks call it.
+
+    Tensors are not copied.
 
     Args:
-        window: of this rank, see `MeanWindow.state`.
+        training: the run so far.
+        window: sums of logged values of this rank, see `MeanWindow.state`.
     """
     task = training.task
     state = task.state()
 
+    # tensors
     tensors = dict(task.tensors())
     for name, learner in task.learners.items():
         tensors[name] = learner.module.state_dict()
@@ -39,6 +43,7 @@ def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
     for name in training.averages:
         tensors[f"{name}_average"] = _average_tensors(training, name)
 
+    # plain values
     values = SavedValues(
         progress=training.progress,
         windows=gather_objects(window or {}),
@@ -54,16 +59,17 @@ def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
 
 
 def restore(training: Training, snapshot: Snapshot) -> Window:
-    """Put a snapshot into a freshly built training; returns the window of this rank.
+    """Load a snapshot into a freshly built training. Return the window of this rank.
 
     Raises:
-        UserError: the run was started with other processes, precision or data, or has another
-            network; or no run has written it.
+        UserError: the run was started with other processes, precision or data, or with another
+            network. Or no run has written the snapshot.
     """
+    # checks, before anything changes
     if "update" in snapshot.values:
         raise UserError(
             "the checkpoint was written by another version of latentvae, which this one cannot "
-            "resume; go on with that version, or start anew in another output_dir"
+            "resume. Resume with that version, or start a new run in another output_dir."
         )
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors
@@ -74,6 +80,7 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     _check_tensors(training, tensors, values)
     _check_same_circumstances(training, values)
 
+    # learners and averages
     for name, learner in task.learners.items():
         load_weights(learner.module, tensors[name])
         load_optimizer_tensors(learner.optimizer, learner.module, tensors[f"{name}_optimizer"])
@@ -81,9 +88,12 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
         for key, shadow in _average_tensors(training, name).items():
             shadow.copy_(tensors[f"{name}_average"][key])
         average.optimization_step = values.average_steps[name]
+
+    # the task's own. Each rank loads the states of all ranks first, so that all of them refuse a
+    # state that one of them must refuse.
     task.load_tensors({name: tensors[name] for name in task.tensors()})
     task.load_state(state, update=values.progress.update)
-    for own in (*rank_states, rank_states[rank()]):  # every rank refuses what one must refuse
+    for own in (*rank_states, rank_states[rank()]):
         task.load_rank_state(own)
 
     training.progress = values.progress
@@ -91,7 +101,11 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load those of a checkpoint, which may have been put among those of another network."""
+    """Load a checkpoint's weights.
+
+    Raises:
+        UserError: they are weights of another network.
+    """
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -100,12 +114,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
-    """The weights of a learner in a checkpoint, with the averaged ones where there are any."""
+    """Return a learner's weights in a checkpoint. Averaged ones replace trained ones."""
     return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
 
 
 def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
-    """The averages of a learner by the names that the weights have in the learner's own file."""
+    """Return a learner's averages by the names that the weights have in the learner's file."""
     averages = training.average_of_weights()
     weights = training.task.learners[name].module.named_parameters()
     return {key: averages[parameter] for key, parameter in weights if parameter in averages}
@@ -114,8 +128,10 @@ def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
 def _check_tensors(
     training: Training, tensors: Mapping[str, Mapping[str, Tensor]], values: SavedValues
 ) -> None:
-    """Refuse files that are not there, and names and shapes that are not the run's. Weights are
-    compared where they are loaded."""
+    """Refuse missing files, and tensors whose names or shapes are not the run's.
+
+    Weights are compared when they are loaded.
+    """
     expected: dict[str, dict[str, Tensor]] = {}
     for name in training.task.learners:
         expected |= {name: {}, f"{name}_optimizer": {}}
@@ -143,19 +159,20 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
-    """Refuse what the configuration does not show: processes, the launcher's precision, the
-    data."""
+    """Refuse other processes, another precision or other data. The options do not show them."""
     if values.world_size != world_size():
         raise UserError(
-            f"the run was started with {values.world_size} processes and cannot go on with "
-            f"{world_size()}; launch it with {values.world_size}"
+            f"the run was started with {values.world_size} processes and cannot resume with "
+            f"{world_size()}. Launch it with {values.world_size}."
         )
+
     precision = training.accelerator.mixed_precision
     if values.mixed_precision != precision:
         raise UserError(
-            f"the run was started in mixed precision {values.mixed_precision} and cannot go on "
-            f"in {precision}; give --mixed_precision {values.mixed_precision}"
+            f"the run was started in mixed precision {values.mixed_precision} and cannot resume "
+            f"in {precision}. Give --mixed_precision {values.mixed_precision}."
         )
+
     now, then = training.task.identity(), values.identity
     changed = [name for name in now | then if now.get(name) != then.get(name)]
     if changed:
@@ -165,6 +182,6 @@ def _check_same_circumstances(training: Training, values: SavedValues) -> None:
         listed = listed or f"{first} with other names"
         unit = training.task.unit
         raise UserError(
-            f"the training {unit} are not those the run was started with ({listed}); restore "
-            "them, or start anew in another output_dir"
+            f"the training {unit} are not those the run was started with ({listed}). Restore "
+            "them, or start a new run in another output_dir."
         )

@@ -1,10 +1,11 @@
-"""Checkpoints: a folder is complete or it is not there.
+"""Files of a checkpoint: a folder is complete or it is not there.
 
-    checkpoint-<update>/  *.safetensors (see `snapshot`)  state.json  manifest.json
+    checkpoint-<update>/  *.safetensors (see `checkpoint_content`)  state.json  manifest.json
 
-Everything is written to a temporary folder, the manifest (sha256 and size of each file) last; files
-and folder are fsynced and the folder renamed. Readers take only folders whose manifest verifies.
-Older ones are deleted only after that. No pickle: tensors are safetensors, the rest JSON.
+All files are written to a temporary folder, the manifest (sha256 and size of each file) last. Then
+files and folder are fsynced, and the folder is renamed. Older checkpoints are deleted only after
+that. Readers take only folders whose manifest verifies. There is no pickle: tensors are
+safetensors, the rest is JSON.
 """
 
 import hashlib
@@ -28,12 +29,12 @@ PREFIX = "checkpoint-"
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        tensors: by file and name.
-        values: plain ones, of `state.json`.
-        update: by the folder's name, of one that was read.
+        tensors: tensors by file and name.
+        values: plain values of `state.json`.
+        update: updates done, from the folder's name. None in a snapshot that was not read.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -42,11 +43,16 @@ class Snapshot:
 
 
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
-    """Write ``checkpoint-<update>`` into the folder ``run``, then delete all but the newest
-    ``keep``. None is written over: a kill between deleting one and renaming another would leave
-    neither. What a full disk cuts short is deleted."""
+    """Write `checkpoint-<update>` into the folder `run`. Return its folder.
+
+    Then all checkpoints but the newest `keep` are deleted. No checkpoint is overwritten, because a
+    kill between its deletion and the rename of the new one would leave neither. A checkpoint that
+    could not be written to its end, such as on a full disk, is deleted.
+    """
     final = run / f"{PREFIX}{update}"
-    assert not final.exists(), f"{final} is there already"  # a resume sets such ones aside
+    assert not final.exists(), f"{final} is there already"  # a resume sets later ones aside
+
+    # write
     temporary = run / f"{PREFIX}{update}.tmp-{os.getpid()}"
     try:
         _write(temporary, snapshot, update=update)
@@ -55,15 +61,17 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
         raise
     temporary.rename(final)
     _fsync(run)
+
+    # delete old ones, renamed first: a kill must not leave half a checkpoint under its name
     for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
         doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
-        old.rename(doomed)  # or a kill would leave half a checkpoint under its name
+        old.rename(doomed)
         shutil.rmtree(doomed)
     return final
 
 
 def _write(temporary: Path, snapshot: Snapshot, *, update: int) -> None:
-    """All files of a checkpoint, onto the disk, the manifest last."""
+    """Write all files of a checkpoint to the disk, the manifest last."""
     temporary.mkdir(parents=True)
     for name, tensors in snapshot.tensors.items():
         path = temporary / f"{name}.safetensors"
@@ -80,10 +88,10 @@ def _write(temporary: Path, snapshot: Snapshot, *, update: int) -> None:
 
 
 def load_checkpoint(folder: Path) -> Snapshot:
-    """Read a checkpoint whose files are what its manifest says.
+    """Return the content of a checkpoint whose files match its manifest.
 
     Raises:
-        UserError: incomplete or damaged; names the file.
+        UserError: it is incomplete or damaged. The message names the file.
     """
     fault = _fault(folder)
     if fault:
@@ -99,19 +107,18 @@ def load_checkpoint(folder: Path) -> Snapshot:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first (by update, not by name)."""
+    """Return the checkpoint folders of a run, oldest first (by update, not by name)."""
     found = [path for path in run.glob(f"{PREFIX}*") if _is_number(path.name[len(PREFIX) :])]
     return sorted(found, key=update_of)
 
 
 def update_of(checkpoint: Path) -> int:
-    """The updates done when it was saved."""
+    """Return the number of updates that were done when a checkpoint was saved."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def set_aside(run: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints after an update, from which the run does not go on; gives the new
-    names."""
+    """Rename the checkpoints after an update, at which the run resumes. Return the new paths."""
     renamed = []
     for path in checkpoints(run):
         if update_of(path) > after:
@@ -122,31 +129,33 @@ def set_aside(run: Path, *, after: int) -> list[Path]:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
+    """Return the newest checkpoint that verifies, and a message for each newer one that fails."""
     faults = []
     for folder in reversed(checkpoints(run)):
         fault = _fault(folder)
         if not fault:
             return folder, faults
-        faults.append(f"{folder.name} is passed over: {fault}")
+        faults.append(f"{folder.name} is skipped: {fault}")
     return None, faults
 
 
 def half_written(run: Path) -> list[Path]:
-    """What killed saves and exports left behind."""
+    """Return the temporary folders that killed saves and exports have left."""
     patterns = (f"{PREFIX}*.tmp-*", ".export.writing-*", ".export.replaced-*")
     return [path for pattern in patterns for path in sorted(run.glob(pattern))]
 
 
 def sweep_temporary(run: Path) -> None:
-    """Delete what killed saves and exports left behind."""
+    """Delete the temporary folders that killed saves and exports have left."""
     for path in half_written(run):
         shutil.rmtree(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state as ``<parameter name>|<key>`` -> tensor; settings and learning rates are
-    the config's."""
+    """Return an optimizer's state, tensors by `<parameter name>|<key>`.
+
+    Settings and learning rates are not part of it: they follow from the options.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     state = {}
     for parameter, entries in optimizer.state.items():
@@ -158,10 +167,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """The reverse of `optimizer_tensors`.
+    """Load what `optimizer_tensors` returned.
 
     Raises:
-        UserError: of a parameter that the module does not have, or of another shape.
+        UserError: a tensor belongs to no parameter of the module, or has another shape.
     """
     parameters = dict(module.named_parameters())
     for joined, value in tensors.items():
@@ -169,8 +178,8 @@ def load_optimizer_tensors(
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise UserError(f"the checkpoint is not of this configuration: '{joined}'")
-        # A moment keeps its parameter's memory format, which the fused update relies on and a file
-        # does not hold.
+        # A moment needs its parameter's memory format: the fused update relies on it, and a file
+        # does not store it.
         like = (
             torch.empty_like(parameter)
             if value.shape == parameter.shape
@@ -180,8 +189,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Give files the modes the umask asks for; safetensors leaves them readable by their owner
-    alone."""
+    """Give files the modes that the umask asks for. Safetensors lets only their owner read them."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -189,7 +197,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def _fault(folder: Path) -> str:
-    """Why a checkpoint cannot be used, or an empty string."""
+    """Return why a checkpoint cannot be used, or an empty string."""
     if not (folder / "manifest.json").exists():
         return "manifest.json is missing"
     try:
@@ -204,7 +212,7 @@ def _fault(folder: Path) -> str:
             if not (folder / name).exists():
                 return f"{name} is missing"
             if Path(name).name != name or not (folder / name).is_file():
-                return f"{name} is no file of a checkpoint"
+                return f"{name} is not a file of a checkpoint"
             if _fingerprint(folder / name) != expected:
                 return f"{name} is not what was saved (size or sha256 differs)"
     except OSError as error:
@@ -220,10 +228,8 @@ def _is_number(text: str) -> bool:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": path.stat().st_size, "sha256": digest}
 
 
 def _fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How long the update waits for its batches, and what helps."""
+"""A clock for the time that updates wait for their batches, and advice against it."""
 
 import math
 import os
@@ -6,20 +6,21 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-TOLD_FROM = 0.2  # share of the time that is worth a word
+TOLD_FROM = 0.2  # share of the time from which a warning is printed
 
 
 class DataWait(Iterator[Any]):
-    """Batches, with a clock that runs while the next one is waited for.
+    """An iterator over batches with a clock that runs while the update waits for one.
 
-    It counts host time and syncs no device. The first wait is not counted: workers start in it.
+    The clock counts host time and syncs no device. The first wait does not count, because workers
+    start in it.
 
     Args:
-        loader: gives the batches; asked for the first of them when that is wanted.
-        num_workers: processes of this rank that read images.
-        num_processes: ranks on this machine, among which its cores are shared.
-        unit: what the batches are made of.
-        advice: what helps where no core is left for more workers.
+        loader: gives the batches. It is asked for them when the first one is needed.
+        num_workers: processes of this rank that read data.
+        num_processes: ranks on this machine, which share its cores.
+        unit: name of a batch's items.
+        advice: what to try when no core is left for more workers.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class DataWait(Iterator[Any]):
         return batch
 
     def take(self) -> float:
-        """Seconds waited since this was last called."""
+        """Return the seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
-        """What to say, once, of a window of the run; None where there is nothing to say.
+        """Return a warning about a window of the run, once. None when the wait is short.
 
         Args:
-            waited: seconds of `elapsed` in which the update had no images.
-            elapsed: seconds that the window took, all told.
-            updates: made in it.
+            waited: seconds of `elapsed` in which an update waited.
+            elapsed: seconds that the window took.
+            updates: number of updates in the window.
         """
         if self._told or waited < TOLD_FROM * elapsed:
             return None
@@ -71,11 +72,11 @@ class DataWait(Iterator[Any]):
         )
 
     def _remedy(self, waited: float, elapsed: float) -> str:
-        """Workers until they keep up with the update, if there are cores for them."""
+        """Advise as many workers as the update needs, if there are cores for them."""
         computing = max(elapsed - waited, 1e-9)
-        # What the workers, or this process in `waited`, did in the window must fit into its update.
+        # The work of the workers (or of this process in `waited`) must fit into the computing time.
         needed = math.ceil(self._num_workers * elapsed / computing or waited / computing)
         spare = (os.cpu_count() or 1) // self._num_processes
         if min(needed, spare) > self._num_workers:
             return f"try --dataloader_num_workers {min(needed, spare)}"
-        return f"{self._num_workers} workers have no more cores; {self._advice}"
+        return f"{self._num_workers} workers have no more cores. Better {self._advice}"

@@ -1,4 +1,4 @@
-"""What can end a run that was started rightly: each becomes one sentence with advice."""
+"""Faults of the machine that end a correctly started run. Each becomes a message with advice."""
 
 import contextlib
 import errno
@@ -15,11 +15,11 @@ from latentvae.errors import RunError, UserError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of safetensors ("I/O error: No space left on device (os error 28)") and the like.
+# Matches messages such as safetensors' "I/O error: No space left on device (os error 28)".
 _OS_ERROR = re.compile(r"os error (\d+)")
 _CPU_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-SHOWN = 200  # characters of what another library says
+SHOWN = 200  # characters shown of another library's message
 _PEERS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -31,7 +31,7 @@ _PEERS = (
 
 @contextlib.contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Turn what the machine did to a run into a `RunError`; errors of another kind pass."""
+    """Turn a fault of the machine into a `RunError`. Other errors pass unchanged."""
     try:
         yield
     except (UserError, RunError):
@@ -44,7 +44,7 @@ def explained(task: Task) -> Iterator[None]:
 
 
 def explanation(error: Exception, task: Task) -> str | None:
-    """The sentence for an error; None where none is known."""
+    """Return the message for an error. None when the error is of no known kind."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _CPU_MEMORY)
@@ -57,8 +57,8 @@ def explanation(error: Exception, task: Task) -> str | None:
     ):
         return (
             "another process of this run has ended, or has hung for longer than ddp_timeout "
-            f"{task.config.run.ddp_timeout} s ({_first_line(text)}); what it said is above. "
-            "The same command goes on from the newest checkpoint"
+            f"{task.config.run.ddp_timeout} s ({_first_line(text)}). Its own message is above. "
+            "The same command resumes from the newest checkpoint."
         )
     return _disk(error, text, task)
 
@@ -68,23 +68,26 @@ def _first_line(text: str) -> str:
 
 
 def _disk(error: Exception, text: str, task: Task) -> str | None:
+    # Is it an error of the disk?
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _OS_ERROR.search(text)):
         number = int(found[1])
     if number not in _DISK:
         return None
+
     folder = Path(task.config.run.output_dir or ".")
     name = getattr(error, "filename", None) or folder
     if number not in _FULL:
         return (
-            f"'{name}' cannot be read or written any more ({errno.errorcode[number]}); what is "
-            f"complete in '{folder}' stays, and the same command goes on from there"
+            f"'{name}' cannot be read or written any more ({errno.errorcode[number]}). Complete "
+            f"files in '{folder}' are kept, and the same command resumes from there."
         )
+
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return (
-        f"'{name}' cannot be written: the disk is full ({free / 2**20:,.0f} MiB free); the older "
-        "checkpoints are whole. Make room, or keep fewer with --checkpoints_total_limit 1, and the "
-        "same command goes on"
+        f"'{name}' cannot be written: the disk is full ({free / 2**20:,.0f} MiB free). The older "
+        "checkpoints are whole. Free some space, or keep fewer checkpoints with "
+        "--checkpoints_total_limit 1. Then the same command resumes."
     )
 
 
@@ -92,16 +95,16 @@ def _worker_died(pids: str, text: str) -> str:
     small = " or shared memory (/dev/shm) is too small" if "bus error" in text.lower() else ""
     return (
         f"a process that reads images (pid {pids}) was killed, most often because memory ran out"
-        f"{small}; try fewer --dataloader_num_workers. The same command goes on from the newest "
-        "checkpoint"
+        f"{small}. Try fewer --dataloader_num_workers. The same command resumes from the newest "
+        "checkpoint."
     )
 
 
 def _out_of_memory(task: Task) -> str:
     precision = task.config.run.mixed_precision or "as launched"
     return (
-        f"out of memory with {task.step_size()}, mixed_precision {precision}{_memory()}; the "
-        f"checkpoints are untouched. Try, in this order: {'; '.join(task.memory_advice())}"
+        f"out of memory with {task.step_size()}, mixed_precision {precision}{_memory()}. The "
+        f"checkpoints are untouched. Try, in this order: {', then '.join(task.memory_advice())}."
     )
 
 

@@ -1,4 +1,4 @@
-"""A finished run's export, made once and remembered in the log."""
+"""The export of a finished run, which is made once and recorded in the log."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from latentvae.engine.training import Training
 
 
 def export(training: Training) -> Path:
-    """Export the averaged weights on all ranks; the first writes and logs. Returns the folder."""
+    """Export the averaged weights and log it. Return the folder. All ranks call it."""
     task, update = training.task, training.progress.update
     out = training.folder / "export"
     with training.evaluating():
@@ -20,7 +20,7 @@ def export(training: Training) -> Path:
 
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
-    """Whether the run's export is there, made after that update and by the same options."""
+    """Return whether the export is there, made after that update with the same options."""
     exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())

@@ -1,4 +1,4 @@
-"""One run per folder: a lock that dies with its process, so none is ever stale."""
+"""A lock that admits one run per folder. It ends with its process, so it is never stale."""
 
 import contextlib
 import json
@@ -15,15 +15,16 @@ LOCK_NAME = "run.lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other run out of ``folder``, which is made if it is not there; rank 0 holds the
-    lock for all ranks.
+    """Keep every other run out of `folder`. A missing folder is created.
 
-    It is a POSIX record lock: the system releases it when the process ends, however it does;
-    reader processes do not inherit it; network file systems pass it between machines.
+    Rank 0 holds the lock for all ranks. It is a POSIX record lock: the system releases it when the
+    process ends, in whatever way. Reader processes do not inherit it, and network file systems
+    pass it between machines.
 
     Raises:
-        UserError: another run holds it, or the folder cannot be written; on every rank.
+        UserError: another run holds the lock, or the folder cannot be written. Every rank raises.
     """
+    # take the lock on rank 0, tell all ranks
     descriptor, fault, is_new = None, None, not folder.exists()
     if is_main():
         try:
@@ -33,48 +34,66 @@ def locked(folder: Path) -> Iterator[None]:
     fault = from_main(fault)
     if fault is not None:
         raise fault
+
+    # the run, then the release
     try:
         yield
     finally:
         if descriptor is not None:
-            with contextlib.suppress(OSError):  # a disk that went away has said so before
-                (folder / LOCK_NAME).unlink(missing_ok=True)
-            os.close(descriptor)
+            _release(descriptor, folder)
             if is_new:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # nothing was written
+                    folder.rmdir()  # works only when nothing was written
+
+
+def _release(descriptor: int, folder: Path) -> None:
+    with contextlib.suppress(OSError):  # a lost disk was reported before
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _take(folder: Path) -> int | None:
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        return None
+    """Lock the folder and write this process into the lock. Return its open file."""
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.read(descriptor, 4096)
-                os.close(descriptor)
-                raise UserError(
-                    f"output_dir '{folder}' is in use{_by(holder)}; wait until it has ended, or "
-                    "give another output_dir"
-                ) from error
-            if _is_still(path, descriptor):  # not deleted by its last holder in between
-                break
-            os.close(descriptor)
-        me = {"process": os.getpid(), "host": socket.gethostname()}
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(me).encode())
+        descriptor = _open_locked(path)
+        if descriptor is not None:
+            me = {"process": os.getpid(), "host": socket.gethostname()}
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(me).encode())
     except FileExistsError as error:
-        raise UserError(f"output_dir '{folder}' is a file; give a folder") from error
+        raise UserError(f"output_dir '{folder}' is a file. Give a folder.") from error
     except OSError as error:
         raise UserError(f"output_dir '{folder}' cannot be written: {error.strerror}") from error
     return descriptor
+
+
+def _open_locked(path: Path) -> int | None:
+    """Open and lock a file. Return None on Windows, which has no such locks.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return None
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 4096)
+            os.close(descriptor)
+            raise UserError(
+                f"output_dir '{path.parent}' is in use{_by(holder)}. Wait until that run has "
+                "ended, or give another output_dir."
+            ) from error
+        if _is_still(path, descriptor):  # the last holder has not deleted it in between
+            return descriptor
+        os.close(descriptor)
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, rows in log.jsonl, and a tracker when asked."""
+"""The log of a run: a progress bar, rows in log.jsonl, and a tracker if the user wants one."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Window = dict[str, list[float]]  # sum and count of logged values since the last
 
 
 class MeanWindow:
-    """Running means of device scalars between two rows of the log; no host sync until `means`."""
+    """Running means of device scalars between two rows of the log. Only `means` syncs the host."""
 
     def __init__(self, device: torch.device, *, saved: Window | None = None) -> None:
         saved = saved or {}
@@ -35,7 +35,7 @@ class MeanWindow:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Means over updates and ranks; empties the window."""
+        """Return the means over updates and ranks, and empty the window."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -48,15 +48,15 @@ class MeanWindow:
 
 
 class RunLog:
-    """log.jsonl, the progress bar and the tracker; silent on all ranks but the first.
+    """log.jsonl, the progress bar and the tracker. Only the first rank writes.
 
     Args:
         folder: the run's folder.
         accelerator: knows the ranks and the tracker.
-        start: updates done already; rows of later updates, left by a killed run, are dropped.
+        start: updates done already. Rows of later updates, left by a killed run, are dropped.
         total: updates of the whole run.
         items_per_update: effective batch.
-        unit: what the items are.
+        unit: name of the items.
         shown: log names on the progress line.
         waiting: the clock of the batches, for `time/data_wait_share` and a warning.
     """
@@ -75,15 +75,17 @@ class RunLog:
     ) -> None:
         self.tracker = Tracker(accelerator, say=self.say)
         self.active = accelerator.is_main_process
-        self.path = folder / "log.jsonl"
-        self.total = total
+        self.path, self.total = folder / "log.jsonl", total
         self.items_per_update, self.unit, self.shown = items_per_update, unit, shown
         self.waiting = waiting
-        # None: no bar where there is no terminal; `row` prints lines instead.
+
+        # With None tqdm shows no bar without a terminal. `row` prints lines there.
         hidden = None if self.active else True
         self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
         self._mark = (time.perf_counter(), start)
-        self.validation: dict[str, Any] | None = None  # of update `start`, if it was made
+
+        # the validation of update `start`, if a killed run has made it
+        self.validation: dict[str, Any] | None = None
         if self.active:
             for row in _keep_rows_up_to(self.path, start):
                 if row["update"] == start and any(name.startswith("validation/") for name in row):
@@ -94,10 +96,13 @@ class RunLog:
 
     def row(self, update: int, values: Mapping[str, float]) -> None:
         """Append a row of training values, with the speed since the last one."""
+        # speed
         now, (then, done) = time.perf_counter(), self._mark
         elapsed = max(now - then, 1e-9)
         speed = (update - done) * self.items_per_update / elapsed
         self._mark = (now, update)
+
+        # log.jsonl
         items = {self.unit: update * self.items_per_update}
         times = {f"time/{self.unit}_per_second": speed}
         if self.waiting is not None:
@@ -106,14 +111,16 @@ class RunLog:
             if advice := self.waiting.advice(waited, elapsed, updates=update - done):
                 self.say(advice)
         self.write(update, {**items, **values, **times})
+
+        # the progress bar, or a line where there is none
         shown = {
             name.rpartition("/")[2]: f"{values[name]:.3g}" for name in self.shown if name in values
         } | {f"{self.unit}/s": f"{speed:.1f}"}
         self.bar.set_postfix(shown)
         if self.active and self.bar.disable:
             left = timedelta(seconds=round((self.total - update) * self.items_per_update / speed))
-            told = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"update {update:,} of {self.total:,}: {told}, {left} left", flush=True)
+            listed = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"update {update:,} of {self.total:,}: {listed}, {left} left", flush=True)
 
     def write(self, update: int, values: Mapping[str, float]) -> None:
         if not self.active:
@@ -122,7 +129,7 @@ class RunLog:
         self.tracker.log(values, update=update)
 
     def picture(self, update: int, path: Path) -> None:
-        """Show the tracker a picture that was written."""
+        """Pass a picture that was written to the tracker."""
         if self.active:
             self.tracker.picture(path, update=update)
 
@@ -133,7 +140,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what is done inside out of the speed: it is not training."""
+        """Do not count the time inside as training time."""
         start = time.perf_counter()
         yield
         then, done = self._mark
@@ -144,12 +151,12 @@ class RunLog:
 
 
 def sample_path(folder: Path, update: int) -> Path:
-    """Where a run keeps the samples of an update."""
+    """Return the path of an update's samples."""
     return folder / "samples" / f"update-{update:06d}.png"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last one that a kill cut short or others that are damaged."""
+    """Return the rows of a log. Damaged rows, such as a last one that a kill cut, are skipped."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -165,7 +172,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Drop the rows of later updates, which are made again; returns the rows that stay."""
+    """Drop the rows of later updates, which are made again. Return the rows that stay."""
     kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,5 +1,7 @@
-"""The loop of every run: updates, and between them rows of the log, checkpoints and validations;
-the same for any task and any number of ranks."""
+"""The loop of every run: updates, and between them log rows, checkpoints and validations.
+
+It is the same for any task and any number of ranks.
+"""
 
 import contextlib
 import os
@@ -36,31 +38,34 @@ from latentvae.errors import RunError
 
 
 class Stopped(Exception):
-    """A signal told the run to stop; it finished the update and saved."""
+    """A signal asked the run to stop. It finished the update and saved."""
 
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(
-            f"stopped by signal {signal} and saved {checkpoint}; the same command goes on "
-            "from there"
+            f"stopped by signal {signal} and saved {checkpoint}. The same command resumes "
+            "from there."
         )
         self.signal = signal
 
 
 def train(task: Task) -> Path:
-    """Train, validate and export; returns the export's folder.
+    """Train, validate and export. Return the export's folder.
 
-    The same call again goes on where the last one ended.
+    The same call again resumes where the last one ended.
 
     Raises:
-        UserError: a wrong option, path or data; before any work.
-        RunError: the machine did not let it end: a full disk, no memory, a process that died.
-        UploadError: the run is done and exported, but the Hub did not take it.
-        Stopped: after SIGTERM or SIGINT, with everything saved.
+        UserError: an option, a path or the data is wrong. No work was done.
+        RunError: the machine ended the run: a full disk, no memory, a dead process.
+        UploadError: the run is done and exported, but the upload to the Hub failed.
+        Stopped: a signal stopped the run after it saved everything.
     """
+    # everything that can be refused without other processes
     task.config = checked(task.config)
     task.check()
     folder = check_options(task.config.run)
     task.open()
+
+    # the run
     accelerator = start_accelerator(task.config.run, folder)
     options = task.config.run
     try:
@@ -76,8 +81,9 @@ def train(task: Task) -> Path:
             learner.prepared = learner.module  # DDP must not outlive the process group
         end_accelerator(accelerator)
 
+    # the upload: no rank waits for it, so that none times out
     out = folder / "export"
-    if options.push_to_hub and accelerator.is_main_process:  # no rank waits, so none times out
+    if options.push_to_hub and accelerator.is_main_process:
         push_export(
             out,
             repo_id=repository(options.hub_model_id, folder),
@@ -88,7 +94,8 @@ def train(task: Task) -> Path:
 
 
 def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
-    """From the folder to the export; returns the updates done."""
+    """Make the run in `folder`, or the rest of it. Return the updates done."""
+    # build, and load the newest checkpoint if there is one
     checkpoint = find_start(task, folder)
     training = build_training(
         task, folder=folder, accelerator=accelerator, resumed=checkpoint is not None
@@ -97,6 +104,7 @@ def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
     if checkpoint is not None:
         window = restore(training, load_checkpoint(checkpoint))
 
+    # the last refusals, then the folder belongs to this run
     unfinished = training.progress.update < task.config.run.max_train_steps
     if unfinished:
         task.check_ready()
@@ -106,18 +114,20 @@ def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
         accelerator.print(f"the run in '{folder}' has made all its {done:,} updates")
         if from_main(is_exported(task, folder, update=done)):
             return done
+
     _train(training, window)
     export(training)
     return training.progress.update
 
 
 def _train(training: Training, window: Window) -> None:
+    # batches and plan
     task, options = training.task, training.config.run
     start = training.progress.update
     loader = task.batches(start_step=training.progress.micro_step)
     training.accelerator.print(plan(training))
 
-    # what tells of the run
+    # log and clock
     start_tracker(
         training.accelerator,
         options.report_to,
@@ -132,6 +142,7 @@ def _train(training: Training, window: Window) -> None:
         unit=task.unit,
         advice=task.data_advice,
     )
+
     log = RunLog(
         training.folder,
         training.accelerator,
@@ -185,8 +196,11 @@ class _Loop:
                 self._validate()
 
     def catch_up(self) -> None:
-        """Make up for a validation that a kill or a signal came before; the task, saved before it,
-        is told of one that was made."""
+        """Make the validation that a kill or a signal prevented.
+
+        The checkpoint is older than its validation. So a validation that is in the log already is
+        passed to the task again.
+        """
         validation = from_main(self.log.validation)
         if validation is not None:
             self.task.validated(self.training.progress.update, validation)
@@ -200,23 +214,28 @@ class _Loop:
         )
 
     def _take(self, result: UpdateResult) -> None:
-        """Add an update to what the next row tells; end a run whose gradients stay non-finite."""
+        """Add an update to the next row. End a run whose gradients stay non-finite.
+
+        Raises:
+            RunError: too many updates in a row were not finite.
+        """
         if result.finite:
             for values in result.values:
                 self.window.add(values)
             return
+
         progress = self.training.progress
         allowed = self.training.config.optimizer.max_skipped_updates
         reason = describe(result.values, result.keys, self.task)
         self.log.say(
-            f"update {progress.update} skipped: its gradient is not finite ({reason}; "
+            f"update {progress.update} skipped: its gradient is not finite ({reason}, "
             f"{progress.skipped} skipped so far)"
         )
         if progress.skipped_in_a_row >= allowed:
             raise RunError(
-                f"{allowed} updates in a row had gradients that are not finite, the last is "
-                f"{progress.update} ({reason}); the checkpoints are untouched. "
-                f" Try a lower learning_rate, --mixed_precision no{self.task.non_finite_advice}"
+                f"{allowed} updates in a row had gradients that are not finite. The last is "
+                f"{progress.update} ({reason}). The checkpoints are untouched. "
+                f"Try a lower learning_rate, --mixed_precision no{self.task.non_finite_advice}."
             )
 
     def _row(self) -> None:

@@ -1,4 +1,4 @@
-"""Where an update went wrong: which terms were not finite, on which items."""
+"""The place where an update failed: terms that were not finite, and the items they came from."""
 
 import math
 from collections.abc import Sequence
@@ -9,30 +9,34 @@ from torch import Tensor
 from latentvae.distributed import gather_objects, world_size
 from latentvae.engine.task import Task
 
-SHOWN = 4  # names of items, at most, of each process
+SHOWN = 4  # largest number of names shown for each process
 
 
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
-    """Return a clause for the log, the same on every rank; all ranks call it, for a skipped update
-    only: it syncs.
+    """Return a clause for the log, the same on every rank.
+
+    All ranks call it, and only for a skipped update, because it syncs.
 
     Args:
         values: the logged scalars of each micro-step of this rank.
-        keys: `Task.keys` of each.
+        keys: `Task.keys` of each micro-step.
         task: names the items.
     """
+    # this rank
     found = []
     for step, logged in enumerate(values):
         terms = [name for name, value in logged.items() if not math.isfinite(value)]
         if terms:
             found.append((terms, _shown(task.names(keys[step]))))
+
+    # all ranks
     clauses = []
     for process, steps in enumerate(gather_objects(found)):
         for terms, names in steps:
             where = f"process {process}: " if world_size() > 1 else ""
             on = f" on {names}" if names else ""
             clauses.append(f"{where}{', '.join(terms)} not finite{on}")
-    return "; ".join(clauses) or "every term is finite, the gradient of their sum is not"
+    return ", ".join(clauses) or "every term is finite, but the gradient of their sum is not"
 
 
 def _shown(names: Sequence[str]) -> str:

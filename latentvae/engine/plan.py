@@ -1,4 +1,4 @@
-"""What a run is about to do, said before its first update."""
+"""The plan of a run, which is printed before its first update."""
 
 import os
 
@@ -8,7 +8,7 @@ from latentvae.engine.training import Training
 
 
 def plan(training: Training) -> str:
-    """Return a table of the facts that decide what the run costs and gives."""
+    """Return a table of the facts that decide the run's cost and result."""
     rows = {
         **training.task.plan(),
         "batch": _batch(training),
@@ -53,9 +53,9 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Launchers give each process one thread unless told otherwise, which few know."""
+    """Name the threads of a process, because launchers give it only one by default."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    told = f", {threads} thread{'s' if threads > 1 else ''} per process"
+    text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:
-        told += f" of {cores} cores (more: accelerate launch --num_cpu_threads_per_process N)"
-    return told
+        text += f" of {cores} cores (more: accelerate launch --num_cpu_threads_per_process N)"
+    return text

@@ -1,4 +1,4 @@
-"""The processes of a run: joined, wrapped around modules, and taken down."""
+"""Start and end of a run's processes, and the wrapping of modules for them."""
 
 import gc
 import warnings
@@ -18,16 +18,20 @@ from torch import nn
 from latentvae.config.run_config import RunConfig
 from latentvae.errors import UserError
 
-DTYPES = {"no": None, "bf16": torch.bfloat16}  # of autocast, by mixed_precision
+DTYPES = {"no": None, "bf16": torch.bfloat16}  # autocast's dtype by mixed_precision
 
 
 def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
-    """Join the other ranks; precision as configured, or as the launcher was told.
+    """Join the other ranks. Return Accelerate's handle of them.
+
+    The precision is that of the options, or by default that of the launcher.
 
     Raises:
         UserError: the launcher asks for a precision that is not supported.
     """
-    AcceleratorState._reset_state()  # else the precision of an earlier run in this process stays
+    # Without this the precision of an earlier run in this process would stay.
+    AcceleratorState._reset_state()
+
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         log_with=None if options.report_to == "none" else options.report_to,
@@ -39,26 +43,25 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
     )
     if accelerator.mixed_precision not in DTYPES:
         raise UserError(
-            f"the launcher asks for mixed precision {accelerator.mixed_precision}, which "
-            "two optimisers on one gradient scaler get wrong; "
-            "allowed are bf16 and no"
+            f"the launcher asks for mixed precision {accelerator.mixed_precision}, which fails "
+            "with two optimizers on one gradient scaler. Allowed are bf16 and no."
         )
     return accelerator
 
 
 def end_accelerator(accelerator: Accelerator) -> None:
-    """Take the process group down with all that uses it.
+    """Destroy the process group and everything that uses it.
 
-    A group that lives on to the end of the interpreter ends it with SIGABRT now and then
+    A group that is still alive when the interpreter exits sometimes ends it with SIGABRT
     (https://github.com/pytorch/pytorch/issues/190489).
     """
     accelerator.free_memory()
-    gc.collect()  # hooks and generators keep the prepared networks in circles
+    gc.collect()  # hooks and generators hold the prepared networks in reference cycles
     accelerator.end_training()
 
 
 def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Wrap a module in autocast and, with several processes, DDP."""
-    with warnings.catch_warnings():  # newer torch has another name for it, which Accelerate has not
+    """Wrap a module in autocast and, with several processes, in DDP."""
+    with warnings.catch_warnings():  # newer torch renamed an option, Accelerate uses the old name
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         return accelerator.prepare(module)

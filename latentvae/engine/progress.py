@@ -1,7 +1,7 @@
-"""How far a run is, and the plain values of a checkpoint (`state.json`).
+"""The progress of a run, and the plain values of a checkpoint (`state.json`).
 
-The manifest's hash says that a file is the one that was saved, not that this program saved it: a
-copied or edited one is refused in one sentence.
+The manifest's hash proves that a file has not changed. It does not prove that this program wrote
+it. So the values are checked, and a copied or edited file is refused.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -12,17 +12,18 @@ from latentvae.errors import UserError
 from latentvae.files import SHOWN
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Number = float | int  # NaN too, of an update that was skipped
+Number = float | int  # also NaN, after a skipped update
 Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class Progress(BaseModel):
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         update: updates done.
         micro_step: micro-steps done, which is also the data position.
-        skipped: non-finite updates skipped so far; `skipped_in_a_row` of them just now.
+        skipped: non-finite updates that were skipped so far.
+        skipped_in_a_row: skipped updates since the last finite one.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -37,12 +38,15 @@ class SavedValues(BaseModel):
     """The plain values of a checkpoint.
 
     Attributes:
-        windows: sums of logged values since the last row, of each rank.
-        task: `Task.state`; `ranks`: `Task.rank_state` of each rank.
-        world_size, mixed_precision: as the run was started.
+        progress: updates and micro-steps done.
+        windows: sums of logged values since the last row, for each rank.
+        task: `Task.state`.
+        ranks: `Task.rank_state` of each rank.
+        world_size: number of processes.
+        mixed_precision: precision of the run.
         identity: `Task.identity`.
         average_steps: updates in each weight average, by learner.
-        versions: of the libraries that wrote it, for a person.
+        versions: versions of the libraries that wrote it, for a person to read.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -70,10 +74,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def checked_values(model: type[Model], values: Any) -> Model:
-    """Read plain values of a checkpoint.
+    """Return the plain values of a checkpoint as a `model`.
 
     Raises:
-        UserError: no run has written them; names the entry.
+        UserError: no run has written them. The message names the entry.
     """
     try:
         checked = model.model_validate(values)
@@ -87,7 +91,7 @@ def checked_values(model: type[Model], values: Any) -> Model:
 
 
 def _not_given(values: BaseModel) -> list[str]:
-    """Fields that were left to their defaults, at any depth: a new run's, not a saved one's."""
+    """Return the fields that were not given, at any depth. A run saves all of them."""
     names = [name for name in type(values).model_fields if name not in values.model_fields_set]
     for name in type(values).model_fields:
         inner = getattr(values, name)
@@ -99,6 +103,6 @@ def _not_given(values: BaseModel) -> list[str]:
 def not_of_a_run(fault: str) -> UserError:
     """Return the error for a `state.json` that no run has written."""
     return UserError(
-        f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}); delete that "
-        "checkpoint, and the same command goes on from the one before"
+        f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}). Delete that "
+        "checkpoint, and the same command resumes from the one before."
     )

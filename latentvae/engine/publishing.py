@@ -1,4 +1,4 @@
-"""A finished run's export goes to the Hugging Face Hub, from rank 0."""
+"""The upload of a finished run's export to the Hugging Face Hub, from rank 0."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ __all__ = ["UploadError", "check_push", "push_export", "repository"]
 
 
 def repository(hub_model_id: str | None, folder: Path) -> str:
-    """As asked, or the run's name in the user's own account."""
+    """Return the repository that was asked for, or the run's name in the user's account."""
     repo_id = hub_model_id or folder.resolve().name
     check_repo_id(repo_id)
     return repo_id
 
 
 def check_push(repo_id: str, *, private: bool) -> None:
-    """Refuse an upload that is sure to fail. Rank 0 asks the Hub; every rank gets its answer."""
+    """Refuse an upload that is sure to fail. Rank 0 asks the Hub, every rank gets its answer."""
     answer: str | UserError | None = None
     if is_main():
         try:
@@ -32,7 +32,7 @@ def check_push(repo_id: str, *, private: bool) -> None:
 
 
 def push_export(export: Path, *, repo_id: str, private: bool, message: str) -> None:
-    """Upload an export and print its address; on one rank alone.
+    """Upload an export and print its address. Only one rank calls it.
 
     Raises:
         UploadError: the Hub did not take it.

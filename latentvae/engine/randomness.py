@@ -1,5 +1,7 @@
-"""Counter-based randomness: each micro-step seeds the global generators anew, so no generator state
-is ever saved."""
+"""Random numbers from counters: each micro-step seeds the global generators.
+
+So no state of a generator is ever saved.
+"""
 
 import random
 from enum import IntEnum
@@ -9,7 +11,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What is drawn; streams share no numbers."""
+    """The purpose of random numbers. Different purposes share no numbers."""
 
     WEIGHTS = 1
     MICRO_STEP = 2
@@ -18,8 +20,7 @@ class Stream(IntEnum):
 
 
 def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
-    """Seed Python, NumPy and torch (all devices), e.g. from (MICRO_STEP, seed, micro_step,
-    rank)."""
+    """Seed Python, NumPy and torch (all devices), such as from the seed, micro-step and rank."""
     mixed = _mixed(stream, seed, *counters)
     random.seed(int(mixed[0]))
     np.random.seed(int(mixed[0] % 2**32))
@@ -27,7 +28,7 @@ def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
 
 
 def generator_for(stream: Stream, seed: int, *counters: int) -> torch.Generator:
-    """A generator of its own, on the CPU: the same on every rank for the same counters."""
+    """Return a new generator on the CPU. The same counters give the same one on every rank."""
     mixed = _mixed(stream, seed, *counters)
     return torch.Generator().manual_seed(int(mixed[1] >> np.uint64(1)))
 

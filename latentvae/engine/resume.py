@@ -1,5 +1,7 @@
-"""Where a run starts: anew, or from the newest checkpoint that verifies. "Resume" is the same
-command again."""
+"""The start of a run: from scratch, or from the newest checkpoint that verifies.
+
+The same command again resumes a run.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
 
 CONFIG_NAME = "config.yaml"
-RUN_FILES = (  # all but the configuration, which is replaced: the folder stays a run's
+RUN_FILES = (  # not config.yaml, which is replaced: the folder must stay one of a run
     "log.jsonl",
     "samples",
     "logs",
@@ -38,32 +40,38 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def find_start(task: Task, folder: Path) -> Path | None:
-    """Return the checkpoint to go on from, if any; nothing of a run is touched yet.
+    """Return the checkpoint to resume from, if there is one. No file of a run changes.
 
-    Rank 0 looks; every rank gets its result or its error.
+    Rank 0 looks, and every rank gets its result or its error.
+
+    Raises:
+        UserError: the folder holds something else, the options differ, or a named checkpoint
+            cannot be used.
     """
     return _on_main(lambda: _find_start(task, folder))
 
 
 def take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
-    """Make the folder that of this run, once all but a tracker that does not start could be
-    refused: an earlier run goes if it is to, checkpoints after the one to go on from are set
-    aside."""
+    """Prepare the folder for this run, after all refusals except that of a tracker.
+
+    An earlier run is deleted if `overwrite_output_dir` says so. Checkpoints after the one to
+    resume from are set aside.
+    """
     _on_main(lambda: _take_folder(task, folder, checkpoint=checkpoint))
 
 
 def write_config(config: JobConfig, path: Path) -> None:
-    """Write the whole file or nothing."""
+    """Write a configuration: the whole file or nothing."""
     temporary = path.with_suffix(".yaml.tmp")
     temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     temporary.replace(path)
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
-    """Read the configuration that a run was started with.
+    """Return the configuration that a run was started with.
 
     Raises:
-        UserError: not a run's folder, or not a run's configuration.
+        UserError: the folder or the file is not that of a run.
     """
     if not path.is_file():
         raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
@@ -74,16 +82,16 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:
-    """Refuse to go on with options that change the result; names them."""
+    """Refuse to resume with options that change the result. The message names them."""
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old.get(name)} then, {new[name]} now)" for name in changed)
         raise UserError(
-            f"the run in '{then.run.output_dir}' was started with other options: {listed}; "
-            "give the old ones, "
-            "another output_dir, or --overwrite_output_dir to delete it and start anew"
+            f"the run in '{then.run.output_dir}' was started with other options: {listed}. "
+            "Give the old ones, or another output_dir. Or give --overwrite_output_dir to delete "
+            "the run and start from scratch."
         )
 
 
@@ -103,7 +111,7 @@ def _on_main(work: Callable[[], Path | None]) -> Path | None:
 def _find_start(task: Task, folder: Path) -> Path | None:
     config = task.config
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir '{folder}' is a file; give a folder")
+        raise UserError(f"output_dir '{folder}' is a file. Give a folder.")
     sweep_temporary(folder)
     if config.run.overwrite_output_dir:
         _check_run(folder, type(config))
@@ -118,8 +126,8 @@ def _take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
     if task.config.run.overwrite_output_dir:
         _delete_run(folder, (*task.files, *RUN_FILES))
     for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
-        print(f"{aside.name.removeprefix('aside-')} is not gone on from: it is now {aside.name}")
-    print(f"going on from {checkpoint}" if checkpoint else f"starting anew in {folder}")
+        print(f"{aside.name.removeprefix('aside-')} is not used and is now {aside.name}")
+    print(f"resuming from {checkpoint}" if checkpoint else f"starting a new run in {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(task.config, folder / CONFIG_NAME)
@@ -129,7 +137,11 @@ def _take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
-    """`latest` may be none; a named one must be there and whole."""
+    """Return the checkpoint that was asked for. `latest` may find none.
+
+    Raises:
+        UserError: a named checkpoint is not one of this run, or is damaged.
+    """
     if wanted == "latest":
         checkpoint, faults = newest_usable(folder)
         for fault in faults:
@@ -148,14 +160,14 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
 
 
 def _check_run(folder: Path, schema: type[JobConfig]) -> None:
-    """Refuse a folder that has something in it, but no run."""
+    """Refuse a folder that has other files in it, but no run."""
     if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         read_config(folder / CONFIG_NAME, schema)
 
 
 def _delete_run(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Delete what a run writes; all else in the folder stays."""
+    """Delete the files of a run. Other files in the folder stay."""
     for pattern in patterns:
         for path in folder.glob(pattern):
-            linked = path.is_symlink()  # what it points to is not the run's
+            linked = path.is_symlink()  # its target does not belong to the run
             shutil.rmtree(path) if path.is_dir() and not linked else path.unlink()

@@ -1,4 +1,4 @@
-"""Options of every run that are refused before any work, without touching a file."""
+"""Checks of the options of every run, before any work and without touching a file."""
 
 import os
 from pathlib import Path
@@ -10,27 +10,32 @@ from latentvae.errors import UserError
 
 
 def check_options(options: RunConfig) -> Path:
-    """Return the run's folder.
+    """Check the options and return the run's folder.
 
     Raises:
         UserError: an option is missing, or contradicts another or the launcher.
     """
+    # options
     if options.output_dir is None:
         raise UserError(
-            "output_dir is missing: give the folder to write the run to, such as runs/first"
+            "output_dir is missing. Give the folder to write the run to, such as runs/first."
         )
     wanted = options.resume_from_checkpoint
     if options.overwrite_output_dir and wanted != "latest":
         raise UserError(
-            f"resume_from_checkpoint '{wanted}' goes on with a run that overwrite_output_dir "
-            "deletes; give one of them"
+            f"resume_from_checkpoint '{wanted}' resumes a run that overwrite_output_dir "
+            "deletes. Give one of them."
         )
+
+    # the launcher
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "the launcher set MASTER_ADDR but not WORLD_SIZE: it was asked for several "
-            "processes and started one; on CPUs launch with "
+            "processes and started one. On CPUs launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
+
+    # tracker and upload
     check_tracker(options.report_to)
     folder = Path(options.output_dir)
     if options.push_to_hub:

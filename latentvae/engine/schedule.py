@@ -1,4 +1,4 @@
-"""Schedules are functions of the update, evaluated by the loop: nothing counts steps in secret."""
+"""Schedules as functions of the update. Nothing here counts steps."""
 
 import math
 
@@ -6,7 +6,7 @@ from latentvae.config.run_config import JobConfig
 
 
 def learning_rate(update: int, *, peak: float, config: JobConfig) -> float:
-    """Return the rate of ``update`` (from 0): linear warm-up, then constant or a cosine to 0."""
+    """Return the rate of `update` (from 0): linear warm-up, then constant or a cosine to 0."""
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     if update < warmup:
         return peak * (update + 1) / warmup
@@ -17,8 +17,10 @@ def learning_rate(update: int, *, peak: float, config: JobConfig) -> float:
 
 
 def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
-    """Return the value in ``update``: along half a cosine from ``start`` in update 0 to ``end`` in
-    update ``steps`` and after (the temperature of DALL-E's dVAE: Ramesh et al. 2021,
-    arXiv:2102.12092, appendix A.2)."""
+    """Return the value of `update` on half a cosine from `start` to `end`.
+
+    It is `start` in update 0 and `end` from update `steps` on. DALL-E's dVAE lowers its temperature
+    so (Ramesh et al. 2021, arXiv:2102.12092, appendix A.2).
+    """
     progress = min(update / steps, 1.0) if steps else 1.0
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,5 +1,7 @@
-"""Stop cleanly: SIGTERM, SIGINT and SIGUSR1 (SLURM's, ahead of a time limit) let the update finish,
-the loop then saves; a second signal ends at once."""
+"""A clean stop: SIGTERM, SIGINT and SIGUSR1 let the update finish, then the loop saves.
+
+SLURM sends SIGUSR1 before a time limit. A second signal ends the run at once.
+"""
 
 import os
 import signal
@@ -11,14 +13,14 @@ from typing import Any
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-_ECHO = 2.0  # seconds within which a launcher passes on a signal that reached all processes
+_ECHO = 2.0  # seconds in which a launcher may repeat a signal that has reached all processes
 
 
 class Interrupt:
-    """Context manager that notes the first signal and restores the handlers when left.
+    """Context manager that notes the first signal and restores the handlers at its end.
 
-    ``accelerate launch`` does not pass SIGTERM on to a single training process, so losing that
-    launcher counts as SIGTERM as well.
+    `accelerate launch` does not pass SIGTERM to a single training process. So the loss of that
+    launcher counts as SIGTERM too.
     """
 
     def __init__(self) -> None:

@@ -4,23 +4,22 @@
 
     export = train(Regression(config))  # engine.loop
 
-The task owns its modules, objective, optimizers and controllers. The engine owns all else: the
-run's folder and its lock, checkpoints and resume, the log and trackers, signals, schedules,
-clipping, the guard against non-finite gradients, weight averages, uploads. It never asks which task
-it has.
+The task owns its modules, objective, optimizers and controllers. The engine owns the run's folder
+and lock, checkpoints and resume, log and trackers, signals and schedules. It also clips gradients,
+guards against non-finite ones, averages weights and uploads. It never asks which task it has.
 
-In the order of a run:
+The engine calls a task in this order:
 
     check -> open -> check_processes -> build -> [load_tensors, load_state, load_rank_state]
     -> check_ready -> write_files -> batches -> plan -> begin
     each update: learning, micro_step ..., measured -> after_update (finite only) -> end_update
-    now and then: row; tensors, state, rank_state; validate, save_samples, validated
+    now and then: row | tensors, state, rank_state | validate, save_samples, validated
     at the end: summary, export, done
 
-Every log name is "group/name". Names of validation begin with "validation/".
+Every log name is "group/name". Names of validation metrics begin with "validation/".
 """
 
-# ruff: noqa: B027  what a task need not write is empty here
+# ruff: noqa: B027  optional methods have an empty body here
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +39,7 @@ Averages = Mapping[nn.Parameter, Tensor]
 
 
 class State(BaseModel):
-    """Plain values of a task in a checkpoint; a checkpoint with others is refused."""
+    """Plain values of a task in a checkpoint. Unknown or missing ones are an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -50,12 +49,12 @@ class Learner:
     """A module that one optimizer trains.
 
     Attributes:
-        module: its `state_dict` is what a checkpoint holds.
-        prepared: the same module as DDP and autocast wrap it; this is what training calls.
-        optimizer: of the module's parameters.
-        rate: peak learning rate; the engine sets one rate for all parameter groups, every update.
-        averaged: the part whose weights are averaged, validated and exported. None averages
-            nothing: the weights themselves are validated and exported.
+        module: the bare module. A checkpoint holds its `state_dict`.
+        prepared: the same module wrapped by DDP and autocast. Training calls this one.
+        optimizer: trains the module's parameters.
+        rate: peak learning rate. The engine sets the rate of all parameter groups in every update.
+        averaged: the part whose weights are averaged, validated and exported. None means no
+            average: the trained weights are validated and exported.
     """
 
     module: nn.Module
@@ -74,8 +73,19 @@ class Learner:
         rate: float | None = None,
         averaged: nn.Module | None = None,
     ) -> "Learner":
-        """Prepare a module for all processes, with AdamW over what requires a gradient."""
+        """Return a learner: the module prepared for all processes, and AdamW.
+
+        AdamW trains the parameters that require a gradient.
+
+        Args:
+            module: the bare module.
+            accelerator: wraps it.
+            options: settings of AdamW.
+            rate: peak learning rate, by default that of the options.
+            averaged: the part of the module whose weights are averaged.
+        """
         rate = options.learning_rate if rate is None else rate
+
         optimizer = optim.AdamW(
             [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=rate,
@@ -84,6 +94,7 @@ class Learner:
             eps=options.adam_epsilon,
             fused=True,
         )
+
         return cls(
             module=module,
             prepared=prepare(accelerator, module),
@@ -94,30 +105,30 @@ class Learner:
 
 
 class Task(ABC):
-    """What a run trains. Write the abstract methods, `config_class` and `launch`.
+    """What a run trains. A subclass writes the abstract methods, `config_class` and `launch`.
 
     Attributes:
-        config: the options; `open` may replace it.
-        learners: filled by `build`: modules by the name that their files and log values have.
-        device: where modules and batches belong; set before `build`.
-        say: prints a line above the progress bar, from `begin` on, on the first rank only.
-        steps_per_epoch: micro-steps in which every item comes once; None: not known.
+        config: the options. `open` may replace it.
+        learners: modules by name, filled by `build`. Files and log values carry that name.
+        device: where modules and batches belong. The engine sets it before `build`.
+        say: prints a line above the progress bar. It works from `begin` on, on the first rank only.
+        steps_per_epoch: micro-steps in which every item comes once. None means unknown.
     """
 
-    config_class: ClassVar[type[JobConfig]]  # what `config.yaml` is read with
+    config_class: ClassVar[type[JobConfig]]  # schema of `config.yaml`
     state_class: ClassVar[type[State]] = State
     rank_state_class: ClassVar[type[State]] = State
 
-    title: ClassVar[str] = "Model"  # what an upload is called
-    unit: ClassVar[str] = "items"  # what a batch is made of, in the log
+    title: ClassVar[str] = "Model"  # begins the message of an upload
+    unit: ClassVar[str] = "items"  # the name of a batch's items in the log
     shown: ClassVar[Sequence[str]] = ()  # log names on the progress line
-    files: ClassVar[Sequence[str]] = ()  # that `write_files` may write into the run's folder
-    parts: ClassVar[Mapping[str, str]] = {}  # name -> prefix of weights compared by themselves
+    files: ClassVar[Sequence[str]] = ()  # names of files that `write_files` may write
+    parts: ClassVar[Mapping[str, str]] = {}  # prefix of weights to compare separately, by name
 
-    data_advice: ClassVar[str] = "make the data faster to read"  # with all cores reading already
-    non_finite_advice: ClassVar[str] = ""  # what else to try, after ", or " and the like
+    data_advice: ClassVar[str] = "make the data faster to read"  # when all cores read already
+    non_finite_advice: ClassVar[str] = ""  # more remedies, such as ", or a later disc_start"
 
-    launch: ClassVar[Sequence[str]]  # what `accelerate launch` starts, before --config
+    launch: ClassVar[Sequence[str]]  # arguments of `accelerate launch` before --config
 
     config: Any
     learners: dict[str, Learner]
@@ -140,61 +151,64 @@ class Task(ABC):
         """
 
     def open(self) -> None:
-        """Open the data, and whatever the options depend on. Nothing is written.
+        """Open the data and everything that the options depend on. Write nothing.
 
         Raises:
-            UserError: it is not there or cannot be used.
+            UserError: something is missing or cannot be used.
         """
 
     def check_processes(self, processes: int) -> None:
-        """Refuse a number of processes, as when there is not one batch for each of them."""
+        """Refuse a number of processes that cannot work, such as more processes than batches."""
 
     @abstractmethod
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
-        """Build modules and `learners`, the same on every rank; the generators are seeded.
+        """Build modules and `learners`, the same on every rank.
+
+        The engine has seeded the global generators before.
 
         Args:
+            accelerator: wraps the modules.
             resumed: a checkpoint will overwrite the weights.
         """
 
     @abstractmethod
     def batches(self, *, start_step: int) -> Iterable[Any]:
-        """Endless batches of this rank from a micro-step on: a function of seed, step and rank.
+        """Return endless batches of this rank from a micro-step on.
 
-        Sets `steps_per_epoch` before it returns. Batches may be on the CPU: `micro_step` moves them
-        to `device`.
+        They depend on seed, step and rank only. The method sets `steps_per_epoch` before it
+        returns. Batches may be on the CPU: `micro_step` moves them to `device`.
         """
 
     def check_ready(self) -> None:
-        """Refuse what would end the run later; the last moment before the folder is taken."""
+        """Refuse what would end the run later. The engine takes the folder right after."""
 
     def write_files(self, folder: Path) -> None:
-        """Write files of its own into the run's folder, named in `files`; on the first rank."""
+        """Write the files named in `files` into the run's folder. The first rank calls it."""
 
     def identity(self) -> dict[str, Any]:
-        """Facts that must not change under a run, such as the number of items, as JSON values."""
+        """Return facts that must stay the same on resume, such as the number of items, as JSON."""
         return {}
 
     @property
     def num_workers(self) -> int:
-        """Processes of this rank that read the data."""
+        """Number of processes of this rank that read the data."""
         return 0
 
     @property
     def items_read(self) -> int:
-        """Items that a process reads for a micro-step."""
+        """Number of items that a process reads for one micro-step."""
         return self.config.run.train_batch_size
 
     def plan(self) -> dict[str, str]:
-        """Rows that tell what is trained on what, by heading; said before the first update."""
+        """Return rows by heading that say what is trained on what, before the first update."""
         return {}
 
     def step_size(self) -> str:
-        """What decides the memory of a micro-step, for the error when it runs out."""
+        """Return the options that decide a micro-step's memory, for the out-of-memory error."""
         return f"train_batch_size {self.config.run.train_batch_size}"
 
     def memory_advice(self) -> list[str]:
-        """Options that need less memory, in the order to try."""
+        """Return options that need less memory, in the order to try them."""
         options, advice = self.config.run, []
         if options.train_batch_size > 1:
             half = (options.train_batch_size + 1) // 2
@@ -209,36 +223,38 @@ class Task(ABC):
     # an update
 
     def begin(self, update: int) -> None:
-        """Called once before the first update of this process; `update` of them are done."""
+        """Prepare for the first update of this process, when `update` updates are done."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Names of the learners that take part in an update (from 0); one at least."""
+        """Return the names of the learners that take part in an update (from 0), at least one."""
         return tuple(self.learners)
 
     @abstractmethod
     def micro_step(self, batch: Any, update: int) -> dict[str, Tensor]:
         """Add the gradients of one batch.
 
-        Divide the loss by `config.run.gradient_accumulation_steps`, for gradients are added up.
+        Divide the loss by `config.run.gradient_accumulation_steps`, because gradients add up.
 
         Returns:
-            What to log, scalars on the device by log name.
+            Values to log: scalars on the device by log name.
         """
 
     def keys(self, batch: Any) -> Any:
-        """What `names` needs to name the items of a batch later; small."""
+        """Return small keys from which `names` can name the items of a batch later."""
         return None
 
     def names(self, keys: Any) -> list[str]:
-        """Names of the items of a batch, for a message."""
+        """Return the names of a batch's items, for a message."""
         return []
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        """What the controllers need as a mean over ranks, (n,) on `device`, reduced in the update's
-        one sync.
+        """Return the values whose means over ranks the controllers need, (n,) on `device`.
+
+        The engine reduces them in the update's one sync.
 
         Args:
-            values: what the micro-steps of this rank logged.
+            values: logged values of each micro-step of this rank.
+            update: updates done.
         """
         return Tensor()
 
@@ -250,16 +266,18 @@ class Task(ABC):
         means: Sequence[float],
         averages: Averages,
     ) -> dict[str, Tensor]:
-        """Move controllers, after the optimizers of an update whose gradients were finite.
+        """Move the controllers after an update whose gradients were finite.
+
+        The optimizers have stepped before.
 
         Args:
             update: from 0.
-            values: what its micro-steps logged.
-            means: `measured`, over all ranks.
-            averages: the average of each averaged weight; may be changed in place.
+            values: logged values of its micro-steps.
+            means: `measured`, averaged over all ranks.
+            averages: the average of each averaged weight. The task may change it in place.
 
         Returns:
-            What else to log.
+            More values to log.
         """
         return {}
 
@@ -269,63 +287,69 @@ class Task(ABC):
     # between updates
 
     def row(self, update: int, means: Mapping[str, float]) -> dict[str, float]:
-        """What else stands in a row of the log, which is about to be written. All ranks call it.
+        """Return more values for the row of the log that is written next. All ranks call it.
 
         Args:
             update: updates done.
-            means: of the logged values since the last row, over ranks.
+            means: means over ranks of the values logged since the last row.
         """
         return {}
 
     def validate(self, update: int) -> dict[str, float]:
-        """Measure with the averaged weights, in eval mode, on all ranks; gradients are on.
+        """Measure the averaged weights in eval mode on all ranks. Gradients are enabled.
 
         Returns:
-            The same on every rank, by log names that start with `validation/`; empty for none.
+            Metrics by log name, the same on every rank. Names start with `validation/`. Empty when
+            there is nothing to measure.
         """
         return {}
 
     def save_samples(self, path: Path) -> bool:
-        """Draw a picture, on the first rank; returns whether there is one."""
+        """Draw a picture on the first rank. Return whether there is one."""
         return False
 
     def validation_line(self, values: Mapping[str, float]) -> str:
-        """What is said of a validation."""
+        """Return the line that is printed after a validation."""
         shown = (f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Called after a validation is logged, and at a resume with the one that is in the log."""
+        """Take in a validation that is in the log now, or that a resume finds there."""
 
     def summary(self) -> str | None:
-        """What to say when the run ends or stops."""
+        """Return what to print when the run ends or stops."""
         return None
 
     # checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors beside the learners' in a checkpoint, by file and name; as they are in use.
+        """Return the checkpoint's tensors beside those of the learners, by file and name.
 
-        No file may have the name of a learner, or that with `_optimizer` or `_average`.
+        They are the tensors in use, not copies. No file may have a learner's name, also not with
+        `_optimizer` or `_average` behind it.
         """
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The reverse of `tensors`; names and shapes are checked already."""
+        """Load what `tensors` returned. Names and shapes are checked already."""
 
     def state(self) -> State:
-        """Plain values of a checkpoint, the same on every rank. All ranks call it."""
+        """Return the plain values of a checkpoint, the same on every rank. All ranks call it."""
         return self.state_class()
 
     def load_state(self, state: Any, *, update: int) -> None:
-        """The reverse of `state`; a `UserError` for what no such run has written."""
+        """Load what `state` returned.
+
+        Raises:
+            UserError: no such run has written it.
+        """
 
     def rank_state(self) -> State:
-        """Plain values of this rank."""
+        """Return the plain values of this rank."""
         return self.rank_state_class()
 
     def load_rank_state(self, state: Any) -> None:
-        """The reverse of `rank_state`."""
+        """Load what `rank_state` returned."""
 
     # the end
 
@@ -334,36 +358,39 @@ class Task(ABC):
         """Write the export with the averaged weights. All ranks call it, the first one writes.
 
         Args:
-            out: folder, which is replaced if it is there.
+            out: the export's folder. An existing one is replaced.
             update: updates done.
-            folder: of the run.
+            folder: the run's folder.
 
         Returns:
-            What to log of it on the first rank, by names that start with `export/`.
+            Values to log on the first rank, by names that start with `export/`.
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Options that change an export of the same weights, by log name."""
+        """Return the options that change an export of the same weights, by log name."""
         return {}
 
     def has_export(self, out: Path) -> bool:
-        """Whether a whole export lies there."""
+        """Return whether `out` holds a whole export."""
         return out.is_dir()
 
     def done(self, out: Path) -> str:
-        """The last line of a finished run."""
+        """Return the last line of a finished run."""
         return f"done: {out}"
 
     # proofs
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """The same run in a few updates with all that can go wrong in it, for `verify-resume`."""
+        """Return the same run in a few updates, with all its phases, for `verify-resume`."""
         return config
 
     def check_repeatable(self) -> None:
-        """Refuse, after `open`, what is not exact when resumed."""
+        """Refuse a run that does not resume exactly. It is called after `open`."""
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
-        """The items of micro-steps `start` to `stop` of a rank, after `open`; None: not known."""
+        """Return the items of a rank's micro-steps `start` to `stop`. None means unknown.
+
+        It works after `open`.
+        """
         return None

@@ -1,7 +1,7 @@
 """The tracker beside log.jsonl (TensorBoard or Weights & Biases, through Accelerate).
 
-A tracker that cannot start is told before the first update. What it raises later is told once and
-stops nothing: log.jsonl has every number.
+A tracker that cannot start ends the run before the first update. A later fault of the tracker is
+printed once and stops nothing, because log.jsonl has every number.
 """
 
 import contextlib
@@ -24,28 +24,34 @@ _OFFLINE = {
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that is asked for and not installed; Accelerate would go on without it."""
+    """Refuse a tracker that is not installed. Accelerate would silently continue without it."""
     packages = _PACKAGES.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise UserError(
-            f"report_to is '{name}', but it is not installed; run `pip install "
-            f"{packages[0]}` or use --report_to none"
+            f"report_to is '{name}', but it is not installed. Run `pip install "
+            f"{packages[0]}`, or use --report_to none."
         )
 
 
 def start_tracker(
     accelerator: Accelerator, name: str, *, folder: Path, project: str, options: Mapping[str, Any]
 ) -> None:
-    """Start it on rank 0, with its files in ``folder/logs``.
+    """Start the tracker on rank 0, with its files in `folder/logs`.
 
     Args:
-        options: of the run; what is no number or text is given as text.
+        accelerator: holds the tracker.
+        name: of the tracker, or `none`.
+        folder: the run's folder.
+        project: name of the project in the tracker.
+        options: the run's options. Values other than numbers and text are given as text.
 
     Raises:
-        UserError: on every rank, if it cannot start, such as wandb without a login.
+        UserError: the tracker cannot start, such as wandb without a login. Every rank raises.
     """
     if name == "none":
         return
+
+    # start it
     simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
     logs, said = folder / "logs", None
     own = {"wandb": {"dir": str(logs), "name": folder.resolve().name}}
@@ -53,20 +59,24 @@ def start_tracker(
         if accelerator.is_main_process:
             logs.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers(project, config=simple, init_kwargs=own)
-    except Exception as error:  # of whichever kind the tracker has
+    except Exception as error:  # trackers have their own kinds of errors
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+    # tell every rank of a failure
     if said := from_main(said):
-        accelerator.trackers.clear()  # half of one could not be closed
+        accelerator.trackers.clear()  # a half-started tracker cannot be closed
         raise UserError(
-            f"report_to {name} cannot start ({said}); {_OFFLINE.get(name, '')}or use "
-            "--report_to none"
+            f"report_to {name} cannot start ({said}). Run {_OFFLINE[name]}or use --report_to none."
+            if name in _OFFLINE
+            else f"report_to {name} cannot start ({said}). Use --report_to none."
         )
 
 
 class Tracker:
-    """What tells the tracker; silent where there is none, as on all ranks but the first.
+    """The link to the tracker. It does nothing where there is none, as on ranks after the first.
 
     Args:
+        accelerator: holds the tracker.
         say: prints the one warning.
     """
 
@@ -76,35 +86,34 @@ class Tracker:
         self.warned = False
 
     def log(self, values: Mapping[str, float], *, update: int) -> None:
-        with self._going_on():
+        with self._never_failing():
             self.accelerator.log(dict(values), step=update)
 
     def picture(self, path: Path, *, update: int) -> None:
-        """Show an image file."""
-        with self._going_on():
+        """Show an image file in the tracker."""
+        with self._never_failing():
             for tracker in self.accelerator.trackers:
-                pixels = np.asarray(Image.open(path).convert("RGB"))[
-                    None
-                ]  # (1, H, W, 3), of grey too
+                image = Image.open(path).convert("RGB")  # trackers take no grey images
+                pixels = np.asarray(image)[None]  # (1, H, W, 3)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                shown: Any = tracker  # Accelerate's base class has no pictures
+                shown: Any = tracker  # Accelerate's base class declares no `log_images`
                 shown.log_images({"validation/samples": pixels}, step=update, **layout)
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _never_failing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a full disk, a network that is gone, a bug in the tracker
+        except Exception as error:  # a full disk, a lost network, a bug in the tracker
             if not self.warned:
                 self.say(
-                    f"the tracker failed ({type(error).__name__}: {error}); the run goes on, and "
-                    "log.jsonl has every number"
+                    f"the tracker failed ({type(error).__name__}: {error}). The run continues, "
+                    "and log.jsonl has every number."
                 )
             self.warned = True
 
 
 def close_tracker(accelerator: Accelerator) -> None:
-    """Let the tracker finish its files or its upload, whatever it raises."""
+    """Let the tracker finish its files or its upload. Its errors are printed."""
     while accelerator.trackers:
         tracker = accelerator.trackers.pop()
         try:

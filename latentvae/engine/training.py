@@ -1,4 +1,4 @@
-"""A task in training: what the engine adds to it before the first update."""
+"""A task in training: what the engine adds to a task before the first update."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,11 +17,14 @@ from latentvae.engine.weight_average import WeightAverage, averaged_weights
 
 @dataclass(kw_only=True)
 class Training:
-    """A built task, its processes, its weight averages and how far it is.
+    """A built task with its processes, weight averages and progress.
 
     Attributes:
-        folder: of the run.
-        averages: of the averaged part of each learner that has one, by the learner's name.
+        task: what is trained.
+        folder: the run's folder.
+        accelerator: knows the processes and the device.
+        averages: weight averages by the name of their learner. A learner may have none.
+        progress: updates and micro-steps done.
     """
 
     task: Task
@@ -36,19 +39,19 @@ class Training:
 
     @property
     def items_per_update(self) -> int:
-        """Over all processes."""
+        """Number of items in one update, over all processes."""
         options = self.config.run
         per_process = options.train_batch_size * options.gradient_accumulation_steps
         return per_process * self.accelerator.num_processes
 
     def averaged(self, name: str) -> nn.Module:
-        """The part of a learner whose weights are averaged."""
+        """Return the part of a learner whose weights are averaged."""
         part = self.task.learners[name].averaged
         assert part is not None, name
         return part
 
     def average_of_weights(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each averaged weight; empty without averages."""
+        """Return the average of each averaged weight. Empty without averages."""
         return {
             parameter: shadow
             for name, average in self.averages.items()
@@ -59,7 +62,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put every learner in eval mode, with averaged weights if there are any, for a while."""
+        """Put every learner in eval mode for a while, with averaged weights if it has them."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged
@@ -70,12 +73,21 @@ class Training:
 def build_training(
     task: Task, *, folder: Path, accelerator: Accelerator, resumed: bool = False
 ) -> Training:
-    """Build an opened task, the same on every rank: freshly initialised from the seed, but for what
-    a checkpoint will overwrite."""
+    """Return a built training of an opened task, initialised from the seed on every rank.
+
+    Args:
+        task: what to train. Its data are open.
+        folder: the run's folder.
+        accelerator: knows the processes and the device.
+        resumed: a checkpoint will overwrite the weights.
+    """
+    # modules and optimizers
     options = task.config.optimizer
     seed_everything(Stream.WEIGHTS, task.config.run.seed)
     task.device = accelerator.device
     task.build(accelerator, resumed=resumed)
+
+    # weight averages
     averages = {
         name: WeightAverage(
             list(learner.averaged.parameters()), decay=options.ema_decay, foreach=True

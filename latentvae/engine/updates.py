@@ -1,5 +1,7 @@
-"""One update of a run: micro-steps, clipping, one host sync, then optimizers, averages and
-controllers. Whoever calls it logs and saves; the preflight makes its updates by it too."""
+"""One update of a run: micro-steps, clipping, one host sync, optimizers, averages, controllers.
+
+The caller logs and saves. The preflight makes its updates with it too.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +20,13 @@ from latentvae.engine.training import Training
 
 @dataclass
 class UpdateResult:
-    """What an update was.
+    """The outcome of an update.
 
     Attributes:
-        finite: all gradients of all ranks were; if not, nothing was changed but counters.
-        signal: that any rank has had, or 0.
-        values: what to log, scalars on the device by log name: of each micro-step and of the
-            update.
+        finite: all gradients of all ranks were finite. If not, only counters changed.
+        signal: number of a signal that some rank has received, or 0.
+        values: values to log for each micro-step and for the update: scalars on the device by log
+            name.
         keys: `Task.keys` of each micro-step's batch.
     """
 
@@ -35,11 +37,11 @@ class UpdateResult:
 
 
 class Updates:
-    """Makes the updates of a run and moves its progress on.
+    """Makes the updates of a run and counts its progress.
 
     Args:
         training: what is trained.
-        requested: tells the signal that this rank was asked to stop by, or 0.
+        requested: returns the number of the signal that this rank has received, or 0.
     """
 
     def __init__(self, training: Training, *, requested: Callable[[], int] = lambda: 0) -> None:
@@ -51,7 +53,11 @@ class Updates:
         return self.training.progress
 
     def make(self, batches: Iterator[Any]) -> UpdateResult:
-        """Make one update of the learners that take part in it. All ranks call it."""
+        """Make one update of the learners that take part in it. All ranks call it.
+
+        Raises:
+            ValueError: the task names no learner for this update.
+        """
         task, progress, result = self.training.task, self.training.progress, UpdateResult()
         learning = task.learning(progress.update)
         if not learning:
@@ -86,26 +92,27 @@ class Updates:
         for learner in task.learners.values():
             learner.optimizer.zero_grad()
 
+        # counters
         progress.skipped += not result.finite
         progress.skipped_in_a_row = 0 if result.finite else progress.skipped_in_a_row + 1
         progress.update += 1
         return result
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
-        """Add the gradients of one batch, with the random numbers of its place."""
+        """Add the gradients of one batch. Its random numbers depend on its place in the run."""
         seed, progress = self.training.config.run.seed, self.training.progress
         seed_everything(Stream.MICRO_STEP, seed, progress.micro_step, rank())
         return self.training.task.micro_step(batch, progress.update)
 
     def set_learning_rates(self) -> None:
-        """Set those of the next update."""
+        """Set the learning rates of the next update."""
         config, update = self.training.config, self.training.progress.update
         for learner in self.training.task.learners.values():
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(update, peak=learner.rate, config=config)
 
     def step(self, learning: Sequence[str]) -> None:
-        """Move weights and averages by the gradients that are there."""
+        """Step the optimizers of the learners that take part, and their weight averages."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()
@@ -123,7 +130,7 @@ class Updates:
             yield
 
     def _clip(self, learning: Sequence[str]) -> dict[str, Tensor]:
-        """Clip the gradients; returns their norms before."""
+        """Clip the gradients. Return their norms before, by log name."""
         largest = self.training.config.optimizer.max_grad_norm
         learners = self.training.task.learners
         return {
@@ -132,8 +139,12 @@ class Updates:
         }
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
-        """Whether all gradients on all ranks are finite, the signal any rank has had, and the mean
-        over ranks of what the task measured: the update's one host sync."""
+        """Gather the ranks' verdict on the update in its one host sync.
+
+        Returns:
+            Whether all gradients on all ranks are finite, the signal that a rank has received (or
+            0), and the means over ranks of what the task measured.
+        """
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
         signal = torch.full_like(finite, self.requested(), dtype=torch.float32)
         verdict = all_reduce_max(torch.stack([(~finite).float(), signal]))
@@ -144,9 +155,11 @@ class Updates:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the joint gradient norm in place; returns the norm before, which is non-finite if any
-    gradient is."""
+    """Clip the joint gradient norm in place. Return the norm before, as a scalar.
+
+    The norm is not finite if any gradient is not.
+    """
     parameters = list(parameters)
-    # Without any gradient, as of a model that stands still, torch gives a zero on the CPU.
+    # Without any gradient torch returns a zero on the CPU, so it is moved to the device.
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.to(parameters[0].device)

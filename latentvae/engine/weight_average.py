@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""The exponential moving average of weights."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -11,13 +11,14 @@ from latentvae.compute.compilation import not_compiled
 
 
 class WeightAverage(EMAModel):
-    """diffusers' `EMAModel`, each step of which reads and writes every weight once.
+    """diffusers' `EMAModel` with a faster step, which reads and writes every weight once.
 
-    Its own step forms the difference first, for which all weights go through memory three times.
+    The original step forms the difference first, so all weights go through memory three times.
     """
 
     @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move the averages towards the weights."""
         self.optimization_step += 1
         decay = self.get_decay(self.optimization_step)
         self.cur_decay_value = decay
@@ -26,16 +27,19 @@ class WeightAverage(EMAModel):
 
 @contextlib.contextmanager
 def averaged_weights(net: nn.Module, average: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into ``net`` for a while, in eval mode and not compiled.
+    """Put the averaged weights into `net` for a while, in eval mode and not compiled.
 
-    Its buffers, such as a codebook of moving averages, are averages already.
+    Buffers are not replaced: those of a codebook are moving averages already.
     """
+    # into eval mode
     training = [module for module in net.modules() if module.training]
     parameters = list(net.parameters())
     net.eval()
     if average is not None:
         average.store(parameters)
         average.copy_to(parameters)
+
+    # and back
     try:
         with not_compiled():
             yield

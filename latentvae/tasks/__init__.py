@@ -1,2 +1,4 @@
-"""What a run trains, one folder each: a `Task` of `engine.task`, started by a script in `train/` or
-from Python by `engine.loop.train`."""
+"""Tasks: what a run trains, one folder each.
+
+A task is a `Task` of `engine.task`. A script in `train/` starts it, or `engine.loop.train`.
+"""

@@ -140,16 +140,16 @@ def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
         (["--crop", "centre"], "did you mean 'center'?"),
         (
             ["--resolution", "60"],
-            "resolution 60 is not a multiple of the model's f = 8; the nearest that is: 64",
+            "resolution 60 is not a multiple of the model's f = 8. The nearest multiple is 64.",
         ),
         (
             ["--crops_per_image", "5"],
-            "train_batch_size 8 is not a multiple of crops_per_image 5; the nearest that is: 10",
+            "8 is not a multiple of crops_per_image 5. The nearest multiple is 10.",
         ),
         (["--resolution", "big"], "--resolution"),
         (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
         (["--max_train_steps", "0"], "max_train_steps is 0"),
-        (["--mixed_precision", "fp16"], "fp16 is refused"),
+        (["--mixed_precision", "fp16"], "fp16 fails with two optimizers"),
         (["--norm_num_groups", "24"], "norm_num_groups 24 does not divide the width 32"),
         (["--attention_levels", "7"], "attention_levels names level 7"),
         (
@@ -223,14 +223,14 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
         ),
         (
             "dvae_f8 --rec_loss l2",
-            "rec_loss l2 has no meaning with likelihood logit_laplace, which takes its place; "
-            "leave it at l1",
+            "rec_loss l2 has no meaning, because likelihood logit_laplace replaces it. "
+            "Leave it at l1.",
         ),
         ("fsq_f8 --lookup_from_codebook", "no search of the nearest code in a list"),
         ("kl_f8 --lookup_from_codebook", "which has no codes"),
         (
             "vq_f16 --resolution 250",
-            "not a multiple of the model's f = 16; the nearest that is: 256",
+            "not a multiple of the model's f = 16. The nearest multiple is 256.",
         ),
     ],
 )

@@ -55,7 +55,12 @@ def test_the_clock_runs_while_a_batch_is_waited_for_but_the_first(clock: Clock) 
         (0, 1, 7.5, "(images 0.75 s, update 0.25 s): try --dataloader_num_workers 3"),
         (2, 1, 5.0, "50% of the time (images 0.5 s, update 0.5 s): try --dataloader_num_workers 4"),
         (2, 1, 9.9, "99% of the time (images 0.99 s, update 0.01 s): try --data"),
-        (2, 4, 5.0, "2 workers have no more cores; store the images smaller, or try --crops_per"),
+        (
+            2,
+            4,
+            5.0,
+            "2 workers have no more cores. Better store the images smaller, or try --crops",
+        ),
     ],
 )
 def test_the_warning_has_numbers_and_a_remedy(

@@ -226,7 +226,7 @@ def test_lookup_of_a_run_that_has_ended(tmp_path: Path) -> None:
     kl = tmp_path / "kl"
     kl.mkdir()
     write_config(small_config(kl), kl / "config.yaml")
-    with pytest.raises(UserError, match="lookup_from_codebook is for tokenizers"):
+    with pytest.raises(UserError, match="lookup_from_codebook needs a tokenizer"):
         export_folder(kl, out=tmp_path / "other", lookup_from_codebook=True)
 
 

@@ -134,8 +134,8 @@ def test_every_damage_of_every_file_falls_back_and_says_so(
     with pytest.raises(_Enough):
         resume(finished)
     said = capsys.readouterr().out
-    assert f"checkpoint-4 is passed over: {file} " in said
-    assert f"going on from {finished / 'checkpoint-2'}" in said
+    assert f"checkpoint-4 is skipped: {file} " in said
+    assert f"resuming from {finished / 'checkpoint-2'}" in said
     ((training, window),) = resumed
     good = load_checkpoint(finished / "checkpoint-2")
     snapshot = take_snapshot(training, window)
@@ -159,8 +159,8 @@ def test_where_all_are_damaged_it_starts_anew_and_says_so(
     with pytest.raises(_Enough):
         resume(finished)
     said = capsys.readouterr().out
-    assert said.count("is passed over: model_optimizer.safetensors ") == 2
-    assert f"starting anew in {finished}" in said and resumed[0][0].progress.update == 0
+    assert said.count("is skipped: model_optimizer.safetensors ") == 2
+    assert f"starting a new run in {finished}" in said and resumed[0][0].progress.update == 0
 
 
 @pytest.mark.parametrize("damage", _few_at_once(files=False))
@@ -240,7 +240,10 @@ def _wrong(name: str) -> list[Any]:
         (lambda v: v["windows"].append({}), "windows: 2 of 1 processes"),
         (lambda v: v["windows"][0].update({"loss/rec": [1.0]}), r"windows.0.loss/rec"),
         (lambda v: v["ranks"][0]["units"].pop(), "units: not 3 x 4 sums"),
-        (lambda v: v["ranks"][0]["units"][0].__setitem__(0, -1.0), "units: a count is no number"),
+        (
+            lambda v: v["ranks"][0]["units"][0].__setitem__(0, -1.0),
+            "units: a count is not",
+        ),
         (lambda v: v["ranks"][0]["units"][1].append(0.0), "units: not 3 x 4 sums"),
         (lambda v: v["task"]["bad_images"].append(["a.png"]), "bad_images.0"),
         (
@@ -268,5 +271,5 @@ def test_a_renamed_checkpoint_is_passed_over(
     (finished / "checkpoint-4").rename(finished / "checkpoint-5")
     with pytest.raises(_Enough):
         resume(finished)
-    assert "checkpoint-5 is passed over: manifest.json is of update 4" in capsys.readouterr().out
+    assert "checkpoint-5 is skipped: manifest.json is of update 4" in capsys.readouterr().out
     assert resumed[0][0].progress.update == 2

@@ -122,7 +122,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"in use by process {first.pid} on .*; wait until"):
+        with pytest.raises(UserError, match=rf"in use by process {first.pid} on .*\. Wait until"):
             train(small_config(tmp_path, max_train_steps=1))
         assert not (tmp_path / "config.yaml").exists()
     finally:

@@ -55,7 +55,7 @@ def test_each_bad_file_is_named_once_over_all_ranks(
 ) -> None:
     arguments = flags(tmp_path / "run", train_data_dir=str(data[0]), max_bad_share=1.0)
     text = ranks(lambda: run_training(arguments, description=""), output=tmp_path / "output.txt")
-    named = re.findall(r"^cannot read (.*?) \(.*\); another image takes its place$", text, re.M)
+    named = re.findall(r"^cannot read (.*?) \(.*\)\. Another image takes its place\.$", text, re.M)
     assert sorted(named) == sorted(map(printable, data[1]))
     assert "Traceback" not in text and (tmp_path / "run" / "export" / "config.json").is_file()
     rows = [row for row in read_rows(tmp_path / "run" / "log.jsonl") if "loss/rec" in row]

@@ -1,4 +1,4 @@
-"""Train an autoencoder: `train(config)` is the door, `TrainConfig` the schema of its options."""
+"""Training of an autoencoder: `train(config)` starts it, `TrainConfig` is the options' schema."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ __all__ = ["TrainConfig", "load_preset", "train"]
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, validate and export; returns the export's folder. See `engine.loop.train`."""
+    """Train, validate and export. Return the export's folder. See `engine.loop.train`."""
     from latentvae.engine import loop
     from latentvae.tasks.autoencoder.task import AutoencoderTask
 

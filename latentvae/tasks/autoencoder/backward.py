@@ -1,5 +1,7 @@
-"""One update: one forward pass, one pass back through the decoder, then the discriminator on the
-same images and reconstructions."""
+"""The backward passes of an update: one through the decoder, then one of the discriminator.
+
+Both use the same images and reconstructions of one forward pass.
+"""
 
 import torch
 from torch import Tensor
@@ -22,18 +24,19 @@ def backward_model(
     background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the whole objective to the model's parameters, in one pass through the
-    decoder.
+    """Add the gradient of the whole objective to the model's parameters.
 
-    The losses are functions of a detached reconstruction; their gradients there are joined and sent
-    back once. None reaches the discriminator's parameters.
+    The losses are functions of a detached reconstruction. Their gradients at it are added and sent
+    back through the decoder once. No gradient reaches the discriminator's parameters.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        out: the wrapper's output for them, with its graph.
-        update: updates done, which the objective's policies go by.
+        out: the wrapper's output for the images, with its graph.
+        objective: terms and weights of the loss.
+        update: updates done. The objective's schedules depend on it.
         last_layer: the decoder's last weight, for the adaptive weight.
-        background: what LPIPS and the discriminator, which both see RGB, see behind alpha
+        adversary: the discriminator and its options. None without one.
+        background: colour behind alpha for LPIPS and the discriminator, which both see RGB
             (`losses.colors`).
         divide_by: micro-steps of this update, whose gradients are averaged.
 
@@ -46,6 +49,8 @@ def backward_model(
     loss = objective.reconstruction(images, recon, out.output_logvar, background=background)
     nll_grad, *logvar_grad = torch.autograd.grad(loss.total, [recon, *learned])
     recon_grad, log = nll_grad, loss.log
+
+    # the adversarial term
     if adversary is not None:
         value, adversarial_grad = _adversarial(
             recon, adversary, objective=objective, background=background
@@ -63,7 +68,8 @@ def backward_model(
 
     # one pass back through the decoder, with the latents' terms
     latent = objective.latent(images, out, update=update)
-    of_latents = [latent.total / divide_by] if latent.total.requires_grad else []  # not frozen
+    # With a frozen encoder the latents' terms have no gradient.
+    of_latents = [latent.total / divide_by] if latent.total.requires_grad else []
     grads = [recon_grad / divide_by, *(None for _ in of_latents)]
     grads += [grad / divide_by for grad in logvar_grad]
     torch.autograd.backward([out.recon, *of_latents, *learned], grads)
@@ -73,7 +79,7 @@ def backward_model(
 def _adversarial(
     recon: Tensor, adversary: Adversary, *, objective: Objective, background: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """The generator's loss and its gradient at ``recon``."""
+    """Return the generator's loss and its gradient at `recon`."""
     loss = objective.adversarial_value(recon, adversary, background=background)
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
@@ -87,12 +93,19 @@ def backward_discriminator(
     background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the discriminator's loss and penalties to its parameters, in one
-    backward pass; ``recon`` is detached here, and ``background`` lies behind alpha in both.
+    """Add the gradient of the discriminator's loss and penalties to its parameters.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        recon: their reconstructions, which are detached here.
+        adversary: the discriminator and its options.
+        background: colour behind alpha in both.
+        divide_by: micro-steps of this update, whose gradients are averaged.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.
     """
+    # loss
     both = [to_rgb(images, background), to_rgb(recon.detach(), background)]
     seen = diff_augment(torch.cat(both), adversary.augment)
     real, fake = adversary.prepared(seen).float().chunk(2)
@@ -102,6 +115,8 @@ def backward_discriminator(
         "discriminator/logits_real": real.detach().mean(),
         "discriminator/logits_fake": fake.detach().mean(),
     }
+
+    # penalties
     if adversary.lecam is not None:
         lecam = adversary.lecam.penalty(real, fake)
         log["discriminator/lecam"] = lecam.detach()

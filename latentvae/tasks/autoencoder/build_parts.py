@@ -23,7 +23,7 @@ from latentvae.tasks.autoencoder.images import eval_transform
 
 
 def build_net(config: TrainConfig, base: Base | None) -> Any:
-    """The base's network, or a new one."""
+    """Return the base's network, or a new one."""
     if base is not None:
         return base.net
     return FAMILIES[config.model.architecture].build(
@@ -36,8 +36,10 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
 def build_losses(
     config: TrainConfig, net: Any, accelerator: Accelerator
 ) -> tuple[PerceptualLoss, Objective]:
-    """LPIPS to validate with (always float32) and the objective, whose LPIPS may be the same
-    network."""
+    """Return LPIPS for the validation, always in float32, and the objective.
+
+    The objective may use the same LPIPS network.
+    """
     options = config.objective
     metric = PerceptualLoss(
         load_lpips(
@@ -46,6 +48,7 @@ def build_losses(
             allow_download=options.download_lpips,
         )
     ).to(accelerator.device)
+
     objective = build_objective(
         options,
         config.discriminator,
@@ -59,7 +62,7 @@ def build_losses(
 
 
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
-    """The network as training calls it, frozen and folded as the options say."""
+    """Return the network as training calls it, frozen and folded as the options say."""
     family = FAMILIES[config.model.architecture]
     if pretrained:
         keep_batch_statistics(net)
@@ -78,7 +81,7 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
 def start_codebook(
     config: TrainConfig, net: Any, accelerator: Accelerator, images: ImageSource
 ) -> None:
-    """Start the codes by k-means on the first rank, for all."""
+    """Initialise the codes by k-means on the first rank, and send them to all ranks."""
     run = config.run
     per_process = run.train_batch_size * run.gradient_accumulation_steps
     net.to(accelerator.device)
@@ -95,7 +98,7 @@ def start_codebook(
 
 
 def discriminator_of(config: TrainConfig) -> Discriminator | None:
-    """None where its weight is 0."""
+    """Return a new discriminator. None when its weight is 0."""
     options = config.discriminator
     if options.disc_scale == 0:
         return None
@@ -111,16 +114,16 @@ def discriminator_of(config: TrainConfig) -> Discriminator | None:
 def compute_faster(
     config: TrainConfig, net: Any, metric: PerceptualLoss, accelerator: Accelerator
 ) -> None:
-    """Compile the network's blocks, or swap convolutions for Winograd's where they serve."""
+    """Compile the network's blocks, or use Winograd's convolutions where they are faster."""
     if config.run.torch_compile:
         compile_blocks(net)
     elif _multiplies_less(config, accelerator):
         swap_convolutions(net, trained=True)
-        # Channels innermost would be turned for every convolution.
+        # With channels innermost every convolution would transpose its input.
         swap_convolutions(metric.to(memory_format=torch.contiguous_format), trained=True)
 
 
 def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Whether Winograd's convolutions serve: float32 on the CPU, channels outermost."""
+    """Return whether Winograd's convolutions help: float32 on the CPU, channels outermost."""
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     return config.run.winograd and on_cpu and not config.run.channels_last

@@ -1,5 +1,7 @@
-"""What training does for a discrete bottleneck beside its loss: the start by k-means, what codes
-learn from all ranks once per update, and the temperature.
+"""Training of a discrete bottleneck beside its loss.
+
+This is the start by k-means, the update of the codes from the vectors of all ranks, and the
+temperature.
 
 `N` vectors, `c` feature channels, `K` codes.
 """
@@ -19,15 +21,15 @@ from latentvae.outputs import AutoencoderOutput
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 START_BATCH = 16  # images encoded at a time
-START_VECTORS = 32  # vectors for each code that k-means sees, at most
+START_VECTORS = 32  # largest number of vectors for each code in k-means
 
 
 class CodebookUpdate:
-    """Gathers what codes learn from over the micro-steps of an update, then over ranks.
+    """Gathers statistics for the codes over the micro-steps of an update, then over ranks.
 
     Args:
-        quantizer: the bottleneck, bare.
-        seed: of the choice of vectors at which dead codes restart.
+        quantizer: the bare bottleneck.
+        seed: seeds the choice of vectors at which unused codes restart.
     """
 
     def __init__(self, quantizer: Any, *, seed: int) -> None:
@@ -37,8 +39,8 @@ class CodebookUpdate:
         self._features: Tensor | None = None
 
     def add(self, out: AutoencoderOutput) -> None:
-        """One micro-step."""
-        for latent in out.latents:  # one of them has statistics: there is one quantizer
+        """Add the statistics of one micro-step."""
+        for latent in out.latents:  # only the latent of the quantizer has statistics
             for name, value in (latent.statistics or {}).items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
                 self._features = latent.features
@@ -51,17 +53,20 @@ class CodebookUpdate:
         optimizer: torch.optim.Optimizer,
         averages: Mapping[nn.Parameter, Tensor],
     ) -> dict[str, Tensor]:
-        """After the optimiser; the same on every rank.
+        """Update the codes after the optimizer's step, the same on every rank.
 
         Args:
-            optimizer: forgets what it knew of codes that restart.
-            averages: of the weights; those of a code that restarts restart with it.
+            update: from 0.
+            optimizer: its moments of restarted codes are set to 0.
+            averages: weight averages. Those of restarted codes are set to the new codes.
 
         Returns:
-            What to log.
+            Values to log.
         """
         if not self._sums or self._features is None:
             return {}
+
+        # update the codes
         sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
         vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
         restarts = self.quantizer.restart_threshold > 0
@@ -71,8 +76,10 @@ class CodebookUpdate:
             features=gather_cat(vectors) if restarts else vectors,
             generator=generator_for(Stream.CODEBOOK, self.seed, update),
         )
+
+        # averages and moments follow codes that restart
         for weight, old in before.items():
-            changed = (weight != old).any(1, keepdim=True)  # (K, 1); no host sync
+            changed = (weight != old).any(1, keepdim=True)  # (K, 1), without a host sync
             if weight in averages:
                 averages[weight].copy_(torch.where(changed, weight, averages[weight]))
             for moment in optimizer.state.get(weight, {}).values():
@@ -93,7 +100,19 @@ def initialise_codebook(
     images_per_update: int,
     seed: int,
 ) -> None:
-    """Start the codes at what the untrained encoder gives for random training images."""
+    """Initialise the codes by k-means on the untrained encoder's features of random images.
+
+    Args:
+        net: the network, whose codes are changed.
+        source: training images.
+        transform: makes tensors of them.
+        images_per_update: decides the batch of k-means.
+        seed: seeds the choice of images and the start.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    # gather vectors
     quantizer = family_of(net).quantizer(net)
     assert quantizer is not None, type(net)
     wanted = START_VECTORS * quantizer.num_codes
@@ -106,13 +125,16 @@ def initialise_codebook(
         if sum(map(len, vectors)) >= wanted:
             break
     if not vectors:
-        raise UserError(f"not one of the {len(source):,} images for k-means can be read")
+        raise UserError(f"none of the {len(source):,} images for k-means can be read")
+
     found = torch.cat(vectors)[:wanted]
     if len(found) < quantizer.num_codes:
         print(
-            f"k-means has {len(found):,} vectors for {quantizer.num_codes:,} codes: some codes "
-            "start alike, and are idle until they restart (restart_threshold)"
+            f"k-means has {len(found):,} vectors for {quantizer.num_codes:,} codes. Some codes "
+            "start equal and stay unused until they restart (restart_threshold)."
         )
+
+    # k-means
     quantizer.initialise(
         found,
         generator=generator_for(Stream.CODEBOOK, seed, 0),
@@ -127,7 +149,7 @@ def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Ite
         try:
             images.append(transform(source.read(i)))
         except UnreadableImage:
-            continue  # the training names it
+            continue  # the training reports it
         if len(images) == START_BATCH:
             yield torch.stack(images)
             images = []
@@ -136,10 +158,10 @@ def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Ite
 
 
 def wants_start(config: TrainConfig) -> bool:
-    """Whether the codes of a new run start by k-means."""
+    """Return whether the codes of a new run start by k-means."""
     return config.model.bottleneck.starts_by_kmeans
 
 
 def temperature(config: TrainConfig, update: int) -> float:
-    """Of the bottleneck in an update (from 0); 1 but for Gumbel-softmax."""
+    """Return the bottleneck's temperature in an update (from 0). It is 1 without Gumbel-softmax."""
     return config.model.bottleneck.temperature_at(update)

@@ -1,12 +1,13 @@
-"""The collapse watch: reads the rows and validations that a run logs, and tells in words when the
-posterior, the codebook or the discriminator has gone wrong, or validation LPIPS diverges.
+"""The collapse watch: warnings from the rows and validations that a run logs.
 
-    row or validation -> is the condition there? -> for long enough -> finding (told once)
+It warns when the posterior or the codebook collapses, the discriminator wins, or validation LPIPS
+diverges.
 
-It knows no run and no rank: its input is reduced over ranks already, so every rank finds the same.
-A condition begins, and ends, when it was so in `PATIENCE` observations in a row, over at least
-`LASTING` updates: neither a single odd row nor a small `log_steps` makes a finding, and what
-wavers around a bound is not told again and again.
+    row or validation -> is the condition there? -> for long enough -> finding (printed once)
+
+Its input is reduced over ranks already, so every rank finds the same. A condition begins or ends
+only after `PATIENCE` observations in a row, over at least `LASTING` updates. So a single odd row
+or a small `log_steps` makes no finding, and a value near its bound is not reported repeatedly.
 
 `K` codes, `d` latent channels.
 """
@@ -27,36 +28,34 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
 DISCRIMINATOR, LPIPS = "discriminator_won", "lpips_diverges"
 PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # rows, or validations
-LASTING = 50  # updates from the first to the last of them, at least
-BEGINNING = 100  # updates without a watch: what has learned nothing looks collapsed
+LASTING = 50  # least number of updates from the first to the last of them
+BEGINNING = 100  # updates without a watch: an untrained model looks collapsed
 
-ACTIVE_SHARE = 0.5  # of the channels; fewer active ones (arXiv:1509.00519) are a collapse
-USED_SHARE = 0.1  # of the codes that could be used
-PERPLEXITY_SHARE = 0.05  # the same for the perplexity: many codes, nearly all tokens of a few
-FALLEN_SHARE = 0.5  # of the most codes ever in use
-WON_SHARE = (
-    0.05  # of the discriminator's loss where it tells nothing (hinge 1, non-saturating 2 log 2)
-)
-WORSE = 1.1  # times the best validation LPIPS
+ACTIVE_SHARE = 0.5  # Share of active channels (arXiv:1509.00519).
+USED_SHARE = 0.1  # Share of used codes among those that could be used.
+PERPLEXITY_SHARE = 0.05  # The same for the perplexity, when a few codes take nearly all tokens.
+FALLEN_SHARE = 0.5  # Used codes, as a share of the most that were ever in use.
+WON_SHARE = 0.05  # Loss, as a share of a blind discriminator's (hinge 1, logistic 2 log 2).
+WORSE = 1.1  # Validation LPIPS, as a multiple of the best.
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What there is to watch.
+    """The conditions to watch in a run.
 
     Attributes:
-        posterior_from: updates before which a collapsed posterior is no news; None: there is none,
-            its encoder is frozen, or it is asked for.
-        posterior_remedy: options against it.
-        num_channels: d (1 of Gumbel-softmax).
-        codes_from: the same for codes; None: there are none.
+        posterior_from: update at which the watch of the posterior starts. None: no watch, because
+            there is no posterior, its encoder is frozen, or the options ask for a collapse.
+        posterior_remedy: options that help against a collapse.
+        num_channels: d (1 with Gumbel-softmax).
+        codes_from: update at which the watch of the codes starts. None: there are no codes.
         num_codes: K.
-        codes_remedy: options of this quantiser.
-        validated_on: which images, so that others are not compared with them.
+        codes_remedy: options of this quantizer that help against a collapse.
+        validated_on: name of the validation images. Results on other images are not compared.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
         discriminator_from: update at which the adversarial weight is full. The watch starts
             there, because the model hardly answers the discriminator before. None: no watch.
-        obeyed_from: update at which the adversarial weight leaves 0. None: no watch.
+        effective_from: update at which the adversarial weight leaves 0. None: no watch.
     """
 
     posterior_from: int | None = None
@@ -68,7 +67,7 @@ class Watched:
     validated_on: str = ""
     discriminator_loss: float = 1.0
     discriminator_from: int | None = None
-    obeyed_from: int | None = None
+    effective_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Finding:
     """A condition that has begun.
 
     Attributes:
-        name: of the condition.
-        sentence: with its numbers and what to try.
+        name: name of the condition.
+        sentence: message with its numbers and what to try.
     """
 
     name: str
@@ -86,15 +85,18 @@ class Finding:
 
 @dataclass
 class Condition:
-    """What is remembered of a condition; checked as strictly when it is read from a checkpoint.
+    """The history of a condition. A checkpoint holds it, and its types are checked when read.
 
     Attributes:
-        holds: whether it is there.
-        against: observations in a row that say otherwise; the first at update `since`.
-        times: how often it began: `first` and `last` the updates.
-        ended: the update at which it last did.
-        sentence: what was last told.
-        of_discriminator: whether the discriminator was to blame then.
+        holds: whether the condition is present.
+        against: observations in a row that say the opposite of `holds`.
+        since: the update of the first of them.
+        times: how often the condition began.
+        first: update at which it began first.
+        last: update at which it began last.
+        ended: update at which it ended last.
+        sentence: the last message.
+        of_discriminator: whether the discriminator was the cause then.
     """
 
     holds: bool = False
@@ -110,15 +112,19 @@ class Condition:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def turns(self, there: bool, *, update: int, patience: int) -> bool:
-        """Take in an observation; whether the condition begins or ends by it."""
+        """Take in an observation. Return whether the condition begins or ends with it."""
         if there == self.holds:
             self.against = 0
             return False
+
+        # long enough?
         if not self.against:
             self.since = update
         self.against += 1
         if self.against < patience or update - self.since < LASTING:
             return False
+
+        # it begins or ends
         self.holds, self.against = there, 0
         if there:
             self.times += 1
@@ -130,10 +136,10 @@ class Condition:
 
 
 class CollapseWatch:
-    """Observes a run.
+    """The watch of one run.
 
     Args:
-        watched: what there is to watch.
+        watched: the conditions to watch.
         saved: `state_dict()` of an earlier part of the run.
     """
 
@@ -145,45 +151,45 @@ class CollapseWatch:
         self._best_lpips: float | None = saved.get("best_lpips")
         self._best_update: int = saved.get("best_update", 0)
         self._most_used: int = saved.get("most_used", 0)
-        if saved and saved.get("validated_on") != watched.validated_on:  # not to be compared
+        if saved and saved.get("validated_on") != watched.validated_on:  # other images
             self._best_lpips, self._best_update, self._most_used = None, 0, 0
         if watched.discriminator_from is None:
             self._conditions[DISCRIMINATOR].holds = False
 
     def row(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """What begins with a row of training values, after ``update`` updates."""
+        """Return the findings that begin with a row of training values, after `update` updates."""
         return [*self._posterior(update, values), *self._discriminator(update, values)]
 
     def validation(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """What begins with a validation."""
+        """Return the findings that begin with a validation, after `update` updates."""
         return [*self._codes(update, values), *self._lpips(update, values)]
 
     def flags(self) -> dict[str, float]:
-        """For the log: 1 by name for each condition that is there."""
+        """Return 1 by log name for each condition that is present."""
         return {f"watch/{name}": 1.0 for name, now in self._conditions.items() if now.holds}
 
     def summary(self) -> str | None:
-        """What was seen in the whole run; None if nothing was."""
-        told = [
+        """Return all findings of the run as text. None if there were none."""
+        shown = [
             f"  {name.replace('_', ' ')}, {_when(seen)}: {seen.sentence}"
             for name, seen in self._conditions.items()
             if seen.times
         ]
-        return "\n".join(["what the collapse watch saw in this run:", *told]) if told else None
+        return "\n".join(["findings of the collapse watch in this run:", *shown]) if shown else None
 
     def blames_discriminator(self) -> bool:
-        """Whether something is wrong that switching the discriminator off may help against."""
+        """Return whether there is a condition against which stopping the discriminator may help."""
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:
-        """The discriminator is switched off: it has not won any longer."""
-        self.watched = replace(self.watched, discriminator_from=None, obeyed_from=None)
+        """Take in that the discriminator is switched off. Then it has no longer won."""
+        self.watched = replace(self.watched, discriminator_from=None, effective_from=None)
         discriminator = self._conditions[DISCRIMINATOR]
         if discriminator.holds:
             discriminator.holds, discriminator.against, discriminator.ended = False, 0, update
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the state of the watch as plain values for JSON."""
         return {
             "conditions": {name: asdict(now) for name, now in self._conditions.items()},
             "best_lpips": self._best_lpips,
@@ -193,25 +199,32 @@ class CollapseWatch:
         }
 
     def _posterior(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Active units (Burda et al. 2016) and channels whose KL is nothing (Lucas et al. 2019,
-        arXiv:1911.02469): too few of the former or too many of the latter."""
+        """Check for a collapsed posterior: few active units, or many channels without KL.
+
+        Active units: Burda et al. 2016, arXiv:1509.00519. Channels without KL: Lucas et al. 2019,
+        arXiv:1911.02469.
+        """
         start, d = self.watched.posterior_from, self.watched.num_channels
         if start is None or update <= start or "latent/silent_channels" not in values:
             return []
         silent, active = values["latent/silent_channels"], values.get("latent/active_units")
-        vary = "" if active is None else f", {active:.0f} vary with the image"  # Gumbel has no mean
+        # Gumbel-softmax has no mean, so it has no active units.
+        vary = "" if active is None else f", and {active:.0f} vary with the image"
         return self._observe(
             POSTERIOR,
             update,
             (active is not None and active < ACTIVE_SHARE * d) or silent > (1.0 - ACTIVE_SHARE) * d,
-            f"the posterior collapses: of {d} latent channels {silent:.3g} have a KL of nearly "
-            f"nothing{vary}, so the decoder is told little",
+            f"the posterior collapses: {silent:.3g} of {d} latent channels have nearly no KL"
+            f"{vary}, so the decoder gets little information",
             f"Try {self.watched.posterior_remedy}",
         )
 
     def _discriminator(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """A loss near 0 alone says it: the mean logits are then apart by twice the margin less
-        twice the loss (hinge), and as far without a margin (Jensen's inequality)."""
+        """Check whether the discriminator has won: its loss is near 0.
+
+        The loss alone is enough. With hinge loss the mean logits are then apart by at least twice
+        the margin minus twice the loss. Without a margin Jensen's inequality gives a like bound.
+        """
         start = self.watched.discriminator_from
         if start is None or update <= start or "discriminator/loss" not in values:
             return []
@@ -222,13 +235,14 @@ class CollapseWatch:
             loss < WON_SHARE * blind,
             f"the discriminator has won: its loss is {loss:.2g} (a blind one has {blind:.2g}), its "
             f"logits are {values['discriminator/logits_real']:.2g} for images and "
-            f"{values['discriminator/logits_fake']:.2g} for what the model makes of them",
+            f"{values['discriminator/logits_fake']:.2g} for reconstructions",
             "Try a lower --disc_learning_rate, --disc_augment, --disc_r1_weight or "
-            "--disc_lecam_weight; --disc_watch disable goes on without it",
+            "--disc_lecam_weight. Or switch it off with --disc_watch disable.",
             of_discriminator=True,
         )
 
     def _codes(self, update: int, values: Mapping[str, float]) -> list[Finding]:
+        """Check for a collapsed codebook: few codes in use, or many fewer than before."""
         start, K = self.watched.codes_from, self.watched.num_codes
         if start is None or update <= start or "validation/usage" not in values:
             return []
@@ -236,7 +250,7 @@ class CollapseWatch:
         usable = min(K, values["validation/tokens"])
         few = used < max(USED_SHARE * usable, 2) or perplexity < PERPLEXITY_SHARE * usable
         fallen = used < FALLEN_SHARE * self._most_used
-        once = f" ({self._most_used:,} were once)" if fallen else ""
+        once = f" ({self._most_used:,} at most before)" if fallen else ""
         self._most_used = max(self._most_used, used)
         return self._observe(
             CODEBOOK,
@@ -248,21 +262,25 @@ class CollapseWatch:
         )
 
     def _lpips(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """A NaN is worse than any number."""
+        """Check whether validation LPIPS is much worse than its best. NaN counts as worse."""
+        # the best so far
         lpips, best = values["validation/lpips"], self._best_lpips
         if not math.isnan(lpips) and (best is None or lpips < best):
             self._best_lpips, self._best_update, best = lpips, update, lpips
         if best is None:
             best = math.inf
-        now, obeyed_from = self._conditions[LPIPS], self.watched.obeyed_from
+
+        # the discriminator may be the cause if it had an effect when LPIPS turned worse
+        now, effective_from = self._conditions[LPIPS], self.watched.effective_from
         since = now.since if now.against else update
-        of_discriminator = obeyed_from is not None and since > obeyed_from
-        discriminator = ", --disc_scale or --disc_weight_cap, or go on with --disc_watch disable"
+        of_discriminator = effective_from is not None and since > effective_from
+        discriminator = ", --disc_scale or --disc_weight_cap, or --disc_watch disable"
+
         return self._observe(
             LPIPS,
             update,
             math.isnan(lpips) or lpips > WORSE * best,
-            f"validation LPIPS diverges: {lpips:.3f}, where it was {best:.3f} at update "
+            f"validation LPIPS diverges: it is {lpips:.3f}, and was {best:.3f} at update "
             f"{self._best_update:,}",
             f"Try a lower --learning_rate{discriminator if of_discriminator else ''}",
             of_discriminator=of_discriminator,
@@ -287,7 +305,7 @@ class CollapseWatch:
 
 
 def _validated_on(config: TrainConfig) -> str:
-    """Which images, and how use of the codes is counted; older runs did both otherwise."""
+    """Return a name for the validation images and for the way to count the use of codes."""
     counted = ", levels apart" if config.model.bottleneck.num_codebooks > 1 else ""
     data = config.data
     return f"{data.max_validation_images} all over {data.validation_data_dir}{counted}"
@@ -306,26 +324,34 @@ def what_to_watch(
     num_codes: int | None,
     discriminator_stopped: bool = False,
 ) -> Watched:
-    """Decide from the options of a run what to watch.
+    """Return the conditions to watch in a run with these options.
 
     Args:
+        config: the run's options.
         discriminator_start: update in which the discriminator starts.
+        num_codes: K. None without codes.
+        discriminator_stopped: the watch has switched it off.
     """
+    # posterior
     model, discriminator = config.model, config.discriminator
     beginning = max(BEGINNING, config.optimizer.lr_warmup_steps)
-    # A pixel loss is held by silencing channels, and few bits are hardly any.
+    # A target for the pixel loss silences channels, and so does a very small target for the KL.
     objective = config.objective
     asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
     has_posterior = model.has_kl and not model.freeze_encoder and not asked_for
+
+    # discriminator
     has_discriminator = (
         discriminator.disc_scale > 0
         and discriminator.disc_watch != "off"
         and not discriminator_stopped
     )
-    obeyed_from = discriminator_start + discriminator.disc_warmup_steps
-    nothing = torch.zeros(1)
+    effective_from = discriminator_start + discriminator.disc_warmup_steps
+    zero = torch.zeros(1)
+    blind_loss = GAN_LOSSES[discriminator.disc_loss].discriminator(zero, zero)
+
     return Watched(
-        # A capacity that grows from 0 asks for a posterior that says nothing at first.
+        # A capacity that grows from 0 asks for a collapsed posterior at first.
         posterior_from=(
             max(beginning, config.objective.kl_capacity_steps) if has_posterior else None
         ),
@@ -335,13 +361,11 @@ def what_to_watch(
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model.bottleneck) if model.has_codes else "",
         validated_on=_validated_on(config),
-        discriminator_loss=float(
-            GAN_LOSSES[discriminator.disc_loss].discriminator(nothing, nothing)
+        discriminator_loss=float(blind_loss),
+        discriminator_from=(
+            effective_from + discriminator.disc_ramp_steps if has_discriminator else None
         ),
-        discriminator_from=obeyed_from + discriminator.disc_ramp_steps
-        if has_discriminator
-        else None,
-        obeyed_from=obeyed_from if has_discriminator else None,
+        effective_from=effective_from if has_discriminator else None,
     )
 
 
@@ -353,5 +377,5 @@ def _posterior_remedy(config: TrainConfig) -> str:
 
 
 def _codes_remedy(options: BottleneckConfig) -> str:
-    """Options of the bottleneck that keep codes in use and are not in use themselves."""
+    """Return options that help to keep codes in use and are not set yet."""
     return ", ".join([*options.remedies(), "a lower --learning_rate"])

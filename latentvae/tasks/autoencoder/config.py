@@ -1,8 +1,8 @@
-"""The one schema of an autoencoder's run: sections of options with ranges, checked before any work.
+"""The schema of an autoencoder's run: sections of options with ranges, checked before any work.
 
-A YAML preset is loaded into it and flags override; see `latentvae.cli.train`. Leaf
-names are unique over the sections, so every option is one flat flag, named as Hugging Face's
-training scripts name it.
+A YAML preset is loaded into it, and flags override the preset (see `latentvae.cli.train`). Leaf
+names are unique over the sections, so every option is one flat flag. Flags have the names of
+Hugging Face's training scripts.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
-BUCKET_MULTIPLE = 8  # pixels; divides the sides of buckets, whatever f is
+BUCKET_MULTIPLE = 8  # pixels, a divisor of the sides of all buckets
 
 
 class AutoencoderRunConfig(RunConfig):
@@ -27,28 +27,28 @@ class AutoencoderRunConfig(RunConfig):
 
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in the backward pass: less memory, more time.",
+        description="Recompute activations in the backward pass. It takes less memory, more time.",
     )
     channels_last: bool = Field(
         default=False,
         description=(
-            "Keep images and weights with the channels innermost: faster convolutions on GPUs with "
-            "bf16; on CPUs slower backward passes."
+            "Store images and weights with the channels innermost. Convolutions are faster on GPUs "
+            "with bf16. Backward passes are slower on CPUs."
         ),
     )
     torch_compile: bool = Field(
         default=False,
         description=(
-            "Compile the network's blocks with torch.compile, which needs a C++ compiler or a GPU "
-            "with Triton and takes minutes at the start."
+            "Compile the network's blocks with torch.compile. It needs a C++ compiler, or a GPU "
+            "with Triton, and takes minutes at the start."
         ),
     )
-    # May change on resume: a matter of rounding, and older runs are without it.
+    # It may change on resume, because it changes only the rounding.
     winograd: Annotated[bool, MayChange()] = Field(
         default=True,
         description=(
-            "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
-            "multiplications, rounded to some 4e-6 of their size. Elsewhere without effect."
+            "Compute 3 x 3 convolutions and their gradients with fewer multiplications on CPUs in "
+            "float32. The rounding error is about 4e-6 of their size. It has no effect elsewhere."
         ),
     )
     deterministic_posterior: bool = Field(
@@ -60,21 +60,21 @@ class AutoencoderRunConfig(RunConfig):
     export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
         default="sd",
         description=(
-            "Which pipelines the export's scaling and shift are written for; sd serves "
-            "all, sd3 (also FLUX) measures a shift, sdxl writes per-channel statistics."
+            "Pipelines that read the export's scaling and shift. sd works in all, sd3 (also FLUX) "
+            "measures a shift, sdxl writes per-channel statistics."
         ),
     )
     lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
-            "Export a VQModel for aMUSEd: codes looked up by index, pixels in [0, 1]; without it "
-            "for all other pipelines."
+            "Export a VQModel for aMUSEd, which looks up codes by index and has pixels in [0, 1]. "
+            "Other pipelines need it off."
         ),
     )
 
 
 class TrainConfig(JobConfig):
-    """A whole training run."""
+    """The options of a whole training run."""
 
     config: Annotated[str, MayChange()] = Field(
         default="kl_small",
@@ -96,16 +96,16 @@ class TrainConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Images that a process reads for one micro-step, whose crops are its batch."""
+        """Number of images that a process reads for one micro-step. Their crops are its batch."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every height and width that may be trained at, in pixels."""
+        """All heights and widths that occur in training, in pixels."""
         return self.sizes_at(self.data.size)
 
     def sizes_at(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """The same, if the resolution were `size`."""
+        """Return `train_sizes` for another resolution."""
         if not self.data.aspect_ratio_buckets:
             return (size,)
         multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
@@ -113,31 +113,36 @@ class TrainConfig(JobConfig):
 
     @property
     def discriminator_start(self) -> int:
-        """First update (counted from 0) in which the discriminator learns; max_train_steps or more:
-        never."""
+        """First update (from 0) in which the discriminator learns.
+
+        With max_train_steps or more it never learns.
+        """
         start = self.discriminator.disc_start
         return round(start * self.run.max_train_steps) if start < 1 else int(start)
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        # sizes
         for side in self.data.size:
             if side % self.model.f:
                 near = max(int(side / self.model.f + 0.5), 1) * self.model.f
                 raise ValueError(
-                    f"resolution {side} is not a multiple of the model's f = {self.model.f}; the "
-                    f"nearest that is: {near}"
+                    f"resolution {side} is not a multiple of the model's f = {self.model.f}. The "
+                    f"nearest multiple is {near}."
                 )
         batch, crops = self.run.train_batch_size, self.data.crops_per_image
         if batch % crops:
             near = max(round(batch / crops), 1) * crops
             raise ValueError(
-                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}; the "
-                f"nearest that is: {near}"
+                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}. The "
+                f"nearest multiple is {near}."
             )
+
+        # the run
         if self.run.mixed_precision == "fp16":
             raise ValueError(
-                "mixed_precision fp16 is refused, for two optimisers on one gradient scaler go "
-                "wrong; allowed are bf16 and no"
+                "mixed_precision fp16 fails with two optimizers on one gradient scaler. Allowed "
+                "are bf16 and no."
             )
         if self.run.export_profile == "sdxl" and self.model.latent_channels != 4:
             raise ValueError(
@@ -147,7 +152,11 @@ class TrainConfig(JobConfig):
         return self
 
     def _check_architecture(self) -> None:
-        """Options that mean nothing to the network are refused where they are set."""
+        """Refuse options that have no meaning for the network.
+
+        Raises:
+            ValueError: names the option and its value.
+        """
         model, family = self.model, FAMILIES[self.model.architecture]
         without = f"has no meaning for the architecture {model.kind}"
 
@@ -161,7 +170,7 @@ class TrainConfig(JobConfig):
             if value := getattr(self.objective, name):
                 raise ValueError(
                     f"{name} {value:g} and freeze_encoder exclude each other: the KL "
-                    "of a frozen encoder does not move"
+                    "of a frozen encoder does not change. Leave one of them out."
                 )
         if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
             raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
@@ -173,56 +182,64 @@ class TrainConfig(JobConfig):
             raise ValueError(f"lookup_from_codebook {without}, which has no codes")
         if self.run.lookup_from_codebook and (reason := family.why_not_stock(model.shape())):
             raise ValueError(
-                f"lookup_from_codebook is an option of VQModel, and this is none: {reason}"
+                f"lookup_from_codebook needs a VQModel, and this network is none: {reason}"
             )
         if self.run.export_profile not in family.profiles:
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
         if self.run.gradient_checkpointing and (reason := family.why_no_checkpointing):
             raise ValueError(f"gradient_checkpointing {reason}")
 
-        # what excludes torch_compile
+        # options that exclude torch_compile
         if self.run.torch_compile and self.run.gradient_checkpointing:
             raise ValueError(
                 "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
-                "by itself what the backward pass recomputes"
+                "itself what the backward pass recomputes. Leave one of them out."
             )
         if self.run.torch_compile and self.run.channels_last:
             raise ValueError(
-                "torch_compile and channels_last exclude each other: the compiler fails on the "
-                "backward pass of such weights"
+                "torch_compile and channels_last exclude each other: the compiler fails in the "
+                "backward pass of such weights. Leave one of them out."
             )
         if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
             raise ValueError(
-                f"torch_compile has no use with aspect_ratio_buckets {buckets}: every size would "
-                "be compiled for itself, and torch gives up after eight"
+                f"torch_compile does not work with aspect_ratio_buckets {buckets}: every size is "
+                "compiled separately, and torch gives up after eight. Leave one of them out."
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """A decoder that gives a likelihood's parameters leaves no other to choose."""
+        """Refuse pixel losses beside a decoder that has its own likelihood."""
         if self.objective.learn_logvar:
-            raise ValueError(f"learn_logvar and likelihood {likelihood} exclude each other")
+            raise ValueError(
+                f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "
+                "out."
+            )
         if self.objective.rec_loss != ObjectiveConfig().rec_loss:
             raise ValueError(
-                f"rec_loss {self.objective.rec_loss} has no meaning with likelihood "
-                f"{likelihood}, which takes its place; leave it at {ObjectiveConfig().rec_loss}"
+                f"rec_loss {self.objective.rec_loss} has no meaning, because likelihood "
+                f"{likelihood} replaces it. Leave it at {ObjectiveConfig().rec_loss}."
             )
         if self.objective.rec_target:
             raise ValueError(
-                f"rec_target {self.objective.rec_target:g} has no meaning with likelihood "
-                f"{likelihood}, which is no error; hold the KL by kl_target"
+                f"rec_target {self.objective.rec_target:g} needs a pixel error (rec_loss l1 or "
+                f"l2), but likelihood {likelihood} replaces it. Use kl_target instead."
             )
 
 
 def load_preset(name_or_path: str) -> TrainConfig:
-    """Return the configuration in a YAML file, or in the preset of that name.
+    """Return the configuration of a YAML file, or of the preset of that name.
 
     Raises:
-        UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
-            range.
+        UserError: there is no such file or preset, the YAML cannot be read, or an option is
+            unknown or out of range.
     """
     return presets.load_preset(name_or_path, TrainConfig)
 
 
 def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
-    """Validate nested ``values``; every fault becomes one sentence that names ``source``."""
+    """Return validated options.
+
+    Args:
+        values: nested values of the sections.
+        source: where they come from. Errors name it.
+    """
     return presets.parse(values, TrainConfig, source=source)

@@ -1,6 +1,6 @@
-"""What a fine-tuning starts from: the network, and what is remembered of it in the run's folder.
+"""The base of a fine-tuning: the network, and the record of it in the run's folder.
 
-A run goes on without the base's weights: `base.json` holds its config, the checkpoint the rest.
+A resume does not need the base's weights: `base.json` holds its config, the checkpoint the rest.
 """
 
 import copy
@@ -24,7 +24,7 @@ BASE_NAME = "base.json"
 
 
 class _Saved(BaseModel):
-    """base.json."""
+    """Content of base.json."""
 
     name: str
     hub_id: str | None = None
@@ -37,9 +37,9 @@ class Base:
     """A pretrained network.
 
     Args:
-        name: as the user gave it.
-        net: float32, on the CPU; freshly initialised where a run goes on.
-        encoder_sha256: of its encoder's weights, as they were loaded.
+        name: the name or path that the user gave.
+        net: the network in float32 on the CPU. On resume it is freshly initialised.
+        encoder_sha256: hash of the encoder's weights as they were loaded.
         hub_id: owner/name on the Hub, if it came from there.
     """
 
@@ -49,6 +49,7 @@ class Base:
     hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
+        """Write base.json into a run's folder."""
         config = {key: value for key, value in self.net.config.items() if key[0] != "_"}
         values = {
             "name": self.name,
@@ -62,47 +63,54 @@ class Base:
 
 
 def open_base(config: TrainConfig) -> Base | None:
-    """The network that `pretrained_model_name_or_path` names; None without it.
+    """Return the network that `pretrained_model_name_or_path` names. None without that option.
 
-    A run that is to go on in its folder needs no weights but the checkpoint's, and takes the config
-    that it started with.
+    A resume takes its weights from the checkpoint, and the config from the run's record.
 
     Raises:
-        UserError: it cannot be loaded, or is of another architecture.
+        UserError: the network cannot be loaded, or has another architecture.
     """
     name, folder = config.model.pretrained_model_name_or_path, config.run.output_dir
     if name is None:
         return None
+
+    # resume: the base's weights are needed only as long as there is no checkpoint
     if folder is not None and not config.run.overwrite_output_dir:
         begun = read_base(Path(folder), config.model.architecture)
-        # Without a checkpoint there are no weights to go on with but the base's own.
         checkpoint = None if begun is None else newest_usable(Path(folder))[0]
         if begun is not None and begun.name == name and checkpoint is not None:
             return begun
+
+    # load, and check that it fits
     model = config.model
     loaded = load_network(name, family=getattr(model, "pretrained_family", None))
     family = FAMILIES[model.architecture]
     net = family.adapt(loaded, model.shape())
     if net is None:
         raise UserError(
-            f"'{name}' is a {type(loaded).__name__}; config {config.config} fine-tunes "
-            f"{family.network.__name__} networks"
+            f"'{name}' is a {type(loaded).__name__}, but config {config.config} fine-tunes "
+            f"{family.network.__name__} networks. Give another config."
         )
     channels = net.config["in_channels"]
     if channels != config.data.image_channels:
         raise UserError(
             f"'{name}' takes {channels}-channel images, but image_channels is "
-            f"{config.data.image_channels}; give --image_channels {channels}, or another base"
+            f"{config.data.image_channels}. Give --image_channels {channels}, or another base."
         )
-    # Out of the file's memory map, whose alignment can change sums. In train mode as a new network
-    # is: even dropout of probability 0 draws random numbers there.
+
+    # The copy leaves the file's memory map, whose alignment can change sums. A new network is in
+    # train mode, so this one is too: there even dropout of probability 0 draws random numbers.
     net = copy.deepcopy(net).train()
     hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
     return Base(name, net, encoder_sha256(net), hub_id)
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """What a run remembers of its base, with fresh weights; None where it started from nothing."""
+    """Return the base that a run has recorded, with new weights. None when it had no base.
+
+    Raises:
+        UserError: base.json is damaged.
+    """
     path = folder / BASE_NAME
     if not path.exists():
         return None
@@ -111,8 +119,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
         saved = _Saved.model_validate(values)
         check_depth(saved.config, path)
         net: Any = FAMILIES[architecture].network.from_config(saved.config)
-    # Not a list of types: a network's class raises what it likes about a config that is not its.
-    except Exception as error:
+    except Exception as error:  # a network's class may raise anything for a foreign config
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[:3])
         raise UserError(f"'{path}' is not what a fine-tuning wrote: {reason}") from error
@@ -120,7 +127,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
-    """The configuration with the base's own shape in place of the preset's, checked again."""
+    """Return the configuration with the base's shape instead of the preset's, checked again."""
     if base is None:
         return config
     family, values = FAMILIES[config.model.architecture], config.model_dump()
@@ -131,7 +138,7 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
 
 
 def encoder_sha256(net: Network) -> str:
-    """Of all weights that make latents, by their names."""
+    """Return the hash of all weights that make latents, and of their names."""
     digest = hashlib.sha256()
     for part in family_of(net).latent_side(net):
         for name, value in part.state_dict().items():

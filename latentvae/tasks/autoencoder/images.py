@@ -1,4 +1,4 @@
-"""The images of a run: opened, transformed, and in batches in the order that the seed gives."""
+"""The images of a run: opened, transformed, and in batches whose order follows from the seed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
-    """Open training and validation images."""
+    """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
     pixels = PixelFormat(data.image_channels, data.value_range)
     if isinstance(spec, DatasetSpec) and data.streaming:
@@ -56,7 +56,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
 
 
 def _spec(config: TrainConfig) -> str | DatasetSpec:
-    """A path as it is; a name of a data set, or a path with options of `datasets`, as such."""
+    """Return a path, or a data set's name with the options of `datasets`."""
     data = config.data
     name = data.dataset_name or data.train_data_dir
     assert name is not None
@@ -91,11 +91,13 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """What must not change under a run: number and names (hashed) of the images, which decide their
-    order; of rows that have no names, and of streams, which rows they are.
+    """Return facts about the images that must stay the same on resume.
 
-    Where a local data set lies is not part of it.
+    These are the number and the names (hashed) of the images, which decide their order. Rows
+    without names and streams are identified by their data set, configuration and column. The folder
+    of a local data set is not part of it.
     """
+    # streams
     if isinstance(images, ImageStream):
         return {
             "data set": Path(images.name).name if Path(images.name).exists() else images.name,
@@ -103,10 +105,14 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
             "split": images.split,
             "column": images.column,
         }
+
+    # number and names
     digest = hashlib.sha256()
     for i in range(len(images)):
         digest.update(images.name(i).encode(errors="surrogateescape") + b"\0")
     identity = {"images": len(images), "names_sha256": digest.hexdigest()}
+
+    # rows without names
     whole = images
     while isinstance(whole, Subset):
         whole = whole.source
@@ -118,19 +124,24 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
 def batches(
     config: TrainConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
 ) -> tuple[Iterable[Any], int | None]:
-    """Endless batches of this rank, and micro-steps in which every image comes once (a stream may
-    not know)."""
+    """Return endless batches of this rank, and the micro-steps in which every image comes once.
+
+    The second is None for a stream of unknown length.
+    """
     transform, seed = train_transform(config), config.run.seed
     read, crops = config.images_read, config.data.crops_per_image
     place = {"rank": rank(), "world_size": world_size(), "start_step": start_step, "seed": seed}
     loading = {"num_workers": config.data.dataloader_num_workers, "pin_memory": pin_memory}
+
+    # a stream
     if isinstance(images, ImageStream):
         per_epoch = (images.num_images or 0) // (read * world_size()) or None
         loader = stream_loader(images, transform, batch_size=read, crops=crops, **place, **loading)
         return loader, per_epoch
 
+    # images by number: one rank reads the headers for the buckets
     ratios = None
-    if config.data.aspect_ratio_buckets:  # one rank reads the headers
+    if config.data.aspect_ratio_buckets:
         ratios = from_main(aspect_ratios(images) if is_main() else None)
     buckets = image_buckets(config, ratios, processes=world_size())
     if buckets is not None and is_main():
@@ -141,7 +152,7 @@ def batches(
 
 
 def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
-    """The bucket of every image by its aspect ratio; None without buckets."""
+    """Return the bucket of every image by its aspect ratio. None without buckets."""
     if ratios is None:
         return None
     return assign(ratios, config.train_sizes, at_least=config.images_read * processes)
@@ -150,7 +161,7 @@ def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) ->
 def image_sampler(
     config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
 ) -> IndexSampler | BucketSampler:
-    """The order of the images from a place (rank, world_size, start_step, seed) on."""
+    """Return the order of the images from a place (rank, world_size, start_step, seed) on."""
     if buckets is not None:
         return BucketSampler(buckets, config.images_read, **place)
     return IndexSampler(num_images, config.images_read, **place)

@@ -1,5 +1,4 @@
-"""What the log says about the latents of a micro-step: their size, and how much their posteriors
-say."""
+"""Log values of a micro-step's latents: their size, and the information in their posteriors."""
 
 import math
 
@@ -12,8 +11,10 @@ from latentvae.outputs import AutoencoderOutput
 
 @torch.no_grad()
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
-    """Scalars without gradient by log name, over all latents of ``out``; those of the KL only
-    where there is one."""
+    """Return scalars without gradient by log name, over all latents of `out`.
+
+    Values of the KL are there only when the network has one.
+    """
     elements = sum(latent.z.numel() for latent in out.latents)
     shares = [latent.z.numel() / elements * latent.z.square().mean() for latent in out.latents]
     values = {"latent/rms": torch.stack(shares).sum().sqrt()}
@@ -33,6 +34,6 @@ def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def bits_per_element(out: AutoencoderOutput) -> Tensor:
-    """Mean KL in bits per latent element (Gumbel-softmax: per token), a scalar."""
+    """Return the mean KL in bits per latent element (Gumbel-softmax: per token), a scalar."""
     assert out.kl is not None
     return out.kl.mean() / (math.log(2.0) * out.kl_elements)

@@ -1,7 +1,7 @@
-"""The half of the task that learns: networks, one update, and the controllers that follow it.
+"""The part of the task that learns: networks, one update, and its controllers.
 
-One update: one forward per micro-step, one pass back through the decoder, then the discriminator on
-the same images and the detached reconstruction (`backward`).
+A micro-step is one forward pass, one backward pass through the decoder, and then the discriminator
+on the same images and the detached reconstruction (`backward`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,16 +37,17 @@ MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
 
 
 class LearningAutoencoder(Task):
-    """What learns; `task.AutoencoderTask` adds images, the log, checkpoints and the export.
+    """The learning part. `task.AutoencoderTask` adds images, log, checkpoints and export.
 
     Attributes:
-        base: the pretrained network that a fine-tuning starts from.
-        train_images, validation_images: opened sources.
-        wrapper: the network with what only training needs, bare; `net` is the network itself.
-        discriminator: the discriminator, bare; None where its weight is 0.
+        base: the pretrained network of a fine-tuning. None without one.
+        train_images: opened source of training images.
+        validation_images: opened source of validation images.
+        wrapper: the bare network with parts that only training needs. `net` is the network itself.
+        discriminator: the bare discriminator. None when its weight is 0.
         objective: terms and weights of the model's loss.
-        metric: LPIPS to validate with, float32.
-        progress: how far the controllers are.
+        metric: LPIPS for the validation, in float32.
+        progress: state of the controllers.
     """
 
     config: TrainConfig
@@ -55,6 +56,7 @@ class LearningAutoencoder(Task):
     validation_images: ImageSource
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        # network and objective
         config, self.accelerator = self.config, accelerator
         net = build_net(config, self.base)
         self.metric, self.objective = build_losses(config, net, accelerator)
@@ -62,15 +64,19 @@ class LearningAutoencoder(Task):
         if wants_start(config) and self.base is None and not resumed:
             start_codebook(config, net, accelerator, self.statistics_images)
 
+        # discriminator
         self.discriminator = discriminator_of(config)
         has_lecam = self.discriminator is not None and config.discriminator.disc_lecam_weight > 0
         self.lecam = LeCam(device=accelerator.device) if has_lecam else None
+
+        # layout and speed
         if config.run.channels_last:
             for module in (self.wrapper, self.discriminator):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
         compute_faster(config, net, self.metric, accelerator)
 
+        # learners
         self.learners = {
             MODEL: Learner.with_adamw(self.wrapper, accelerator, config.optimizer, averaged=net)
         }
@@ -81,6 +87,8 @@ class LearningAutoencoder(Task):
                 config.optimizer,
                 rate=config.discriminator.disc_learning_rate,
             )
+
+        # controllers
         self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
         self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
         self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
@@ -96,7 +104,7 @@ class LearningAutoencoder(Task):
 
     @property
     def statistics_images(self) -> ImageSource:
-        """Training images that can be read by number, to measure on."""
+        """Images that can be read by number, for measurements: training images if possible."""
         images = self.train_images
         return self.validation_images if isinstance(images, ImageStream) else images
 
@@ -150,8 +158,10 @@ class LearningAutoencoder(Task):
         return logged | latent_values(out)
 
     def adversary(self, update: int) -> Adversary | None:
-        """The discriminator's part in an update; None before it starts, and after the watch has
-        stopped it."""
+        """Return the discriminator and its options for an update.
+
+        None before it starts, and after the watch has stopped it.
+        """
         options = self.config.discriminator
         factor = self.objective.adversarial.factor(update, start=self.progress.discriminator_start)
         if (
@@ -160,6 +170,7 @@ class LearningAutoencoder(Task):
             or self.progress.discriminator_stopped is not None
         ):
             return None
+
         return Adversary(
             discriminator=self.discriminator,
             prepared=self.learners[DISCRIMINATOR].prepared,
@@ -180,7 +191,7 @@ class LearningAutoencoder(Task):
         )
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        # While only the discriminator learns nothing answers to the KL's weight, so it rests.
+        # While only the discriminator learns, the KL cannot react to its weight, so it rests.
         target, rests = self.objective.kl_target, self._discriminator_learns_alone(update)
         return torch.empty(0) if target is None else target.measured([] if rests else values)
 
@@ -192,12 +203,15 @@ class LearningAutoencoder(Task):
         means: Sequence[float],
         averages: Averages,
     ) -> dict[str, Tensor]:
+        # codes and spectral norms
         adversary = self.adversary(update)
         if adversary is not None:
             power_iteration(adversary.discriminator)
         learned = self.codebook.apply(
             update, optimizer=self.learners[MODEL].optimizer, averages=averages
         )
+
+        # averages of logits and active units
         if adversary is not None and self.lecam is not None:
             real, fake = (
                 torch.stack([logged[f"discriminator/logits_{kind}"] for logged in values]).mean()
@@ -213,7 +227,7 @@ class LearningAutoencoder(Task):
         self._means = []
 
     def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
-        """The KL's weight follows its target; returns the one that was used, to log."""
+        """Move the KL's weight towards its target. Return the weight that was used, to log."""
         target = self.objective.kl_target
         if target is None:
             return {}

@@ -1,4 +1,4 @@
-"""What is trained on what, said before the first update."""
+"""The rows of the plan that say what is trained on what."""
 
 import math
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What is refused before any work, without touching a file."""
+"""Checks that refuse a run before any work, without touching a file."""
 
 import itertools
 
@@ -14,14 +14,15 @@ def check_images(config: TrainConfig) -> None:
     """Refuse images that are not named, or too small for a part of the run."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
-            "train_data_dir is missing: give a folder of images, or `samples` for the "
-            "photos that come with scikit-image; or dataset_name"
+            "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
+            "come with scikit-image. Or give dataset_name."
         )
     _check_resolution(config)
 
 
 def _check_resolution(config: TrainConfig) -> None:
-    """Every part of the run must have something to look at."""
+    """Refuse images that are too small for a part of the run."""
+    # the part that needs the largest images
     net, discriminator = config.objective.lpips_net, config.discriminator
     needs = {
         "SSIM": SSIM_MIN_SIZE,
@@ -33,6 +34,8 @@ def _check_resolution(config: TrainConfig) -> None:
         ),
     }
     part, least = max(needs.items(), key=lambda need: need[1])
+
+    # the images, and their narrowest bucket
     height, width = config.data.size
     own = str(height) if height == width else f"{height} {width}"
     if min(height, width) < least:
@@ -40,14 +43,14 @@ def _check_resolution(config: TrainConfig) -> None:
     narrowest = min(map(min, config.train_sizes))
     if narrowest < least:
         raise UserError(
-            f"the narrowest bucket of resolution {own} has a side of {narrowest}, which is too "
-            f"small: {part} needs at least {least} px; resolution {_least(config, least)} is the "
-            "least that has it, or leave aspect_ratio_buckets out"
+            f"the narrowest bucket of resolution {own} has a side of {narrowest} px, which is too "
+            f"small: {part} needs at least {least} px. The smallest resolution that works is "
+            f"{_least(config, least)}. Or leave aspect_ratio_buckets out."
         )
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """The next resolution of about that shape whose buckets all have such a side."""
+    """Return the next resolution of about the same shape whose buckets all have such a side."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f
@@ -57,19 +60,20 @@ def _least(config: TrainConfig, side: int) -> str:
 
 
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Refuse what the compiler has failed at."""
+    """Refuse torch_compile with several processes, where the compiler fails."""
     if config.run.torch_compile and processes > 1:
         raise UserError(
-            f"torch_compile is for one process so far, and {processes} were started: with several "
-            "the compiler fails in the backward pass; leave --torch_compile out"
+            f"torch_compile works with one process only, and {processes} were started: with more "
+            "the compiler fails in the backward pass. Leave --torch_compile out."
         )
 
 
 def memory_advice(config: TrainConfig, general: list[str]) -> list[str]:
-    """Options that need less memory, in the order to try.
+    """Return options that need less memory, in the order to try them.
 
     Args:
-        general: those that every task has, the precision last.
+        config: the run's options.
+        general: advice that every task has, the precision last.
     """
     own = []
     cannot_checkpoint = FAMILIES[config.model.architecture].why_no_checkpointing

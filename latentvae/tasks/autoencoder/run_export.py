@@ -1,5 +1,4 @@
-"""From a run to its export: measured statistics, the card, and the proof that diffusers loads the
-same model."""
+"""The export of a run: latent statistics, the model card, and a check that diffusers loads it."""
 
 import json
 from dataclasses import replace
@@ -36,19 +35,19 @@ PROBE_IMAGES = 2
 
 
 def is_whole(out: Path) -> bool:
-    """Whether a whole export lies in a folder."""
+    """Return whether a folder holds a whole export."""
     return is_export(out)
 
 
 def done(out: Path) -> str:
-    """The last line of a finished run: how to load its export."""
+    """Return the last line of a finished run, which says how to load its export."""
     kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["_class_name"]
     module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
     return f"done: {out} loads with {module}.{kind}.from_pretrained('{out}')"
 
 
 def options_of_export(config: TrainConfig) -> dict[str, Any]:
-    """Options that change an export of the same weights, for the log."""
+    """Return the options that change an export of the same weights, for the log."""
     options = config.run
     return {
         "export/profile": options.export_profile,
@@ -66,37 +65,48 @@ def export_folder(
     hub_model_id: str | None = None,
     hub_private_repo: bool = False,
 ) -> None:
-    """Export the newest usable checkpoint of the run in ``folder``; its images must still be there.
+    """Export the newest usable checkpoint of the run in `folder`. Its images must still exist.
 
     Args:
-        lookup_from_codebook: for aMUSEd, as does a run that was started so.
-        push_to_hub: upload it too, to ``hub_model_id`` or under the run's name.
+        folder: the run's folder.
+        out: the export's folder.
+        overwrite: replace an existing `out`.
+        lookup_from_codebook: export for aMUSEd, as a run with that option does.
+        push_to_hub: upload the export too, to `hub_model_id` or under the run's name.
+        hub_model_id: repository, owner/name.
+        hub_private_repo: make a new repository private.
 
     Raises:
-        UserError: not a run, no checkpoint, or ``out`` is there and ``overwrite`` is not set.
-        UploadError: it is exported, but the Hub did not take it.
+        UserError: `folder` is not a run or has no checkpoint, or `out` exists and `overwrite` is
+            off.
+        UploadError: it is exported, but the upload failed.
     """
+    # options
     config = read_config(folder / "config.yaml", TrainConfig)
     if lookup_from_codebook:
         if not config.model.has_codes:
             kind = config.model.architecture
             raise UserError(
-                f"lookup_from_codebook is for tokenizers, and '{folder}' is a run of {kind}"
+                f"lookup_from_codebook needs a tokenizer, but '{folder}' is a run of {kind}"
             )
         config.run.lookup_from_codebook = True
     config.run.push_to_hub, config.run.hub_model_id = push_to_hub, hub_model_id
     if push_to_hub:
         check_push(repository(hub_model_id, folder), private=hub_private_repo)
     if out.exists() and not overwrite:
-        raise UserError(f"'{out}' exists; give another folder or --overwrite")
+        raise UserError(f"'{out}' exists. Give another folder, or --overwrite.")
+
+    # weights
     checkpoint, faults = newest_usable(folder)
     if checkpoint is None:
-        reasons = "".join(f"; {fault}" for fault in faults)
+        reasons = "".join(f". {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
     base, update = read_base(folder, config.model.architecture), update_of(checkpoint)
     net = build_net(config, base)
     load_weights(net, _weights(checkpoint, averaged=config.optimizer.use_ema))
     net.eval()
+
+    # export
     train, validation = open_data(config)
     export_of_run(
         net,
@@ -108,6 +118,8 @@ def export_folder(
         device=torch.device("cpu"),
         base=base,
     )
+
+    # upload
     if push_to_hub:
         repo_id = repository(hub_model_id, folder)
         message = f"Autoencoder after update {update:,}"
@@ -115,12 +127,12 @@ def export_folder(
 
 
 def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
-    """The network's weights of a checkpoint, averaged where the run keeps an average."""
+    """Return the network's weights of a checkpoint, averaged if the run averages them."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
     if averaged and "model_average" not in tensors:
         raise UserError(
             f"checkpoint '{checkpoint}' has no model_average.safetensors, but the run averages its "
-            "weights (use_ema); it was written by another version of latentvae"
+            "weights (use_ema). Another version of latentvae has written it."
         )
     weights = averaged_or_trained(tensors, "model")
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -137,19 +149,27 @@ def export_of_run(
     device: torch.device,
     base: Base | None,
 ) -> dict[str, Any]:
-    """Measure on all ranks, write on the first.
+    """Measure on all ranks and write on the first.
 
     Args:
-        net: with the weights to export, in eval mode.
-        images: to measure statistics on, and to compare the loaded export on.
-        update: updates done; `folder` is the run's.
+        net: the network with the weights to export, in eval mode.
+        config: the run's options.
+        images: sources for the statistics, and for the comparison with the loaded export.
+        update: updates done.
+        folder: the run's folder.
+        out: the export's folder.
+        device: where to measure.
+        base: the base of a fine-tuning.
 
     Returns:
-        What to log, on the first rank.
+        Values to log on the first rank.
     """
+    # the card
     card = _card(config, folder, update)
     if base is not None:
         card = _fine_tuned(card, net, config, base)
+
+    # latent statistics
     transform = eval_transform(config)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
@@ -160,9 +180,12 @@ def export_of_run(
         world_size=world_size(),
     )
     statistics = latent_statistics(net, (batch.to(device) for batch, _ in shard)).joined()
+
+    # the folder
     report = None
     if is_main():
         probe = readable_images(images[1], transform, count=PROBE_IMAGES)
+
         report = export_network(
             net,
             out,
@@ -176,21 +199,22 @@ def export_of_run(
             overwrite=True,
         )
         print(report.summary())
+
     barrier()
     return {} if report is None else {"export/scaling": report.scaling_factor}
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
-    """Tiling goes by it: a base that was trained on larger images keeps its own."""
+    """Return the config's sample_size, which tiling uses. A base's larger value is kept."""
     own = 0 if base is None else base.net.config.get("sample_size", 0)
     return max(*config.data.size, own if isinstance(own, int) else max(own))
 
 
 def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
-    """What is certified of a base's encoder.
+    """Return the card with the base, and with the proof that a frozen encoder is the base's.
 
     Raises:
-        RuntimeError: the encoder was to stay as it was, and did not.
+        RuntimeError: the encoder was frozen, but its weights have changed.
     """
     name = public_value(base.name)
     card = replace(card, base_model=base.hub_id)
@@ -200,20 +224,23 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         raise RuntimeError(f"the encoder was frozen, but is no longer that of {base.name}")
     description = (
         f"The decoder of {name}, fine-tuned. The encoder is bit for bit that of the base "
-        f"(sha256 of its weights {base.encoder_sha256}), scaling and shift are kept: latents and "
-        "what generates them stay valid."
+        f"(sha256 of its weights {base.encoder_sha256}). Scaling and shift are kept. Latents and "
+        "the models that generate them stay valid."
     )
     return replace(card, description=description)
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
-    """What the run knows of itself after an update, for the model card."""
+    """Return the model card of a run after an update."""
+    # metrics
     rows = read_rows(folder / "log.jsonl")
     row = next((r for r in rows if r["update"] == update and "validation/psnr" in r), {})
     names = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({config.objective.lpips_net})"}
     tokens = f"by {row.get('validation/tokens', 0):,} tokens"
     names |= {"usage": f"share of the codes used {tokens}", "perplexity": "perplexity of the codes"}
     metrics = {n: row[f"validation/{k}"] for k, n in names.items() if f"validation/{k}" in row}
+
+    # protocol
     mode = "posterior mode, " if config.model.posterior == "gaussian" else ""
     weights = "averaged weights" if config.optimizer.use_ema else "trained weights"
     height, width = config.data.size
@@ -229,6 +256,8 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         if row
         else ""
     )
+
+    # the card
     grid, private = sample_path(folder, update), marked(TrainConfig, Private)
     data_set, repo_id = config.data.dataset_name, config.run.hub_model_id
     return ModelCard(

@@ -1,4 +1,4 @@
-"""The plain values of an autoencoder's checkpoint, beside the engine's own."""
+"""The plain values of an autoencoder's checkpoint, in addition to those of the engine."""
 
 import json
 from typing import Annotated, Any
@@ -10,12 +10,12 @@ from latentvae.engine.task import State
 from latentvae.tasks.autoencoder.collapse_watch import Condition
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# Of file names, which need not be UTF-8, so no strings to pydantic.
+# A file's name and a reason. Names need not be UTF-8, so pydantic does not take them as strings.
 Named = Annotated[list[InstanceOf[str]], Field(min_length=2, max_length=2)]
 
 
 class _Watch(BaseModel):
-    """What `CollapseWatch.state_dict` gives."""
+    """The schema of `CollapseWatch.state_dict`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -32,23 +32,23 @@ def _check_watch(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 class KLTargetState(State):
-    """See `losses.objective.kl_target.KLTarget.state_dict`."""
+    """The schema of `losses.objective.kl_target.KLTarget.state_dict`."""
 
     log_factor: Finite = 0.0
     error: Finite = 0.0
 
 
 class AutoencoderState(State):
-    """How far the controllers are, the same on every rank.
+    """The state of the controllers, the same on every rank.
 
     Attributes:
-        discriminator_start: the update (from 0) in which the discriminator starts; it stays when a
-            run with a running discriminator is made longer.
-        discriminator_stopped: updates done when the watch switched it off, for good; None: it has
-            not.
-        kl_target: the controller of the KL's weight.
-        bad_images: unreadable files met so far, by name and reason.
-        watch: what the watch remembers, see `CollapseWatch.state_dict`.
+        discriminator_start: the update (from 0) in which the discriminator starts. It stays when a
+            run is made longer after that update.
+        discriminator_stopped: updates done when the watch switched the discriminator off. None
+            while it is on.
+        kl_target: state of the controller of the KL's weight.
+        bad_images: name and reason of each unreadable file so far.
+        watch: state of the collapse watch, see `CollapseWatch.state_dict`.
     """
 
     discriminator_start: Count = 0
@@ -59,10 +59,10 @@ class AutoencoderState(State):
 
 
 class RankState(State):
-    """What a rank gathers between two rows of the log.
+    """Values that a rank gathers between two rows of the log.
 
     Attributes:
-        units: sums that active units are counted from, 3 x d.
+        units: sums from which active units are counted, 3 x d.
     """
 
     units: list[list[Number]] = Field(default_factory=list)

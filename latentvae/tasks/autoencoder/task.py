@@ -35,7 +35,12 @@ from latentvae.tasks.autoencoder.images import (
 from latentvae.tasks.autoencoder.learning_half import LearningAutoencoder
 from latentvae.tasks.autoencoder.run_export import done, export_of_run, is_whole, options_of_export
 from latentvae.tasks.autoencoder.state import AutoencoderState, KLTargetState, RankState
-from latentvae.tasks.autoencoder.validate import readable_images, save_grid, told, validate
+from latentvae.tasks.autoencoder.validate import (
+    readable_images,
+    save_grid,
+    validate,
+    validation_line,
+)
 
 
 class AutoencoderTask(LearningAutoencoder):
@@ -65,7 +70,8 @@ class AutoencoderTask(LearningAutoencoder):
         self._ratios: Any = None
 
     def check_processes(self, processes: int) -> None:
-        if not isinstance(self.train_images, ImageStream):  # is there one batch for each rank?
+        if not isinstance(self.train_images, ImageStream):
+            # The sampler refuses more ranks than batches.
             place = {"rank": 0, "world_size": processes, "start_step": 0, "seed": 0}
             image_sampler(self.config, len(self.train_images), None, **place)
         refusals.check_compilation(self.config, processes=processes)
@@ -73,7 +79,7 @@ class AutoencoderTask(LearningAutoencoder):
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         super().build(accelerator, resumed=resumed)
         self.bad, self.bad_validation = BadImages(), BadImages()
-        self._unnamed: list[tuple[str, str]] = []  # of this rank, since the last row
+        self._unnamed: list[tuple[str, str]] = []  # bad images of this rank since the last row
         self._micro_steps = 0
         self._watch_from_here({})
 
@@ -95,7 +101,8 @@ class AutoencoderTask(LearningAutoencoder):
         if self.base is not None:
             self.base.write(folder)
         else:
-            (folder / BASE_NAME).unlink(missing_ok=True)  # of a fine-tuning that never began
+            # A fine-tuning that ended before its first update may have left it.
+            (folder / BASE_NAME).unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -125,7 +132,7 @@ class AutoencoderTask(LearningAutoencoder):
             self.say(
                 f"the discriminator is off since update {self.progress.discriminator_stopped:,}"
             )
-        self._tell([], update)  # a run that is resumed with `--disc_watch disable` acts now
+        self._tell([], update)  # a run that resumes with `--disc_watch disable` acts now
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         self._unnamed += batch.bad
@@ -154,14 +161,19 @@ class AutoencoderTask(LearningAutoencoder):
         return own
 
     def _name_bad_images(self) -> None:
-        """Name each unreadable file once, over all ranks; stop if there are too many."""
+        """Print each unreadable file once, over all ranks.
+
+        Raises:
+            UserError: there are more than max_bad_share allows.
+        """
         for found in gather_objects(self._unnamed):
             for name, reason in self.bad.update(found):
                 self.say(
-                    f"cannot read {printable(name)} ({printable(reason)}); another image takes its "
-                    "place"
+                    f"cannot read {printable(name)} ({printable(reason)}). Another image takes its "
+                    "place."
                 )
         self._unnamed = []
+
         images = self.train_images
         if isinstance(images, ImageStream):
             seen = self._micro_steps * self.config.images_read * world_size()
@@ -199,7 +211,7 @@ class AutoencoderTask(LearningAutoencoder):
         return True
 
     def validation_line(self, values: Mapping[str, float]) -> str:
-        return told(values)
+        return validation_line(values)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
         self._tell(self.watch.validation(update, values), update)
@@ -208,7 +220,7 @@ class AutoencoderTask(LearningAutoencoder):
         return self.watch.summary()
 
     def _tell(self, findings: list[Finding], update: int) -> None:
-        """Say what the watch found, and do what it is asked to. All ranks decide the same."""
+        """Print the watch's findings. Stop the discriminator if asked to, on all ranks."""
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
         disable = self.config.discriminator.disc_watch == "disable"
@@ -217,6 +229,7 @@ class AutoencoderTask(LearningAutoencoder):
             and self.progress.discriminator_stopped is None
             and self.watch.blames_discriminator()
         ):
+            # all ranks decide the same
             self.progress.discriminator_stopped = update
             self.watch.discriminator_stops(update)
             self.say(
@@ -247,7 +260,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
         started = state.discriminator_start <= update
-        if not started:  # a later or an earlier start of the new options counts
+        if not started:  # then the start may move with the options
             state = state.model_copy(
                 update={"discriminator_start": self.config.discriminator_start}
             )
@@ -267,7 +280,7 @@ class AutoencoderTask(LearningAutoencoder):
         if any(
             not math.isfinite(n) or n < 0 or n % 1 or n > 2**53 for n in (state.units or [[]])[0]
         ):
-            raise not_of_a_run("units: a count is no number of values")
+            raise not_of_a_run("units: a count is not a number of values")
         device = self.accelerator.device
         self.units = ActiveUnits(d, device=device, saved=state.units or None)
 
@@ -313,7 +326,8 @@ class AutoencoderTask(LearningAutoencoder):
     def check_repeatable(self) -> None:
         if isinstance(self.train_images, ImageStream):
             raise UserError(
-                "streaming resumes approximately, so that there is nothing to compare; leave it out"
+                "streaming resumes only approximately, so there is nothing to compare. Leave "
+                "--streaming out."
             )
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:

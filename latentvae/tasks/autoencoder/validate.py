@@ -1,5 +1,4 @@
-"""Validation: PSNR, SSIM and LPIPS of the averaged weights on whole, unaugmented images, and a grid
-to look at."""
+"""Validation: PSNR, SSIM and LPIPS of the averaged weights on unaugmented images, and a grid."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -41,16 +40,30 @@ def validate(
     device: torch.device,
     bad: BadImages,
 ) -> dict[str, float]:
-    """Means over up to ``limit`` images, evenly spread, each measured once over all ranks, at the
-    posterior's mode; rounded to 8 bits where the image is of 8 bits (`metrics.round_alike`).
+    """Return mean metrics over at most `limit` evenly spread images.
+
+    Each image is measured once over all ranks, at the posterior's mode. Reconstructions are rounded
+    to 8 bits if the image has 8 bits (`metrics.round_alike`).
+
+    Args:
+        net: the network in eval mode.
+        source: validation images.
+        transform: makes tensors of them.
+        perceptual: LPIPS.
+        batch_size: images per process.
+        limit: largest number of images.
+        device: where to compute.
+        bad: collects unreadable images.
 
     Returns:
-        `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips`,
-        `validation/images`; of a tokenizer, over the whole set, `validation/usage` (share of the
-        codes), `validation/perplexity`, `validation/entropy_bits` (per token), and
-        `validation/tokens`, more than which no codes can be used; where each level has codes of its
-        own, means over the levels.
+        `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips` and
+        `validation/images`.
+        A tokenizer also has `validation/usage` (share of the codes), `validation/perplexity`,
+        `validation/entropy_bits` (per token) and `validation/tokens`, over the whole set. At most
+        `validation/tokens` codes can be used. Where each level has its own codes, these are means
+        over the levels.
     """
+    # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "psnr": psnr,
         "ssim": ssim,
@@ -59,6 +72,8 @@ def validate(
     sums, count = dict.fromkeys(measures, 0.0), 0
     codes = calls.codes(net)
     usage = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
+
+    # this rank's images
     shard = validation_batches(
         some_of(source, limit),
         transform,
@@ -77,9 +92,12 @@ def validate(
             usage.update(indices)
             recon = calls.decode_indices(net, indices)
         recon = round_alike(recon.clamp(-1.0, 1.0), images)
+
         count += len(images)
         for name, measure in measures.items():
             sums[name] += measure(images, recon).double().cpu().sum().item()
+
+    # means over all ranks
     ranks = gather_objects((sums, count))
     total = sum(counted for _, counted in ranks)
     means = {
@@ -91,21 +109,22 @@ def validate(
 
 
 def _token_measures(usage: TokenUsage) -> dict[str, float]:
-    """Over the images of all ranks."""
+    """Return the use of the codes over the images of all ranks."""
     joined = TokenUsage.joined(gather_objects(usage.state_dict())).result()
     tokens = joined["levels"][0]["tokens"] if "levels" in joined else joined["tokens"]
     names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
     names = ("usage", "perplexity", "entropy_bits")
     measured = {f"validation/{name}": joined[name] for name in names}
-    return measured | {"validation/tokens": tokens}  # of one codebook
+    return measured | {"validation/tokens": tokens}  # tokens of one codebook
 
 
 def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
-    """``count`` images, evenly spread, (count or fewer, C, R, R); others in the place of those that
-    cannot be read.
+    """Return at most `count` evenly spread images, (n, C, R, R).
+
+    Other images take the place of those that cannot be read.
 
     Raises:
-        UserError: there is none.
+        UserError: no image can be read.
     """
     images: list[Tensor] = []
     reasons: list[str] = []
@@ -120,19 +139,18 @@ def readable_images(source: ImageSource, transform: EvalTransform, *, count: int
             reasons.append(f"'{source.name(i)}': {error.reason}")
     if not images:
         raise UserError(
-            f"not one of the {len(source):,} validation images can be read, the first "
-            f"being {reasons[0]}"
+            f"none of the {len(source):,} validation images can be read. The first is {reasons[0]}"
         )
     return torch.stack(images)
 
 
 def reconstruct_mode(net: Network, images: Tensor) -> Tensor:
-    """Decode the posterior's mode, or the codes; (B, C, H, W) to the same, clamped to [-1, 1]."""
+    """Return reconstructions of the posterior's mode or the codes, (B, C, H, W) in [-1, 1]."""
     return calls.decode(net, calls.encode(net, images)).clamp(-1.0, 1.0)
 
 
-def told(values: Mapping[str, float]) -> str:
-    """What is said of a validation."""
+def validation_line(values: Mapping[str, float]) -> str:
+    """Return the line that is printed after a validation."""
     codes = ""
     if "validation/usage" in values:
         codes = (
@@ -157,8 +175,10 @@ def save_grid(
     count: int,
     device: torch.device,
 ) -> None:
-    """Write a PNG with a column per image: original, reconstruction, difference (mid-grey is
-    none); what has alpha is laid over mid-grey."""
+    """Write a PNG with a column for each image: original, reconstruction and difference.
+
+    Mid-grey means no difference. Images with alpha are laid over mid-grey.
+    """
     images = readable_images(source, transform, count=count).to(device)
     images, recon = _visible(images), _visible(reconstruct_mode(net, images))
     difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
@@ -170,5 +190,5 @@ def save_grid(
 
 
 def _visible(images: Tensor) -> Tensor:
-    """Without alpha; grey stays of one channel."""
+    """Return images without alpha. Grey images keep one channel."""
     return to_rgb(images) if images.shape[1] == 4 else images

@@ -164,10 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     content[-5] ^= 1
     damaged.write_bytes(content)
     run_to_the_end(tmp_path)
-    assert (
-        "checkpoint-4 is passed over: discriminator_optimizer.safetensors"
-        in capsys.readouterr().out
-    )
+    assert "checkpoint-4 is skipped: discriminator_optimizer.safetensors" in capsys.readouterr().out
     assert_same_run(straight, tmp_path)
 
 
@@ -259,7 +256,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
     [
         (
             {"overwrite_output_dir": True, "resume_from_checkpoint": "checkpoint-2"},
-            "resume_from_checkpoint 'checkpoint-2' goes on with a run that overwrite_output_dir",
+            "resume_from_checkpoint 'checkpoint-2' resumes a run that overwrite_output_dir",
         ),
         ({"overwrite_output_dir": True, "lpips_weights": "nowhere.pth"}, "no LPIPS weights at"),
         ({"lpips_weights": "nowhere.pth", "export_profile": "sdxl"}, "no LPIPS weights at"),
@@ -269,11 +266,11 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
         ),
         (
             {"overwrite_output_dir": True, "validation_data_dir": "{bad}"},
-            "not one of the 1 validation images can be read",
+            "none of the 1 validation images can be read",
         ),
         (
             {"resume_from_checkpoint": "checkpoint-2", "validation_data_dir": "{bad}"},
-            "not one of the 1 validation images can be read",
+            "none of the 1 validation images can be read",
         ),
     ],
 )
@@ -424,7 +421,7 @@ def test_another_precision_is_refused(straight: Path, monkeypatch: pytest.Monkey
     state = json.loads((straight / "checkpoint-6" / "state.json").read_text())
     assert state["mixed_precision"] == "no"
     monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "bf16")
-    with pytest.raises(UserError, match="started in mixed precision no and cannot go on in bf16"):
+    with pytest.raises(UserError, match="started in mixed precision no and cannot resume in bf16"):
         run_to_the_end(straight)
 
 
@@ -442,7 +439,7 @@ def test_unreadable_validation_images_are_found_before_the_first_update(tmp_path
     images.mkdir()
     for name in ("a.png", "b.png", "c.png"):
         (images / name).write_bytes(b"no image")
-    with pytest.raises(UserError, match="not one of the 3 validation images can be read"):
+    with pytest.raises(UserError, match="none of the 3 validation images can be read"):
         run_to_the_end(tmp_path / "run", validation_data_dir=str(images))
     assert not (tmp_path / "run" / "log.jsonl").exists()
     Image.new("RGB", (40, 40), (200, 90, 10)).save(images / "d.png")

@@ -120,7 +120,7 @@ def test_the_narrowest_bucket_must_be_large_enough(tmp_path: Path) -> None:
     config = small_config(tmp_path, **options, resolution=16)
     said = (
         r"narrowest bucket of resolution 16 has a side of 8, .*: LPIPS-vgg needs at least 16 px; "
-        r"resolution (\d+) is the least"
+        r"smallest resolution that works is (\d+)\."
     )
     with pytest.raises(UserError, match=said) as refused:
         check_images(config)

@@ -32,7 +32,7 @@ WATCHED = Watched(
     num_codes=1000,
     codes_remedy="--restart_threshold 0.02",
     discriminator_from=100,
-    obeyed_from=50,
+    effective_from=50,
 )
 Observe = Callable[[CollapseWatch, int, float], list[Finding]]
 
@@ -138,7 +138,7 @@ def test_a_watch_goes_on_from_its_state(cut: int) -> None:
 def test_codes_that_fall_out_of_use_and_tokens_of_a_few_codes() -> None:
     watching = CollapseWatch(WATCHED)
     told = [codes(watching, 150 + 50 * i, usage) for i, usage in enumerate([0.8, 0.3, 0.3])]
-    assert "300 of 1,000 codes are used (800 were once)" in told[2][0].sentence
+    assert "300 of 1,000 codes are used (800 at most before)" in told[2][0].sentence
     values = {"validation/usage": 0.9, "validation/perplexity": 40.0, "validation/lpips": 0.2}
     for tokens, expected in ((4096, 1), (500, 0)):  # of which 500 cannot use 1,000 codes evenly
         watching = CollapseWatch(WATCHED)
@@ -148,7 +148,7 @@ def test_codes_that_fall_out_of_use_and_tokens_of_a_few_codes() -> None:
 
 def test_nan_diverges_and_the_discriminator_is_blamed_for_what_came_after_it() -> None:
     for start, blamed in ((500, False), (50, True)):
-        watching = CollapseWatch(Watched(obeyed_from=start))
+        watching = CollapseWatch(Watched(effective_from=start))
         told = [lpips(watching, 100 * i, v) for i, v in enumerate([0.2, *[float("nan")] * 3], 1)]
         assert [len(found) for found in told] == [0, 0, 0, 1]
         assert watching.blames_discriminator() == blamed == ("disc_scale" in told[3][0].sentence)
@@ -162,7 +162,7 @@ def test_a_discriminator_that_is_off_is_neither_blamed_nor_left_as_the_winner() 
     assert watching.blames_discriminator()
     saved = watching.state_dict()
     unwatched = CollapseWatch(
-        replace(WATCHED, discriminator_from=None, obeyed_from=None), saved=saved
+        replace(WATCHED, discriminator_from=None, effective_from=None), saved=saved
     )
     assert unwatched.flags() == {} and not unwatched.blames_discriminator()
     watching.discriminator_stops(250)
@@ -206,14 +206,14 @@ def test_what_there_is_to_watch_follows_the_options(tmp_path: Path) -> None:
     config = small_config(tmp_path, disc_loss="non_saturating", lr_warmup_steps=200, **options)
     found = what_to_watch(config, discriminator_start=40, num_codes=None)
     assert (found.posterior_from, found.codes_from) == (900, None)
-    assert (found.obeyed_from, found.discriminator_from) == (45, 75)
+    assert (found.effective_from, found.discriminator_from) == (45, 75)
     assert found.discriminator_loss == pytest.approx(2 * 0.693147, rel=1e-5)
     changes: list[dict[str, Any]] = [{"disc_watch": "off"}, {"disc_scale": 0.0}]
     for change in changes:
         silent = what_to_watch(
             small_config(tmp_path, **change), discriminator_start=0, num_codes=None
         )
-        assert silent.discriminator_from is silent.obeyed_from is None
+        assert silent.discriminator_from is silent.effective_from is None
     vector = what_to_watch(small_config(tmp_path, CODES), discriminator_start=0, num_codes=1024)
     assert (vector.posterior_from, vector.codes_from, vector.num_codes) == (None, 100, 1024)
     assert "--restart_threshold" in vector.codes_remedy and "kmeans" not in vector.codes_remedy
@@ -270,8 +270,8 @@ def test_a_huge_kl_weight_collapses_the_posterior(
 ) -> None:
     finished(tmp_path, kl_scale=100.0, learning_rate=1e-2, disc_scale=0.0, max_train_steps=30)
     said = capsys.readouterr().out
-    assert said.count("the posterior collapses: of 4 latent channels") == 2  # and at the end
-    assert "what the collapse watch saw in this run:\n  posterior collapse, from update" in said
+    assert said.count("of 4 latent channels have nearly no KL") == 2  # and at the end
+    assert "findings of the collapse watch in this run:\n  posterior collapse, from update" in said
     assert last_row(tmp_path)["watch/posterior_collapse"] == 1.0
 
 
