@@ -344,7 +344,8 @@ def test_labels_of_a_table(tokenizer: Path, photos: Path, tmp_path: Path, own_ca
     encode_folder(tokenizer, table, tmp_path / "n", resolution=16, label_column="number")
     numbers = [item["label"] for item in latentvae.TokenDataset(tmp_path / "n")]
     assert numbers == [*reversed(range(1, len(files))), -1]
-    for column, said in (("nubmer", "did you mean 'number'"), ("text", "must hold integers or classes")):
+    wrong = (("nubmer", "did you mean 'number'"), ("text", "must hold integers or classes"))
+    for column, said in wrong:
         with pytest.raises(UserError, match=said):
             encode_folder(tokenizer, table, tmp_path / "no", resolution=16, label_column=column)
 
