@@ -1,12 +1,30 @@
-"""What the documentation names is there."""
+"""What the documentation names is there: tests, files, commands, flags, log keys and links."""
 
 import ast
+import dataclasses
+import functools
 import re
 from pathlib import Path
 
+import pytest
+from markdown_it import MarkdownIt
+
+from latentvae.cli.main import COMMANDS, COMMANDS_OF_RUNS
+from latentvae.config.presets import preset_names
+from latentvae.config.run_config import flat, option_names
+from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
 from tests.proofs.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SWITCHES = {"config", "preflight", "help"}  # of the training scripts, beside the options
+OTHER_PROGRAMS = set(
+    "cpu dynamo_backend gpus-per-node logdir machine_rank main_process_ip main_process_port "
+    "max_restarts multi_gpu nnodes no-deps nproc_per_node ntasks-per-node num_machines "
+    "num_cpu_threads_per_process num_processes opt_out private rdzv_backend rdzv_endpoint rdzv_id "
+    "signal".split()
+)
+"""Flags of accelerate, torchrun, SLURM, pip, tensorboard and hf."""
 
 
 def test_every_test_that_the_table_of_faults_names_exists() -> None:
@@ -57,3 +75,100 @@ def test_the_checks_that_rows_name_are_those_that_find_the_faults() -> None:
     assert {name for found in named.values() for name in found} <= checks
     page = (ROOT / "docs" / "preflight.md").read_text()
     assert all(f"`{name}`" in page for name in checks)
+
+
+def code_of(page: Path) -> list[str]:
+    """Return the lines of code of a page, inline code included, each command on one line."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text()):
+        for part in [token, *(token.children or [])]:
+            if part.type in ("code_block", "fence", "code_inline"):
+                found += re.sub(r"\\\n\s*", "", part.content).splitlines()
+    return [re.sub(r"\s#\s.*", "", line).strip() for line in found]
+
+
+def commands(pattern: str) -> list[tuple[str, str, str]]:
+    """Return (page, what the pattern's group found, arguments) of each command on the pages."""
+    lines = [(page.name, line) for page in PAGES for line in code_of(page)]
+    found = [(page, line, re.search(pattern, line)) for page, line in lines]
+    return [(page, match[1], line[match.end() :]) for page, line, match in found if match]
+
+
+def flags_in(text: str) -> set[str]:
+    """Return the flags of a text, without `no_`."""
+    flags = re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)
+    return {flag.removeprefix("no_") for flag in flags}
+
+
+@functools.cache
+def presets() -> frozenset[str]:
+    return frozenset(preset_names(TrainConfig))
+
+
+@functools.cache
+def options_of(preset: str) -> set[str]:
+    """Return the options that a preset has, or all that any preset has."""
+    known = preset in presets()
+    return SWITCHES | set(flat(load_preset(preset)) if known else option_names(TrainConfig))
+
+
+def test_training_commands_have_presets_and_flags_that_exist() -> None:
+    found = commands(r"train/train_(kl|vq)\.py(?=\s)")
+    assert len(found) > 15
+    for page, script, arguments in found:
+        given = re.search(r"--config[ =](\S+)", arguments)
+        name = given[1] if given else {"kl": "kl_small", "vq": "vq_small"}[script]
+        assert name in presets() or name.endswith(".yaml"), (page, name)
+        unknown = flags_in(arguments) - options_of(name if given else "")
+        assert not unknown, (page, arguments, unknown)
+
+
+def test_commands_of_latentvae_exist_with_their_flags() -> None:
+    found = commands(r"(?:^|\s)latentvae(?:\.cli)? ([a-z][a-z-]+)(?=\s)")
+    assert {name for _, name, _ in found} >= {"evaluate", "encode", "export", "preflight"}
+    for page, name, arguments in found:
+        command = (COMMANDS | COMMANDS_OF_RUNS)[name]
+        known = {field.name for field in dataclasses.fields(command)}
+        if name in COMMANDS_OF_RUNS:
+            known |= options_of(arguments.split()[0])
+        assert flags_in(arguments) <= known, (page, name, arguments)
+
+
+def test_benchmarks_that_pages_run_exist_with_their_flags() -> None:
+    for page, name, arguments in commands(r"python benchmarks/(\w+\.py)"):
+        source = (ROOT / "benchmarks" / name).read_text()
+        assert all(re.search(rf"\b{flag}\b", source) for flag in flags_in(arguments)), (page, name)
+
+
+def test_every_flag_on_a_page_exists() -> None:
+    known = options_of("") | OTHER_PROGRAMS
+    known |= {f.name for c in (COMMANDS | COMMANDS_OF_RUNS).values() for f in dataclasses.fields(c)}
+    benchmarks = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    for page in PAGES:
+        if page.name == "faults.md":  # it names flags of other trainers
+            continue
+        for line in code_of(page):
+            unknown = flags_in(line) - known
+            assert all(re.search(rf"\b{flag}\b", benchmarks) for flag in unknown), (page.name, line)
+
+
+def test_every_log_key_is_explained() -> None:
+    page = (ROOT / "docs" / "log.md").read_text()
+    folders = [ROOT / "latentvae" / name for name in ("engine", "tasks")]
+    source = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    kinds = "loss latent tokens discriminator objective optimizer data time validation grad".split()
+    keys = set(re.findall(rf'"((?:{"|".join(kinds)})/[a-z_0-9]+)"', source))
+    assert len(keys) > 15
+    assert not {key for key in keys if f"`{key}`" not in page and key != "validation/samples"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, target
