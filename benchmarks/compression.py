@@ -1,9 +1,9 @@
-"""Measure autoencoders beside JPEG, WebP and AVIF on the same images, as `latentvae evaluate` does.
+"""Compare autoencoders with JPEG, WebP and AVIF on the same images, as `latentvae evaluate` does.
 
     python benchmarks/compression.py --model runs/NAME/export --data photos --out report
 
-Writes report.json (its schema: latentvae/report/report.schema.json), per_image.csv, rate.png (rate
-against PSNR and LPIPS) and sheet.png (a few images side by side), and prints the tables.
+It prints the tables and writes report.json, per_image.csv, rate.png (rate against PSNR and LPIPS)
+and sheet.png (a few images side by side). latentvae/report/report.schema.json is the schema.
 """
 
 import sys
@@ -22,32 +22,34 @@ class Options:
     """What to measure, on which images, and where to write it."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Folder or Hub id of an autoencoder; give the option again for each further model."""
+    """Folder or Hub id of an autoencoder. Repeat the option for more models."""
 
     data: str
-    """Folder of images that the models were not trained on, or `samples`: the two photos that
+    """Folder of images that the models were not trained on. `samples` means the two photos that
     training on `samples` leaves out."""
 
     out: Path
-    """Folder for the report; made if it is not there."""
+    """Folder for the report. It is made if it does not exist."""
 
     quick: bool = False
-    """A first look: 8 images, fewer points, and none of what takes long on a CPU."""
+    """Give a first impression: 8 images, fewer points, and no part that is slow on a CPU."""
 
     max_images: int | None = None
-    """Measure so many images, evenly spread over the folder in the order of their names."""
+    """Number of images to measure, evenly spread over the folder in the order of their names.
+    Default: all."""
 
     resolution: int | None = None
-    """Resize the shorter side to it and crop the centre; left out, each image at its own size."""
+    """Resize the shorter side to this many pixels and crop the centre. Default: each image keeps
+    its size."""
 
     sheet_images: int = 4
-    """How many images sheet.png shows."""
+    """Number of images in sheet.png."""
 
     overwrite: bool = False
-    """Forget the evaluation that is in `out`."""
+    """Delete the evaluation in `out` and start again."""
 
     device: str | None = None
-    """Torch device of the models and metrics; left out, the GPU, if there is one."""
+    """Torch device of the models and metrics. Default: the GPU if there is one, else the CPU."""
 
 
 def run(options: Options) -> None:

@@ -1,27 +1,28 @@
-"""The loader's images per second beside a plain Pillow image folder, of JPEGs of 1,000 pixels that
-are cropped to 256.
+"""Compare the loader's speed with a plain Pillow image folder.
 
     python benchmarks/data.py --json data.json
 
-The plain folder is what training scripts have: Pillow opens a file and converts it to RGB, a random
-square is cut out, resized and mirrored, torchvision makes a tensor of it and normalises it, and
-torch's DataLoader puts batches together. Both take squares of 0.5 to 1 of the shorter side, drawn
-alike, and both resize with the kernel that a row names; the last one sets our default, Lanczos,
-beside torchvision's, bilinear. Ours ends in floats in [-1, 1] too. The JPEGs are photos enlarged
-(or made smaller) to a shorter side of 1,000 at quality 90, in a temporary folder and, the same
-files, in tar shards; they are read once before, so that no disk is measured. All is done with one
-thread of torch; without workers a row is of one core.
+It prints a table and writes JSON, whose ratios are reference / ours.
 
-`equal within` is of the same windows in both, in [-1, 1], without the outer three pixels: there a
-crop that is cut out first does not show what lies around it. Prints a table, and writes JSON whose
-ratios are reference / ours.
+The images are JPEGs with a shorter side of 1,000 pixels, cropped to 256. They are resized photos at
+quality 90, in a temporary folder and also in tar shards. Every file is read once before the timing,
+so that the disk does not count. torch has one thread, so a row without workers is for one core.
+
+The plain folder does what training scripts do. Pillow opens a file and converts it to RGB. A random
+square is cut out, resized and mirrored. torchvision makes a tensor of it and normalises it. torch's
+DataLoader joins the batch. Ours ends in floats in [-1, 1] too. Both draw squares of 0.5 to 1 of the
+shorter side in the same way, and both resize with the kernel in the row's name. Only the last row
+compares our default, Lanczos, with torchvision's, bilinear.
+
+`equal within` is the largest difference of the same crop, in [-1, 1], without the outer three
+pixels. There the results differ, because a resize after the cut does not see the pixels around it.
 """
 
 import itertools
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,10 +49,10 @@ from latentvae.data.transforms import Window
 from latentvae.errors import UserError
 
 SIDE, RESOLUTION, QUALITY = 1000, 256, 90
-SHARES = (0.5, 1.0)  # of the shorter side
+SHARES = (0.5, 1.0)  # sides of a crop, as shares of the image's shorter side
 BATCH = 8
 SHARDS = 4
-EDGE = 3  # pixels, half of Lanczos' kernel
+EDGE = 3  # pixels: half of Lanczos' kernel
 KERNELS = ("lanczos", "bilinear")  # our default and torchvision's
 TRANSFORMS = {
     name: TrainTransform(RESOLUTION, crop_scale=SHARES, random_flip=True, interpolation=name)
@@ -64,22 +65,22 @@ class Options:
     """What to read and where to write the numbers."""
 
     data: str = "samples"
-    """Folder of photos that the JPEGs are made of, or `samples`."""
+    """Folder of photos to make the JPEGs from, or `samples`."""
 
     json: Path | None = None
     """File for the numbers."""
 
     images: int = 128
-    """JPEGs, all of which every run reads; a multiple of 16."""
+    """Number of JPEGs, a multiple of 16. Every run reads all of them."""
 
     runs: int = 7
-    """Timed runs of each, in turns, after one to warm up."""
+    """Timed runs of each loader, in turns, after one untimed run."""
 
     workers: tuple[int, ...] = (0, 2)
-    """Processes that read, of both."""
+    """Numbers of worker processes to try, for both loaders."""
 
     quick: bool = False
-    """32 images, three runs and no workers."""
+    """Take 32 images, three runs and no workers."""
 
 
 class PlainFolder(Dataset[Tensor]):
@@ -108,10 +109,12 @@ class PlainFolder(Dataset[Tensor]):
 
 
 def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
-    """The photos in turns, as JPEGs of one shorter side: ``root/jpegs`` and ``root/shards``."""
+    """Write ``count`` JPEGs of the photos, in turns, to ``root/jpegs`` and ``root/shards``."""
     folder, shards = root / "jpegs", root / "shards"
     folder.mkdir()
     shards.mkdir()
+
+    # images
     for i in range(count):
         path = folder / f"{i:05d}.jpg"
         if i >= len(photos):
@@ -122,6 +125,8 @@ def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
         scale = SIDE / min(photo.size)
         size = (round(photo.width * scale), round(photo.height * scale))
         photo.resize(size, Image.Resampling.LANCZOS).save(path, quality=QUALITY)
+
+    # the same files in tar shards
     paths = sorted(folder.iterdir())
     for i in range(SHARDS):
         with tarfile.open(shards / f"{i:03d}.tar", "w") as writer:
@@ -130,7 +135,7 @@ def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
 
 
 def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
-    """Every image once."""
+    """Return a call that reads every image once."""
 
     def call() -> None:
         for images in DataLoader(folder, BATCH, shuffle=True, num_workers=workers):
@@ -142,7 +147,7 @@ def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
 def ours(
     source: ImageSource, interpolation: str, *, workers: int, crops: int = 1
 ) -> Callable[[], object]:
-    """As many crops as there are images."""
+    """Return a call that reads as many crops as there are images."""
 
     def call() -> None:
         dataset = TrainImages(source, TRANSFORMS[interpolation], seed=0, crops=crops)
@@ -155,7 +160,7 @@ def ours(
 
 
 def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
-    """The largest, of the same windows, inside the edges."""
+    """Return the largest difference of the same crops, without their edges."""
     transform, largest = TRANSFORMS[interpolation], 0.0
     for i in range(min(len(source), 16)):
         window = transform.draw(np.random.default_rng(i))
@@ -165,35 +170,58 @@ def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> 
     return largest
 
 
-def compare(root: Path, options: Options) -> list[Row]:
+def compare(root: Path, options: Options) -> Iterator[Row]:
+    """Yield the rows of each number of workers, then those of the stages of one image."""
     folders = {name: PlainFolder(root / "jpegs", name) for name in KERNELS}
     sources = {
         "folder": open_source(root / "jpegs"),
         "tar shards": open_source(root / "shards"),
     }
-    rows: list[Row] = []
+    equal = {
+        (form, name): difference(sources[form], folders[name], name)
+        for form, name in itertools.product(sources, KERNELS)
+    }
     for workers in options.workers:
-        calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
-        for form, name in itertools.product(sources, KERNELS):
-            calls[f"{form} {name}"] = ours(sources[form], name, workers=workers)
-        calls["crops lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
-        seconds = alternate(calls, runs=options.runs, per=options.images)
-        by = f"{workers} workers" if workers else "one core"
-
-        def add(name: str, form: str, kernel: str, other: str, equal: float | None) -> None:
-            times = (seconds[f"{form} {kernel}"], seconds[f"plain {other}"])  # noqa: B023, at once
-            rows.append(row(f"{name}, {by}", "s/image", *times, equal_within=equal))  # noqa: B023
-
-        for form, name in itertools.product(sources, KERNELS):
-            equal = difference(sources[form], folders[name], name)
-            add(f"{form}, {name}", form, name, name, equal)
-        add("folder, lanczos, 4 crops of each", "crops", "lanczos", "lanczos", None)
-        add("folder, ours lanczos, plain bilinear", "folder", "lanczos", "bilinear", None)
-    return [*rows, *stages(root, options)]
+        yield from with_workers(workers, folders, sources, equal, options)
+    yield from stages(root, options)
 
 
-def stages(root: Path, options: Options) -> list[Row]:
-    """Where the time of one image goes: decoding, which is the same in both, and the rest."""
+def with_workers(
+    workers: int,
+    folders: Mapping[str, PlainFolder],
+    sources: Mapping[str, ImageSource],
+    equal: Mapping[tuple[str, str], float],
+    options: Options,
+) -> Iterator[Row]:
+    """Yield the rows of one number of workers.
+
+    Args:
+        folders: plain folders by kernel.
+        sources: our sources by form.
+        equal: largest difference by form and kernel.
+    """
+    # calls
+    calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
+    for form, name in equal:
+        calls[f"{form} {name}"] = ours(sources[form], name, workers=workers)
+    calls["crops lanczos"] = ours(sources["folder"], "lanczos", workers=workers, crops=4)
+    seconds = alternate(calls, runs=options.runs, per=options.images)
+
+    # rows
+    by = f"{workers} workers" if workers else "one core"
+
+    def made(name: str, form: str, kernel: str, other: str, within: float | None) -> Row:
+        times = seconds[f"{form} {kernel}"], seconds[f"plain {other}"]
+        return row(f"{name}, {by}", "s/image", *times, equal_within=within)
+
+    for (form, name), within in equal.items():
+        yield made(f"{form}, {name}", form, name, name, within)
+    yield made("folder, lanczos, 4 crops of each", "crops", "lanczos", "lanczos", None)
+    yield made("folder, ours lanczos, plain bilinear", "folder", "lanczos", "bilinear", None)
+
+
+def stages(root: Path, options: Options) -> Iterator[Row]:
+    """Yield the time of decoding one image, which is the same in both, and of the rest."""
     path = sorted((root / "jpegs").iterdir())[0]
     with Image.open(path) as opened:
         image = opened.convert("RGB")
@@ -215,23 +243,26 @@ def stages(root: Path, options: Options) -> list[Row]:
     }
     many = {name: (lambda call=call: [call() for _ in range(20)]) for name, call in calls.items()}
     seconds = alternate(many, runs=options.runs, per=20)
-    return [
-        row("decode alone", "s/image", seconds["decode"], seconds["decode"], equal_within=0.0),
-        row("crop, lanczos", "s/image", seconds["ours"], seconds["pillow"], equal_within=None),
-    ]
+
+    decoding = seconds["decode"]
+    yield row("decode alone", "s/image", decoding, decoding, equal_within=0.0)
+    yield row("crop, lanczos", "s/image", seconds["ours"], seconds["pillow"], equal_within=None)
 
 
 def run(options: Options) -> None:
+    """Make the images, time the loaders and print the rows."""
     if options.quick:
         options = replace(options, images=32, runs=3, workers=(0,))
     if options.images < 16 or options.images % 16:
-        raise UserError(f"images is {options.images}; a multiple of 16 is needed")
+        raise UserError(f"images must be a multiple of 16 (got {options.images}).")
     torch.set_num_threads(1)
+
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         write_jpegs(open_source(options.data, split="train"), root, options.images)
         size = sum(path.stat().st_size for path in (root / "jpegs").iterdir()) / options.images
-        rows = compare(root, options)
+        rows = list(compare(root, options))
+
     title = f"{options.images} JPEGs of {SIDE:,} px (mean {size / 1e3:.0f} kB) to {RESOLUTION} px"
     finish(rows, title=title, json_file=options.json)
 

@@ -1,12 +1,13 @@
-"""Large images: encode and decode whole, in diffusers' blended tiles, and in exact strips.
+"""Measure large images: encode and decode whole, in diffusers' blended tiles, and in exact strips.
 
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
-Every line is measured in a fresh process, whose resident memory is watched: how far it rose above
-what it was before the call. Ours are the strips, the reference is one of the others. `equal within`
-is the largest difference to the whole image (of tiles: of their own). Seams are those of tiles of
-diffusers' size, in levels of 255; above 2 they show (latentvae/evaluation/tiling_check.py). Images
-that are not larger than a tile have no row of tiles.
+Each value is measured in a fresh process. Its memory is the rise of the resident memory during the
+call. `ours` are the strips, and `reference` is one of the other two. `equal within` is the largest
+difference from the whole image. In a row of tiles it is the tiles' difference.
+
+Seams are those of tiles of diffusers' size, in levels of 255. Above 2 they are visible
+(latentvae/evaluation/tiling_check.py). An image that is not larger than a tile has no row of tiles.
 """
 
 import json
@@ -50,22 +51,23 @@ class Options:
     """What to measure."""
 
     model: str = "sd"
-    """Folder of an AutoencoderKL; or `sd` or `kl_small`, their shapes with random weights."""
+    """Folder of an AutoencoderKL. `sd` and `kl_small` are these shapes with random weights."""
 
     sizes: tuple[int, ...] = (512, 1024)
-    """Pixels on a side."""
+    """Sides of the images in pixels."""
 
     storage: Literal["memory", "disk"] = "disk"
-    """Where the maps of strips are."""
+    """Where strips keep their feature maps."""
 
     folder: Path | None = None
-    """For temporary files; left out, that of the system."""
+    """Folder for temporary files. Default: the system's."""
 
     json: Path | None = None
-    """Write the rows there."""
+    """File for the numbers."""
 
 
 def run(options: Options) -> None:
+    """Measure all sizes and print the rows."""
     rows: list[Row] = []
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -80,7 +82,7 @@ def run(options: Options) -> None:
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
-    """diffusers cuts no tiles of what is not larger than one."""
+    """Return the ways that apply at this size. diffusers tiles only images larger than a tile."""
     return tuple(way for way in WAYS if way != "tiles" or size > tile)
 
 
@@ -89,7 +91,7 @@ def _in_a_process(
 ) -> dict[str, float]:
     arguments = [options.model, call, way, str(size), folder, options.storage]
     command = [sys.executable, __file__, "--measure", *arguments]
-    # this Python and file, as a list which no shell reads
+    # The command is this Python and this file, as a list that no shell reads.
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -126,7 +128,8 @@ def _build(model: str) -> Any:
 
 @torch.inference_mode()
 def measure(model: str, call: str, way: str, size: str, folder: str, storage: Any) -> None:
-    """In a process of its own: one JSON line with MiB and seconds, and the result in a file."""
+    """Measure one call in this process: print MiB and seconds as JSON, save the result."""
+    # network
     net = _build(model)
     strips = Strips(storage=storage, folder=Path(folder)) if way == "strips" else None
     if way == "tiles":
@@ -138,7 +141,9 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
             net, inputs, computation=None if strips is None else StripComputation(strips)
         )
 
-    work(_inputs(net, call, 64))  # what is set up once is not the image's
+    work(_inputs(net, call, 64))  # so that one-time allocations do not count
+
+    # measured call
     inputs = _inputs(net, call, int(size))
     with peak_memory(torch.device("cpu")) as peak:
         start = time.perf_counter()
@@ -150,7 +155,7 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
 
 
 def _inputs(net: Any, call: str, size: int) -> Tensor:
-    """Images in [-1, 1], or latents of unit variance, of noise that is smooth over 8 positions."""
+    """Return images in [-1, 1], or latents of unit variance: noise, smooth over 8 positions."""
     f = downsampling_factor(net)
     channels, side = (
         (calls.image_channels(net), size)

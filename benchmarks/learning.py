@@ -1,15 +1,16 @@
-"""Which learns more in the same time: `train/train_kl.py`, or the plain way to write it
-(reference.py)?
+"""Compare how much `train/train_kl.py` and the plain script (reference.py) learn in equal time.
 
     python benchmarks/learning.py --data photos --validation_data unseen --out learning --minutes 45
 
-The same network (`kl_small`), loss weights, batch, peak learning rate and schedule. Each arm's
-speed is measured first, in turns, on an idle machine; each then makes as many updates as fit into
-the time, and is measured on unseen images at twice the training resolution. As the number of
-updates is fixed by then, the runs themselves may share the machine with other work. Prints a table
-and writes learning.json. The same command again keeps speeds and networks that are there and goes
-on with what is missing, so arms and seeds may also be trained by several commands at a time
-(`--arms`, `--seeds`).
+It prints a table and writes learning.json.
+
+Both arms have the same network (`kl_small`), loss weights, batch, peak learning rate and schedule.
+First the speed of each arm is measured, in turns, on an idle machine. It gives the number of
+updates that fit into the time. So the machine may do other work during the training itself. Then
+the networks are measured on unseen images at twice the training resolution.
+
+The same command again keeps the speeds and networks that exist and trains the others. So several
+commands can train arms and seeds at the same time (`--arms`, `--seeds`).
 """
 
 import json
@@ -39,7 +40,7 @@ PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
 Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
-UNTIMED = 10  # updates of the speed that do not count; a row of train_kl.py's log is of as many
+UNTIMED = 10  # first updates, which do not count for the speed. train_kl.py logs a row after them.
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,27 @@ class Options:
     """Time for the updates of each arm and seed."""
 
     seeds: tuple[int, ...] = (0, 1)
-    """One pair of runs for each."""
+    """Seeds. Each has one run of each arm."""
 
     threads: int = 2
-    """CPU threads of each run."""
+    """CPU threads for the speed, and for the runs by default."""
 
     mixed_precision: str = "bf16"
-    """Precision of train_kl.py; the reference is float32, as the scripts are on a CPU."""
+    """Precision of train_kl.py. The reference is float32, as the scripts are on a CPU."""
 
     speed_updates: int = 30
-    """Updates in each measurement of the speed, of which the first 10 do not count; two for each
-    arm, in turns."""
+    """Updates in each measurement of the speed. The first 10 do not count. Each arm is measured
+    twice, in turns."""
 
     arms: tuple[Arm, ...] = ("latentvae", "reference")
-    """Which to train in this command; a seed is measured once both of its networks are there."""
+    """Arms to train in this command. A seed is measured when both of its networks exist."""
 
     run_threads: int | None = None
-    """CPU threads of the runs, where not those that the speed counts for."""
+    """CPU threads of the runs, if different from those of the speed."""
 
 
 class Arms:
-    """The two ways to train, on the same images with the same options."""
+    """The two arms, with the same images and the same options."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -87,7 +88,7 @@ class Arms:
         self.perceptual = PerceptualLoss(load_lpips("vgg"))
 
     def speed(self, arm: Arm) -> float:
-        """Seconds per update, of a few after those that warm up."""
+        """Return the mean seconds per update, without the first updates."""
         n, threads = self.options.speed_updates, self.options.threads
         if arm == "reference":
             return mean(self._reference(n, seed=0, threads=threads).seconds[UNTIMED:])
@@ -98,7 +99,7 @@ class Arms:
         return mean(BATCH / speed for speed in speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
-        """Train one network, unless it is there; a run of train_kl.py goes on where it was."""
+        """Train one network if it does not exist. A run of train_kl.py resumes."""
         out, threads = self.options.out / f"seed{seed}", self.options.run_threads
         threads = threads or self.options.threads
         if arm == "latentvae":
@@ -109,7 +110,7 @@ class Arms:
             trained.averaged.save_pretrained(out / "reference, averaged")
 
     def networks(self, seed: int) -> dict[str, Autoencoder]:
-        """Those of a seed; empty unless all are there."""
+        """Return the networks of a seed, or none if one of them does not exist."""
         out = self.options.out / f"seed{seed}"
         paths = {
             "latentvae": out / "latentvae/export",
@@ -121,7 +122,10 @@ class Arms:
         return {name: load(path) for name, path in paths.items()}
 
     def _train(self, updates: int, *, seed: int, out: Path, overwrite: bool, threads: int) -> None:
+        """Train by `train`, as train_kl.py does."""
         torch.set_num_threads(threads)
+
+        # options that differ from the preset
         values: dict[str, dict[str, Any]] = {
             "data": {
                 "train_data_dir": self.options.data,
@@ -145,6 +149,7 @@ class Arms:
                 "mixed_precision": self.options.mixed_precision,
             },
         }
+
         preset = PRESET.model_dump()
         changed = {name: preset[name] | section for name, section in values.items()}
         train(parse(preset | changed, source="learning.py"))
@@ -171,7 +176,7 @@ class Arms:
 def measured(
     models: dict[str, Autoencoder], options: Options, *, out: Path
 ) -> dict[str, dict[str, float]]:
-    """PSNR, SSIM and LPIPS of each, means over the unseen images at twice the resolution."""
+    """Return each model's mean PSNR, SSIM and LPIPS on unseen images at twice the resolution."""
     report = evaluate(
         models,
         open_source(options.validation_data),
@@ -188,17 +193,22 @@ def measured(
 
 
 def run(options: Options) -> None:
+    """Measure speeds, train the arms and measure their networks."""
     if options.speed_updates < 2 * UNTIMED:
         raise UserError(
-            f"speed_updates is {options.speed_updates}: the first {UNTIMED} do not count, so it is "
-            f"at least {2 * UNTIMED}"
+            f"speed_updates must be at least {2 * UNTIMED}, because the first {UNTIMED} do not "
+            f"count (got {options.speed_updates})."
         )
+
+    # speeds and networks
     arms = Arms(options)
     speeds = _speeds(arms, options)
     updates = {arm: int(60 * options.minutes / min(seconds)) for arm, seconds in speeds.items()}
     for seed in options.seeds:
         for arm in options.arms:
             arms.finish(arm, updates[arm], seed=seed)
+
+    # metrics of each seed
     result: dict[str, Any] = {
         "minutes": options.minutes,
         "threads": options.threads,
@@ -209,7 +219,7 @@ def run(options: Options) -> None:
     }
     for seed in options.seeds:
         if not (networks := arms.networks(seed)):
-            print(f"seed {seed}: not measured yet, its other arm is still to be trained")
+            print(f"seed {seed}: not measured yet, because its other arm is not trained yet")
             continue
         result["seeds"][seed] = measured(
             networks, options, out=options.out / f"seed{seed}" / "report"
@@ -219,8 +229,11 @@ def run(options: Options) -> None:
 
 
 def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
-    """Seconds per update of both arms, measured twice in turns, or as an earlier command found. In
-    one process, so the reference has the allocator that `train` sets."""
+    """Return the seconds per update of both arms, measured twice in turns.
+
+    A file of an earlier command is read instead if it exists. All is done in one process, so the
+    reference has the allocator that `train` sets.
+    """
     path = options.out / "speed.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -1,5 +1,6 @@
-"""Quantisers of this package and of vector-quantize-pytorch with the same settings, behind the same
-calls (see tokenizer_quality.py).
+"""Pairs of quantisers of this package and of vector-quantize-pytorch with the same settings.
+
+Both have the same calls, see tokenizer_quality.py.
 
 `B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
 """
@@ -14,20 +15,21 @@ from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 
 from latentvae.bottlenecks import Quantized, Quantizer
 
-COMMITMENT, ENTROPY = 0.25, 0.1  # weights
-DECAY, DEAD = 0.8, 0.02  # theirs by default; a share of the mean use
+COMMITMENT, ENTROPY = 0.25, 0.1  # weights of losses
+DECAY = 0.8  # their default
+DEAD = 0.02  # share of the mean use below which a code restarts
 Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A quantiser of both packages.
+    """A kind of quantiser that both packages have.
 
     Attributes:
         ours: type and arguments of `build_quantizer`.
-        weights: of its losses.
-        theirs: from the least average use of a live code, in vectors per update.
-        start_alike: gives theirs the weights of ours, where no k-means does.
+        weights: weights of its losses.
+        theirs: builds theirs, given the least average use of a code in vectors per update.
+        start_alike: copies the weights of ours to theirs, if k-means does not set them.
     """
 
     ours: dict[str, Any]
@@ -89,14 +91,14 @@ KINDS: dict[Name, Kind] = {
     "simvq": Kind(
         {"type": "simvq", "num_codes": 1024, "code_channels": 64},
         {"commitment": COMMITMENT, "codebook": 1.0},
-        lambda _: SimVQ(64, 1024, rotation_trick=False),  # has these weights by default
+        lambda _: SimVQ(64, 1024, rotation_trick=False),  # its default weights are the same
         _same_codes,
     ),
 }
 
 
 class Theirs(Quantizer):
-    """A module of vector-quantize-pytorch behind our calls; it updates itself as it quantises."""
+    """A module of vector-quantize-pytorch with our calls. It updates itself in its forward pass."""
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Theirs(Quantizer):
         return Quantized(
             z=z.transpose(1, 2).reshape(features.shape),
             indices=indices.unflatten(-1, features.shape[2:]).long(),
-            losses={"theirs": loss[0].mean()} if loss else {},  # of FSQ none
+            losses={"theirs": loss[0].mean()} if loss else {},  # FSQ has no loss
             statistics={},
         )
 
@@ -123,4 +125,4 @@ class Theirs(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        self.module(features[None])  # in training mode its first call is k-means
+        self.module(features[None])  # In training mode its first call makes k-means.

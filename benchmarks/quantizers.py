@@ -1,21 +1,25 @@
-"""Time and peak memory of quantising 16,384 vectors, beside how others search the nearest code.
+"""Measure time and peak memory of quantising 16,384 vectors, beside other packages.
 
     python benchmarks/quantizers.py --json quantizers.json
 
-At 16384 codes of 256 channels, 8192 of 32 on the unit sphere and 65536 of 8: `VectorQuantizer`
-(with its losses, without gradients), diffusers' `VectorQuantizer` (torch.cdist and argmin), the
-expanded square that taming-transformers' VectorQuantizer2 forms, and vector-quantize-pytorch's
-`VectorQuantize`, all with the same codebook. First it is counted how many indices are equal, and
-whether the others are ties (distances in float64 that differ by less than 1e-5 of them). Times are
-taken in turns; a peak is how far the resident memory of a fresh process rises above what it was
-before the call. Prints a table and writes JSON, whose ratios are reference / ours.
+It prints a table and writes JSON, whose ratios are reference / ours. The sizes are 16384 codes of
+256 channels, 8192 of 32 on the unit sphere, and 65536 of 8. The quantisers have the same codebook:
+
+- `VectorQuantizer`, with its losses, without gradients
+- diffusers' `VectorQuantizer`: torch.cdist and argmin
+- the expanded square of taming-transformers' VectorQuantizer2
+- vector-quantize-pytorch's `VectorQuantize`
+
+First we count the equal indices. The others must be ties, with distances in float64 that differ by
+less than 1e-5 of them. Times are taken in turns. A peak is the rise of the resident memory of a
+fresh process during the call.
 """
 
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -38,13 +42,13 @@ from latentvae.errors import UserError
 
 MIB = 2**20
 VECTORS = 16_384
-SIZES = {  # codes, channels, on the unit sphere
+SIZES = {  # number of codes, channels, whether on the unit sphere
     "16384 x 256": (16_384, 256, False),
     "8192 x 32 normalised": (8192, 32, True),
     "65536 x 8": (65_536, 8, False),
 }
-# Peak in full distance matrices, of those that hold them: what does not fit is left out, as the
-# system would kill the process.
+# Peak memory in full distance matrices. A quantiser that does not fit into memory is left out,
+# because the system would kill the process.
 MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
 Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
 
@@ -57,7 +61,7 @@ class Options:
     """File for the numbers."""
 
     runs: int = 5
-    """Timed runs of each, in turns, after one to warm up."""
+    """Timed runs of each quantiser, in turns, after one untimed run."""
 
     threads: int = 2
     """CPU threads."""
@@ -77,7 +81,7 @@ def with_diffusers(codebook: Tensor, l2: bool) -> Quantise:
 
 
 def as_taming(codebook: Tensor, l2: bool) -> Quantise:
-    """taming/modules/vqvae/quantize.py, VectorQuantizer2.forward."""
+    """Return what VectorQuantizer2.forward does (taming/modules/vqvae/quantize.py)."""
 
     def quantise(features: Tensor) -> Tensor:
         z = placed(features, l2).permute(0, 2, 3, 1).contiguous()
@@ -116,7 +120,7 @@ def placed(features: Tensor, l2: bool) -> Tensor:
 
 
 def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
-    """Features (1, D, 128, 128), codebook (K, D), and whether both belong on the sphere."""
+    """Return features (1, D, 128, 128), codebook (K, D), and whether both belong on the sphere."""
     K, D, l2 = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(K, D, generator=generator)
@@ -126,11 +130,11 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
 
 @torch.no_grad()
 def peak(size: str, name: str) -> int:
-    """Bytes that one call needs beyond what the process held, after a call with few vectors."""
+    """Return the bytes that one call needs beyond those that the process already had."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
-    quantise(features[:, :, :1, :1].contiguous())  # so that what is set up once is not counted
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets the system's peak
     before = psutil.Process().memory_info().rss
     quantise(features)
     status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
@@ -145,7 +149,7 @@ def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
-    """Seconds of each run, the quantisers in turns."""
+    """Return the seconds of each run by quantiser. The quantisers take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in quantisers}
     for run in range(runs + 1):
         for name, quantise in quantisers.items():
@@ -157,7 +161,7 @@ def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[
 
 
 def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]:
-    """Share of equal indices, and whether the others are ties."""
+    """Return the share of equal indices, and whether the others are ties."""
     features, codebook, l2 = inputs(size)
     differs = found != reference
     vectors = placed(features, l2).flatten(2)[0].T[differs].double()
@@ -166,35 +170,38 @@ def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]
     return 1 - differs.float().mean().item(), ties
 
 
-def measure(size: str, options: Options) -> list[dict[str, Any]]:
-    """Rows of time and of peak memory, one for each other quantiser."""
+def measure(size: str, options: Options) -> Iterator[dict[str, Any]]:
+    """Yield a row of time and a row of peak memory for each other quantiser."""
+    # quantisers that fit into memory
     features, codebook, l2 = inputs(size)
     full = 4 * VECTORS * len(codebook)
     room = psutil.virtual_memory().available
     fitting = [name for name in QUANTISERS if MATRICES[name] * full < room]
     if left_out := QUANTISERS.keys() - fitting:
         print(f"{size}: not enough memory for {', '.join(sorted(left_out))}")
+
+    # results, times and peaks
     quantisers = {name: QUANTISERS[name](codebook, l2) for name in fitting}
     indices = {name: quantise(features) for name, quantise in quantisers.items()}
     seconds = times(quantisers, features, options.runs)
     peaks = {
         name: peak_in_a_fresh_process(size, name, threads=options.threads) for name in quantisers
     }
-    rows: list[dict[str, Any]] = []
+
+    # rows
+    own, own_peak = seconds["latentvae"], peaks["latentvae"]
     for name in list(quantisers)[1:]:
         equal, ties = agreement(indices["latentvae"], indices[name], size)
-        own, theirs = seconds["latentvae"], seconds[name]
-        ratios = [b / a for a, b in zip(own, theirs, strict=True)]
+        ratios = [b / a for a, b in zip(own, seconds[name], strict=True)]
         checked: dict[str, Any] = {"runs": len(ratios), "equal_share": equal, "rest_are_ties": ties}
         checked["equal_within"] = 1 - equal if ties else None
-        row = _row(f"time, {size}, {name}", "s", median(own), median(theirs), ratios)
-        rows.append(row | {"ours_spread": [min(own), max(own)]} | checked)
-        ratio = peaks[name] / max(peaks["latentvae"], 1)
-        row = _row(f"peak, {size}, {name}", "MiB", peaks["latentvae"], peaks[name], [ratio])
-        row |= {"ours": peaks["latentvae"] / MIB, "reference": peaks[name] / MIB}
-        share = {"ours_share_of_full_matrix": peaks["latentvae"] / full}
-        rows.append(row | share | checked | {"runs": 1})
-    return rows
+
+        row = _row(f"time, {size}, {name}", "s", median(own), median(seconds[name]), ratios)
+        yield row | {"ours_spread": [min(own), max(own)]} | checked
+
+        ratio = peaks[name] / max(own_peak, 1)
+        row = _row(f"peak, {size}, {name}", "MiB", own_peak / MIB, peaks[name] / MIB, [ratio])
+        yield row | {"ours_share_of_full_matrix": own_peak / full} | checked | {"runs": 1}
 
 
 def _row(name: str, unit: str, own: float, reference: float, ratios: list[float]) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def run(options: Options) -> None:
+    """Measure all sizes and print the rows."""
     torch.set_num_threads(options.threads)
     rows = [row for size in SIZES for row in measure(size, options)]
     Console().print(_table(rows))

@@ -1,14 +1,20 @@
-"""The plain way to train a KL autoencoder, as the scripts that people copy do it, with their faults
-mended.
+"""Train a KL autoencoder the plain way, as widely copied scripts do, without their faults.
 
-Same mathematics, defaults and order of work as huggingface/diffusers at 58eb52c,
-examples/research_projects/autoencoderkl/train_autoencoderkl.py: losses summed over pixels, 0.5
-LPIPS (VGG) beside the squared error, 1e-6 KL, gradient clipped at 1, AdamW with weight decay 0.01,
-float32, centre-cropped images without augmentation, values read for the progress bar in every
-update. Its discriminator starts at update 50,001 and is left out here. Mended: LPIPS has true
-weights and its gradient reaches the model; the weights are not cast after the optimiser is built;
-the schedule counts the model's updates; nothing is computed for a discriminator that has not
-started; raw and averaged weights are both kept.
+Mathematics, defaults and order of work are those of huggingface/diffusers at 58eb52c,
+examples/research_projects/autoencoderkl/train_autoencoderkl.py:
+
+- the squared error summed over pixels, 0.5 LPIPS (VGG), 1e-6 KL
+- gradients clipped at 1, AdamW with weight decay 0.01, float32
+- centre-cropped images without augmentation
+- values read for the progress bar in every update
+
+Its discriminator starts at update 50,001 and is left out here. These faults are corrected:
+
+- LPIPS has true weights, and its gradient reaches the model.
+- The weights are not cast after the optimiser is built.
+- The schedule counts the model's updates.
+- Nothing is computed for a discriminator before its start.
+- Both raw and averaged weights are kept.
 """
 
 import copy
@@ -36,7 +42,7 @@ EMA_DECAY = 0.999
 
 
 class CentreCrops(Dataset[Tensor]):
-    """Resize the shorter side (bilinear, as torchvision's default) and crop the centre."""
+    """Images whose shorter side is resized (bilinear, torchvision's default), centre-cropped."""
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
         self.source = source
@@ -58,7 +64,7 @@ class CentreCrops(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """Both kinds of weights, and the seconds that each update took."""
+    """Both kinds of weights, and the seconds of each update."""
 
     raw: AutoencoderKL
     averaged: AutoencoderKL
@@ -78,6 +84,7 @@ def train_reference(
     seed: int,
 ) -> Trained:
     """Train ``net`` in place with a cosine schedule over ``updates``."""
+    # data, optimiser, schedule and average
     torch.manual_seed(seed)
     loader = DataLoader(CentreCrops(source, resolution), batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -86,6 +93,8 @@ def train_reference(
     )
     ema = EMAModel(list(net.parameters()), decay=EMA_DECAY)
     batches = _endless(loader)
+
+    # updates
     ends = [time.perf_counter()]
     for _ in range(updates):
         loss = reference_loss(net, next(batches), perceptual)
@@ -96,13 +105,14 @@ def train_reference(
         optimizer.zero_grad(set_to_none=False)
         ema.step(net.parameters())
         ends.append(time.perf_counter())
+
     averaged = copy.deepcopy(net)
     ema.copy_to(averaged.parameters())
     return Trained(net, averaged, [end - start for start, end in pairwise(ends)])
 
 
 def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLoss) -> Tensor:
-    """Sums over pixels and latent elements, means over images."""
+    """Return the loss: sums over pixels and latent elements, a mean over images."""
     coder: Any = net
     posterior = coder.encode(images).latent_dist
     recon = coder.decode(posterior.sample()).sample

@@ -1,28 +1,31 @@
-"""One generator and discriminator update as the scripts that people copy write it: the same
-mathematics as this project's update, in their order of work.
+"""One update of model and discriminator as widely copied scripts write it.
 
-Pinned to huggingface/diffusers at 58eb52c, examples/research_projects/autoencoderkl/
-train_autoencoderkl.py, and CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
-taming/modules/losses/vqperceptual.py. Nothing is copied; what each does, per batch of each kind:
+The mathematics are those of this project's update. The order of work is that of the scripts:
 
-    diffusers, as-is    model: forward; LPIPS; discriminator, which collects gradients too; the
-    adaptive
-                        weight from two backward passes down to the last layer, through LPIPS and
-                        through the discriminator; one backward of the sum, through both again
-                        discriminator: forward of the model with its graph; discriminator on images
-                        and on reconstructions that are not detached, so its loss goes back through
-                        the whole model, where it is thrown away
-    diffusers, mended   the same, but the discriminator is frozen in the model's step, and in its
-    own the
-                        model runs without a graph
-    taming              as mended, by two optimisers of Lightning, which freezes the other side's
-                        parameters; LPIPS is evaluated in the discriminator's step too
+- huggingface/diffusers at 58eb52c,
+  examples/research_projects/autoencoderkl/train_autoencoderkl.py
+- CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
+  taming/modules/losses/vqperceptual.py
 
-Of the first, LPIPS is mended everywhere: there it has no gradient, so it would be other
-mathematics. All have the true LPIPS by the `lpips` package's own forward, the same discriminator
-(GroupNorm for BatchNorm), no dropout, AdamW as torch makes it by default, diffusers' `EMAModel` as
-it makes it by default, clipping at 1, float32, and as many values read for the log as the script
-reads. diffusers' losses are sums over pixels, taming's means: `scale` is the factor between them.
+No line of them is copied. This is what each does in one update:
+
+1. "diffusers as-is" starts with the model's step: a forward pass, LPIPS, and the discriminator,
+   which collects gradients too. The adaptive weight takes two backward passes down to the last
+   layer, one through LPIPS and one through the discriminator. One backward pass of the sum goes
+   through both again. Then comes the discriminator's step: a forward pass of the model with its
+   graph, and the discriminator on images and reconstructions. These are not detached, so its loss
+   goes back through the whole model, whose gradients are then deleted.
+2. "diffusers mended" is the same with two corrections. The discriminator is frozen in the model's
+   step, and the model has no graph in the discriminator's step.
+3. "taming" is as mended, with two optimisers of Lightning, which freezes the other side's
+   parameters. It also computes LPIPS in the discriminator's step.
+
+In diffusers' script LPIPS has no gradient. Here it has one everywhere, because otherwise the
+mathematics would differ. All scripts have the following in common: LPIPS by the `lpips` package's
+own forward pass, the same discriminator (GroupNorm instead of BatchNorm), no dropout, torch's
+default AdamW, diffusers' default `EMAModel`, clipping at 1, and float32. Each reads as many values
+for the log as its source. diffusers' losses are sums over pixels and taming's are means, so `scale`
+is the factor between them.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -51,7 +54,7 @@ LEARNING_RATE, EMA_DECAY, MAX_NORM, CAP = 4.5e-6, 0.9999, 1.0, 1e4
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the loss, as this project counts it: means over image elements."""
+    """Weights of the loss in this project's units, where losses are means over image elements."""
 
     lpips: float
     kl: float
@@ -60,9 +63,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Script:
-    """How a script goes about it, see above."""
+    """What a script does differently from the others, see the module's docstring.
 
-    summed: bool  # over pixels, rather than their mean
+    Attributes:
+        summed: its losses are sums over pixels instead of means.
+        freezes_discriminator: the discriminator has no gradients in the model's step.
+        detaches: the model has no graph in the discriminator's step.
+        lpips_in_discriminator_step: LPIPS is computed in the discriminator's step too.
+    """
+
+    summed: bool
     freezes_discriminator: bool
     detaches: bool
     lpips_in_discriminator_step: bool
@@ -76,13 +86,15 @@ SCRIPTS = {
 
 
 class ReferenceStep:
-    """Model, discriminator, optimisers and average of a script.
+    """Model, discriminator, optimisers and weight average of a script.
 
     Args:
+        script: an entry of `SCRIPTS`.
         net, discriminator: copied, so that all references start from the same weights.
         lpips: frozen.
-        autocast: run both steps in bfloat16 autocast, as none of the scripts rightly does.
-        stock: with the stock layers, as the scripts compute; else with those that `net` has.
+        weights: of the loss.
+        autocast: run both steps in bfloat16 autocast. None of the scripts does this correctly.
+        stock: use stock layers, as the scripts do. False keeps the layers of `net`.
     """
 
     def __init__(
@@ -96,13 +108,16 @@ class ReferenceStep:
         autocast: bool = False,
         stock: bool = True,
     ) -> None:
+        # networks
         self.script, self.weights = script, weights
         self.net: Any = copy.deepcopy(net)
         self.lpips = copy.deepcopy(lpips)
-        if stock:  # in a run some layers are those that compute less
+        if stock:  # a run replaces some layers by faster ones
             restore_stock_layers(self.net)
             restore_stock_layers(self.lpips.to(memory_format=torch.contiguous_format))
         self.discriminator = copy.deepcopy(discriminator)
+
+        # optimisers and average
         self.autocast = autocast
         self.optimizer, self.discriminator_optimizer = (
             torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
@@ -111,39 +126,46 @@ class ReferenceStep:
         self.ema = EMAModel(list(self.net.parameters()), decay=EMA_DECAY)
 
     def update(self, images: Tensor) -> None:
-        """One update of the model, then one of the discriminator."""
+        """Make one update of the model, then one of the discriminator."""
+        # model
         self.backward_model(images)
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.ema.step(self.net.parameters())
+
+        # discriminator. The "as-is" script leaves gradients on the other side in both steps.
         recon = self.reconstruct_for_discriminator(images)
-        self.discriminator_optimizer.zero_grad(
-            set_to_none=False
-        )  # as-is, the model's step leaves some
+        self.discriminator_optimizer.zero_grad(set_to_none=False)
         self.backward_discriminator(images, recon)
         torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_NORM)
         self.discriminator_optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # and the discriminator's step in the model
+        self.optimizer.zero_grad(set_to_none=False)
 
     def scale(self, images: Tensor) -> float:
-        """How many times this project's loss the script's is."""
+        """Return how many times larger the script's loss is than this project's."""
         return float(images[0].numel()) if self.script.summed else 1.0
 
     def backward_model(self, images: Tensor) -> dict[str, float]:
-        """Add the model's gradient, `scale` times as long; returns the losses as they are logged,
-        in this project's terms."""
+        """Add the model's gradient, which is `scale` times this project's.
+
+        Returns:
+            The losses in this project's units, as the script logs them.
+        """
         scale = self.scale(images)
         with (
             self._precision(images),
             self._frozen(self.discriminator, self.script.freezes_discriminator),
         ):
+            # losses
             posterior = self.net.encode(images).latent_dist
             recon = self.net.decode(posterior.sample()).sample
             rec, perceptual = self._distances(images, recon)
             nll = (rec + self.weights.lpips * perceptual).mean() * scale
             kl = posterior.kl().mean() / images[0].numel()
             adversarial = -self.discriminator(recon).float().mean()
+
+            # adaptive weight and sum
             last = self.net.decoder.conv_out.weight
             norms = [
                 torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
@@ -152,8 +174,9 @@ class ReferenceStep:
             adaptive = (norms[0] / (norms[1] + 1e-4)).clamp(max=CAP * scale).detach()
             loss = nll + self.weights.kl * scale * kl
             loss = loss + self.weights.adversarial * adaptive * adversarial
+
         loss.backward()
-        return {  # each read costs a host sync, as in the script
+        return {  # Each value costs a host sync, as in the script.
             "nll": nll.item() / scale,
             "rec": rec.mean().item(),
             "lpips": perceptual.mean().item(),
@@ -163,7 +186,7 @@ class ReferenceStep:
         }
 
     def reconstruct_for_discriminator(self, images: Tensor) -> Tensor:
-        """The second forward pass of the model."""
+        """Return reconstructions by a second forward pass of the model."""
         with self._precision(images), torch.set_grad_enabled(not self.script.detaches):
             recon = self.net.decode(self.net.encode(images).latent_dist.sample()).sample
             if self.script.lpips_in_discriminator_step:
@@ -172,7 +195,7 @@ class ReferenceStep:
         return recon
 
     def backward_discriminator(self, images: Tensor, recon: Tensor) -> dict[str, float]:
-        """Add the discriminator's gradient; returns its loss."""
+        """Add the discriminator's gradient and return its loss and mean logits."""
         with self._precision(images):
             real, fake = self.discriminator(images).float(), self.discriminator(recon).float()
             loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -184,7 +207,7 @@ class ReferenceStep:
         }
 
     def _distances(self, images: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
-        """Absolute error (B, C, H, W), LPIPS (B, 1, 1, 1)."""
+        """Return the absolute error (B, C, H, W) and LPIPS (B, 1, 1, 1)."""
         rec = F.l1_loss(recon.float(), images.float(), reduction="none")
         return rec, self.lpips(images.contiguous(), recon.contiguous())
 
@@ -201,10 +224,11 @@ class ReferenceStep:
 
 
 class TamingStep(ReferenceStep):
-    """taming's own loss module, with the network, LPIPS and discriminator that all have.
+    """taming's own loss module, with the same network, LPIPS and discriminator.
 
     Args:
-        folder: of a clone of CompVis/taming-transformers.
+        folder: a clone of CompVis/taming-transformers.
+        net, discriminator, lpips, weights, stock: see `ReferenceStep`.
     """
 
     def __init__(
@@ -221,11 +245,12 @@ class TamingStep(ReferenceStep):
             summed=False,
             freezes_discriminator=True,
             detaches=True,
-            lpips_in_discriminator_step=False,
-        )  # for its loss does that
+            lpips_in_discriminator_step=False,  # its own loss does this
+        )
         super().__init__(own, net, discriminator, lpips, weights=weights, stock=stock)
+
+        # Replace LPIPS, which it would download, and its discriminator by those given.
         module = _imported(folder, "taming.modules.losses.vqperceptual")
-        # What it would download, and a discriminator that is to start from the same weights.
         module.LPIPS = lambda: self.lpips
         module.NLayerDiscriminator = lambda **_: self.discriminator
         module.weights_init = lambda _: None
@@ -264,24 +289,25 @@ class TamingStep(ReferenceStep):
 
 
 def _imported(folder: Path, name: str) -> Any:
-    """A module of a clone that is not installed."""
+    """Return a module of a clone that is not installed."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"'{folder}' is no clone of CompVis/taming-transformers that can be imported: {error}"
+            "peer_script must be a clone of CompVis/taming-transformers, but nothing can be "
+            f"imported from '{folder}': {error}"
         ) from error
     finally:
         sys.path.remove(str(folder))
 
 
 def gradient(module: nn.Module, *, scale: float = 1.0) -> Tensor:
-    """All gradients as one vector, float64, divided by `scale`."""
+    """Return all gradients as one vector, float64, divided by `scale`."""
     grads = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
     return torch.cat(grads) / scale
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference by that of the expected."""
+    """Return the length of the difference, divided by the length of the expected vector."""
     return ((found - expected).norm() / expected.norm()).item()

@@ -1,12 +1,12 @@
-"""Where the time of this project's update goes, as a share of what the machine can do.
+"""Measure where the time of this project's update goes, and how near it is to the machine's peak.
 
     python benchmarks/step_parts.py --resolution 64 --precision fp32 bf16
 
-Each part of an update is timed alone, its floating-point operations counted by
-`torch.utils.flop_counter` (convolutions, matrix products and attention; norms and activations
-count as none), and the rate set beside the machine's peak: the faster of a product of 4096 x 4096
-matrices and a 3 x 3 convolution of 256 channels in that precision. Where the rate is near the
-peak, only fewer operations can save time.
+Each part of an update is timed alone. `torch.utils.flop_counter` counts its floating-point
+operations, which are those of convolutions, matrix products and attention. (Norms and activations
+count as none.) The machine's peak is the faster of two operations in the same precision: a product
+of 4096 x 4096 matrices, and a 3 x 3 convolution of 256 channels. If a part is near the peak, only
+fewer operations can save time.
 """
 
 import sys
@@ -40,18 +40,18 @@ class Options:
     """Sides of the images in pixels."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Of autocast."""
+    """Precisions of autocast."""
 
     runs: int = 3
-    """Timed runs of each part, after one to count and warm up."""
+    """Timed runs of each part, after one untimed run that counts operations."""
 
     threads: int | None = None
-    """CPU threads; by default all cores."""
+    """CPU threads. Default: all cores."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds (median) and operations of a part of the update."""
+    """A part of the update with its seconds (median) and operations."""
 
     name: str
     seconds: float
@@ -59,7 +59,7 @@ class Part:
 
 
 class Parts:
-    """The parts of one update, each called alone with what the earlier ones made."""
+    """The parts of one update. Each is called alone with the results of the earlier ones."""
 
     def __init__(self, images: Tensor, precision: Precision, runs: int) -> None:
         self.images, self.precision, self.runs = images, precision, runs
@@ -67,21 +67,30 @@ class Parts:
         self.parts: list[Part] = []
 
     def measure(self) -> list[Part]:
+        """Return all parts, in the order of the update."""
         task, images = self.step.task, self.images
         net, perceptual = task.net, task.metric
+
+        # forward
         moments = self._timed("encoder", lambda: net.encode(images).latent_dist.parameters)
         z = moments.chunk(2, dim=1)[0].detach().float().requires_grad_()
         recon = self._timed("decoder", lambda: net.decode(z).sample)
+
+        # LPIPS
         seen = recon.detach().float().requires_grad_()
         with torch.no_grad():
             targets = self._timed("LPIPS, images", lambda: perceptual.features(images))
         features = self._timed("LPIPS, reconstructions", lambda: perceptual.features(seen))
         distance = perceptual.distance(targets, features).sum()
         self._timed("LPIPS, backward", lambda: _gradient(distance, seen))
+
+        # adversarial term
         adversary = task.adversary(0)
         assert adversary is not None
         logits = self._timed("discriminator, for the model", lambda: adversary.discriminator(seen))
         self._timed("discriminator, backward to the images", lambda: _gradient(logits.sum(), seen))
+
+        # backward, discriminator and optimisers
         self._timed("decoder, backward", lambda: _backward(recon))
         self._timed("encoder, backward", lambda: _backward(moments))
         self._timed(
@@ -115,7 +124,7 @@ def _backward(output: Tensor) -> None:
 
 
 def peak(precision: Precision, runs: int) -> float:
-    """Operations per second of what the machine does best."""
+    """Return the machine's largest number of operations per second."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     matrix = torch.randn(4096, 4096, dtype=dtype)
     maps, kernel = torch.randn(8, 256, 32, 32, dtype=dtype), torch.randn(256, 256, 3, 3).to(dtype)
@@ -129,6 +138,7 @@ def peak(precision: Precision, runs: int) -> float:
 
 
 def table(parts: list[Part], best: float, title: str) -> Table:
+    """Return a table of the parts and their sum."""
     shown = Table(title=f"{title}; peak {best / 1e9:.0f} GFLOP/s")
     for column in ("part", "s", "share of time", "GFLOP", "GFLOP/s", "share of peak"):
         shown.add_column(column)
@@ -142,6 +152,7 @@ def table(parts: list[Part], best: float, title: str) -> Table:
 
 
 def run(options: Options) -> None:
+    """Measure all precisions and resolutions, and print a table of each."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     keep_freed_memory(torch.device("cpu"))  # as `train` does
     for precision in options.precision:

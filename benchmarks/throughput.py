@@ -1,13 +1,15 @@
-"""Encode, decode and round trip: time an image and peak memory, beside diffusers called plainly.
+"""Measure encode, decode and round trip: time per image and peak memory, beside plain diffusers.
 
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
-Without a model, one of Stable Diffusion's shape with random weights. The reference is the network
-in float32, eager, on the whole image; the ways to compute it are those of `latentvae.load`
-(`exact`, `fast`, `openvino`, `strips`) and diffusers' own (`tiled`, `cast` to bfloat16, `compiled`
-by torch). Each takes turns with the reference, both in processes of their own, as what a process
-does with freed memory is a part of it (`latentvae.compute.memory`). `equal_within` is the largest
-difference of latents or pixels (range 2). Peak memory is what a call takes beyond the network.
+Without a model it takes a network of Stable Diffusion's shape with random weights. The reference is
+the network in float32, eager, on the whole image. The other ways are those of `latentvae.load`
+(`exact`, `fast`, `openvino`, `strips`) and of diffusers (`tiled`, `cast` to bfloat16, `compiled` by
+torch). Each way takes turns with the reference. Both run in processes of their own, because the use
+of freed memory is a property of a process (`latentvae.compute.memory`).
+
+`equal_within` is the largest difference of latents or pixels (range 2). Peak memory is the memory
+of a call without the network's weights.
 """
 
 import sys
@@ -39,10 +41,10 @@ class Options:
     """File for the numbers."""
 
     model: str | None = None
-    """Folder or Hub id of an autoencoder; left out, Stable Diffusion's shape, random weights."""
+    """Folder or Hub id of an autoencoder. Default: Stable Diffusion's shape, random weights."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Widths of the random one."""
+    """Widths of the network with random weights."""
 
     sizes: tuple[int, ...] = (256, 512, 1024)
     """Sides of the images in pixels."""
@@ -51,40 +53,45 @@ class Options:
     """Images of a call."""
 
     ways: tuple[str, ...] = ()
-    """Which to compare with the stock call; by default all that are installed."""
+    """Ways to compare with the stock call. Default: all whose packages are installed."""
 
     runs: int = 5
-    """Timed calls of each way, in turns, after two to warm up."""
+    """Timed calls of each way, in turns, after two untimed calls."""
 
     memory: bool = True
     """Measure peak memory too."""
 
     threads: int | None = None
-    """CPU threads; by default all cores."""
+    """CPU threads. Default: all cores."""
 
     device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    """Device to run on: cpu or cuda."""
 
     quick: bool = False
-    """The short form: `exact` and `fast` at 256 px, three runs, no memory."""
+    """Take `exact` and `fast` at 256 px, three runs, no memory."""
 
 
 def checked(options: Options) -> Options:
-    """With what follows from it filled in."""
+    """Return the options with their defaults filled in.
+
+    Raises:
+        UserError: there is no such way.
+    """
     if options.quick:
         ways = options.ways or ("exact", "fast")
         options = replace(options, sizes=options.sizes[:1], ways=ways, runs=3, memory=False)
     for name in options.ways:
         if name not in WAYS or name == "stock":
             known = [way for way in WAYS if way != "stock"]
-            text = f"there is no way '{name}', only {', '.join(known)}{nearest(name, known)}"
-            raise UserError(text)
+            allowed, hint = ", ".join(known), nearest(name, known)
+            raise UserError(f"A way must be one of {allowed} (got '{name}'){hint}")
     return replace(options, ways=options.ways or installed())
 
 
 def measure(options: Options) -> Iterator[Row]:
+    """Yield the rows by size: times, then peak memory."""
     compared = compare(options)
-    release_freed_memory()  # that ways kept, so that it is there for the processes
+    release_freed_memory()  # so that the processes find the memory that ways kept
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):
@@ -105,8 +112,9 @@ class Compared:
     """A call of a way beside the stock one.
 
     Attributes:
-        side: of its images, pixels.
-        largest: difference of the results.
+        precision: `"fp32"` or `"bf16"`.
+        side: side of the images in pixels.
+        largest: largest difference of the results.
         mse: their mean squared difference.
     """
 
@@ -117,7 +125,11 @@ class Compared:
 
 
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
-    """By size, call and way, in the order of the rows; tells what each way came to."""
+    """Return the differences by size, call and way, in the order of the rows.
+
+    It prints what each way does on this machine.
+    """
+    # ways
     net = network(options.model, options.channels, options.device)
     stock = build("stock", net)
     built = {name: build(name, net) for name in options.ways}
@@ -125,6 +137,8 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
     assert stock is not None
     for name, way in ways.items():
         print(f"{name}: {way.note}" if way.note else name)
+
+    # differences
     found = {}
     f = measure_shape(net).f
     for size in options.sizes:
@@ -142,7 +156,7 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """A way's calls by call and side of the images, for a process of its own."""
+    """Return a function of call and side that makes a way's call. It runs in its own process."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     way = build(name, network(options.model, options.channels, options.device))
@@ -152,12 +166,13 @@ def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
 
 
 def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
-    """Of each call: images, or their latents."""
+    """Return the input of each call: images, or their latents."""
     images = noise((options.batch_size, image_channels(way.net), side, side)).to(options.device)
     return {"encode": images, "decode": way.encode(images), "round trip": images}
 
 
 def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, options: Options) -> Row:
+    """Time one call of a way and of the stock network in turns, print the speed, return the row."""
     _, call, name = key
     seconds = alternate(
         {"stock": partial(stock, call, found.side), name: partial(way, call, found.side)},
@@ -183,7 +198,7 @@ def speed(seconds: list[float]) -> str:
 
 
 def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> dict[int, list[Row]]:
-    """By size."""
+    """Return the rows of peak memory by size."""
     ways = {name: found.precision for (*_, name), found in compared.items()}
     sides = {size: found.side for (size, *_), found in compared.items()}
     rows: dict[int, list[Row]] = {}
@@ -199,7 +214,7 @@ def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> d
 
 
 def peak_of(name: str, side: int, options: Options) -> dict[str, float]:
-    """MiB of encode and of decode of a batch of images, in a process of its own."""
+    """Return the MiB of encode and decode of a batch of images, measured in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         given = (options.model, options.channels, options.device, options.threads)
         return executor.submit(peak, name, options.batch_size, side, *given).result()
@@ -210,6 +225,7 @@ def noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def run(options: Options) -> None:
+    """Measure all sizes and print the rows."""
     options = checked(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -1,8 +1,8 @@
-"""Runs in turns, ratios with their spread, and the table and JSON that the benchmarks share.
+"""Time calls in turns, and print and write the rows. All benchmarks share this module.
 
-A benchmark never asserts a time: what else runs on a machine changes seconds, but hits both sides
-of a pair that run right after one another. So a ratio is taken within each round, and the median
-of the rounds is reported with the least and the greatest.
+Absolute times depend on the load of the machine, but the two sides of a pair that run one after the
+other suffer alike. So a ratio is taken within each round. The median of the rounds is reported,
+with the minimum and the maximum. A benchmark never asserts a time.
 
     seconds = alternate({"ours": ours, "diffusers": plain}, runs=5)
     rows = [row("decode, fp32", "s", seconds["ours"], seconds["diffusers"], equal_within=2e-6)]
@@ -31,16 +31,17 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison; all numbers are costs (seconds, bytes), of which less is better.
+    """One comparison. All numbers are costs (seconds, bytes), so less is better.
 
     Attributes:
-        name: what was measured, with `fp32` or `bf16` where it depends on it.
-        unit: of `ours` and `reference`, the medians.
-        ratio_median, ratio_min, ratio_max: of reference / ours within each round; above 1 where
-            ours is better.
-        runs: rounds.
-        equal_within: the largest difference of the two results, as the benchmark says; None where
-            they are not the same thing.
+        name: what was measured, with `fp32` or `bf16` if it depends on the precision.
+        unit: unit of `ours` and `reference`.
+        ours, reference: medians.
+        ratio_median, ratio_min, ratio_max: of reference / ours within each round. They are above 1
+            if ours is better.
+        runs: number of rounds.
+        equal_within: the largest difference of the two results, as defined by the benchmark. None
+            if the results are not meant to be equal.
     """
 
     name: str
@@ -62,7 +63,7 @@ def row(
     *,
     equal_within: float | None,
 ) -> Row:
-    """A row of two series whose i-th values were measured in one round."""
+    """Return the row of two series, whose i-th values were measured in the same round."""
     ratios = [b / a for a, b in zip(ours, reference, strict=True)]
     return Row(
         name=name,
@@ -85,18 +86,21 @@ def alternate(
     per: float = 1.0,
     clock: Callable[[Any], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, all calls once per round.
+    """Return the seconds of each call in each round. A round has every call once.
 
     Args:
-        runs: timed rounds.
-        warmup: rounds before, untimed.
-        per: seconds are divided by it, such as the images of a call.
-        clock: seconds of a call, by default `timed`; calls of `own_process` tell theirs.
+        calls: functions by name.
+        runs: number of timed rounds.
+        warmup: number of untimed rounds before them.
+        per: seconds are divided by this, for example the number of images of a call.
+        clock: returns the seconds of a call. Default: `timed`. A call of `own_process` returns its
+            own seconds, so it needs `lambda call: call()`.
     """
     clock = clock or timed
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+
     for i in range(warmup + runs):
-        # Every other round backwards, so that a drift of the machine's speed favours none.
+        # Every second round is backwards, so that a drift of the machine's speed favours no side.
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             elapsed = clock(calls[name])
             if i >= warmup:
@@ -105,8 +109,8 @@ def alternate(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call, until the device has done what it was given."""
-    gc.collect()  # not in the middle of one side's run
+    """Return the seconds of one call, until the device has finished it."""
+    gc.collect()  # so that it does not happen during the call
     _wait()
     start = time.perf_counter()
     call()
@@ -116,15 +120,18 @@ def timed(call: Callable[[], object]) -> float:
 
 @contextmanager
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
-    """What `build(*args)` returns, as a call in a process of its own that returns its seconds: for
-    sides that set what holds for a whole process, such as its allocator. Arguments go with it.
+    """Yield a function that runs `build(*args)(*given)` in a new process and returns its seconds.
+
+    It is for sides that change something in the whole process, such as the allocator.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
             alternate({"ours": ours, "stock": plain}, runs=5, clock=lambda call: call())
 
     Args:
-        build: a function of a module, with arguments that can be pickled.
+        build: a function at the top of a module.
+        args: its arguments, which must be picklable.
     """
+    # process
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, build, args), daemon=True)
@@ -137,8 +144,10 @@ def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iter
             return here.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             process.join(1)
-            name = f"{build.__name__}{args}"
-            raise RuntimeError(f"{name} has ended with {process.exitcode}, see above") from error
+            raise RuntimeError(
+                f"The process of {build.__name__}{args} has ended with exit code "
+                f"{process.exitcode}. Its error is printed above."
+            ) from error
 
     try:
         yield call
@@ -163,7 +172,7 @@ def _wait() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return a description of the machine for the JSON."""
     described = {
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),
@@ -179,7 +188,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, which only Linux's own list of processors tells on Linux."""
+    """Return the processor's name. On Linux only /proc/cpuinfo has it."""
     listed = Path("/proc/cpuinfo")
     if listed.exists():
         for line in listed.read_text(encoding="utf-8").splitlines():
@@ -189,9 +198,9 @@ def _processor() -> str:
 
 
 def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
-    """Print the table, and write {"machine": ..., "rows": [...]} where a file is given."""
+    """Print the table, and write {"machine": ..., "rows": [...]} to the file if one is given."""
     console = Console()
-    if not console.is_terminal:  # a file may be as wide as the table
+    if not console.is_terminal:  # the width of a terminal does not apply to files and pipes
         console = Console(width=120)
     console.print(table(rows, title=title))
     if json_file is not None:
@@ -200,6 +209,7 @@ def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
 
 
 def table(rows: Sequence[Row], *, title: str) -> Table:
+    """Return the rows as a table."""
     shown = Table(title=f"{title}; ratio = reference / ours")
     shown.add_column(no_wrap=True)
     for column in ("ours", "reference", "ratio (least to greatest)", "runs", "equal within"):

@@ -1,23 +1,25 @@
-"""Do the same tokenizers come out of this package's quantisers and of vector-quantize-pytorch's?
+"""Compare tokenizers trained with this package's quantisers and with vector-quantize-pytorch's.
 
     python benchmarks/tokenizer_quality.py --data photos --validation_data unseen --json out.json
 
-Two arms for each quantiser and seed: the network of `vq_small` with ours, and with theirs in its
-place. Equal are the initial weights of encoder and decoder, the images and their order, the
+It prints a table of unseen images and writes JSON. The same command again keeps the arms that
+exist, so you can add quantisers and seeds later.
+
+Each quantiser and seed has two arms: the network of `vq_small` with our quantiser, and with theirs.
+These things are equal: the initial weights of encoder and decoder, the images and their order, the
 objective (L2 and 0.1 LPIPS-alex, no discriminator), optimiser and schedule, the features that
-k-means starts from (of SimVQ, which has no k-means, the codes themselves), decay, straight-through
-gradient and the loss weights. As the packages define it remain
+k-means starts from, decay, straight-through gradient and the loss weights. SimVQ has no k-means, so
+its codes are equal. These things differ, because the packages define them differently:
 
-- dead codes: below 2% of the mean use, by an average of two uses (ours) or of decay 0.8 (theirs);
-- the learned codebook: theirs has one weight for commitment and codebook, so ours has it for both;
-- cosine: theirs has moving averages only, so ours has them too;
-- residual levels: theirs passes the decoder's gradient to the features once per level, ours once;
-- averages start with the counts of k-means, which ours scales to those of an update.
+- Unused codes are below 2% of the mean use, by an average of two uses (ours) or of decay 0.8
+  (theirs).
+- The learned codebook of theirs has one weight for commitment and codebook. Ours gets it for both.
+- With cosine, theirs has only moving averages. Ours gets them too.
+- Residual levels of theirs pass the decoder's gradient to the features once per level, ours once.
+- Averages start with the counts of k-means. Ours scales them to those of an update.
 
-Each arm makes `--updates`, or as many as fit into `--minutes` by its own speed, measured in turns;
-seconds are those of the CPU, which other work on the machine hardly changes.
-Prints a table of unseen images and writes JSON. The same command again keeps the arms that are
-there, so more quantisers and seeds may be added.
+Each arm makes `--updates` updates, or as many as fit into `--minutes` by its own speed, measured in
+turns. Seconds are those of the CPU, which other work on the machine hardly changes.
 """
 
 import json
@@ -30,7 +32,7 @@ from statistics import mean, median
 from typing import Any, Literal
 
 import torch
-from quantizer_pairs import DEAD, KINDS, Name, Theirs
+from quantizer_pairs import DEAD, KINDS, Kind, Name, Theirs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -53,8 +55,8 @@ from latentvae.tasks.autoencoder.codebook import CodebookUpdate
 from latentvae.tasks.autoencoder.config import parse
 
 PRESET = load_preset("vq_small")
-START_VECTORS = 8  # for each code, of k-means
-WARM_UP = 2  # updates of the speed that do not count
+START_VECTORS = 8  # vectors per code for k-means
+WARM_UP = 2  # first updates, which do not count for the speed
 HIGHER_IS_BETTER = {"psnr": True, "lpips_alex": False, "usage": True, "perplexity": True}
 Arm = Literal["ours", "theirs"]
 ARMS: tuple[Arm, ...] = ("ours", "theirs")
@@ -71,19 +73,19 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """File for the numbers; arms that it has are not trained again."""
+    """File for the numbers. Arms in this file are not trained again."""
 
     quantizers: tuple[Name, ...] = tuple(KINDS)
-    """Which to compare."""
+    """Quantisers to compare."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One pair of arms for each."""
+    """Seeds. Each has one pair of arms."""
 
     updates: int = 300
-    """Of each arm."""
+    """Updates of each arm."""
 
     minutes: float | None = None
-    """CPU time for the updates of each arm, instead of a number of them."""
+    """CPU time for the updates of each arm. It replaces the number of updates."""
 
     resolution: int = 64
     """Side of the images in pixels."""
@@ -92,16 +94,16 @@ class Options:
     """Images per update."""
 
     channels: int = PRESET.model.block_out_channels[0]
-    """Width of the first level; the others are as many times as wide as in the preset."""
+    """Width of the first level. The other widths keep the preset's ratios to it."""
 
     speed_updates: int = 10
-    """Updates of each arm by which its speed is measured, in turns."""
+    """Updates of each arm that measure its speed, in turns."""
 
     threads: int = 1
     """CPU threads."""
 
     def settings(self) -> dict[str, Any]:
-        """What arms in one file have in common."""
+        """Return the options that all arms in one file have in common."""
         names = "data validation_data updates minutes resolution batch_size channels threads"
         return {name: getattr(self, name) for name in names.split()}
 
@@ -112,22 +114,15 @@ class Training:
     def __init__(
         self, name: Name, arm: Arm, *, seed: int, images: Tensor, options: Options, updates: int
     ) -> None:
+        # network and codes
         kind = KINDS[name]
-        widths = PRESET.model.block_out_channels
-        shape: dict[str, Any] = PRESET.model.shape() | {
-            "block_out_channels": [width * options.channels // widths[0] for width in widths],
-            "quantizer": kind.ours,
-        }
-        torch.manual_seed(seed)
-        self.net = build_discrete(**shape)
         vectors = options.batch_size * (options.resolution // PRESET.model.f) ** 2
-        if arm == "theirs":
-            module = kind.theirs(DEAD * vectors / self.net.quantize.num_codes)
-            kind.start_alike(self.net.quantize, module)
-            self.net.quantize = Theirs(module, self.net.quantize)
+        self.net = _network(kind, arm, seed=seed, vectors=vectors, channels=options.channels)
         self.wrapper = DiscreteTrainingWrapper(self.net).train()
         if "num_codes" in kind.ours:
             _initialise(self.net, images, seed=seed, batch_vectors=vectors)
+
+        # images, objective and optimiser
         self.images, self.batch_size = images, options.batch_size
         self.order = _order(len(images), seed=seed)
         self.config = _schedule(updates)
@@ -143,9 +138,12 @@ class Training:
         self.done = 0
 
     def update(self) -> None:
+        """Make one update."""
         peak = PRESET.optimizer.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.done, peak=peak, config=self.config)
+
+        # gradients
         images = self.images[[next(self.order) for _ in range(self.batch_size)]]
         out = self.wrapper(images)
         backward_model(
@@ -156,6 +154,8 @@ class Training:
             last_layer=self.wrapper.last_layer,
             adversary=None,
         )
+
+        # steps of the network and of the codebook
         clip_gradients(self.net.parameters(), PRESET.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -165,9 +165,32 @@ class Training:
         self.done += 1
 
 
+def _network(
+    kind: Kind, arm: Arm, *, seed: int, vectors: int, channels: int
+) -> DiscreteAutoencoder:
+    """Return the preset's network with the arm's quantiser.
+
+    Args:
+        vectors: number of vectors of an update.
+        channels: width of the first level.
+    """
+    widths = PRESET.model.block_out_channels
+    shape: dict[str, Any] = PRESET.model.shape() | {
+        "block_out_channels": [width * channels // widths[0] for width in widths],
+        "quantizer": kind.ours,
+    }
+    torch.manual_seed(seed)
+    net = build_discrete(**shape)
+    if arm == "theirs":
+        module = kind.theirs(DEAD * vectors / net.quantize.num_codes)
+        kind.start_alike(net.quantize, module)
+        net.quantize = Theirs(module, net.quantize)
+    return net
+
+
 @torch.no_grad()
 def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int, batch_vectors: int) -> None:
-    """Start the codes at what the untrained encoder gives."""
+    """Set the first codes by k-means of the untrained encoder's features."""
     wanted, vectors = START_VECTORS * net.quantize.num_codes, []
     for part in images.split(16):
         vectors.append(net.encode(part).latents.movedim(1, -1).flatten(0, -2))
@@ -186,7 +209,7 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 
 def _schedule(updates: int) -> Any:
-    """The preset's cosine, over so many updates."""
+    """Return the preset with its cosine schedule over ``updates``."""
     preset = PRESET.model_dump()
     warmup = min(preset["optimizer"]["lr_warmup_steps"], updates // 10)
     preset["optimizer"]["lr_warmup_steps"] = warmup
@@ -196,7 +219,10 @@ def _schedule(updates: int) -> Any:
 
 @torch.no_grad()
 def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
-    """Means over unseen images; use and perplexity of all their tokens, the mean over levels."""
+    """Return mean PSNR and LPIPS of unseen images, and use and perplexity of all their tokens.
+
+    Use and perplexity are means over levels.
+    """
     net.eval()
     lpips = PerceptualLoss(load_lpips("alex"))
     usage = TokenUsage(net.quantize.num_codes, codebooks=net.quantize.num_levels)
@@ -229,13 +255,14 @@ class Comparison:
             self.result = json.loads(options.json.read_text())
             if self.result["settings"] != options.settings():
                 raise UserError(
-                    f"'{options.json}' holds arms of other settings ({self.result['settings']}); "
-                    "name another file"
+                    f"'{options.json}' has arms with other settings ({self.result['settings']}). "
+                    "Give another file."
                 )
         self.images = _loaded(options.data, "train", options.resolution)
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
+        """Measure speeds and train all arms that are missing in the file."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:
@@ -291,23 +318,28 @@ class Comparison:
 
 
 def _loaded(spec: str, split: str, resolution: int) -> Tensor:
-    """All images of a source, their middle, (N, 3, R, R)."""
+    """Return the centre crops of all images of a source, (N, 3, R, R)."""
     source = open_source(spec, split=split)
     batches = validation_batches(source, EvalTransform(resolution), batch_size=16)
     return torch.cat([images for images, _ in batches])
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours beside theirs: means over the seeds that both have, and the larger range over seeds."""
+    """Return a row per quantiser and metric: means over the seeds that both arms have.
+
+    `spread` is the larger range over seeds of the two arms.
+    """
     found: list[dict[str, Any]] = []
     for name in KINDS:
         seeds = [run.split("/")[1] for run in result["runs"] if run.startswith(f"{name}/")]
         seeds = [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) == len(ARMS)]
+
         for metric, higher in HIGHER_IS_BETTER.items() if seeds else ():
             values = {
                 arm: [result["runs"][f"{name}/{seed}/{arm}"][metric] for seed in seeds]
                 for arm in ARMS
             }
+
             spread = max(max(each) - min(each) for each in values.values())
             difference = mean(values["ours"]) - mean(values["theirs"])
             row = {"quantizer": name, "metric": metric, "seeds": len(seeds)}

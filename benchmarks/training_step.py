@@ -1,17 +1,19 @@
-"""Time of one generator and discriminator update: this project's, and the known scripts' ways to
-write the same mathematics (reference_step.py).
+"""Time one update of model and discriminator beside known scripts with the same mathematics.
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
-AutoencoderKL, LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample photos. First, from
-equal weights with equal posterior noise, the losses and the gradients of the model, and the
-discriminator's at one reconstruction, are shown equal: `equal_within` is the largest relative
-difference (of gradients: length of the difference of the whole vectors; of the adversarial loss, a
-mean of logits about 0: the difference). Then both sides of a row make updates in turns, each in a
-process of its own, as `train` and the script would have one: ours keeps freed memory, as `train`
-does. Ours are made by what `train` calls, with all that it logs. Rows named bf16 have ours under
-bf16 autocast beside references in float32, which is all that the scripts get right; those named
-`bf16 both` give the references the same autocast.
+The network is an AutoencoderKL with LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample
+photos. The scripts are those of reference_step.py.
+
+First, losses and gradients are shown to be equal. All sides start from equal weights with equal
+posterior noise, and the discriminator's gradient is compared at one reconstruction. `equal_within`
+is the largest relative difference. For gradients it is the length of the difference of the whole
+vectors. For the adversarial loss, a mean of logits near 0, it is the absolute difference.
+
+Then both sides of a row make updates in turns, each in its own process, as in real training. Ours
+calls what `train` calls, with all its logging, and keeps freed memory as `train` does. In rows
+named bf16, ours has bf16 autocast and the references have float32, because the scripts do not use
+bf16 correctly. In rows named `bf16 both`, the references have the same autocast.
 """
 
 import itertools
@@ -40,7 +42,7 @@ from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.config import parse
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # as many pixels as memory of a laptop takes
+BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # by resolution, so that a laptop's memory is enough
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
 Precision = Literal["fp32", "bf16"]
 OURS, BOTH, PEER = "ours", ", bf16 both", "taming's own loss"
@@ -57,7 +59,7 @@ class Options:
     """Sides of the images in pixels."""
 
     batch_size: int | None = None
-    """Images of an update; by default 8 at 64 px, 4 at 128 and 2 at 256."""
+    """Images of an update. Default: 8 at 64 px, 4 at 128 and 2 at 256."""
 
     channels: tuple[int, ...] = (64, 128, 256, 256)
     """Widths of the autoencoder."""
@@ -66,37 +68,39 @@ class Options:
     """Width of the discriminator."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Of this project's update."""
+    """Precisions of this project's update."""
 
     runs: int = 5
-    """Timed updates of each side, in turns, after three to warm up."""
+    """Timed updates of each side, in turns, after three untimed updates."""
 
     threads: int | None = None
-    """CPU threads; by default all cores."""
+    """CPU threads. Default: all cores."""
 
     device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    """Device to run on: cpu or cuda."""
 
     bf16_references: bool = False
-    """Give the references bf16 autocast too, in rows of their own."""
+    """Add rows in which the references have bf16 autocast too."""
 
     peer_script: Path | None = None
-    """Folder of a clone of CompVis/taming-transformers: its own loss is timed too."""
+    """Folder of a clone of CompVis/taming-transformers. Its own loss is then timed too."""
 
     quick: bool = False
-    """The short form: 64 px, half the widths, three runs."""
+    """Take 64 px, half the widths and three runs."""
 
 
 class OurStep:
-    """A run's own updates on one batch.
+    """This project's updates on one batch, as a run makes them.
 
     Args:
-        precision: of autocast.
+        options: what to measure.
+        images: (B, 3, R, R).
+        precision: precision of autocast.
     """
 
     def __init__(self, options: Options, images: Tensor, precision: Precision) -> None:
         on_cpu = {"ACCELERATE_USE_CPU": "true"} if options.device == "cpu" else {}
-        # Accelerate takes a GPU that is there, wherever the images are.
+        # Without this variable, Accelerate takes a GPU if there is one.
         with tempfile.TemporaryDirectory() as folder, patch_environment(**on_cpu):
             config = parse(_config(options, images, precision, folder), source="training_step.py")
             self.task = AutoencoderTask(config)
@@ -107,13 +111,15 @@ class OurStep:
         self.batch = Batch(images=images, indices=torch.arange(len(images)), bad=[])
 
     def update(self) -> UpdateResult:
+        """Make one update."""
         return self.updates.make(iter([self.batch]))
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of the model; the losses as they are logged."""
+        """Add the gradients of the model and return the logged losses."""
         return self.updates.micro_step(self.batch)
 
     def backward_discriminator(self, recon: Tensor) -> Tensor:
+        """Add the gradients of the discriminator and return its loss."""
         adversary = self.task.adversary(0)
         assert adversary is not None
         return backward_discriminator(self.batch.images, recon, adversary=adversary)[
@@ -121,6 +127,7 @@ class OurStep:
         ]
 
     def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for learner in self.task.learners.values():
             learner.module.zero_grad()
 
@@ -128,22 +135,25 @@ class OurStep:
 def _config(
     options: Options, images: Tensor, precision: Precision, folder: str
 ) -> dict[str, dict[str, Any]]:
+    objective = {
+        "rec_loss": "l1",
+        "lpips_net": "vgg",
+        "perceptual_scale": WEIGHTS.lpips,
+        "kl_scale": WEIGHTS.kl,
+    }
+    discriminator = {
+        "disc_start": 0,
+        "disc_ramp_steps": 0,
+        "disc_warmup_steps": 0,
+        "disc_scale": WEIGHTS.adversarial,
+        "disc_channels": options.disc_channels,
+    }
+
     return {
         "model": {"block_out_channels": options.channels, "norm_num_groups": 32},
         "data": {"train_data_dir": "samples", "resolution": images.shape[-1]},
-        "objective": {
-            "rec_loss": "l1",
-            "lpips_net": "vgg",
-            "perceptual_scale": WEIGHTS.lpips,
-            "kl_scale": WEIGHTS.kl,
-        },
-        "discriminator": {
-            "disc_start": 0,
-            "disc_ramp_steps": 0,
-            "disc_warmup_steps": 0,
-            "disc_scale": WEIGHTS.adversarial,
-            "disc_channels": options.disc_channels,
-        },
+        "objective": objective,
+        "discriminator": discriminator,
         "optimizer": {"lr_warmup_steps": 0, "lr_scheduler": "constant", "learning_rate": 4.5e-6},
         "run": {
             "output_dir": folder,
@@ -154,14 +164,15 @@ def _config(
 
 
 def photos(resolution: int, count: int) -> Tensor:
-    """(count, 3, resolution, resolution) in [-1, 1]."""
+    """Return sample photos (count, 3, resolution, resolution) in [-1, 1]."""
     source, transform = open_source("samples"), EvalTransform((resolution, resolution))
     indices = itertools.islice(itertools.cycle(range(len(source))), count)
     return torch.stack([transform(source.read(i)) for i in indices])
 
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
-    """The largest relative difference of losses and gradients, from equal weights."""
+    """Return the largest relative difference of losses and gradients, from equal weights."""
+    # losses of the model, with equal noise
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
     logged = ours.backward()
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
@@ -177,19 +188,21 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
     net_gradients = gradient(ours.task.net), gradient(reference.net, scale=scale)
     ours.zero_grad()
     reference.discriminator.zero_grad()
+
+    # loss of the discriminator, at one reconstruction
     with torch.no_grad():
         recon = reference.net(images).sample
-    pairs.append(
-        (
-            ours.backward_discriminator(recon),
-            reference.backward_discriminator(images, recon)["discriminator"],
-        )
+    own, other = (
+        ours.backward_discriminator(recon),
+        reference.backward_discriminator(images, recon)["discriminator"],
     )
+    pairs.append((own, other))
     assert ours.task.discriminator is not None
     discriminator_gradients = gradient(ours.task.discriminator), gradient(reference.discriminator)
     ours.zero_grad()
     for module in (reference.net, reference.discriminator):
         module.zero_grad()
+
     return max(
         relative(*net_gradients),
         relative(*discriminator_gradients),
@@ -199,7 +212,7 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
 
 
 def measure(options: Options, resolution: int) -> Iterator[Row]:
-    """The rows of one resolution: each precision beside each script."""
+    """Yield the rows of one resolution: each precision beside each script."""
     size = options.batch_size or BATCH_SIZES.get(resolution, 4)
     for precision in options.precision:
         equal = _equality(options, resolution, precision)
@@ -217,7 +230,7 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
 def build_side(
     name: str, options: Options, resolution: int, precision: Precision
 ) -> Callable[[], object]:
-    """The update of a side, for a process of its own."""
+    """Return the update of one side. It runs in its own process."""
     _set_threads(options)
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
@@ -229,7 +242,7 @@ def build_side(
 
 
 def _equality(options: Options, resolution: int, precision: Precision) -> dict[str, float]:
-    """The largest relative difference from ours, by the name of the reference."""
+    """Return the largest relative difference from ours, by the name of the reference."""
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
     names = list(SCRIPTS)
@@ -245,10 +258,11 @@ def _equality(options: Options, resolution: int, precision: Precision) -> dict[s
 
 
 def layers_difference(ours: OurStep, images: Tensor) -> float:
-    """The largest relative difference that the layers of ours make, beside stock ones: in the
-    reconstruction, in the gradient of a linear function of it, and in LPIPS of one pair of images.
+    """Return the largest relative difference between our layers and stock layers.
 
-    Apart from the update's own, for in float32 rounding alone turns LPIPS' gradient by 1e-3.
+    It is measured in the reconstruction, in the gradient of a linear function of it, and in LPIPS
+    of one pair of images. It is not measured in the update's gradient, because rounding in float32
+    alone turns LPIPS' gradient by 1e-3.
     """
     stock = _reference("diffusers mended", ours, Options())
     mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)
@@ -265,7 +279,7 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 
 
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
-    """From the weights of ours; with the stock layers or those of ours."""
+    """Return a reference with the weights of ours, and with stock layers or those of ours."""
     task = ours.task
     assert task.discriminator is not None
     parts: Any = (task.net, task.discriminator, task.metric.lpips)
@@ -286,6 +300,7 @@ def _set_threads(options: Options) -> None:
 
 
 def run(options: Options) -> None:
+    """Measure all resolutions and print the rows."""
     _set_threads(options)
     if options.quick:
         short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}

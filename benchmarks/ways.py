@@ -1,6 +1,6 @@
-"""The ways to encode and decode that throughput.py compares; each maps float32 images and latents.
+"""The ways to encode and decode that throughput.py compares. Each takes and returns float32.
 
-`plain` is the reference: the network's own calls in float32, on the whole image.
+`stock` is the reference: the network's own calls in float32, on the whole image.
 """
 
 import warnings
@@ -20,16 +20,17 @@ from latentvae.evaluation.speed import MIB, peak_memory
 from latentvae.models import build_autoencoder_kl, calls, load_network
 
 CALLS = ("encode", "decode", "round trip")
-SMALL = 64  # pixels a side of the image that sets a network up
+SMALL = 64  # pixels a side of the first image, whose one-time allocations do not count
 
 
 class Way:
     """One way to compute a network.
 
     Args:
-        net: what computes.
-        precision: `"fp32"` or `"bf16"`, of its products, as a row names it.
-        note: what it came to on this machine.
+        net: the network.
+        precision: `"fp32"` or `"bf16"`, the precision of its products, for the row's name.
+        strips: how to compute in strips, if at all.
+        note: what the way does on this machine.
     """
 
     def __init__(
@@ -39,25 +40,29 @@ class Way:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
+        """Return the latents of images."""
         return calls.encode(self.net, images, computation=self.strips)
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
+        """Return the images of latents."""
         return calls.decode(self.net, z, computation=self.strips)
 
 
 class CastWay(Way):
-    """In bfloat16 as a user of diffusers has it: the whole network cast."""
+    """The whole network cast to bfloat16, as users of diffusers do."""
 
     def encode(self, images: Tensor) -> Tensor:
+        """Return the latents of images."""
         return super().encode(_cast(images)).float()
 
     def decode(self, z: Tensor) -> Tensor:
+        """Return the images of latents."""
         return super().decode(_cast(z)).float()
 
 
 def network(model: str | None, channels: tuple[int, ...], device: str) -> Any:
-    """A network from where users keep it, or one of Stable Diffusion's shape, always the same."""
+    """Return a network from a folder or the Hub, or a fixed one of Stable Diffusion's shape."""
     if model is not None:
         return load_network(model).to(device).eval().requires_grad_(False)
     torch.manual_seed(0)
@@ -102,18 +107,17 @@ WAYS: Mapping[str, Callable[[Any], Way]] = {
 
 
 def build(name: str, net: Any) -> Way | None:
-    """None where this machine or network does not have it; says why."""
+    """Return a way, or print why this machine or network cannot have it and return None."""
     try:
         return WAYS[name](net)
-    # A package, a block or a method that is not there: each way has its own manner to say so, and
-    # what is not there is told and has no row.
+    # Ways raise different errors if a package, a block or a method is missing.
     except (UserError, ValueError, NotImplementedError, AttributeError) as error:
         print(f"left out {name}: {error}")
         return None
 
 
 def installed() -> tuple[str, ...]:
-    """The ways whose packages are there."""
+    """Return the ways whose packages are installed."""
     missing = () if find_spec("openvino") else ("openvino",)
     return tuple(name for name in WAYS if name not in ("stock", *missing))
 
@@ -127,8 +131,15 @@ def peak(
     device: str,
     threads: int | None,
 ) -> dict[str, float]:
-    """MiB beyond the network that its two calls take on a batch of images of `side` pixels. For a
-    process of its own: what was allocated before hides what is allocated now."""
+    """Return the MiB of encode and decode on a batch of images, without the network's weights.
+
+    Call it in a new process, because memory that was used before hides memory that is used now.
+
+    Args:
+        name: a key of `WAYS`.
+        side: side of the images in pixels.
+    """
+    # the way, after a first call with a small image
     warnings.simplefilter("ignore")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -137,7 +148,9 @@ def peak(
     shape = batch_size, calls.image_channels(way.net), side, side
     first = torch.zeros(shape if "compiled" in name else (*shape[:2], SMALL, SMALL))
     z = way.encode(first.to(device))
-    way.decode(z)  # so that what is set up once is not counted
+    way.decode(z)
+
+    # peaks
     f = first.shape[3] // z.shape[3]
     latents = torch.zeros(batch_size, z.shape[1], side // f, side // f)
     inputs = {"encode": torch.zeros(shape), "decode": latents}

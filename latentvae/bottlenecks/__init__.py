@@ -1,6 +1,6 @@
-"""What turns encoder features into a latent: a posterior, or codes.
+"""Bottlenecks: they turn encoder features into a latent, which is a posterior or codes.
 
-Each bottleneck has a file of its own; `table.BOTTLENECKS` names them all.
+Each bottleneck has a file of its own. `table.BOTTLENECKS` lists them all.
 """
 
 from latentvae.bottlenecks.nearest import nearest_codes

@@ -1,7 +1,7 @@
 """Options that several bottlenecks share. Each bottleneck's own Config is beside its class.
 
-A Config also answers what a run asks of its bottleneck before and beside the module itself: the
-base class `BottleneckConfig` holds every question with the answer of most.
+A Config also answers what a run must know about its bottleneck before the module exists. The base
+class `BottleneckConfig` lists these questions, with the answer that fits most bottlenecks.
 
 `K` codes, `D` their width.
 """
@@ -24,35 +24,35 @@ from latentvae.option_marks import (
     marks,
 )
 
-MAX_CODES = 2**24  # whose use is counted
+MAX_CODES = 2**24  # the use of each code is counted, which takes memory
 
 
 @dataclass(frozen=True)
 class Shape(Mark):
-    """A pretrained bottleneck decides it; how it continues to learn is the run's choice."""
+    """Marks an option that a pretrained bottleneck decides. The run chooses all other options."""
 
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """The weight of that term of `Quantized.losses`; no argument of the module."""
+    """Marks the weight of a term of `Quantized.losses`. The module does not take it."""
 
     term: str
 
 
 @dataclass(frozen=True)
 class Argument(Mark):
-    """The module has another name for it."""
+    """Marks an option that has another name as an argument of the module."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class KeepsCodesInUse(Mark):
-    """A remedy against unused codes while its value is 0.
+    """Marks an option that can keep more codes in use. It is a remedy while its value is 0.
 
     Attributes:
-        rank: which to try first, from 1.
-        flag: what to give.
+        rank: order in which to try the remedies, from 1.
+        flag: the flag with a good value.
     """
 
     rank: int
@@ -74,7 +74,7 @@ GradientName = Annotated[Literal["straight_through", "rotation"], Elsewhere("rot
 
 
 class BottleneckConfig(Section):
-    """What a run asks of any bottleneck. By itself it stands for none.
+    """What a run asks of any bottleneck. Only its subclasses describe a bottleneck.
 
     Attributes:
         type: the name in a preset that chooses the class.
@@ -89,7 +89,7 @@ class BottleneckConfig(Section):
 
     @property
     def has_kl(self) -> bool:
-        """Whether its latent has a KL divergence to a prior."""
+        """Whether the latent has a KL divergence to a prior."""
         return False
 
     @property
@@ -99,7 +99,7 @@ class BottleneckConfig(Section):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one, which all levels share, or one for each level."""
+        """Number of codebooks: one that all levels share, or one for each level."""
         return 1
 
     def temperature_at(self, update: int) -> float:
@@ -107,43 +107,48 @@ class BottleneckConfig(Section):
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
-        """Return `type` and what the module takes."""
+        """Return `type` and the arguments of the module."""
         kind = type(self)
         values = self.model_dump(exclude={*marked(kind, OfTheRun), *marked(kind, WeightOf)})
         called = {name: mark.name for name, mark in marks(kind, Argument).items()}
         return {called.get(name, name): value for name, value in values.items()}
 
     def weights(self) -> dict[str, float]:
-        """Return the weight of each of its losses by the name of the loss."""
+        """Return the weight of each loss of the bottleneck, by the name of the loss."""
         return {
             mark.term: getattr(self, name) for name, mark in marks(type(self), WeightOf).items()
         }
 
     def shape_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the options that a pretrained module of this type decides, by what it was built
-        with."""
+        """Return the options that a pretrained module of this type decides.
+
+        Args:
+            arguments: what that module was built with.
+        """
         return {name: arguments[name] for name in marked(type(self), Shape) if name in arguments}
 
     def remedies(self) -> list[str]:
-        """Return flags that keep codes in use and are not in use themselves, the first to try
-        first."""
+        """Return flags that keep more codes in use and are not set yet, in the order to try."""
         found = marks(type(self), KeepsCodesInUse)
         idle = [mark for name, mark in found.items() if getattr(self, name) == 0]
         return [mark.flag for mark in sorted(idle, key=lambda mark: mark.rank)]
 
 
 class CommitmentConfig(BottleneckConfig):
-    """The encoder is drawn to its codes."""
+    """A loss that pulls the encoder's vectors towards their codes."""
 
     commitment_weight: Annotated[
         Weight,
         WeightOf("commitment"),
         Elsewhere("beta commitment_cost commit_loss_beta commit_weight"),
-    ] = Field(default=0.25, description="Weight of the encoder's distance to its codes (beta).")
+    ] = Field(
+        default=0.25,
+        description="Weight of the commitment loss, the encoder's distance to its codes (beta).",
+    )
 
 
 class EntropyConfig(CommitmentConfig):
-    """Each vector is to be sure of its code, and the batch to use all codes."""
+    """Entropy losses: each vector is to be sure of its code, and the batch to use all codes."""
 
     entropy_weight: Annotated[
         Weight,
@@ -152,14 +157,21 @@ class EntropyConfig(CommitmentConfig):
         Elsewhere("entropy_loss_ratio entropy_loss_weight"),
     ] = Field(
         default=0.0,
-        description="Weight of the entropy of each vector's soft assignment; 0 leaves it out.",
+        description=(
+            "Weight of the entropy of each vector's soft assignment to codes. 0 leaves both "
+            "entropies out."
+        ),
     )
     batch_entropy_gamma: Annotated[Weight, OfTheRun()] = Field(
         default=1.0,
-        description="The entropy of the batch, to be large, counts so many times as much.",
+        description=(
+            "Weight of the entropy of the batch, as a multiple of entropy_weight. This entropy is "
+            "maximised, so that all codes are used."
+        ),
     )
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="Of the soft assignments; by default 0.01 (of BSQ 1)."
+        default=None,
+        description="Temperature of the soft assignments. Default: 0.01, and 1 for BSQ.",
     )
 
     @model_validator(mode="after")
@@ -168,41 +180,46 @@ class EntropyConfig(CommitmentConfig):
             value = getattr(self, name)
             if not self.entropy_weight and value != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} {value:g} has no meaning while entropy_weight is 0; give that too, "
-                    "such as 0.1"
+                    f"{name} {value:g} has no effect while entropy_weight is 0. Set entropy_weight "
+                    f"too, for example 0.1, or leave {name} out."
                 )
         return self
 
     def weights(self) -> dict[str, float]:
-        """See `BottleneckConfig.weights`. The entropy of the batch is to be large."""
+        """Return the weights. That of the batch's entropy is negative, so that it is maximised."""
         batch = {"batch_entropy": -self.entropy_weight * self.batch_entropy_gamma}
         return super().weights() | batch
 
 
 class CodebookConfig(CommitmentConfig):
-    """A list of codes that a loss draws to the encoder."""
+    """A list of codes, and a loss that pulls them towards the encoder's vectors."""
 
-    num_codes: NumCodes = Field(default=1024, description="Codes K (of each level).")
+    num_codes: NumCodes = Field(default=1024, description="Number of codes K (of each level).")
     code_channels: CodeChannels = Field(default=256, description="Width D of a code.")
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
-        default=1.0, description="Weight of the codes' distance to the encoder."
+        default=1.0,
+        description="Weight of the codebook loss, the codes' distance to the encoder's vectors.",
     )
 
 
 class LearnedCodebookConfig(CodebookConfig):
-    """Each code learns for itself, so some may fall out of use."""
+    """A codebook whose codes learn one by one, so that some may fall out of use."""
 
     codebook_decay: Annotated[
-        # The optimiser's average of the weights has the plain name.
+        # The name `ema_decay` belongs to the average of the model's weights.
         Annotated[float, Field(gt=0.0, lt=1.0)] | None,
         Argument("ema_decay"),
         Elsewhere("codebook_ema_decay"),
     ] = Field(
         default=None,
-        description="Codes are moving averages of what they stand for; by default they learn.",
+        description=(
+            "Decay per update, if the codes shall be moving averages of the vectors that choose "
+            "them. By default the codes learn by gradient."
+        ),
     )
     gradient: GradientName = Field(
-        default="straight_through", description="How the decoder's gradient passes the codes."
+        default="straight_through",
+        description="How the decoder's gradient passes through the quantiser to the encoder.",
     )
     restart_threshold: Annotated[
         Share,
@@ -211,7 +228,8 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Codes used less than this share of the mean restart at a vector of the batch; 0 never."
+            "Restart a code at a vector of the batch when its use falls below this share of the "
+            "mean use. 0 never restarts a code."
         ),
     )
     kmeans_iterations: Annotated[
@@ -219,15 +237,21 @@ class LearnedCodebookConfig(CodebookConfig):
         Field(ge=0),
         KeepsCodesInUse(2, "--kmeans_iterations 10"),
         Elsewhere("kmeans_init kmeans_iters"),
-    ] = Field(default=0, description="Start the codes by k-means on training images; 0: at random.")
+    ] = Field(
+        default=0,
+        description=(
+            "Iterations of k-means on training images that set the first codes. 0 starts at random."
+        ),
+    )
 
     @model_validator(mode="after")
     def _check_codebook(self) -> "LearnedCodebookConfig":
         default = type(self).model_fields["codebook_weight"].default
         if self.codebook_decay is not None and self.codebook_weight != default:
             raise ValueError(
-                f"codebook_weight {self.codebook_weight:g} has no meaning with codebook_decay "
-                f"{self.codebook_decay:g}: codes that are moving averages have no loss"
+                f"codebook_weight {self.codebook_weight:g} has no effect with codebook_decay "
+                f"{self.codebook_decay:g}, because codes that are moving averages have no codebook "
+                "loss. Leave one of them out."
             )
         return self
 

@@ -1,10 +1,11 @@
-"""Entropy of the choice of codes (MAGVIT-v2, arXiv:2310.05737, section 3.1; LlamaGen): low for each
-vector, high for the batch.
+"""Entropy of the choice of codes (MAGVIT-v2, arXiv:2310.05737, section 3.1, and LlamaGen).
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
-`N` vectors, `K` codes, `D` their width. The N x K probabilities exist in parts only, and are
-computed again in the backward pass.
+The entropy of each vector should be low, and the entropy of the batch high. The N x K probabilities
+are never in memory at once: they are computed in parts, and again in the backward pass.
+
+`N` vectors, `K` codes, `D` their width.
 """
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from latentvae.distributed import all_reduce_mean
 
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**24  # probabilities at a time; a GPU has launches to save
-SMALLEST = 1e-30  # whose logarithm has a finite gradient
+# Probabilities at a time. Larger parts mean fewer kernel launches on a GPU.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**24
+SMALLEST = 1e-30  # smallest probability in a logarithm, so that its gradient stays finite
 
 
 def code_entropies(
@@ -25,18 +27,20 @@ def code_entropies(
     over_ranks: bool,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean entropy of p(k | v) over vectors, and entropy of its mean: two scalars, nats.
+    """Return the mean entropy of p(k | v) over vectors, and the entropy of its mean, in nats.
 
     Args:
         vectors: (N, D), float32.
         codebook: (K, D), float32.
         temperature: above 0, in squared units of the vectors.
-        over_ranks: take the mean over all ranks' vectors (as many on each). A gradient that is
-            then averaged over ranks, as DDP does, is that of the joined batch.
-        chunk: how many probabilities are held at a time; left out, 2^21 on the CPU and 2^24
+        over_ranks: take the mean over the vectors of all ranks (equally many on each). When DDP
+            averages the gradients over ranks, they are those of the joined batch.
+        chunk: how many probabilities are in memory at a time. Default: 2^21 on the CPU and 2^24
             elsewhere.
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
+
+    # sums over vectors, in parts
     entropy, probability = vectors.new_zeros(()), vectors.new_zeros(len(codebook))
     for part in vectors.split(max(chunk // len(codebook), 1)):
         sums = checkpoint(
@@ -45,6 +49,8 @@ def code_entropies(
         assert isinstance(sums, tuple)
         entropy, probability = entropy + sums[0], probability + sums[1]
     entropy, probability = entropy / len(vectors), probability / len(vectors)
+
+    # entropy of the batch
     if over_ranks:
         joined = all_reduce_mean(probability)
         probability = probability + (joined - probability).detach()
@@ -53,8 +59,8 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Over the vectors of a part: of the entropy, a scalar, and of the probabilities, (K,)."""
-    # |v|^2 is the same for all codes.
+    """Return the sums over a part's vectors: of their entropies, and of the probabilities (K,)."""
+    # |v|^2 is the same for all codes, so the softmax does not need it.
     logits = torch.addmm(-codebook.square().sum(1), part, codebook.t(), alpha=2.0) / temperature
     log_p = logits.log_softmax(1)  # (n, K)
     p = log_p.exp()

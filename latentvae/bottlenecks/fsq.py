@@ -1,5 +1,6 @@
-"""Finite scalar quantisation (FSQ, arXiv:2309.15505): each channel is rounded to one of a few
-levels, and the levels together are the code.
+"""Finite scalar quantisation (FSQ, arXiv:2309.15505).
+
+Each channel is rounded to one of a few levels, and the levels of all channels are the code.
 
 features h (B, D, h, w) -> bounded by tanh -> rounded -> z (B, D, h, w) in [-1, 1]
 
@@ -18,8 +19,8 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # of the half range: the outermost levels are reached at a finite h
-MAX_LEVELS = 1000  # beyond, the margin would round to a level that is not there
+MARGIN = 1e-3  # share of the half range, so that a finite h reaches the outermost levels
+MAX_LEVELS = 1000  # with more levels the margin would round to a level that does not exist
 
 
 class FSQConfig(BottleneckConfig):
@@ -27,21 +28,22 @@ class FSQConfig(BottleneckConfig):
 
     type: Literal["fsq"] = "fsq"
     levels: Annotated[tuple[int, ...], Shape()] = Field(
-        default=(8, 5, 5, 5), description="Levels of each channel; K is their product."
+        default=(8, 5, 5, 5),
+        description="Number of levels of each channel. The number of codes K is their product.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> "FSQConfig":
         if not self.levels or not all(3 <= number <= MAX_LEVELS for number in self.levels):
-            hint = "; the preset lfq_f16 has two" if 2 in self.levels else ""
+            hint = " For two levels use the preset lfq_f16." if 2 in self.levels else ""
             raise ValueError(
-                f"levels is {self.levels}; each channel has 3 to {MAX_LEVELS}, as in "
-                f"(8, 5, 5, 5){hint}"
+                f"levels must give each channel 3 to {MAX_LEVELS} levels, as (8, 5, 5, 5) does "
+                f"(got {self.levels}).{hint}"
             )
         if math.prod(self.levels) > MAX_CODES:
             raise ValueError(
-                f"levels {self.levels} are {math.prod(self.levels):,} codes; at most "
-                f"{MAX_CODES:,} are counted"
+                f"levels must give at most {MAX_CODES:,} codes, but {self.levels} give "
+                f"{math.prod(self.levels):,}. Use fewer channels or fewer levels."
             )
         return self
 
@@ -49,20 +51,21 @@ class FSQConfig(BottleneckConfig):
 class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` without a codebook, losses or parameters.
 
-    The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o with o = 1/2 for even L and 0 for odd L, s
-    such that h = 0 is level 0, as the paper's text has it. (The paper's listing takes tan for
-    artanh and 1 - margin; Cosmos and vector-quantize-pytorch do as here, and so agree in the
-    index.) The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by floor(L / 2).
+    The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o is 1/2 for even L and 0 for
+    odd L, and s is such that h = 0 is level 0. This follows the paper's text. (The paper's listing
+    takes tan for artanh and 1 - margin. Cosmos and vector-quantize-pytorch do as here, so their
+    indices agree with ours.) The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by
+    floor(L / 2).
 
-    The index is sum_i d_i prod_{j < i} L_j with the digit d_i in 0..L_i - 1 from the lowest level:
-    the first channel changes fastest.
+    The index is sum_i d_i prod_{j < i} L_j, where the digit d_i in 0..L_i - 1 counts from the
+    lowest level. The first channel changes fastest.
 
     Args:
-        levels: L_i per channel, each in 3..1000. The paper's: (8, 6, 5) for K = 240, (8, 5, 5, 5)
-            for 1000, (7, 5, 5, 5, 5) for 4375, (8, 8, 8, 5, 5, 5) for 64000.
+        levels: L_i per channel, each in 3..1000. The paper uses (8, 6, 5) for K = 240,
+            (8, 5, 5, 5) for 1000, (7, 5, 5, 5, 5) for 4375, (8, 8, 8, 5, 5, 5) for 64000.
 
     Raises:
-        UserError: no levels, or fewer or more of them than that.
+        UserError: there are no levels, or a channel has fewer than 3 or more than 1000.
     """
 
     kind = "fsq"
@@ -80,7 +83,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("basis", _per_channel(basis), persistent=False)
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise (B, D, h, w). ``temperature`` has no use."""
+        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
         assert features.shape[1] == self.in_channels, features.shape
         half = self.levels // 2
         bounded = self._bound(features.float())
@@ -90,7 +93,7 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized(z, (digits * self.basis).sum(1), losses={}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """(B, D, h, w) of indices (B, h, w)."""
+        """Return `z` (B, D, h, w) of indices (B, h, w)."""
         half = self.levels // 2
         digits = indices.unsqueeze(1) // self.basis % self.levels
         return (digits - half).float() / half
@@ -103,13 +106,18 @@ class FiniteScalarQuantizer(Quantizer):
 
 def _check(levels: tuple[int, ...]) -> None:
     if not levels:
-        raise UserError("FSQ needs levels, one number per channel, as (8, 5, 5, 5)")
+        raise UserError("FSQ needs levels, one number per channel, for example (8, 5, 5, 5).")
     for number in levels:
         if not 3 <= number <= MAX_LEVELS:
-            hint = "; LFQ and BSQ have two" if number == 2 else ""
-            raise UserError(f"FSQ has 3 to {MAX_LEVELS} levels per channel, not {number}{hint}")
+            hint = " For two levels use LFQ or BSQ." if number == 2 else ""
+            raise UserError(
+                f"FSQ must have 3 to {MAX_LEVELS} levels per channel (got {number}).{hint}"
+            )
     if math.prod(levels) >= 2**63:
-        raise UserError(f"FSQ of levels {tuple(levels)} has more codes than int64 indices can name")
+        raise UserError(
+            f"FSQ with levels {tuple(levels)} has more codes than int64 indices can number. Use "
+            "fewer channels or fewer levels."
+        )
 
 
 def _per_channel(numbers: list[int] | tuple[int, ...]) -> Tensor:

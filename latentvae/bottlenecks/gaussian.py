@@ -1,8 +1,8 @@
-"""Diagonal Gaussian posterior (Kingma & Welling 2013, arXiv:1312.6114), in float32 under any
-autocast.
+"""Diagonal Gaussian posterior (Kingma & Welling 2013, arXiv:1312.6114).
 
-moments (B, 2d, h, w) -> mean, logvar (B, d, h, w) -> z = mean + exp(logvar / 2) * temperature *
-noise
+moments (B, 2d, h, w) -> mean, logvar (B, d, h, w) -> z = mean + temperature * exp(logvar / 2) noise
+
+All of it is computed in float32 under any autocast.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -18,12 +18,12 @@ from latentvae.option_marks import Positive
 
 
 class GaussianLatent(NamedTuple):
-    """What the bottleneck gives, float32.
+    """What the bottleneck returns, float32.
 
     Attributes:
         z: the latent, (B, d, h, w).
         mean: of the posterior, (B, d, h, w).
-        kl: from the posterior to N(0, I), (B, d), nats per image and channel.
+        kl: KL divergence from the posterior to N(0, I), (B, d), in nats per image and channel.
     """
 
     z: Tensor
@@ -35,19 +35,19 @@ class GaussianConfig(BottleneckConfig):
     """The bottleneck: a diagonal Gaussian posterior, with a KL to N(0, I)."""
 
     type: Literal["gaussian"] = "gaussian"
-    latent_channels: Positive = Field(default=4, description="Latent channels d.")
+    latent_channels: Positive = Field(default=4, description="Number of latent channels d.")
 
     @property
     def has_kl(self) -> bool:
-        """Whether its latent has a KL divergence to a prior: N(0, I)."""
+        """Whether the latent has a KL divergence to a prior. It has: the prior is N(0, I)."""
         return True
 
 
 class GaussianBottleneck(nn.Module):
-    """The posterior that the encoder's moments describe, a draw from it, and its KL.
+    """A bottleneck that draws from the posterior of the encoder's moments and gives its KL.
 
     Args:
-        latent_channels: d. The features have 2 d channels: mean and log-variance.
+        latent_channels: d. The features have 2 d channels, the mean and the log-variance.
     """
 
     kind: ClassVar[str] = "gaussian"
@@ -60,16 +60,16 @@ class GaussianBottleneck(nn.Module):
     def forward(
         self, moments: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> GaussianLatent:
-        """Return latent and KL.
+        """Return the latent and its KL.
 
-        The KL is in closed form (arXiv:1312.6114, appendix B): 0.5 * sum(mean^2 + var - 1 - logvar)
-        over positions.
+        The KL has a closed form (arXiv:1312.6114, appendix B): the sum over positions of
+        0.5 * (mean^2 + var - 1 - logvar).
 
         Args:
             moments: mean and log-variance joined on the channel axis, (B, 2d, h, w). The
-                log-variance is clamped to [-30, 20] as diffusers does.
-            sample: draw from the posterior with the global generator, or take its mode.
-            temperature: factor on the posterior's standard deviation; 1 is the posterior itself.
+                log-variance is clamped to [-30, 20], as diffusers does.
+            sample: draw from the posterior with the global generator. False takes its mean.
+            temperature: factor on the posterior's standard deviation. 1 is the posterior itself.
         """
         assert moments.shape[1] == self.in_channels, moments.shape
         posterior = DiagonalGaussianDistribution(moments.float())

@@ -1,4 +1,6 @@
-"""How the decoder's gradient passes a quantiser: values of the codes, gradients to the vectors.
+"""How the decoder's gradient passes through a quantiser.
+
+The result has the values of the codes, and its gradient goes to the vectors.
 
 `N` vectors, `D` their width.
 """
@@ -17,13 +19,15 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """Return ``quantised`` exactly, with the gradient of ``vectors``; both of any one shape."""
+    """Return ``quantised`` exactly, with the gradient of ``vectors``. Both have the same shape."""
     return quantised.detach() + (vectors - vectors.detach())
 
 
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """Return ``quantised`` exactly, as the rotation and scaling of ``vectors`` (N, D) that leads
-    there. Both count as constants (rotation trick, arXiv:2410.06424, section 4.2)."""
+    """Return ``quantised`` (N, D) exactly, as a rotation and scaling of ``vectors`` (N, D).
+
+    The rotation and the scale count as constants (rotation trick, arXiv:2410.06424, section 4.2).
+    """
     vector, quantised = vectors.detach(), quantised.detach()
     norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))
     e, q = vector / norm.clamp(min=SMALLEST_NORM), quantised / target.clamp(min=SMALLEST_NORM)
@@ -41,12 +45,12 @@ GRADIENTS: dict[str, Gradient] = {"straight_through": straight_through, "rotatio
 
 
 def gradient_of(name: str) -> Gradient:
-    """Return the gradient of that name.
+    """Return the entry of `GRADIENTS` with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such entry.
     """
     if name not in GRADIENTS:
         allowed = " or ".join(GRADIENTS)
-        raise UserError(f"gradient is {name!r}; it is {allowed}{nearest(name, GRADIENTS)}")
+        raise UserError(f"gradient must be {allowed} (got {name!r}){nearest(name, GRADIENTS)}")
     return GRADIENTS[name]

@@ -1,10 +1,9 @@
 """Gumbel-softmax (arXiv:1611.01144), the bottleneck of DALL-E's dVAE (arXiv:2102.12092).
 
-features: logits (B, K, h, w) -> weights (B, K, h, w), which add to 1 -> z (B, D, h, w) = weights of
-the codes
+logits (B, K, h, w) -> weights (B, K, h, w), which add to 1 -> z (B, D, h, w), their mean of codes
 
-In training the weights are softmax((logits + Gumbel noise) / temperature), in evaluation the
-one-hot vector of the largest logit.
+In training the weights are softmax((logits + Gumbel noise) / temperature). In evaluation they are
+the one-hot vector of the largest logit.
 
 `B` batch, `K` codes, `D` code width.
 """
@@ -28,37 +27,43 @@ Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 
 
 class GumbelConfig(BottleneckConfig):
-    """The quantiser: a relaxed sample of K logits (Gumbel-softmax); its KL has kl_scale."""
+    """The quantiser: a relaxed sample of K logits (Gumbel-softmax). Its KL has weight kl_scale."""
 
     type: Literal["gumbel"] = "gumbel"
-    num_codes: NumCodes = Field(default=8192, description="Codes K.")
+    num_codes: NumCodes = Field(default=8192, description="Number of codes K.")
     code_channels: CodeChannels = Field(default=128, description="Width D of a code.")
-    straight_through: bool = Field(default=False, description="Hard samples, soft gradients.")
+    straight_through: bool = Field(
+        default=False,
+        description="Give the decoder one code instead of a mixture. The gradient stays the same.",
+    )
     temperature: Temperature = Field(default=1.0, description="Temperature of the first update.")
     final_temperature: Temperature = Field(
-        default=0.0625, description="Temperature that a cosine then reaches."
+        default=0.0625,
+        description="Temperature at the end. It falls from temperature along half a cosine.",
     )
     temperature_steps: Annotated[Positive, OfTheRun()] = Field(
-        default=150_000, description="Updates until the final temperature."
+        default=150_000, description="Updates until the temperature is final_temperature."
     )
 
     @model_validator(mode="after")
     def _check(self) -> "GumbelConfig":
         if self.final_temperature > self.temperature:
             raise ValueError(
-                f"final_temperature {self.final_temperature:g} is above temperature "
-                f"{self.temperature:g}; it falls"
+                "final_temperature must be at most temperature, because the temperature falls "
+                f"(got {self.final_temperature:g} and {self.temperature:g})."
             )
         return self
 
     @property
     def has_kl(self) -> bool:
-        """Whether its latent has a KL divergence to a prior: the uniform one."""
+        """Whether the latent has a KL divergence to a prior. It has: the prior is uniform."""
         return True
 
     def temperature_at(self, update: int) -> float:
-        """Return the temperature of an update, counted from 0: along half a cosine
-        (arXiv:2102.12092, appendix A.2)."""
+        """Return the temperature of an update, counted from 0.
+
+        It falls along half a cosine (arXiv:2102.12092, appendix A.2).
+        """
         start, end = self.temperature, self.final_temperature
         progress = min(update / self.temperature_steps, 1.0)
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -67,20 +72,21 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the largest logits, without noise, in training too: they are what encoding gives
-    (arXiv:2102.12092, section 2.2). `z` is `codes(indices)` in evaluation alone.
+    `indices` are the places of the largest logits, without noise, also in training, because that
+    is what encoding gives (arXiv:2102.12092, section 2.2). Only in evaluation `z` is
+    `codes(indices)`.
 
-    The loss `kl` goes from softmax(logits), at temperature 1, to the uniform prior: between 0 and
-    log K nats per token.
+    The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
+    It is between 0 and log K nats per token.
 
     Args:
         num_codes: K, also the channels of the features.
         code_channels: D.
-        straight_through: In training `z` is one code, that of the largest weight, and the gradient
-            still that of the weights; else a mixture.
+        straight_through: in training `z` is the one code of the largest weight, with the gradient
+            of the weights. By default `z` is a mixture of codes.
 
     Raises:
-        UserError: fewer than 2 codes, or no channel.
+        UserError: there are fewer than 2 codes, or no channel.
     """
 
     kind = "gumbel"
@@ -91,8 +97,8 @@ class GumbelQuantizer(Quantizer):
         super().__init__()
         if num_codes < 2 or code_channels < 1:
             raise UserError(
-                f"Gumbel-softmax needs at least 2 codes of at least 1 channel, not {num_codes} of "
-                f"{code_channels}"
+                "Gumbel-softmax needs at least 2 codes of at least 1 channel (got "
+                f"{num_codes} codes of {code_channels} channels)."
             )
         self.num_codes = self.in_channels = num_codes
         self.code_channels = code_channels
@@ -103,7 +109,7 @@ class GumbelQuantizer(Quantizer):
         """Quantise logits (B, K, h, w).
 
         Args:
-            temperature: above 0; its schedule is the caller's. Without use in evaluation.
+            temperature: above 0. The caller has its schedule. It has no effect in evaluation.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
@@ -113,7 +119,7 @@ class GumbelQuantizer(Quantizer):
             return Quantized(z, indices, {"kl": _kl_to_uniform(logits)}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """(B, D, h, w) of indices (B, h, w)."""
+        """Return `z` (B, D, h, w) of indices (B, h, w)."""
         codes = F.embedding(indices, self.codebook.float())
         return rearrange(codes, "B h w D -> B D h w").contiguous()
 
@@ -128,6 +134,6 @@ class GumbelQuantizer(Quantizer):
 
 
 def _kl_to_uniform(logits: Tensor) -> Tensor:
-    """Mean over tokens of sum_k q_k (log q_k + log K), for logits (B, K, h, w)."""
+    """Return the mean over tokens of sum_k q_k (log q_k + log K), for logits (B, K, h, w)."""
     log_q = logits.log_softmax(1)
     return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(1).mean()

@@ -1,8 +1,9 @@
-"""Search of the nearest code in tiles: memory grows with the tile, never with N x K.
+"""Search for the nearest code in tiles, so that memory grows with the tile and not with N x K.
 
 argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product
-with a bias. The largest of each block of 32 codes is found first, then the place within the best
-block: a maximum over rows runs at the speed of memory, an argmax many times slower.
+with a bias. The search first finds the largest score of each block of 32 codes, then the place
+within the best block. The reason: a maximum over rows runs at the speed of memory, but an argmax is
+many times slower.
 
 `N` vectors, `K` codes, `D` their width, `n` vectors of a tile.
 """
@@ -11,33 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 32  # codes of which the best is found at once
-CODES = 4096  # codes of a tile at most: 256 vectors x 4096 codes is 4 MiB, which caches hold
-CPU_CHUNK, GPU_CHUNK = 2**20, 2**23  # a GPU has launches to save
+BLOCK = 32  # codes of a block
+CODES = 4096  # most codes of a tile: 256 vectors x 4096 codes is 4 MiB, which fits into caches
+# Scores of a tile. Larger tiles mean fewer kernel launches on a GPU.
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**23
 
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Index of the code at the smallest Euclidean distance, the lowest among equals.
+    """Return the index of the code at the smallest Euclidean distance, the lowest among equals.
 
-    In float32 under any autocast. Vectors and codes are taken from the codebook's mean, so that an
-    offset which all share costs no digits.
+    All is computed in float32 under any autocast. The codebook's mean is subtracted from vectors
+    and codes first, so that an offset which all of them share costs no digits.
 
     Args:
-        vectors: (N, D), any float dtype; one that is not finite gets some index.
+        vectors: (N, D), any float dtype. A vector that is not finite gets any index.
         codebook: (K, D).
-        chunk: how many scores are held at a time, at least 32; left out, 2^20 on the CPU (4 MiB)
-            and 2^23 elsewhere.
+        chunk: how many scores are in memory at a time, at least 32. Default: 2^20 on the CPU
+            (4 MiB) and 2^23 elsewhere.
 
     Returns:
         (N,), int64.
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
     with torch.autocast(vectors.device.type, enabled=False):
+        # codes about their mean, padded to whole blocks
         offset = codebook.float().mean(0)
         codes = F.pad(codebook.float() - offset, (0, 0, 0, -len(codebook) % BLOCK))
         bias = codes.square().sum(1, keepdim=True) / -2
-        bias[len(codebook) :] = -torch.inf  # what fills the last block is never the nearest
+        bias[len(codebook) :] = -torch.inf  # so that padding is never the nearest
+
+        # search in tiles of rows (codes) and columns (vectors)
         rows = min(len(codes), CODES, max(chunk // BLOCK, 1) * BLOCK)
         columns = max(chunk // rows, 1)
         tile = codes.new_empty(rows * columns)
@@ -46,7 +51,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
 
 
 def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tensor) -> Tensor:
-    """(n,) of vectors (n, D): the best over tiles of codes."""
+    """Return the nearest code of each vector (n, D) over all tiles of codes, (n,)."""
     n, device = len(part), part.device
     columns = torch.arange(n, device=device)
     best = part.new_full((n,), -torch.inf)
@@ -58,6 +63,7 @@ def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tens
         blocks = scores.view(len(some) // BLOCK, BLOCK, n)
         score, block = blocks.amax(1).max(0)
         found = first + block * BLOCK + blocks[block, :, columns].argmax(1)
-        indices = torch.where(score > best, found, indices)  # not >=: the lowest among equals
+        # `>` and not `>=` keeps the lowest index among equals.
+        indices = torch.where(score > best, found, indices)
         best = torch.maximum(best, score)
     return indices

@@ -2,9 +2,9 @@
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
 
-C (K, D) never learns and W (D, D) does. A gradient at one code moves all of them, so no code is
-left behind, and there is nothing to restart. As in the authors' code and in
-vector-quantize-pytorch, C starts normal with variance 1 / D and W as any linear layer.
+C (K, D) never learns and W (D, D) does. A gradient at one code moves all codes, so every code stays
+near the vectors and none needs a restart. C starts normal with variance 1 / D, and W starts as any
+linear layer. The authors' code and vector-quantize-pytorch do the same.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -29,15 +29,16 @@ class SimVQConfig(CodebookConfig):
 
     type: Literal["simvq"] = "simvq"
     gradient: GradientName = Field(
-        default="straight_through", description="How the decoder's gradient passes the codes."
+        default="straight_through",
+        description="How the decoder's gradient passes through the quantiser to the encoder.",
     )
 
 
 class SimVQ(Quantizer):
-    """A `Quantizer` with one code per position, of a codebook that moves as a whole.
+    """A `Quantizer` with one code per position, from a codebook that moves as a whole.
 
-    The losses are those of VQ: `commitment` of |h - sg(code)|^2 and `codebook` of
-    |sg(h) - code|^2, whose gradient reaches W alone.
+    The losses are those of VQ: `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
+    The gradient of `codebook` reaches only W.
 
     Args:
         num_codes: K.
@@ -45,7 +46,7 @@ class SimVQ(Quantizer):
         gradient: `"straight_through"` (the paper's) or `"rotation"`.
 
     Raises:
-        UserError: no code, no channel, or another gradient.
+        UserError: there is no code or no channel, or the gradient is another.
     """
 
     kind = "simvq"
@@ -57,8 +58,8 @@ class SimVQ(Quantizer):
         super().__init__()
         if num_codes < 1 or code_channels < 1:
             raise UserError(
-                f"a codebook has at least 1 code of at least 1 channel, not {num_codes} of "
-                f"{code_channels}"
+                f"A codebook needs at least 1 code of at least 1 channel (got {num_codes} codes of "
+                f"{code_channels} channels)."
             )
         self.gradient = gradient_of(gradient)
         self.num_codes = num_codes
@@ -73,7 +74,7 @@ class SimVQ(Quantizer):
             return F.linear(self.frozen.float(), self.projection.weight.float())
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise (B, D, h, w). ``temperature`` has no use."""
+        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
             B, _, h, w = features.shape
@@ -92,13 +93,13 @@ class SimVQ(Quantizer):
         return Quantized(z, indices.view(B, h, w), losses, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return (B, D, h, w) of indices (B, h, w)."""
+        """Return `z` (B, D, h, w) of indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     def why_not_listed(self) -> str:
-        """Nothing against it: the products C W are a list."""
+        """Return no reason: the rows of C W are a list."""
         return ""
 
     def listed_codes(self) -> Tensor:
-        """See `Quantizer.listed_codes`."""
+        """Return all codes, see `Quantizer.listed_codes`."""
         return self.codebook.detach().clone()

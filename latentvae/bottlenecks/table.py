@@ -1,4 +1,4 @@
-"""Every bottleneck there is. A new one is a file with a module and its Config, and a line here."""
+"""The table of all bottlenecks. A new one is a file with module and Config, and a line here."""
 
 import operator
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Bottleneck:
     """One kind of bottleneck.
 
     Attributes:
-        module: what turns encoder features into a latent; built from `config.arguments()`.
-        config: its options, and what a run asks of it.
+        module: turns encoder features into a latent. It is built from `config.arguments()`.
+        config: its options, and the answers that a run asks of it.
     """
 
     module: type[nn.Module]
@@ -35,11 +35,11 @@ class Bottleneck:
 
     @property
     def discrete(self) -> bool:
-        """Whether its latent has indices: the module is a `Quantizer`."""
+        """Whether the latent has indices. It has if the module is a `Quantizer`."""
         return issubclass(self.module, Quantizer)
 
     def build(self, arguments: dict[str, Any]) -> Any:
-        """Return a freshly initialised module; `type` among the arguments has no effect."""
+        """Return a freshly initialised module. `type` among the arguments has no effect."""
         return self.module(**{name: v for name, v in arguments.items() if name != "type"})
 
 
@@ -56,7 +56,7 @@ QUANTIZERS = {name: entry for name, entry in BOTTLENECKS.items() if entry.discre
 
 if TYPE_CHECKING:
     AnyQuantizerConfig = BottleneckConfig
-else:  # a union of what the table holds, of which the preset's `type` chooses one
+else:  # the union of all Configs in the table, from which the preset's `type` chooses one
     AnyQuantizerConfig = Annotated[
         reduce(
             operator.or_, (Annotated[entry.config, Tag(name)] for name, entry in QUANTIZERS.items())
@@ -70,14 +70,15 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
 
     Args:
         type: a key of `QUANTIZERS`.
-        arguments: of its class.
+        arguments: arguments of its class.
 
     Raises:
-        UserError: another type, or arguments that are out of range.
+        UserError: the type is unknown, or an argument is out of range.
     """
     if type not in QUANTIZERS:
         allowed = ", ".join(QUANTIZERS)
         raise UserError(
-            f"there is no quantiser {type!r}; it is one of {allowed}{nearest(type, QUANTIZERS)}"
+            f"The quantiser's type must be one of {allowed} (got {type!r})"
+            f"{nearest(type, QUANTIZERS)}"
         )
     return QUANTIZERS[type].build(arguments)

@@ -1,11 +1,11 @@
-"""Vector quantisation (VQ-VAE, arXiv:1711.00937) and what keeps a codebook in use.
+"""Vector quantisation (VQ-VAE, arXiv:1711.00937), with several ways to keep the codes in use.
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
 
-The codebook learns from its loss or as a moving average of the vectors that chose each code (the
-paper's appendix A.1). With `l2_normalize` vectors and codes lie on the unit sphere (ViT-VQGAN,
-arXiv:2110.04627). The gradient passes the quantiser as it is or turned and scaled as the vector was
-(rotation trick, arXiv:2410.06424). Codes that are hardly used restart at features of the batch.
+The codebook learns from its loss, or each code is a moving average of the vectors that chose it
+(the paper's appendix A.1). With `l2_normalize` vectors and codes lie on the unit sphere (ViT-VQGAN,
+arXiv:2110.04627). The gradient passes the quantiser unchanged, or turned and scaled as the vector
+was (rotation trick, arXiv:2410.06424). Codes that are hardly used restart at vectors of the batch.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -31,10 +31,10 @@ from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 from latentvae.option_marks import Elsewhere
 
-SMALLEST_SIZE = 1e-3  # vectors to a code's name; with fewer it stays where it is
-LAPLACE = 1e-5  # added to each count of the moving average, appendix A.1
-MAX_USAGE_DECAY = 0.99  # per update, of the average use that decides whether a code is dead
-USES = 2.0  # that the average is over, for a code of mean use
+SMALLEST_SIZE = 1e-3  # A code with a smaller average number of vectors does not move.
+LAPLACE = 1e-5  # Added to each count of the moving average (appendix A.1).
+MAX_USAGE_DECAY = 0.99  # Largest decay per update of a code's average use.
+USES = 2.0  # Uses that the average spans for a code of mean use.
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
@@ -46,10 +46,13 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
         Shape(),
         KeepsCodesInUse(3, "--l2_normalize"),
         Elsewhere("l2_norm codebook_l2_norm use_cosine_sim"),
-    ] = Field(default=False, description="Vectors and codes on the unit sphere: nearest by cosine.")
+    ] = Field(
+        default=False,
+        description="Put vectors and codes on the unit sphere: the nearest code is by cosine.",
+    )
 
     def arguments(self) -> dict[str, Any]:
-        """See `BottleneckConfig.arguments`. Without a weight the entropies are not computed."""
+        """Return the arguments. Without a weight the module does not compute the entropies."""
         temperature = (self.entropy_temperature or 0.01) if self.entropy_weight else None
         return super().arguments() | {"entropy_temperature": temperature}
 
@@ -60,19 +63,19 @@ class VectorQuantizer(Quantizer):
     Args:
         num_codes: K.
         code_channels: D, also the channels of the features.
-        ema_decay: of the moving averages that are the codebook, in (0, 1), per update; None: the
-            codebook is a parameter, learned by the loss `codebook`.
-        l2_normalize: vectors and codes on the unit sphere: by cosine. The losses and the decoder
-            see unit vectors.
+        ema_decay: decay per update, in (0, 1), of the moving averages that are the codebook. None:
+            the codebook is a parameter and learns from the loss `codebook`.
+        l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is by
+            cosine. The losses and the decoder see unit vectors.
         gradient: `"straight_through"` or `"rotation"`.
-        restart_threshold: a code is dead whose use, a moving average, is below this share of the
-            mean; 0: none ever is.
-        entropy_temperature: of the softmax over negative squared distances whose entropies are the
-            losses `sample_entropy` and `batch_entropy`; None: neither is computed.
-        kmeans_iterations: of `initialise`; 0: the codebook stays random.
+        restart_threshold: a code restarts when its use, a moving average, falls below this share
+            of the mean use. 0 never restarts a code.
+        entropy_temperature: temperature of the softmax over negative squared distances. Its
+            entropies are the losses `sample_entropy` and `batch_entropy`. None leaves both out.
+        kmeans_iterations: iterations of `initialise`. 0 keeps the codebook random.
 
     Raises:
-        UserError: no code, no channel, or an option out of range.
+        UserError: there is no code or no channel, or an option is out of range.
     """
 
     kind = "vq"
@@ -96,12 +99,16 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         if num_codes < 1 or code_channels < 1:
             raise UserError(
-                f"a codebook has at least 1 code of at least 1 channel, not {num_codes} of "
-                f"{code_channels}"
+                f"A codebook needs at least 1 code of at least 1 channel (got {num_codes} codes of "
+                f"{code_channels} channels)."
             )
-        self.gradient = gradient_of(gradient)
         if ema_decay is not None and not 0 < ema_decay < 1:
-            raise UserError(f"ema_decay is {ema_decay}; it lies between 0 and 1, as 0.99 does")
+            raise UserError(
+                f"ema_decay must lie between 0 and 1, for example 0.99 (got {ema_decay})."
+            )
+
+        # options
+        self.gradient = gradient_of(gradient)
         self.num_codes = num_codes
         self.code_channels = self.in_channels = code_channels
         self.ema_decay = ema_decay
@@ -109,11 +116,15 @@ class VectorQuantizer(Quantizer):
         self.restart_threshold = restart_threshold
         self.entropy_temperature = entropy_temperature
         self.kmeans_iterations = kmeans_iterations
+
+        # random codes
         weight = torch.empty(num_codes, code_channels)
         if l2_normalize:
             weight = F.normalize(weight.normal_(), dim=1)
         else:
             weight.uniform_(-1 / num_codes, 1 / num_codes)
+
+        # the codebook and its averages
         self.register_buffer("usage", torch.ones(num_codes))  # 1 is the mean use
         if ema_decay is None:
             self.weight = nn.Parameter(weight)
@@ -125,25 +136,30 @@ class VectorQuantizer(Quantizer):
     @property
     def codebook(self) -> Tensor:
         """The codes as the decoder reads them, (K, D), float32."""
-        return self._place(self.weight.float())
+        return self._normalised(self.weight.float())
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise (B, D, h, w); statistics in training mode only. ``temperature`` has no use."""
+        """Quantise features (B, D, h, w). ``temperature`` has no effect.
+
+        Statistics are given in training mode only.
+        """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
             B, _, h, w = features.shape
-            vectors = self._place(rearrange(features.float(), "B D h w -> (B h w) D"))
+            vectors = self._normalised(rearrange(features.float(), "B D h w -> (B h w) D"))
+
             codebook = self.codebook
             indices = nearest_codes(vectors, codebook)
             quantised = F.embedding(indices, codebook)
             z = self.gradient(vectors, quantised)
             z = rearrange(z, "(B h w) D -> B D h w", B=B, h=h, w=w)
+
             losses = self._losses(vectors, quantised, codebook)
             statistics = self._statistics(vectors.detach(), indices) if self.training else {}
         return Quantized(z.contiguous(), indices.view(B, h, w), losses, statistics)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """(B, D, h, w) of indices (B, h, w)."""
+        """Return `z` (B, D, h, w) of indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     @torch.no_grad()
@@ -154,24 +170,33 @@ class VectorQuantizer(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """k-means of features (N, D); on the sphere where codes lie there. Moving averages start at
-        the sums and counts of its clusters; a cluster that is empty, at 0."""
+        """Set the codes by k-means of features (N, D), on the unit sphere if codes lie there.
+
+        Moving averages start at the sums and counts of its clusters, scaled to the vectors of one
+        update. Those of an empty cluster start at 0.
+        """
         if self.kmeans_iterations == 0:
             return
+
+        # first centres: random vectors
         counts = sums = torch.zeros(())
-        vectors = self._place(features.detach().float())
+        vectors = self._normalised(features.detach().float())
         places = torch.randperm(len(vectors), generator=generator)
         places = places[torch.arange(self.num_codes) % len(vectors)]
         centres = vectors[places.to(vectors.device)]
+
+        # iterations: an empty cluster starts again at a random vector
         for _ in range(self.kmeans_iterations):
             indices = nearest_codes(vectors, centres)
             counts = _counts(indices, self.num_codes)
             sums = _sums(vectors, indices, self.num_codes)
-            centres = self._place(sums / counts.clamp(min=1)[:, None])
+            centres = self._normalised(sums / counts.clamp(min=1)[:, None])
             source, empty = _draw(vectors, counts == 0, generator=generator)
             centres = torch.where(empty[:, None], source, centres)
+
+        # the codebook and its averages
         self._set(centres, torch.ones_like(self.usage, dtype=torch.bool), size=0.0)
-        if self.ema_decay is not None:  # they are then of the size of an update's
+        if self.ema_decay is not None:
             share = (batch_vectors or len(vectors)) / len(vectors)
             self.cluster_size.copy_(counts * share)
             self.embed_sum.copy_(sums * share)
@@ -180,34 +205,43 @@ class VectorQuantizer(Quantizer):
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """See `Quantizer.update`. Each dead code restarts at another of the features; if there are
-        more dead codes than features, the rest waits."""
+        """Update averages and restart unused codes, see `Quantizer.update`.
+
+        Each unused code restarts at another of the features. If there are more unused codes than
+        features, the others wait for a later update.
+        """
+        # average use
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
         decay = torch.exp(-mean / USES).clamp(max=MAX_USAGE_DECAY)
         self.usage.lerp_(counts / mean, 1 - decay)
         if self.ema_decay is not None:
             self._average(counts, statistics["sums"])
+
+        # restarts
         if self.restart_threshold == 0:
             return torch.zeros((), dtype=torch.int64, device=counts.device)
-        vectors = self._place(features.detach().float())
-        dead = self.usage < self.restart_threshold
-        source, restarted = _draw(vectors, dead, generator=generator)
-        # A code that counts little in its own average follows its vectors at once.
+        vectors = self._normalised(features.detach().float())
+        unused = self.usage < self.restart_threshold
+        source, restarted = _draw(vectors, unused, generator=generator)
+        # The small size lets the code's moving average follow its new vectors at once.
         self._set(source, restarted, size=self.restart_threshold * mean)
         return restarted.sum()
 
     def why_not_listed(self) -> str:
-        """Nothing against it. Codes on the unit sphere stay there: nearest by Euclid is then
-        nearest by cosine, whatever the vectors' length."""
+        """Return no reason: the codebook is a list.
+
+        With codes on the unit sphere, the nearest code by Euclidean distance is the nearest by
+        cosine for vectors of any length.
+        """
         return ""
 
     def listed_codes(self) -> Tensor:
-        """See `Quantizer.listed_codes`."""
+        """Return all codes, see `Quantizer.listed_codes`."""
         return self.codebook.detach().clone()
 
-    def _place(self, vectors: Tensor) -> Tensor:
-        """On the sphere, where that is asked."""
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        """Return the vectors, put on the unit sphere if `l2_normalize` is set."""
         return F.normalize(vectors, dim=1, eps=SMALLEST_NORM) if self.l2_normalize else vectors
 
     def _losses(self, vectors: Tensor, quantised: Tensor, codebook: Tensor) -> dict[str, Tensor]:
@@ -219,7 +253,7 @@ class VectorQuantizer(Quantizer):
                 vectors,
                 codebook,
                 temperature=self.entropy_temperature,
-                over_ranks=self.training,  # ranks may validate different numbers of batches
+                over_ranks=self.training,  # in validation ranks may have different batch numbers
             )
             losses |= {"sample_entropy": sample, "batch_entropy": batch}
         return losses
@@ -231,19 +265,22 @@ class VectorQuantizer(Quantizer):
         return statistics
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
-        """Appendix A.1 of arXiv:1711.00937, with Laplace smoothing of the counts."""
+        """Move the averages and the codes (arXiv:1711.00937, appendix A.1).
+
+        Laplace smoothing keeps the counts above 0.
+        """
         assert self.ema_decay is not None
         self.cluster_size.lerp_(counts, 1 - self.ema_decay)
         self.embed_sum.lerp_(sums, 1 - self.ema_decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
-        means = self._place(self.embed_sum / smoothed[:, None])
-        # Smoothing would draw a code that nothing chooses to the origin, and off the sphere.
-        alive = self.cluster_size[:, None] > SMALLEST_SIZE
-        self.weight.copy_(torch.where(alive, means, self.weight))
+        means = self._normalised(self.embed_sum / smoothed[:, None])
+        # Smoothing would pull a code that no vector chooses to the origin, off the sphere.
+        in_use = self.cluster_size[:, None] > SMALLEST_SIZE
+        self.weight.copy_(torch.where(in_use, means, self.weight))
 
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
-        """Put ``codes`` (K, D) where ``mask`` (K,) holds, with ``size`` vectors to their name."""
+        """Set ``codes`` (K, D) where ``mask`` (K,) is true, with an average of ``size`` vectors."""
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
         self.usage.masked_fill_(mask, 1.0)
         if self.ema_decay is not None:
@@ -252,23 +289,26 @@ class VectorQuantizer(Quantizer):
 
 
 def _counts(indices: Tensor, num_codes: int) -> Tensor:
-    """(K,), float32: exact, and added up like the sums."""
+    """Return the number of vectors of each code, (K,), float32 to be added like the sums."""
     ones = torch.ones(len(indices), device=indices.device)
     return torch.zeros(num_codes, device=indices.device).index_add_(0, indices, ones)
 
 
 def _sums(vectors: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Sum of the vectors (N, D) of each code, (K, D)."""
-    # The gradient of F.embedding: it sorts on a GPU, where index_add_ would add in any order and
-    # ranks would differ in the last digits.
+    """Return the sum of the vectors (N, D) of each code, (K, D)."""
+    # This is the gradient of F.embedding. On a GPU it sorts first. `index_add_` would add in any
+    # order there, so that ranks would differ in the last digits.
     return torch.ops.aten.embedding_dense_backward(vectors, indices, num_codes, -1, False)
 
 
 def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random vector for each code that is ``wanted`` (K,), none twice, without a host sync.
+    """Return a random vector for each code that is ``wanted`` (K,), without a host sync.
+
+    No vector is drawn twice.
 
     Returns:
-        Vectors (K, D), and for which codes they are, (K,): fewer than wanted if vectors run out.
+        Vectors (K, D), and a mask (K,) of the codes that got one. These are fewer than wanted if
+        there are not enough vectors.
     """
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     place = wanted.cumsum(0) - 1

@@ -1,7 +1,7 @@
-"""GAN losses, penalties on the discriminator, and VQGAN's adaptive weight (arXiv:2012.09841, eq.
-7).
+"""GAN losses, penalties on the discriminator, and VQGAN's adaptive weight.
 
-`B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image).
+`B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image). `D(x)`
+are the logits of the discriminator, positive for real images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,34 +15,45 @@ from latentvae.distributed import all_reduce_mean
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]); 1 when the discriminator says 0
-    everywhere. Lim & Ye 2017, arXiv:1705.02894, halved as VQGAN does."""
+    """Return 0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]), a scalar.
+
+    It is 1 if all logits are 0. Lim & Ye 2017, arXiv:1705.02894, halved as VQGAN does.
+    """
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
     )
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """-E[D(recon)]."""
+    """Return -E[D(recon)], a scalar."""
     return -fake_logits.float().mean()
 
 
 def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """-E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], the negative of Goodfellow et al.
-    2014, arXiv:1406.2661, eq. 1; 2 log 2 when the discriminator says 0 everywhere."""
+    """Return -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], a scalar.
+
+    It is the negative of Goodfellow et al. 2014, arXiv:1406.2661, eq. 1, and 2 log 2 if all logits
+    are 0.
+    """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
-    """-E[log sigmoid(D(recon))] (arXiv:1406.2661, section 3): its gradient does not vanish where
-    the discriminator is sure."""
+    """Return -E[log sigmoid(D(recon))], a scalar (arXiv:1406.2661, section 3).
+
+    Its gradient does not vanish where the discriminator is sure.
+    """
     return F.softplus(-fake_logits.float()).mean()
 
 
 @dataclass(frozen=True)
 class GANLoss:
-    """Both sides of a GAN loss: ``discriminator(real_logits, fake_logits)``,
-    ``generator(fake_logits)``; logits of any shape, positive for real, to a float32 scalar."""
+    """Both sides of a GAN loss, functions from logits of any shape to a float32 scalar.
+
+    Attributes:
+        discriminator: called with the logits of real images and of reconstructions.
+        generator: called with the logits of reconstructions.
+    """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
@@ -55,18 +66,20 @@ GAN_LOSSES = {
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406, eq. 9), a
-    scalar with a graph to the discriminator's parameters.
+    """Return 0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406).
 
-    D(x) is the mean of an image's logits, which is what the losses see of it. Its gradient's square
-    falls with the number of pixels, so the weight to use grows with it: StyleGAN2-ADA
-    (arXiv:2006.06676) takes 0.0002 * H * W / images per update.
+    This is its eq. 9. Here D(x) is the mean of an image's logits, because the losses see only this
+    mean. The square of its gradient falls with the number of pixels, so the weight should grow
+    with that number. StyleGAN2-ADA (arXiv:2006.06676) takes 0.0002 * H * W / images per update.
 
     Args:
-        discriminator: the bare network, not one wrapped by DDP, whose forward pass prepares a
-            reduction. With the loss that went through DDP it is sent back in one `backward`: each
-            parameter's hook then fires once, with the sum.
+        discriminator: the bare network. DDP's wrapper would prepare a reduction in its forward
+            pass. Add the penalty to the loss that went through DDP and call `backward` once, so
+            that the hook of each parameter fires once, with the sum.
         images: real images as the discriminator sees them, (B, C, H, W).
+
+    Returns:
+        A scalar with a graph to the discriminator's parameters.
     """
     images = images.detach().requires_grad_()
     logits = discriminator(images).reshape(len(images), -1).mean(1)  # (B,)
@@ -75,20 +88,23 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
 
 def lazy_weight(update: int, *, weight: float, interval: int) -> float:
-    """Weight of a penalty that is taken in every ``interval``-th update (from 0) alone, made up for
-    by a larger weight (arXiv:1912.04958, section 3.1); 0 in the other updates."""
+    """Return the weight in ``update`` (from 0) of a penalty that is not in every update.
+
+    It is ``interval`` times as large in every ``interval``-th update, and 0 in the others
+    (arXiv:1912.04958, section 3.1).
+    """
     return weight * interval if update % interval == 0 else 0.0
 
 
 class LeCam:
-    """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310): keeps the logits of real images
-    near the average of the fakes' and the other way round.
+    """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310).
 
-    A controller: `update` once per update; state in `state_dict`. The averages start at 0, where
-    the logits of a discriminator that has learnt nothing are.
+    It keeps the logits of real images near the average of the fakes', and the other way round. It
+    is a controller: call `update` once per update, and save `state_dict`. The averages start at 0,
+    because an untrained discriminator has logits near 0.
 
     Args:
-        decay: of the averages, per update.
+        decay: decay of the averages per update.
         device: where the logits are.
     """
 
@@ -97,40 +113,48 @@ class LeCam:
         self.anchors = torch.zeros(2, device=device)  # average logits: real, fake
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """E[(D(x) - average fake)^2] + E[(D(recon) - average real)^2] (eq. 4), a scalar."""
+        """Return E[(D(x) - average fake)^2] + E[(D(recon) - average real)^2] (eq. 4), a scalar."""
         real_anchor, fake_anchor = self.anchors.unbind()
         return (real_logits.float() - fake_anchor).square().mean() + (
             fake_logits.float() - real_anchor
         ).square().mean()
 
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Move the averages towards this update's mean logits, of this rank; reduced here."""
+        """Move the averages towards the mean logits of this update, taken over all ranks.
+
+        Args:
+            real_mean, fake_mean: mean logits on this rank.
+        """
         means = all_reduce_mean(torch.stack([real_mean, fake_mean]).float())
         self.anchors = self.anchors.lerp(means, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages by name."""
         return {"anchors": self.anchors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the averages to those of a `state_dict`."""
         self.anchors = state["anchors"].to(self.anchors)
 
 
 def adaptive_weight(
     recon: Tensor, last_layer: Tensor, *, nll_grad: Tensor, adversarial_grad: Tensor, cap: float
 ) -> Tensor:
-    """|d nll / d W| / (|d adversarial / d W| + 1e-4), capped, for the weight W of the decoder's
-    last layer.
+    """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
-    The gradients with respect to ``recon`` are known already, so this costs two backward passes
-    through one convolution and none through the decoder. Both are averaged over ranks before the
-    norms are taken.
+    W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
+    known, so this costs two backward passes through one convolution and none through the decoder.
+    Both gradients are averaged over ranks before their norms are taken.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).
         last_layer: W, the weight of the convolution that made ``recon``.
         nll_grad: d nll / d recon, same shape as ``recon``.
-        adversarial_grad: d adversarial / d recon.
+        adversarial_grad: d adversarial / d recon, same shape as ``recon``.
         cap: largest weight returned.
+
+    Returns:
+        A scalar without graph.
     """
     norms = []
     for grad in (nll_grad, adversarial_grad):
@@ -141,18 +165,18 @@ def adaptive_weight(
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """The discriminator's part in an update.
+    """The discriminator and its options in one update.
 
     Attributes:
-        discriminator: the bare network. The model's part only needs the gradient at the
-            reconstruction, which no rank shares.
-        prepared: the same network as DDP and autocast wrap it, for its own update.
-        factor: weight of the adversarial term in the model's loss now, before any balance; see
-            `objective.adversarial_weight`.
+        discriminator: the bare network, for the model's loss. That loss needs only the gradient at
+            the reconstruction, which ranks do not share.
+        prepared: the same network wrapped by DDP and autocast, for its own step.
+        factor: weight of the adversarial term in the model's loss now, before the adaptive weight.
+            See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
-        augment: policy of `diff_augment`, for all that the discriminator sees.
-        r1_weight: weight of the R1 penalty in this update; 0 leaves it out.
-        lecam: LeCam's averages; None leaves it out. The loop updates them, once per update.
+        augment: policy of `diff_augment` for all images that the discriminator sees.
+        r1_weight: weight of the R1 penalty in this update. 0 leaves it out.
+        lecam: LeCam's averages. None leaves it out. The training loop updates them once per update.
         lecam_weight: weight of the LeCam penalty.
     """
 

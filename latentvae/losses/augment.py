@@ -1,10 +1,10 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): what the discriminator sees, real or not, is
-changed at random, and the gradient to the reconstruction passes through.
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random changes with a gradient.
 
-Random numbers come from the global generator, which the training loop seeds for each micro-step;
-each image has its own.
+All images that the discriminator sees are changed at random, real ones and reconstructions. The
+gradient to the reconstruction passes through the change. Each image has its own random numbers.
+They come from the global generator, which the training loop seeds for each micro-step.
 
-`B` batch, `C` channels, `H W` space. Images are in [-1, 1]; 0 fills what comes in from outside.
+`B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,24 +15,30 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-_TRANSLATION = 1 / 8  # of the side, either way
-_CUTOUT = 1 / 2  # of the side
+_TRANSLATION = 1 / 8  # largest shift, as a share of the side
+_CUTOUT = 1 / 2  # side of the cut, as a share of the image's side
 
 
 def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
-    """``images`` (B, C, H, W) under each augmentation of ``policy`` in turn, keys of
-    `AUGMENTATIONS`; the images themselves for an empty one."""
+    """Return ``images`` (B, C, H, W) changed by each augmentation of ``policy``, one after another.
+
+    Args:
+        policy: keys of `AUGMENTATIONS`. With an empty policy the images come back unchanged.
+
+    Raises:
+        UserError: there is no such augmentation.
+    """
     for name in policy:
         if name not in AUGMENTATIONS:
             allowed = ", ".join(AUGMENTATIONS)
             hint = nearest(name, AUGMENTATIONS)
-            raise UserError(f"no augmentation '{name}': it must be among {allowed}{hint}")
+            raise UserError(f"An augmentation must be one of {allowed} (got '{name}'){hint}")
         images = AUGMENTATIONS[name](images)
     return images
 
 
 def color(images: Tensor) -> Tensor:
-    """Brightness by +-0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
+    """Shift brightness by +-0.5, multiply saturation by 0 to 2 and contrast by 0.5 to 1.5."""
     images = images + (_uniform(images) - 0.5)
     grey = images.mean(dim=1, keepdim=True)
     images = grey + (images - grey) * (2.0 * _uniform(images))
@@ -45,13 +51,13 @@ def translation(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     rows = _shifted(images, height)[:, None, :, None]  # (B, 1, H, 1)
     columns = _shifted(images, width)[:, None, None, :]  # (B, 1, 1, W)
-    images = F.pad(images, (1, 1, 1, 1))  # of which all that lies outside is taken
+    images = F.pad(images, (1, 1, 1, 1))  # this border stands for all pixels outside
     images = images.gather(2, rows.expand(-1, images.shape[1], -1, width + 2))
     return images.gather(3, columns.expand(-1, images.shape[1], height, -1))
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Half of each side set to 0, about a centre anywhere in the image."""
+    """Set a rectangle of half the image's sides to 0, with its centre anywhere in the image."""
     height, width = images.shape[2:]
     rows = _cut(images, height)[:, None, :, None]
     columns = _cut(images, width)[:, None, None, :]
@@ -66,19 +72,19 @@ AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _uniform(images: Tensor) -> Tensor:
-    """U(0, 1) for each image, (B, 1, 1, 1)."""
+    """Return a number from U(0, 1) for each image, (B, 1, 1, 1)."""
     return torch.rand(len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
 
 
 def _shifted(images: Tensor, size: int) -> Tensor:
-    """Where each pixel of a side comes from in the side padded by one, (B, size)."""
+    """Return the place in the padded side that each pixel of a side comes from, (B, size)."""
     most = int(size * _TRANSLATION + 0.5)
     shift = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
     return (torch.arange(size, device=images.device) + shift + 1).clamp(0, size + 1)
 
 
 def _cut(images: Tensor, size: int) -> Tensor:
-    """Which pixels of a side are cut out, (B, size)."""
+    """Return which pixels of a side are cut out, (B, size)."""
     length = int(size * _CUTOUT + 0.5)
     centre = torch.randint(size + 1 - length % 2, (len(images), 1), device=images.device)
     distance = torch.arange(size, device=images.device) - (centre - length // 2)

@@ -1,10 +1,9 @@
-"""Images of any channels as RGB, for networks that know RGB alone: LPIPS, every discriminator, the
-eye.
+"""Images of any channels as RGB, for LPIPS, the discriminators and pictures to look at.
 
-One channel is repeated. Of four, the last is alpha (-1 transparent, 1 opaque), and colours lie over
-a background. In training that is a random colour for each image, the same under an image and its
-reconstruction, so that neither a colour where nothing shows nor one certain background can be
-learned; elsewhere it is mid-grey.
+One channel is repeated. The last of four channels is alpha (-1 transparent, 1 opaque), and the
+colours are laid over a background. In training the background is a random colour for each image,
+the same under an image and its reconstruction. So the model can learn neither one background nor
+colours that nobody sees. Elsewhere the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """
@@ -16,11 +15,12 @@ MID_GREY = 0.0
 
 
 def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
-    """(B, C, H, W) to (B, 3, H, W), with the gradient; RGB is given back as it is.
+    """Return images (B, C, H, W) as RGB (B, 3, H, W), with their gradient.
+
+    RGB images come back unchanged.
 
     Args:
-        background: what lies under images with alpha: a grey, or colours that broadcast to
-            (B, 3, H, W).
+        background: a grey, or colours that broadcast to (B, 3, H, W). Images with alpha lie on it.
     """
     channels = images.shape[1]
     if channels == 3:
@@ -28,14 +28,17 @@ def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
     if channels == 1:
         return images.expand(-1, 3, -1, -1)
     if channels != 4:
-        raise ValueError(f"images have 1, 3 or 4 channels, not {channels}")
+        raise ValueError(f"Images must have 1, 3 or 4 channels (got {channels}).")
     colour, alpha = images[:, :3], (images[:, 3:] + 1) / 2
     return background + alpha * (colour - background)
 
 
 def random_background(images: Tensor) -> Tensor | float:
-    """A colour (B, 3, 1, 1) for each of images with alpha, uniform in [-1, 1], from the global
-    generator, which the training loop seeds per micro-step; nothing is drawn for others."""
+    """Return a colour (B, 3, 1, 1) for each image with alpha, uniform in [-1, 1].
+
+    It comes from the global generator, which the training loop seeds per micro-step. For images
+    without alpha it is mid-grey, and no random number is drawn.
+    """
     if images.shape[1] != 4:
         return MID_GREY
     return 2 * torch.rand(len(images), 3, 1, 1, dtype=images.dtype, device=images.device) - 1

@@ -9,43 +9,59 @@ from latentvae.option_marks import Count, MayChange, Positive, Section
 
 
 class DiscriminatorConfig(Section):
-    """The discriminator, its loss and what keeps it stable."""
+    """The discriminator, its loss and its regularisation."""
 
     disc_type: Literal["patch", "stylegan"] = Field(
         default="patch",
-        description="Logits of image patches (PatchGAN), or one per image (StyleGAN2's).",
+        description=(
+            "Kind of discriminator. patch: one logit per image patch (PatchGAN). stylegan: one "
+            "logit per image (StyleGAN2)."
+        ),
     )
     disc_norm: Literal["group", "spectral", "none"] | None = Field(
         default=None,
-        description="Norm of the patch discriminator, by default group; stylegan has none.",
+        description="Norm of the patch discriminator. Default: group. stylegan has no norm.",
     )
     disc_loss: Literal["hinge", "non_saturating"] = Field(
-        default="hinge", description="GAN loss of both sides."
+        default="hinge", description="GAN loss of the model and of the discriminator."
     )
     disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
-        default=(), description="DiffAugment of all that the discriminator sees."
+        default=(),
+        description=(
+            "DiffAugment of all images that the discriminator sees. Use it when there are few "
+            "training images."
+        ),
     )
     disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description=(
-            "Weight of the R1 penalty on real images, for an image's mean logit; StyleGAN2's rule "
-            "is 0.0002 * resolution^2 / images per update."
+            "Weight of the R1 penalty on real images. It is for an image's mean logit. StyleGAN2's "
+            "rule is 0.0002 * resolution^2 / images per update."
         ),
     )
     disc_r1_interval: Positive = Field(
-        default=1, description="Take R1 in every so many updates, weighted up by as much."
+        default=1,
+        description=(
+            "Compute R1 only in every so many updates, with a weight that is as many times larger."
+        ),
     )
     disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="Weight of LeCam regularisation; 0 leaves it out."
+        default=0.0,
+        description=(
+            "Weight of LeCam regularisation, which helps when there are few images. 0 leaves it "
+            "out."
+        ),
     )
 
     disc_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.5, description="Weight of the adversarial term; 0 leaves the discriminator out."
+        default=0.5,
+        description="Weight of the adversarial term. 0 leaves the discriminator out.",
     )
     disc_start: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5,
         description=(
-            "Update in which the discriminator starts. Below 1: a share of max_train_steps."
+            "Update in which the discriminator starts. A value below 1 is a share of "
+            "max_train_steps."
         ),
     )
     disc_warmup_steps: Count = Field(
@@ -58,26 +74,27 @@ class DiscriminatorConfig(Section):
     disc_ramp_steps: Count = Field(
         default=1000,
         description=(
-            "Updates over which the adversarial weight then grows from 0; the discriminator "
+            "Updates after that over which the adversarial weight grows from 0. The discriminator "
             "learns in each of them."
         ),
     )
     disc_adaptive_weight: bool = Field(
         default=True,
         description=(
-            "Balance the adversarial against the reconstruction gradient at the last layer."
+            "Multiply the adversarial weight by the ratio of the gradients of reconstruction and "
+            "adversarial loss at the decoder's last layer (VQGAN)."
         ),
     )
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
         description=(
-            "Largest adaptive weight. Losses are means here: Stable Diffusion's cap of 1e4 on sums "
-            "is 1e4 / (3 * resolution^2), 0.05 at 256 px."
+            "Largest adaptive weight. Losses are means here, so Stable Diffusion's cap of 1e4 on "
+            "sums is 1e4 / (3 * resolution^2), which is 0.05 at 256 px."
         ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,
-        description="Peak learning rate of the discriminator; it follows the model's schedule.",
+        description="Peak learning rate of the discriminator. It follows the model's schedule.",
     )
     disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
         default=64, description="Width of the discriminator's first layer."
@@ -85,8 +102,8 @@ class DiscriminatorConfig(Section):
     disc_layers: Positive | None = Field(
         default=None,
         description=(
-            "Number of layers that halve the feature map. Default: 3 for patch (it then sees "
-            "patches of 70 pixels); for stylegan as many as leave 4 pixels on the shorter side."
+            "Number of layers that halve the feature map. Default for patch: 3, whose patches have "
+            "70 pixels a side. Default for stylegan: as many as leave 4 pixels on the shorter side."
         ),
     )
 
@@ -104,7 +121,7 @@ class DiscriminatorConfig(Section):
         if self.disc_norm not in (None, "none", *DISCRIMINATORS[self.disc_type].norms):
             others = [name for name, kind in DISCRIMINATORS.items() if self.disc_norm in kind.norms]
             raise ValueError(
-                f"disc_norm {self.disc_norm} is for the {' or '.join(others)} discriminator; "
-                f"{self.disc_type} has none"
+                f"disc_norm {self.disc_norm} is for the {' or '.join(others)} discriminator, but "
+                f"{self.disc_type} has no norm. Leave disc_norm out."
             )
         return self

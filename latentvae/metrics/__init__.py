@@ -1,4 +1,4 @@
-"""How good reconstructions are, and what latents are like. Each file is imported by its name."""
+"""Metrics of reconstructions and of latents. Each file is imported by its name."""
 
 from latentvae.metrics.image import ms_ssim, psnr, round_alike, ssim, to_8bit
 

@@ -1,9 +1,10 @@
-"""A mean over images and the interval that says how far it can be trusted, in constant memory.
+"""A mean over images and its confidence interval, in constant memory.
 
-The interval is the Poisson bootstrap's: instead of drawing n of n images, a resample gives each
-image a weight from Poisson(1), so that images may stream by and their number need not be known
-(Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006; Chamandy et al. 2012,
-https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/).
+The interval is that of the Poisson bootstrap. A resample does not draw n of n images. It gives each
+image a weight from Poisson(1), so images can come as a stream of unknown length.
+
+Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
+2012, https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/.
 """
 
 import math
@@ -18,8 +19,14 @@ SEED = 0
 
 
 class Interval(TypedDict):
-    """A mean over images, its 95 % bootstrap interval, over how many images, and how many of them
-    had an infinite value, which is left out of the mean. One value has no interval."""
+    """A mean over images with its interval.
+
+    Attributes:
+        mean: mean of the finite values.
+        ci95: 95 % bootstrap interval of the mean. One value has none.
+        images: number of images.
+        infinite: how many of them had an infinite value, which the mean leaves out.
+    """
 
     mean: float
     ci95: list[float] | None
@@ -27,12 +34,12 @@ class Interval(TypedDict):
     infinite: int
 
 
-@lru_cache(maxsize=64)  # 1 MB: the accumulators of all metrics share the weights of a batch
+@lru_cache(maxsize=64)  # 1 MB, so that the accumulators of all metrics share a batch's weights
 def resample_weights(index: int) -> NDArray[np.float64]:
-    """How often each resample drew the image of this index, (2000,), read-only.
+    """Return how often each resample drew the image of this index, (2000,), read-only.
 
-    It depends on the index alone, so all models and metrics measured on the same images are
-    resampled alike.
+    The weights depend only on the index. So all models and metrics that are measured on the same
+    images have the same resamples.
     """
     draws = np.random.default_rng((SEED, index))
     weights = draws.poisson(1.0, NUM_RESAMPLES).astype(np.float64)
@@ -41,13 +48,14 @@ def resample_weights(index: int) -> NDArray[np.float64]:
 
 
 class BootstrapMean:
-    """Running mean of one value per image with its 95 % percentile interval (2,000 resamples).
+    """The running mean of one value per image, with its 95 % percentile interval.
 
-    Equal images have an infinite PSNR: such values are counted, not averaged.
+    It has 2,000 resamples. Infinite values, such as the PSNR of equal images, are counted but do
+    not enter the mean.
 
-    psnr = BootstrapMean()
-    psnr.update(31.4, index=0)  # once per image, in any order
-    psnr.result()["ci95"]
+        psnr = BootstrapMean()
+        psnr.update(31.4, index=0)  # once per image, in any order
+        psnr.result()["ci95"]
     """
 
     def __init__(self) -> None:
@@ -58,29 +66,31 @@ class BootstrapMean:
         self._means = np.zeros(NUM_RESAMPLES)  # weighted mean of each resample
 
     def update(self, value: float, *, index: int) -> None:
-        """Take in an image's value.
+        """Add an image's value.
 
         Args:
             value: any number or +inf.
-            index: of the image in its data set, from 0; each at most once.
+            index: place of the image in its data set, from 0. Use each index at most once.
         """
         if math.isnan(value) or value == -math.inf:
-            raise ValueError(f"the value of image {index} is {value}; it must be a number or +inf")
+            raise ValueError(
+                f"The value of image {index} must be a finite number or +inf (got {value})."
+            )
         if value == math.inf:
             self._infinite += 1
             return
         weights = resample_weights(index)
         self._finite += 1
         self._weights += weights
-        # Running means, not sums: equal values stay exactly what they are.
+        # Running means instead of sums keep a mean of equal values exact.
         self._mean += (value - self._mean) / self._finite
         share = np.divide(weights, self._weights, out=np.zeros_like(weights), where=weights > 0)
         self._means += share * (value - self._means)
 
     def result(self) -> Interval:
-        """Mean and interval of the finite values; infinity where there are only infinite ones."""
+        """Return mean and interval of the finite values, or infinity if all are infinite."""
         if self._finite + self._infinite == 0:
-            raise ValueError("a mean needs at least one value")
+            raise ValueError("A mean needs at least one value (got none).")
         mean, low, high = (self._mean, *self._percentiles()) if self._finite else (math.inf,) * 3
         return {
             "mean": mean,
@@ -90,11 +100,13 @@ class BootstrapMean:
         }
 
     def _percentiles(self) -> tuple[float, float]:
-        drawn = self._means[self._weights > 0]  # of few images a resample may have drawn none
+        # With few images, a resample may have drawn none of them.
+        drawn = self._means[self._weights > 0]
         low, high = np.percentile(drawn, [2.5, 97.5])
         return float(low), float(high)
 
     def state_dict(self) -> dict[str, np.ndarray]:
+        """Return all sums by name."""
         return {
             "finite": np.asarray(self._finite),
             "infinite": np.asarray(self._infinite),
@@ -104,6 +116,7 @@ class BootstrapMean:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Set all sums to those of a `state_dict`."""
         self._finite, self._infinite = int(state["finite"]), int(state["infinite"])
         self._mean = float(state["mean"])
         self._weights, self._means = state["weights"].copy(), state["means"].copy()

@@ -1,10 +1,13 @@
 """PSNR, SSIM and MS-SSIM of image pairs, one value per image.
 
-`B` batch, `C` channels, `H W` space. Images are float in [-1, 1]; round them with `to_8bit` first
-for numbers that hold for the saved pictures. SSIM is Wang et al. 2004 (window: Gaussian of sigma
-1.5 over 11 x 11 pixels, valid positions only, per channel, then the mean); MS-SSIM is Wang et al.
-2003 (five scales, 2 x 2 mean between them, negative terms taken as 0). LPIPS is in
-`losses.perceptual`.
+Images are float in [-1, 1]. For the numbers of saved pictures, round them with `to_8bit` first.
+
+- SSIM is Wang et al. 2004. Its window is a Gaussian of sigma 1.5 over 11 x 11 pixels, at valid
+  positions only. It is measured per channel, then averaged.
+- MS-SSIM is Wang et al. 2003: five scales, 2 x 2 means between them, negative terms count as 0.
+- LPIPS is in `losses.perceptual`.
+
+`B` batch, `C` channels, `H W` space.
 """
 
 import torch
@@ -19,34 +22,37 @@ from latentvae.errors import UserError
 
 SIGMA = 1.5  # pixels
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
-SSIM_MIN_SIZE = 11  # pixels a side: one window
-MS_SSIM_MIN_SIZE = 161  # pixels a side: one window is left at the fifth scale
+SSIM_MIN_SIZE = 11  # pixels a side, for one window
+MS_SSIM_MIN_SIZE = 161  # pixels a side, for one window at the fifth scale
 
 
 def to_8bit(images: Tensor) -> Tensor:
     """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1].
 
-    Equal levels are equal floats on every device: GPUs multiply by the reciprocal of a Python
-    number, but divide by a tensor.
+    Equal levels are equal floats on every device. This needs the division by a tensor, because
+    GPUs replace the division by a Python number by a product with its reciprocal.
     """
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels / levels.new_tensor(127.5) - 1
 
 
 def round_alike(recon: Tensor, images: Tensor) -> Tensor:
-    """Reconstructions as they would be stored beside their images, in [-1, 1]: rounded to 8 bits
-    where the image is of 8 bits, that is, all its values are on the 256 levels; else only clamped
-    (rounding to 16 bits would cap PSNR at 107 dB, far above any reconstruction)."""
+    """Return reconstructions as they would be stored in the format of their images, in [-1, 1].
+
+    A reconstruction is rounded to 8 bits if its image has 8 bits, which means that all values are
+    on the 256 levels. Otherwise it is only clamped. (Rounding to 16 bits would cap PSNR at 107 dB,
+    far above any reconstruction.)
+    """
     is_8bit = (to_8bit(images) == images).flatten(1).all(1)  # (B,)
     return torch.where(is_8bit[:, None, None, None], to_8bit(recon), recon.float().clamp(-1, 1))
 
 
 @torch.no_grad()
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE), the MSE over all of an image.
+    """Return the peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE).
 
-    The peak is the width of [-1, 1], so the value is that of 8-bit pictures with peak 255. Equal
-    images give infinity.
+    The MSE is a mean over all elements of an image. The peak is the width of [-1, 1], so the value
+    is that of 8-bit pictures with peak 255. Equal images give infinity.
     """
     _check_shapes(images, recon, minimum=1, metric="PSNR")
     return peak_signal_noise_ratio(
@@ -56,14 +62,20 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ssim(images: Tensor, recon: Tensor) -> Tensor:
-    """Structural similarity, (B,), 1 for equal images; sides of at least 11 pixels."""
+    """Return the structural similarity, (B,), 1 for equal images.
+
+    Images need sides of at least 11 pixels.
+    """
     _check_shapes(images, recon, minimum=SSIM_MIN_SIZE, metric="SSIM")
     return _similarity(_unit_range(images), _unit_range(recon))
 
 
 @torch.no_grad()
 def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
-    """Multi-scale structural similarity, (B,), 1 for equal images; None below 161 pixels a side."""
+    """Return the multi-scale structural similarity, (B,), 1 for equal images.
+
+    It is None if a side has fewer than 161 pixels.
+    """
     _check_shapes(images, recon, minimum=1, metric="MS-SSIM")
     if min(images.shape[2:]) < MS_SSIM_MIN_SIZE:
         return None
@@ -76,7 +88,10 @@ def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
 
 
 def _similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Mean SSIM, (B,). torchmetrics' own mean also counts the border, where it reflects images."""
+    """Return the mean SSIM without the border, (B,).
+
+    torchmetrics' own mean counts the border too, where it reflects images.
+    """
     _, maps = structural_similarity_index_measure(
         y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_full_image=True
     )
@@ -85,7 +100,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _contrast(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of SSIM's contrast and structure terms, (B,), without the border."""
+    """Return the mean of SSIM's contrast and structure terms without the border, (B,)."""
     _, contrast = structural_similarity_index_measure(
         y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_contrast_sensitivity=True
     )
@@ -93,20 +108,22 @@ def _contrast(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _halve(images: Tensor) -> Tensor:
-    """Means of 2 x 2 pixels; an odd side's last line is doubled, as in the authors' code."""
+    """Return means of 2 x 2 pixels. The last line of an odd side is doubled, as the authors do."""
     height, width = images.shape[2:]
     return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
 
 
 def _unit_range(images: Tensor) -> Tensor:
-    """To [0, 1]: SSIM compares means with its constants, so it depends on where zero lies."""
+    """Return images in [0, 1]. SSIM needs them, because its constants depend on the range."""
     return (images.float() + 1) / 2
 
 
 def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int, metric: str) -> None:
     if images.shape != recon.shape or images.ndim != 4:
         shapes = f"{tuple(images.shape)} and {tuple(recon.shape)}"
-        raise ValueError(f"{metric} compares two (B, C, H, W) tensors of one shape, not {shapes}")
+        raise ValueError(
+            f"{metric} needs two (B, C, H, W) tensors of the same shape (got {shapes})."
+        )
     if min(images.shape[2:]) < minimum:
         size = " x ".join(map(str, images.shape[2:]))
-        raise UserError(f"{metric} needs images of at least {minimum} pixels a side, not {size}")
+        raise UserError(f"{metric} needs images of at least {minimum} pixels a side (got {size}).")

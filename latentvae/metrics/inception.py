@@ -1,9 +1,9 @@
-"""The Inception-v3 network of FID, with its true weights or not at all.
+"""The Inception-v3 network of FID, only with its true weights.
 
-FID is defined by one network: the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
-https://arxiv.org/abs/1706.08500), ported to torch by torch-fidelity
-(https://github.com/toshas/torch-fidelity), with its resize to 299 pixels. Any other weights give
-numbers that look like FID and are not.
+FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
+https://arxiv.org/abs/1706.08500), with its resize to 299 pixels. torch-fidelity ported it to torch
+(https://github.com/toshas/torch-fidelity). Other weights give numbers that look like FID but are
+not comparable.
 
 `B` batch, `H W` space.
 """
@@ -22,7 +22,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features before the classifier; frozen, always in eval mode."""
+    """The network up to the 2,048 features before the classifier, frozen, always in eval mode."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,10 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(B, 2048), float32, of images (B, 3, H, W) in [-1, 1], rounded to 8 bits first."""
+        """Return features (B, 2048), float32, of images (B, 3, H, W) in [-1, 1].
+
+        The images are rounded to 8 bits first.
+        """
         pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         with torch.autocast(device_type=images.device.type, enabled=False):
             (features,) = self.network(pixels)
@@ -44,20 +47,20 @@ class InceptionFeatures(nn.Module):
 def load_inception(
     weights: str | Path | None = None, *, allow_download: bool = False
 ) -> InceptionFeatures:
-    """FID's Inception on the CPU, with the true weights.
+    """Return FID's Inception on the CPU, with the true weights.
 
     Args:
-        weights: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity (91 MB).
-        allow_download: Without a path the file is taken from the torch hub cache; fetch it if it
-            is not there.
+        weights: path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth` (91 MB).
+            Default: the file in the torch hub cache.
+        allow_download: download the file if it is not in the cache.
 
     Raises:
-        UserError: torch-fidelity is not installed; there is no file; it is another one.
+        UserError: torch-fidelity is not installed, there is no file, or the file is another one.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError("rfid needs torch-fidelity: run `pip install latentvae[fid]`") from error
+        raise UserError("rfid needs torch-fidelity. Run `pip install latentvae[fid]`.") from error
     path = _named_file(Path(weights)) if weights is not None else _cached_file(allow_download)
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=_read(path)
@@ -66,17 +69,17 @@ def load_inception(
 
 
 def _read(path: Path) -> io.BytesIO:
-    """The file's tensors, saved anew.
+    """Return a file in memory with the tensors of the given file.
 
-    torch-fidelity reads its file with `weights_only=False`, which can run what a file holds. So
-    the file is checked, read safely, and torch-fidelity gets a copy of ours.
+    torch-fidelity reads its file with `weights_only=False`, which can run code from a file. So we
+    check the file, read it safely, and give torch-fidelity a copy that we wrote.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != SHA256:
             raise UserError(
-                f"'{path}' is not FID's Inception: its sha256 begins with {digest[:8]}, that of "
-                f"{URL} with {SHA256[:8]}"
+                f"'{path}' is not FID's Inception: its sha256 begins with {digest[:8]}, but that "
+                f"of {URL} begins with {SHA256[:8]}."
             )
         file.seek(0)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -91,17 +94,25 @@ def _named_file(path: Path) -> Path:
         return path
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(path.name, siblings)
-    raise UserError(f"no Inception weights at '{path}': the file of {URL} is needed{hint}")
+    raise UserError(
+        f"The Inception weights of rfid must be the file of {URL}, but '{path}' does not exist"
+        f"{hint}"
+    )
 
 
 def _cached_file(allow_download: bool) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     if not path.is_file() and not allow_download:
-        raise UserError(f"rfid needs a path to the Inception weights, or leave to fetch {URL}")
+        raise UserError(
+            "rfid needs the Inception weights. Give the path of the file, or allow the download "
+            f"from {URL}"
+        )
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"could not download {URL} ({error}): fetch it and name it") from error
+            raise UserError(
+                f"Could not download {URL} ({error}). Fetch the file yourself and give its path."
+            ) from error
     return path

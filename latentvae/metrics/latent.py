@@ -1,9 +1,9 @@
-"""What latents are like: moments, information, dead and doubled channels, scale.
+"""Health of latents: moments, information, dead and redundant channels, scale.
 
-Sums are kept in float64 and joined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
-https://doi.org/10.2172/1028931). Active units are Burda et al. 2016's
-(https://arxiv.org/abs/1509.00519, section 5.4), with a channel over all images and positions as
-the unit. A channel is dead where the decoder learns next to nothing from it.
+Sums are in float64 and are joined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
+https://doi.org/10.2172/1028931). Active units are those of Burda et al. 2016
+(https://arxiv.org/abs/1509.00519, section 5.4). A unit is a channel over all images and positions.
+A channel is dead if it tells the decoder next to nothing.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -18,68 +18,87 @@ from torch import Tensor
 
 from latentvae.moments import RunningMoments
 
-ACTIVE_VARIANCE = 0.01  # of the posterior mean, Burda et al. 2016
-DEAD_SIGNAL_TO_NOISE = 0.01  # variance of the posterior mean / mean posterior variance
-DEAD_RELATIVE_STD = 1e-3  # of the channels' median, where there is no posterior
-CONSTANT_STD = 1e-8  # pooled, below which no scale can be measured
-SCALE_TOLERANCE = 0.2  # of the scaled latents' standard deviation, from 1
-SHIFT_TOLERANCE = 0.25  # of the shifted latents' mean from 0, in their standard deviations
+# A channel is active if its posterior mean has more variance (Burda et al. 2016).
+ACTIVE_VARIANCE = 0.01
+# A channel is dead if (variance of the posterior mean) / (mean posterior variance) is at most this.
+DEAD_SIGNAL_TO_NOISE = 0.01
+# Without a posterior it is dead if (its std) / (median std of all channels) is at most this.
+DEAD_RELATIVE_STD = 1e-3
+# Latents with a smaller pooled std count as constant: their scale cannot be measured.
+CONSTANT_STD = 1e-8
+# Warn if the std of the scaled latents differs from 1 by more than this.
+SCALE_TOLERANCE = 0.2
+# Warn if the mean of the scaled latents is more than so many standard deviations from 0.
+SHIFT_TOLERANCE = 0.25
+# Warn if one channel's std is more than so many times another's.
 STD_RATIO = 4.0
+# Warn if two channels are correlated by more than this.
 HIGH_CORRELATION = 0.9
 
 
 class Correlation(TypedDict):
+    """The correlation of two channels."""
+
     value: float
     channels: list[int]
 
 
 class LatentScale(TypedDict):
-    """The scale that latents have beside the one their config gives them.
+    """The measured scale of latents, and the scale of their config.
 
-    `measured_*` are 1 / std and mean of all latents together, of posterior samples where there is
-    a posterior; `scaled_mean` and `scaled_std` are those of latents normalised as the config says.
+    `measured_*` are 1 / std and mean of all latents together. With a posterior they are those of
+    its samples. `scaled_mean` and `scaled_std` are of latents normalised by the config.
     """
 
     config_scaling_factor: float | None
     config_shift_factor: float | None
-    measured_scaling_factor: float | None  # None: the latents are constant
+    measured_scaling_factor: float | None  # None if the latents are constant
     measured_shift_factor: float
-    scaled_mean: float | None  # None: the config gives no scaling_factor
+    scaled_mean: float | None  # None if the config has no scaling_factor
     scaled_std: float | None
 
 
-class LatentReport(TypedDict):
-    """Per channel unless said; of the posterior's mean where there is a posterior."""
+class _Information(TypedDict):
+    kl_nats: list[float] | None  # KL to N(0, 1), mean per latent element
+    kl_bits: list[float] | None
+    active_units: int | None  # number of active channels. None without a posterior.
+    active: list[bool] | None
+
+
+class LatentReport(_Information):
+    """What `LatentHealth` measures. Lists are by channel.
+
+    With a posterior, the moments are those of its mean.
+    """
 
     images: int
     mean: list[float]
     std: list[float]
-    sample_std: list[float]  # of posterior samples; `std` without a posterior
+    sample_std: list[float]  # std of posterior samples. Without a posterior, the same as `std`.
     minimum: list[float]
     maximum: list[float]
-    kurtosis: list[float | None]  # excess: 0 for a Gaussian; None for a constant channel
-    kl_nats: list[float] | None  # mean per latent element, from N(0, 1)
-    kl_bits: list[float] | None
-    active_units: int | None  # how many channels are active; None without a posterior
-    active: list[bool] | None
+    kurtosis: list[float | None]  # excess, 0 for a Gaussian. None for a constant channel.
     dead_channels: list[int]
-    correlation: list[list[float]]  # (d, d); 0 where a channel is constant
-    largest_correlation: Correlation | None  # in size, of two channels that are not dead
+    correlation: list[list[float]]  # (d, d). 0 if a channel is constant.
+    largest_correlation: Correlation | None  # by absolute value, without dead channels
     scale: LatentScale
     warnings: list[str]
 
 
 class LatentHealth:
-    """Collects what `LatentReport` says, over any number of batches.
+    """Measures a `LatentReport` over any number of batches.
 
-    health = LatentHealth(num_channels=4)
-    health.update(posterior.mean, logvar=posterior.logvar)  # (B, d, h, w) each
-    health.result(scaling_factor=0.18215, shift_factor=None)["warnings"]
+        health = LatentHealth(num_channels=4)
+        health.update(posterior.mean, logvar=posterior.logvar)  # (B, d, h, w) each
+        health.result(scaling_factor=0.18215, shift_factor=None)["warnings"]
+
+    Args:
+        num_channels: d.
     """
 
     def __init__(self, num_channels: int) -> None:
         self._images = 0
-        self._moments = RunningMoments(num_channels, covariance=True)  # of all positions
+        self._moments = RunningMoments(num_channels, covariance=True)  # over all positions
         zeros = torch.zeros(num_channels, dtype=torch.float64)
         self._sums = {
             "third": zeros.clone(),  # powers about the mean
@@ -89,30 +108,34 @@ class LatentHealth:
             "kl": zeros.clone(),
             "variance": zeros.clone(),  # of the posteriors
         }
-        self._posterior: bool | None = None  # None: nothing seen
+        self._posterior: bool | None = None  # None until the first batch
 
     @property
     def positions(self) -> int:
-        """Latent positions seen; a report needs 2."""
+        """Number of latent positions seen. A report needs 2."""
         return self._moments.count
 
     def update(self, mean: Tensor, *, logvar: Tensor | None = None) -> None:
-        """Take in a batch of latents, (B, d, h, w).
+        """Add a batch of latents, (B, d, h, w).
 
         Args:
-            mean: of the posteriors, or the latents themselves where there are none.
-            logvar: log-variances of the posteriors; given always or never.
+            mean: means of the posteriors, or the latents themselves if there is no posterior.
+            logvar: log-variances of the posteriors. Give them with every batch or with none.
+
+        Raises:
+            ValueError: shapes do not fit, or a value is not finite.
         """
         rows = self._rows(mean)
         if self._posterior not in (None, logvar is not None):
-            raise ValueError("log-variances come with every batch of latents or with none")
+            raise ValueError("Log-variances must come with every batch of latents or with none.")
         if logvar is not None and logvar.shape != mean.shape:
             shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
-            raise ValueError(f"means and log-variances have one shape, not {shapes}")
+            raise ValueError(f"Means and log-variances must have one shape (got {shapes}).")
+
         if logvar is not None:
             self._add_posterior(rows, self._rows(logvar))
         self._posterior = logvar is not None
-        self._add_higher_moments(rows)  # before the lower ones, which it reads as they were
+        self._add_higher_moments(rows)  # this reads the lower moments from before the batch
         self._moments.update(rows)
         self._images += len(mean)
 
@@ -124,24 +147,26 @@ class LatentHealth:
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> LatentReport:
-        """Everything as plain, finite numbers.
+        """Return the report as plain, finite numbers.
 
         Args:
-            scaling_factor: of the model's config; None if it has none, and nothing is compared.
-            shift_factor: of the config; None is 0, as the pipelines take it.
-            latents_mean: per channel, of the config; with `latents_std` it replaces the shift.
-            latents_std: per channel, of the config. Pipelines ignore one without the other.
+            scaling_factor: from the model's config. None if it has none: nothing is compared.
+            shift_factor: from the config. None counts as 0, as in the pipelines.
+            latents_mean: per channel, from the config. With `latents_std` it replaces the shift.
+            latents_std: per channel, from the config. Pipelines ignore one without the other.
         """
+        # statistics of the channels
         covariance = self._moments.covariance()
         noise = self._sums["variance"] / self._moments.count
         dead = self._dead(covariance.diagonal(), noise)
         correlation = self._correlation(covariance)
         largest = _largest_correlation(correlation, dead)
         sample_std = (covariance.diagonal() + noise).sqrt()
+
+        # scale of the config
         norm = self._channel_norm(latents_mean, latents_std)
         scale = self._scale(scaling_factor, shift_factor, norm)
-        active = covariance.diagonal() > ACTIVE_VARIANCE
-        kl = self._sums["kl"] / self._moments.count
+
         return {
             "images": self._images,
             "mean": self._moments.mean.tolist(),
@@ -150,10 +175,7 @@ class LatentHealth:
             "minimum": self._sums["minimum"].tolist(),
             "maximum": self._sums["maximum"].tolist(),
             "kurtosis": self._kurtosis(),
-            "kl_nats": kl.tolist() if self._posterior else None,
-            "kl_bits": (kl / math.log(2)).tolist() if self._posterior else None,
-            "active_units": int(active.sum()) if self._posterior else None,
-            "active": active.tolist() if self._posterior else None,
+            **self._information(covariance),
             "dead_channels": dead,
             "correlation": correlation.tolist(),
             "largest_correlation": largest,
@@ -165,6 +187,7 @@ class LatentHealth:
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
+        """Return all sums by name."""
         posterior = -1 if self._posterior is None else int(self._posterior)
         return {
             "images": np.asarray(self._images),
@@ -174,19 +197,20 @@ class LatentHealth:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Set all sums to those of a `state_dict`."""
         self._images, posterior = int(state["images"]), int(state["posterior"])
         self._posterior = None if posterior < 0 else bool(posterior)
         self._sums = {name: torch.from_numpy(state[name].copy()) for name in self._sums}
         self._moments.load_state_dict(state)
 
     def _rows(self, z: Tensor) -> Tensor:
-        """(B, d, h, w) -> (B * h * w, d), float64 on the CPU."""
+        """Return latents (B, d, h, w) as rows (B * h * w, d), float64 on the CPU."""
         channels = len(self._moments.mean)
         if z.ndim != 4 or z.shape[1] != channels or z.numel() == 0:
-            raise ValueError(f"latents are (B, {channels}, h, w), not {tuple(z.shape)}")
+            raise ValueError(f"Latents must be (B, {channels}, h, w) (got {tuple(z.shape)}).")
         rows = z.detach().cpu().double().movedim(1, -1).flatten(0, 2)
         if not rows.isfinite().all():
-            raise ValueError("latents hold values that are not finite: nothing can be measured")
+            raise ValueError("Latents must be finite numbers, but some are infinite or NaN.")
         return rows
 
     def _add_posterior(self, mean: Tensor, logvar: Tensor) -> None:
@@ -195,7 +219,7 @@ class LatentHealth:
         self._sums["kl"] += 0.5 * (mean.square() + variance - 1 - logvar).sum(dim=0)
 
     def _add_higher_moments(self, rows: Tensor) -> None:
-        """Third and fourth powers and the range; `a` is what was seen, `b` the batch."""
+        """Add third and fourth powers and the range. `a` is the past, `b` is the batch."""
         sums, n = self._sums, self._moments.count + len(rows)
         a, b = self._moments.count / n, len(rows) / n
         center = rows.mean(dim=0)
@@ -209,7 +233,7 @@ class LatentHealth:
         sums["maximum"] = torch.maximum(sums["maximum"], rows.amax(dim=0))
 
     def _constant(self) -> Tensor:
-        """(d,) bool; exact, where a variance may hold rounding noise."""
+        """Return which channels are constant, (d,). A variance could be rounding noise."""
         return self._sums["minimum"] == self._sums["maximum"]
 
     def _kurtosis(self) -> list[float | None]:
@@ -217,6 +241,19 @@ class LatentHealth:
         excess = self._moments.count * (self._sums["fourth"] / squares / squares) - 3
         rows = zip(excess.tolist(), self._constant().tolist(), strict=True)
         return [None if constant else value for value, constant in rows]
+
+    def _information(self, covariance: Tensor) -> _Information:
+        """Return KL and active units, each None without a posterior."""
+        if not self._posterior:
+            return {"kl_nats": None, "kl_bits": None, "active_units": None, "active": None}
+        kl = self._sums["kl"] / self._moments.count
+        active = covariance.diagonal() > ACTIVE_VARIANCE
+        return {
+            "kl_nats": kl.tolist(),
+            "kl_bits": (kl / math.log(2)).tolist(),
+            "active_units": int(active.sum()),
+            "active": active.tolist(),
+        }
 
     def _dead(self, variance: Tensor, noise: Tensor) -> list[int]:
         if self._posterior:
@@ -237,7 +274,9 @@ class LatentHealth:
             return None
         if not len(mean) == len(std) == len(self._moments.mean):
             lengths, channels = f"{len(mean)} and {len(std)}", len(self._moments.mean)
-            raise ValueError(f"latents_mean and latents_std have {channels} values, not {lengths}")
+            raise ValueError(
+                f"latents_mean and latents_std must have {channels} values (got {lengths})."
+            )
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
     def _scale(
@@ -261,10 +300,10 @@ class LatentHealth:
         }
 
     def _pooled(self, shift: Tensor | float, factor: Tensor | float) -> tuple[float, float]:
-        """Mean and std of (latents - shift) * factor over all channels together.
+        """Return mean and std of (latents - shift) * factor over all channels together.
 
-        As `latents.LatentStatistics` measures posterior samples: about the pooled mean, with the
-        divisor n - 1; the samples' noise enters by its expectation.
+        They are those that `latents.LatentStatistics` measures on posterior samples: about the
+        pooled mean, with the divisor n - 1. Here the expectation of the samples' noise is added.
         """
         count, channels = self._moments.count, len(self._moments.mean)
         means = (self._moments.mean - shift) * factor
@@ -277,7 +316,7 @@ class LatentHealth:
 
 def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | None:
     size = correlation.abs().triu(diagonal=1)
-    size[dead], size[:, dead] = 0, 0  # what is left of a dead channel correlates by chance
+    size[dead], size[:, dead] = 0, 0  # the little noise of dead channels correlates by chance
     if not size.any():
         return None
     i, j = divmod(int(size.argmax()), len(size))
@@ -286,7 +325,7 @@ def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | 
 
 def _scale_warnings(scale: LatentScale) -> list[str]:
     if scale["measured_scaling_factor"] is None:
-        return ["The latents are constant, so no scale can be measured."]
+        return ["The latents are constant, so their scale cannot be measured."]
     mean, std = scale["scaled_mean"], scale["scaled_std"]
     if mean is None or std is None:
         return []
@@ -294,14 +333,15 @@ def _scale_warnings(scale: LatentScale) -> list[str]:
     if abs(std - 1) > SCALE_TOLERANCE:
         config = scale["config_scaling_factor"] or 1.0
         warnings.append(
-            f"With the config's scaling_factor {config:.4g} latents of these images have a "
-            f"standard deviation of {std:.3g}, not 1: {config / std:.4g} would give 1."
+            f"With the config's scaling_factor {config:.4g} the latents of these images have a "
+            f"standard deviation of {std:.3g} instead of 1. A factor of {config / std:.4g} would "
+            "give 1."
         )
     if abs(mean) > SHIFT_TOLERANCE * std:
         warnings.append(
-            f"Latents scaled as the config says have their mean {mean / std:+.2f} standard "
-            f"deviations from 0: before scaling it is {scale['measured_shift_factor']:.4g} "
-            f"(shift_factor {scale['config_shift_factor'] or 0:.4g})."
+            f"The mean of the latents, scaled by the config, is {mean / std:+.2f} standard "
+            f"deviations from 0. Before scaling it is {scale['measured_shift_factor']:.4g}, but "
+            f"the config's shift_factor is {scale['config_shift_factor'] or 0:.4g}."
         )
     return warnings
 
@@ -310,13 +350,15 @@ def _channel_warnings(dead: list[int], std: list[float], largest: Correlation | 
     warnings = []
     if dead:
         names = ", ".join(map(str, dead))
-        warnings.append(f"Dead channels, which carry next to nothing: {names} of {len(std)}.")
+        warnings.append(
+            f"Dead channels, which carry next to no information: {names} of {len(std)}."
+        )
     alive = sorted((value, c) for c, value in enumerate(std) if c not in dead)
     if alive and alive[-1][0] > STD_RATIO * alive[0][0]:
         (low, narrow), (high, wide) = alive[0], alive[-1]
         warnings.append(
-            f"Channel {wide} has a standard deviation {high / low:.1f} times that of channel "
-            f"{narrow}: normalise each channel by its own."
+            f"The standard deviation of channel {wide} is {high / low:.1f} times that of channel "
+            f"{narrow}. Normalise each channel by its own standard deviation."
         )
     if largest and abs(largest["value"]) > HIGH_CORRELATION:
         i, j = largest["channels"]

@@ -1,8 +1,8 @@
-"""Rate curves compared: the Bjontegaard delta rate (ITU-T VCEG-M33, 2001).
+"""Comparison of rate curves: the Bjontegaard delta rate (ITU-T VCEG-M33, 2001).
 
-How many more (or fewer) bits a coder needs than the anchor for the same quality: the mean, over the
-qualities that both curves reach, of the difference of log rates. Between measured points the
-curves are piecewise cubic and monotone (PCHIP), as JVET's common test conditions have it.
+It says how many more (or fewer) bits a coder needs than the anchor for the same quality. It is the
+mean difference of log rates over the qualities that both curves reach. Between measured points the
+curves are piecewise cubic and monotone (PCHIP), as in JVET's common test conditions.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ Curve = Sequence[tuple[float, float]]  # (bits per pixel, quality), in any order
 
 
 def bd_rate(anchor: Curve, curve: Curve) -> float | None:
-    """Percent of the anchor's bits that `curve` needs more (negative: fewer), at equal quality.
+    """Return how many percent more bits `curve` needs than `anchor` at equal quality.
 
-    Points that cost more than another one of at least their quality are left out. None where fewer
-    than two points are left of a curve, or no quality is reached by both.
+    A negative number means fewer bits. A point is left out if another point of the curve has at
+    least its quality and fewer bits. The result is None if a curve then has fewer than two points,
+    or if the curves share no quality.
     """
     curves = [_rising(anchor), _rising(curve)]
     if min(map(len, curves)) < 2:
@@ -34,7 +35,7 @@ def bd_rate(anchor: Curve, curve: Curve) -> float | None:
 
 
 def _rising(curve: Curve) -> np.ndarray:
-    """(n, 2), finite, by rate, quality rising strictly: the points that no other one beats."""
+    """Return the finite points that no other point beats, (n, 2), by rising rate and quality."""
     kept: list[tuple[float, float]] = []
     for bpp, quality in sorted(curve, key=lambda point: (point[0], -point[1])):
         if bpp > 0 and np.isfinite(quality) and (not kept or quality > kept[-1][1]):

@@ -1,8 +1,8 @@
-"""The metrics that compare a reconstruction with its image, one value per image.
+"""The table of metrics that compare a reconstruction with its image, one value per image.
 
-A new one is a function in a file of this folder, a line in this table, and its column in
-`report.schema.Metrics`. LPIPS is not here: it shares its features with the distances between sets,
-see `evaluation.measures.Judge`.
+A new metric is a function in a file of this folder, a line in this table, and a column in
+`report.schema.Metrics`. LPIPS is not here, because it shares its features with the distances
+between sets, see `evaluation.measures.Judge`.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ class ImageMetric:
     """A metric of image pairs.
 
     Attributes:
-        measure: of images and reconstructions, (B, C, H, W) each in [-1, 1], to (B,).
-        min_size: pixels of the shorter side from which on it can be measured.
-        protocol: how it is measured, as reports say it.
+        measure: takes images and reconstructions, (B, C, H, W) each in [-1, 1], returns (B,).
+        min_size: smallest shorter side of an image, in pixels.
+        protocol: how it is measured, for reports.
     """
 
     measure: Callable[[Tensor, Tensor], Tensor | None]
@@ -32,7 +32,7 @@ IMAGE_METRICS: dict[str, ImageMetric] = {
     "psnr": ImageMetric(
         psnr,
         min_size=1,
-        protocol="dB, RGB, peak 255; psnr: mean of the images' own; psnr_pooled: of all pixels",
+        protocol="dB, RGB, peak 255; psnr: mean over images; psnr_pooled: over all pixels",
     ),
     "ssim": ImageMetric(
         ssim,

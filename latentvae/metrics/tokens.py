@@ -11,55 +11,59 @@ from torch import Tensor
 
 
 class LevelReport(TypedDict):
-    """Of one codebook."""
+    """The use of one codebook."""
 
     tokens: int
     num_codes_used: int
-    usage: float  # share of the K codes
-    perplexity: float  # 1 to K: how many codes, used equally, have this entropy
-    entropy_bits: float  # per token; too low where tokens are not many times K
+    usage: float  # share of the K codes that are used
+    perplexity: float  # 1 to K: so many codes, equally used, have this entropy
+    entropy_bits: float  # per token. Too low if there are not many more tokens than K.
     raw_bits: float  # per token, log2 K
 
 
 class TokenReport(LevelReport):
-    """Of several codebooks the means, of `tokens` and `num_codes_used` the sums."""
+    """The use of all codebooks: sums of `tokens` and `num_codes_used`, means of the others."""
 
-    levels: NotRequired[list[LevelReport]]  # of several codebooks, each
+    levels: NotRequired[list[LevelReport]]  # each codebook, if there are several
 
 
 class TokenUsage:
-    """How evenly the codes of a codebook are used, over any number of batches; or those of several
-    codebooks, each for itself.
+    """Measures how evenly the codes of one or several codebooks are used, over batches.
 
-    usage = TokenUsage(num_codes=8192)
-    usage.update(indices)  # any shape
+        usage = TokenUsage(num_codes=8192)
+        usage.update(indices)  # any shape
 
     Args:
         num_codes: K, of each codebook.
-        codebooks: L. With several, level l of indices (B, L, h, w) is of codebook l.
+        codebooks: L. With several, level l of indices (B, L, h, w) belongs to codebook l.
     """
 
     def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
         self._counts = torch.zeros(codebooks, num_codes, dtype=torch.int64)
 
     def update(self, indices: Tensor) -> None:
-        """Take in integer indices in 0..K - 1, of any shape; of several codebooks (B, L, h, w)."""
+        """Add integer indices in 0..K - 1.
+
+        Args:
+            indices: any shape, but (B, L, h, w) for several codebooks.
+        """
         codebooks, num_codes = self._counts.shape
         indices = indices.detach().cpu()
         flat = indices.flatten()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
             seen = f"{int(flat.min())}..{int(flat.max())}"
-            raise ValueError(f"indices are in 0..{num_codes - 1}, not {seen}")
+            raise ValueError(f"Indices must be in 0..{num_codes - 1} (got {seen}).")
         if codebooks > 1 and (indices.ndim != 4 or indices.shape[1] != codebooks):
             shape = tuple(indices.shape)
             raise ValueError(
-                f"indices of {codebooks} codebooks are (B, {codebooks}, h, w), not {shape}"
+                f"Indices of {codebooks} codebooks must be (B, {codebooks}, h, w) (got {shape})."
             )
         parts = [flat] if codebooks == 1 else indices.unbind(1)
         for counts, part in zip(self._counts, parts, strict=True):
             counts += torch.bincount(part.flatten(), minlength=num_codes)
 
     def result(self) -> TokenReport:
+        """Return the use of all codebooks together, and of each if there are several."""
         levels = [_level_report(counts) for counts in self._counts]
         if len(levels) == 1:
             return {**levels[0]}
@@ -75,7 +79,7 @@ class TokenUsage:
 
     @classmethod
     def joined(cls, states: Sequence[dict[str, np.ndarray]]) -> "TokenUsage":
-        """Of several state dicts together."""
+        """Return the sum of several state dicts."""
         codebooks, num_codes = states[0]["counts"].shape
         total = cls(num_codes, codebooks=codebooks)
         for state in states:
@@ -83,16 +87,18 @@ class TokenUsage:
         return total
 
     def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the counts by name."""
         return {"counts": self._counts.numpy().copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Set the counts to those of a `state_dict`."""
         self._counts = torch.from_numpy(state["counts"].copy())
 
 
 def _level_report(counts: Tensor) -> LevelReport:
     tokens, used = int(counts.sum()), counts[counts > 0]
     if tokens == 0:
-        raise ValueError("no tokens were seen")
+        raise ValueError("The use of codes needs at least one token (got none).")
     share = used.double() / tokens
     nats = -(share * share.log()).sum().item()
     return {

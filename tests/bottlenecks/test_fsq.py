@@ -91,7 +91,7 @@ def test_there_is_nothing_to_learn_or_to_save() -> None:
 
 @pytest.mark.parametrize(
     ("levels", "said"),
-    [((), "one number per channel"), ((8, 2), "LFQ and BSQ"), ((1001,), "not 1001")],
+    [((), "one number per channel"), ((8, 2), "use LFQ or BSQ"), ((1001,), "got 1001")],
 )
 def test_levels_that_cannot_be(levels: tuple[int, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):

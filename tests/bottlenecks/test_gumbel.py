@@ -149,5 +149,5 @@ def test_the_temperature_falls_along_half_a_cosine() -> None:
 
 @pytest.mark.parametrize(("num_codes", "code_channels"), [(1, 4), (4, 0)])
 def test_sizes_that_cannot_be(num_codes: int, code_channels: int) -> None:
-    with pytest.raises(UserError, match=f"not {num_codes} of {code_channels}"):
+    with pytest.raises(UserError, match=f"got {num_codes} codes of {code_channels}"):
         GumbelQuantizer(num_codes=num_codes, code_channels=code_channels)

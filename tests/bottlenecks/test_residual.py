@@ -153,5 +153,5 @@ def test_averages_start_at_the_size_of_an_update(shared_codebook: bool) -> None:
 
 
 def test_no_level_is_refused() -> None:
-    with pytest.raises(UserError, match="num_levels is 0; residual quantisation has at least 1"):
+    with pytest.raises(UserError, match=r"num_levels must be at least 1 \(got 0\)"):
         build(num_levels=0)

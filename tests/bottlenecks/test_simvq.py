@@ -95,7 +95,7 @@ def test_codes_start_with_variance_one_over_their_width() -> None:
 
 def test_sizes_that_cannot_be() -> None:
     for num_codes, code_channels in ((0, 4), (4, 0)):
-        with pytest.raises(UserError, match=f"not {num_codes} of {code_channels}"):
+        with pytest.raises(UserError, match=f"got {num_codes} codes of {code_channels}"):
             SimVQ(num_codes=num_codes, code_channels=code_channels)
     with pytest.raises(UserError, match="did you mean 'rotation'"):
         SimVQ(num_codes=4, code_channels=4, gradient="rotatoin")

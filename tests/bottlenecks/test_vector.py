@@ -320,7 +320,7 @@ def test_options_that_are_wrong() -> None:
         build(gradient="rotate")
     for num_codes, code_channels in ((0, 4), (16, 0)):
         with pytest.raises(
-            UserError, match=f"at least 1 code .*, not {num_codes} of {code_channels}"
+            UserError, match=f"at least 1 code .*got {num_codes} codes of {code_channels}"
         ):
             VectorQuantizer(num_codes=num_codes, code_channels=code_channels)
     with pytest.raises(UserError, match=r"one of vq, residual, fsq, .* did you mean 'fsq'"):

@@ -177,9 +177,15 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
     ("arguments", "said"),
     [
         ("vq_small --num_codes 1", "num_codes is 1, but should be greater than or equal to 2"),
-        ("fsq_f8 --levels 2 2", "each channel has 3 to 1000, as in (8, 5, 5, 5); the preset lfq"),
-        ("fsq_f8 --levels", "levels is ()"),
-        ("fsq_f8 --levels 1000 1000 1000", "1,000,000,000 codes; at most 16,777,216 are counted"),
+        (
+            "fsq_f8 --levels 2 2",
+            "(got (2, 2)). For two levels use the preset lfq_f16.",
+        ),
+        ("fsq_f8 --levels", "(got ())"),
+        (
+            "fsq_f8 --levels 1000 1000 1000",
+            "at most 16,777,216 codes, but (1000, 1000, 1000) give 1,000,000,000",
+        ),
         ("lfq_f16 --num_bits 25", "num_bits is 25"),
         ("fsq_f8 --no-l2_normalize", "only for the presets vq_f16, vq_f16_l2, vq_f4, vq_f8"),
         (
@@ -207,26 +213,26 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
         ),
         (
             "vq_small --entropy_temperature 0.1",
-            "entropy_temperature 0.1 has no meaning while entropy_weight is 0; give that too",
+            "entropy_temperature 0.1 has no effect while entropy_weight is 0. Set entropy_weight",
         ),
         (
             "lfq_f16 --entropy_weight 0 --batch_entropy_gamma 2",
-            "batch_entropy_gamma 2 has no meaning while entropy_weight is 0",
+            "batch_entropy_gamma 2 has no effect while entropy_weight is 0",
         ),
         (
             "vq_small --codebook_decay 0.9 --codebook_weight 0.5",
-            "codebook_weight 0.5 has no meaning with codebook_decay 0.9",
+            "codebook_weight 0.5 has no effect with codebook_decay 0.9",
         ),
         (
             "rq_f16 --codebook_weight 0",
-            "codebook_weight 0 has no meaning with codebook_decay 0.99",
+            "codebook_weight 0 has no effect with codebook_decay 0.99",
         ),
         (
             "dvae_f8 --rec_loss l2",
             "rec_loss l2 has no meaning, because likelihood logit_laplace replaces it. "
             "Leave it at l1.",
         ),
-        ("fsq_f8 --lookup_from_codebook", "no search of the nearest code in a list"),
+        ("fsq_f8 --lookup_from_codebook", "does not search for the nearest code in a list"),
         ("kl_f8 --lookup_from_codebook", "which has no codes"),
         (
             "vq_f16 --resolution 250",

@@ -20,7 +20,7 @@ def test_rgb_is_itself_and_grey_is_repeated() -> None:
     rgb, grey = images(3), images(1)
     assert to_rgb(rgb, 0.3) is rgb
     assert torch.equal(to_rgb(grey, 0.3), torch.cat([grey] * 3, dim=1))
-    with pytest.raises(ValueError, match="not 2"):
+    with pytest.raises(ValueError, match="got 2"):
         to_rgb(images(2))
 
 

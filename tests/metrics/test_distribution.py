@@ -164,9 +164,9 @@ def test_wrong_features_are_refused(distance) -> None:
         collect(distance, torch.ones(1, 4), torch.zeros(1, 4)).result()
     with pytest.raises(ValueError, match="pairs"):
         distance.update(torch.ones(2, 4), torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"\(B, 4\), not \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"\(B, 4\) .*\(got \(2, 5\)\)"):
         distance.update(torch.ones(2, 5), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="infinite or NaN"):
         distance.update(torch.full((2, 4), torch.inf), torch.ones(2, 4))
 
 
@@ -178,7 +178,7 @@ def test_trunk_features_are_the_mean_over_space_of_the_last_level() -> None:
 
 
 def test_inception_needs_a_path_or_leave_to_download(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"path .* or leave to fetch https"):
+    with pytest.raises(UserError, match=r"path .* or allow the download from https"):
         load_inception()
     (tmp_path / "inception.pth").touch()
     with pytest.raises(UserError, match=r"did you mean 'inception.pth'"):
@@ -208,7 +208,7 @@ def test_inception_takes_its_own_file_only_and_runs_nothing(
     path, trace = tmp_path / "weights.pth", tmp_path / "was-run"
     torch.save(Evil(trace), path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=f"begins with {found[:8]}, .* with 6726825d"):
+    with pytest.raises(UserError, match=f"begins with {found[:8]}, .* begins with 6726825d"):
         load_inception(path)
     monkeypatch.setattr(inception, "SHA256", found)  # as if it had the true digest
     with pytest.raises(pickle.UnpicklingError):
@@ -222,7 +222,7 @@ def test_a_failed_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match=r"could not download .* for 6726825d"):
+    with pytest.raises(UserError, match=r"Could not download .* for 6726825d"):
         load_inception(allow_download=True)
 
 

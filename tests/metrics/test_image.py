@@ -118,7 +118,7 @@ def test_ssim_of_too_small_images_is_a_clear_error() -> None:
 
 
 def test_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
 
 

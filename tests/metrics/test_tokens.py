@@ -65,7 +65,7 @@ def test_codebooks_of_levels_are_counted_apart() -> None:
     assert result == each[0] | {"tokens": 64, "num_codes_used": 16}
     assert (each[0]["usage"], each[0]["tokens"]) == (0.5, 32)
     for wrong in (indices[:, 0], indices.transpose(1, 2)):
-        with pytest.raises(ValueError, match=r"are \(B, 2, h, w\)"):
+        with pytest.raises(ValueError, match=r"must be \(B, 2, h, w\)"):
             apart.update(wrong)
 
 
@@ -73,5 +73,5 @@ def test_wrong_tokens_are_refused() -> None:
     for wrong in (-1, 8):
         with pytest.raises(ValueError, match=r"0\.\.7"):
             usage_of(torch.tensor([[3, wrong]]), num_codes=8)
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match="at least one token"):
         TokenUsage(8).result()

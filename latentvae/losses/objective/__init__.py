@@ -1,5 +1,6 @@
-"""The objective: everything that answers "what is my loss?" (Rombach et al. 2022, arXiv:2112.10752,
-appendix G).
+"""The objective: everything that answers "what is my loss?".
+
+The source is Rombach et al. 2022, arXiv:2112.10752, appendix G.
 
     nll = mean(rec + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
     loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
@@ -16,14 +17,14 @@ Each term has a name, a weight and a policy:
 
     objective.py            `Objective`: the terms, their weights and their sum
     loss.py                 `Loss`: what the objective returns
-    kl.py                   forms of the KL and its warm-up
-    kl_target.py            the controller that moves the KL's weight until a target is held
+    kl_forms.py             forms of the KL and its warm-up
+    kl_target.py            the controller that moves the KL's weight until a target holds
     adversarial_weight.py   ramp and balance of the adversarial term
-    build.py                the objective of a configuration
+    build_objective.py      the objective of a configuration
 
 Reductions: pixel terms are means over image elements. The KL is its sum over latent elements
-divided by the number of image elements. Everything is thus Stable Diffusion's sum divided by C*H*W:
-its weight 1e-6 keeps its meaning, and no weight depends on the resolution or the batch size.
+divided by the number of image elements. So every term is Stable Diffusion's sum divided by C*H*W.
+Its KL weight 1e-6 keeps its meaning, and no weight depends on the resolution or the batch size.
 """
 
 from latentvae.losses.objective.loss import Loss

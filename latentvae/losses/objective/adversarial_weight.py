@@ -1,5 +1,4 @@
-"""The weight of the adversarial term: a ramp over updates, and VQGAN's balance by gradients
-(arXiv:2012.09841, eq. 7)."""
+"""The weight of the adversarial term: a ramp over updates, and VQGAN's adaptive weight."""
 
 from dataclasses import dataclass
 
@@ -8,14 +7,14 @@ from latentvae.losses.discriminator_config import DiscriminatorConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialWeight:
-    """When the discriminator learns, and how much the model heeds it.
+    """When the discriminator learns, and the weight of its loss for the model.
 
     Args:
-        scale: weight at the end of the ramp; 0 leaves the term out.
-        warmup_updates: updates after the start in which the discriminator learns alone.
-        ramp_updates: updates over which the weight then grows from 0.
-        adaptive: multiply the weight by a balance of gradients, see `adversarial.adaptive_weight`.
-        cap: largest such balance.
+        scale: weight at the end of the ramp. 0 leaves the term out.
+        warmup_updates: updates after the start in which only the discriminator learns.
+        ramp_updates: updates after that over which the weight grows from 0.
+        adaptive: multiply the weight by a ratio of gradients, see `adversarial.adaptive_weight`.
+        cap: largest ratio.
     """
 
     scale: float = 0.0
@@ -25,11 +24,12 @@ class AdversarialWeight:
     cap: float = 1.0
 
     def factor(self, update: int, *, start: int) -> float | None:
-        """Weight in update ``update`` (from 0), before the balance.
+        """Return the weight in update ``update`` (from 0), before the adaptive weight.
 
-        None before ``start``: the discriminator is not even evaluated. From then on it learns in
-        every update, at first for `warmup_updates` alone (weight 0). The weight then grows linearly
-        from 0 to `scale`, so that no untrained discriminator is heeded.
+        It is None before ``start``, where the discriminator is not used at all. From then on the
+        discriminator learns in every update. For `warmup_updates` it learns alone, and the weight
+        is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained discriminator
+        has little effect on the model.
         """
         if self.scale == 0 or update < start:
             return None
@@ -40,12 +40,12 @@ class AdversarialWeight:
         return self.scale * min(ramp, 1.0)
 
     def learns_alone(self, update: int, *, start: int) -> bool:
-        """Whether the model stands still in update ``update`` (from 0)."""
+        """Return whether only the discriminator learns in update ``update`` (from 0)."""
         return self.scale > 0 and start <= update < start + self.warmup_updates
 
 
 def adversarial_weight(options: DiscriminatorConfig) -> AdversarialWeight:
-    """The weight that the options ask for."""
+    """Return the `AdversarialWeight` of the options."""
     return AdversarialWeight(
         scale=options.disc_scale,
         warmup_updates=options.disc_warmup_steps,

@@ -1,4 +1,4 @@
-"""The objective of a configuration."""
+"""Build the objective of a configuration."""
 
 from collections.abc import Mapping
 
@@ -23,15 +23,18 @@ def build_objective(
     likelihood: Likelihood | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Objective:
-    """The objective with the terms, weights and policies that the options ask for.
+    """Return the objective with the terms, weights and policies of the options.
 
     Args:
-        perceptual: LPIPS; not used where `perceptual_scale` is 0.
+        options: of the model's loss.
+        discriminator: options of the adversarial term.
+        perceptual: LPIPS. It is not used if `perceptual_scale` is 0.
         latent_weights: weights of the latents' own losses by name, see `Latent.losses`.
         has_kl: whether the network's latents have a KL.
         likelihood: the network's own likelihood, if it has one.
         autocast_dtype: see `Objective`.
     """
+
     return Objective(
         rec_loss=options.rec_loss,
         perceptual=perceptual if options.perceptual_scale > 0 else None,

@@ -1,9 +1,9 @@
-"""The KL in the loss: as it is, with free bits or with a capacity; and the warm-up of its weight.
+"""Forms of the KL in the loss (plain, free bits, capacity) and the warm-up of its weight.
 
 A form returns nats per image. A factor on the weight is a function of the update. Bits are per
-latent element, as in the log's `latent/kl_bits_per_element`, so they do not depend on the
-resolution. Where a form is not linear in the KL, the mean over all ranks decides where it bends:
-two ranks equal one with the joined batch.
+latent element, as `latent/kl_bits_per_element` in the log, so they do not depend on the resolution.
+Free bits and capacity are piecewise linear in the KL. The mean over all ranks decides which piece
+applies, so that two ranks give the result of one rank with the joined batch.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -21,7 +21,7 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class KLForm(Protocol):
-    """The KL as it stands in the loss.
+    """A form of the KL in the loss.
 
     Attributes:
         name: log name of the term.
@@ -30,19 +30,19 @@ class KLForm(Protocol):
     name: str
 
     def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
-        """(B,) or a mean over the batch, nats per image, with its graph."""
+        """Return (B,) or a mean over the batch, in nats per image, with its graph."""
         ...
 
 
 class KLFactor(Protocol):
-    """Factor on the KL's weight."""
+    """A factor on the KL's weight, by update."""
 
     def __call__(self, update: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class PlainKL:
-    """The KL as it is."""
+    """The KL without a change."""
 
     name = "loss/kl"
 
@@ -53,7 +53,7 @@ class PlainKL:
 
 @dataclass(frozen=True)
 class FreeBits:
-    """Each channel's KL is not pushed below a floor, see `free_bits_kl`.
+    """A KL whose channels are not pushed below a floor, see `free_bits_kl`.
 
     A latent without a KL per channel counts as one channel.
 
@@ -77,10 +77,10 @@ class FreeBits:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The KL is drawn to a capacity from both sides, see `capacity_kl`.
+    """A KL that is pulled to a capacity from both sides, see `capacity_kl`.
 
     Args:
-        bits: capacity in the end, in bits per latent element.
+        bits: capacity at the end, in bits per latent element.
         growth_updates: updates over which the capacity grows from 0.
     """
 
@@ -96,7 +96,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """The weight grows linearly from 0; with 0 updates it is constant.
+    """A weight that grows linearly from 0. With 0 updates it is constant.
 
     Args:
         updates: updates until the full weight.
@@ -109,7 +109,7 @@ class WarmUp:
 
 
 def kl_form(options: ObjectiveConfig) -> KLForm:
-    """The form that the options ask for; they allow one bend at most."""
+    """Return the form of the options, which allow at most one of free bits and capacity."""
     if options.free_bits:
         return FreeBits(options.free_bits)
     if options.kl_capacity:
@@ -118,20 +118,26 @@ def kl_form(options: ObjectiveConfig) -> KLForm:
 
 
 def kl_warmup(update: int, warmup_updates: int) -> float:
-    """Factor on the KL's weight in update ``update`` (from 0): from 0 linearly to 1 at
-    ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282)."""
+    """Return the factor on the KL's weight in update ``update`` (from 0).
+
+    It grows linearly from 0 to 1 at ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282).
+    """
     return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
 
 
 def capacity(update: int, *, target: float, growth_updates: int) -> float:
-    """Capacity C in update ``update`` (from 0): from 0 linearly to ``target`` at
-    ``growth_updates`` (Burgess et al. 2018, arXiv:1804.03599)."""
+    """Return the capacity C in update ``update`` (from 0).
+
+    It grows linearly from 0 to ``target`` at ``growth_updates`` (Burgess et al. 2018,
+    arXiv:1804.03599).
+    """
     return target * kl_warmup(update, growth_updates)
 
 
 def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
-    """sum_j max(lambda, E[KL_j]) over channels j (Kingma et al. 2016, arXiv:1606.04934, eq. 15):
-    a channel below lambda is not pushed further down.
+    """Return sum_j max(lambda, E[KL_j]) over channels j (arXiv:1606.04934, eq. 15).
+
+    A channel below lambda has no gradient, so it is not pushed further down.
 
     Args:
         kl_per_channel: (B, d), nats, summed over positions.
@@ -139,7 +145,7 @@ def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tens
         positions: h * w.
 
     Returns:
-        Scalar, nats per image. The mean over the batch is that of one micro-step on all ranks.
+        Scalar, nats per image. E is the mean over one micro-step on all ranks.
     """
     floor = bits * math.log(2.0) * positions
     local = kl_per_channel.float().mean(0)  # (d,)
@@ -148,7 +154,7 @@ def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tens
 
 
 def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
-    """|E[KL] - C| (arXiv:1804.03599, eq. 8): the KL is drawn to C from either side.
+    """Return |E[KL] - C|, which pulls the KL to C from both sides (arXiv:1804.03599, eq. 8).
 
     Args:
         kl: (B,), nats per image.
@@ -156,7 +162,7 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
         elements: d * h * w.
 
     Returns:
-        Scalar, nats per image; its mean over ranks is the value for the joined batch.
+        Scalar, nats per image. Its mean over ranks is the value for the joined batch.
     """
     target = bits * math.log(2.0) * elements
     local = kl.float().mean()

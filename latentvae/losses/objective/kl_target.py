@@ -1,18 +1,23 @@
-"""The controller of the KL's weight: it moves until a target is held (GECO: Rezende and Viola 2018,
-arXiv:1810.00597; ControlVAE: Shao et al. 2020, arXiv:2004.05988).
+"""The controller that moves the KL's weight until a target holds.
+
+Sources: GECO (Rezende and Viola 2018, arXiv:1810.00597) and ControlVAE (Shao et al. 2020,
+arXiv:2004.05988).
 
     e = clip(log(bits / target), -1, 1)       log w += rate * e + damping * (e - last e)
     e = clip(4 * log(target / error), -1, 1)  log w += rate * e
 
-The weight is a factor on `kl_scale`, where it starts. Bits per latent element, or the error of the
-reconstruction, are a mean over micro-steps and ranks, in units that depend on neither resolution
-nor channels. The error e is relative, so one rate serves all.
+The weight is `kl_scale` times a factor w, which starts at 1. The bits per latent element, or the
+error of the reconstruction, are means over micro-steps and ranks. Their units depend neither on the
+resolution nor on the channels. The error e is relative, so one rate fits all targets.
 
-Networks answer late, so that the sum alone swings about the target in bits. The second term
-(ControlVAE's proportional one, of GECO's logarithm) damps it. A reconstruction error is noisy from
-batch to batch and answers the weight little, so it has no such term and a steeper error. It also
-stays above its target as long as the network has not learned enough, whatever the weight. The
-weight then falls to a tenth of where it started and no further, for it must be found again.
+A network reacts late to the weight, so the first term alone would make the bits swing about their
+target. The second term damps this (ControlVAE's proportional term, of GECO's logarithm). A
+reconstruction error is noisy from batch to batch and reacts little to the weight. So it has a
+steeper e and no second term.
+
+A reconstruction error also stays above its target, with any weight, as long as the network has not
+learned enough. The weight then falls to a tenth of its start and no further, because it must grow
+back later.
 """
 
 import math
@@ -25,22 +30,22 @@ from latentvae.losses.objective_config import KL_WEIGHTS, ObjectiveConfig
 
 
 class KLTarget:
-    """Factor on `kl_scale` that moves once per update.
+    """A factor on `kl_scale` that moves once per update.
 
     Args:
-        target: what is held, in the unit of the value logged as `target_name`.
+        target: the value to hold, in the unit of the value logged as `target_name`.
         kl_scale: weight at the start.
-        rate: what an update adds to the logarithm of the weight while the target is missed by far.
+        rate: how much an update adds to the logarithm of the weight when the target is far away.
 
     Attributes:
-        target_name: log name of what has the target.
-        unit: the target in words, for a format.
-        sign: 1 where a larger weight lowers the value, -1 where it raises the value.
+        target_name: log name of the value that has the target.
+        unit: the target in words, a format string.
+        sign: 1 if a larger weight lowers the value, -1 if it raises the value.
         steepness: factor on the logarithm of value over target.
-        damping: how much of a change of the error is answered at once.
-        lowest: smallest factor, beside the smallest weight of `KL_WEIGHTS`.
-        log_factor: logarithm of the factor in this update; 0 at the start.
-        error: relative error of the update before; 0 at the start.
+        damping: factor on the change of the error since the last update.
+        lowest: smallest factor. The smallest weight of `KL_WEIGHTS` is another bound.
+        log_factor: logarithm of the factor in this update. It starts at 0.
+        error: relative error of the last update. It starts at 0.
     """
 
     target_name: str
@@ -59,12 +64,15 @@ class KLTarget:
         self.error = 0.0
 
     def __call__(self, update: int) -> float:
-        """Factor on the KL's weight in this update."""
+        """Return the factor on the KL's weight in this update."""
         return math.exp(self.log_factor)
 
     def measured(self, logged: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Mean over micro-steps of what has the target, (1,), from what they logged on this rank;
-        (0,) of no micro-step."""
+        """Return the mean over micro-steps of the value that has the target, (1,).
+
+        Args:
+            logged: what each micro-step logged on this rank. With none the result is empty, (0,).
+        """
         if not logged:
             return torch.empty(0)
         return torch.stack([values[self.target_name].float() for values in logged]).mean(
@@ -75,7 +83,7 @@ class KLTarget:
         """Move the weight.
 
         Args:
-            found: mean over all ranks of `measured`.
+            found: the mean of `measured` over all ranks.
         """
         error = self.sign * _clipped_log(found / self.target, times=self.steepness)
         moved = self.rate * error + self.damping * (error - self.error)
@@ -84,13 +92,14 @@ class KLTarget:
         self.error = error
 
     def state_dict(self) -> dict[str, float]:
+        """Return `log_factor` and `error` by name."""
         return {"log_factor": self.log_factor, "error": self.error}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a `state_dict`.
+        """Set the state to that of a `state_dict`.
 
         Raises:
-            ValueError: other names than those of a `state_dict`.
+            ValueError: the names are not those of a `state_dict`.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
@@ -100,15 +109,15 @@ class KLTarget:
 
 
 class BitsTarget(KLTarget):
-    """Holds the KL, in bits per latent element."""
+    """A controller that holds the KL, in bits per latent element."""
 
     target_name = "latent/kl_bits_per_element"
     unit = "{:g} bits per latent element"
-    damping = 2.0  # the weight answers an error of 10% by 20% at once
+    damping = 2.0  # a new error of 10% changes the weight by 20% at once
 
 
 class ErrorTarget(KLTarget):
-    """Holds the pixel loss, of images in [-1, 1]."""
+    """A controller that holds the pixel loss, of images in [-1, 1]."""
 
     target_name = "loss/rec"
     unit = "a pixel loss of {:g}"
@@ -118,7 +127,7 @@ class ErrorTarget(KLTarget):
 
 
 def kl_target(options: ObjectiveConfig) -> KLTarget | None:
-    """The controller that the options ask for; None without a target."""
+    """Return the controller of the options, or None if they have no target."""
     for kind, target in ((BitsTarget, options.kl_target), (ErrorTarget, options.rec_target)):
         if target:
             return kind(target, kl_scale=options.kl_scale, rate=options.kl_target_rate)
@@ -126,5 +135,8 @@ def kl_target(options: ObjectiveConfig) -> KLTarget | None:
 
 
 def _clipped_log(ratio: float, *, times: float) -> float:
-    """From -1 to 1; a ratio of 0 and less, which is rounding, counts as -1."""
+    """Return times * log(ratio), clipped to [-1, 1].
+
+    Rounding can make a ratio 0 or negative. It then counts as -1.
+    """
     return min(max(times * math.log(ratio), -1.0), 1.0) if ratio > 0 else -1.0

@@ -1,4 +1,4 @@
-"""What an objective returns: a sum of named terms."""
+"""The result of an objective: a sum of named terms."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss, or a part of one; parts are added by ``+``.
+    """A loss, or a part of one. Parts are added by ``+``.
 
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.
         values: unweighted value of each term by log name, scalars with their graph.
         weights: weight of each term in this update, by the same names.
-        log: what a run logs of these terms, scalars without graph by log name. The KL is logged as
-            it is, whatever form of it stands in the loss.
+        log: values for the log by log name, scalars without graph. For any form of the KL in the
+            loss, the log has the plain KL.
     """
 
     total: Tensor

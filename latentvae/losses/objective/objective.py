@@ -1,4 +1,4 @@
-"""The objective's terms and their sum; the package's docstring has the formula.
+"""The objective's terms and their sum. The package's docstring has the formula.
 
 `B` batch, `C` image channels, `H W` image size.
 """
@@ -38,23 +38,22 @@ class Objective(nn.Module):
         loss = objective(images, out, update=update)
         loss.total.backward()
 
-    The call gives the whole loss. A training step that wants a single pass through the decoder
-    takes the same parts one by one: `reconstruction` and `adversarial_value` at a detached
-    reconstruction, `adversarial_part` for the weight in force, `latent` with its graph.
+    The call returns the whole loss. A training step with a single pass through the decoder uses the
+    same parts one by one: `reconstruction` and `adversarial_value` at a detached reconstruction,
+    `adversarial_part` for the current weight, and `latent` with its graph.
 
     Args:
         rec_loss: "l1" or "l2".
-        perceptual: LPIPS (images, recon) -> (B,), frozen; None leaves the term out.
-        perceptual_scale: weight of LPIPS beside the pixel term.
-        kl_scale: weight of the KL; None where no latent has one.
+        perceptual: LPIPS (images, recon) -> (B,), frozen. None leaves the term out.
+        perceptual_scale: weight of LPIPS. The pixel term has weight 1.
+        kl_scale: weight of the KL. None if no latent has a KL.
         latent_weights: weights of the latents' own losses, by name.
-        kl_form: the KL as it stands in the loss.
+        kl_form: form of the KL in the loss.
         kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
         adversarial: weight of the adversarial term.
-        likelihood: takes the pixel loss's place where the decoder gives its parameters. Its `mean`
-            is the picture that LPIPS and the discriminator see.
-        autocast_dtype: run LPIPS' trunk in this dtype (its distances stay float32); None for
-            float32.
+        likelihood: replaces the pixel loss if the decoder returns its parameters. LPIPS and the
+            discriminator see its `mean`.
+        autocast_dtype: dtype of LPIPS' trunk, whose distances stay float32. Default: float32.
 
     Attributes:
         weights: constant weights by name of the term, before any policy.
@@ -75,11 +74,14 @@ class Objective(nn.Module):
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        # terms and their constant weights
         self.pixel_loss: Callable[..., Tensor] = _PIXEL_LOSSES[rec_loss]
         self.perceptual = perceptual
         self.weights = {"rec": 1.0, "lpips": perceptual_scale, **(latent_weights or {})}
         if kl_scale is not None:
             self.weights["kl"] = kl_scale
+
+        # policies
         self.kl_form: KLForm = kl_form or PlainKL()
         self.kl_factor: KLFactor = kl_factor or WarmUp()
         self.adversarial = adversarial or AdversarialWeight()
@@ -88,7 +90,7 @@ class Objective(nn.Module):
 
     @property
     def kl_target(self) -> KLTarget | None:
-        """The controller of the KL's weight; None where no target is held."""
+        """The controller of the KL's weight, or None without a target."""
         return self.kl_factor if isinstance(self.kl_factor, KLTarget) else None
 
     def forward(
@@ -101,20 +103,22 @@ class Objective(nn.Module):
         last_layer: Tensor | None = None,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """The whole loss with its graph, for one plain `.backward()`.
+        """Return the whole loss with its graph, for one plain `.backward()`.
 
-        That backward pass also leaves gradients on the discriminator, if there is an adversary.
+        With an adversary, that backward pass also leaves gradients on the discriminator.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             out: the network's output for them.
-            update: updates done, which policies go by.
+            update: number of updates done, which policies depend on.
             adversary: adds the adversarial term.
-            last_layer: the decoder's last weight; only an adaptive adversarial weight needs it.
-            background: what LPIPS and the discriminator, which both see RGB, see behind alpha
+            last_layer: the decoder's last weight. Only an adaptive adversarial weight needs it.
+            background: what LPIPS and the discriminator see behind transparent pixels. Both see RGB
                 (`losses.colors`).
         """
         loss = self.reconstruction(images, out.recon, out.output_logvar, background=background)
+
+        # adversarial term, with gradients at the reconstruction for its adaptive weight
         if adversary is not None:
             value = self.adversarial_value(out.recon, adversary, background=background)
             nll_grad, value_grad = (
@@ -129,6 +133,7 @@ class Objective(nn.Module):
                 nll_grad=nll_grad,
                 adversarial_grad=value_grad,
             )
+
         return loss + self.latent(images, out, update=update)
 
     # Terms of the reconstruction
@@ -141,7 +146,7 @@ class Objective(nn.Module):
         *,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """The negative log-likelihood of ``recon``: pixel term, LPIPS and log-variance."""
+        """Return the negative log-likelihood of ``recon``: pixel term, LPIPS and log-variance."""
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
         means = {f"loss/{name}": term.mean() for name, term in terms.items()}
@@ -157,9 +162,9 @@ class Objective(nn.Module):
     def reconstruction_terms(
         self, images: Tensor, recon: Tensor, *, background: Tensor | float = MID_GREY
     ) -> dict[str, Tensor]:
-        """Unweighted terms that depend on ``recon``, each (B,).
+        """Return the unweighted terms that depend on ``recon``, each (B,).
 
-        `rec` is per image element, over all channels; `lpips` is there if it is used.
+        `rec` is a mean over image elements of all channels. `lpips` is absent if it is not used.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
@@ -178,12 +183,11 @@ class Objective(nn.Module):
         return terms
 
     def picture(self, recon: Tensor) -> Tensor:
-        """The image (B, C, H, W) that a decoder's output means."""
+        """Return the image (B, C, H, W) of a decoder's output."""
         return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
-        """Negative log-likelihood of the reconstruction per image element, up to a constant; a
-        scalar."""
+        """Return the negative log-likelihood per image element, up to a constant, a scalar."""
         error = self.weights["rec"] * terms["rec"]
         if "lpips" in terms:
             error = error + self.weights["lpips"] * terms["lpips"]
@@ -194,7 +198,7 @@ class Objective(nn.Module):
     def adversarial_value(
         self, recon: Tensor, adversary: Adversary, *, background: Tensor | float = MID_GREY
     ) -> Tensor:
-        """The generator's loss, a scalar with its graph."""
+        """Return the generator's loss, a scalar with its graph."""
         seen = diff_augment(to_rgb(self.picture(recon), background), adversary.augment)
         return adversary.loss.generator(adversary.discriminator(seen))
 
@@ -208,18 +212,19 @@ class Objective(nn.Module):
         nll_grad: Tensor,
         adversarial_grad: Tensor,
     ) -> Loss:
-        """The adversarial term with the weight that it has now.
+        """Return the adversarial term with its current weight.
 
         Args:
-            value: `adversarial_value`.
+            value: the result of `adversarial_value`.
             factor: weight by the ramp, see `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
-            last_layer: the weight that made ``recon``, at which the gradients are compared.
+            last_layer: the weight that made ``recon``, where the gradients are compared.
             nll_grad, adversarial_grad: gradients of both losses at ``recon``.
 
         Raises:
             ValueError: the weight is adaptive and there is no ``last_layer``.
         """
+        # adaptive weight
         balance = torch.ones((), device=recon.device)
         if self.adversarial.adaptive:
             if last_layer is None:
@@ -231,6 +236,7 @@ class Objective(nn.Module):
                 adversarial_grad=adversarial_grad,
                 cap=self.adversarial.cap,
             )
+
         weight = factor * balance
         return Loss(
             total=weight * value,
@@ -242,7 +248,10 @@ class Objective(nn.Module):
     # Terms of the latents
 
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
-        """The latents' own losses and the KL. Without any, the total is 0 and has no graph."""
+        """Return the latents' own losses and the KL.
+
+        If there are none, the total is 0 and has no graph.
+        """
         elements = images[0].numel()
         values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
         weights: dict[str, Tensor | float] = {
@@ -269,16 +278,19 @@ class Objective(nn.Module):
     # Other views
 
     def only(self, *names: str) -> "Objective":
-        """A copy of which only the terms ``names`` count, with the weights they have before any
-        policy, and the KL as it is. It shares LPIPS."""
+        """Return a copy in which only the terms ``names`` have a weight.
+
+        The weights are those before any policy, and the KL is the plain KL. The copy shares LPIPS.
+        """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
         other.kl_form, other.kl_factor = PlainKL(), WarmUp()
         return other
 
     def formula(self, *, rec: str, lpips: str) -> str:
-        """The sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL"; the adversarial term is not in
-        it.
+        """Return the sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
+
+        It leaves out the adversarial term.
 
         Args:
             rec, lpips: names of these two terms.

@@ -258,8 +258,8 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
             {"overwrite_output_dir": True, "resume_from_checkpoint": "checkpoint-2"},
             "resume_from_checkpoint 'checkpoint-2' resumes a run that overwrite_output_dir",
         ),
-        ({"overwrite_output_dir": True, "lpips_weights": "nowhere.pth"}, "no LPIPS weights at"),
-        ({"lpips_weights": "nowhere.pth", "export_profile": "sdxl"}, "no LPIPS weights at"),
+        ({"overwrite_output_dir": True, "lpips_weights": "nowhere.pth"}, "LPIPS weights must be a"),
+        ({"lpips_weights": "nowhere.pth", "export_profile": "sdxl"}, "LPIPS weights must be a"),
         (
             {"train_data_dir": "{photos}", "resume_from_checkpoint": "checkpoint-2"},
             "images are not those the run was started with",
