@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from markdown_it import MarkdownIt
 from latentvae.cli.main import COMMANDS, COMMANDS_OF_RUNS
 from latentvae.config.presets import preset_names
 from latentvae.config.run_config import flat, option_names
+from latentvae.data import open_source
 from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
 from tests.proofs.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALL_PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FAULTS = sorted((ROOT / "docs" / "faults").glob("*.md"))
 SWITCHES = {"config", "preflight", "help"}  # of the training scripts, beside the options
 OTHER_PROGRAMS = set(
     "cpu dynamo_backend gpus-per-node logdir machine_rank main_process_ip main_process_port "
@@ -27,46 +31,41 @@ OTHER_PROGRAMS = set(
 """Flags of accelerate, torchrun, SLURM, pip, tensorboard and hf."""
 
 
-def test_every_test_that_the_table_of_faults_names_exists() -> None:
-    text = (ROOT / "docs" / "faults.md").read_text()
-    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text))
-    assert len(named) > 30
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {
+        found
+        for page in PAGES
+        for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
+    }
+    assert len(named) > 90
     for path, name in sorted(named):
         tree = ast.parse((ROOT / path).read_text())
         assert name in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, (path, name)
 
 
+def faults(page: str) -> list[str]:
+    """The faults of a page: each from its bold number to the next one or to a heading."""
+    text = (ROOT / "docs" / "faults" / f"{page}.md").read_text()
+    return re.findall(r"^\*\*\d+\w?\.\*\* .*?(?=^\*\*\d|^## |\Z)", text, re.M | re.S)
+
+
 def test_every_fault_has_a_test_or_a_reason() -> None:
-    """A row's last cell names a test, or says that and why it cannot be."""
-    rows = [
-        line
-        for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
-        if re.match(r"\| \d+", line)
-    ]
-    assert len(rows) == 11 + 12 + 12 + 16 + 7 + 8
-    for row in rows:
-        answer = row.strip("| ").split(" | ")[-1]
-        assert re.search(r"::test_|[Nn]ot offered yet|Cannot occur: |Caught before", answer), row
+    counts = {"diffusers": 11 + 12, "taming": 12, "files": 16, "machine": 7 + 8}
+    assert {page.stem for page in FAULTS} == set(counts)
+    for page, count in counts.items():
+        assert len(faults(page)) == count, page
+        for fault in faults(page):
+            assert re.search(r"::test_|Cannot occur: |Caught before", fault), fault
 
 
-def test_files_that_the_table_names_exist() -> None:
-    text = (ROOT / "docs" / "faults.md").read_text()
-    for path in re.findall(r"`((?:latentvae|\.ci)/[\w/.]+)`", text):
-        assert (ROOT / path).exists(), path
-
-
-def test_the_checks_that_rows_name_are_those_that_find_the_faults() -> None:
-    rows = [
-        row
-        for row in (ROOT / "docs" / "faults.md").read_text().splitlines()
-        if re.match(r"\| \d+\w? ", row)
-    ]
+def test_the_checks_that_faults_name_are_those_that_find_them() -> None:
+    pages = faults("diffusers") + faults("taming")
     tables = zip(("A", "V", "T"), (11, 12, 12), strict=True)  # the third counts 8a to 8e
     keys = [f"{letter}{i}" for letter, n in tables for i in range(1, n + 1)]
     named: dict[str, set[str]] = {}
-    for key, row in zip(keys, rows, strict=False):
+    for key, fault in zip(keys, pages, strict=True):
         last = key if key[0] != "T" else f"T{min(int(key[1:]), 8)}"
-        found = re.findall(r"`([\w-]+)`", row.partition("**preflight**")[2])
+        found = re.findall(r"`([\w-]+)`", fault.partition("**preflight:**")[2])
         named.setdefault(last, set()).update(found)
     for mutation in MUTATIONS:
         if mutation.fault:
@@ -145,7 +144,7 @@ def test_every_flag_on_a_page_exists() -> None:
     known |= {f.name for c in (COMMANDS | COMMANDS_OF_RUNS).values() for f in dataclasses.fields(c)}
     benchmarks = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     for page in PAGES:
-        if page.name == "faults.md":  # it names flags of other trainers
+        if "faults" in page.parts or page.name == "faults.md":  # it names flags of other trainers
             continue
         for line in code_of(page):
             unknown = flags_in(line) - known
@@ -162,7 +161,7 @@ def test_every_log_key_is_explained() -> None:
     assert not {key for key in keys if f"`{key}`" not in page and key != "validation/samples"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
         name, _, heading = target.partition("#")
@@ -172,3 +171,39 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in anchors, target
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_and_links_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    folders = r"latentvae|tests|train|benchmarks|docs|\.ci"
+    for path in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    if page.stem in ("architecture", "extending"):  # paths below the package
+        for path in re.findall(r"`([\w/]+/(?:[\w.]+\.py)?)`", text):
+            places = [ROOT, ROOT / "latentvae"]
+            assert "<" in path or any((place / path).exists() for place in places), path
+
+
+def test_the_commands_that_pack_shards_follow_links(tmp_path: Path) -> None:
+    """`photos`, a class of it and one image are links elsewhere."""
+    elsewhere = tmp_path / "disk" / "data"
+    (elsewhere / "here").mkdir(parents=True)
+    (tmp_path / "disk" / "dogs").mkdir()
+    (elsewhere / "dogs").symlink_to(tmp_path / "disk" / "dogs")
+    (tmp_path / "photos").symlink_to(elsewhere)
+    (elsewhere / "here" / "a b.ppm").write_bytes(b"P6 1 1 255 abc")
+    (tmp_path / "disk" / "dogs" / "rex.ppm").write_bytes(b"P6 1 1 255 xyz")
+    (elsewhere / "linked.ppm").symlink_to(elsewhere / "here" / "a b.ppm")
+
+    lines = code_of(ROOT / "docs" / "tar-shards.md")
+    script = "\n".join(lines[: next(i for i, row in enumerate(lines) if "accelerate" in row)])
+    script = script.replace("-l 5000", "-l 2")
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
+
+    folder, shards = open_source(tmp_path / "photos"), open_source(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
+    names = [[source.name(i) for i in range(len(source))] for source in (folder, shards)]
+    assert names[0] == names[1] == ["dogs/rex.ppm", "here/a b.ppm", "linked.ppm"]

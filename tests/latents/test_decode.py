@@ -65,6 +65,18 @@ def test_the_snippet_of_the_docs_gives_the_same_picture(
     assert np.array_equal(np.array(Image.open(tmp_path / "first.png")), np.array(Image.open(path)))
 
 
+def test_the_generator_of_the_docs_draws_each_class(
+    tokens: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "generate.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    code = code.replace('"runs/tokens/export"', repr(str(tokenizer)))
+    monkeypatch.chdir(tokens.parent)
+    exec(code.replace("range(10)", "range(1)"), {})
+    assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "b.png"}
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
 def test_latents_are_decoded_too(kl: Autoencoder, photos: Path, tmp_path: Path) -> None:
     encode_folder(kl, photos, tmp_path / "latents", resolution=15, dtype="float32")
     (path,) = decode_folder(tmp_path / "latents", tmp_path / "out", model=kl, limit=1)
