@@ -43,9 +43,10 @@ style: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: $(STAMP)  ## Lint, format and type checks, without changing a file
+check: $(STAMP)  ## Lint of code and prose, format and type checks, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.style.plain_words
 	$(BIN)/pyright
 
 bench: $(STAMP)  ## Short forms of the benchmarks: speed, and the demo's model beside JPEG, WebP and AVIF
