@@ -9,9 +9,17 @@ A mark is a fact about one option. It stands in the annotation of its field:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from latentvae.errors import check_no_password
 
@@ -69,6 +77,35 @@ class Elsewhere(Mark):
     """Names of the option in other trainers, separated by spaces."""
 
     names: str
+
+
+@dataclass(frozen=True)
+class ShareOfRun(Mark):
+    """Below 1 it is a share of max_train_steps, which becomes a number of updates."""
+
+
+def _whole(value: float) -> float:
+    if value >= 1 and value % 1:
+        raise PydanticCustomError(
+            "updates",
+            "should be a whole number of updates, or a share of the run below 1. The nearest is "
+            "{near}.",
+            {"near": round(value)},
+        )
+    return value if 0 < value < 1 else int(value)
+
+
+# A share is gone once the options are checked, so that code may rely on a number of updates.
+if TYPE_CHECKING:
+    UpdatesOrShare = int
+else:
+    UpdatesOrShare = Annotated[
+        float,
+        Field(ge=0.0, allow_inf_nan=False),
+        AfterValidator(_whole),
+        PlainSerializer(lambda value: value),  # config.yaml has 1000, not 1000.0
+        ShareOfRun(),
+    ]
 
 
 M = TypeVar("M", bound=Mark)

@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, Tag, field_validator
+from pydantic import BaseModel, Field, Tag, field_validator, model_validator
 
+from latentvae.config.update_batch import split_batch
 from latentvae.option_marks import (
     Count,
     DecidesTheWatch,
@@ -16,8 +17,16 @@ from latentvae.option_marks import (
     Positive,
     Private,
     Section,
+    ShareOfRun,
+    UpdatesOrShare,
     marked,
 )
+
+# None becomes a number in `JobConfig.for_processes`, before anything computes with it.
+if TYPE_CHECKING:
+    FollowsGlobalBatch = int
+else:
+    FollowsGlobalBatch = Annotated[int, Field(ge=1)] | None
 
 
 class OptimizerConfig(Section):
@@ -31,8 +40,12 @@ class OptimizerConfig(Section):
         default="constant",
         description="Learning rate after the warm-up: constant, or cosine to 0 at max_train_steps.",
     )
-    lr_warmup_steps: Count = Field(
-        default=1000, description="Updates of linear warm-up of the learning rate."
+    lr_warmup_steps: UpdatesOrShare = Field(
+        default=1000,
+        description=(
+            "Updates of linear warm-up, counted from the model's first update. Below 1: a share of "
+            "max_train_steps."
+        ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.9, description="AdamW's first beta."
@@ -75,12 +88,26 @@ class RunConfig(Section):
     max_train_steps: Annotated[Positive, MayChange()] = Field(
         default=100_000, description="Updates of the model."
     )
-    train_batch_size: Positive = Field(default=12, description="Images per process and micro-step.")
+    global_batch_size: Positive | None = Field(
+        default=None,
+        description=(
+            "Images per update over all processes and micro-steps. With it train_batch_size is the "
+            "most a process takes at once, and gradient_accumulation_steps follows."
+        ),
+    )
+    train_batch_size: Positive = Field(
+        default=12,
+        description="Images per process and micro-step. With global_batch_size: the most of them.",
+    )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
         default=8, description="Images per process in validation."
     )
-    gradient_accumulation_steps: Positive = Field(
-        default=1, description="Micro-steps per update. Their gradients are averaged."
+    gradient_accumulation_steps: FollowsGlobalBatch = Field(
+        default=None,
+        description=(
+            "Micro-steps per update. Their gradients are averaged. By default it follows from "
+            "global_batch_size, or is 1 without that option."
+        ),
     )
     # It may change on resume because the launcher may give it. The engine compares it separately.
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
@@ -136,6 +163,12 @@ class RunConfig(Section):
         default=1800, description="Seconds after which a process that hangs ends the run."
     )
 
+    @model_validator(mode="after")
+    def _one_micro_step(self) -> Self:
+        if self.global_batch_size is None and self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = 1
+        return self
+
     @field_validator("output_dir")
     @classmethod
     def _from_home(cls, value: str | None) -> str | None:
@@ -159,6 +192,43 @@ class JobConfig(Section):
         config: str = ""
         optimizer: OptimizerConfig = OptimizerConfig()
         run: Any = RunConfig()  # or a subclass
+
+    @model_validator(mode="after")
+    def _shares_to_updates(self) -> Self:
+        """Replace shares of the run by numbers of updates."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, BaseModel):
+                shares = {n: getattr(section, n) for n in marked(type(section), ShareOfRun)}
+                updates = {
+                    n: round(value * self.run.max_train_steps)
+                    for n, value in shares.items()
+                    if 0 < value < 1
+                }
+                setattr(self, name, section.model_copy(update=updates))
+        return self
+
+    @property
+    def batch_multiple(self) -> int:
+        """Number that divides the items of a process and micro-step."""
+        return 1
+
+    def for_processes(self, processes: int) -> Self:
+        """Return the options with each process's batch and micro-steps for so many processes.
+
+        Raises:
+            UserError: the global batch cannot be shared as the options say.
+        """
+        batch = split_batch(self.run, processes, multiple=self.batch_multiple)
+        changed = {
+            "train_batch_size": batch.per_process,
+            "gradient_accumulation_steps": batch.micro_steps,
+        }
+        return self.with_changes({"run": changed})
+
+    def other_options_advice(self, folder: str) -> str:
+        """Return how to train the weights of the run in `folder` on with other options."""
+        return ""
 
     def may_change(self, then: "JobConfig") -> frozenset[str]:
         """Return the names of the options that may have other values on resume.

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -17,6 +19,7 @@ from latentvae.distributed import all_reduce_mean
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
+BAR_WIDTH = 80  # columns, at most
 Window = dict[str, list[float]]  # sum and count of logged values since the last row, by name
 
 
@@ -79,9 +82,15 @@ class RunLog:
         self.items_per_update, self.unit, self.shown = items_per_update, unit, shown
         self.waiting = waiting
 
-        # With None tqdm shows no bar without a terminal. `row` prints lines there.
-        hidden = None if self.active else True
-        self.bar = tqdm(total=total, initial=start, unit="update", desc="training", disable=hidden)
+        # With None tqdm shows no bar without a terminal.
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            unit="update",
+            desc="training",
+            disable=None if self.active else True,
+            ncols=min(shutil.get_terminal_size().columns, BAR_WIDTH),
+        )
         self._mark = (time.perf_counter(), start)
 
         # the validation of update `start`, if a killed run has made it
@@ -112,15 +121,13 @@ class RunLog:
                 self.say(advice)
         self.write(update, {**items, **values, **times})
 
-        # the progress bar, or a line where there is none
+        # a line above the progress bar, so that a terminal keeps the same rows as a pipe
         shown = {
             name.rpartition("/")[2]: f"{values[name]:.3g}" for name in self.shown if name in values
         } | {f"{self.unit}/s": f"{speed:.1f}"}
-        self.bar.set_postfix(shown)
-        if self.active and self.bar.disable:
-            left = timedelta(seconds=round((self.total - update) * self.items_per_update / speed))
-            listed = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"update {update:,} of {self.total:,}: {listed}, {left} left", flush=True)
+        left = timedelta(seconds=round((self.total - update) * self.items_per_update / speed))
+        listed = ", ".join(f"{name} {value}" for name, value in shown.items())
+        self.say(f"update {update:,} of {self.total:,}: {listed}, {left} left")
 
     def write(self, update: int, values: Mapping[str, float]) -> None:
         if not self.active:
@@ -137,6 +144,7 @@ class RunLog:
         """Print a line above the progress bar."""
         if self.active:
             self.bar.write(text)
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

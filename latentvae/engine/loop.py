@@ -4,7 +4,9 @@ It is the same for any task and any number of ranks.
 """
 
 import contextlib
+import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from accelerate import Accelerator
 
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
-from latentvae.config.run_config import flat
+from latentvae.config.run_config import JobConfig, flat
 from latentvae.distributed import barrier, from_main, is_main
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
@@ -23,7 +25,7 @@ from latentvae.engine.finished_export import export, is_exported
 from latentvae.engine.lock import locked
 from latentvae.engine.log import MeanWindow, RunLog, Window, sample_path
 from latentvae.engine.non_finite import describe
-from latentvae.engine.plan import plan
+from latentvae.engine.plan import plan, warnings
 from latentvae.engine.processes import end_accelerator, start_accelerator
 from latentvae.engine.publishing import check_push, push_export, repository
 from latentvae.engine.resume import find_start, take_folder
@@ -35,6 +37,8 @@ from latentvae.engine.tracker import close_tracker, start_tracker
 from latentvae.engine.training import Training, build_training
 from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.errors import RunError
+
+SILENT_SECONDS = 10.0  # a longer phase is announced
 
 
 class Stopped(Exception):
@@ -66,15 +70,17 @@ def train(task: Task) -> Path:
     task.open()
 
     # the run
-    accelerator = start_accelerator(task.config.run, folder)
-    options = task.config.run
+    asked = task.config
+    accelerator = start_accelerator(asked.run, folder)
     try:
         keep_freed_memory(accelerator.device)
+        task.config = asked.for_processes(accelerator.num_processes)
+        options = task.config.run
         task.check_processes(accelerator.num_processes)
         if options.push_to_hub:
             check_push(repository(options.hub_model_id, folder), private=options.hub_private_repo)
         with explained(task), locked(folder):
-            update = _run(task, folder=folder, accelerator=accelerator)
+            update = _run(task, asked, folder=folder, accelerator=accelerator)
     finally:
         close_tracker(accelerator)
         for learner in task.learners.values():
@@ -93,10 +99,17 @@ def train(task: Task) -> Path:
     return out
 
 
-def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
-    """Make the run in `folder`, or the rest of it. Return the updates done."""
+def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator) -> int:
+    """Make the run in `folder`, or the rest of it. Return the updates done.
+
+    Args:
+        task: what to train. Its options are those for this number of processes.
+        asked: the options as they were given. The folder keeps these.
+        folder: the run's folder.
+        accelerator: knows the processes.
+    """
     # build, and load the newest checkpoint if there is one
-    checkpoint = find_start(task, folder)
+    checkpoint = find_start(asked, folder)
     training = build_training(
         task, folder=folder, accelerator=accelerator, resumed=checkpoint is not None
     )
@@ -108,7 +121,7 @@ def _run(task: Task, *, folder: Path, accelerator: Accelerator) -> int:
     unfinished = training.progress.update < task.config.run.max_train_steps
     if unfinished:
         task.check_ready()
-    take_folder(task, folder, checkpoint=checkpoint)
+    take_folder(task, asked, folder, checkpoint=checkpoint)
     if not unfinished:
         done = training.progress.update
         accelerator.print(f"the run in '{folder}' has made all its {done:,} updates")
@@ -126,6 +139,8 @@ def _train(training: Training, window: Window) -> None:
     start = training.progress.update
     loader = task.batches(start_step=training.progress.micro_step)
     training.accelerator.print(plan(training))
+    for warning in warnings(training):
+        training.accelerator.print(f"warning: {warning}")
 
     # log and clock
     start_tracker(
@@ -155,7 +170,9 @@ def _train(training: Training, window: Window) -> None:
     )
 
     # updates, until the end or a signal
-    with Interrupt() as interrupt, contextlib.closing(log):
+    progress = training.progress
+    next_update = (lambda: progress.update + 1) if is_main() else None
+    with Interrupt(next_update) as interrupt, contextlib.closing(log):
         loop = _Loop(training, window, log=log, interrupt=interrupt)
         try:
             loop.catch_up()
@@ -175,6 +192,7 @@ class _Loop:
         self.log = log
         self.updates = Updates(training, requested=lambda: interrupt.requested)
         self.window = MeanWindow(training.accelerator.device, saved=window)
+        self._validation_seconds = math.inf  # of the last one, to announce a long one
         self.task.say = log.say
         self.task.begin(training.progress.update)
 
@@ -196,22 +214,20 @@ class _Loop:
                 self._validate()
 
     def catch_up(self) -> None:
-        """Make the validation that a kill or a signal prevented.
+        """Make the validation before the first update, or one that a kill or a signal prevented.
 
         The checkpoint is older than its validation. So a validation that is in the log already is
         passed to the task again.
         """
         validation = from_main(self.log.validation)
         if validation is not None:
-            self.task.validated(self.training.progress.update, validation)
+            self._validated(validation)
         elif self._validation_is_due():
             self._validate()
 
     def _validation_is_due(self) -> bool:
         options, update = self.training.config.run, self.training.progress.update
-        return update > 0 and (
-            update % options.validation_steps == 0 or update == options.max_train_steps
-        )
+        return update % options.validation_steps == 0 or update == options.max_train_steps
 
     def _take(self, result: UpdateResult) -> None:
         """Add an update to the next row. End a run whose gradients stay non-finite.
@@ -243,7 +259,10 @@ class _Loop:
         means = self.window.means()
         own = self.task.row(progress.update, means)
         rate = learning_rate(
-            progress.update - 1, peak=config.optimizer.learning_rate, config=config
+            progress.update - 1,
+            peak=config.optimizer.learning_rate,
+            config=config,
+            pause=self.task.pause(next(iter(self.task.learners))),
         )
         engine = {"optimizer/learning_rate": rate, "optimizer/skipped": progress.skipped}
         self.log.row(progress.update, {**means, **own, **engine})
@@ -252,16 +271,27 @@ class _Loop:
         """Measure the averaged weights and draw samples."""
         training, update = self.training, self.training.progress.update
         picture = sample_path(training.folder, update)
+        if self._validation_seconds > SILENT_SECONDS:
+            self.log.say(f"validating after update {update:,}")
+
+        start = time.perf_counter()
         with self.log.pause(), training.evaluating():
             values = self.task.validate(update)
             drawn = is_main() and self.task.save_samples(picture)
+        self._validation_seconds = time.perf_counter() - start
+
         if values:
             self.log.write(update, values)
         if drawn:
             self.log.picture(update, picture)
         if values:
             self.log.say(f"update {update:,}: {self.task.validation_line(values)}")
-            self.task.validated(update, values)
+            self._validated(values)
+
+    def _validated(self, values: dict[str, float]) -> None:
+        """Pass a validation to the task, except that of the untrained model."""
+        if self.training.progress.update > 0:
+            self.task.validated(self.training.progress.update, values)
 
     def _save(self) -> Path:
         training, update = self.training, self.training.progress.update

@@ -21,6 +21,31 @@ def plan(training: Training) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
 
+def warnings(training: Training) -> list[str]:
+    """Return one line for each option that has less effect than it seems to have."""
+    found, total = [], training.config.run.max_train_steps
+    name = next(iter(training.task.learners))
+    pause, warmup = training.task.pause(name), training.config.optimizer.lr_warmup_steps
+    end = warmup + (len(pause) if pause.start < warmup else 0)
+    if end > total:
+        found.append(
+            f"lr_warmup_steps {warmup:,} ends at update {end:,}, but the run has {total:,}: the "
+            "learning rate never reaches its full value. Give a share such as 0.1."
+        )
+    device, precision = training.accelerator.device, training.accelerator.mixed_precision
+    if device.type == "cuda" and precision == "bf16" and _emulates_bf16(device):
+        found.append(
+            f"mixed_precision bf16 is emulated on {torch.cuda.get_device_name(device)}, which is "
+            "slower than float32. Give --mixed_precision no."
+        )
+    return [*found, *training.task.warnings()]
+
+
+def _emulates_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _batch(training: Training) -> str:
     options, processes = training.config.run, training.accelerator.num_processes
     return (

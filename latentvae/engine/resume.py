@@ -39,7 +39,7 @@ RUN_FILES = (  # not config.yaml, which is replaced: the folder must stay one of
 Config = TypeVar("Config", bound=JobConfig)
 
 
-def find_start(task: Task, folder: Path) -> Path | None:
+def find_start(asked: JobConfig, folder: Path) -> Path | None:
     """Return the checkpoint to resume from, if there is one. No file of a run changes.
 
     Rank 0 looks, and every rank gets its result or its error.
@@ -48,16 +48,16 @@ def find_start(task: Task, folder: Path) -> Path | None:
         UserError: the folder holds something else, the options differ, or a named checkpoint
             cannot be used.
     """
-    return _on_main(lambda: _find_start(task, folder))
+    return _on_main(lambda: _find_start(asked, folder))
 
 
-def take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
+def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
     """Prepare the folder for this run, after all refusals except that of a tracker.
 
     An earlier run is deleted if `overwrite_output_dir` says so. Checkpoints after the one to
-    resume from are set aside.
+    resume from are set aside. The folder keeps the options as they were given.
     """
-    _on_main(lambda: _take_folder(task, folder, checkpoint=checkpoint))
+    _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 
 
 def write_config(config: JobConfig, path: Path) -> None:
@@ -88,10 +88,11 @@ def check_same_config(now: JobConfig, then: JobConfig) -> None:
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old.get(name)} then, {new[name]} now)" for name in changed)
+        folder = now.run.output_dir or then.run.output_dir
         raise UserError(
-            f"the run in '{then.run.output_dir}' was started with other options: {listed}. "
+            f"the run in '{folder}' was started with other options: {listed}. "
             "Give the old ones, or another output_dir. Or give --overwrite_output_dir to delete "
-            "the run and start from scratch."
+            f"the run and start from scratch.{now.other_options_advice(folder)}"
         )
 
 
@@ -108,8 +109,7 @@ def _on_main(work: Callable[[], Path | None]) -> Path | None:
     return result
 
 
-def _find_start(task: Task, folder: Path) -> Path | None:
-    config = task.config
+def _find_start(config: JobConfig, folder: Path) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir '{folder}' is a file. Give a folder.")
     sweep_temporary(folder)
@@ -122,15 +122,15 @@ def _find_start(task: Task, folder: Path) -> Path | None:
     return checkpoint
 
 
-def _take_folder(task: Task, folder: Path, *, checkpoint: Path | None) -> None:
-    if task.config.run.overwrite_output_dir:
+def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
+    if asked.run.overwrite_output_dir:
         _delete_run(folder, (*task.files, *RUN_FILES))
     for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
         print(f"{aside.name.removeprefix('aside-')} is not used and is now {aside.name}")
     print(f"resuming from {checkpoint}" if checkpoint else f"starting a new run in {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(task.config, folder / CONFIG_NAME)
+        write_config(asked, folder / CONFIG_NAME)
         task.write_files(folder)
     except OSError as error:
         raise UserError(f"output_dir '{folder}' cannot be written: {error.strerror}") from error
@@ -143,6 +143,8 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
         UserError: a named checkpoint is not one of this run, or is damaged.
     """
     if wanted == "latest":
+        if found := checkpoints(folder):
+            print(f"verifying {found[-1]}", flush=True)
         checkpoint, faults = newest_usable(folder)
         for fault in faults:
             print(fault)

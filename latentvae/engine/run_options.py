@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from latentvae.config.run_config import RunConfig
+from latentvae.engine.launcher import check_launcher
 from latentvae.engine.publishing import repository
 from latentvae.engine.tracker import check_tracker
 from latentvae.errors import UserError
@@ -34,6 +35,8 @@ def check_options(options: RunConfig) -> Path:
             "processes and started one. On CPUs launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
+
+    check_launcher(precision=options.mixed_precision)
 
     # tracker and upload
     check_tracker(options.report_to)

@@ -5,14 +5,24 @@ import math
 from latentvae.config.run_config import JobConfig
 
 
-def learning_rate(update: int, *, peak: float, config: JobConfig) -> float:
-    """Return the rate of `update` (from 0): linear warm-up, then constant or a cosine to 0."""
+def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range = range(0)) -> float:
+    """Return the rate of an update: linear warm-up, then constant or a cosine to 0.
+
+    Args:
+        update: from 0.
+        peak: the rate after the warm-up.
+        config: has the warm-up, the scheduler and the length of the run.
+        pause: updates in which the learner stands still. The warm-up does not count them.
+    """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
-    if update < warmup:
-        return peak * (update + 1) / warmup
+    end = warmup + (len(pause) if pause.start < warmup else 0)
+    if update < end:
+        paused = len(range(pause.start, min(update, pause.stop)))
+        return peak * (update - paused + 1) / warmup
+
     if config.optimizer.lr_scheduler == "constant":
         return peak
-    progress = (update - warmup) / max(total - warmup, 1)
+    progress = (update - end) / max(total - end, 1)
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 

@@ -1,18 +1,22 @@
-"""A clean stop: SIGTERM, SIGINT and SIGUSR1 let the update finish, then the loop saves.
+"""A clean stop: a first signal lets the update finish and the loop save, a second ends at once.
 
-SLURM sends SIGUSR1 before a time limit. A second signal ends the run at once.
+Handled are SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal, a lost ssh connection) and SIGUSR1
+(SLURM, before a time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has only the first two
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_HANGUP = getattr(signal, "SIGHUP", None)
 _ECHO = 2.0  # seconds in which a launcher may repeat a signal that has reached all processes
 
 
@@ -21,18 +25,26 @@ class Interrupt:
 
     `accelerate launch` does not pass SIGTERM to a single training process. So the loss of that
     launcher counts as SIGTERM too.
+
+    Args:
+        next_update: returns the number of the update that is finished before the run saves. None
+            acknowledges no signal, as on ranks after the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, next_update: Callable[[], int] | None = None) -> None:
         self.signal: int | None = None
+        self.next_update = next_update
         self._since = 0.0
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._previous: dict[int, Any] = {}
+        self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is not threading.main_thread():
             return self  # Python lets only the main thread handle signals
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        for number in _SIGNALS:
+            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,14 +52,42 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if number == _HANGUP:
+            self._leave_terminal()
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > _ECHO:
+            self._acknowledge()
+        # A terminal that closes after Ctrl-C is no wish to lose the checkpoint.
+        elif number != _HANGUP and time.monotonic() - self._since > _ECHO:
             sys.exit(128 + number)
+
+    def _acknowledge(self) -> None:
+        """Say at once what happens. A handler may interrupt a print, so it writes by itself."""
+        if self.next_update is None:
+            return
+        text = f"\nfinishing update {self.next_update():,}, then saving; again to stop now"
+        if self._launcher is not None:  # it ends at once on Ctrl-C, and the terminal is free again
+            text += f" (`kill {os.getpid()}` once the launcher has ended)"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+    def _leave_terminal(self) -> None:
+        """Send later output to nowhere: writing to a closed terminal is an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     @property
     def requested(self) -> int:
         """The number of the signal that asked to stop, or 0."""
         if self.signal is None and self._launcher is not None and os.getppid() != self._launcher:
             self.signal = signal.SIGTERM
+            self._acknowledge()
         return self.signal or 0
+
+
+def _is_terminal(descriptor: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.isatty(descriptor)
+    return False

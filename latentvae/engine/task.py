@@ -203,6 +203,10 @@ class Task(ABC):
         """Return rows by heading that say what is trained on what, before the first update."""
         return {}
 
+    def warnings(self) -> list[str]:
+        """Return one line for each option that has less effect than it seems to have."""
+        return []
+
     def step_size(self) -> str:
         """Return the options that decide a micro-step's memory, for the out-of-memory error."""
         return f"train_batch_size {self.config.run.train_batch_size}"
@@ -212,9 +216,11 @@ class Task(ABC):
         options, advice = self.config.run, []
         if options.train_batch_size > 1:
             half = (options.train_batch_size + 1) // 2
+            steps = f" --gradient_accumulation_steps {options.gradient_accumulation_steps * 2}"
+            follows = options.global_batch_size is not None
             advice.append(
-                f"--train_batch_size {half} --gradient_accumulation_steps "
-                f"{options.gradient_accumulation_steps * 2} (as many {self.unit} per update)"
+                f"--train_batch_size {half}{'' if follows else steps} "
+                f"(as many {self.unit} per update)"
             )
         if options.mixed_precision != "bf16":
             advice.append("--mixed_precision bf16")
@@ -228,6 +234,10 @@ class Task(ABC):
     def learning(self, update: int) -> Sequence[str]:
         """Return the names of the learners that take part in an update (from 0), at least one."""
         return tuple(self.learners)
+
+    def pause(self, name: str) -> range:
+        """Return the updates in which a learner stands still, for its warm-up."""
+        return range(0)
 
     @abstractmethod
     def micro_step(self, batch: Any, update: int) -> dict[str, Tensor]:

@@ -82,6 +82,7 @@ def build_training(
         resumed: a checkpoint will overwrite the weights.
     """
     # modules and optimizers
+    task.config = task.config.for_processes(accelerator.num_processes)
     options = task.config.optimizer
     seed_everything(Stream.WEIGHTS, task.config.run.seed)
     task.device = accelerator.device

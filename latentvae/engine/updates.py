@@ -107,9 +107,12 @@ class Updates:
     def set_learning_rates(self) -> None:
         """Set the learning rates of the next update."""
         config, update = self.training.config, self.training.progress.update
-        for learner in self.training.task.learners.values():
+        task = self.training.task
+        for name, learner in task.learners.items():
             for group in learner.optimizer.param_groups:
-                group["lr"] = learning_rate(update, peak=learner.rate, config=config)
+                group["lr"] = learning_rate(
+                    update, peak=learner.rate, config=config, pause=task.pause(name)
+                )
 
     def step(self, learning: Sequence[str]) -> None:
         """Step the optimizers of the learners that take part, and their weight averages."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from latentvae.losses.discriminators import DISCRIMINATORS
-from latentvae.option_marks import Count, MayChange, Positive, Section
+from latentvae.option_marks import MayChange, Positive, Private, Section, UpdatesOrShare
 
 
 class DiscriminatorConfig(Section):
@@ -64,14 +64,14 @@ class DiscriminatorConfig(Section):
             "max_train_steps."
         ),
     )
-    disc_warmup_steps: Count = Field(
+    disc_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
             "Updates after the start in which only the discriminator learns. Set this for a "
             "pretrained model, because its discriminator starts untrained."
         ),
     )
-    disc_ramp_steps: Count = Field(
+    disc_ramp_steps: UpdatesOrShare = Field(
         default=1000,
         description=(
             "Updates after that over which the adversarial weight grows from 0. The discriminator "
@@ -107,6 +107,13 @@ class DiscriminatorConfig(Section):
         ),
     )
 
+    discriminator_from: Annotated[str | None, Private()] = Field(
+        default=None,
+        description=(
+            "Folder of an earlier run whose discriminator a new run starts with. Use it beside "
+            "pretrained_model_name_or_path, which loads only the autoencoder."
+        ),
+    )
     disc_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
@@ -123,5 +130,10 @@ class DiscriminatorConfig(Section):
             raise ValueError(
                 f"disc_norm {self.disc_norm} is for the {' or '.join(others)} discriminator, but "
                 f"{self.disc_type} has no norm. Leave disc_norm out."
+            )
+        if self.discriminator_from is not None and self.disc_scale == 0:
+            raise ValueError(
+                f"discriminator_from '{self.discriminator_from}' has no effect with disc_scale 0. "
+                "Give disc_scale above 0, or leave discriminator_from out."
             )
         return self

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.option_marks import Count, Mark, MayChange, Private, Section, marked
+from latentvae.option_marks import Mark, MayChange, Private, Section, UpdatesOrShare, marked
 
 # Range of the KL's weight with a target: from no effect of the KL to hardly any other effect.
 KL_WEIGHTS = 1e-8, 1e4
@@ -58,9 +58,12 @@ class ObjectiveConfig(Section):
             "resolution. A larger weight gives a smoother latent and a worse reconstruction."
         ),
     )
-    kl_warmup_steps: Annotated[Count, NeedsKL()] = Field(
+    kl_warmup_steps: Annotated[UpdatesOrShare, NeedsKL()] = Field(
         default=0,
-        description="Updates over which the KL's weight grows linearly from 0 to kl_scale.",
+        description=(
+            "Updates over which the KL's weight grows linearly from 0 to kl_scale. Below 1: a "
+            "share of max_train_steps."
+        ),
     )
     free_bits: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
@@ -76,8 +79,12 @@ class ObjectiveConfig(Section):
             "leaves this out."
         ),
     )
-    kl_capacity_steps: Count = Field(
-        default=0, description="Updates over which kl_capacity grows from 0 to its value."
+    kl_capacity_steps: UpdatesOrShare = Field(
+        default=0,
+        description=(
+            "Updates over which kl_capacity grows from 0 to its value. Below 1: a share of "
+            "max_train_steps."
+        ),
     )
     kl_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,

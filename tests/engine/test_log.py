@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
 from latentvae.data import EvalTransform, SamplePhotos
+from latentvae.engine.log import RunLog
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
 from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.backward import backward_model
+from latentvae.tasks.autoencoder.validate import LABEL_WIDTH
 from tests.tasks.autoencoder.small import small_config
 
 
@@ -48,9 +51,9 @@ def rows(folder: Path, key: str) -> list[dict[str, float]]:
 
 def test_rows_validations_and_checkpoints_come_at_every_step_and_at_the_end(folder: Path) -> None:
     assert [row["update"] for row in rows(folder, "loss/rec")] == [2, 4, 6, 8, 9]
-    assert [row["update"] for row in rows(folder, "validation/psnr")] == [4, 8, 9]
+    assert [row["update"] for row in rows(folder, "validation/psnr")] == [0, 4, 8, 9]
     pictures = sorted(path.name for path in (folder / "samples").iterdir())
-    assert pictures == ["update-000004.png", "update-000008.png", "update-000009.png"]
+    assert pictures == [f"update-00000{update}.png" for update in (0, 4, 8, 9)]
     assert {path.name for path in folder.glob("checkpoint-*")} == {
         f"checkpoint-{update}" for update in (3, 6, 9)
     }
@@ -66,8 +69,11 @@ def test_images_are_counted_and_every_row_has_the_discriminator_once_it_runs(fol
 
 
 def test_the_grid_shows_the_validation_images_unaugmented(folder: Path) -> None:
-    grid = np.asarray(Image.open(folder / "samples" / "update-000009.png"))
+    picture = np.asarray(Image.open(folder / "samples" / "update-000009.png"))
     photos, transform = SamplePhotos("validation"), EvalTransform(32, interpolation="bilinear")
+    labels, grid = picture[:, :LABEL_WIDTH], picture[::4, LABEL_WIDTH::4]  # 128 px for 32
+    for row in range(3):
+        assert (labels[128 * row : 128 * (row + 1)] < 128).any()  # its label
     assert grid.shape == (3 * 32, len(photos) * 32, 3)
     for i in range(len(photos)):
         pixels = (transform(photos.read(i)).permute(1, 2, 0) + 1) * 127.5
@@ -95,7 +101,7 @@ def test_tensorboard_gets_every_number_of_the_log(folder: Path) -> None:
 
 def test_tensorboard_gets_the_grids(folder: Path) -> None:
     shown = tensorboard_events(folder).Images("validation/samples")
-    assert [event.step for event in shown] == [4, 8, 9]
+    assert [event.step for event in shown] == [0, 4, 8, 9]
     for event in shown:
         grid = np.asarray(Image.open(folder / "samples" / f"update-{event.step:06d}.png"))
         seen = Image.open(io.BytesIO(event.encoded_image_string))
@@ -123,7 +129,7 @@ def test_wandb_gets_every_number_and_the_grids_without_a_network(
         expected.setdefault(int(row["update"]), {}).update(row)
     (file,) = folder.glob("logs/wandb/offline-run-*/run-*.wandb")
     seen = {step: values for step, values in wandb_history(file)}
-    assert seen.keys() == {2, 3, 4} == expected.keys()
+    assert seen.keys() == {0, 2, 3, 4} == expected.keys()
     for step, values in seen.items():
         own = ("_", "validation/samples")  # wandb's, such as a time, and the picture's parts
         numbers = {key: value for key, value in values.items() if not key.startswith(own)}
@@ -176,8 +182,8 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_once(
     export = train(small_config(folder, max_train_steps=4, report_to="tensorboard"))
     assert (export / "config.json").is_file()
     assert [row["update"] for row in rows(folder, "loss/rec")] == [2, 4]
-    assert [row["update"] for row in rows(folder, "validation/psnr")] == [3, 4]
-    assert len(calls) == {"log": 4, "log_images": 2, "finish": 1}[broken]
+    assert [row["update"] for row in rows(folder, "validation/psnr")] == [0, 3, 4]
+    assert len(calls) == {"log": 5, "log_images": 3, "finish": 1}[broken]
     said = capsys.readouterr()
     assert (said.out + said.err).count("No space left on device") == 1
 
@@ -233,3 +239,23 @@ def test_rec_is_logged_without_lpips_and_lpips_without_its_weight() -> None:
     )
     torch.testing.assert_close(logged["loss/rec"], (out.recon.detach() - images).abs().mean())
     assert logged["loss/lpips"].item() == 0.5
+
+
+def test_a_terminal_keeps_the_rows_beside_a_bar_of_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    alone: Any = SimpleNamespace(is_main_process=True, trackers=[], log=lambda *_, **__: None)
+    log = RunLog(tmp_path, alone, start=0, total=250_000, items_per_update=8, shown=["loss/rec"])
+    log.step()
+    log.row(1, {"loss/rec": 0.25})
+    log.close()
+    assert "update 1 of 250,000: rec 0.25, items/s " in capsys.readouterr().out
+    drawn = terminal.getvalue().replace("\n", "\r").split("\r")
+    assert any("training:" in line for line in drawn) and max(map(len, drawn)) <= 80

@@ -31,3 +31,26 @@ def test_disc_start_is_a_share_of_the_run_below_one_and_an_update_above() -> Non
     )
     assert config(discriminator={"disc_start": 50_000}).discriminator_start == 50_000
     assert config(discriminator={"disc_start": 0}).discriminator_start == 0
+
+
+def rates(pause: range, *, warmup: int, total: int = 110, scheduler: str = "cosine") -> list[float]:
+    c = config(
+        optimizer={"lr_scheduler": scheduler, "lr_warmup_steps": warmup},
+        run={"max_train_steps": total},
+    )
+    return [learning_rate(u, peak=1.0, config=c, pause=pause) for u in range(total + 1)]
+
+
+def test_the_warm_up_waits_for_a_model_that_stands_still() -> None:
+    late = rates(range(50), warmup=10)
+    assert late[50:60] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert late[60] == 1.0 and late[85] == pytest.approx(0.5) and late[110] == pytest.approx(0.0)
+
+
+def test_a_pause_within_the_warm_up_is_not_counted() -> None:
+    found = rates(range(5, 25), warmup=10)
+    assert found[:5] + found[25:30] == pytest.approx([0.1 * step for step in range(1, 11)])
+
+
+def test_a_pause_after_the_warm_up_changes_nothing() -> None:
+    assert rates(range(10, 30), warmup=10) == rates(range(0), warmup=10)

@@ -53,7 +53,7 @@ def test_readers_end_with_a_trainer_that_was_killed(
     trainer = psutil.Process(start_fork(lambda: train(config), output=output))
     deadline, log = time.monotonic() + PATIENCE, tmp_path / "run" / "log.jsonl"
     try:
-        while not log.exists() or not log.stat().st_size:  # its first update is made
+        while not log.exists() or "loss/rec" not in log.read_text():  # its first update is made
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.05)
         readers = trainer.children()

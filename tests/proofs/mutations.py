@@ -259,11 +259,61 @@ def _with_the_discriminator_alone(
 def _rate_of(change: Callable[..., dict[str, Any]]) -> Inject:
     """The schedule is evaluated at another update, or for another peak."""
 
-    def fault(rate: Callable[..., float], update: int, *, peak: float, config: Any) -> float:
-        changed = {"update": update, "peak": peak} | change(update, peak, config.run)
-        return rate(changed["update"], peak=changed["peak"], config=config)
+    def fault(
+        rate: Callable[..., float], update: int, *, peak: float, config: Any, pause: range
+    ) -> float:
+        changed = {"update": update, "peak": peak, "pause": pause}
+        changed |= change(update, peak, config.run)
+        return rate(changed.pop("update"), config=config, **changed)
 
     return around(RATE, fault)
+
+
+def _nothing(_: pytest.MonkeyPatch) -> None:
+    """The options alone are the fault."""
+
+
+# Schedules that reach past the six updates of the run.
+SCHEDULES = [
+    seam(
+        "a model that waits for the discriminator until the run ends",
+        "",
+        instead("latentvae.proofs.preflight.preflight:check_model_learns", lambda config: None),
+        "model-learns",
+        "rate-in-run",
+        "discriminator-in-run",
+        why="without an update of the model nothing of its schedule happens",
+        config={"disc_start": 0, "disc_warmup_steps": 6},
+    ),
+    seam(
+        "a warm-up of the learning rate that is longer than the run",
+        "",
+        _nothing,
+        "rate-in-run",
+        config={"lr_warmup_steps": 9},
+    ),
+    seam(
+        "a ramp of the adversarial weight that is longer than the run",
+        "",
+        _nothing,
+        "discriminator-in-run",
+        config={"disc_ramp_steps": 9},
+    ),
+    seam(
+        "a warm-up of the KL that is longer than the run",
+        "",
+        _nothing,
+        "kl-in-run",
+        config={"kl_warmup_steps": 9},
+    ),
+    seam(
+        "a warm-up of the learning rate that passes while the model stands still",
+        "",
+        _rate_of(lambda update, peak, run: {"pause": range(0)}),
+        "learning-rate",
+        config={"disc_start": 0, "disc_warmup_steps": 2},
+    ),
+]
 
 
 # Checkpoints
@@ -282,6 +332,7 @@ def _all_but_the_average(restore: Callable[..., Any], training: Training, snapsh
 
 
 MUTATIONS = [
+    *SCHEDULES,
     # Losses
     seam(
         "LPIPS without gradient",

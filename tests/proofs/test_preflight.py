@@ -30,6 +30,7 @@ QUICK = (
     "a KL averaged over latent elements",
     "an average that is never stepped",
     "an optimiser that is not restored",
+    "a model that waits for the discriminator until the run ends",
 )
 
 
@@ -162,6 +163,7 @@ def test_every_check_but_the_forecasts_is_failed_by_a_mutation() -> None:
     terms = {"lpips-gradient", "latent-gradient", "reconstruction", "kl", "kl-gradient"}
     terms |= {"commitment", "codebook", "accumulation"}
     others = {"frozen", "lpips-weights", "image-range", "validation", "checkpoint"}
+    others |= {"model-learns", "rate-in-run", "discriminator-in-run", "kl-in-run"}
     assert names == everywhere | discriminator | terms | others | {"ranks-equal", "ranks-batches"}
 
 

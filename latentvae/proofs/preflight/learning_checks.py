@@ -15,6 +15,7 @@ from latentvae.proofs.preflight.rehearsal import (
     Seen,
     trained,
 )
+from latentvae.proofs.preflight.schedule_checks import as_asked
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.learning_half import MODEL
 
@@ -129,24 +130,26 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
     """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
-    kept = task.config, progress.update
-    task.config = asked
-
-    # compare at some updates
-    worst, at = 0.0, 0
+    alone = asked.discriminator.disc_warmup_steps if task.discriminator is not None else 0
+    pause = range(asked.discriminator_start, asked.discriminator_start + alone)
     points = {0, warmup // 2, warmup, (warmup + total) // 2, total - 1}
-    for update in sorted(point for point in points if point < total):
-        progress.update = update
-        rehearsal.updates.set_learning_rates()
-        peaks = {MODEL: asked.optimizer.learning_rate}
-        for name, learner in task.learners.items():
-            peak = peaks.get(name, asked.discriminator.disc_learning_rate)
-            for group in learner.optimizer.param_groups:
-                difference = abs(group["lr"] - _stated_rate(update, peak, asked)) / peak
-                worst, at = max((worst, at), (difference, update))
-    task.config, progress.update = kept
+    points |= {pause.stop, pause.stop + warmup // 2, pause.stop + warmup}
 
-    # verdict
+    # the rates at these updates
+    worst, at = 0.0, 0
+    with as_asked(rehearsal):
+        for update in sorted(point for point in points if point < total):
+            progress.update = update
+            rehearsal.updates.set_learning_rates()
+            for name, learner in task.learners.items():
+                peak, waits = asked.discriminator.disc_learning_rate, range(0)
+                if name == MODEL:
+                    peak, waits = asked.optimizer.learning_rate, pause
+                stated = _stated_rate(update, peak, asked, waits)
+                for group in learner.optimizer.param_groups:
+                    difference = abs(group["lr"] - stated) / peak
+                    worst, at = max((worst, at), (difference, update))
+
     follows = worst < 1e-9
     return Check(
         name="learning-rate",
@@ -158,14 +161,16 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _stated_rate(update: int, peak: float, config: TrainConfig) -> float:
-    """Return the learning rate that the options' help texts describe."""
+def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) -> float:
+    """Return the learning rate that the options' help texts describe, for a learner that pauses."""
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
-    if update < warmup:
-        return (update + 1) / warmup * peak
+    end = warmup + (len(pause) if pause.start < warmup else 0)
+    own = update - sum(1 for waited in pause if waited < update)
+    if own < warmup:
+        return (own + 1) / warmup * peak
     if config.optimizer.lr_scheduler == "constant":
         return peak
-    angle = math.pi * (update - warmup) / max(total - warmup, 1)
+    angle = math.pi * (update - end) / max(total - end, 1)
     return peak * math.cos(min(angle, math.pi) / 2) ** 2
 
 

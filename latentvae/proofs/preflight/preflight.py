@@ -19,14 +19,24 @@ from latentvae.engine.run_options import check_options
 from latentvae.engine.training import build_training
 from latentvae.engine.updates import Updates
 from latentvae.proofs.checks import Check, check_json_file, conclude
-from latentvae.proofs.preflight import learning_checks, networks, ranks, resources, saving, terms
+from latentvae.proofs.preflight import (
+    learning_checks,
+    networks,
+    ranks,
+    resources,
+    saving,
+    schedule_checks,
+    terms,
+)
 from latentvae.proofs.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import with_shape_of
+from latentvae.tasks.autoencoder.reach import check_model_learns
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
 GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
     learning_checks.checks,
+    schedule_checks.checks,
     ranks.checks,
     networks.checks,
     terms.checks,
@@ -71,6 +81,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     """Build the run of the rehearsal. ``stack`` later removes its folder and ends its processes."""
     config = checked(config)
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # there is no run at this path
+    check_model_learns(config)
     task = AutoencoderTask(rehearsed(config, nowhere))
     task.check()
     check_options(task.config.run)
@@ -78,6 +89,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     config = with_shape_of(config, task.base)
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
+    config = config.for_processes(accelerator.num_processes)
     keep_freed_memory(accelerator.device)  # as `train` does, because time and memory are predicted
     folder = _temporary(stack)
     training = build_training(task, folder=folder, accelerator=accelerator)

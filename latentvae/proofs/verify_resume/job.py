@@ -23,16 +23,18 @@ from latentvae.proofs.verify_resume.kills import AFTER_LAST, Kill, carry_out
 from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_command
 
 
-def shortened(task: type[Task], config: Any, *, updates: int) -> Any:
+def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
     """Return the same run with everything that can go wrong in a few updates.
 
     The learning rate warms up, micro-steps accumulate, and checkpoints are written and deleted.
     """
+    config = config.for_processes(processes)
     early, run = updates // 4, config.run
     sections = {
         "optimizer": {"lr_warmup_steps": min(config.optimizer.lr_warmup_steps, early)},
         "run": {
             "max_train_steps": updates,
+            "global_batch_size": None,
             "gradient_accumulation_steps": max(run.gradient_accumulation_steps, 2),
             "checkpointing_steps": early,
             "validation_steps": updates // 2,

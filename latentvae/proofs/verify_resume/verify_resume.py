@@ -71,7 +71,7 @@ def verify_resume(
     check_json_file(json)
 
     # the short run
-    opened = task(shortened(task, config, updates=updates))
+    opened = task(shortened(task, config, updates=updates, processes=processes))
     opened.check()
     check_options(opened.config.run)
     opened.open()

@@ -116,6 +116,7 @@ def compute_faster(
 ) -> None:
     """Compile the network's blocks, or use Winograd's convolutions where they are faster."""
     if config.run.torch_compile:
+        accelerator.print("the first updates compile the network, which takes minutes", flush=True)
         compile_blocks(net)
     elif _multiplies_less(config, accelerator):
         swap_convolutions(net, trained=True)

@@ -116,6 +116,7 @@ def initialise_codebook(
     quantizer = family_of(net).quantizer(net)
     assert quantizer is not None, type(net)
     wanted = START_VECTORS * quantizer.num_codes
+    print(f"encoding images for {wanted:,} vectors, from which k-means makes the codes", flush=True)
     vectors: list[Tensor] = []
     vectors_per_image = 0
     for images in _batches(source, transform, seed=seed):
@@ -135,6 +136,7 @@ def initialise_codebook(
         )
 
     # k-means
+    print(f"k-means of {len(found):,} vectors for {quantizer.num_codes:,} codes", flush=True)
     quantizer.initialise(
         found,
         generator=generator_for(Stream.CODEBOOK, seed, 0),

@@ -357,6 +357,7 @@ def what_to_watch(
         ),
         posterior_remedy=_posterior_remedy(config),
         num_channels=model.kl_channels,
+        # codes
         codes_from=None if num_codes is None else beginning,
         num_codes=num_codes or 1,
         codes_remedy=_codes_remedy(model.bottleneck) if model.has_codes else "",

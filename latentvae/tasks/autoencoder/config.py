@@ -87,12 +87,24 @@ class TrainConfig(JobConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     run: AutoencoderRunConfig = AutoencoderRunConfig()
 
+    def other_options_advice(self, folder: str) -> str:
+        discriminator = f" --discriminator_from {folder}" if self.discriminator.disc_scale else ""
+        return (
+            " To train its weights on with other options, start a new run in another output_dir "
+            f"with --pretrained_model_name_or_path {folder}/export{discriminator} (`latentvae "
+            f"export {folder}` writes the export of an unfinished run)."
+        )
+
     def may_change(self, then: JobConfig) -> frozenset[str]:
         assert isinstance(then, TrainConfig)
         names = super().may_change(then)
         if self.discriminator.disc_watch == then.discriminator.disc_watch == "disable":
             return names - set(marked(TrainConfig, DecidesTheWatch))
         return names
+
+    @property
+    def batch_multiple(self) -> int:
+        return self.data.crops_per_image
 
     @property
     def images_read(self) -> int:
@@ -131,7 +143,7 @@ class TrainConfig(JobConfig):
                     f"nearest multiple is {near}."
                 )
         batch, crops = self.run.train_batch_size, self.data.crops_per_image
-        if batch % crops:
+        if batch % crops and self.run.global_batch_size is None:
             near = max(round(batch / crops), 1) * crops
             raise ValueError(
                 f"train_batch_size {batch} is not a multiple of crops_per_image {crops}. The "

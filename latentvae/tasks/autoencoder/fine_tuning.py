@@ -6,12 +6,14 @@ A resume does not need the base's weights: `base.json` holds its config, the che
 import copy
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from latentvae.engine.checkpoint_files import newest_usable
 from latentvae.errors import UserError
@@ -29,6 +31,7 @@ class _Saved(BaseModel):
     name: str
     hub_id: str | None = None
     encoder_sha256: str
+    weights_sha256: str
     config: dict[str, Any]
 
 
@@ -40,12 +43,14 @@ class Base:
         name: the name or path that the user gave.
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
+        weights_sha256: hash of all weights as they were loaded.
         hub_id: owner/name on the Hub, if it came from there.
     """
 
     name: str
     net: Network
     encoder_sha256: str
+    weights_sha256: str
     hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
@@ -55,6 +60,7 @@ class Base:
             "name": self.name,
             "hub_id": self.hub_id,
             "encoder_sha256": self.encoder_sha256,
+            "weights_sha256": self.weights_sha256,
             "config": config,
         }
         temporary = folder / f"{BASE_NAME}.tmp"
@@ -102,7 +108,7 @@ def open_base(config: TrainConfig) -> Base | None:
     # train mode, so this one is too: there even dropout of probability 0 draws random numbers.
     net = copy.deepcopy(net).train()
     hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
-    return Base(name, net, encoder_sha256(net), hub_id)
+    return Base(name, net, encoder_sha256(net), weights_sha256(net), hub_id)
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
@@ -123,7 +129,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[:3])
         raise UserError(f"'{path}' is not what a fine-tuning wrote: {reason}") from error
-    return Base(saved.name, net, saved.encoder_sha256, saved.hub_id)
+    return Base(saved.name, net, saved.encoder_sha256, saved.weights_sha256, saved.hub_id)
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
@@ -139,8 +145,17 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
 
 def encoder_sha256(net: Network) -> str:
     """Return the hash of all weights that make latents, and of their names."""
+    return _sha256(family_of(net).latent_side(net))
+
+
+def weights_sha256(net: Network) -> str:
+    """Return the hash of all weights of a network, and of their names."""
+    return _sha256([net])
+
+
+def _sha256(parts: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
-    for part in family_of(net).latent_side(net):
+    for part in parts:
         for name, value in part.state_dict().items():
             digest.update(name.encode())
             values = value.detach().cpu().float().contiguous()

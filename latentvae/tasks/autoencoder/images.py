@@ -142,6 +142,8 @@ def batches(
     # images by number: one rank reads the headers for the buckets
     ratios = None
     if config.data.aspect_ratio_buckets:
+        if is_main():
+            print(f"reading the sizes of {len(images):,} images for the buckets", flush=True)
         ratios = from_main(aspect_ratios(images) if is_main() else None)
     buckets = image_buckets(config, ratios, processes=world_size())
     if buckets is not None and is_main():

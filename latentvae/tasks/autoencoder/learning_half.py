@@ -5,6 +5,7 @@ on the same images and the detached reconstruction (`backward`).
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from latentvae.tasks.autoencoder.build_parts import (
 )
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate, temperature, wants_start
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.earlier_discriminator import load_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import Base
 from latentvae.tasks.autoencoder.latent_values import latent_values
 from latentvae.tasks.autoencoder.state import AutoencoderState
@@ -88,6 +90,13 @@ class LearningAutoencoder(Task):
                 rate=config.discriminator.disc_learning_rate,
             )
 
+        if config.discriminator.discriminator_from is not None and not resumed:
+            load_discriminator(
+                self.learners[DISCRIMINATOR],
+                Path(config.discriminator.discriminator_from),
+                self.lecam,
+            )
+
         # controllers
         self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
         self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
@@ -113,6 +122,17 @@ class LearningAutoencoder(Task):
     def learning(self, update: int) -> Sequence[str]:
         names = () if self._discriminator_learns_alone(update) else (MODEL,)
         return names if self.adversary(update) is None else (*names, DISCRIMINATOR)
+
+    def pause(self, name: str) -> range:
+        """Return the updates in which the model waits for the discriminator's warm-up."""
+        weight, progress = self.objective.adversarial, self.progress
+        if name != MODEL or self.discriminator is None or weight.scale == 0:
+            return range(0)
+        start = progress.discriminator_start
+        stop = start + weight.warmup_updates
+        if progress.discriminator_stopped is not None:
+            stop = min(stop, progress.discriminator_stopped)
+        return range(start, max(start, stop))
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         options = self.config.run

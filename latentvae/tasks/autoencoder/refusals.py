@@ -39,7 +39,10 @@ def _check_resolution(config: TrainConfig) -> None:
     height, width = config.data.size
     own = str(height) if height == width else f"{height} {width}"
     if min(height, width) < least:
-        raise UserError(f"resolution {own} is too small: {part} needs at least {least} px")
+        raise UserError(
+            f"resolution {own} is too small: {part} needs at least {least} px. "
+            f"{_smaller_part(config, part, min(height, width))}"
+        )
     narrowest = min(map(min, config.train_sizes))
     if narrowest < least:
         raise UserError(
@@ -47,6 +50,20 @@ def _check_resolution(config: TrainConfig) -> None:
             f"small: {part} needs at least {least} px. The smallest resolution that works is "
             f"{_least(config, least)}. Or leave aspect_ratio_buckets out."
         )
+
+
+def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
+    """Return what to do about a part that needs larger images."""
+    f = config.model.f
+    least = -(-SSIM_MIN_SIZE // f) * f
+    if part.startswith("LPIPS"):
+        nets = [net for net, needed in MIN_SIZE.items() if needed <= side]
+        validated = "" if config.objective.perceptual_scale else ", which validation uses too"
+        if nets:
+            return f"Give --lpips_net {nets[0]} ({MIN_SIZE[nets[0]]} px){validated}."
+    elif part.endswith("discriminator"):
+        return "Give a smaller --disc_layers, or --disc_scale 0 for none."
+    return f"Give a larger resolution (at least {least}, a multiple of {f})."
 
 
 def _least(config: TrainConfig, side: int) -> str:

@@ -26,8 +26,9 @@ from latentvae.models import Network
 from latentvae.option_marks import Private, marked
 from latentvae.tasks.autoencoder.build_parts import build_net
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.fine_tuning import Base, encoder_sha256, read_base
+from latentvae.tasks.autoencoder.fine_tuning import Base, encoder_sha256, read_base, weights_sha256
 from latentvae.tasks.autoencoder.images import eval_transform, open_data
+from latentvae.tasks.autoencoder.reach import LEAST_VALIDATION_IMAGES
 from latentvae.tasks.autoencoder.validate import readable_images
 
 STATISTICS_IMAGES = 1024
@@ -168,9 +169,16 @@ def export_of_run(
     card = _card(config, folder, update)
     if base is not None:
         card = _fine_tuned(card, net, config, base)
+        if compared := compared_with_base(folder, update):
+            card = replace(card, protocol=f"{card.protocol} {compared}")
+            if is_main():
+                print(compared)
 
     # latent statistics
     transform = eval_transform(config)
+    if is_main():
+        count = min(len(images[0]), STATISTICS_IMAGES)
+        print(f"export: measuring the latents of {count:,} images", flush=True)
     seed_everything(Stream.EXPORT, config.run.seed, rank())
     shard = validation_batches(
         some_of(images[0], STATISTICS_IMAGES),
@@ -184,6 +192,7 @@ def export_of_run(
     # the folder
     report = None
     if is_main():
+        print(f"export: writing {out} and comparing it with the network", flush=True)
         probe = readable_images(images[1], transform, count=PROBE_IMAGES)
 
         report = export_network(
@@ -217,6 +226,11 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         RuntimeError: the encoder was frozen, but its weights have changed.
     """
     name = public_value(base.name)
+    if weights_sha256(net) == base.weights_sha256:
+        return replace(
+            card, description=f"The unchanged weights of {name}: no training changed them."
+        )
+
     card = replace(card, base_model=base.hub_id)
     if not config.model.freeze_encoder:
         return replace(card, description=f"Fine-tuned from {name}.")
@@ -228,6 +242,28 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         "the models that generate them stay valid."
     )
     return replace(card, description=description)
+
+
+def compared_with_base(folder: Path, update: int) -> str:
+    """Return the metrics of a fine-tuning beside its base's, or an empty string without both.
+
+    The base was validated before the first update, on the same images.
+    """
+    rows = [row for row in read_rows(folder / "log.jsonl") if "validation/psnr" in row]
+    first = next((row for row in rows if row["update"] == 0), None)
+    last = next((row for row in rows if row["update"] == update), None)
+    if first is None or last is None or first["validation/images"] != last["validation/images"]:
+        return ""
+    parts = [
+        f"{name} {first[key]:.{digits}f} to {last[key]:.{digits}f} "
+        f"({last[key] - first[key]:+.{digits}f}{unit})"
+        for name, key, digits, unit in (
+            ("PSNR", "validation/psnr", 2, " dB"),
+            ("SSIM", "validation/ssim", 3, ""),
+            ("LPIPS", "validation/lpips", 3, ""),
+        )
+    ]
+    return f"From the base to this model: {', '.join(parts)}."
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
@@ -256,6 +292,8 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         if row
         else ""
     )
+    if row and row["validation/images"] < LEAST_VALIDATION_IMAGES:
+        protocol += " These are too few images to compare models by."
 
     # the card
     grid, private = sample_path(folder, update), marked(TrainConfig, Private)

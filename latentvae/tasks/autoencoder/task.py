@@ -20,7 +20,7 @@ from latentvae.engine.progress import not_of_a_run
 from latentvae.errors import UserError, printable
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import calls
-from latentvae.tasks.autoencoder import plan_rows, refusals
+from latentvae.tasks.autoencoder import plan_rows, reach, refusals
 from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, what_to_watch
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
@@ -61,6 +61,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def check(self) -> None:
         refusals.check_images(self.config)
+        reach.check_model_learns(self.config)
 
     def open(self) -> None:
         self.base = open_base(self.config)
@@ -117,6 +118,14 @@ class AutoencoderTask(LearningAutoencoder):
 
     def plan(self) -> dict[str, str]:
         return plan_rows.plan(self)
+
+    def warnings(self) -> list[str]:
+        few = reach.few_validation_images(
+            self.config,
+            count=len(self.validation_images),
+            training=None if isinstance(self.train_images, ImageStream) else len(self.train_images),
+        )
+        return [*reach.without_effect(self.config), *few]
 
     def step_size(self) -> str:
         height, width = self.config.data.size
@@ -331,13 +340,11 @@ class AutoencoderTask(LearningAutoencoder):
             )
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
-        images = self.train_images
+        images, config = self.train_images, self.config.for_processes(processes)
         assert not isinstance(images, ImageStream)
-        if self._ratios is None and self.config.data.aspect_ratio_buckets:
+        if self._ratios is None and config.data.aspect_ratio_buckets:
             self._ratios = aspect_ratios(images)
-        buckets = image_buckets(self.config, self._ratios, processes=processes)
+        buckets = image_buckets(config, self._ratios, processes=processes)
         place = {"rank": rank, "world_size": processes, "start_step": start}
-        sampler = image_sampler(
-            self.config, len(images), buckets, **place, seed=self.config.run.seed
-        )
+        sampler = image_sampler(config, len(images), buckets, **place, seed=config.run.seed)
         return [step for _, step in zip(range(start, stop), sampler, strict=False)]

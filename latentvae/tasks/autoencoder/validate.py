@@ -1,11 +1,13 @@
 """Validation: PSNR, SSIM and LPIPS of the averaged weights on unaugmented images, and a grid."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from latentvae.data import (
@@ -26,6 +28,8 @@ from latentvae.models import Network, calls
 from latentvae.pictures import to_pil
 
 DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
+GRID_SIDE = 128  # smallest side of a picture in the grid, in pixels
+LABEL_WIDTH = 120  # pixels of the grid left of the pictures
 
 
 @torch.inference_mode()
@@ -95,7 +99,8 @@ def validate(
 
         count += len(images)
         for name, measure in measures.items():
-            sums[name] += measure(images, recon).double().cpu().sum().item()
+            # To the CPU first: Apple GPUs have no float64.
+            sums[name] += measure(images, recon).cpu().double().sum().item()
 
     # means over all ranks
     ranks = gather_objects((sums, count))
@@ -175,9 +180,10 @@ def save_grid(
     count: int,
     device: torch.device,
 ) -> None:
-    """Write a PNG with a column for each image: original, reconstruction and difference.
+    """Write a PNG with labelled rows: original, reconstruction and difference, one column an image.
 
-    Mid-grey means no difference. Images with alpha are laid over mid-grey.
+    Mid-grey means no difference. Images with alpha are laid over mid-grey. Small images are shown
+    enlarged by a whole factor.
     """
     images = readable_images(source, transform, count=count).to(device)
     images, recon = _visible(images), _visible(reconstruct_mode(net, images))
@@ -186,7 +192,25 @@ def save_grid(
         torch.cat(list(row), dim=2) for row in (images, recon, difference)
     ]  # each (C, R, count * R)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(torch.cat(rows, dim=1)[None])[0].save(path)
+    picture = to_pil(torch.cat(rows, dim=1)[None])[0]
+    labels = ["original", "reconstruction", f"{DIFFERENCE_GAIN:g} x difference"]
+    _labelled(picture, labels, factor=grid_factor(images)).save(path)
+
+
+def grid_factor(images: Tensor) -> int:
+    """Return by how much images (B, C, H, W) are enlarged in a grid."""
+    return math.ceil(GRID_SIDE / min(images.shape[2:]))
+
+
+def _labelled(picture: Image.Image, labels: list[str], *, factor: int) -> Image.Image:
+    """Return an enlarged picture with a label left of each of its rows."""
+    width, height = factor * picture.width, factor * picture.height
+    canvas = Image.new(picture.mode, (LABEL_WIDTH + width, height), "white")
+    canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (LABEL_WIDTH, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    for i, label in enumerate(labels):
+        draw.text((6, i * height // len(labels) + 6), label, fill="black", font=font)
+    return canvas
 
 
 def _visible(images: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_compiled_by_inductor(plain: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_several_processes_are_not_compiled(tmp_path: Path) -> None:
     config = small_config(tmp_path, torch_compile=True)
     check_compilation(config, processes=1)
-    with pytest.raises(UserError, match="for one process so far, and 2 were started"):
+    with pytest.raises(UserError, match="with one process only, and 2 were started"):
         check_compilation(config, processes=2)
 
 

@@ -75,7 +75,7 @@ def test_several_in_a_row_end_the_run_and_leave_the_checkpoint(
 ) -> None:
     spoil("wrapper", {1, 3, 4, 5}, float("nan"))
     config = small_config(tmp_path, max_skipped_updates=3)
-    with pytest.raises(RuntimeError, match=r"3 updates in a row .* the last is 5"):
+    with pytest.raises(RuntimeError, match=r"3 updates in a row .* The last is 5"):
         train(config)
     checkpoint, faults = newest_usable(tmp_path)
     assert checkpoint is not None and checkpoint.name == "checkpoint-4" and not faults
@@ -103,4 +103,5 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_log(
 
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    rows = [row for row in rows if "loss/rec" in row]
     assert rows[0]["optimizer/skipped"] == 1 and rows[0]["loss/rec"] > 0

@@ -16,6 +16,7 @@ from latentvae.engine.updates import Updates
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.refusals import check_images
+from latentvae.tasks.autoencoder.validate import LABEL_WIDTH
 from tests.data.conftest import picture
 from tests.tasks.autoencoder.small import as_flags, broken_off, small_config
 
@@ -55,7 +56,7 @@ def test_a_size_that_is_not_square(
     export = train(small_config(tmp_path / "run", **options))
     assert shapes == [(32, 48)] * 4
     grid = Image.open(sample_path(tmp_path / "run", 2))
-    assert grid.size == (48, 3 * 32)  # a single validation image
+    assert grid.size == (LABEL_WIDTH + 4 * 48, 4 * 3 * 32)  # one image, 128 px for 32
     assert json.loads((export / "config.json").read_text())["sample_size"] == 48
     assert "32 x 48 px (height x width)" in (export / "README.md").read_text()
 
@@ -119,13 +120,20 @@ def test_the_narrowest_bucket_must_be_large_enough(tmp_path: Path) -> None:
     options: dict[str, Any] = {"aspect_ratio_buckets": 3, "lpips_net": "vgg", "disc_scale": 0}
     config = small_config(tmp_path, **options, resolution=16)
     said = (
-        r"narrowest bucket of resolution 16 has a side of 8, .*: LPIPS-vgg needs at least 16 px; "
-        r"smallest resolution that works is (\d+)\."
+        r"narrowest bucket of resolution 16 has a side of 8 px, .*: LPIPS-vgg needs at least "
+        r"16 px\. The smallest resolution that works is (\d+)\."
     )
     with pytest.raises(UserError, match=said) as refused:
         check_images(config)
-    least = int(re.findall(r"resolution (\d+) is", str(refused.value))[0])
+    least = int(re.findall(r"works is (\d+)", str(refused.value))[0])
     check_images(small_config(tmp_path, **options, resolution=least))
     for smaller in range(16, least, config.model.f):
         with pytest.raises(UserError, match=f"resolution {smaller} has a side of 8"):
             check_images(small_config(tmp_path, **options, resolution=smaller))
+
+
+def test_a_small_resolution_names_the_lpips_network_that_takes_it(tmp_path: Path) -> None:
+    """28 px of MNIST: validation measures LPIPS also where the loss has none."""
+    with pytest.raises(UserError, match=r"28 is too small: LPIPS-alex .* --lpips_net vgg \(16 px"):
+        check_images(small_config(tmp_path, resolution=28, perceptual_scale=0.0))
+    check_images(small_config(tmp_path, resolution=28, perceptual_scale=0.0, lpips_net="vgg"))

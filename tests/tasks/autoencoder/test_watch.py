@@ -64,16 +64,16 @@ def lpips(watching: CollapseWatch, update: int, value: float) -> list[Finding]:
 
 # How it is observed; a healthy value; a bad one; observations that it takes; what is said.
 CONDITIONS: dict[str, tuple[Observe, float, float, int, str]] = {
-    "posterior_collapse": (posterior, 3.0, 1.0, 3, "of 4 latent channels 3 have a KL"),
+    "posterior_collapse": (posterior, 3.0, 1.0, 3, "3 of 4 latent channels have nearly no KL"),
     "discriminator_won": (
         discriminator,
         0.06,
         0.04,
         3,
-        r"its loss is 0.04 \(1 where .* 3 for images and -2",
+        r"its loss is 0.04 \(a blind one .* 3 for images and -2",
     ),
     "codebook_collapse": (codes, 0.12, 0.09, 2, "90 of 1,000 codes are used by 4,096 tokens"),
-    "lpips_diverges": (lpips, 0.2, 0.23, 3, "0.230, where it was 0.200 at update 150"),
+    "lpips_diverges": (lpips, 0.2, 0.23, 3, "it is 0.230, and was 0.200 at update 150"),
 }
 
 
