@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latentvae.compute.optimization import Optimize, Optimized, check_mode, optimize_network
+from latentvae.compute.precision import full_float32
 from latentvae.compute.strips import (
     StripComputation,
     Strips,
@@ -141,6 +142,7 @@ class Autoencoder:
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
+    @full_float32()
     @torch.no_grad()
     def encode_posterior(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Return mean and log-variance of the posterior, each (B, d, h, w).
@@ -153,6 +155,7 @@ class Autoencoder:
             self.optimization.net, prepared, computation=self._computation
         )
 
+    @full_float32()
     def encode_tokens(self, images: Images) -> Tensor:
         """Return a tokenizer's indices in 0..K - 1: (B, h, w), or (B, L, h, w) with L levels.
 
@@ -266,6 +269,7 @@ class Autoencoder:
         multiple = self.f * self.normalization.fold
         return pad_to_multiple(images.to(self.net.device), multiple).to(self.net.dtype)
 
+    @full_float32()
     @torch.inference_mode()
     def _encode(
         self, images: Tensor, sample: bool, generator: torch.Generator | None, scaled: bool
@@ -290,12 +294,14 @@ class Autoencoder:
         if low < 0 or high > last:
             raise UserError(f"indices of '{self.name}' are in 0..{last}, not {low}..{high}")
 
+    @full_float32()
     @torch.inference_mode()
     def _decode_tokens(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
         self._tell_price("decode", indices.shape)
         images = calls.decode_indices(self.optimization.net, indices, computation=self._computation)
         return self._cropped(images.float(), size)
 
+    @full_float32()
     @torch.inference_mode()
     def _decode(self, z: Tensor, size: tuple[int, int] | None, scaled: bool) -> Tensor:
         z = z.to(self.net.device, self.net.dtype)
@@ -338,6 +344,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     family: SingleFileKind | None = None,
+    variant: str | None = None,
     optimize: Optimize | None = None,
     strips: bool | Strips = False,
 ) -> Autoencoder:
@@ -348,7 +355,9 @@ def load(
             `latentvae.models.load_network`.
         device: None is the CPU, as in diffusers.
         dtype: None is float32. float16 may overflow unless the config's `force_upcast` is false.
-        family: kind of a single file: `"sd"`, `"sdxl"`, `"sd3"` or `"flux"`.
+        family: kind of a single file that does not say how its latents are scaled: `"sd"`,
+            `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
+        variant: of the weights in a folder, such as `"fp16"`.
         optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
             latentvae[openvino]`). The attribute `optimization` says what was used, with its PSNR
@@ -364,7 +373,7 @@ def load(
     if optimize is not None:
         check_mode(optimize)
 
-    net = load_network(path, dtype=dtype, family=family)
+    net = load_network(path, dtype=dtype, family=family, variant=variant)
     name = _name(Path(path))
     try:
         return Autoencoder(

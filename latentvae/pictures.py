@@ -117,8 +117,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def to_uint16(images: Tensor) -> np.ndarray:
     """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to the nearest."""
-    levels = (images.double().clamp(-1, 1) + 1).mul(32767.5).round()
-    return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
+    levels = (images.cpu().double().clamp(-1, 1) + 1).mul(32767.5).round()
+    return levels.permute(0, 2, 3, 1).numpy().astype(np.uint16)
 
 
 def _from_tensor(images: Tensor) -> Tensor:

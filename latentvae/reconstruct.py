@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, load
 from latentvae.compute.optimization import Optimize
+from latentvae.compute.precision import full_float32
 from latentvae.data import (
     DeepImage,
     ImageFolder,
@@ -66,6 +67,7 @@ class Reconstructions:
     unreadable: tuple[tuple[str, str], ...]
 
 
+@full_float32()
 def reconstruct(
     model: Autoencoder | str | Path,
     inputs: Sequence[str | Path],
@@ -75,6 +77,7 @@ def reconstruct(
     strips: bool = False,
     value_range: tuple[float, float] | None = None,
     optimize: Optimize | None = None,
+    variant: str | None = None,
 ) -> Reconstructions:
     """Write a PNG per picture (original, reconstruction, difference) and table.csv, and print it.
 
@@ -90,6 +93,7 @@ def reconstruct(
         value_range: stored numbers that become black and white, as in training. Float files need
             it with a grey or RGBA model.
         optimize: see `load`. Only if `model` is loaded here.
+        variant: of the weights in a folder, such as `"fp16"`.
 
     Raises:
         UserError: a path does not exist, an input would be overwritten, or no picture can be read.
@@ -102,7 +106,7 @@ def reconstruct(
     # model and metric
     if not isinstance(model, Autoencoder):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load(model, device=device, optimize=optimize, strips=strips)
+        model = load(model, device=device, optimize=optimize, strips=strips, variant=variant)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
     pixels = None  # 8-bit RGB, as a viewer shows it
     if value_range is not None or model.image_channels != 3:

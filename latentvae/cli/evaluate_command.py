@@ -35,6 +35,7 @@ def evaluate_command(
     sheet_images: int = 4,
     overwrite: bool = False,
     device: str | None = None,
+    variant: str | None = None,
 ) -> Report:
     """Measure models, print the tables, write and return the report.
 
@@ -67,7 +68,7 @@ def evaluate_command(
         max_images = QUICK_IMAGES
 
     # models and the networks of the metrics
-    loaded = load_models(models, device=where)
+    loaded = load_models(models, device=where, variant=variant)
     inception = None
     if inception_weights is not None or rfid:
         inception = load_inception(inception_weights, allow_download=allow_download).to(where)
@@ -103,10 +104,12 @@ def evaluate_command(
     return report
 
 
-def load_models(paths: Sequence[str], *, device: torch.device) -> dict[str, Autoencoder]:
+def load_models(
+    paths: Sequence[str], *, device: torch.device, variant: str | None = None
+) -> dict[str, Autoencoder]:
     """Load models. Their keys are their names, or parts of their paths if two names are equal."""
     by_path = unique_names(paths)
-    models = [load(path, device=device) for path in paths]
+    models = [load(path, device=device, variant=variant) for path in paths]
     by_name = [model.name for model in models]
     names = by_name if len(set(by_name)) == len(models) else by_path
     return dict(zip(names, models, strict=True))

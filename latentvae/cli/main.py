@@ -43,6 +43,9 @@ class Reconstruct:
     """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
     openvino: OpenVINO on the CPU."""
 
+    variant: str | None = None
+    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+
     def run(self) -> None:
         """Write the pictures and the table."""
         from latentvae.reconstruct import reconstruct
@@ -100,6 +103,9 @@ class Evaluate:
 
     device: str | None = None
     """Torch device of models and metrics. Default: the GPU if there is one."""
+
+    variant: str | None = None
+    """Variant of the models' weights, such as fp16. By default the plain ones or the only one."""
 
     def run(self) -> None:
         """Write the report and print its tables."""
@@ -228,6 +234,9 @@ class Encode:
     device: str | None = None
     """Torch device. Default: the GPU of this process if there is one."""
 
+    variant: str | None = None
+    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+
     def run(self) -> None:
         """Write the shards."""
         from latentvae.cli.encode_decode import encode_command
@@ -265,6 +274,9 @@ class Decode:
     device: str | None = None
     """Torch device. Default: the GPU of this process if there is one."""
 
+    variant: str | None = None
+    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+
     def run(self) -> None:
         """Write the pictures."""
         from latentvae.cli.encode_decode import decode_command
@@ -293,6 +305,9 @@ class Convert:
 
     overwrite: bool = False
     """Replace the file if it exists."""
+
+    variant: str | None = None
+    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
 
     def run(self) -> None:
         """Write the file and print the `ddconfig`."""

@@ -126,7 +126,7 @@ def channel_gains(
         for _ in range(probes):
             signs = torch.randint(2, images.shape, generator=generator) * 2 - 1
             (pulled,) = torch.autograd.grad(images, z, signs.to(images), retain_graph=True)
-            total += pulled.double().square().mean(dim=(0, 2, 3)).cpu()
+            total += pulled.cpu().double().square().mean(dim=(0, 2, 3))
     return total / probes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latentvae.compute.inference import build_exact, build_fast, multiplies_bfloat16
 from latentvae.compute.memory import keep_freed_memory
+from latentvae.compute.precision import full_float32
 from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
@@ -89,12 +90,13 @@ def check_mode(mode: str) -> None:
         raise UserError(f"optimize must be one of {names} (got {mode!r}){hint}")
 
 
+@full_float32()
 @torch.inference_mode()
 def measure_psnr(net: Any, exact: Any) -> float:
     """Return the PSNR in dB of `net`'s reconstruction of a probe against `exact`'s."""
     images = probe(exact, side=PROBE)
     ours, theirs = (calls.decode(n, calls.encode(n, images)).float() for n in (net, exact))
-    error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).double().square().mean()
+    error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).cpu().double().square().mean()
     return (10 * torch.log10(4 / error.clamp(min=1e-20))).item()
 
 

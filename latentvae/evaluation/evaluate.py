@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.coding.image_codecs import CODECS, available_codecs
+from latentvae.compute.precision import full_float32
 from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
@@ -48,6 +49,7 @@ PASSPORT_SIDE = 512  # pixels. Larger pictures are cropped for the passport.
 CIRCUMSTANCES = ("device", "threads")  # an evaluation may continue with others
 
 
+@full_float32()
 def evaluate(
     models: Mapping[str, Autoencoder],
     source: ImageSource,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from latentvae.compute.precision import full_float32
 from latentvae.export.card import ModelCard
 from latentvae.export.continuous import export_autoencoder
 from latentvae.export.discrete import TokenizerReport, export_tokenizer
@@ -12,6 +13,7 @@ from latentvae.latents import LatentStatistics
 from latentvae.models import Network, calls
 
 
+@full_float32()
 def export_network(
     net: Network,
     out: Path,

@@ -250,10 +250,11 @@ def _check_ties(
     """Check that the indices that differ belong to codes at the same distance, to rounding."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
-    where = ours != theirs
+    where = (ours != theirs).cpu()
     codes = discrete_family(trained).quantizer(trained).codes
     z, near, far = (
-        vectors.double().movedim(1, 3)[where] for vectors in (features, codes(ours), codes(theirs))
+        vectors.cpu().double().movedim(1, 3)[where]
+        for vectors in (features, codes(ours), codes(theirs))
     )
     gap = ((far - z).square().sum(1) - (near - z).square().sum(1)).abs()
     worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()

@@ -1,21 +1,18 @@
-"""Weights with the original names of taming-transformers and latent diffusion (CompVis).
+"""Write weights with the original names of taming-transformers and latent diffusion (CompVis).
 
     tensors = to_original(net)             # of a stock VQModel or AutoencoderKL
-    weights = from_original(tensors, net)  # back again, for a network of that shape
-
-diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 with other names. The levels
-of the decoder are counted from the other end, and the attention's matrices are 1 x 1 convolutions.
+    weights = from_original(tensors, net)  # back again (latentvae.models.original_names)
 
 The original classes always have a quant_conv and a post_quant_conv. They also load files in which
 weights are missing, and these weights stay random. So identities are written for a network without
-these layers (SD3, FLUX). diffusers skips them with a warning, and latentvae makes the layers that
-the file has. The numbers are the same.
+these layers (SD3, FLUX), which change no number. diffusers skips them with a warning.
+
+The original code keeps the scale of latents with the diffusion model, not with the autoencoder. The
+file's metadata has it, with the network's whole config, so `load_network` loses nothing.
 """
 
 import json
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +23,9 @@ from torch import Tensor
 
 from latentvae.errors import UserError
 from latentvae.models import Network, family_of, load_network
+from latentvae.models.original_names import with_original_names
+from latentvae.models.single_file import CONFIG_KEY
 
-_RENAMES = (  # diffusers' names and the original ones, in this order
-    (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
-    (r"(down|up)_blocks\.(\d+)\.attentions", r"\1.\2.attn"),
-    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"(attn\w*(?:\.\d+)?)\.group_norm", r"\1.norm"),
-    (r"(attn\w*(?:\.\d+)?)\.to_([qkv])", r"\1.\2"),
-    (r"(attn\w*(?:\.\d+)?)\.to_out\.0", r"\1.proj_out"),
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "nin_shortcut"),
-)
 _GROUPS = 32  # of the original GroupNorm, a constant in its code
 
 
@@ -53,25 +39,7 @@ def to_original(net: Network) -> dict[str, Tensor]:
     """
     if reason := _why_not(net):
         raise UserError(f"the original code has no such network: {reason}")
-    levels = len(net.config["block_out_channels"])
-    tensors = {}
-    for name, value in net.state_dict().items():
-        matrix = value.ndim == 2 and "attentions" in name
-        tensors[_renamed(name, levels)] = value[:, :, None, None] if matrix else value
-    return _identities(net) | tensors
-
-
-def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tensor]:
-    """Return weights that fit a network of the shape of `net`, the inverse of `to_original`.
-
-    Raises:
-        KeyError: a tensor is missing.
-    """
-    levels = len(net.config["block_out_channels"])
-    return {
-        name: tensors[_renamed(name, levels)].view(value.shape)
-        for name, value in net.state_dict().items()
-    }
+    return _identities(net) | with_original_names(net)
 
 
 def original_config(net: Network) -> dict[str, Any]:
@@ -99,8 +67,16 @@ def original_config(net: Network) -> dict[str, Any]:
     return {"embed_dim": width, **own, "ddconfig": shape}
 
 
-def convert(model: str | Path, out: Path, *, overwrite: bool = False) -> None:
+def convert(
+    model: str | Path, out: Path, *, overwrite: bool = False, variant: str | None = None
+) -> None:
     """Write the autoencoder in the folder (or Hub id) `model` to the file `out`.
+
+    Args:
+        model: as `load_network` takes it.
+        out: a .safetensors file.
+        overwrite: replace the file that is there.
+        variant: of the model's weights, such as "fp16".
 
     Raises:
         UserError: the network has no original class, or `out` exists or is no .safetensors file.
@@ -109,21 +85,51 @@ def convert(model: str | Path, out: Path, *, overwrite: bool = False) -> None:
         raise UserError(f"out must be a .safetensors file (got '{out}')")
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"'{out}' exists. Give another file or --overwrite.")
-    net = load_network(model)
+    net = load_network(model, variant=variant)
     tensors = {name: value.contiguous() for name, value in to_original(net).items()}
     config = original_config(net)
+
+    # Written under another name first, so that a file of this name is whole
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    part.write_bytes(save(tensors, metadata={"format": "pt", "params": json.dumps(config)}))
+    part.write_bytes(save(tensors, metadata=_metadata(net, config)))
     part.replace(out)
+
     print(f"{out}: {len(tensors)} tensors, for the original {type(net).__name__} with\n")
     print(yaml.safe_dump({"params": config}, sort_keys=False, default_flow_style=None))
+    print(_scale_text(net))
 
 
-def _renamed(name: str, levels: int) -> str:
-    for pattern, original in _RENAMES:
-        name = re.sub(pattern, original, name)
-    return re.sub(r"\bup\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+def _metadata(net: Network, config: dict[str, Any]) -> dict[str, str]:
+    """Return what the original class and `load_network` need beside the tensors."""
+    scale = family_of(net).normalization(net)
+    own = {"_class_name": type(net).__name__} | {
+        name: value for name, value in net.config.items() if not name.startswith("_")
+    }
+    return {
+        "format": "pt",
+        "params": json.dumps(config),
+        "scaling_factor": str(scale.scaling_factor),
+        "shift_factor": str(scale.shift_factor),
+        CONFIG_KEY: json.dumps(own),
+    }
+
+
+def _scale_text(net: Network) -> str:
+    """Return how a diffusion model must scale the latents, for the terminal."""
+    scale, config = family_of(net).normalization(net), net.config
+    lines = [f"scaling_factor: {scale.scaling_factor}", f"shift_factor: {scale.shift_factor}"]
+    names = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
+    lines += [f"{name}: {list(config[name])}" for name in names]
+    return "\n".join(
+        [
+            "A diffusion model must subtract shift_factor from the latents and multiply them by",
+            "scaling_factor. The original code has the latter as scale_factor of its diffusion",
+            "model. Both are in the file's metadata, where latentvae reads them:",
+            "",
+            *lines,
+        ]
+    )
 
 
 def _identities(net: Network) -> dict[str, Tensor]:

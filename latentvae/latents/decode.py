@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.compute.optimization import Optimize
+from latentvae.compute.precision import full_float32
 from latentvae.data.image_folder import inner_name
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError, printable
@@ -42,6 +43,7 @@ class Decoded(BaseModel):
     optimize: str | None = None
 
 
+@full_float32()
 def decode_folder(
     shards: str | Path,
     out: str | Path,
@@ -50,6 +52,7 @@ def decode_folder(
     limit: int | None = None,
     batch_size: int = 16,
     optimize: Optimize | None = None,
+    variant: str | None = None,
     device: str | None = None,
 ) -> list[Path]:
     """Write `<id>.png` below `out` for the items of a folder of shards.
@@ -60,6 +63,7 @@ def decode_folder(
         limit: decode only the first `limit` items.
         batch_size: images per forward pass.
         optimize: for a folder or Hub id: as `load` takes it.
+        variant: of the weights in a folder, such as `"fp16"`.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
@@ -82,7 +86,7 @@ def decode_folder(
     count = min(len(reader), limit or len(reader))
     reader.check()
     paths = [out / name for name in picture_names(reader.names())[:count]]
-    network = _fitting_model(reader, model, device=device, optimize=optimize)
+    network = _fitting_model(reader, model, device=device, optimize=optimize, variant=variant)
     _prepare(out, paths, reader, rank=rank, mode=network.optimization.mode)
 
     # this rank's batches
@@ -131,12 +135,14 @@ def _fitting_model(
     *,
     device: str | None,
     optimize: Optimize | None,
+    variant: str | None,
 ) -> Autoencoder:
     """Return the model that made the shards. Raise UserError if `model` is another one."""
     content = reader.content
     if not isinstance(model, Autoencoder):
         try:
-            model = open_model(model or reader.manifest.model, device=device, optimize=optimize)
+            path = model or reader.manifest.model
+            model = open_model(path, device=device, optimize=optimize, variant=variant)
         except UserError as error:
             if model is not None:
                 raise

@@ -12,6 +12,7 @@ from typing import Literal
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.compute.optimization import Optimize
+from latentvae.compute.precision import full_float32
 from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
@@ -34,6 +35,7 @@ from latentvae.latents.opening import open_model
 from latentvae.latents.writing import write_shards
 
 
+@full_float32()
 def encode_folder(
     model: Autoencoder | str | Path,
     data: str | os.PathLike[str] | DatasetSpec,
@@ -50,6 +52,7 @@ def encode_folder(
     label_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
+    variant: str | None = None,
     device: str | None = None,
 ) -> Manifest | None:
     """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
@@ -74,6 +77,7 @@ def encode_folder(
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
         optimize: for a folder or Hub id: as `load` takes it. The manifest records what was used.
+        variant: of the weights in a folder, such as `"fp16"`.
         device: None is the GPU of this rank, if there is one.
 
     Returns:
@@ -93,7 +97,7 @@ def encode_folder(
         )
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
-        model = open_model(model, device=device, optimize=optimize)
+        model = open_model(model, device=device, optimize=optimize, variant=variant)
     source = open_items(data, pixels=PixelFormat(model.image_channels, value_range))
     transform = EvalTransform(resolution, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)

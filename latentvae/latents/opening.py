@@ -8,10 +8,15 @@ from latentvae.distributed import launched_device, launched_rank
 
 
 def open_model(
-    path: str | Path, *, device: str | None, optimize: Optimize | None = None
+    path: str | Path,
+    *,
+    device: str | None,
+    optimize: Optimize | None = None,
+    variant: str | None = None,
 ) -> Autoencoder:
     """Load the autoencoder. The first rank prints which optimisation was used."""
-    model = load(path, device=device or launched_device(), optimize=optimize)
+    device = device or launched_device()
+    model = load(path, device=device, optimize=optimize, variant=variant)
     if optimize is not None and launched_rank()[0] == 0:
         print(f"{model.name}: {model.optimization}")
     return model

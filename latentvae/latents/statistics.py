@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentvae.compute.precision import full_float32
 from latentvae.distributed import gather_objects
 from latentvae.models import Network
 from latentvae.models.calls import encode
@@ -124,6 +125,7 @@ class LatentStatistics:
             raise ValueError(f"at least 2 latent elements are needed (got {elements}).")
 
 
+@full_float32()
 @torch.no_grad()
 def latent_statistics(
     net: Network,

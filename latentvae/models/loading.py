@@ -5,46 +5,57 @@ net = load_network("stabilityai/stable-diffusion-xl-base-1.0/vae")  # owner/name
 net = load_network("sdxl_vae.safetensors", family="sdxl")
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import nn
 
 from latentvae.errors import UserError, check_no_password, nearest
+from latentvae.models.config_check import check_depth
 from latentvae.models.network import Network
 from latentvae.models.single_file import SingleFileKind, load_single_file
 from latentvae.models.table import class_named
+from latentvae.models.weight_files import choose_variant, is_weights, names_of, variant_of
+from latentvae.models.wrapper_names import plain_names, say_removed
 
-MAX_LAYERS = 1000  # in a block
 _INNER = ("export", "vae", "vqvae", "movq")  # folders of runs and pipelines with an autoencoder
 
 
 def load_network(
-    path: str | Path, *, dtype: torch.dtype | None = None, family: SingleFileKind | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    family: SingleFileKind | None = None,
+    variant: str | None = None,
 ) -> Network:
     """Return an autoencoder of images of any class of diffusers, on the CPU.
 
     Args:
-        path: a folder with config.json and the weights as safetensors, or a `.safetensors` file of
-            Stable Diffusion, SDXL, SD3 or FLUX. If neither is there, `owner/name` or
+        path: a folder with config.json and the weights as safetensors, or a `.safetensors` file
+            with an AutoencoderKL or a VQModel. If neither is there, `owner/name` or
             `owner/name/folder` on the Hub.
         dtype: of the weights. None is float32.
         family: of a single file, see `load_single_file`.
+        variant: of the weights in a folder, such as "fp16". None takes the plain weights, or the
+            only variant that is there.
 
     Raises:
         UserError: the folder is missing, it holds no autoencoder, or its weights are damaged.
     """
     check_no_password(str(path))
 
-    # A single file
-    if Path(path).is_file() and not (Path(path).parent / "config.json").is_file():
-        single: Any = load_single_file(Path(path), family=family)
-        # Not diffusers' own `to`: it warns of "modules that should be kept in float32: []".
-        nn.Module.to(single, dtype or torch.float32)
-        return single
+    # A single file, unless it holds the weights of the folder that it is in
+    if (file := Path(path)).is_file():
+        if not _is_of_folder(file):
+            single: Any = load_single_file(file, family=family)
+            # Not diffusers' own `to`: it warns of "modules that should be kept in float32: []".
+            nn.Module.to(single, dtype or torch.float32)
+            return single
+        path, variant = file.parent, variant_of(file.name)
 
     # Its class
     repository, subfolder = _locate(path)
@@ -53,24 +64,103 @@ def load_network(
     check_depth(config, f"{path}/config.json")
 
     # Its weights
-    try:
-        net, loading = cls.from_pretrained(
-            repository,
-            subfolder=subfolder,
-            torch_dtype=dtype or torch.float32,
+    if Path(repository).is_dir():
+        variant = choose_variant(names_of(repository, subfolder), variant, path=path)
+    source = _Source(cls, repository, subfolder, dtype or torch.float32, path)
+    return source.load(variant)
+
+
+class _Source:
+    """A folder, here or on the Hub, with a network of a known class.
+
+    Args:
+        cls: the network's class.
+        repository, subfolder: as diffusers takes them.
+        dtype: of the weights.
+        path: as the user gave it, for messages.
+    """
+
+    def __init__(
+        self, cls: Any, repository: str, subfolder: str | None, dtype: torch.dtype, path: str | Path
+    ) -> None:
+        self.cls, self.repository, self.subfolder = cls, repository, subfolder
+        self.dtype, self.path = dtype, path
+
+    def load(self, variant: str | None) -> Any:
+        """Return the network with the weights of a variant, and of no other network."""
+        try:
+            net, loading = self._from_pretrained(variant)
+        # Every type: how a config of another class fails depends on the class.
+        except Exception as error:
+            if Path(self.repository).is_dir() or variant is not None:
+                raise self._error(error) from error
+            # On the Hub, names of files are only asked for if the plain weights are not there
+            names = names_of(self.repository, self.subfolder)
+            if not names or any(is_weights(name, variant=None) for name in names):
+                raise self._error(error) from error
+            return self.load(choose_variant(names, None, path=self.path))
+
+        # A network with random weights is not what the user has
+        problems = {name: keys for name, keys in loading.items() if keys and name in _PROBLEMS}
+        if not problems:
+            return net
+        given = list(loading["unexpected_keys"])
+        if plain_names(given, path=self.path) != {name: name for name in given}:
+            return self._load_unwrapped(variant)
+        name, keys = next((name, problems[name]) for name in _PROBLEMS if name in problems)
+        raise UserError(
+            f"the weights in '{self.path}' do not fit its config.json: "
+            f"{name.replace('_', ' ')} ({len(keys)}, first {keys[0]})"
+        )
+
+    def _from_pretrained(self, variant: str | None) -> tuple[Any, dict[str, list[Any]]]:
+        return self.cls.from_pretrained(
+            self.repository,
+            subfolder=self.subfolder,
+            torch_dtype=self.dtype,
             use_safetensors=True,
             output_loading_info=True,
+            variant=variant,
         )
-    # Every type: how a config of another class fails depends on the class.
-    except Exception as error:
-        raise UserError(f"cannot load the weights in '{path}': {_first_line(error)}") from error
 
-    # A network with random weights is not what the user has
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading[kind]:
-            keys = f"{kind.replace('_', ' ')} ({len(loading[kind])}, first {loading[kind][0]})"
-            raise UserError(f"the weights in '{path}' do not fit its config.json: {keys}")
-    return net
+    def _load_unwrapped(self, variant: str | None) -> Any:
+        """Return the network from weights whose names hold parts of a training tool."""
+        folder = Path(self.repository)
+        if not folder.is_dir():
+            inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
+            folder = Path(snapshot_download(self.repository, allow_patterns=[f"{inside}*"]))
+            folder = folder / (self.subfolder or "")
+        files = [file for file in folder.iterdir() if is_weights(file.name, variant=variant)]
+        tensors = {name: value for file in sorted(files) for name, value in load_file(file).items()}
+
+        names = plain_names(tensors, path=self.path)
+        say_removed(names, path=self.path)
+        net = self.cls.from_config(_read_config(self.repository, self.subfolder))
+        try:
+            net.load_state_dict({names[name]: value for name, value in tensors.items()})
+        except RuntimeError as error:
+            raise self._error(error) from error
+        return nn.Module.to(net, self.dtype).eval()
+
+    def _error(self, error: Exception) -> UserError:
+        return UserError(f"cannot load the weights in '{self.path}': {_first_line(error)}")
+
+
+_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def _is_of_folder(file: Path) -> bool:
+    """Return whether a file holds the weights of the diffusers folder that it is in.
+
+    A config.json of another model may lie beside it. Then the file stands for itself.
+    """
+    if not is_weights(file.name, variant=variant_of(file.name)):
+        return False
+    try:
+        _class_of(_read_config(str(file.parent), None), file.parent)
+    except UserError:
+        return False
+    return True
 
 
 def _locate(path: str | Path) -> tuple[str, str | None]:
@@ -88,11 +178,19 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         raise UserError(f"no such model folder '{path}'{_near(path)}")
     if not path.is_dir():
-        raise UserError(f"'{path}' is a file. Give the folder with config.json and the weights.")
+        raise UserError(f"'{path}' is neither a folder nor a regular file")
     if not (path / "config.json").is_file():
-        inner = next((p for p in _INNER if (path / p / "config.json").is_file()), None)
-        hint = f"; did you mean '{path / inner}'?" if inner else ""
-        raise UserError(f"'{path}' holds no config.json, so it is no model folder{hint}")
+        raise UserError(f"'{path}' holds no config.json, so it is no model folder{_hint(path)}")
+
+
+def _hint(path: Path) -> str:
+    """Return what a folder without config.json may have been meant to be, or ""."""
+    if (path / "adapter_config.json").is_file():
+        return ". It holds an adapter of PEFT, which must be merged into its network first"
+    inner = [path / name for name in _INNER if (path / name / "config.json").is_file()]
+    files = sorted(path.glob("*.safetensors"))
+    meant = inner[0] if inner else files[0] if len(files) == 1 else None
+    return "" if meant is None else f"; did you mean '{meant}'?"
 
 
 def _near(path: Path) -> str:
@@ -120,18 +218,6 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
                 f"{_first_line(error)}{_near(Path(where))}"
             )
         raise UserError(text) from error
-
-
-def check_depth(config: Mapping[str, Any], path: str | Path) -> None:
-    """Check that no number of layers in a config is so large that building would not end.
-
-    Raises:
-        UserError: a number of layers is above `MAX_LAYERS`.
-    """
-    for name, value in config.items():
-        counts = value if isinstance(value, list | tuple) else [value]
-        if "layers" in name and any(isinstance(n, int) and n > MAX_LAYERS for n in counts):
-            raise UserError(f"{name} must be at most {MAX_LAYERS} (got {value} in '{path}')")
 
 
 def _class_of(config: dict[str, Any], path: str | Path) -> Any:

@@ -22,6 +22,13 @@ class Pretrained(Section):
             ".safetensors file or a Hub id (owner/name/folder). Its own config decides the shape."
         ),
     )
+    variant: Annotated[str | None, OfTheRun()] = Field(
+        default=None,
+        description=(
+            "Variant of the pretrained weights, such as fp16. By default the plain weights, or the "
+            "only variant that is there."
+        ),
+    )
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(

@@ -1,25 +1,32 @@
-"""One `.safetensors` file with the autoencoder of Stable Diffusion, SDXL, SD3 or FLUX.
+"""One `.safetensors` file with an `AutoencoderKL` or a `VQModel`.
 
-The file is a whole checkpoint of the original code or its autoencoder alone, with CompVis' names or
-diffusers' (old or new). diffusers maps the names. Widths, channels and blocks are read from the
-tensors. The tensors do not show the scale of the latents and the 32 groups of GroupNorm. These
-follow from the family.
+The file is a whole checkpoint of the original code (CompVis, taming-transformers) or its
+autoencoder alone, with CompVis' names or diffusers' (old or new). A file that `latentvae convert`
+wrote has the network's config in its metadata. For other files, widths, blocks, attention and codes
+are read from the tensors. The tensors do not show two things: GroupNorm always has 32 groups, and
+the scale of the latents follows from the family.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+import torch
+from diffusers import AutoencoderKL, VQModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentvae.errors import UserError, nearest
+from latentvae.models.config_check import check_depth
+from latentvae.models.network import Network
+from latentvae.models.original_names import from_original, original_name
+from latentvae.models.wrapper_names import plain_names, say, say_removed
 
-# Families of models whose autoencoder a file may hold.
-SingleFileKind = Literal["sd", "sdxl", "sd3", "flux"]
+# Families of models whose autoencoder a file may hold. "other" is any other, without a scale.
+SingleFileKind = Literal["sd", "sdxl", "sd3", "flux", "other"]
 SINGLE_FILE_KINDS: tuple[SingleFileKind, ...] = get_args(SingleFileKind)
 
 # scaling_factor, shift_factor, sample_size and force_upcast of the families' published configs
@@ -30,6 +37,7 @@ _SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "sdxl": {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
     "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
     "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
+    "other": {"scaling_factor": 1.0, "shift_factor": 0.0, "sample_size": 256},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 _PREFIXES = ("first_stage_model.", "vae.", "")  # in a whole checkpoint, and in the part alone
@@ -39,18 +47,44 @@ _MARKS: dict[str, SingleFileKind] = {  # other parts of a whole checkpoint
     "model.diffusion_model.joint_blocks.": "sd3",
     "model.diffusion_model.double_blocks.": "flux",
 }
-_PARTS = ("encoder.", "decoder.", "quant_conv", "post_quant")
+_PARTS = ("encoder.", "decoder.", "quant_conv", "post_quant", "quantize.")
 _GROUPS = 32
-# diffusers' names in the middle attention before version 0.17, and now.
+_CODES = "quantize.embedding.weight"
+# diffusers' names in attentions before version 0.17, and now.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+CONFIG_KEY = "diffusers_config"  # of the metadata that `latentvae convert` writes
+_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
-def load_single_file(path: Path, *, family: SingleFileKind | None) -> AutoencoderKL:
+
+@dataclass(frozen=True)
+class _File:
+    """The autoencoder in a file.
+
+    Attributes:
+        path: of the file.
+        tensors: by their names in the autoencoder.
+        family: of a whole checkpoint, else None.
+        config: of the network, if the metadata has it, else None.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    family: SingleFileKind | None
+    config: dict[str, Any] | None
+
+    @property
+    def has_original_names(self) -> bool:
+        return "encoder.down.0.block.0.conv1.weight" in self.tensors
+
+
+def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
     """Return the autoencoder in a file, in float32.
 
     Args:
         path: the file.
-        family: decides the scale of the latents. None reads it from a whole checkpoint.
+        family: decides the scale of the latents if the file does not. None reads it from a whole
+            checkpoint.
 
     Raises:
         UserError: the file holds no such autoencoder, or does not show its family.
@@ -60,75 +94,125 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Autoencode
         raise UserError(
             f"family must be one of {', '.join(SINGLE_FILE_KINDS)} (got '{family}'){hint}"
         )
-    tensors, whole = _read(path)
-    family = family or whole
-    if family is None:
-        raise UserError(
-            f"'{path}' does not say how its latents are scaled, because it holds only an "
-            f"autoencoder. Give its family: {', '.join(SINGLE_FILE_KINDS)}."
-        )
+    file = _read(path)
 
-    # The network, with the file's weights
-    original = "encoder.down.0.block.0.conv1.weight" in tensors
     try:
-        config = _config(tensors, path, original=original) | _SCALES[family]
-        net: Any = AutoencoderKL.from_config(config)
-        if original:
-            tensors = convert_ldm_vae_checkpoint(tensors, config)
+        if file.config is None:
+            cls, config = _derive(file, family)
         else:
-            tensors = dict(_renewed(name, value) for name, value in tensors.items())
-        if config["latent_channels"] == _CHANNELS[family]:
-            net.load_state_dict({name: value.float() for name, value in tensors.items()})
+            cls, config = _CLASSES[file.config["_class_name"]], file.config
+            _compare_scales(file, family)
+        with torch.device("meta"):  # what a file says costs no memory before its tensors fit
+            net: Any = cls.from_config(config)
+        weights = _fitting_weights(file, net)
     except UserError:
         raise
-    # Tensors are missing, unknown or have another shape.
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+    # Tensors are missing, unknown or have another shape. Metadata may hold anything.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise UserError(f"'{path}' is not the autoencoder of this family: {reason}") from error
+        if isinstance(error, KeyError):
+            reason = f"the tensor {reason} is missing"
+        raise UserError(f"'{path}' holds no autoencoder that can be read: {reason}") from error
 
-    if config["latent_channels"] != _CHANNELS[family]:
-        raise UserError(
-            f"'{path}' has {config['latent_channels']} latent channels, but those of the family "
-            f"'{family}' have {_CHANNELS[family]}. If it has no family, give its diffusers folder."
-        )
+    # A copy, because sums over a file's memory map can differ by its alignment
+    weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+    net.load_state_dict(weights, assign=True)
     return net
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], SingleFileKind | None]:
-    """Return the autoencoder's tensors by name, and the family of a whole checkpoint."""
+def _read(path: Path) -> _File:
     if path.suffix != ".safetensors":
         raise UserError(f"'{path}' is no .safetensors file. Other formats can hold code.")
     try:
         with safe_open(path, framework="pt") as file:
             # A whole checkpoint has other parts beside the autoencoder's
-            names = list(file.keys())
-            prefix = next(p for p in _PREFIXES if any(n.startswith(f"{p}encoder.") for n in names))
+            names = plain_names(file.keys(), path=path)
+            prefix = _prefix(list(names.values()), path)
             parts = tuple(prefix + part for part in _PARTS)
-            own = [name for name in names if name.startswith(parts)]
+            own = {name: plain for name, plain in names.items() if plain.startswith(parts)}
 
-            if f"{prefix}quantize.embedding.weight" in names:
-                raise UserError(
-                    f"'{path}' holds a VQModel, but as a single file only an AutoencoderKL can be "
-                    "read. Give its diffusers folder."
-                )
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
-    except StopIteration as error:
-        raise UserError(f"'{path}' holds no autoencoder: no tensor is named encoder.*") from error
+            config = _read_config(file.metadata() or {}, path)
+            tensors = {own[name].removeprefix(prefix): file.get_tensor(name) for name in own}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read '{path}': {error}") from error
-    return tensors, _family(names)
+
+    say_removed(own, path=path)
+    if prefix not in _PREFIXES:
+        say(f"the names of the tensors in '{path}' begin with '{prefix}', which is removed")
+    return _File(path, tensors, _family(list(names.values())), config)
 
 
-def _family(names: list[str]) -> SingleFileKind | None:
+def _prefix(names: Sequence[str], path: Path) -> str:
+    """Return what stands before `encoder.` in the names of the autoencoder's tensors."""
+    first = "encoder.conv_in.weight"
+    found = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
+    found = found or [p for p in _PREFIXES if any(n.startswith(f"{p}encoder.") for n in names)]
+    if not found:
+        raise UserError(f"'{path}' holds no autoencoder: no tensor is named encoder.*")
+    known = [prefix for prefix in _PREFIXES if prefix in found]
+    return known[0] if known else min(found, key=len)
+
+
+def _read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """Return the network's config in a file's metadata, or None."""
+    if (text := metadata.get(CONFIG_KEY)) is None:
+        return None
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or config.get("_class_name") not in _CLASSES:
+        kinds = " or ".join(_CLASSES)
+        raise UserError(f"'{path}' has {CONFIG_KEY} in its metadata that is of no {kinds}")
+    check_depth(config, path)
+    return config
+
+
+def _compare_scales(file: _File, family: SingleFileKind | None) -> None:
+    """Say it if the file's own scale is not that of the family that the user named."""
+    assert file.config is not None
+    if family is None or file.config["_class_name"] != "AutoencoderKL":
+        return
+    own, other = file.config.get("scaling_factor"), _SCALES[family]["scaling_factor"]
+    if own != other:
+        say(
+            f"'{file.path}' says in its metadata that scaling_factor is {own}, so the {other} of "
+            f"family '{family}' is not used"
+        )
+
+
+def _family(names: Sequence[str]) -> SingleFileKind | None:
     for mark, family in _MARKS.items():
         if any(name.startswith(mark) for name in names):
             return family
     return None
 
 
+def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
+    """Return all of the network's weights from a file that has no others."""
+    if file.has_original_names:
+        weights = from_original(file.tensors, net)
+        levels = len(net.config["block_out_channels"])
+        others = file.tensors.keys() - {original_name(name, levels) for name in weights}
+    else:
+        tensors = dict(_renewed(name, value) for name, value in file.tensors.items())
+        weights = {name: tensors[name].view(own.shape) for name, own in net.state_dict().items()}
+        others = tensors.keys() - weights.keys()
+
+    # convert writes identities for quant_conv and post_quant_conv if the network has none
+    others = [name for name in others if name.startswith(("encoder.", "decoder."))]
+    if others:
+        kind = type(net).__name__
+        raise UserError(
+            f"'{file.path}' holds no {kind} of this kind: it has {len(others)} other tensors, "
+            f"such as {min(others)}"
+        )
+    return weights
+
+
 def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """Return a tensor of the middle attention with its present name, and always as a matrix."""
-    match = re.fullmatch(r"(.*\.attentions\.0)\.(\w+)(?:\.0)?\.(weight|bias)", name)
+    """Return a tensor of an attention with its present name, and always as a matrix."""
+    match = re.fullmatch(r"(.*\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", name)
     if match is None or match[2] == "group_norm":
         return name, value
     part = {"to_out": "to_out.0"} | _OLD_ATTENTION
@@ -136,43 +220,83 @@ def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
     return f"{match[1]}.{part.get(match[2], match[2])}.{match[3]}", matrix
 
 
-def _config(tensors: Mapping[str, Tensor], path: Path, *, original: bool) -> dict[str, Any]:
-    """Return the config of the network that the tensors fit."""
+def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the config of the network that the tensors fit."""
+    tensors = file.tensors
+    config = _shape(file)
+    if _CODES in tensors:
+        number, width = tensors[_CODES].shape
+        codes = {"num_vq_embeddings": number, "vq_embed_dim": width, "scaling_factor": 1.0}
+        return VQModel, config | codes | {"sample_size": 256}
+
+    # Only families have a scale that is known
+    channels = config["latent_channels"]
+    family = family or file.family
+    if family is None and channels not in _CHANNELS.values():
+        family = "other"
+        say(
+            f"'{file.path}' has {channels} latent channels and does not say how its latents are "
+            "scaled, so scaling_factor is 1.0"
+        )
+    if family is None:
+        raise UserError(
+            f"'{file.path}' does not say how its latents are scaled, because it holds only an "
+            f"autoencoder. Give its family: {', '.join(SINGLE_FILE_KINDS)}."
+        )
+    if channels != _CHANNELS.get(family, channels):
+        raise UserError(
+            f"'{file.path}' has {channels} latent channels, but those of the family '{family}' "
+            f"have {_CHANNELS[family]}. If it has no family, give 'other' (scaling_factor 1.0)."
+        )
+    quantized = {
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "shift_factor": None,
+    }
+    return AutoencoderKL, config | quantized | _SCALES[family]
+
+
+def _shape(file: _File) -> dict[str, Any]:
+    """Return the options that the class shares with other classes, from the tensors' shapes."""
+    tensors, path = file.tensors, file.path
+
     # Levels and blocks
-    block = r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight"
-    if not original:
-        block = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
+    block = r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight"
     found = {m.groups(): name for name in tensors if (m := re.fullmatch(block, name))}
     if ("0", "0") not in found or "decoder.conv_in.weight" not in tensors:
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
-    _check_blocks(tensors, path, missing=levels * layers > len(found))
+    if levels * layers > len(found):  # a large number in a name is no reason to build that many
+        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
     _check_widths(widths, path)
+
+    # Attention. The original names count the decoder's levels from the other end
+    down, up = (_attention_levels(tensors, side) for side in ("encoder.down", "decoder.up"))
+    if file.has_original_names:
+        up = {levels - 1 - level for level in up}
+    middle = any(re.match(r"encoder\.mid(_block)?\.att(n|entions)", name) for name in tensors)
 
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "down_block_types": _blocks("DownEncoderBlock2D", levels, down),
+        "up_block_types": _blocks("UpDecoderBlock2D", levels, up),
+        "mid_block_add_attention": middle,
         "block_out_channels": widths,
         "layers_per_block": layers,
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-        "use_quant_conv": "quant_conv.weight" in tensors,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
-        "shift_factor": None,
     }
 
 
-def _check_blocks(tensors: Mapping[str, Tensor], path: Path, *, missing: bool) -> None:
-    if any(re.search(r"\b(down|up)(_blocks)?\.\d+\.att(n|entions)\.", name) for name in tensors):
-        raise UserError(
-            f"'{path}' has attention in its levels, but these families have it only in the middle "
-            "block. Give its diffusers folder."
-        )
-    if missing:  # a large number in a name is no reason to build that many blocks
-        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
+def _attention_levels(tensors: Mapping[str, Tensor], side: str) -> set[int]:
+    level = rf"{re.escape(side)}(?:_blocks)?\.(\d+)\.att(?:n|entions)\."
+    return {int(match[1]) for name in tensors if (match := re.match(level, name))}
+
+
+def _blocks(name: str, levels: int, attention: set[int]) -> tuple[str, ...]:
+    return tuple(f"Attn{name}" if level in attention else name for level in range(levels))
 
 
 def _check_widths(widths: Sequence[int], path: Path) -> None:

@@ -17,6 +17,7 @@ _MODEL: dict[str, Any] = {
     "latent_channels": 4,
     "pretrained_model_name_or_path": None,
     "pretrained_family": None,
+    "variant": None,
     "freeze_encoder": False,
 }
 _QUANTIZER: dict[str, Any] = {

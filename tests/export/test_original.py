@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentvae.cli.main import main
 from latentvae.errors import UserError
-from latentvae.export.original import from_original, original_config, to_original
+from latentvae.export.original import original_config, to_original
 from latentvae.models import load_network
+from latentvae.models.original_names import from_original
 from tests.export.tokenizers import export
 from tests.tiny import tokenizer
 
@@ -137,8 +138,11 @@ def test_names_and_shapes_are_those_of_taming() -> None:
 def test_there_and_back_is_the_same(net: Any) -> None:
     tensors = to_original(net)
     assert same(from_original(tensors, net), net.state_dict())
-    tensors.pop("decoder.up.0.block.0.conv1.weight")
-    with pytest.raises(KeyError, match=r"decoder\.up\.0\.block\.0\.conv1\.weight"):
+    tensors["encoder.conv_in.weight"] = tensors["encoder.conv_in.weight"][:, :1]
+    with pytest.raises(ValueError, match=r"conv_in\.weight has the shape \(32, 1, 3, 3\)"):
+        from_original(tensors, net)
+    tensors.pop("encoder.conv_in.weight")
+    with pytest.raises(KeyError, match=r"encoder\.conv_in\.weight"):
         from_original(tensors, net)
 
 
@@ -172,11 +176,94 @@ def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["convert", str(folder), "--out", str(out), "--overwrite"])
 
 
-def test_a_kl_file_loads_here_again(tmp_path: Path) -> None:
-    kl().save_pretrained(tmp_path / "vae")
+KL_F16 = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    "block_out_channels": (32, 64),
+    "latent_channels": 16,
+}
+WRITTEN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kl": (AutoencoderKL, {"scaling_factor": 0.5, "shift_factor": 0.25}),
+    "kl_f16": (AutoencoderKL, KL_F16 | {"scaling_factor": 0.7}),
+    "eight": (AutoencoderKL, {"latent_channels": 8, "layers_per_block": 3}),
+    "sdxl": (AutoencoderKL, {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}),
+    "vq": (VQModel, KL_F16 | {"latent_channels": 6, "vq_embed_dim": 4, "num_vq_embeddings": 16}),
+    "wide_vq": (VQModel, {"latent_channels": 5, "num_vq_embeddings": 9, "scaling_factor": 0.3}),
+}
+
+
+@pytest.fixture
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    """A network, and the file that `convert` wrote of it."""
+    cls, options = WRITTEN[request.param]
+    torch.manual_seed(0)
+    net = cls(**{"block_out_channels": (32,), "sample_size": 48} | options)
+    net.save_pretrained(tmp_path / "vae")
     main(["convert", str(tmp_path / "vae"), "--out", str(tmp_path / "vae.safetensors")])
-    loaded = load_network(tmp_path / "vae.safetensors", family="sd")
-    assert same(loaded.state_dict(), kl().state_dict())
+    return net, tmp_path / "vae.safetensors"
+
+
+@pytest.mark.parametrize("written", WRITTEN, indirect=True)
+def test_what_is_written_loads_as_the_same_network(written: tuple[Any, Path]) -> None:
+    net, path = written
+    loaded = load_network(path)
+    assert type(loaded) is type(net) and same(loaded.state_dict(), net.state_dict())
+    names = [name for name in net.config if not name.startswith("_")]
+    ours, theirs = ([n.config[name] for name in names] for n in (loaded, net))
+    assert json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs))
+
+
+@pytest.mark.parametrize("written", ["kl_f16", "eight", "vq", "wide_vq"], indirect=True)
+def test_shapes_suffice_without_metadata(
+    written: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, path = written
+    save_file(load_file(path), path)
+    if net.config["latent_channels"] == 16:
+        with pytest.raises(UserError, match="how its latents are scaled"):
+            load_network(path)
+    loaded = load_network(path, family="other" if net.config["latent_channels"] == 16 else None)
+    assert type(loaded) is type(net) and same(loaded.state_dict(), net.state_dict())
+    assert loaded.config["scaling_factor"] == 1.0
+    said = capsys.readouterr().err
+    assert ("scaling_factor is 1.0" in said) == (net.config["latent_channels"] == 8)
+
+
+@pytest.mark.parametrize("written", ["kl"], indirect=True)
+def test_the_scale_is_printed_kept_and_wins_over_the_family(
+    written: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = written
+    main(["convert", str(path.with_name("vae")), "--out", str(path), "--overwrite"])
+    printed = capsys.readouterr().out
+    assert "scaling_factor: 0.5\n" in printed and "shift_factor: 0.25\n" in printed
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["scaling_factor"], metadata["shift_factor"]) == ("0.5", "0.25")
+    loaded = load_network(path, family="sd")
+    assert (loaded.config["scaling_factor"], loaded.config["shift_factor"]) == (0.5, 0.25)
+    assert "scaling_factor is 0.5, so the 0.18215 of family 'sd' is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["kl"], indirect=True)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "metadata that is of no AutoencoderKL or VQModel"),
+        ('{"_class_name": "UNet2DModel"}', "of no AutoencoderKL or VQModel"),
+        ('{"_class_name": "AutoencoderKL", "layers_per_block": 5000}', r"at most 1000 \(got 5000"),
+        ('{"_class_name": "AutoencoderKL", "block_out_channels": [64]}', "has the shape"),
+        ('{"_class_name": "VQModel", "block_out_channels": [32]}', "has the shape"),
+        ('{"_class_name": "AutoencoderKL", "block_out_channels": "x"}', "cannot|can be read"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_one_sentence(
+    written: tuple[Any, Path], config: str, message: str
+) -> None:
+    _, path = written
+    save_file(load_file(path), path, metadata={"diffusers_config": config})
+    with pytest.raises(UserError, match=message):
+        load_network(path)
 
 
 @pytest.mark.parametrize(("family", "channels"), [("sd", 4), ("flux", 16)])
@@ -191,10 +278,9 @@ def test_a_network_without_quant_conv_gets_identities(
     for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         assert torch.equal(tensors[f"{name}.weight"][:, :, 0, 0], torch.eye(width))
         assert torch.equal(tensors[f"{name}.bias"], torch.zeros(width))
-    loaded, images = (
-        load_network(tmp_path / "vae.safetensors", family=family).eval(),
-        torch.rand(1, 3, 16, 24),
-    )
+    save_file(tensors, tmp_path / "bare.safetensors")  # read from the tensors alone
+    loaded = load_network(tmp_path / "bare.safetensors", family=family).eval()
+    images = torch.rand(1, 3, 16, 24)
     moments = net.encode(images).latent_dist.parameters
     torch.testing.assert_close(loaded.encode(images).latent_dist.parameters, moments)
     z = moments[:, :channels]

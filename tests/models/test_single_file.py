@@ -141,6 +141,38 @@ def test_early_names_of_the_attention(convolutions: bool, tmp_path: Path) -> Non
     assert equal(load_network(path, family="sd"), net)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("_orig_mod.", "'_orig_mod.' (torch.compile)"),
+        ("module._orig_mod.", "'module.' (DistributedDataParallel) and '_orig_mod.'"),
+        ("base_model.model.", "'base_model.model.' (PEFT)"),
+        ("net.", "begin with 'net.'"),
+        ("module.vae.", "'module.' (DistributedDataParallel)"),
+    ],
+)
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_prefixes_of_training_tools_are_removed_and_named(
+    prefix: str, said: str, names: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = network()
+    tensors = original(net) if names == "original" else net.state_dict()
+    path = file_of(tmp_path / "vae.safetensors", prefixed(prefix, tensors))
+    assert equal(load_network(path, family="sd"), net)
+    assert said in capsys.readouterr().err
+
+
+def test_wrappers_inside_of_names_are_removed(tmp_path: Path) -> None:
+    net = network()
+    tensors = {
+        re.sub(r"^(encoder|decoder)\.", r"\1._orig_mod.", name).replace(
+            "conv1.", "conv1.base_layer."
+        ): value
+        for name, value in net.state_dict().items()
+    }
+    assert equal(load_network(file_of(tmp_path / "vae.safetensors", tensors), family="sd"), net)
+
+
 def test_half_precision_files_become_float32(tmp_path: Path) -> None:
     halves = {name: value.half() for name, value in original(network()).items()}
     loaded = load_network(file_of(tmp_path / "half.safetensors", halves), family="sd")
@@ -186,11 +218,14 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     tokenizer = original(net) | {"quantize.embedding.weight": torch.zeros(8, 4)}
     attention = {"encoder.down.1.attn.0.q.weight": torch.zeros(32, 32, 1, 1)}
     in_diffusers_names = {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(32, 32)}
+    lora = {"encoder.conv_in.lora_A.default.weight": torch.zeros(4, 3, 3, 3)}
     for name, more, message in (
-        ("vq", tokenizer, "holds a VQModel.* diffusers folder"),
-        ("attention", original(net) | attention, "attention in its levels.* diffusers folder"),
-        ("new", net.state_dict() | in_diffusers_names, "attention in its levels"),
-        ("wide", original(network(8)), "8 latent channels.* diffusers folder"),
+        ("vq", tokenizer, "encoder.conv_out.weight has the shape"),
+        ("attention", original(net) | attention, "encoder.down.1.attn.0.* is missing"),
+        ("new", net.state_dict() | in_diffusers_names, "attentions.0.* is missing"),
+        ("wide", original(network(8)), "8 latent channels.*give 'other'"),
+        ("more", original(net) | {"encoder.x": torch.zeros(1)}, "1 other tensors, such as enc"),
+        ("lora", net.state_dict() | lora, "lora_A.*merge_and_unload"),
     ):
         wrong.append((file_of(tmp_path / f"{name}.safetensors", more), "sd", message))
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")

@@ -19,7 +19,7 @@ from latentvae.engine.checkpoint_files import newest_usable
 from latentvae.errors import UserError
 from latentvae.files import read_json
 from latentvae.models import FAMILIES, Network, family_of, load_network
-from latentvae.models.loading import check_depth
+from latentvae.models.config_check import check_depth
 from latentvae.tasks.autoencoder.config import TrainConfig, parse
 
 BASE_NAME = "base.json"
@@ -89,7 +89,8 @@ def open_base(config: TrainConfig) -> Base | None:
 
     # load, and check that it fits
     model = config.model
-    loaded = load_network(name, family=getattr(model, "pretrained_family", None))
+    single_file = getattr(model, "pretrained_family", None)
+    loaded = load_network(name, family=single_file, variant=model.variant)
     family = FAMILIES[model.architecture]
     net = family.adapt(loaded, model.shape())
     if net is None:

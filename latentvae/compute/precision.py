@@ -1,0 +1,30 @@
+"""Compute float32 as float32 on GPUs, not as TensorFloat-32 (TF32).
+
+By default torch computes the convolutions of float32 networks in TF32 on NVIDIA GPUs since Ampere,
+with 10 instead of 23 bits after the point. Latents then differ by about 0.2% from those of a CPU,
+and tokens near a boundary between two codes change. Training keeps torch's default, because it is
+faster and noise of this size does not matter there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Switch TF32 off inside the context, or in a function that this decorates.
+
+    The flags hold for all threads of the process. Afterwards they are what they were before. A
+    network in bfloat16 or float16 is not affected.
+    """
+    convolutions = torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)

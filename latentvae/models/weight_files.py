@@ -1,0 +1,100 @@
+"""The files of a diffusers folder that hold its weights, and their variants, such as fp16.
+
+diffusion_pytorch_model.safetensors, diffusion_pytorch_model-00001-of-00002.safetensors   plain
+diffusion_pytorch_model.fp16.safetensors                                                  fp16
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from huggingface_hub import list_repo_files, try_to_load_from_cache
+
+from latentvae.errors import UserError, nearest
+from latentvae.models.wrapper_names import say
+
+_SHARD = r"(?:-\d+-of-\d+)?"
+_NAME = re.compile(
+    rf"diffusion_pytorch_model{_SHARD}(?:\.(?P<variant>[^.]+?))?{_SHARD}\.safetensors"
+)
+_WITH_CODE = (".bin", ".ckpt", ".pt", ".pth")  # pickles
+
+
+def is_weights(name: str, *, variant: str | None) -> bool:
+    """Return whether a file of this name holds weights of the variant. None is the plain one."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match["variant"] == variant
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant in the name of a file, or None."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else match["variant"]
+
+
+def names_of(repository: str, subfolder: str | None) -> list[str]:
+    """Return the names of the files in a folder, or in a folder of a repository on the Hub.
+
+    Without a network, these are the files that were downloaded before.
+    """
+    if Path(repository).is_dir():
+        return sorted(path.name for path in Path(repository).iterdir())
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        files = list_repo_files(repository)
+    except Exception:  # offline, or no access: the library has many errors for it
+        config = try_to_load_from_cache(repository, f"{inside}config.json")
+        if not isinstance(config, str):
+            return []
+        return sorted(path.name for path in Path(config).parent.iterdir())
+    names = (file.removeprefix(inside) for file in files if file.startswith(inside))
+    return sorted(name for name in names if "/" not in name)
+
+
+def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Path) -> str | None:
+    """Return the variant of the weights to load. None is the plain one.
+
+    Args:
+        names: of the files in the folder.
+        variant: that the user asked for. None takes the plain weights, or the only variant.
+        path: of the folder, for messages.
+
+    Raises:
+        UserError: there is no such variant, there are several, or there are no weights.
+    """
+    names = list(names)
+    found = {match["variant"] for name in names if (match := _NAME.fullmatch(name))}
+    others = sorted(name for name in found if name is not None)
+    if not found:
+        raise UserError(f"cannot load the weights in '{path}': {_why_none(names)}")
+
+    if variant in found:
+        return variant
+    if variant is not None:
+        have = ", ".join([*(["the plain weights"] if None in found else []), *map(repr, others)])
+        raise UserError(
+            f"'{path}' has no variant '{variant}'. It has {have}{nearest(variant, others)}"
+        )
+    if len(others) > 1:
+        raise UserError(
+            f"'{path}' has its weights only as the variants {', '.join(map(repr, others))}. "
+            f"Choose one, such as --variant {others[0]}."
+        )
+    say(f"'{path}' has its weights only as the variant '{others[0]}', which is loaded")
+    return others[0]
+
+
+def _why_none(names: Sequence[str]) -> str:
+    """Return why files of these names are no weights that can be loaded."""
+    if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
+        return (
+            f"they are only in {pickles[0]}, which is refused because such a file can hold code. "
+            "If you trust it, load it once with diffusers (use_safetensors=False) and save it with "
+            "save_pretrained, which writes safetensors."
+        )
+    if files := [name for name in names if name.endswith(".safetensors")]:
+        return (
+            f"there is no diffusion_pytorch_model.safetensors, but {files[0]}. "
+            "Rename it, or give the path of this file."
+        )
+    return "there is no diffusion_pytorch_model.safetensors"
