@@ -158,7 +158,7 @@ def _from_array(images: np.ndarray, channels: int) -> Tensor:
 def _from_pil(images: Sequence[Image.Image], channels: int) -> Tensor:
     from latentvae.data import PixelFormat, to_tensor
     from latentvae.data.pixels import BadPixels
-    from latentvae.data.reading import in_format, to_rgb
+    from latentvae.data.reading import in_format
 
     if not images:
         raise UserError("the list of images is empty")
@@ -166,10 +166,9 @@ def _from_pil(images: Sequence[Image.Image], channels: int) -> Tensor:
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
         raise UserError(f"the images of one batch have one size, not {shown}: give them one by one")
-    if channels == 3:
-        return torch.stack([to_tensor(to_rgb(image)) for image in images])
+    pixels = PixelFormat(channels, keep_depth=channels != 3)
     try:
-        return torch.stack([to_tensor(in_format(i, PixelFormat(channels))) for i in images])
+        return torch.stack([to_tensor(in_format(image, pixels)) for image in images])
     except BadPixels as error:
         raise UserError(
             f"an image cannot be read: {error}. Give a tensor in [-1, 1] instead."

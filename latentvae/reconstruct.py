@@ -76,6 +76,7 @@ def reconstruct(
     max_side: int | None = None,
     strips: bool = False,
     value_range: tuple[float, float] | None = None,
+    ignore_icc: bool = False,
     optimize: Optimize | None = None,
     variant: str | None = None,
 ) -> Reconstructions:
@@ -92,6 +93,8 @@ def reconstruct(
         strips: compute in exact strips, see `Autoencoder`. Only if `model` is loaded here.
         value_range: stored numbers that become black and white, as in training. Float files need
             it with a grey or RGBA model.
+        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
+            they are converted to sRGB.
         optimize: see `load`. Only if `model` is loaded here.
         variant: of the weights in a folder, such as `"fp16"`.
 
@@ -108,9 +111,12 @@ def reconstruct(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load(model, device=device, optimize=optimize, strips=strips, variant=variant)
     lpips = PerceptualLoss(load_lpips("alex")).to(model.net.device)
-    pixels = None  # 8-bit RGB, as a viewer shows it
-    if value_range is not None or model.image_channels != 3:
-        pixels = PixelFormat(model.image_channels, value_range)
+    pixels = PixelFormat(
+        model.image_channels,
+        value_range,
+        ignore_icc=ignore_icc,
+        keep_depth=value_range is not None or model.image_channels != 3,
+    )
 
     # pictures
     rows: list[Row] = []

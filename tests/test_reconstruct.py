@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
 from latentvae.reconstruct import GAP, reconstruct
+from tests.icc import ADOBE_RGB
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,11 @@ def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Pa
     with pytest.raises(UserError, match="no such model folder"):
         reconstruct(tmp_path / "nothing", [photos], out=out)
     assert not out.exists()
+
+
+def test_colour_profiles_become_srgb_unless_they_are_ignored(model, tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (16, 16), (60, 180, 60)).save(tmp_path / "a.png", icc_profile=ADOBE_RGB)
+    for ignored, expected in ((False, (0, 181, 42)), (True, (60, 180, 60))):
+        reconstruct(model, [tmp_path / "a.png"], out=tmp_path / "out", ignore_icc=ignored)
+        written = Image.open(tmp_path / "out" / "a.png")
+        assert written.getpixel((0, 0)) == expected and "icc_profile" not in written.info

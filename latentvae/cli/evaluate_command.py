@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from latentvae.autoencoder import Autoencoder, load
-from latentvae.data import open_source
+from latentvae.data import EIGHT_BIT, open_source
 from latentvae.errors import UserError
 from latentvae.evaluation.evaluate import evaluate
 from latentvae.evaluation.settings import FULL, QUICK, QUICK_IMAGES, LatentKind
@@ -28,6 +28,7 @@ def evaluate_command(
     quick: bool = False,
     max_images: int | None = None,
     resolution: int | None = None,
+    ignore_icc: bool = False,
     latent: LatentKind = "mode",
     rfid: bool = False,
     inception_weights: Path | None = None,
@@ -62,8 +63,10 @@ def evaluate_command(
 
     # Options and images are checked before the weights are read.
     plan = replace(QUICK if quick else FULL, latent=latent, resolution=resolution)
+    plan = replace(plan, ignore_icc=ignore_icc)
     where = usable_device(device)
-    source = open_source(data, split="validation")
+    pixels = replace(EIGHT_BIT, ignore_icc=ignore_icc)
+    source = open_source(data, split="validation", pixels=pixels)
     if quick and max_images is None:
         max_images = QUICK_IMAGES
 

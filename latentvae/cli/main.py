@@ -39,6 +39,10 @@ class Reconstruct:
     value_range: tuple[float, float] | None = None
     """Stored numbers that become black and white, as in training. Float files may need it."""
 
+    ignore_icc: bool = False
+    """Keep the stored numbers of files with an embedded colour profile. By default they are
+    converted to sRGB."""
+
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
     openvino: OpenVINO on the CPU."""
@@ -81,6 +85,10 @@ class Evaluate:
 
     resolution: int | None = None
     """Resize the shorter side to this and crop the centre. By default each image keeps its size."""
+
+    ignore_icc: bool = False
+    """Keep the stored numbers of files with an embedded colour profile. By default they are
+    converted to sRGB."""
 
     latent: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
@@ -219,6 +227,10 @@ class Encode:
 
     value_range: tuple[float, float] | None = None
     """Stored numbers that become black and white, as in training. Float files may need it."""
+
+    ignore_icc: bool = False
+    """Keep the stored numbers of files with an embedded colour profile. By default they are
+    converted to sRGB."""
 
     label_column: str | None = None
     """Column of a table that holds the classes. Default: `label`. Other data has one class per

@@ -11,7 +11,7 @@ from latentvae.data.dataset import (
 )
 from latentvae.data.hub_datasets import DatasetSpec, HubImages
 from latentvae.data.image_folder import ImageFolder, ImageSource, SamplePhotos
-from latentvae.data.pixels import DeepImage, Picture, PixelFormat
+from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
@@ -21,6 +21,7 @@ from latentvae.data.tar import TarShards
 from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
 
 __all__ = [
+    "EIGHT_BIT",
     "BadImages",
     "Batch",
     "BucketSampler",

@@ -108,6 +108,13 @@ class DataConfig(Section):
             "need this option."
         ),
     )
+    ignore_icc: bool = Field(
+        default=False,
+        description=(
+            "Train on the stored numbers of files with an embedded colour profile. By default they "
+            "are converted to sRGB."
+        ),
+    )
     resolution: Annotated[int | tuple[int, int], BeforeValidator(_checked_resolution)] = Field(
         default=256,
         description=(

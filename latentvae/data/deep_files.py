@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from latentvae.data.colour_profiles import ICC_TAG
 from latentvae.data.pixels import BadPixels, type_top
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -63,12 +64,14 @@ class DeepTiff:
         alpha: whether the last channel is alpha.
         white_is_zero: whether the lowest number is white.
         orientation: EXIF orientation, 1 to 8.
+        icc: the embedded colour profile, if there is one.
     """
 
     values: np.ndarray
     alpha: bool
     white_is_zero: bool
     orientation: int
+    icc: bytes | None
 
 
 def first_bytes(source: File) -> bytes:
@@ -227,6 +230,7 @@ def read_tiff(source: File) -> DeepTiff:
         if values.ndim != len(page.axes):  # what tifffile returns if the file has no pixels
             raise BadPixels(_DAMAGED)
         photometric, turn = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
+        icc = page.tags.get(ICC_TAG)
 
     # to (H, W, C)
     if page.axes == "YX":
@@ -240,6 +244,7 @@ def read_tiff(source: File) -> DeepTiff:
         alpha=extra in (ASSOCIATED, UNASSOCIATED),
         white_is_zero=photometric is not None and photometric.value == 0,
         orientation=1 if turn is None else int(turn.value),
+        icc=None if icc is None else bytes(icc.value),
     )
 
 

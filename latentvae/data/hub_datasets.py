@@ -5,6 +5,7 @@ decodes the images, so that a file is the same image wherever it comes from. Pre
 to ``cache_dir`` (by default the cache folder of ``datasets``), never beside the data.
 """
 
+import glob
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
             found = load_from_disk(str(path))
         elif path.is_file():
             kind = path.suffix.lower().removeprefix(".")
-            found = load_dataset(kind, data_files=str(path), **options)
+            # Escaped, because datasets takes data_files for patterns.
+            found = load_dataset(kind, data_files=glob.escape(str(path)), **options)
         else:
             name = str(path) if path.exists() else spec.name
+            options["data_files"] = _literal_patterns(path, spec.config_name)
             found = load_dataset(name, spec.config_name, **options)
     # Any type: the network, the Hub's client, pyarrow and datasets raise their own.
     except Exception as error:
@@ -192,6 +195,31 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
     )
 
 
+def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[str]] | None:
+    """Return the patterns of each split in a folder with a ``*``, ``?`` or ``[`` in its path.
+
+    ``datasets`` would take its path for a pattern, and open other files. None leaves the choice to
+    ``datasets``.
+
+    Raises:
+        UserError: such a folder with a configuration, whose files only ``datasets`` knows.
+    """
+    from datasets.data_files import get_data_patterns
+
+    if not folder.is_dir() or not glob.has_magic(str(folder.resolve())):
+        return None
+    if config_name is not None:
+        raise UserError(
+            f"dataset_config_name '{config_name}' cannot be used with '{folder}', because its path "
+            "has a *, ? or [. Rename the folder."
+        )
+    escaped = glob.escape(str(folder.resolve()))
+    return {
+        str(split): [f"{escaped}/{pattern}" for pattern in patterns]
+        for split, patterns in get_data_patterns(escaped).items()
+    }
+
+
 def _check_files(path: Path) -> None:
     """Reject a pipe or a device in a folder of tables, because reading it would hang."""
     for file in path.rglob("*") if path.is_dir() else ():
@@ -210,7 +238,12 @@ def local_files(spec: DatasetSpec, split: str) -> set[Path]:
         return set()
     if any((path / name).exists() for name in SAVED):
         return {file.resolve() for file in path.rglob("*.arrow")}
-    builder: Any = load_dataset_builder(str(path), spec.config_name, cache_dir=spec.cache_dir)
+    builder: Any = load_dataset_builder(
+        str(path),
+        spec.config_name,
+        cache_dir=spec.cache_dir,
+        data_files=_literal_patterns(path, spec.config_name),
+    )
     files = (builder.config.data_files or {}).get(split, [])
     return {Path(file).resolve() for file in files}
 
@@ -220,7 +253,7 @@ def split_names(folder: Path) -> list[str]:
     from datasets.data_files import EmptyDatasetError, get_data_patterns
 
     try:
-        return sorted(map(str, get_data_patterns(str(folder))))
+        return sorted(map(str, get_data_patterns(glob.escape(str(folder.resolve())))))
     except EmptyDatasetError:
         return []
 
@@ -275,6 +308,8 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         return cell["bytes"]
     _check_place(cell["path"], name)
     try:
+        if os.path.isfile(cell["path"]):  # fsspec gives a meaning to some characters
+            return Path(cell["path"]).read_bytes()
         with fsspec.open(cell["path"], "rb") as file:  # on the Hub, if streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # the file system's client raises its own

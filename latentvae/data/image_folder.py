@@ -5,11 +5,17 @@ Tar files are read in ``tar.py``, tables (parquet, arrow, the Hub) in ``hub_data
 
 import importlib.util
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from latentvae.data.left_out import (
+    count_left_out,
+    describe,
+    say_left_out,
+    side_cars,
+    suffix,
+)
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sizes import read_size
@@ -135,22 +141,6 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def side_cars(names: Iterable[str]) -> set[str]:
-    """Return the ``.npy`` files kept beside an image: latents, masks or embeddings, not pictures.
-
-    As in webdataset, files belong to one sample if their names are equal up to the first dot.
-    """
-    names = list(names)
-    arrays = {name for name in names if name.lower().endswith(".npy")}
-    images = {_sample(name) for name in names if name not in arrays} if arrays else set[str]()
-    return {name for name in arrays if _sample(name) in images}
-
-
-def _sample(name: str) -> str:
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.partition('.')[0]}"
-
-
 def read_named(
     name: str, data: bytes, *, at_least: int | None = None, pixels: PixelFormat | None = None
 ) -> Picture:
@@ -167,14 +157,19 @@ def _image_names(root: Path) -> list[str]:
         files = list(walk(root))
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
-    found = [str(file) for file in files if file.suffix.lower() in SUFFIXES]
-    names = sorted(set(found) - side_cars(found))
+
+    # images, and the rest
+    everything = [str(file) for file in files]
+    found = [name for name in everything if suffix(name) in SUFFIXES]
+    images = set(found) - side_cars(found)
+    counts = count_left_out(images, (name for name in everything if name not in images))
+    names = sorted(images)
     if not names:
-        others = Counter(file.suffix.lower() for file in files if file.suffix).most_common(1)
-        hint = f" Most files there end in {others[0][0]}." if others else ""
+        hint = f" The files there are: {describe(counts)}." if counts else ""
         raise UserError(
             f"no images in '{root}' or below. These types are read: {', '.join(SUFFIXES)}.{hint}"
         )
+    say_left_out(str(root), num_images=len(names), counts=counts)
     return names
 
 

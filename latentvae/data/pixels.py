@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from latentvae.data.colour_profiles import planes_in_srgb
 from latentvae.errors import UserError
 
 INTEGER_TOP = 65535  # white of integers of more than 8 bits, if no range is stated
@@ -35,6 +36,10 @@ class PixelFormat:
             decides by the type: 0..255 for 8 bits, 0..65535 for wider integers. Signed 8 bits and
             floats need a range. With 3 channels, floats go from 0 to 1 if no value exceeds 1, else
             from 0 to 255. Alpha is always scaled by its type, floats from 0 to 1.
+        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
+            they are converted to sRGB.
+        keep_depth: give files of more than 8 bits as a `DeepImage`. Otherwise every picture is
+            8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
 
     Raises:
         UserError: the range is not finite and rising.
@@ -42,6 +47,8 @@ class PixelFormat:
 
     channels: int = 3
     value_range: tuple[float, float] | None = None
+    ignore_icc: bool = False
+    keep_depth: bool = True
 
     def __post_init__(self) -> None:
         if self.value_range is None:
@@ -115,10 +122,16 @@ class DeepImage:
 
 
 Picture = Image.Image | DeepImage
+EIGHT_BIT = PixelFormat(keep_depth=False)  # 8-bit RGB, for display and comparison with codecs
 
 
 def deep_image(
-    values: np.ndarray, pixels: PixelFormat, *, alpha: bool, white_is_zero: bool = False
+    values: np.ndarray,
+    pixels: PixelFormat,
+    *,
+    alpha: bool,
+    white_is_zero: bool = False,
+    icc: bytes | None = None,
 ) -> DeepImage:
     """Return the picture of stored numbers.
 
@@ -127,6 +140,7 @@ def deep_image(
         pixels: channels and range of the picture.
         alpha: whether the last channel is alpha.
         white_is_zero: whether the lowest number is white. It swaps the ends of the range.
+        icc: the colour profile of the numbers.
 
     Raises:
         BadPixels: the numbers are not finite, or their range is unknown.
@@ -145,6 +159,8 @@ def deep_image(
     if white_is_zero:
         low, high = high, low
     colour = [_scaled(values[..., i], low, high) for i in range(count)]
+    if not pixels.ignore_icc:
+        colour = planes_in_srgb(colour, icc)
     veil = _scaled(values[..., count], 0, type_top(values.dtype)) if alpha else None
     return _from_planes(_arranged(colour, veil, pixels.channels))
 

@@ -5,7 +5,9 @@ Each kind of file is treated as follows.
 - EXIF (or XMP) orientation is applied. An animation or a stack gives its first picture.
 - Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels
   are asked.
-- CMYK is converted without a profile. JPEGs count as inverted, as Adobe writes them.
+- An embedded colour profile is converted to sRGB (``colour_profiles.py``), unless it is ignored.
+- CMYK without a profile is converted by plain subtraction. JPEGs count as inverted, as Adobe writes
+  them.
 - A grey TIFF whose lowest number is white is inverted, at every depth.
 - ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
 
@@ -35,7 +37,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentvae.data import deep_files
-from latentvae.data.pixels import DeepImage, Picture, PixelFormat, deep_image
+from latentvae.data.colour_profiles import in_srgb
+from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat, deep_image
 from latentvae.errors import UserError
 
 NOT_A_FILE = "it is not a regular file"
@@ -95,9 +98,7 @@ def read_image(
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
                 raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would hang
-            if pixels is None:
-                return _decode_8bit(source, at_least)
-            return _decode(source, at_least, pixels)
+            return _decode(source, at_least, pixels or EIGHT_BIT)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     # Any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError,
@@ -106,30 +107,22 @@ def read_image(
         raise UnreadableImage(name, _reason(error, source)) from error
 
 
-def _decode_8bit(source: deep_files.File, at_least: int | None) -> Image.Image:
-    try:
-        with _open(source) as image:
-            if deep_files.is_misread(image):
-                return _deep_tiff(source, PixelFormat()).to_8bit()
-            return to_rgb(_loaded(image, at_least))
-    except UnidentifiedImageError:
-        if (deep := _unknown_to_pillow(source, PixelFormat())) is None:
-            raise
-        return deep.to_8bit()
-
-
 def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) -> Picture:
+    # what Pillow reads
     try:
         with _open(source) as image:
-            if deep_files.is_misread(image):
-                return _deep_tiff(source, pixels)
-            if deep_files.is_cut_to_8bit(image):
-                return _deep_colours(source, image, pixels)
-            return in_format(_loaded(image, at_least), pixels)
+            if not deep_files.is_misread(image):
+                if pixels.keep_depth and deep_files.is_cut_to_8bit(image):
+                    return _deep_colours(source, image, pixels)
+                return in_format(_loaded(image, at_least), pixels)
+            deep = _deep_tiff(source, pixels)
+
+    # what it does not know
     except UnidentifiedImageError:
-        if (deep := _unknown_to_pillow(source, pixels)) is None:
+        if (unknown := _unknown_to_pillow(source, pixels)) is None:
             raise
-        return deep
+        deep = unknown
+    return deep if pixels.keep_depth else deep.to_8bit()
 
 
 def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
@@ -138,8 +131,12 @@ def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
     Raises:
         BadPixels: the numbers are no picture, or their range is unknown.
     """
+    icc = None if pixels.ignore_icc else image.info.get("icc_profile")
+    if not pixels.keep_depth:
+        return to_rgb(image, icc=icc)
+    image = in_srgb(image, icc)
     if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
-        return _with_range(image, pixels)
+        return _with_range(image, pixels, icc=icc)
     return _to_channels(image, pixels.channels)
 
 
@@ -167,15 +164,15 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
     return rgb if channels == 3 else rgb.convert("L")
 
 
-def _with_range(image: Image.Image, pixels: PixelFormat) -> DeepImage:
+def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -> DeepImage:
     """Return the deep picture of a loaded image with one band of numbers, or of 8 bits."""
     negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
         key = image.info.get("transparency")
         if key is None:
-            return deep_image(values, pixels, alpha=False, white_is_zero=negative)
-        return deep_image(deep_files.with_key(values, key), pixels, alpha=True)
+            return deep_image(values, pixels, alpha=False, white_is_zero=negative, icc=icc)
+        return deep_image(deep_files.with_key(values, key), pixels, alpha=True, icc=icc)
     alpha = image.has_transparency_data
     if image.mode in ("1", "L") and not alpha:
         values = np.asarray(image.convert("L"))[..., None]
@@ -192,13 +189,15 @@ def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelForm
     image.load()  # Pillow detects damage, torchvision does not
     values, alpha = deep_files.read_png16(source, image)
     turn = deep_files.upright(image.getexif().get(deep_files.ORIENTATION, 1))
-    deep = deep_image(values, pixels, alpha=alpha)
+    deep = deep_image(values, pixels, alpha=alpha, icc=image.info.get("icc_profile"))
     return deep if turn is None else deep.transpose(turn)
 
 
 def _deep_tiff(source: deep_files.File, pixels: PixelFormat) -> DeepImage:
     tiff = deep_files.read_tiff(source)
-    deep = deep_image(tiff.values, pixels, alpha=tiff.alpha, white_is_zero=tiff.white_is_zero)
+    deep = deep_image(
+        tiff.values, pixels, alpha=tiff.alpha, white_is_zero=tiff.white_is_zero, icc=tiff.icc
+    )
     turn = deep_files.upright(tiff.orientation)
     return deep if turn is None else deep.transpose(turn)
 
@@ -211,13 +210,18 @@ def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat) -> DeepImag
     return _deep_tiff(source, pixels) if start.startswith(deep_files.TIFF_MAGICS) else None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
     """Return 8-bit RGB of an image of any mode.
 
     Transparency is composited over white and 16 bits are scaled.
+
+    Args:
+        image: a loaded image.
+        icc: its colour profile. None leaves its colours as they are.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)
+    image = in_srgb(image, icc)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))

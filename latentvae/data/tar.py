@@ -17,6 +17,7 @@ import numpy as np
 from PIL.ContainerIO import ContainerIO
 
 from latentvae.data.image_folder import is_hidden, read_named
+from latentvae.data.left_out import describe, say_left_out
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size
@@ -58,9 +59,15 @@ class TarShards:
                     "'%s' is damaged or cut off (%s). Its %d images before the damage are used.",
                     *(printable(str(path)), printable(index.fault), len(index.names)),
                 )
+
+        # what is not used
+        left_out = sum((index.left_out for index in found), Counter[str]())
         if not any(index.names for index in found):
             fault = next((f": {index.fault}" for index in found if index.fault), "")
-            raise UserError(f"no images in the {len(found)} tar file(s) of '{spec}'{fault}")
+            hint = f". The members are: {describe(left_out)}" if left_out else ""
+            raise UserError(f"no images in the {len(found)} tar file(s) of '{spec}'{fault}{hint}")
+        num_images = sum(len(index.names) for index in found)
+        say_left_out(os.fspath(spec), num_images=num_images, counts=left_out)
 
         # sorted by name
         names = _distinct([index.names for index in found], self.shards)
@@ -122,7 +129,8 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
     elif root.exists():
         return [root]
     else:
-        shards = [path for part in _braces(str(root)) for path in _matches(part)]
+        folder, pattern = _split_pattern(root)
+        shards = [path for part in _braces(pattern) for path in _matches(folder, part)]
     if not shards:
         raise UserError(f"there are no .tar files in '{root}'" if root.is_dir() else _missing(root))
     return sorted(set(shards))
@@ -145,13 +153,23 @@ def _choices(inside: str) -> list[str]:
     return inside.split(",")
 
 
-def _matches(pattern: str) -> list[Path]:
-    """Return the paths that match a pattern. A path without wildcards must exist."""
+def _split_pattern(path: Path) -> tuple[Path, str]:
+    """Return the folders of a path that exist by their literal names, and the pattern below.
+
+    So a folder named ``run [1]`` or ``{a,b}`` means itself.
+    """
+    known = next((folder for folder in path.parents if folder.is_dir()), Path("."))
+    return known, str(path.relative_to(known))
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder that match a pattern. A path without wildcards must exist."""
+    literal = folder / pattern
+    if literal.exists():
+        return [literal]
     if not glob.has_magic(pattern):
-        if not Path(pattern).exists():
-            raise UserError(_missing(Path(pattern)))
-        return [Path(pattern)]
-    return [Path(found) for found in glob.glob(pattern, recursive=True)]
+        raise UserError(_missing(literal))
+    return [folder / found for found in glob.glob(pattern, root_dir=folder, recursive=True)]
 
 
 def _missing(path: Path) -> str:

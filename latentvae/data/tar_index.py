@@ -8,20 +8,23 @@ in ``$XDG_CACHE_HOME/latentvae``. It is valid while the shard's size and time of
 import contextlib
 import hashlib
 import io
+import json
 import os
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
 import numpy as np
 
-from latentvae.data.image_folder import SUFFIXES, inner_name, is_hidden, side_cars
+from latentvae.data.image_folder import SUFFIXES, inner_name, is_hidden
+from latentvae.data.left_out import count_left_out, side_cars, suffix
 from latentvae.errors import UserError
 
-VERSION = 2  # version of the cached index
+VERSION = 3  # version of the cached index
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -34,12 +37,14 @@ class ShardIndex:
         offsets: (N,), int64, bytes from the start of the file to the image's first byte.
         sizes: (N,), int64, bytes.
         fault: what is wrong with the tar file, or "".
+        left_out: number of members of each kind that are not used.
     """
 
     names: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
     fault: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def shard_index(path: Path) -> ShardIndex:
@@ -69,23 +74,25 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def _walk(path: Path, size: int) -> ShardIndex:
-    found: dict[str, tuple[int, int]] = {}
+    members: dict[str, tuple[int, int]] = {}
     fault = ""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _whole_members(tar, size):
                 name = inner_name(member.name)
-                if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name):
-                    found[name] = (member.offset_data, member.size)
+                if not is_hidden(name):
+                    members[name] = (member.offset_data, member.size)
     except OSError:
         raise
     # Damaged extended headers raise ValueError, OverflowError and more, beside TarError.
     except Exception as error:
         fault = _fault(path, error)
-    for name in side_cars(found):
-        del found[name]
-    places = np.array(list(found.values()), dtype=np.int64).reshape(-1, 2)
-    return ShardIndex(list(found), places[:, 0], places[:, 1], fault)
+    found = [name for name in members if suffix(name) in SUFFIXES]
+    not_images = side_cars(found)
+    images = [name for name in found if name not in not_images]
+    left_out = count_left_out(images, members.keys() - set(images))
+    places = np.array([members[name] for name in images], dtype=np.int64).reshape(-1, 2)
+    return ShardIndex(images, places[:, 0], places[:, 1], fault, left_out)
 
 
 def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
@@ -130,7 +137,8 @@ def _cache_places(path: Path) -> list[Path]:
 
 def _content(index: ShardIndex, key: list[int]) -> bytes:
     file = io.BytesIO()
-    texts = "\0".join([index.fault, *index.names]).encode(errors="surrogateescape")
+    left_out = json.dumps(index.left_out)
+    texts = "\0".join([left_out, index.fault, *index.names]).encode(errors="surrogateescape")
     np.savez(
         file,
         key=np.array(key),
@@ -153,7 +161,10 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
             if found["key"].tolist() != key:
                 return None
             texts = found["texts"].tobytes().decode(errors="surrogateescape")
-            fault, *names = texts.split("\0")
+            left_out, fault, *names = texts.split("\0")
+            counts = Counter(
+                {str(kind): int(count) for kind, count in json.loads(left_out).items()}
+            )
             offsets, sizes = found["offsets"].astype(np.int64), found["sizes"].astype(np.int64)
     except Exception:  # zip, zlib and NumPy each raise their own. The shard is walked again.
         return None
@@ -162,7 +173,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
     if any(name != inner_name(name) for name in names):
         return None
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= key[1] - offsets)
-    return ShardIndex(names, offsets, sizes, fault) if inside.all() else None
+    return ShardIndex(names, offsets, sizes, fault, counts) if inside.all() else None
 
 
 def _replace(place: Path, content: bytes, *, mode: int) -> None:

@@ -32,6 +32,9 @@ def protocol(
 
     return {
         "size": size,
+        "colours": "stored numbers, embedded profiles ignored"
+        if plan.ignore_icc
+        else "embedded profiles converted to sRGB",
         "rounding": "originals and reconstructions are rounded to 8 bits before any metric",
         "latent": latent,
         "means": f"over images; 95 % interval by Poisson bootstrap, {NUM_RESAMPLES} resamples",

@@ -27,6 +27,7 @@ class Plan:
         speed_budget: seconds. A size that would take longer is skipped.
         latent: the posterior's mode, or a draw from it.
         resolution: pixels on a side after resizing and centre crop. None keeps each image's size.
+        ignore_icc: keep the stored numbers of files with an embedded colour profile.
     """
 
     lpips_nets: tuple[Net, ...] = ("alex", "vgg")
@@ -39,6 +40,7 @@ class Plan:
     speed_budget: float = 60.0
     latent: LatentKind = "mode"
     resolution: int | None = None
+    ignore_icc: bool = False
 
     def __post_init__(self) -> None:
         if self.latent not in ("mode", "sample"):

@@ -22,6 +22,7 @@ def describe(
     resolution: int,
     interpolation: str,
     value_range: tuple[float, float] | None,
+    ignore_icc: bool,
     shard_items: int,
     dtype: str | None,
     moments: bool,
@@ -63,6 +64,7 @@ def describe(
             # of which images
             "image_channels": model.image_channels,
             "value_range": value_range,
+            "ignore_icc": ignore_icc,
             "resolution": resolution,
             "interpolation": interpolation,
             "num_source_items": num_items,

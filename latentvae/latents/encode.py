@@ -49,6 +49,7 @@ def encode_folder(
     moments: bool = False,
     interpolation: str = "lanczos",
     value_range: tuple[float, float] | None = None,
+    ignore_icc: bool = False,
     label_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
@@ -73,6 +74,8 @@ def encode_folder(
         moments: also store the standard deviations of the posteriors, to sample from.
         value_range: stored numbers that become black and white, as in training. Float files for a
             grey or RGBA model need it.
+        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
+            they are converted to sRGB.
         label_column: of a table. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
@@ -98,7 +101,8 @@ def encode_folder(
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
         model = open_model(model, device=device, optimize=optimize, variant=variant)
-    source = open_items(data, pixels=PixelFormat(model.image_channels, value_range))
+    pixels = PixelFormat(model.image_channels, value_range, ignore_icc=ignore_icc)
+    source = open_items(data, pixels=pixels)
     transform = EvalTransform(resolution, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)
 
@@ -108,6 +112,7 @@ def encode_folder(
         resolution=resolution,
         interpolation=interpolation,
         value_range=value_range,
+        ignore_icc=ignore_icc,
         shard_items=shard_items,
         dtype=dtype,
         moments=moments,

@@ -18,6 +18,7 @@ from latentvae.data import (
     open_source,
     read_image,
 )
+from latentvae.data.hub_datasets import local_files, open_rows, undecoded
 from latentvae.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -195,3 +196,30 @@ def test_damaged_and_missing_tables_are_one_sentence(tmp_path, files, make_parqu
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"'user/photos' cannot be opened: Couldn't reach [^\n]*$"):
         images("user/photos")
+
+
+def test_pattern_characters_in_a_path_mean_themselves(tmp_path, make_parquet, files):
+    """`run [1]` is not `run 1`, `a*b` is not `axb`: as a file, a folder and a folder of images."""
+    names = ("run [1]", "run 1", "a*b", "axb")
+    for label, name in enumerate(names):
+        rows = cells(dict(list(files.items())[label : label + 1]), paths=False)
+        table = make_parquet(tmp_path / name / "train.parquet", rows)
+        for path in (table, table.parent):
+            source = images(path, any_split=True)
+            assert len(source) == 1
+            same = read_image(list(files.values())[label])
+            assert source.read(0).tobytes() == same.tobytes()
+            stored = local_files(source.spec, source.origin[2])
+            assert stored == {table.resolve()}
+        shown = next(iter(stream_rows(table)))
+        assert shown["image"]["bytes"] == list(files.values())[label]
+    for name, colour in (("img [1]", "red"), ("img 1", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name / "x[1].png")
+    found = images(tmp_path / "img [1]").read(0)
+    assert found.getpixel((0, 0)) == (255, 0, 0)
+
+
+def stream_rows(table):
+    rows, _ = open_rows(DatasetSpec(name=str(table)), streaming=True)
+    return undecoded(rows, "image")

@@ -237,3 +237,18 @@ def test_a_broken_image_and_a_vanished_shard_are_unreadable_images(tmp_path, mak
     (tmp_path / "x.tar").unlink()
     with pytest.raises(UnreadableImage, match=r"cannot read image 'a.png': No such file"):
         source.read(0)
+
+
+def test_pattern_characters_in_a_folder_mean_themselves(tmp_path, make_tar, make_picture):
+    for name in ("run [1]", "run 1", "{a,b}", "a"):
+        file = io.BytesIO()
+        make_picture(8, 8).save(file, "PNG")
+        for shard in ("000", "001"):
+            make_tar(tmp_path / name / f"{shard}.tar", {f"{name}-{shard}.png": file.getvalue()})
+    for name in ("run [1]", "{a,b}"):
+        for pattern in ("*.tar", "{000..001}.tar", "00[01].tar"):
+            found = TarShards(tmp_path / name / pattern).names
+            assert found == [f"{name}-000.png", f"{name}-001.png"]
+        assert TarShards(tmp_path / name / "001.tar").names == [f"{name}-001.png"]
+    make_tar(tmp_path / "a" / "00*.tar", {"own.png": b"x"})
+    assert TarShards(tmp_path / "a" / "00*.tar").names == ["own.png"]

@@ -124,7 +124,7 @@ def test_where_nothing_can_be_read_a_worker_says_so_in_one_line(store):
     with pytest.raises(UnreadableImage) as error:
         next(batches)
     batches._shutdown_workers()  # the error holds it, and the collector would be slow about it
-    assert re.fullmatch(r"cannot read image '[ab]\.png': .*19 others.*", str(error.value))
+    assert re.fullmatch(r"cannot read image '[ab]\.png': .*19 other images.*", str(error.value))
 
 
 def test_hidden_and_other_files_are_left_out(store, odd):

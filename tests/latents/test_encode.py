@@ -25,6 +25,7 @@ from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.formats.shards import shard_path
 from latentvae.metrics.tokens import TokenUsage
+from tests.icc import ADOBE_RGB
 from tests.latents.conftest import contents
 from tests.tiny import spread_vq
 
@@ -440,3 +441,27 @@ def test_not_one_readable_image(tokenizer: Path, tmp_path: Path) -> None:
     ):
         encode_folder(tokenizer, tmp_path / "data", tmp_path / "out", resolution=16)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_colour_profiles_become_srgb_unless_they_are_ignored(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """An image with a profile has the tokens of the same image in sRGB."""
+    found = {}
+    for name, colour, options in (
+        ("srgb", (0, 181, 42), {}),
+        ("adobe", (60, 180, 60), {"icc_profile": ADOBE_RGB}),
+        ("raw", (60, 180, 60), {}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.new("RGB", (16, 16), colour).save(folder / "a.png", **options)
+        for ignored in (False, True):
+            out = tmp_path / f"{name}-{ignored}"
+            encode_folder(tokenizer, folder, out, **OPTIONS, ignore_icc=ignored)
+            manifest = json.loads((out / "manifest.json").read_text())
+            assert manifest["content"]["ignore_icc"] is ignored
+            found[name, ignored] = latentvae.TokenDataset(out)[0]["indices"]
+    assert torch.equal(found["adobe", False], found["srgb", False])
+    assert torch.equal(found["adobe", True], found["raw", True])
+    assert not torch.equal(found["srgb", False], found["raw", True])

@@ -77,7 +77,7 @@ class Content(_Strict):
         order: the meaning of the dimensions, in words.
         num_codes: K, for tokens.
         moments: latents come with the posterior's standard deviations.
-        image_channels, value_range: format of every image, see `data.PixelFormat`.
+        image_channels, value_range, ignore_icc: format of every image, see `data.PixelFormat`.
         data_sha256: hash of the sorted names and the labels, not of the pictures.
         shard_items: items of the source per shard.
         optimize: optimisation that computed instead of the stock model, see `compute.optimization`.
@@ -96,6 +96,7 @@ class Content(_Strict):
     f: int = Field(ge=1)
     image_channels: int = 3
     value_range: tuple[float, float] | None = None
+    ignore_icc: bool = False
     resolution: int = Field(ge=1)
     interpolation: str
     crop: Literal["center"] = "center"

@@ -35,7 +35,7 @@ STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
-    pixels = PixelFormat(data.image_channels, data.value_range)
+    pixels = PixelFormat(data.image_channels, data.value_range, ignore_icc=data.ignore_icc)
     if isinstance(spec, DatasetSpec) and data.streaming:
         validation = data.validation_data_dir
         held_out = 0 if validation else STREAM_HELD_OUT
