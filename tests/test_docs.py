@@ -83,7 +83,7 @@ def code_of(page: Path) -> list[str]:
         for part in [token, *(token.children or [])]:
             if part.type in ("code_block", "fence", "code_inline"):
                 found += re.sub(r"\\\n\s*", "", part.content).splitlines()
-    return [re.sub(r"\s#\s.*", "", line).strip() for line in found]
+    return [re.sub(r"(?:^#SBATCH|\s#\s).*", "", line).strip() for line in found]
 
 
 def commands(pattern: str) -> list[tuple[str, str, str]]:
