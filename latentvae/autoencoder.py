@@ -10,6 +10,7 @@ positions, `K` codes.
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -254,7 +255,10 @@ class Autoencoder:
         }
 
     def _read(self, images: Images) -> tuple[Tensor, Kind]:
-        return read_pictures(images, channels=self.image_channels)
+        batch, kind = read_pictures(images, channels=self.image_channels)
+        if isinstance(images, Tensor) and not torch.compiler.is_compiling():
+            _warn_if_unit_range(batch)
+        return batch, kind
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Check images, pad them to a multiple of f, and move them to the network's device."""
@@ -384,6 +388,27 @@ def load(
     # A config may hold wrong numbers, and each of them fails in its own way.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"'{path}' cannot be used: {error}") from error
+
+
+def _warn_if_unit_range(images: Tensor) -> None:
+    """Warn about images that seem to be in [0, 1]. The warning points at the user's line."""
+    low, high = (value.item() for value in images.aminmax())
+    if not 0 <= low < high <= 1:
+        return
+
+    # Images that come from this package are in [-1, 1], even if they are bright.
+    frame, level = sys._getframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        ("torch.", __name__)
+    ):
+        frame, level = frame.f_back, level + 1
+    if frame is None or frame.f_globals.get("__name__", "").startswith("latentvae."):
+        return
+    warnings.warn(
+        f"this tensor of images has no negative value: it is in [{low:.3g}, {high:.3g}]. Tensors "
+        "are read as [-1, 1], so black is -1. If yours is in [0, 1], give 2 * images - 1.",
+        stacklevel=level,
+    )
 
 
 def _check_strips(net: Network, name: str, optimize: str | None) -> None:

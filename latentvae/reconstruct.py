@@ -32,6 +32,7 @@ from latentvae.data import (
     PixelFormat,
     UnreadableImage,
     read_image,
+    set_pixel_limit,
     to_tensor,
 )
 from latentvae.errors import UserError, nearest, printable
@@ -61,10 +62,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The results: a row per picture, and (path, reason) for each that cannot be read."""
+    """The results: a row per picture, and (path, reason) for each that was left out."""
 
     rows: tuple[Row, ...]
-    unreadable: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...]
 
 
 @full_float32()
@@ -77,6 +78,7 @@ def reconstruct(
     strips: bool = False,
     value_range: tuple[float, float] | None = None,
     ignore_icc: bool = False,
+    max_pixels: int | None = None,
     optimize: Optimize | None = None,
     variant: str | None = None,
 ) -> Reconstructions:
@@ -95,13 +97,18 @@ def reconstruct(
             it with a grey or RGBA model.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             they are converted to sRGB.
+        max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
         optimize: see `load`. Only if `model` is loaded here.
         variant: of the weights in a folder, such as `"fp16"`.
 
     Raises:
-        UserError: a path does not exist, an input would be overwritten, or no picture can be read.
+        UserError: a path does not exist, an input would be overwritten, or not one picture can be
+            reconstructed.
     """
     # Files are checked before the weights are read.
+    if not inputs:
+        raise UserError("no images: give image files or folders of images")
+    set_pixel_limit(max_pixels)
     out = Path(out).expanduser()
     targets = list(_name_pictures(_find_files(inputs, out=out)))
     _keep_inputs(targets, out)
@@ -120,24 +127,43 @@ def reconstruct(
 
     # pictures
     rows: list[Row] = []
-    unreadable: list[tuple[str, str]] = []
+    left_out: list[tuple[str, str]] = []
     for path, picture in tqdm(targets, desc=model.name, unit="image", leave=False):
         try:
             image = _shrink(read_image(path, pixels=pixels), max_side)
-            if min(image.size) < model.smallest_side:
-                given = f"{image.size[0]} x {image.size[1]} pixels"
-                raise UnreadableImage(str(path), f"{given} are smaller than f = {model.f}")
+            images = to_tensor(image)[None].to(model.net.device)  # (1, C, H, W)
+            recon = round_alike(_reconstructed(model, images, path), images)
         except UnreadableImage as error:
-            unreadable.append((str(path), error.reason))
+            left_out.append((str(path), error.reason))
             continue
 
-        images = to_tensor(image)[None].to(model.net.device)  # (1, C, H, W)
-        recon = round_alike(model.reconstruct(images), images)
         _save(out / picture, images, recon, deep=isinstance(image, DeepImage))
         rows.append(_measure(images, recon, lpips=lpips, image=str(path), picture=picture))
 
-    _finish(rows, unreadable, out=out, name=_title(model))
-    return Reconstructions(tuple(rows), tuple(unreadable))
+    _finish(rows, left_out, out=out, name=_title(model))
+    return Reconstructions(tuple(rows), tuple(left_out))
+
+
+def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
+    """Return `model.reconstruct` of one picture, so that a failure does not stop the others.
+
+    Raises:
+        UnreadableImage: the picture is too small or too large for the network or the memory.
+    """
+    height, width = images.shape[2:]
+    if min(height, width) < model.smallest_side:
+        given = f"{width} x {height} pixels"
+        raise UnreadableImage(str(path), f"{given} are smaller than f = {model.f}")
+    try:
+        return model.reconstruct(images)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = f"no memory for {width} x {height} pixels: give max_side or strips"
+        raise UnreadableImage(str(path), reason) from error
+    # torch has no class of its own for what a network cannot compute, such as a group norm of one
+    # value.
+    except (ValueError, RuntimeError) as error:
+        reason = f"{width} x {height} pixels cannot be reconstructed: {str(error).splitlines()[0]}"
+        raise UnreadableImage(str(path), reason) from error
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
@@ -244,14 +270,14 @@ def _title(model: Autoencoder) -> str:
 
 
 def _finish(
-    rows: Sequence[Row], unreadable: Sequence[tuple[str, str]], *, out: Path, name: str
+    rows: Sequence[Row], left_out: Sequence[tuple[str, str]], *, out: Path, name: str
 ) -> None:
     console = Console()
-    for path, reason in unreadable:
-        text = printable(f"skipped {path}: {reason}")
+    for path, reason in left_out:
+        text = printable(f"left out {path}: {reason}")
         console.print(text, style="yellow", markup=False, soft_wrap=True)
     if not rows:
-        raise UserError(f"not one of {len(unreadable)} pictures can be read")
+        raise UserError(f"not one of {len(left_out)} pictures can be reconstructed")
 
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
@@ -259,8 +285,8 @@ def _finish(
         writer.writerows(asdict(row) | _names(row) for row in rows)
 
     console.print(_table(rows, name))
-    skipped = f", {len(unreadable)} unreadable skipped" if unreadable else ""
-    text = f"{len(rows)} pictures and table.csv in {out}{skipped}"
+    others = f", {len(left_out)} left out" if left_out else ""
+    text = f"{len(rows)} pictures and table.csv in {out}{others}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from skimage import data
 
 import latentvae
 from latentvae.autoencoder import Autoencoder, load, pad_to_multiple
+from latentvae.compute.winograd import convolutions
+from latentvae.compute.winograd.convolutions import Limits, WinogradConv2d
 from latentvae.errors import UserError
 from latentvae.models import DiscreteAutoencoder
 from tests.tiny import RAE
@@ -117,6 +120,31 @@ def test_padding_reflects_where_it_can() -> None:
     assert pad_to_multiple(row, 4).shape == (1, 1, 4, 8)
     assert pad_to_multiple(row, 4)[0, 0, 3].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     assert pad_to_multiple(row, 5)[0, 0, 4].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_tensor_that_seems_to_be_in_0_to_1_is_warned_about(model: Autoencoder) -> None:
+    unit = (tensor(8, 8) + 1) / 2
+    for call in (model.encode, model.encode_posterior, model.reconstruct):
+        with pytest.warns(UserWarning, match=r"no negative value.*give 2 \* images - 1") as warned:
+            call(unit)
+        assert warned[0].filename == __file__ and len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for images in (tensor(8, 8), torch.zeros(1, 3, 8, 8), unit.numpy().transpose(0, 2, 3, 1)):
+            model.encode(images)
+
+
+def test_an_exact_model_can_be_compiled(
+    net: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where NNPACK computes: its kernel is unknown to torch.compile."""
+    monkeypatch.setattr(convolutions, "LIMITS", Limits(channels=8, positions=16, tiled={}))
+    model = Autoencoder(net, name="first", optimize="exact")
+    images = tensor(16, 16)
+    assert any(type(m) is WinogradConv2d for m in model.optimization.net.modules())
+    for call in (model.encode, lambda images: model.decode(model.encode(images))):
+        compiled = torch.compile(call, backend="eager")
+        torch.testing.assert_close(compiled(images), call(images), rtol=0, atol=1e-4)
 
 
 def test_every_kind_gives_the_same_latents(model: Autoencoder, photo: Image.Image) -> None:
@@ -246,7 +274,7 @@ def test_wrong_latents_and_sizes_are_refused(model: Autoencoder) -> None:
 def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     config = folder / "config.json"
     text, weights = config.read_text(), folder / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(UserError, match="did you mean 'export'"):
+    with pytest.raises(UserError, match=r"did you mean '.*first/export'"):
         load(folder.with_name("exprot"))
     with pytest.raises(UserError, match=r"did you mean '.*first/export'"):
         load(folder.parent)
@@ -295,12 +323,15 @@ def test_a_mistyped_path_is_told_where_it_goes_wrong(
 ) -> None:
     shutil.copytree(folder, tmp_path / "runs" / "first" / "export")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"'rums/first/export' is neither a folder here nor.*'runs'"
-    ):
-        load("rums/first/export")
+    for mistyped in ("rums/first/export", "runs/frist/export", "rums/frist/exprot"):
+        with pytest.raises(
+            UserError, match=rf"no such model folder '{mistyped}'; did you mean 'runs/first/export'"
+        ):
+            load(mistyped)
     with pytest.raises(UserError, match=r"no such model folder.*did you mean 'first'"):
-        load("runs/frist/export")
+        load("runs/frist/nothing")
+    with pytest.raises(UserError, match=r"'rums/x' is neither a folder here nor.*'runs'"):
+        load("rums/x")
     assert load("runs/first/export").path == "runs/first/export"
 
 

@@ -50,7 +50,7 @@ def test_pictures_and_table_agree(model: Autoencoder, photos: Path, tmp_path: Pa
     table = rows(out)
     assert set(table) == {"a.png", "a-2.png", "sub/small.png"}
     assert {row.picture for row in result.rows} == set(table)
-    assert [Path(path).name for path, _ in result.unreadable] == ["bad.jpg"]
+    assert [Path(path).name for path, _ in result.left_out] == ["bad.jpg"]
 
     for name, row in table.items():
         width, height = int(row["width"]), int(row["height"])
@@ -70,7 +70,7 @@ def test_pictures_and_table_agree(model: Autoencoder, photos: Path, tmp_path: Pa
     screen = capsys.readouterr().out
     assert "bad.jpg" in screen
     assert "mean of 3" in screen
-    assert "1 unreadable skipped" in screen
+    assert "1 left out" in screen
 
 
 def test_a_picture_smaller_than_f_of_a_tokenizer_is_told_and_left_out(
@@ -84,8 +84,40 @@ def test_a_picture_smaller_than_f_of_a_tokenizer_is_told_and_left_out(
     net = VQModel(block_out_channels=(4,) * 5, norm_num_groups=4, num_vq_embeddings=8, **blocks)
     result = reconstruct(Autoencoder(net, name="vq"), [photos], out=tmp_path / "out")
     assert set(rows(tmp_path / "out")) == {"a.png", "a-2.png"}
-    reasons = {Path(path).name: reason for path, reason in result.unreadable}
+    reasons = {Path(path).name: reason for path, reason in result.left_out}
     assert reasons["small.png"] == "9 x 8 pixels are smaller than f = 16"
+
+
+def test_a_picture_that_a_network_cannot_compute_does_not_lose_the_others(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one pixel each group of a group norm may have one value, which torch refuses."""
+    Image.new("RGB", (1, 1)).save(photos / "0.png")
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    }
+    net = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, **blocks)
+    result = reconstruct(Autoencoder(net, name="kl"), [photos], out=tmp_path / "out")
+    assert set(rows(tmp_path / "out")) == {"a.png", "a-2.png", "sub/small.png"}
+    reasons = {Path(path).name: reason for path, reason in result.left_out}
+    assert reasons["0.png"].startswith("1 x 1 pixels cannot be reconstructed: Expected more than 1")
+    assert "0.png: 1 x 1 pixels" in capsys.readouterr().out
+
+
+def test_the_limit_of_pixels_is_said_and_can_be_raised(
+    model: Autoencoder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    inputs, out = [photos / "a.png", photos / "a.jpg"], tmp_path / "out"
+    result = reconstruct(model, inputs, out=out)
+    ((path, reason),) = result.left_out
+    assert Path(path).name == "a.png" and [row.width for row in result.rows] == [40]
+    assert reason.startswith("it has 2,867 pixels, more than the limit of 2,000.")
+    assert "set max_pixels to 2867 or more" in reason
+    assert len(reconstruct(model, inputs, out=out, max_pixels=2867).rows) == 2
+    with pytest.raises(UserError, match=r"max_pixels must be at least 1 \(got 0\)"):
+        reconstruct(model, inputs, out=out, max_pixels=0)
 
 
 def test_files_and_a_model_folder(model: Autoencoder, photos: Path, tmp_path: Path) -> None:
@@ -144,6 +176,8 @@ def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Pa
     out = tmp_path / "out"
     with pytest.raises(UserError, match="did you mean 'photos'"):
         reconstruct(model, [tmp_path / "fotos"], out=out)
+    with pytest.raises(UserError, match="no images: give image files or folders"):
+        reconstruct(model, [], out=out)
     with pytest.raises(UserError, match="not one of 1 pictures"):
         reconstruct(model, [photos / "bad.jpg"], out=out)
     with pytest.raises(UserError, match="no such model folder"):

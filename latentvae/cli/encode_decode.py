@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import safe_open
 
 from latentvae.errors import printable
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
-from latentvae.latents.formats.shards import Manifest
+from latentvae.latents.formats.shards import Manifest, shard_path
 
 
 def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
@@ -47,9 +48,12 @@ def summary(manifest: Manifest, out: Path) -> str:
         f"{manifest.num_items} images in {len(manifest.shards)} shards in {out}: "
         f"{content.kind}, {shape} {content.dtype}"
     ]
+    lines.append(_classes(manifest, out))
     if content.kind == "tokens":
         coded = facts.get("coded_bpp")
         true = f", {coded:.4f} coded (mean of {facts['coded_images']} images)" if coded else ""
+        if coded and coded > facts["raw_bpp"]:
+            true += ". Each image is coded on its own, so a few tokens cost more than raw"
         lines += [
             f"bits per pixel: {facts['raw_bpp']:.4f} raw{true}",
             f"{facts['num_codes_used']} of {content.num_codes} codes used, perplexity "
@@ -58,6 +62,19 @@ def summary(manifest: Manifest, out: Path) -> str:
     else:
         lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
     return "\n".join(lines)
+
+
+def _classes(manifest: Manifest, out: Path) -> str:
+    if not manifest.content.labels:
+        return "no classes"
+    if names := manifest.content.class_names:
+        return f"{len(names)} classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    found = set[int]()
+    for shard in range(len(manifest.shards)):
+        with safe_open(shard_path(out, shard), "pt") as file:
+            found |= set(file.get_tensor("labels").tolist())
+    found.discard(-1)  # rows without a label
+    return f"{len(found)} classes"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from latentvae.autoencoder import Autoencoder, load
-from latentvae.data import EIGHT_BIT, open_source
+from latentvae.data import EIGHT_BIT, open_source, set_pixel_limit
 from latentvae.errors import UserError
 from latentvae.evaluation.evaluate import evaluate
 from latentvae.evaluation.settings import FULL, QUICK, QUICK_IMAGES, LatentKind
@@ -29,6 +29,7 @@ def evaluate_command(
     max_images: int | None = None,
     resolution: int | None = None,
     ignore_icc: bool = False,
+    max_pixels: int | None = None,
     latent: LatentKind = "mode",
     rfid: bool = False,
     inception_weights: Path | None = None,
@@ -47,6 +48,7 @@ def evaluate_command(
         quick: measure fewer images and points, see `QUICK`.
         max_images: measure at most this many.
         resolution: resize the shorter side to this and crop the centre. None keeps each size.
+        max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
         latent: whether the posterior's mode or a sample is decoded.
         rfid: measure rFID and KID.
         inception_weights: file for them. Turns `rfid` on.
@@ -65,6 +67,7 @@ def evaluate_command(
     plan = replace(QUICK if quick else FULL, latent=latent, resolution=resolution)
     plan = replace(plan, ignore_icc=ignore_icc)
     where = usable_device(device)
+    set_pixel_limit(max_pixels)
     pixels = replace(EIGHT_BIT, ignore_icc=ignore_icc)
     source = open_source(data, split="validation", pixels=pixels)
     if quick and max_images is None:

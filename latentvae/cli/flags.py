@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
+import re
 import select
 import shutil
 import sys
@@ -17,6 +19,8 @@ from latentvae.errors import UserError, nearest
 Options = TypeVar("Options", bound=Any)
 
 MIN_COLUMNS = 40
+_SWITCH_VALUES = {"true": True, "yes": True, "on": True, "1": True}
+_SWITCH_VALUES |= {"false": False, "no": False, "off": False, "0": False, "none": False}
 
 
 def parse_options(
@@ -39,7 +43,9 @@ def parse_options(
     if "-h" in arguments or "--help" in arguments:
         arguments, context = ["--help"], contextlib.nullcontext()
     else:
-        check_names(arguments, [field.name for field in dataclasses.fields(options)])
+        fields = dataclasses.fields(options)
+        check_names(arguments, [field.name for field in fields])
+        check_switches(arguments, [field.name for field in fields if field.type is bool])
         context = one_sentence_errors()
 
     with context:
@@ -67,6 +73,30 @@ def parse_known(
             options, args=arguments, prog=prog, use_underscores=True, return_unknown_args=True
         )
     return parsed, others
+
+
+def check_switches(arguments: Sequence[str], names: Iterable[str]) -> None:
+    """Check that no switch has a value, as in `--use_ema false`.
+
+    Args:
+        arguments: of the command line.
+        names: options that are on or off, with underscores.
+
+    Raises:
+        UserError: one has a value, with the flag to give instead.
+    """
+    names = set(names)
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        plain = name if name in names else name.removeprefix("no_")
+        if not flag.startswith("--") or plain not in names:
+            continue
+        value = value if equals else after  # without "=" it may be another argument
+        if value.lower() in _SWITCH_VALUES or equals:
+            on = _SWITCH_VALUES.get(value.lower(), True) == (plain == name)
+            wanted = f"--{plain}" if on else f"--no_{plain}"
+            raise UserError(f"'{flag}' takes no value (got '{value}'); did you mean '{wanted}'?")
 
 
 def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
@@ -183,4 +213,5 @@ class _Captured(io.StringIO):
                 break
             if not text.startswith("╭"):
                 message.append(text)
-        return " ".join(message) or self.getvalue()
+        text = re.sub(r"\[/?bold\]", "", " ".join(message))  # markup that tyro leaves in errors
+        return text.partition("  Got errors:")[0] or self.getvalue()

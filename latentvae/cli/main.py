@@ -1,5 +1,6 @@
 """The command `latentvae` and its subcommands, one class of options for each."""
 
+import inspect
 import signal
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
 from latentvae.errors import UserError, nearest
@@ -42,6 +43,10 @@ class Reconstruct:
     ignore_icc: bool = False
     """Keep the stored numbers of files with an embedded colour profile. By default they are
     converted to sRGB."""
+
+    max_pixels: int | None = None
+    """Read images of up to this many pixels. Default: Pillow's limit, 89 million. Small files can
+    fill the memory, so raise it for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
@@ -89,6 +94,9 @@ class Evaluate:
     ignore_icc: bool = False
     """Keep the stored numbers of files with an embedded colour profile. By default they are
     converted to sRGB."""
+
+    max_pixels: int | None = None
+    """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
 
     latent: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
@@ -204,8 +212,9 @@ class Encode:
     out: Path
     """Folder for the shards and manifest.json. It is created if it does not exist."""
 
-    resolution: int
-    """Pixels per side. The shorter side is resized to it and the centre is cropped."""
+    resolution: Annotated[tuple[int, ...], arg(metavar="PIXELS|HEIGHT WIDTH")]
+    """Pixels per side, or height and width. Each image is resized to cover it, and the centre is
+    cropped. The model's f must divide both sides."""
 
     batch_size: int = 16
     """Images per forward pass."""
@@ -231,6 +240,9 @@ class Encode:
     ignore_icc: bool = False
     """Keep the stored numbers of files with an embedded colour profile. By default they are
     converted to sRGB."""
+
+    max_pixels: int | None = None
+    """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
 
     label_column: str | None = None
     """Column of a table that holds the classes. Default: `label`. Other data has one class per
@@ -341,8 +353,8 @@ class VerifyResume:
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
-    It also takes all flags of the training scripts (train/train_kl.py --config CONFIG --help lists
-    them). The exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
+    It also takes all flags of training (latentvae train --config CONFIG --help lists them). The
+    exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
     """
 
     config: Positional[str]
@@ -399,8 +411,8 @@ class Preflight:
         latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
 
-    It also takes all flags of the training scripts (train/train_kl.py --config CONFIG --help lists
-    them). The exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
+    It also takes all flags of training (latentvae train --config CONFIG --help lists them). The
+    exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
     """
 
     config: Positional[str]
@@ -453,11 +465,37 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-# These also take the flags of the training scripts.
+TRAIN = "train"
+SCRIPTS = """\
+Scripts of the repository:
+  train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
+  train/train_vq.py        The same for tokenizers: its preset without --config is vq_small.
+  train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
+
+Several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
+# These also take the flags of training.
 COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
     "preflight": Preflight,
     "verify-resume": VerifyResume,
 }
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """Train an autoencoder or a tokenizer on your images, and export it for diffusers.
+
+        latentvae train --config kl_f8 --train_data_dir photos --output_dir runs/first
+        accelerate launch --num_processes 8 -m latentvae.cli train --config kl_f8 ...
+
+    One process needs no launcher. `--config` takes the name of any preset or a YAML file. Every
+    flag below overrides it. If the run was stopped, the same command continues it. `--preflight`
+    checks the run in a few updates and exits. `--train_data_dir samples` trains on the photos that
+    come with scikit-image.
+    """
+    from latentvae.cli.train import run_training
+
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"'{arguments[0]}' is not a flag; did you mean '--config {arguments[0]}'?")
+    run_training(arguments, description=inspect.cleandoc(train_command.__doc__ or ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -473,7 +511,9 @@ def _run(arguments: Sequence[str]) -> None:
     try:
         name = _name(arguments)
         prog = f"latentvae {name}"
-        if name in COMMANDS_OF_RUNS:
+        if name == TRAIN:
+            train_command(arguments[1:])
+        elif name in COMMANDS_OF_RUNS:
             options, flags = parse_known(COMMANDS_OF_RUNS[name], arguments[1:], prog=prog)
             options.run(flags)
         else:
@@ -483,7 +523,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _name(arguments: Sequence[str]) -> str:
-    known = [*COMMANDS, *COMMANDS_OF_RUNS]
+    known = [TRAIN, *COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
             f"a command is missing. `latentvae --help` explains them: {', '.join(known)}"
@@ -495,8 +535,7 @@ def _name(arguments: Sequence[str]) -> str:
 
 
 def _overview() -> str:
-    commands = {**COMMANDS, **COMMANDS_OF_RUNS}
+    commands = {TRAIN: train_command, **COMMANDS, **COMMANDS_OF_RUNS}
     first = {name: (command.__doc__ or "").splitlines()[0] for name, command in commands.items()}
     lines = [f"  latentvae {name:<13} {text}" for name, text in first.items()]
-    train = "  train/train_kl.py        Train an autoencoder (a script, for `accelerate launch`)."
-    return "\n".join(["Commands (each has --help):", *lines, train])
+    return "\n".join(["Commands (each has --help):", *lines, "", SCRIPTS])

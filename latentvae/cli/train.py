@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from latentvae.cli.flags import (
     check_names,
+    check_switches,
     exit_with,
     forget_output,
     one_sentence_errors,
@@ -97,6 +98,8 @@ def _check_flags(arguments: Sequence[str], preset: JobConfig, *, also: Sequence[
         called = f"'{flag}'" if name == given else f"'{flag}' (here '--{name}')"
         _refuse_option_of_others(name, preset, called=called)
     check_names(arguments, [*names, *also])
+    switches = [name for name, value in flat(preset).items() if isinstance(value, bool)]
+    check_switches(arguments, switches)
 
 
 def _refuse_option_of_others(name: str, preset: JobConfig, *, called: str) -> None:

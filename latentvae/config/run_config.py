@@ -13,6 +13,7 @@ from latentvae.config.update_batch import split_batch
 from latentvae.option_marks import (
     Count,
     DecidesTheWatch,
+    Elsewhere,
     MayChange,
     Positive,
     Private,
@@ -32,34 +33,40 @@ else:
 class OptimizerConfig(Section):
     """AdamW, its schedule, clipping and the weight average."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+    learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
         description="Peak learning rate. It is not scaled by the batch size.",
     )
-    lr_scheduler: Literal["constant", "cosine"] = Field(
+    lr_scheduler: Annotated[
+        Literal["constant", "cosine"], Elsewhere("lr_scheduler_type scheduler lr_schedule")
+    ] = Field(
         default="constant",
         description="Learning rate after the warm-up: constant, or cosine to 0 at max_train_steps.",
     )
-    lr_warmup_steps: UpdatesOrShare = Field(
+    lr_warmup_steps: Annotated[
+        UpdatesOrShare, Elsewhere("warmup_steps num_warmup_steps warmup")
+    ] = Field(
         default=1000,
         description=(
             "Updates of linear warm-up, counted from the model's first update. Below 1: a share of "
             "max_train_steps."
         ),
     )
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(
         default=0.9, description="AdamW's first beta."
     )
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta2")] = Field(
         default=0.999, description="AdamW's second beta."
     )
-    adam_weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+    adam_weight_decay: Annotated[float, Field(ge=0.0), Elsewhere("weight_decay wd")] = Field(
         default=0.0, description="AdamW's weight decay."
     )
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = Field(
+    adam_epsilon: Annotated[float, Field(gt=0.0), Elsewhere("adam_eps eps epsilon")] = Field(
         default=1e-8, description="AdamW's epsilon."
     )
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = Field(
+    max_grad_norm: Annotated[
+        float, Field(gt=0.0), Elsewhere("clip_grad_norm gradient_clip_val grad_clip clip_grad")
+    ] = Field(
         default=1.0,
         description="Clip the gradient norm of the model and of the discriminator to this.",
     )
@@ -82,12 +89,14 @@ class OptimizerConfig(Section):
 class RunConfig(Section):
     """Length, batch, precision, files and logs of the run."""
 
-    output_dir: Annotated[str | None, MayChange(), Private()] = Field(
-        default=None, description="Folder of the run: checkpoints, log, samples, export."
-    )
-    max_train_steps: Annotated[Positive, MayChange()] = Field(
-        default=100_000, description="Updates of the model."
-    )
+    output_dir: Annotated[
+        str | None, MayChange(), Private(), Elsewhere("out out_dir output outdir save_dir logdir")
+    ] = Field(default=None, description="Folder of the run: checkpoints, log, samples, export.")
+    max_train_steps: Annotated[
+        Positive,
+        MayChange(),
+        Elsewhere("steps max_steps num_steps train_steps iterations max_iterations updates"),
+    ] = Field(default=100_000, description="Updates of the model.")
     global_batch_size: Positive | None = Field(
         default=None,
         description=(
@@ -95,14 +104,18 @@ class RunConfig(Section):
             "most a process takes at once, and gradient_accumulation_steps follows."
         ),
     )
-    train_batch_size: Positive = Field(
+    train_batch_size: Annotated[
+        Positive, Elsewhere("batch_size bs batch per_device_train_batch_size")
+    ] = Field(
         default=12,
         description="Images per process and micro-step. With global_batch_size: the most of them.",
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
         default=8, description="Images per process in validation."
     )
-    gradient_accumulation_steps: FollowsGlobalBatch = Field(
+    gradient_accumulation_steps: Annotated[
+        FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
+    ] = Field(
         default=None,
         description=(
             "Micro-steps per update. Their gradients are averaged. By default it follows from "
@@ -118,28 +131,36 @@ class RunConfig(Section):
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
-    resume_from_checkpoint: Annotated[str, MayChange(), Private()] = Field(
-        default="latest", description="`latest`, or a checkpoint folder of this run."
-    )
-    overwrite_output_dir: Annotated[bool, MayChange(), Private()] = Field(
+    resume_from_checkpoint: Annotated[
+        str, MayChange(), Private(), Elsewhere("resume ckpt checkpoint resume_from")
+    ] = Field(default="latest", description="`latest`, or a checkpoint folder of this run.")
+    overwrite_output_dir: Annotated[bool, MayChange(), Private(), Elsewhere("overwrite")] = Field(
         default=False, description="Delete an earlier run in output_dir and start again."
     )
-    checkpointing_steps: Annotated[Positive, MayChange()] = Field(
-        default=1000, description="Updates between checkpoints."
-    )
-    checkpoints_total_limit: Annotated[Positive, MayChange()] = Field(
-        default=2, description="Number of newest checkpoints to keep."
-    )
-    validation_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
+    checkpointing_steps: Annotated[
+        Positive, MayChange(), Elsewhere("save_steps save_every save_interval checkpoint_every")
+    ] = Field(default=1000, description="Updates between checkpoints.")
+    checkpoints_total_limit: Annotated[
+        Positive, MayChange(), Elsewhere("save_total_limit save_top_k")
+    ] = Field(default=2, description="Number of newest checkpoints to keep.")
+    validation_steps: Annotated[
+        Positive,
+        MayChange(),
+        DecidesTheWatch(),
+        Elsewhere("eval_steps eval_every val_check_interval"),
+    ] = Field(
         default=1000,
         description="Updates between validations. The last update is always validated.",
     )
-    log_steps: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
-        default=50, description="Updates between rows of log.jsonl."
-    )
-    report_to: Annotated[Literal["none", "tensorboard", "wandb"], MayChange(), Private()] = Field(
-        default="none", description="Tracker to use besides log.jsonl, through Accelerate."
-    )
+    log_steps: Annotated[
+        Positive, MayChange(), DecidesTheWatch(), Elsewhere("logging_steps log_every log_interval")
+    ] = Field(default=50, description="Updates between rows of log.jsonl.")
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb"],
+        MayChange(),
+        Private(),
+        Elsewhere("tracker log_with logger"),
+    ] = Field(default="none", description="Tracker to use besides log.jsonl, through Accelerate.")
     tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
         default="latentvae", description="Project name given to the tracker."
     )
@@ -226,10 +247,6 @@ class JobConfig(Section):
         }
         return self.with_changes({"run": changed})
 
-    def other_options_advice(self, folder: str) -> str:
-        """Return how to train the weights of the run in `folder` on with other options."""
-        return ""
-
     def may_change(self, then: "JobConfig") -> frozenset[str]:
         """Return the names of the options that may have other values on resume.
 
@@ -237,6 +254,17 @@ class JobConfig(Section):
             then: the options that the run was started with.
         """
         return frozenset(marked(type(self), MayChange))
+
+    def how_to_branch(self, then: "JobConfig") -> str:
+        """Return how a new run with these options can start from the result of an earlier one.
+
+        It is a sentence for the error about options that a resumed run cannot change. Empty if
+        there is no way.
+
+        Args:
+            then: the options of the earlier run.
+        """
+        return ""
 
     def with_changes(self, sections: Mapping[str, Mapping[str, Any]]) -> Self:
         """Return a copy with other values of some options, by section and name.

@@ -9,6 +9,7 @@ from latentvae.data.dataset import (
     train_loader,
     validation_batches,
 )
+from latentvae.data.deep_files import set_pixel_limit
 from latentvae.data.hub_datasets import DatasetSpec, HubImages
 from latentvae.data.image_folder import ImageFolder, ImageSource, SamplePhotos
 from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat
@@ -50,6 +51,7 @@ __all__ = [
     "open_images",
     "open_source",
     "read_image",
+    "set_pixel_limit",
     "some_of",
     "spread",
     "stream_loader",

@@ -164,6 +164,13 @@ class DataConfig(Section):
             "crop needs are left."
         ),
     )
+    max_pixels: Positive | None = Field(
+        default=None,
+        description=(
+            "Largest image that is read, in pixels (width times height). Default: Pillow's limit, "
+            "89 million. Larger files are bad images, because small files can fill the memory."
+        ),
+    )
     crops_per_image: Positive = Field(
         default=1,
         description=(

@@ -16,7 +16,7 @@ from latentvae.data.reading import UnreadableImage
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
-from latentvae.data.workers import leave_signals_to_the_trainer
+from latentvae.data.workers import explain_num_workers, leave_signals_to_the_trainer
 
 MAX_ATTEMPTS = 20  # images that are tried for one place in a batch
 PREFETCHED = 4  # batches that each worker prepares ahead, to bridge a series of large files
@@ -150,6 +150,7 @@ def train_loader(
 
 def loading(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     """Return the options of ``DataLoader`` that all training loaders share."""
+    explain_num_workers(num_workers)
     return {
         "num_workers": num_workers,
         "collate_fn": collate,

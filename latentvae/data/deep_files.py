@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from latentvae.data.colour_profiles import ICC_TAG
 from latentvae.data.pixels import BadPixels, type_top
+from latentvae.errors import UserError
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -113,10 +114,35 @@ def check_size(width: int, height: int) -> None:
     """Check the number of pixels against Pillow's limit. The error has Pillow's words."""
     limit, count = Image.MAX_IMAGE_PIXELS, width * height
     if limit is not None and count > limit:
-        raise BadPixels(
-            f"Image size ({count} pixels) exceeds limit of {limit} pixels, "
-            "could be decompression bomb DOS attack."
-        )
+        raise BadPixels(too_many_pixels(count))
+
+
+def set_pixel_limit(max_pixels: int | None) -> None:
+    """Set the largest number of pixels that this process reads.
+
+    It is Pillow's own limit against decompression bombs: small files that fill the memory.
+
+    Args:
+        max_pixels: width times height of a file. None leaves the limit as it is, 89 million unless
+            it was changed.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if max_pixels is None:
+        return
+    if max_pixels < 1:
+        raise UserError(f"max_pixels must be at least 1 (got {max_pixels})")
+    Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def too_many_pixels(count: int) -> str:
+    """Return why a file of `count` pixels is not read, and what to do."""
+    limit = Image.MAX_IMAGE_PIXELS or 0
+    return (
+        f"it has {count:,} pixels, more than the limit of {limit:,}. If you trust the file, set "
+        f"max_pixels to {count} or more"
+    )
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:

@@ -40,6 +40,7 @@ class PixelFormat:
             they are converted to sRGB.
         keep_depth: give files of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
+        max_pixels: largest file that is read, in pixels. None is Pillow's limit.
 
     Raises:
         UserError: the range is not finite and rising.
@@ -49,6 +50,7 @@ class PixelFormat:
     value_range: tuple[float, float] | None = None
     ignore_icc: bool = False
     keep_depth: bool = True
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.value_range is None:

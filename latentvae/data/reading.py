@@ -28,6 +28,7 @@ picture is grey or black.
 import functools
 import io
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -96,6 +97,8 @@ def read_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if pixels is not None:
+                deep_files.set_pixel_limit(pixels.max_pixels)  # a worker has its own Pillow
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
                 raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would hang
             return _decode(source, at_least, pixels or EIGHT_BIT)
@@ -258,9 +261,19 @@ def _reason(error: Exception, source: deep_files.File) -> str:
     return reason_of(error)
 
 
+def _num_pixels(error: Exception) -> int | None:
+    """Return the pixels of a file that Pillow takes for a decompression bomb."""
+    if not isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return None
+    found = re.search(r"\((\d+) pixels\)", str(error))
+    return int(found[1]) if found else None
+
+
 def reason_of(error: Exception) -> str:
     """Return the message of an exception, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if (count := _num_pixels(error)) is not None:
+        return deep_files.too_many_pixels(count)
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__

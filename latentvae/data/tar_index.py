@@ -168,6 +168,8 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
             offsets, sizes = found["offsets"].astype(np.int64), found["sizes"].astype(np.int64)
     except Exception:  # zip, zlib and NumPy each raise their own. The shard is walked again.
         return None
+
+    # every entry must lie inside the shard
     if not offsets.shape == sizes.shape == (len(names),):
         return None
     if any(name != inner_name(name) for name in names):

@@ -1,8 +1,35 @@
-"""Protect the loader's worker processes from signals that stop a run."""
+"""The loader's worker processes: how many make sense, and how they survive signals."""
 
+import functools
+import logging
 import os
 import signal
 import threading
+import warnings
+
+from latentvae.distributed import is_main
+
+logger = logging.getLogger(__name__)
+
+
+def explain_num_workers(num_workers: int) -> None:
+    """Say once if there are more workers than processors, in place of torch's warning.
+
+    torch repeats its warning for every loader and names no option.
+    """
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
+    _explain_once(num_workers)
+
+
+@functools.cache
+def _explain_once(num_workers: int) -> None:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if count is not None and num_workers > count and is_main():
+        logger.warning(
+            "%d processes read images, but this process may use %d processors only. More than that "
+            "are rarely faster: give at most %d workers.",
+            *(num_workers, count, count),
+        )
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:

@@ -216,12 +216,12 @@ def _refuse_other_pictures(out: Path, found: Decoded, record: Decoded) -> None:
 def _write_pictures(
     reader: ShardReader, model: Autoencoder, batch: range, paths: Sequence[Path]
 ) -> None:
-    side = reader.content.resolution
+    size = reader.content.size
     stored = torch.stack([reader.payload(index) for index in batch])
     if reader.content.kind == "tokens":
-        images = model.decode_tokens(stored.long(), size=(side, side))
+        images = model.decode_tokens(stored.long(), size=size)
     else:
-        images = model.decode(stored.float(), size=(side, side))
+        images = model.decode(stored.float(), size=size)
     assert isinstance(images, torch.Tensor)
     for index, picture in zip(batch, to_pil(images), strict=True):
         buffer = io.BytesIO()

@@ -1,5 +1,7 @@
 """The content of an encoding, found out before the first image is read."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,11 @@ LATENT_DTYPES = ("float16", "bfloat16", "float32")
 def describe(
     model: Autoencoder,
     *,
-    resolution: int,
+    resolution: int | tuple[int, int],
     interpolation: str,
     value_range: tuple[float, float] | None,
     ignore_icc: bool,
+    max_pixels: int | None,
     shard_items: int,
     dtype: str | None,
     moments: bool,
@@ -38,9 +41,7 @@ def describe(
     Raises:
         UserError: a resolution, type or option that this model cannot take.
     """
-    _check_options(
-        model, resolution=resolution, shard_items=shard_items, dtype=dtype, moments=moments
-    )
+    _check_options(model, shard_items=shard_items, dtype=dtype, moments=moments)
     tokens = model.num_codes is not None
     norm = model.normalization
 
@@ -65,6 +66,7 @@ def describe(
             "image_channels": model.image_channels,
             "value_range": value_range,
             "ignore_icc": ignore_icc,
+            "max_pixels": max_pixels,
             "resolution": resolution,
             "interpolation": interpolation,
             "num_source_items": num_items,
@@ -77,15 +79,10 @@ def describe(
 
 
 def _check_options(
-    model: Autoencoder, *, resolution: int, shard_items: int, dtype: str | None, moments: bool
+    model: Autoencoder, *, shard_items: int, dtype: str | None, moments: bool
 ) -> None:
     if shard_items < 1:
         raise UserError(f"shard_items must be at least 1 (got {shard_items}).")
-    if resolution < model.f:
-        raise UserError(
-            f"resolution must be at least {model.f}, the pixels of one latent position of "
-            f"'{model.name}' (got {resolution})."
-        )
     if model.num_codes is not None and (dtype is not None or moments):
         raise UserError(
             f"'{model.name}' is a tokenizer: its indices take the smallest integer type. "
@@ -98,9 +95,51 @@ def _check_options(
         )
 
 
-def _item_shape(model: Autoencoder, resolution: int, *, moments: bool) -> tuple[int, ...]:
+def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int | tuple[int, int]:
+    """Return the resolution to encode at: one side of a square, or (height, width).
+
+    A latent at another size would partly describe padding.
+
+    Raises:
+        UserError: not one or two numbers, or sides that the model does not divide, or the model
+            takes images of one other size only.
+    """
+    # one or two sides
+    sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+    sides = sides * 2 if len(sides) == 1 else sides
+    if len(sides) != 2:
+        raise UserError(f"resolution must be one number, or height and width (got {sides}).")
+
+    # multiples of the model's factor
+    multiple = model.f * model.normalization.fold
+    for side in sides:
+        if side < multiple:
+            raise UserError(
+                f"resolution must be at least {multiple}, the pixels of one latent position of "
+                f"'{model.name}' (got {side}). Give {multiple} or a multiple of it."
+            )
+        if side % multiple:
+            low = side // multiple * multiple
+            raise UserError(
+                f"resolution {side} is not a multiple of {multiple}, as '{model.name}' needs. "
+                f"The nearest multiples are {low} and {low + multiple}."
+            )
+
+    # models of one size
+    if model.fixed_size is not None and set(sides) != {model.fixed_size}:
+        raise UserError(
+            f"'{model.name}' takes {model.fixed_size} x {model.fixed_size} images only (got "
+            f"{' x '.join(map(str, sides))}). Give resolution {model.fixed_size}."
+        )
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def _item_shape(
+    model: Autoencoder, resolution: int | tuple[int, int], *, moments: bool
+) -> tuple[int, ...]:
     """Return the shape that one grey image gives."""
-    grey = torch.zeros(1, model.image_channels, resolution, resolution)
+    sides = (resolution,) * 2 if isinstance(resolution, int) else resolution
+    grey = torch.zeros(1, model.image_channels, *sides)
     if model.num_codes is not None:
         return tuple(model.encode_tokens(grey).shape[1:])
     mean, logvar = model.encode_posterior(grey)

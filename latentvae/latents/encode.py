@@ -7,6 +7,7 @@ sees all shards complete writes the manifest, and every rank would write the sam
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from latentvae.compute.precision import full_float32
 from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
-from latentvae.latents.describe import describe
+from latentvae.latents.describe import check_resolution, describe
 from latentvae.latents.finishing import finish
 from latentvae.latents.formats.shards import (
     MANIFEST,
@@ -41,7 +42,7 @@ def encode_folder(
     data: str | os.PathLike[str] | DatasetSpec,
     out: str | Path,
     *,
-    resolution: int,
+    resolution: int | Sequence[int],
     batch_size: int = 16,
     num_workers: int = 0,
     shard_items: int = 4096,
@@ -50,6 +51,7 @@ def encode_folder(
     interpolation: str = "lanczos",
     value_range: tuple[float, float] | None = None,
     ignore_icc: bool = False,
+    max_pixels: int | None = None,
     label_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
@@ -59,14 +61,14 @@ def encode_folder(
     """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
 
     A tokenizer gives tokens, any other autoencoder latents. An image becomes what the model takes:
-    grey, RGB or RGBA, with the bit depth of its file. Its shorter side is resized to `resolution`
-    (also enlarged), and the centre is cropped. The manifest names images that cannot be read.
+    grey, RGB or RGBA, with the bit depth of its file. It is resized to cover `resolution` (also
+    enlarged), and the centre is cropped. The manifest names images that cannot be read.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
         data: what `data.open_source` takes, or `owner/name` on the Hub. Tables give the training
             split.
-        resolution: pixels on a side, at least f.
+        resolution: pixels on a side, or (height, width). A multiple of f (FLUX.2: 2 f).
         batch_size: images per forward pass. Another one may change the last digits of latents.
         num_workers: extra processes that decode images.
         shard_items: images per shard.
@@ -76,6 +78,7 @@ def encode_folder(
             grey or RGBA model need it.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             they are converted to sRGB.
+        max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
         label_column: of a table. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
@@ -101,18 +104,22 @@ def encode_folder(
     name = str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
         model = open_model(model, device=device, optimize=optimize, variant=variant)
-    pixels = PixelFormat(model.image_channels, value_range, ignore_icc=ignore_icc)
+    pixels = PixelFormat(
+        model.image_channels, value_range, ignore_icc=ignore_icc, max_pixels=max_pixels
+    )
     source = open_items(data, pixels=pixels)
-    transform = EvalTransform(resolution, interpolation=interpolation)
+    size = check_resolution(model, resolution)
+    transform = EvalTransform(size, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)
 
     # what the shards will hold
     content = describe(
         model,
-        resolution=resolution,
+        resolution=size,
         interpolation=interpolation,
         value_range=value_range,
         ignore_icc=ignore_icc,
+        max_pixels=max_pixels,
         shard_items=shard_items,
         dtype=dtype,
         moments=moments,

@@ -97,7 +97,7 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return the use of the codes, and bits per pixel of the encoded square: log2 K, and true."""
+    """Return the use of the codes, and bits per pixel of the encoded images: log2 K, and true."""
     assert content.num_codes is not None
 
     # pass over all shards
@@ -113,7 +113,7 @@ def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[st
         first += count
 
     # bits per pixel
-    pixels = content.resolution**2
+    pixels = math.prod(content.size)
     raw = math.prod(content.item_shape) * math.log2(content.num_codes) / pixels
     report = {name: _rounded(value) for name, value in usage.result().items()}
     report["raw_bpp"] = _rounded(raw)

@@ -5,6 +5,7 @@ net = load_network("stabilityai/stable-diffusion-xl-base-1.0/vae")  # owner/name
 net = load_network("sdxl_vae.safetensors", family="sdxl")
 """
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def _locate(path: str | Path) -> tuple[str, str | None]:
     folder, parts = Path(path), str(path).split("/")
     on_disk = folder.exists() or (folder.parent.is_dir() and folder.parent != Path("."))
     may_be_on_hub = isinstance(path, str) and len(parts) >= 2 and all(parts) and parts[0] != "."
-    if on_disk or not may_be_on_hub or Path(parts[0]).exists():
+    # A mistyped path is no reason to ask the Hub, which takes half a minute without a network.
+    if on_disk or not may_be_on_hub or Path(parts[0]).exists() or _nearest_folder(folder):
         _check_folder(folder)
         return str(folder), None
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
@@ -193,8 +195,23 @@ def _hint(path: Path) -> str:
     return "" if meant is None else f"; did you mean '{meant}'?"
 
 
+def _nearest_folder(path: Path) -> Path | None:
+    """Return the model folder that a mistyped path may mean: each part as it is, or the closest."""
+    found = Path(path.anchor) if path.is_absolute() else Path(".")
+    for part in path.parts[1:] if path.is_absolute() else path.parts:
+        if not (found / part).exists():
+            names = [inner.name for inner in found.iterdir()] if found.is_dir() else []
+            part = next(iter(difflib.get_close_matches(part, names, n=1)), "")
+            if not part:
+                return None
+        found = found / part
+    return found if (found / "config.json").is_file() else None
+
+
 def _near(path: Path) -> str:
-    """Return a suggestion for the first part of the path that does not exist, or ""."""
+    """Return a hint: the whole path if all of it can be guessed, else the first wrong part."""
+    if (whole := _nearest_folder(path)) is not None:
+        return f"; did you mean '{whole}'?"
     for part in [*reversed(path.parents), path]:
         if not part.exists():
             return nearest(part.name, (sibling.name for sibling in part.parent.iterdir()))

@@ -13,7 +13,7 @@ from skimage import data
 
 import latentvae
 from latentvae.cli.main import main
-from latentvae.tasks.autoencoder import train
+from latentvae.engine.resume import write_config
 from tests.tasks.autoencoder.small import small_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -21,8 +21,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    train(small_config(folder, max_train_steps=1, gradient_accumulation_steps=1))
+    """A run made by the command itself, in this process."""
+    folder, options = tmp_path_factory.mktemp("cli") / "run", tmp_path_factory.mktemp("a [1]")
+    config = small_config(folder, max_train_steps=1, gradient_accumulation_steps=1)
+    write_config(config, options / "small.yaml")
+    main(["train", "--config", str(options / "small.yaml"), "--log_steps", "1"])
     return folder
 
 
@@ -33,6 +36,12 @@ def photos(tmp_path: Path) -> Path:
     Image.fromarray(data.astronaut()).resize((61, 47)).save(folder / "astronaut.png")
     (folder / "broken.jpg").write_bytes(b"<html>")
     return folder
+
+
+def test_train_again_resumes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--config", str(run / "config.yaml")])
+    assert "has made all its 1 updates" in capsys.readouterr().out
+    assert latentvae.load(run / "export").f == 4
 
 
 def test_export_writes_the_same_model_as_the_end_of_the_run(run: Path, tmp_path: Path) -> None:
@@ -99,13 +108,15 @@ def test_encode_and_decode(
     said = capsys.readouterr().out
     assert "left out broken.jpg: not an image" in said
     assert "1 images in 1 shards" in said and "latents, 4 x 4 x 4 float16" in said
+    assert "no classes" in said
     main(["decode", str(latents), "--out", str(out), "--device", "cpu"])
     assert Image.open(out / "astronaut.png").size == (16, 16)
     assert "1 pictures in" in capsys.readouterr().out
     wrong = ["encode", str(run / "export"), "--data", str(photos), "--out", str(tmp_path / "n")]
     assert "smaller than the 4 pixels" in refusal([*wrong, "--resolution", "3"], capsys)
+    assert "nearest that are: 60 and 64" in refusal([*wrong, "--resolution", "64", "63"], capsys)
     assert "another item_shape, resolution" in refusal(
-        [*wrong[:-1], str(latents), "--resolution", "20"], capsys
+        [*wrong[:-1], str(latents), "--resolution", "16", "20"], capsys
     )
     assert not (tmp_path / "n").exists()
 
@@ -126,8 +137,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["exprt"],
-            "no command 'exprt', only reconstruct, evaluate, compare, export, convert, encode, "
-            "decode, preflight, verify-resume; did",
+            "no command 'exprt', only train, reconstruct, evaluate, compare, export, convert, "
+            "encode, decode, preflight, verify-resume; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),
@@ -174,8 +185,15 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["evaluate", "m", "--data", "d", "--out", "x", "--latent", "mean"], "mode"),
         (["evaluate", "m", "--data", "d", "--out", "x", "--quik"], "did you mean '--quick'?"),
         (["encode", "m", "--data", "d", "--out", "x"], "--resolution"),
+        (["encode", "m", "--data", "d", "--out", "x", "--resolution", "x"], "['x']"),
+        (["reconstruct", "m", "--out", "x"], "no images: give image files or folders"),
+        (["evaluate", "m", "--data", "d", "--out", "x", "--quick", "true"], "'--quick'?"),
         (["decode", "d", "--out", "x", "--limt", "3"], "did you mean '--limit'?"),
         (["compare", "a", "b", "--markdwn"], "did you mean '--markdown'?"),
+        (["train", "kl_small"], "did you mean '--config kl_small'?"),
+        (["train", "--config", "kl_smal"], "did you mean 'kl_small'?"),
+        (["train", "--resolutoin", "64"], "did you mean '--resolution'?"),
+        (["train"], "train_data_dir is missing"),
         (["verify-resume"], "preset or YAML file"),
         (["verify-resume", "--kills", "2"], "preset or YAML file"),
         (["verify-resume", "kl_smal"], "did you mean 'kl_small'?"),
@@ -202,11 +220,13 @@ def test_wrong_options_are_one_sentence(
     ("arguments", "said"),
     [
         (["--help"], ["reconstruct", "evaluate", "compare", "export"]),
+        (["--help"], ["train", "train/train_kl.py", "train/train_vq.py", "demo_pipeline.py"]),
+        (["train", "--help"], ["--config", "--train_data_dir", "--preflight", "kl_f8, "]),
         (["evaluate", "--help"], ["--quick", "--inception_weights", "JPEG, WebP and AVIF"]),
         (["export", "--help"], ["--out", "--overwrite"]),
         (["encode", "--help"], ["--resolution", "accelerate launch", "--label_column"]),
         (["decode", "--help"], ["--limit", "sha256"]),
-        (["verify-resume", "--help"], ["--kills", "--processes", "train/train_kl.py", "SIGKILL"]),
+        (["verify-resume", "--help"], ["--kills", "--processes", "latentvae train", "SIGKILL"]),
         (["reconstruct", "-h"], ["--out", "Hub id"]),
     ],
 )

@@ -134,6 +134,13 @@ def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
     [
         (["--resolutoin", "64"], "unknown option '--resolutoin'; did you mean '--resolution'?"),
         (["--zzz"], "unknown option '--zzz'. `--help` lists all options."),
+        (["--lr", "1e-4"], "unknown option '--lr'; did you mean '--learning_rate'?"),
+        (["--batch-size=8"], "did you mean '--train_batch_size'?"),
+        (["--use_ema", "false"], "takes no value (got 'false'); did you mean '--no_use_ema'?"),
+        (["--random_flip=True"], "takes no value (got 'True'); did you mean '--random_flip'?"),
+        (["--no-use_ema", "true"], "did you mean '--no_use_ema'?"),
+        (["--resolution", "1", "2", "3"], "--resolution"),
+        (["--max_pixels", "0"], "max_pixels is 0"),
         (["--config", "kl_f9"], "did you mean 'kl_f8'?"),
         (["--config", "nowhere/kl_f8.yml"], "neither a file nor a preset"),
         (["--rec_loss", "l3"], "rec_loss is 'l3', but should be 'l1' or 'l2'"),

@@ -395,6 +395,13 @@ def test_wrong_options_are_refused_before_a_file_is_written(
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (tokenizer, {"resolution": 1}, "resolution must be at least 2, the pixels of one"),
         (tokenizer, {"resolution": 0}, "resolution must be at least 2 .*got 0"),
+        (
+            kl,
+            {"resolution": 63},
+            r"63 is not a multiple of 2, .* The nearest multiples are 62 and 64",
+        ),
+        (tokenizer, {"resolution": (16, 21)}, "21 is not a multiple of 2, .* 20 and 22"),
+        (kl, {"resolution": (16, 16, 16)}, "one number, or height and width"),
         (tokenizer, {"dtype": "float16"}, "is a tokenizer"),
         (tokenizer, {"batch_size": 0}, "batch_size 0"),
         (tokenizer, {"shard_items": 0}, "shard_items must be at least 1 .*got 0"),

@@ -66,7 +66,8 @@ class TrainedWinogradConv2d(nn.Conv2d):
 def _is_plain(x: Tensor) -> bool:
     """Return whether `x` is no float32 batch of maps on the CPU, or autocast is on."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
-    return not known or torch.is_autocast_enabled("cpu")
+    # torch.compile knows no kernel of NNPACK's: it has its own for plain convolutions.
+    return not known or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
 class _Convolution(torch.autograd.Function):

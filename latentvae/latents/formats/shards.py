@@ -77,7 +77,9 @@ class Content(_Strict):
         order: the meaning of the dimensions, in words.
         num_codes: K, for tokens.
         moments: latents come with the posterior's standard deviations.
-        image_channels, value_range, ignore_icc: format of every image, see `data.PixelFormat`.
+        image_channels, value_range, ignore_icc, max_pixels: format of every image,
+            see `data.PixelFormat`.
+        resolution: side of a square, or (height, width), in pixels.
         data_sha256: hash of the sorted names and the labels, not of the pictures.
         shard_items: items of the source per shard.
         optimize: optimisation that computed instead of the stock model, see `compute.optimization`.
@@ -97,7 +99,8 @@ class Content(_Strict):
     image_channels: int = 3
     value_range: tuple[float, float] | None = None
     ignore_icc: bool = False
-    resolution: int = Field(ge=1)
+    max_pixels: int | None = None
+    resolution: int | tuple[int, int]
     interpolation: str
     crop: Literal["center"] = "center"
     num_source_items: int = Field(ge=1)
@@ -106,6 +109,12 @@ class Content(_Strict):
     class_names: list[str] | None = None
     shard_items: int = Field(ge=1)
     optimize: Literal["exact", "fast", "openvino"] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the encoded images, in pixels."""
+        side = self.resolution
+        return (side, side) if isinstance(side, int) else side
 
     @property
     def num_shards(self) -> int:

@@ -5,6 +5,7 @@ names are unique over the sections, so every option is one flat flag. Flags have
 Hugging Face's training scripts.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -87,20 +88,25 @@ class TrainConfig(JobConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     run: AutoencoderRunConfig = AutoencoderRunConfig()
 
-    def other_options_advice(self, folder: str) -> str:
-        discriminator = f" --discriminator_from {folder}" if self.discriminator.disc_scale else ""
-        return (
-            " To train its weights on with other options, start a new run in another output_dir "
-            f"with --pretrained_model_name_or_path {folder}/export{discriminator} (`latentvae "
-            f"export {folder}` writes the export of an unfinished run)."
-        )
-
     def may_change(self, then: JobConfig) -> frozenset[str]:
         assert isinstance(then, TrainConfig)
         names = super().may_change(then)
         if self.discriminator.disc_watch == then.discriminator.disc_watch == "disable":
             return names - set(marked(TrainConfig, DecidesTheWatch))
         return names
+
+    def how_to_branch(self, then: JobConfig) -> str:
+        assert isinstance(then, TrainConfig)
+        folder = then.run.output_dir or ""
+        if self.model.shape() != then.model.shape():
+            return ""  # weights of another shape cannot be loaded
+        export = Path(folder) / "export"
+        first = "" if export.is_dir() else f"`latentvae export {folder} --out {export}`, then "
+        discriminator = f" --discriminator_from {folder}" if self.discriminator.disc_scale else ""
+        return (
+            " To train its model further with the new options, give another output_dir and "
+            f"{first}--pretrained_model_name_or_path {export}{discriminator}."
+        )
 
     @property
     def batch_multiple(self) -> int:

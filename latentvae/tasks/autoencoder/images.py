@@ -22,6 +22,7 @@ from latentvae.data import (
     assign,
     open_images,
     open_source,
+    set_pixel_limit,
     stream_loader,
     train_loader,
 )
@@ -35,7 +36,16 @@ STREAM_HELD_OUT = 256  # first images of a stream, to validate on
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
-    pixels = PixelFormat(data.image_channels, data.value_range, ignore_icc=data.ignore_icc)
+    # The sizes for aspect-ratio buckets are read in this process.
+    set_pixel_limit(data.max_pixels)
+    pixels = PixelFormat(
+        data.image_channels,
+        data.value_range,
+        ignore_icc=data.ignore_icc,
+        max_pixels=data.max_pixels,
+    )
+
+    # a stream
     if isinstance(spec, DatasetSpec) and data.streaming:
         validation = data.validation_data_dir
         held_out = 0 if validation else STREAM_HELD_OUT
@@ -45,6 +55,8 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
         if not validation:
             return stream, stream.held_out
         return stream, open_source(validation, pixels=pixels)
+
+    # a set that is indexed
     return open_images(
         spec,
         validation_data_dir=data.validation_data_dir,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from latentvae.engine.checkpoint_content import restore
 from latentvae.engine.checkpoint_files import checkpoints, load_checkpoint
 from latentvae.engine.loop import Stopped, _Loop
+from latentvae.engine.resume import check_same_config
 from latentvae.engine.updates import Updates
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder import train
@@ -222,6 +223,22 @@ def test_what_would_change_the_result_is_refused(
     with pytest.raises(UserError) as error:
         run_to_the_end(straight, **changes)
     assert said in str(error.value)
+
+
+def test_a_refused_resume_says_how_to_train_the_model_further(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    then = small_config(run)
+    (run / "export").mkdir(parents=True)
+    for changes in ({"learning_rate": 5e-4}, {"resolution": 64}):
+        with pytest.raises(UserError) as error:
+            check_same_config(small_config(run, **changes), then)
+        assert str(error.value).endswith(f"--pretrained_model_name_or_path {run}/export.")
+    (run / "export").rmdir()
+    with pytest.raises(UserError, match=f"`latentvae export {run} --out {run}/export`, then --pre"):
+        check_same_config(small_config(run, seed=1), then)
+    with pytest.raises(UserError) as error:
+        check_same_config(small_config(run, layers_per_block=2), then)
+    assert str(error.value).endswith("to delete the run and start again.")
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
