@@ -14,6 +14,8 @@ from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.formats.shards import Manifest, shard_path
 
+SHOWN_CLASSES = 3
+
 
 def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
     """Encode images and print a summary.
@@ -49,6 +51,8 @@ def summary(manifest: Manifest, out: Path) -> str:
         f"{content.kind}, {shape} {content.dtype}"
     ]
     lines.append(_classes(manifest, out))
+
+    # bits or scale
     if content.kind == "tokens":
         coded = facts.get("coded_bpp")
         true = f", {coded:.4f} coded (mean of {facts['coded_images']} images)" if coded else ""
@@ -59,16 +63,27 @@ def summary(manifest: Manifest, out: Path) -> str:
             f"{facts['num_codes_used']} of {content.num_codes} codes used, perplexity "
             f"{facts['perplexity']:.1f}",
         ]
+        if coded and coded > facts["raw_bpp"]:
+            lines.append(
+                "coded exceeds raw: each image is coded alone, with a header and code frequencies "
+                "of its own. For few tokens of many codes that costs more than it saves"
+            )
     else:
         lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
     return "\n".join(lines)
 
 
 def _classes(manifest: Manifest, out: Path) -> str:
+    """Say how many classes the labels have, with the first names."""
     if not manifest.content.labels:
-        return "no classes"
+        return "no classes: neither labels in a table nor at least two sub-folders"
+
+    # names
     if names := manifest.content.class_names:
-        return f"{len(names)} classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        shown = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
+        return printable(f"{len(names)} classes: {shown}")
+
+    # integers
     found = set[int]()
     for shard in range(len(manifest.shards)):
         with safe_open(shard_path(out, shard), "pt") as file:

@@ -12,7 +12,7 @@ from latentvae.autoencoder import Autoencoder, load
 from latentvae.data import EIGHT_BIT, open_source, set_pixel_limit
 from latentvae.errors import UserError
 from latentvae.evaluation.evaluate import evaluate
-from latentvae.evaluation.settings import FULL, QUICK, QUICK_IMAGES, LatentKind
+from latentvae.evaluation.settings import FULL, QUICK, QUICK_IMAGES, SECTIONS, LatentKind
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.inception import load_inception
 from latentvae.report.names import unique_names
@@ -27,7 +27,9 @@ def evaluate_command(
     out: Path,
     quick: bool = False,
     max_images: int | None = None,
-    resolution: int | None = None,
+    resolution: int | Sequence[int] | None = None,
+    aspect_ratio_buckets: int = 0,
+    sections: Sequence[str] = SECTIONS,
     ignore_icc: bool = False,
     max_pixels: int | None = None,
     latent: LatentKind = "mode",
@@ -64,8 +66,13 @@ def evaluate_command(
         raise UserError("no model to measure: give the folder or the Hub id of at least one")
 
     # Options and images are checked before the weights are read.
-    plan = replace(QUICK if quick else FULL, latent=latent, resolution=resolution)
-    plan = replace(plan, ignore_icc=ignore_icc)
+    plan = replace(
+        QUICK if quick else FULL,
+        latent=latent,
+        resolution=_size(resolution),
+        buckets=aspect_ratio_buckets,
+        ignore_icc=ignore_icc,
+    ).only(sections)
     where = usable_device(device)
     set_pixel_limit(max_pixels)
     pixels = replace(EIGHT_BIT, ignore_icc=ignore_icc)
@@ -105,9 +112,21 @@ def evaluate_command(
 
     console = Console()
     console.print(summary(report))
-    text = f"report.json, per_image.csv, rate.png and sheet.png are in {out}"
+    written = ("report.json", "per_image.csv", "rate.png", "sheet.png")
+    there = [name for name in written if (out / name).exists()]
+    text = f"{', '.join(there)}: in {out}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def _size(resolution: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    """Return one side, or height and width."""
+    if resolution is None or isinstance(resolution, int):
+        return resolution
+    if len(resolution) not in (1, 2):
+        given = " ".join(map(str, resolution))
+        raise UserError(f"resolution must be one side, or height and width (got {given!r}).")
+    return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
 
 
 def load_models(

@@ -88,8 +88,13 @@ class Evaluate:
     max_images: int | None = None
     """Measure at most this many images, spread evenly over the sorted names."""
 
-    resolution: int | None = None
-    """Resize the shorter side to this and crop the centre. By default each image keeps its size."""
+    resolution: tuple[int, ...] | None = None
+    """Resize images to cover this side, or this height and width, and crop the centre. By default
+    each image keeps its own size."""
+
+    aspect_ratio_buckets: int = 0
+    """Bring each image to the nearest of this many shapes of about as many pixels as `resolution`
+    has, as training with this option does. By default all images get the same shape."""
 
     ignore_icc: bool = False
     """Keep the stored numbers of files with an embedded colour profile. By default they are
@@ -97,6 +102,9 @@ class Evaluate:
 
     max_pixels: int | None = None
     """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
+
+    sections: str = "distortion,rate,latent,passport,tiling,speed"
+    """Measure only these sections, with commas between them. By default all."""
 
     latent: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
@@ -127,12 +135,13 @@ class Evaluate:
         """Write the report and print its tables."""
         from latentvae.cli.evaluate_command import evaluate_command
 
-        evaluate_command(**vars(self))
+        sections = [name.strip() for name in self.sections.split(",") if name.strip()]
+        evaluate_command(**{**vars(self), "sections": sections})
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare reports in one table. Reports that were measured differently are an error."""
+    """Compare the models of one or more reports: values, the best of each, paired differences."""
 
     reports: Annotated[tuple[Path, ...], Positional]
     """report.json files, or the folders they are in."""
@@ -149,11 +158,11 @@ class Compare:
 
         from latentvae.report import compare, markdown
 
-        table = compare(self.reports, force=self.force)
+        tables = compare(self.reports, force=self.force)
         if self.markdown:
-            print(markdown(table))
+            print("\n\n".join(map(markdown, tables)))
         else:
-            Console().print(table)
+            Console().print(*tables)
 
 
 @dataclass(frozen=True)

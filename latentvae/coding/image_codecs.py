@@ -69,14 +69,30 @@ def bits_per_pixel(content: bytes, image: Image.Image) -> float:
     return 8 * len(content) / (image.width * image.height)
 
 
-def encode_at_rate(codec: Codec, image: Image.Image, *, bpp: float) -> tuple[bytes, int]:
+def encode_at_rate(
+    codec: Codec, image: Image.Image, *, bpp: float, files: dict[int, bytes] | None = None
+) -> tuple[bytes, int]:
     """Return the file of the lowest quality that reaches `bpp`, and that quality.
 
     Quality 100 is returned where no quality reaches `bpp`. Rates are assumed to rise with quality.
+
+    Args:
+        files: files of this image that were encoded already, by quality. They shorten the search,
+            and the files of the search are added.
     """
+    files = {} if files is None else files
+
+    def file(quality: int) -> bytes:
+        if quality not in files:
+            files[quality] = codec.encode(image, quality=quality)
+        return files[quality]
 
     def enough(quality: int) -> bool:
-        return bits_per_pixel(codec.encode(image, quality=quality), image) >= bpp
+        return bits_per_pixel(file(quality), image) >= bpp
 
-    quality = 1 + bisect.bisect_left(range(1, 100), True, key=enough)
-    return codec.encode(image, quality=quality), quality
+    # between the known qualities on both sides of `bpp`
+    low = max((quality for quality in files if not enough(quality)), default=0)
+    high = min((quality for quality in files if quality > low), default=100)
+    quality = low + 1 + bisect.bisect_left(range(low + 1, high), True, key=enough)
+    quality = min(quality, 100)
+    return file(quality), quality

@@ -26,6 +26,12 @@ PROBES = 4  # backward passes of one image. A file keeps steps to 2 percent anyw
 GAIN_PIXELS = 256  # side of the image that is decoded, with gradients, for the decoder's gains
 
 
+KEPT_ELEMENTS = 2**20  # of a latent that is kept until its image is measured
+
+Posterior = tuple[Tensor, Tensor | None]
+"""Mean and log-variance, or a latent and None."""
+
+
 @dataclass(frozen=True)
 class HalfPrior:
     """Fit on one half of the images: the latents' distribution, and the decoder's gains (d,)."""
@@ -49,9 +55,15 @@ class Priors:
         return self.halves[1 - position % 2]
 
     @torch.no_grad()
-    def fit(self, model: Autoencoder, pictures: Pictures, *, plan: Plan) -> None:
-        """Fit on at most `plan.prior_images` images of each half, evenly spread."""
-        halves = [_fit(model, pictures, parity, plan) for parity in (0, 1)]
+    def fit(
+        self, model: Autoencoder, pictures: Pictures, *, plan: Plan, encoded: dict[int, Posterior]
+    ) -> None:
+        """Fit on at most `plan.prior_images` images of each half, evenly spread.
+
+        Args:
+            encoded: takes the small posteriors by position, so that they need not be encoded again.
+        """
+        halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]
         if not found:
             read = list(pictures.some(1))
@@ -79,14 +91,22 @@ class Priors:
             self.halves.append(HalfPrior(LatentPrior(**values), gains))
 
 
-def _fit(model: Autoencoder, pictures: Pictures, parity: int, plan: Plan) -> HalfPrior | None:
+def _fit(
+    model: Autoencoder,
+    pictures: Pictures,
+    parity: int,
+    plan: Plan,
+    encoded: dict[int, Posterior],
+) -> HalfPrior | None:
     positions = range(parity, len(pictures), 2)
     if not positions:
         return None
     samples: list[Tensor] = []
     gains: list[Tensor] = []
-    for _, images in pictures.some(plan.prior_images, positions=positions):
-        z, _ = model.encode_posterior(images)
+    for position, images in pictures.some(plan.prior_images, positions=positions):
+        z, logvar = model.encode_posterior(images)
+        if z.numel() <= KEPT_ELEMENTS:
+            encoded[position] = z, logvar
         samples.append(_some_positions(z))
         if len(gains) < plan.gain_images:
             gains.append(_gains(model, z))

@@ -13,39 +13,42 @@ import copy
 import csv
 import hashlib
 import itertools
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.console import Console
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.coding.image_codecs import CODECS, available_codecs
 from latentvae.compute.precision import full_float32
 from latentvae.data import ImageSource, UnreadableImage, spread
+from latentvae.data.buckets import bucket_sizes
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
 from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
 from latentvae.evaluation.model_evaluation import ModelMeasures
 from latentvae.evaluation.passport import passport
+from latentvae.evaluation.phases import Phases
 from latentvae.evaluation.picture_source import Pictures, Seen, center_crop
 from latentvae.evaluation.protocol import protocol
 from latentvae.evaluation.saved_progress import Accumulator, Progress
 from latentvae.evaluation.settings import FULL, Plan
-from latentvae.evaluation.sheet import sheet, sheet_row
-from latentvae.evaluation.speed import measure_speed
+from latentvae.evaluation.sheet import reconstruct_for_sheet, sheet, sheet_row
+from latentvae.evaluation.speed import MIN_REPEATS, measure_speed
 from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.report.figures import rate_figure
 from latentvae.report.schema import Report
 
 SAVE_SECONDS = 30.0  # between two states on disk
 PASSPORT_SIDE = 512  # pixels. Larger pictures are cropped for the passport.
+PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
 CIRCUMSTANCES = ("device", "threads")  # an evaluation may continue with others
 
 
@@ -129,13 +132,12 @@ class _Evaluation:
         self.models, self.out, self.plan, self.data_name = dict(models), out, plan, data_name
         self.device = torch.device(device)
         indices = spread(len(source), max_images)
-        self.pictures = Pictures(source, indices, resolution=plan.resolution)
+        self.pictures = Pictures(source, indices, sizes=_shapes(plan, self.models))
 
         # what measures
         on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
         self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
         self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
-        self.console = Console(stderr=True)
 
         # what was measured
         self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
@@ -146,11 +148,12 @@ class _Evaluation:
             for name, model in self.models.items()
         }
         self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
+        self.phases = Phases(self._num_phases())
 
     def __call__(self, *, sheet_images: int, overwrite: bool) -> Report:
         progress = Progress(self.out, self._task(), overwrite=overwrite)
         if progress.finished:
-            self.console.print(f"measured already: {self.out / 'report.json'}", markup=False)
+            self.phases.say(f"measured already: {self.out / 'report.json'}")
             return Report.read(self.out / "report.json")
 
         # check sizes before hours of work
@@ -164,35 +167,46 @@ class _Evaluation:
             self._restore(progress)
         else:
             self._fit_priors()
-        self._measure(progress)
-        self._report().write(self.out / "report.json")  # in case the next phases do not end
+        if self.plan.measures_images:
+            self._keep_for_sheet(sheet_images)
+            self._measure(progress)
+            self._report().write(self.out / "report.json")  # in case the next phases do not end
 
         # models, apart from the pictures
         self._examine(progress)
 
         # report
+        self.phases.begin("report and pictures")
         report = self._report()
         report.write(self.out / "report.json")
-        rate_figure(report, self.out / "rate.png")
-        self._draw_sheet(sheet_images)
+        if "rate" in self.plan.sections:
+            rate_figure(report, self.out / "rate.png")
+        if "distortion" in self.plan.sections:
+            self._draw_sheet(sheet_images)
         progress.finish()
         return report
+
+    def _num_phases(self) -> int:
+        own = sum(measures.priors is not None for measures in self.measures.values())
+        return own + self.plan.measures_images + len(self.models) * len(self._examinations()) + 1
 
     def _fit_priors(self) -> None:
         for name, measures in self.measures.items():
             if measures.priors is not None:
-                self.console.print(f"{name}: fitting the bitstream's entropy model", markup=False)
+                self.phases.begin(f"{name}: fitting the entropy model of its latents")
                 with _failing(measures):
-                    measures.priors.fit(measures.model, self.pictures, plan=self.plan)
+                    measures.priors.fit(
+                        measures.model, self.pictures, plan=self.plan, encoded=measures.encoded
+                    )
 
     def _check_size(self, model: Autoencoder) -> None:
         only = model.fixed_size
-        if only is not None and self.plan.resolution != only:
+        if only is not None and (self.plan.size != (only, only) or self.plan.buckets):
             raise UserError(
                 f"'{model.name}' only makes {only} x {only} images. "
                 f"Measure with --resolution {only}."
             )
-        if self.plan.resolution is not None and self.plan.resolution < model.smallest_side:
+        if self.plan.size is not None and min(self.plan.size) < model.smallest_side:
             raise UserError(
                 f"resolution must be at least {model.smallest_side}, the f of '{model.name}' "
                 f"(got {self.plan.resolution})."
@@ -208,7 +222,7 @@ class _Evaluation:
         least = strictest.smallest_side
         if least <= 1:
             return
-        self.console.print(f"reading the sizes of {len(self.pictures):,} images", markup=False)
+        self.phases.say(f"reading the sizes of {len(self.pictures):,} images")
         for position in range(len(self.pictures)):
             try:
                 width, height = self.pictures.size(position)
@@ -223,6 +237,10 @@ class _Evaluation:
 
     def _measure(self, progress: Progress) -> None:
         """Measure every remaining picture. The state is saved only between pictures."""
+        models = ", ".join(self.models)
+        self.phases.begin(
+            f"measuring {len(self.pictures):,} images: {models}, {len(self.codecs)} codecs"
+        )
         with self._open_csv(progress) as file:
             writer = csv.DictWriter(file, CSV_COLUMNS)
             if file.tell() == 0:
@@ -265,25 +283,31 @@ class _Evaluation:
             if measures.failure is None:
                 with _failing(measures, name):
                     rows += measures.update(original)
-        of_codecs = codec_rows(self.judge, original, self.codecs)
+
+        # codecs: the curve, and each model's rate
+        rates = {name: m.raw_bpp for name, m in self.measures.items() if m.failure is None}
+        of_codecs, at_rates = codec_rows(self.judge, original, self.codecs, rates=rates)
         self.codec_means.update(of_codecs, position=position)
         self.curves.update(rows + of_codecs)
+        for name_of_model, found in at_rates.items():
+            self.measures[name_of_model].update_codecs(found, position=position)
         self.seen.add(images)
-        return rows + of_codecs
+        return rows + of_codecs + [entry for found in at_rates.values() for entry in found]
 
     def _examine(self, progress: Progress) -> None:
         """Measure passports and speeds, and save each when it is complete.
 
         A section that ended the process (out of memory) is not tried again.
         """
-        sections = {"passport": self._passport, "speed": self._speed}
-        for (name, model), (section, examine) in itertools.product(
-            self.models.items(), sections.items()
+        for (name, model), (section, (examine, pixels)) in itertools.product(
+            self.models.items(), self._examinations().items()
         ):
             found = self.examined[name]
             if section in found or self.measures[name].failure is not None:
+                self.phases.skip()
                 continue
-            self.console.print(f"{name}: {section}", markup=False)
+            seconds = self.measures[name].cost.of(pixels)
+            self.phases.begin(f"{name}: {PHASES[section]}", seconds=seconds)
 
             # saved first: the reason of a process that does not come back
             found[section] = {"skipped": "the process ended here"}
@@ -298,20 +322,42 @@ class _Evaluation:
             finally:
                 self._save(progress, progress.done)
 
-    def _passport(self, model: Autoencoder) -> dict[str, Any] | None:
-        if not self.plan.passport_images:
-            return None
-        side, multiple = model.fixed_size or PASSPORT_SIDE, model.f * model.normalization.fold
-        images = [
-            center_crop(images, side=side, multiple=multiple).to(model.net.device)
-            for _, images in self.pictures.some(self.plan.passport_images)
-        ]
-        net = model.net if model.net.dtype == torch.float32 else copy.deepcopy(model.net).float()
-        return passport(net, images, f=model.f)
+    def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
+        """Return what is measured of a model alone, and the pixels that this encodes and decodes.
 
-    def _speed(self, model: Autoencoder) -> dict[str, Any] | None:
-        if not self.plan.speed_sizes:
-            return None
+        The pixels are a rough count, for the time that a phase takes.
+        """
+        plan, found = self.plan, {}
+        mean = self.seen.mean_pixels
+        sides = {"passport": (PASSPORT_SIDE**2, 3), "tiling": (math.prod(plan.tiling_size), 2)}
+        checks = [sides[name] for name in sides if name in plan.sections]
+        if checks and plan.passport_images:
+            pixels = plan.passport_images * sum(min(most, mean) * runs for most, runs in checks)
+            found["passport"] = self._passport, pixels
+        if "speed" in plan.sections and plan.speed_sizes:
+            pixels = sum(side**2 for side in plan.speed_sizes) * (MIN_REPEATS + 2)
+            found["speed"] = self._speed, pixels
+        return found
+
+    def _passport(self, model: Autoencoder) -> dict[str, Any]:
+        pictures = [images for _, images in self.pictures.some(self.plan.passport_images)]
+        sides = {
+            "passport": model.fixed_size or PASSPORT_SIDE,
+            "tiling": model.fixed_size or self.plan.tiling_size,
+        }
+        multiple = model.f * model.normalization.fold
+        images = {
+            section: [
+                center_crop(picture, side=side, multiple=multiple).to(model.net.device)
+                for picture in pictures
+                if section in self.plan.sections
+            ]
+            for section, side in sides.items()
+        }
+        net = model.net if model.net.dtype == torch.float32 else copy.deepcopy(model.net).float()
+        return passport(net, images["passport"], f=model.f, for_tiling=images["tiling"])
+
+    def _speed(self, model: Autoencoder) -> dict[str, Any]:
         return measure_speed(
             model.net,
             sizes=self.plan.speed_sizes if model.fixed_size is None else (model.fixed_size,),
@@ -328,7 +374,7 @@ class _Evaluation:
 
     def _save(self, progress: Progress, done: int, *, csv_bytes: int | None = None) -> None:
         values = {
-            "csv_bytes": progress.values["csv_bytes"] if csv_bytes is None else csv_bytes,
+            "csv_bytes": progress.values.get("csv_bytes", 0) if csv_bytes is None else csv_bytes,
             "seen": self.seen.state(),
             "examined": self.examined,
             "failures": {name: measures.failure for name, measures in self.measures.items()},
@@ -344,12 +390,14 @@ class _Evaluation:
                 self.measures[name].failure = failure
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise progress.damaged(error) from error
-        self.console.print(f"going on after {progress.done} images", markup=False)
+        self.phases.skip(sum(m.priors is not None for m in self.measures.values()))
+        self.phases.say(f"continuing after {progress.done} images")
 
     def _report(self) -> Report:
         models = {
             name: measures.report(
                 curves=self.curves,
+                codecs=list(self.codecs),
                 passport=self.examined[name].get("passport"),
                 speed=self.examined[name].get("speed"),
             )
@@ -381,13 +429,32 @@ class _Evaluation:
     def _protocol(self) -> dict[str, Any]:
         return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
 
+    def _keep_for_sheet(self, count: int) -> None:
+        """Keep reconstructions of the sheet's pictures when they are measured."""
+        for measures in self.measures.values():
+            measures.shown = dict.fromkeys(spread(len(self.pictures), count))
+
     def _draw_sheet(self, count: int) -> None:
-        shown = {n: m for n, m in self.models.items() if self.measures[n].failure is None}
-        rows = [
-            sheet_row(shown, self.pictures.name(position), images.to(self.device))
-            for position, images in self.pictures.some(count)
-        ]
+        rows = []
+        for position, images in self.pictures.some(count):
+            images = images.to(self.device)
+            shown = {
+                name: measures.shown.get(position) or reconstruct_for_sheet(measures.model, images)
+                for name, measures in self.measures.items()
+                if measures.failure is None
+            }
+            rows.append(sheet_row(shown, self.pictures.name(position), images))
         sheet(rows, self.out / "sheet.png")
+
+
+def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int, int]]:
+    """Return the shapes that images are brought to. Buckets are multiples of every model's f."""
+    if plan.size is None:
+        return ()
+    if not plan.buckets:
+        return (plan.size,)
+    multiple = math.lcm(*(model.f * model.normalization.fold for model in models.values()))
+    return bucket_sizes(plan.size, plan.buckets, multiple=multiple)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from latentvae.coding.image_codecs import Codec, bits_per_pixel
+from latentvae.coding.image_codecs import Codec, encode_at_rate
 from latentvae.data import to_tensor
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.evaluation.saved_progress import Arrays
@@ -24,13 +25,16 @@ from latentvae.metrics.table import IMAGE_METRICS
 from latentvae.report.schema import IMAGE_COLUMNS, Mean
 from latentvae.text import spreadsheet_text
 
+BATCH_PIXELS = 2**19  # pixels that go through a network together: more takes memory, not less time
+
 
 @dataclass(frozen=True)
 class Row:
     """One picture through one coder.
 
     Args:
-        kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, or `"codec"`.
+        kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, `"codec"`, or
+            `"codec_at_rate"` (the quality that reaches a model's raw rate).
         setting: a codec's quality, or a bitstream's noise PSNR in dB.
         metrics: values by the keys of `IMAGE_COLUMNS`. A metric that needs a larger picture is None
             or absent.
@@ -131,29 +135,88 @@ class Judge:
         inception = None if self.inception is None else self.inception.features(recon)
         return Compared(metrics, _features(levels, inception))
 
-    def compare_point(self, original: Original, recon: Tensor) -> dict[str, float]:
-        """Return only PSNR and LPIPS (alex), for the points of a curve."""
-        metrics = {"psnr": psnr(original.images, recon).item()}
-        if "alex" in original.levels:
-            levels = self.lpips["alex"].features(recon)
-            metrics["lpips_alex"] = self._lpips(original, "alex", levels)
-        return metrics
+    def compare_points(
+        self, original: Original, recons: Sequence[Tensor]
+    ) -> list[dict[str, float]]:
+        """Return only PSNR and LPIPS (alex) of each (1, 3, H, W), for the points of a curve.
+
+        Small pictures go through LPIPS together.
+        """
+        found = [{"psnr": psnr(original.images, recon).item()} for recon in recons]
+        if "alex" not in original.levels:
+            return found
+        count = max(1, BATCH_PIXELS // original.pixels)
+        for start in range(0, len(recons), count):
+            levels = self.lpips["alex"].features(torch.cat([*recons[start : start + count]]))
+            distances = self.lpips["alex"].distance(original.levels["alex"], levels).tolist()
+            for metrics, distance in zip(found[start : start + count], distances, strict=True):
+                metrics["lpips_alex"] = distance
+        return found
 
     def _lpips(self, original: Original, net: str, levels: Sequence[Tensor]) -> float:
         return self.lpips[net].distance(original.levels[net], levels).item()
 
 
-def codec_rows(judge: Judge, original: Original, codecs: Mapping[str, Codec]) -> list[Row]:
-    """Code the picture with every codec at each quality. Codecs it is too large for are skipped."""
-    rows, picture = [], to_picture(original.images)
+def codec_rows(
+    judge: Judge, original: Original, codecs: Mapping[str, Codec], *, rates: Mapping[str, float]
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Code the picture with every codec. Codecs that it is too large for are skipped.
+
+    Args:
+        rates: bits per pixel of each model.
+
+    Returns:
+        Rows at each of the codecs' qualities, and for each model one row per codec at the lowest
+        quality that reaches the model's rate.
+    """
+    rows: list[Row] = []
+    matched: dict[str, list[Row]] = {model: [] for model in rates}
+    picture = to_picture(original.images)
     for name, codec in codecs.items():
-        for quality in codec.qualities if max(picture.size) <= codec.max_side else ():
-            content = codec.encode(picture, quality=quality)
-            recon = to_tensor(codec.decode(content))[None].to(original.images.device)
-            metrics = judge.compare_point(original, recon)
-            bpp = bits_per_pixel(content, picture)
-            rows.append(row(original, "codec", name, setting=quality, bpp=bpp, **metrics))
-    return rows
+        if max(picture.size) > codec.max_side:
+            continue
+
+        # files of the curve, then of each model's rate
+        files = {quality: codec.encode(picture, quality=quality) for quality in codec.qualities}
+        at_rate = {
+            rate: encode_at_rate(codec, picture, bpp=rate, files=files)[1]
+            for rate in set(rates.values())
+        }
+
+        # one row for each quality, shared by the models
+        measured = _codec_rows(
+            judge,
+            original,
+            name,
+            {quality: files[quality] for quality in {*codec.qualities, *at_rate.values()}},
+            codec,
+        )
+        rows += [measured[quality] for quality in codec.qualities]
+        for model, rate in rates.items():
+            found = measured[at_rate[rate]]
+            label = f"{name} at {model}"
+            matched[model].append(replace(found, kind="codec_at_rate", coder=label))
+    return rows, matched
+
+
+def _codec_rows(
+    judge: Judge, original: Original, name: str, files: Mapping[int, bytes], codec: Codec
+) -> dict[int, Row]:
+    """Decode and compare files of one codec, by quality."""
+    device = original.images.device
+    recons = [to_tensor(codec.decode(content))[None].to(device) for content in files.values()]
+    metrics = judge.compare_points(original, recons)
+    return {
+        quality: row(
+            original,
+            "codec",
+            name,
+            setting=quality,
+            bpp=8 * len(content) / original.pixels,
+            **found,
+        )
+        for (quality, content), found in zip(files.items(), metrics, strict=True)
+    }
 
 
 def row(
@@ -165,7 +228,7 @@ def row(
     setting: float | None = None,
     **metrics: Any,
 ) -> Row:
-    """Return a row with `metrics` by name. PSNR is always one of them."""
+    """Return a row with `metrics` by name."""
     height, width = original.images.shape[2:]
     return Row(
         image=original.name,

@@ -1,7 +1,9 @@
 """All measurements of one model, picture by picture."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +12,17 @@ from torch import Tensor
 from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.coding.latent_codec import channel_steps, decode_latent, encode_latent
 from latentvae.coding.token_codec import MAX_CODES, decode_tokens, encode_tokens
-from latentvae.evaluation.curves import Curves
-from latentvae.evaluation.entropy_models import Priors
-from latentvae.evaluation.measures import Judge, Means, Original, PooledError, Row, row
+from latentvae.evaluation.curves import SIGNS, Curves
+from latentvae.evaluation.entropy_models import Posterior, Priors
+from latentvae.evaluation.measures import (
+    BATCH_PIXELS,
+    Judge,
+    Means,
+    Original,
+    PooledError,
+    Row,
+    row,
+)
 from latentvae.evaluation.protocol import LATENT_BITS
 from latentvae.evaluation.saved_progress import Accumulator
 from latentvae.evaluation.settings import KERNEL_IMAGES, Plan
@@ -35,6 +45,29 @@ MAX_CORRELATED = 64  # channels whose correlations are listed one by one
 DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}  # Frechet, kernel
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A reconstruction for the sheet, (1, 3, H, W) on the 8-bit grid, and its raw rate."""
+
+    recon: Tensor
+    bpp: float
+
+
+class Cost:
+    """Seconds per pixel of one encoding and one decoding, over the pictures of this process."""
+
+    def __init__(self) -> None:
+        self.seconds, self.pixels = 0.0, 0
+
+    def update(self, seconds: float, pixels: int) -> None:
+        self.seconds += seconds
+        self.pixels += pixels
+
+    def of(self, pixels: float) -> float | None:
+        """Return the seconds for `pixels`, or None if nothing was timed."""
+        return self.seconds / self.pixels * pixels if self.pixels else None
+
+
 class ModelMeasures:
     """Measures a model picture by picture, and gives its part of the report.
 
@@ -45,29 +78,43 @@ class ModelMeasures:
     Attributes:
         priors: for the bitstream of a continuous latent. None if it is not measured.
         failure: why the model is no longer measured, or None.
+        raw_bpp: raw rate of the last picture.
+        shown: reconstructions for the sheet by position. Positions to keep are set to None before.
+        cost: time of encoding and decoding.
     """
 
     def __init__(
         self, name: str, model: Autoencoder, *, judge: Judge, plan: Plan, num_pictures: int
     ) -> None:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
-        self.priors = Priors() if plan.noise_psnr and not model.num_codes else None
+        rate = "rate" in plan.sections and plan.noise_psnr
+        self.priors = Priors() if rate and not model.num_codes else None
+        self.encoded: dict[int, Posterior] = {}  # from the fit of the priors, until measured
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
-        self.means, self.pooled = Means(), PooledError()
+        self.raw_bpp = math.nan
+        self.shown: dict[int, Shown | None] = {}
+        self.cost = Cost()
+
+        # sums over pictures
+        self.means, self.codecs, self.pooled = Means(), Means(), PooledError()
         self.distances: dict[str, FrechetDistance | KernelDistance] = {}
         for extractor, width in judge.extractors.items():
             frechet, kernel = DISTANCES[extractor]
             self.distances |= {frechet: FrechetDistance(width), kernel: KernelDistance()}
-        self.latent = None if model.num_codes else LatentHealth(model.latent_channels)
+        health = "latent" in plan.sections and not model.num_codes
+        self.latent = LatentHealth(model.latent_channels) if health else None
         codes = calls.codes(model.net)
+        if not {"latent", "rate"} & set(plan.sections):
+            codes = None
         self.tokens = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
 
     def parts(self) -> dict[str, Accumulator]:
         """Return the parts that are saved so that an evaluation can continue."""
         kept = {
             "means": self.means,
+            "codecs": self.codecs,
             "pooled": self.pooled,
             "latent": self.latent,
             "priors": self.priors,
@@ -84,36 +131,69 @@ class ModelMeasures:
             NotFiniteError: the model overflows in the precision it is measured in.
         """
         # reconstruct and compare
-        mean, logvar = self.model.encode_posterior(original.images)
-        if not mean.isfinite().all():
-            raise NotFiniteError(self.name, mean.dtype)
+        start = time.perf_counter()
+        mean, logvar = self._encode(original)
         z = mean if logvar is None else self._latent(mean, logvar, original.position)
-        recon = self._decode(z, original)
-        compared = self.judge.compare(original, recon)
-        bpp = raw_bits(self.model, z) / original.pixels
-        rows = [row(original, "model", self.name, bpp=bpp, **compared.metrics)]
+        if self.latent is not None:
+            self.latent.update(mean, logvar=logvar)
+        self.raw_bpp = raw_bits(self.model, z) / original.pixels
+
+        # reconstruction
+        metrics: dict[str, float | None] = {}
+        if "distortion" in self.plan.sections:
+            recon = self._decode(z, original)
+            self.cost.update(time.perf_counter() - start, original.pixels)
+            metrics = self._compare(original, recon)
+            if original.position in self.shown:
+                self.shown[original.position] = Shown(recon.cpu(), self.raw_bpp)
+        rows = [row(original, "model", self.name, bpp=self.raw_bpp, **metrics)]
 
         # bitstream
         if self.tokens is not None:
             rows += self._token_rows(original, z, self.tokens)
         elif self.priors is not None:
             rows += self._bitstream_rows(original, mean, self.priors)
-
-        # sums over pictures
-        if self.latent is not None:
-            self.latent.update(mean, logvar=logvar)
-        self.pooled.update(original.images, recon)
         self.means.update(rows, position=original.position)
-        features = self.judge.features_of(original)
+        return rows
+
+    def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
+        """Add codecs at this model's rate, one row per codec. Their qualities differ by picture."""
+        self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
+
+    def _encode(self, original: Original) -> Posterior:
+        mean, logvar = self.encoded.pop(original.position, None) or self.model.encode_posterior(
+            original.images
+        )
+        if not mean.isfinite().all():
+            raise NotFiniteError(self.name, mean.dtype)
+        return mean, logvar
+
+    def _compare(self, original: Original, recon: Tensor) -> dict[str, float | None]:
+        """Return the metrics, and add to the sums over pictures."""
+        compared, features = (
+            self.judge.compare(original, recon),
+            self.judge.features_of(original),
+        )
+        self.pooled.update(original.images, recon)
         for extractor, values in compared.features.items():
             frechet, kernel = DISTANCES[extractor]
             self.distances[frechet].update(features[extractor], values)
             if original.position % self.kernel_stride == 0:
                 self.distances[kernel].update(features[extractor], values)
-        return rows
+        return compared.metrics
+
+    @property
+    def measured(self) -> bool:
+        """Whether any picture was measured."""
+        return self._mean("bpp") is not None
 
     def report(
-        self, *, curves: Curves, passport: Mapping[str, Any] | None, speed: Any | None
+        self,
+        *,
+        curves: Curves,
+        codecs: Sequence[str],
+        passport: Mapping[str, Any] | None,
+        speed: Any | None,
     ) -> ModelReport:
         """Return the model's part of the report, with passport and speed if they were measured."""
         if self.failure is not None:
@@ -130,13 +210,16 @@ class ModelMeasures:
 
         # all parts
         metrics = {name: self._mean(name) for name in IMAGE_COLUMNS}
+        pooled = self.pooled.psnr if self.pooled.elements else None
+        raw = self._mean("bpp")
         return ModelReport(
-            metrics=Metrics(**metrics, psnr_pooled=self.pooled.psnr),
-            rate=Rate(raw_bpp=self._mean("bpp").mean, points=self._points(curves)),
+            metrics=Metrics(**metrics, psnr_pooled=pooled),
+            rate=None if raw is None else Rate(raw_bpp=raw.mean, points=self._points(curves)),
+            codecs_at_rate=self._codec_points(codecs),
             distribution=self._distribution(),
             info=self._info(),
             latent=latent,
-            tokens=None if self.tokens is None else dict(self.tokens.result()),
+            tokens=dict(self.tokens.result()) if self.tokens and self.measured else None,
             passport=passport,
             speed=speed,
             warnings=warnings,
@@ -149,7 +232,7 @@ class ModelMeasures:
                 "The bitstream's entropy model was fitted on the images that it codes, because "
                 "there are no others. Its bits are too few."
             )
-        if (self.model.num_codes or 0) > MAX_CODES:
+        if self._codes_tokens and (self.model.num_codes or 0) > MAX_CODES:
             warnings.append(
                 f"No bitstream is measured: tokens of at most {MAX_CODES:,} codes can be coded "
                 f"(the model has {self.model.num_codes:,})."
@@ -172,6 +255,10 @@ class ModelMeasures:
         images: Any = self.model.decode(z, size=(height, width))
         return to_8bit(images).to(original.images.device)
 
+    @property
+    def _codes_tokens(self) -> bool:
+        return "rate" in self.plan.sections
+
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
         """Code the tokens, decode the bytes, and measure what is decoded.
 
@@ -180,30 +267,49 @@ class ModelMeasures:
         assert self.model.num_codes is not None
         indices = calls.tokenize(self.model.net, z)
         usage.update(indices)
-        if self.model.num_codes > MAX_CODES:
+        if not self._codes_tokens or self.model.num_codes > MAX_CODES:
             return []
         content = encode_tokens(indices[0].cpu().numpy(), num_codes=self.model.num_codes)
         decoded = torch.from_numpy(decode_tokens(content))[None].to(z.device)
         size = original.images.shape[2], original.images.shape[3]
         images: Any = self.model.decode_tokens(decoded, size=size)
         recon = to_8bit(images).to(original.images.device)
-        return [self._bitstream_row(original, content, recon, setting=None)]
+        return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        half, rows = priors.other(original.position), []
+        """Code the latent at each noise level, decode the bytes, and measure what is decoded.
+
+        Small latents are decoded together.
+        """
+        half = priors.other(original.position)
+        contents: dict[float | None, bytes] = {}
         for level in self.plan.noise_psnr:
             steps = channel_steps(half.gains, noise_psnr=level, f=self.model.f)
-            content = encode_latent(mean[0].float().cpu(), prior=half.prior, steps=steps)
-            recon = self._decode(decode_latent(content)[None], original)
-            rows.append(self._bitstream_row(original, content, recon, setting=level))
-        return rows
+            contents[level] = encode_latent(mean[0].float().cpu(), prior=half.prior, steps=steps)
+
+        decoded = torch.stack([decode_latent(content) for content in contents.values()])
+        count = max(1, BATCH_PIXELS // original.pixels)
+        recons = [
+            recon[None] for part in decoded.split(count) for recon in self._decode(part, original)
+        ]
+        return self._bitstream_row(original, contents, recons)
 
     def _bitstream_row(
-        self, original: Original, content: bytes, recon: Tensor, *, setting: float | None
-    ) -> Row:
-        bpp = 8 * len(content) / original.pixels
-        metrics = self.judge.compare_point(original, recon)
-        return row(original, "bitstream", self.name, setting=setting, bpp=bpp, **metrics)
+        self, original: Original, contents: Mapping[float | None, bytes], recons: Sequence[Tensor]
+    ) -> list[Row]:
+        """Return a row for each file, by its setting, and what it was decoded to."""
+        compared = self.judge.compare_points(original, recons)
+        return [
+            row(
+                original,
+                "bitstream",
+                self.name,
+                setting=setting,
+                bpp=8 * len(content) / original.pixels,
+                **metrics,
+            )
+            for (setting, content), metrics in zip(contents.items(), compared, strict=True)
+        ]
 
     def _mean(self, column: str) -> Any:
         return self.means.mean("model", self.name, column)
@@ -212,6 +318,21 @@ class ModelMeasures:
         levels = self.plan.noise_psnr if self.priors is not None else ()
         settings = levels if self.tokens is None else [None]
         return curves.points("bitstream", self.name, settings, means=self.means)
+
+    def _codec_points(self, codecs: Sequence[str]) -> dict[str, Point]:
+        """Return each codec at this model's raw rate: means over pictures."""
+        points = {}
+        for codec in codecs:
+            found = {
+                column: mean
+                for column in ("bpp", *SIGNS)
+                if (mean := self.codecs.mean("codec_at_rate", f"{codec} at {self.name}", column))
+            }
+            if found:
+                images = {column: mean.num_values for column, mean in found.items()}
+                values = {column: mean.mean for column, mean in found.items()}
+                points[codec] = Point(images=images, **values)
+        return points
 
     def _distribution(self) -> Distribution | None:
         """Return the distances that have enough images."""

@@ -16,40 +16,52 @@ from latentvae.export.half_precision import (
     HalfPrecision,
     check_precisions,
 )
+from latentvae.export.tiles import misfit_of_tiles
 from latentvae.models import Network
 
 NUM_LAYERS = 10
 
 
-def passport(net: Network, images: Sequence[Tensor], *, f: int) -> dict[str, Any]:
+def passport(
+    net: Network, images: Sequence[Tensor], *, f: int, for_tiling: Sequence[Tensor] | None = None
+) -> dict[str, Any]:
     """Check precision and tiling on `images`, and return plain values. Some may be infinite.
 
     Args:
         net: any diffusers autoencoder, float32, in eval mode.
         images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
         f: pixels on a side of one latent position.
+        for_tiling: other images for the check of tiling, such as larger ones. None is `images`.
 
     Returns:
         `precision` by dtype, `max_activation` and the `layers` with the largest, `tiling`, and
-        `warnings`, one sentence each.
+        `warnings`, one sentence each. A check without images is left out.
 
     Raises:
         ValueError: reconstructions are not finite in float32.
     """
-    float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, torch.bfloat16))
-    tiling = check_tiling(net, images, f=f)
+    for_tiling = images if for_tiling is None else for_tiling
+    found: dict[str, Any] = {"warnings": []}
 
-    return {
-        "precision": {"float16": _verdict(float16), "bfloat16": _verdict(bfloat16)},
-        "max_activation": float16.max_activation,
-        "layers": _largest(float16.layers),
-        "tiling": {"supported": can_tile(net, f=f), **(tiling.to_dict() if tiling else {})},
-        "warnings": [
-            *_float16_warnings(float16),
-            *_bfloat16_warnings(bfloat16),
-            *_tiling_warnings(tiling),
-        ],
-    }
+    # 16 bits
+    if images:
+        float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, torch.bfloat16))
+        found["precision"] = {"float16": _verdict(float16), "bfloat16": _verdict(bfloat16)}
+        found["max_activation"] = float16.max_activation
+        found["layers"] = _largest(float16.layers)
+        found["warnings"] += [*_float16_warnings(float16), *_bfloat16_warnings(bfloat16)]
+
+    # tiles
+    if for_tiling:
+        tiling = check_tiling(net, for_tiling, f=f)
+        supported, misfit = can_tile(net, f=f), misfit_of_tiles(net, f=f)
+        found["tiling"] = {
+            "supported": supported,
+            **({"fits": not misfit} if supported else {}),
+            **(tiling.to_dict() if tiling else {}),
+        }
+        found["warnings"] += [*([misfit] if misfit else []), *_tiling_warnings(tiling)]
+    return found
 
 
 def _verdict(check: HalfPrecision) -> dict[str, Any]:

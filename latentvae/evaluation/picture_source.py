@@ -2,9 +2,10 @@
 
 import hashlib
 import itertools
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ class Pictures:
 
     Args:
         indices: numbers of the images in the source, in this order.
-        resolution: pixels on a side (shorter side resized, then centre crop). None keeps each
-            image's own size.
+        sizes: (height, width) of the shapes that images are resized and cropped to. Each image
+            gets the shape of the nearest aspect ratio. Empty keeps each image's own size.
     """
 
     def __init__(
-        self, source: ImageSource, indices: Sequence[int], *, resolution: int | None
+        self, source: ImageSource, indices: Sequence[int], *, sizes: Sequence[tuple[int, int]] = ()
     ) -> None:
         self.source, self.indices = source, list(indices)
-        self._prepare = to_tensor if resolution is None else EvalTransform(resolution)
+        self._transforms = {
+            width / height: EvalTransform((height, width)) for height, width in sizes
+        }
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -49,7 +52,15 @@ class Pictures:
         """Return the picture (1, 3, H, W). Raise UnreadableImage if it cannot be read."""
         picture = self.source.read(self.indices[position])
         assert isinstance(picture, Image.Image)  # the source was opened without a pixel format
-        return to_8bit(self._prepare(picture.convert("RGB")))[None]
+        picture = picture.convert("RGB")
+        return to_8bit(self._transform(picture.width / picture.height)(picture))[None]
+
+    def _transform(self, aspect: float) -> Callable[[Image.Image], Tensor]:
+        """Return the transform to the shape nearest to `aspect`, width by height."""
+        if not self._transforms:
+            return to_tensor
+        nearest = min(self._transforms, key=lambda own: abs(math.log(own / aspect)))
+        return self._transforms[nearest]
 
     def some(
         self, at_most: int, *, positions: Sequence[int] | None = None
@@ -95,6 +106,12 @@ class Seen:
         self.sizes[size] += 1
         self.count += 1
 
+    @property
+    def mean_pixels(self) -> float:
+        """Mean number of pixels of an image, or infinity before the first one."""
+        pixels = sum(n * math.prod(map(int, size.split("x"))) for size, n in self.sizes.items())
+        return pixels / self.count if self.count else math.inf
+
     def leave_out(self, name: str, error: UnreadableImage) -> None:
         self.unreadable.append(printable(name))
         tqdm.write(f"left out: {error}", file=sys.stderr)
@@ -126,10 +143,13 @@ def to_picture(images: Tensor) -> Image.Image:
     return to_pil(images)[0]
 
 
-def center_crop(images: Tensor, *, side: int, multiple: int) -> Tensor:
+def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -> Tensor:
     """Return the middle of (1, 3, H, W): sides at most `side`, and divisible by `multiple`.
 
     Pictures smaller than `multiple` are enlarged.
+
+    Args:
+        side: pixels, or (shorter, longer) side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:
@@ -137,6 +157,11 @@ def center_crop(images: Tensor, *, side: int, multiple: int) -> Tensor:
         size = (max(round(height * scale), multiple), max(round(width * scale), multiple))
         images = torch.nn.functional.interpolate(images, size, mode="bilinear")
         height, width = size
-    rows, columns = (min(length, side) // multiple * multiple for length in (height, width))
+    shorter, longer = (side, side) if isinstance(side, int) else side
+    limits = (shorter, longer) if height <= width else (longer, shorter)
+    rows, columns = (
+        max(min(length, limit) // multiple, 1) * multiple
+        for length, limit in zip((height, width), limits, strict=True)
+    )
     top, left = (height - rows) // 2, (width - columns) // 2
     return images[:, :, top : top + rows, left : left + columns]

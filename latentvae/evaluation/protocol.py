@@ -24,13 +24,14 @@ def protocol(
     """Return JSON values with one entry for each way in which two reports can differ."""
     # choices of the plan
     size = "own size, padded to a multiple of f inside the model and cropped back"
-    if plan.resolution is not None:
-        size = f"shorter side resized to {plan.resolution} (Lanczos, antialiased), centre crop"
+    if plan.size is not None:
+        size = _size(plan.size, plan.buckets)
     latent = "mode of the posterior"
     if plan.latent == "sample":
         latent = "a draw from the posterior, seeded by the image's position"
 
     return {
+        "sections": list(plan.sections),
         "size": size,
         "colours": "stored numbers, embedded profiles ignored"
         if plan.ignore_icc
@@ -51,6 +52,18 @@ def protocol(
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def _size(size: tuple[int, int], buckets: int) -> str:
+    height, width = size
+    if buckets:
+        return (
+            f"resized to cover the nearest of {buckets} shapes of about {height} x {width} "
+            "(Lanczos, antialiased), centre crop"
+        )
+    if height == width:
+        return f"shorter side resized to {height} (Lanczos, antialiased), centre crop"
+    return f"resized to cover {height} x {width} (Lanczos, antialiased), centre crop"
 
 
 def _distribution(judge: Judge) -> dict[str, str]:

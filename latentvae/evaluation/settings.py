@@ -1,15 +1,18 @@
 """The plan of an evaluation: what it measures, and how finely."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, nearest
 from latentvae.losses.lpips_weights import Net
 
 KERNEL_IMAGES = 2000  # most images, evenly spread, whose features are kept in memory
 QUICK_IMAGES = 8  # images that `--quick` measures by default
 
 LatentKind = Literal["mode", "sample"]
+Section = Literal["distortion", "rate", "latent", "passport", "tiling", "speed"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 
 @dataclass(frozen=True)
@@ -17,46 +20,102 @@ class Plan:
     """Sections of an evaluation and their settings. An empty tuple or 0 leaves a section out.
 
     Args:
+        sections: what is measured: metrics of reconstructions, bits and codecs, health of latents
+            and tokens, half precision, tiles, and speed.
         lpips_nets: trunks of LPIPS. `"vgg"` is also used for the distribution distances.
         qualities: settings of each image codec, 1 to 100.
         noise_psnr: points of a continuous latent's rate curve in dB, see `coding.latent_codec`.
         prior_images: images that each half's entropy model is fitted on.
         gain_images: number of these images that the decoder's gains are measured on.
         passport_images: images of the precision and tiling checks.
+        tiling_size: height and width in pixels that images are cropped to for the tiling check.
+            Most published networks have tiles of 512 pixels, and a larger side shows their seams.
         speed_sizes: pixels on a side.
         speed_budget: seconds. A size that would take longer is skipped.
         latent: the posterior's mode, or a draw from it.
-        resolution: pixels on a side after resizing and centre crop. None keeps each image's size.
+        resolution: pixels on a side after resizing and centre crop, or (height, width). None keeps
+            each image's size.
+        buckets: bring each image to the nearest of this many shapes of about as many pixels as
+            `resolution`, as training with `aspect_ratio_buckets` does. 0 gives all the same shape.
         ignore_icc: keep the stored numbers of files with an embedded colour profile.
     """
 
+    sections: tuple[Section, ...] = SECTIONS
+
     lpips_nets: tuple[Net, ...] = ("alex", "vgg")
     qualities: tuple[int, ...] = (1, 5, 10, 20, 35, 50, 70, 85, 95)
-    noise_psnr: tuple[float, ...] = (15, 20, 25, 30, 35, 42)
+    noise_psnr: tuple[float, ...] = (15, 22, 29, 36)
     prior_images: int = 16
     gain_images: int = 2
     passport_images: int = 2
+    tiling_size: tuple[int, int] = (768, 768)
     speed_sizes: tuple[int, ...] = (256, 512, 1024)
     speed_budget: float = 60.0
     latent: LatentKind = "mode"
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
+    buckets: int = 0
     ignore_icc: bool = False
 
     def __post_init__(self) -> None:
+        for section in self.sections:
+            if section not in SECTIONS:
+                raise UserError(
+                    f"sections must be of {', '.join(SECTIONS)} (got '{section}')"
+                    f"{nearest(section, SECTIONS)}"
+                )
+        if not self.sections:
+            raise UserError(f"sections must name at least one of {', '.join(SECTIONS)}.")
         if self.latent not in ("mode", "sample"):
             raise UserError(f"latent must be 'mode' or 'sample' (got '{self.latent}').")
-        if self.resolution is not None and self.resolution < 1:
+        if self.size is not None and min(self.size) < 1:
             raise UserError(f"resolution must be at least 1 (got {self.resolution}).")
+        if self.buckets < 0 or (self.buckets and self.resolution is None):
+            raise UserError(
+                f"aspect_ratio_buckets must be at least 0 (got {self.buckets}) and needs a "
+                f"resolution (got {self.resolution}), such as 256."
+            )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width that images are brought to, or None for their own sizes."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        return self.resolution
+
+    @property
+    def measures_images(self) -> bool:
+        """Whether every image goes through the models."""
+        return bool({"distortion", "rate", "latent"} & set(self.sections))
+
+    def only(self, sections: Sequence[str]) -> "Plan":
+        """Return the plan of these sections, without the settings that they do not need.
+
+        Raises:
+            UserError: there is no such section.
+        """
+        known = [section for section in SECTIONS if section in sections]
+        unknown = [section for section in sections if section not in SECTIONS]
+        nets = self.lpips_nets if "distortion" in sections else ()
+        rate = "rate" in sections
+        return replace(
+            self,
+            sections=(*known, *unknown),
+            lpips_nets=nets or (("alex",) if rate else ()),
+            qualities=self.qualities if rate else (),
+            noise_psnr=self.noise_psnr if rate else (),
+            speed_sizes=self.speed_sizes if "speed" in sections else (),
+        )
 
 
 FULL = Plan()
 QUICK = Plan(
     lpips_nets=("alex",),
     qualities=(5, 20, 50, 80, 95),
-    noise_psnr=(18, 25, 34),
+    noise_psnr=(18, 30),
     prior_images=4,
     gain_images=1,
     passport_images=1,
+    tiling_size=(256, 768),
     speed_sizes=(256,),
     speed_budget=10.0,
 )

@@ -12,7 +12,7 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.coding.image_codecs import CODECS, bits_per_pixel, encode_at_rate
 from latentvae.data import to_tensor
 from latentvae.errors import printable
-from latentvae.evaluation.model_evaluation import raw_bits
+from latentvae.evaluation.model_evaluation import Shown, raw_bits
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.metrics import psnr, to_8bit
 
@@ -20,10 +20,20 @@ CROP = 320  # pixels on a side of the part of a picture that a sheet shows, unsc
 MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 
 
-def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> list["Tile"]:
+def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
+    """Return the reconstruction of images (1, 3, H, W) on the 8-bit grid, and its raw rate."""
+    z = model.encode(images)
+    size = images.shape[2], images.shape[3]
+    decoded: Any = model.decode(z, size=size)
+    return Shown(to_8bit(decoded).cpu(), raw_bits(model, z) / (size[0] * size[1]))
+
+
+def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Tile"]:
     """Return tiles of the original, each model, and JPEG at each model's rate or just above.
 
     Args:
+        shown: the models' reconstructions by the names to show.
+        name: of the image.
         images: (1, 3, H, W) on the 8-bit grid.
     """
     # original
@@ -32,14 +42,11 @@ def sheet_row(models: Mapping[str, Autoencoder], name: str, images: Tensor) -> l
     tiles, rates = [Tile(source, caption)], set()
 
     # models
-    for label, model in models.items():
-        z = model.encode(images)
-        decoded: Any = model.decode(z, size=(source.height, source.width))
-        recon = to_8bit(decoded)
-        bpp = raw_bits(model, z) / (source.width * source.height)
-        caption = f"{label}\n{bpp:.2f} bpp raw, {psnr(images, recon.to(images)).item():.1f} dB"
-        tiles.append(Tile(to_picture(recon), caption))
-        rates.add(bpp)
+    for label, own in shown.items():
+        decibel = psnr(images, own.recon.to(images)).item()
+        caption = f"{label}\n{own.bpp:.2f} bpp raw, {decibel:.1f} dB"
+        tiles.append(Tile(to_picture(own.recon), caption))
+        rates.add(own.bpp)
 
     # JPEG at the models' rates
     for rate in sorted(rates):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentvae.export.tiles import misfit_of_tiles, own_tile
 from latentvae.metrics.image import to_8bit
 from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode
@@ -44,12 +45,17 @@ class TilingCheck:
         seam: the largest step of the difference at a tile's border, mean over `SEGMENT` pixels,
             above the steps beside the border and the picture's own. In levels of 255.
         num_images: images that were large enough for more than one tile.
+        tile: side of the largest tiles, in pixels.
+        as_configured: whether all tiles are those that `enable_tiling()` makes. If not, some image
+            was no larger than such a tile and got smaller tiles.
     """
 
     psnr: float
     max_difference: float
     seam: float
     num_images: int
+    tile: int
+    as_configured: bool
 
     @property
     def seam_visible(self) -> bool:
@@ -81,7 +87,11 @@ def can_tile(net: Network, *, f: int) -> bool:
 
 @torch.no_grad()
 def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
-    """Decode `images` whole and in tiles of about two thirds of their longer side.
+    """Decode `images` whole and in tiles, and compare.
+
+    The tiles are those that `enable_tiling()` makes. An image that is no larger than such a tile,
+    or a network whose own tiles do not fit together, gets tiles of about two thirds of the image's
+    longer side.
 
     Args:
         net: in eval mode. Its share of overlap is used, and its settings are restored.
@@ -95,7 +105,10 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
         ValueError: a decode is not finite.
     """
     tiling = family_of(net).tiling(net, f=f)
-    checks = [] if tiling is None else [_check_one(net, batch, tiling, f) for batch in images]
+    if tiling is None:
+        return None
+    own = None if misfit_of_tiles(net, f=f) else _own_tiles(net, tiling, f)
+    checks = [_check_one(net, batch, tiling, own, f) for batch in images]
     found = [check for check in checks if check is not None]
     if not found:
         return None
@@ -107,6 +120,8 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
         max_difference=max(c.max_difference for c in found),
         seam=max(c.seam for c in found),
         num_images=sum(c.num_images for c in found),
+        tile=max(c.tiles.size for c in found) * f,
+        as_configured=all(c.tiles == own for c in found),
     )
 
 
@@ -129,18 +144,27 @@ class _Difference:
     max_difference: float
     seam: float
     num_images: int
+    tiles: _Tiles
 
 
-def _check_one(net: Network, images: Tensor, tiling: Tiling, f: int) -> _Difference | None:
-    tiles = _choose_tiles(tiling, max(images.shape[2:]) // f, f)
+def _check_one(
+    net: Network, images: Tensor, tiling: Tiling, own: _Tiles | None, f: int
+) -> _Difference | None:
+    """Compare one batch, in the network's `own` tiles if it is larger than one of them."""
+    longer = max(images.shape[2:]) // f
+    tiles = own if own and longer > own.size else _choose_tiles(tiling, longer, f)
     if tiles is None:
         return None
+
+    # whole and in tiles
     with tile_settings(net, use_tiling=False):
         z = encode(net, images)
         whole = _levels(decode(net, z))
     attributes = tiling.attributes(size=tiles.size, overlap=tiles.overlap, f=f)
-    with tile_settings(net, use_tiling=True, **attributes):
+    with tile_settings(net, use_tiling=True, **({} if tiles == own else attributes)):
         tiled = _levels(decode(net, z))
+
+    # compare
     difference = tiled - whole
     x, y = tiled.mean(dim=1), whole.mean(dim=1)  # (B, H, W)
     return _Difference(
@@ -149,6 +173,7 @@ def _check_one(net: Network, images: Tensor, tiling: Tiling, f: int) -> _Differe
         max_difference=difference.abs().max().item(),
         seam=max(_largest_seam(x, y, tiles), _largest_seam(x.mT, y.mT, tiles)),
         num_images=len(images),
+        tiles=tiles,
     )
 
 
@@ -183,6 +208,12 @@ def _steps(pictures: Tensor) -> Tensor:
     segment = min(SEGMENT, steps.shape[1])
     # Segments overlap by half, so that one lies inside any stretch of 1.5 segments.
     return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
+
+
+def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
+    """Return the tiles that `enable_tiling()` makes. They must fit together."""
+    size = own_tile(net) // f
+    return _Tiles(size, int(size * tiling.share), f)
 
 
 def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:

@@ -13,6 +13,7 @@ The config's values follow from how the pipelines read them.
 import copy
 import inspect
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from latentvae.export.card import ModelCard, write_card
 from latentvae.export.export_folder import check_folder, load_back, probes, written_whole
 from latentvae.export.export_report import PROFILES, ExportReport, Profile
 from latentvae.export.half_precision import check_half_precision
+from latentvae.export.tiles import fitting_sample_size, misfit_of_tiles
 from latentvae.latents import LatentStatistics
 from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode_posterior
@@ -48,7 +50,8 @@ def export_autoencoder(
         net: the trained network of a family without codes (averaged weights, if there are any). It
             is not changed.
         statistics: of posterior samples of this network, see `latentvae.latents`.
-        sample_size: side of the training images in pixels. diffusers tiles by it.
+        sample_size: longer side of the training images in pixels. diffusers tiles by the config's
+            `sample_size`, so it is written as the next size whose tiles fit together.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check. The first image is also
             compared, at its own size and at an odd one.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
@@ -67,7 +70,8 @@ def export_autoencoder(
     half = check_half_precision(trained, probe)
     identity = not half.safe and getattr(trained, "post_quant_conv", trained) is None
     config = _exported_config(trained, statistics, profile=profile, frozen_encoder=frozen_encoder)
-    config |= _known(trained, {"sample_size": int(sample_size), "force_upcast": not half.safe})
+    tile = fitting_sample_size(trained, int(sample_size))
+    config |= _known(trained, {"sample_size": tile, "force_upcast": not half.safe})
 
     # report
     report = ExportReport(
@@ -79,6 +83,7 @@ def export_autoencoder(
         num_images=statistics.num_images,
         old_scaling_factor=net.config["scaling_factor"],
         old_shift_factor=net.config.get("shift_factor"),
+        old_is_default=_is_default(net, "scaling_factor"),
         measured_scaling_factor=_scale(trained, statistics, profile="sd")["scaling_factor"],
         scaling_factor=config["scaling_factor"],
         shift_factor=config.get("shift_factor", 0.0),
@@ -92,8 +97,12 @@ def export_autoencoder(
     with written_whole(out) as folder:
         written = _build(trained, config, identity=identity)
         written.save_pretrained(folder)
-        _compare(trained, load_back(folder, type(trained)), probe)
+        loaded = load_back(folder, type(trained))
+        _compare(trained, loaded, probe)
+        if misfit := misfit_of_tiles(loaded, f=family_of(loaded).latent_shape(loaded).f):
+            raise RuntimeError(f"the exported network does not work in tiles: {misfit}")
         card = card or ModelCard(name=out.name)
+        card = replace(card, resolution=card.resolution or str(sample_size))
         write_card(card, folder, net=written, config=config, report=report)
     return report
 
@@ -152,6 +161,10 @@ def _known(net: Network, values: Mapping[str, Any]) -> dict[str, Any]:
     A config may hold others, which the class sets by itself.
     """
     return {key: value for key, value in values.items() if key in _options(net)}
+
+
+def _is_default(net: Network, name: str) -> bool:
+    return inspect.signature(type(net).__init__).parameters[name].default == net.config[name]
 
 
 def _options(net: Network) -> Collection[str]:

@@ -22,6 +22,8 @@ class ExportReport:
         profile: the pipelines that scale and shift are written for.
         num_images: images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: values in the network's config before.
+        old_is_default: the old scaling factor is what the class has by default, as that of a new
+            network.
         measured_scaling_factor: 1 / std of its latents now (also with a frozen encoder).
         scaling_factor, shift_factor: values that were written.
         half_precision: the float16 check.
@@ -38,6 +40,7 @@ class ExportReport:
     num_images: int
     old_scaling_factor: float
     old_shift_factor: float | None
+    old_is_default: bool
     measured_scaling_factor: float
     scaling_factor: float
     shift_factor: float
@@ -66,13 +69,16 @@ class ExportReport:
             [
                 f"export {self.path} (profile {self.profile})",
                 f"  scaling_factor {self.scaling_factor:.5f}, before "
-                f"{self.old_scaling_factor:.5f}, measured {self.measured_scaling_factor:.5f} "
-                f"on {self.num_images} images",
+                f"{self.old_scaling_factor:.5f}{self._default()}, measured "
+                f"{self.measured_scaling_factor:.5f} on {self.num_images} images",
                 f"  shift_factor {self.shift_factor:.5f}, before {self.old_shift_factor}",
                 f"  float16 {self._verdict()} ({self.half_precision})",
                 f"  loaded back by diffusers: equal to the trained network at {sizes}",
             ]
         )
+
+    def _default(self) -> str:
+        return " (diffusers' default)" if self.old_is_default else ""
 
     def _verdict(self) -> str:
         if self.half_precision.safe:
@@ -88,8 +94,9 @@ class ExportReport:
             "## Export",
             "",
             f"- Profile `{self.profile}`: `scaling_factor` {self.scaling_factor:.6g} (before "
-            f"{self.old_scaling_factor:.6g}, measured on posterior samples of {self.num_images} "
-            f"images: {self.measured_scaling_factor:.6g}), `shift_factor` {self.shift_factor:.6g}.",
+            f"{self.old_scaling_factor:.6g}{self._default()}, measured on posterior samples of "
+            f"{self.num_images} images: {self.measured_scaling_factor:.6g}), `shift_factor` "
+            f"{self.shift_factor:.6g}.",
             f"- {upcast}float16 is {self._verdict()}. Measured with float16 weights and "
             f"activations: {self.half_precision}.",
             "- Loaded back with diffusers and compared with the trained network: equal, bit for "

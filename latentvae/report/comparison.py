@@ -5,23 +5,26 @@ latentvae compare a/report.json b/report.json --markdown
 
 import itertools
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, printable
 from latentvae.report.names import unique_names
+from latentvae.report.paired import Difference, Values, paired_difference, read_values, values_of
 from latentvae.report.schema import IMAGE_COLUMNS, Mean, ModelReport, Report
-from latentvae.report.tables import ABSENT, DISTANCES, images_note
+from latentvae.report.tables import ABSENT, DISTANCES, mean_cell
 from latentvae.text import markdown_text
 
 # Reports stay comparable if they differ only in these parts of the protocol.
-INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads")
+INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads", "sections")
+BEST, CLEAR = "(best)", "(clear)"
 SHOWN = 80  # characters of a value that differs
 
 
@@ -60,14 +63,28 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
     return found
 
 
-def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
-    """Return a table with one row for each model of each report.
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A model of a report: the name to show, and its values for each image."""
+
+    label: str
+    report: Report
+    model: str
+    values: dict[str, Values]
+
+
+def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
+    """Return a table with one row for each model, and one of paired differences from the first.
+
+    Args:
+        paths: report.json files or their folders. One report of several models will do.
+        force: compare reports that were not measured alike. Differences are then left out.
 
     Raises:
-        UserError: fewer than two reports, or other protocols or images without `force`.
+        UserError: no report, or other protocols or images without `force`.
     """
-    if len(paths) < 2:
-        raise UserError(f"compare needs at least 2 reports (got {len(paths)}).")
+    if not paths:
+        raise UserError("compare needs at least 1 report (got none).")
     reports = read_reports(paths)
     unlike = differences(reports)
     if unlike and not force:
@@ -76,21 +93,110 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> Table:
             "with the same options, or compare anyway with --force."
         )
 
-    # rows and columns
-    rows = [
-        (name if len(report.models) == 1 else f"{name}: {model}", report, model)
-        for name, report in reports.items()
-        for model in report.models
-    ]
-    columns = _columns([report.models[model] for _, report, model in rows])
-    if not _same_rates(list(reports.values())):
-        columns.pop("BD-rate", None)
+    # tables
+    rows = _rows(reports, paths)
+    with_rates = _same_rates(list(reports.values()))
+    table = _values_table(rows, with_rates=with_rates)
+    if unlike:
+        table.title = "not measured alike"
+        return [table]
+    found = _differences_table(rows)
+    return [table] if found is None else [table, found]
 
-    # table
-    table = Table("model", *columns, title="not measured alike" if unlike else None)
-    for label, report, model in rows:
-        table.add_row(Text(label), *(_cell(report, model, column) for column in columns))
+
+def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
+    """Name rows by their models. Models of the same name also get the name of their report."""
+    counts = Counter(model for report in reports.values() for model in report.models)
+    rows = []
+    for (name, report), path in zip(reports.items(), paths, strict=True):
+        # A report under another name may lie beside the table of a different evaluation.
+        folder = path if path.is_dir() else path.parent
+        own_table = path.is_dir() or path.name == "report.json"
+        values = read_values(folder) if own_table else {}
+        for model in report.models:
+            label = model if counts[model] == 1 else f"{name}: {model}"
+            rows.append(_Row(label, report, model, values_of(values, model)))
+    return rows
+
+
+def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
+    """Return the models' values. The best of each column is marked."""
+    columns = _columns([row.report.models[row.model] for row in rows])
+    if not with_rates:
+        columns.pop("BD-rate", None)
+    table = Table("model", *columns)
+    best = {column: _best(rows, column, part) for column, part in columns.items()}
+    for row in rows:
+        cells = [
+            _cell(row.report, row.model, column) + (f" {BEST}" if row in best[column] else "")
+            for column in columns
+        ]
+        table.add_row(Text(row.label), *cells)
+    if any(best.values()):
+        table.caption = f"{BEST} best of its column. \u00b1 half of the 95 % interval over images."
     return table
+
+
+def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
+    """Return the rows with the best value. Raw rates have none, nor does a single row."""
+    if column == "raw bpp":
+        return []
+    found = {i: value for i, row in enumerate(rows) if (value := _number(row, part)) is not None}
+    if len(found) < 2:
+        return []
+    higher = part in IMAGE_COLUMNS and not part.startswith("lpips")
+    best = (max if higher else min)(found.values())
+    chosen = [rows[i] for i, value in found.items() if value == best]
+    return chosen if len(chosen) < len(found) else []
+
+
+def _number(row: _Row, part: str) -> float | None:
+    model = row.report.models[row.model]
+    if part == "bd_rate":
+        rate = row.report.bd_rate.get(row.model)
+        return None if rate is None else rate.psnr
+    if part in DISTANCES:
+        return model.distribution and getattr(model.distribution, part)
+    mean: Mean | None = getattr(model.metrics, part)
+    return None if mean is None else mean.mean
+
+
+def _differences_table(rows: Sequence[_Row]) -> Table | None:
+    """Return the paired differences from the first row, or None if there are none."""
+    first, *others = rows
+    metrics = [metric for metric in IMAGE_COLUMNS if any(metric in row.values for row in others)]
+    found = {
+        (i, metric): difference
+        for i, row in enumerate(others)
+        for metric in metrics
+        if metric in first.values
+        and metric in row.values
+        and (difference := paired_difference(first.values[metric], row.values[metric]))
+    }
+    if not found:
+        return None
+
+    # one row per model, one column per metric
+    metrics = [metric for metric in metrics if any(key[1] == metric for key in found)]
+    count = max(difference.images for difference in found.values())
+    table = Table("model", *(IMAGE_COLUMNS[metric].heading for metric in metrics))
+    # Text, because names and brackets are not markup.
+    table.title = Text(
+        f"Difference from {printable(first.label)} on the same images ({count} images)"
+    )
+    table.caption = Text(f"Mean [95 % interval]. {CLEAR} the interval excludes 0.")
+    for i, row in enumerate(others):
+        cells = [_difference_cell(found.get((i, m)), IMAGE_COLUMNS[m].digits) for m in metrics]
+        table.add_row(Text(row.label), *cells)
+    return table
+
+
+def _difference_cell(difference: Difference | None, digits: int) -> Text:
+    if difference is None:
+        return Text(ABSENT)
+    low, high = (f"{value:+.{digits}f}" for value in (difference.low, difference.high))
+    mark = f" {CLEAR}" if difference.is_clear else ""
+    return Text(f"{difference.mean:+.{digits}f} [{low}, {high}]{mark}")
 
 
 def markdown(table: Table) -> str:
@@ -99,8 +205,9 @@ def markdown(table: Table) -> str:
     cells = [[markdown_text(str(cell)) for cell in column.cells] for column in table.columns]
     rule = ["---", *["---:"] * (len(headings) - 1)]
     lines = [headings, rule, *zip(*cells, strict=True)]
-    note = [f"{table.title}", ""] if table.title else []
-    return "\n".join(note + [f"| {' | '.join(line)} |" for line in lines])
+    title = [markdown_text(str(table.title)), ""] if table.title else []
+    caption = ["", markdown_text(str(table.caption))] if table.caption else []
+    return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines), *caption])
 
 
 def _facts(report: Report) -> dict[str, Any]:
@@ -155,12 +262,7 @@ def _cell(report: Report, name: str, heading: str) -> str:
     # metrics of images
     metric, column = next(item for item in IMAGE_COLUMNS.items() if item[1].heading == heading)
     mean: Mean | None = getattr(model.metrics, metric)
-    if mean is None:
-        return ABSENT
-    if math.isinf(mean.mean):
-        return "exact"
-    note = images_note(report, mean.num_values)
-    return f"{mean.mean:.{column.digits}f}{note}"
+    return mean_cell(report, mean, digits=column.digits)
 
 
 def _shown(value: Any) -> str:

@@ -136,11 +136,15 @@ class Distribution(_Part):
 class ModelReport(_Part):
     """All measurements of one model. `info` is the model's own description.
 
+    `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate,
+    chosen for each image.
+
     A model that overflows has no metrics, and a warning says so.
     """
 
     metrics: Metrics = Metrics()
     rate: Rate | None = None
+    codecs_at_rate: dict[str, Point] = {}
     distribution: Distribution | None = None
     info: dict[str, Any] = {}
     latent: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
 """A report as tables on the screen."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
@@ -16,12 +16,13 @@ ABSENT = "n/a"
 
 def summary(report: Report) -> Group:
     """Return all tables, and one line for each warning."""
-    tables: list[Table | Text] = [models_table(report)]
-    if report.codecs:
+    measured = any(model.rate for model in report.models.values())
+    tables: list[Table | Text] = [models_table(report)] if measured else []
+    if any(model.codecs_at_rate for model in report.models.values()):
         tables.append(codecs_table(report))
     if any(model.rate and model.rate.points for model in report.models.values()):
         tables.append(bits_table(report))
-    if any(model.passport for model in report.models.values()):
+    if any(model.passport or model.speed for model in report.models.values()):
         tables.append(passport_table(report))
     for name, model in report.models.items():
         tables += [Text(f"warning: {name}: {text}", "yellow") for text in model.warnings]
@@ -45,7 +46,7 @@ def models_table(report: Report) -> Table:
     # rows
     for name, model in report.models.items():
         cells = [
-            _cell(report, getattr(model.metrics, metric), digits=column.digits)
+            mean_cell(report, getattr(model.metrics, metric), digits=column.digits)
             for metric, column in IMAGE_COLUMNS.items()
         ]
         cells += [_distance(model, distance) or ABSENT for distance in distances]
@@ -55,17 +56,24 @@ def models_table(report: Report) -> Table:
 
 
 def codecs_table(report: Report) -> Table:
-    """Return each codec's point for each model: the lowest rate not below the model's raw rate."""
-    title = "Codecs at the nearest rate not below each model's raw one, else at their highest"
-    table = Table("beside", "codec", "quality", "bpp", title=title, title_justify="left")
+    """Return each codec at each model's raw rate, below the model's own numbers."""
+    title = (
+        "Codecs at each model's raw rate: each image at the lowest quality that reaches it, "
+        "else at 100"
+    )
+    table = Table("model", "codec", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex"):
         table.add_column(heading, justify="right")
     for name, model in report.models.items():
-        for codec, points in report.codecs.items():
-            if model.rate is None or not points:
-                continue
-            point = point_at_rate(points, model.rate.raw_bpp)
-            table.add_row(Text(name), codec, str(point.quality), *_point_cells(report, point))
+        if not model.codecs_at_rate or model.rate is None:
+            continue
+        metrics = [
+            _short_cell(report, getattr(model.metrics, metric), IMAGE_COLUMNS[metric].digits)
+            for metric in ("psnr", "lpips_alex")
+        ]
+        table.add_row(Text(name), "(raw)", f"{model.rate.raw_bpp:.3f}", *metrics)
+        for codec, point in model.codecs_at_rate.items():
+            table.add_row("", codec, *_point_cells(report, point))
     return table
 
 
@@ -97,14 +105,6 @@ def passport_table(report: Report) -> Table:
             Text(name), *cells, _tiling(passport.get("tiling")), "\n".join(_speeds(model))
         )
     return table
-
-
-def point_at_rate(points: Sequence[Point], bpp: float) -> Point:
-    """Return the lowest-rate point of at least `bpp`, or the highest if none reaches it."""
-    enough = [point for point in points if point.bpp >= bpp]
-    if not enough:
-        return max(points, key=lambda point: point.bpp)
-    return min(enough, key=lambda point: point.bpp)
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
@@ -147,10 +147,23 @@ def _precision(verdict: dict[str, Any] | None) -> str:
 def _tiling(check: dict[str, Any] | None) -> str:
     if check is None:
         return ABSENT
+    if not check.get("fits", True):
+        return "wrong sizes: see the warning"
     if "seam" not in check:
         return "not measured" if check["supported"] else "not supported"
     seam = "visible seams" if check["seam_visible"] else "no visible seam"
-    return f"{seam}, jump {check['seam']:.1f}, differs by {check['max_difference']:.0f} of 255"
+    tiles = (
+        f"tiles of {check['tile']} px"
+        if check["as_configured"]
+        else (f"tiles of {check['tile']} px, smaller than its own")
+    )
+    return "\n".join(
+        [
+            f"{seam}: step at tile borders up to {check['seam']:.1f} of 255 ({tiles})",
+            f"tiled - whole: {float(check['psnr']):.1f} dB, "
+            f"one pixel up to {check['max_difference']:.0f} of 255",
+        ]
+    )
 
 
 def _speeds(model: ModelReport) -> Iterator[str]:
@@ -167,7 +180,17 @@ def _speed(point: dict[str, Any] | None) -> str:
     return f"{point['images_per_second']:.3g}/s {point['peak_mib']:.0f} MiB"
 
 
-def _cell(report: Report, mean: Mean | None, *, digits: int) -> str:
+def _short_cell(report: Report, mean: Mean | None, digits: int) -> str:
+    """Return a mean without its interval."""
+    if mean is None:
+        return ABSENT
+    if math.isinf(mean.mean):
+        return "exact"
+    return f"{mean.mean:.{digits}f}{images_note(report, mean.num_values)}"
+
+
+def mean_cell(report: Report, mean: Mean | None, *, digits: int) -> str:
+    """Return a mean with half the width of its interval."""
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):

@@ -94,7 +94,7 @@ def test_evaluate_and_compare(
     main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| model | raw bpp | PSNR (dB) |")
-    assert lines[2].removeprefix("| a ") == lines[3].removeprefix("| b ")
+    assert lines[2].removeprefix("| a: run ") == lines[3].removeprefix("| b: run ")
     main([*command, "--out", str(tmp_path / "a"), "--device", "cpu"])
     assert "measured already" in capsys.readouterr().err
 
@@ -108,13 +108,14 @@ def test_encode_and_decode(
     said = capsys.readouterr().out
     assert "left out broken.jpg: not an image" in said
     assert "1 images in 1 shards" in said and "latents, 4 x 4 x 4 float16" in said
-    assert "no classes" in said
+    assert "no classes: neither labels" in said
     main(["decode", str(latents), "--out", str(out), "--device", "cpu"])
     assert Image.open(out / "astronaut.png").size == (16, 16)
     assert "1 pictures in" in capsys.readouterr().out
     wrong = ["encode", str(run / "export"), "--data", str(photos), "--out", str(tmp_path / "n")]
-    assert "smaller than the 4 pixels" in refusal([*wrong, "--resolution", "3"], capsys)
-    assert "nearest that are: 60 and 64" in refusal([*wrong, "--resolution", "64", "63"], capsys)
+    assert "resolution must be at least 4" in refusal([*wrong, "--resolution", "3"], capsys)
+    sides = [*wrong, "--resolution", "64", "63"]
+    assert "nearest multiples are 60 and 64" in refusal(sides, capsys)
     assert "another item_shape, resolution" in refusal(
         [*wrong[:-1], str(latents), "--resolution", "16", "20"], capsys
     )
@@ -156,7 +157,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "no such model folder",
         ),
         (["decode", "{}/photos", "--out", "{}/out"], "is not a folder of shards"),
-        (["compare", "{}/photos"], "two or more reports are compared, not 1"),
+        (["compare", "{}/photos"], "cannot read '"),
         (["compare", "{}/photos", "{}/photo"], "cannot read '"),
     ],
 )

@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny, VQModel
 from PIL import Image
 
 from latentvae.autoencoder import Autoencoder
+from latentvae.coding.image_codecs import available_codecs, bits_per_pixel
 from latentvae.errors import UserError
 from latentvae.evaluation import METRICS_ONLY, Plan, evaluate
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -121,13 +122,91 @@ def test_rows_are_of_every_image_and_means_are_over_images(run: Any, tmp_path: P
     table = rows(tmp_path / "report")
     kinds = [(row["kind"], row["setting"]) for row in table if row["image"] == "1.png"]
     assert kinds[:3] == [("model", ""), ("bitstream", "20"), ("bitstream", "40")]
-    assert len(kinds) == 3 + 2 * len(report.codecs)
+    assert len(kinds) == 3 + (2 + 1) * len(report.codecs)  # two qualities, and the model's rate
     assert {(r["width"], r["height"]) for r in table if r["image"] == "1.png"} == {("96", "40")}
-    at_90 = [float(r["bpp"]) for r in table if (r["coder"], r["setting"]) == ("jpeg", "90")]
+    curve = [row for row in table if row["kind"] == "codec"]
+    at_90 = [float(r["bpp"]) for r in curve if (r["coder"], r["setting"]) == ("jpeg", "90")]
     assert report.codecs["jpeg"][1].bpp == pytest.approx(np.mean(at_90))
     ssims = [float(r["ssim"]) for r in table if r["kind"] == "model"]
     assert report.models["m"].metrics.ssim.mean == pytest.approx(np.mean(ssims))
     assert report.models["m"].metrics.ssim.images == len(PHOTOS)
+
+
+def test_codecs_stand_beside_a_model_at_its_own_rate(run: Any, tmp_path: Path) -> None:
+    """24 bits per pixel raw are more than JPEG has, and 0.3 are reached from above."""
+    dear = run(pixels(), plan=SMALL).models["m"]
+    assert set(dear.codecs_at_rate) == {"jpeg", "webp", "avif"}
+    table = [row for row in rows(tmp_path / "report") if row["kind"] == "codec_at_rate"]
+    assert {row["setting"] for row in table} == {"100"}  # no quality has so many bits
+    assert {row["coder"] for row in table} >= {"jpeg at m"}
+
+    torch.manual_seed(0)
+    cheap = Autoencoder(AutoencoderTiny(**TINY, latent_channels=1), name="tiny")  # 16 bits of 2 x 2
+    found = run(cheap, plan=SMALL).models["m"]
+    point = found.codecs_at_rate["jpeg"]
+    bits = {
+        row["image"]: (float(row["bpp"]), int(row["setting"]))
+        for row in rows(tmp_path / "report")
+        if row["coder"] == "jpeg at m"
+    }
+    assert point.bpp == pytest.approx(np.mean([bpp for bpp, _ in bits.values()]))
+    assert found.rate.raw_bpp <= point.bpp < 1.1 * found.rate.raw_bpp
+    assert point.images["bpp"] == len(PHOTOS) and point.psnr > 20
+    codec, picture = available_codecs()["jpeg"], PHOTOS.read(1)
+    bpp, quality = bits["1.png"]
+    assert bits_per_pixel(codec.encode(picture, quality=quality), picture) == bpp
+    raw = 4.0  # of its 96 x 40 pixels
+    below = bits_per_pixel(codec.encode(picture, quality=quality - 1), picture)
+    assert below < raw <= bpp
+
+
+@pytest.mark.parametrize(
+    ("section", "has"),
+    [
+        ("distortion", {"metrics", "rate"}),
+        ("rate", {"rate"}),
+        ("latent", {"rate", "latent"}),
+        ("passport", {"passport"}),
+        ("tiling", {"passport"}),
+        ("speed", {"speed"}),
+    ],
+)
+def test_a_section_is_measured_alone(section: str, has: set[str], run: Any, lpips: Any) -> None:
+    plan = replace(SMALL, passport_images=1, speed_sizes=(16,)).only([section])
+    nets = {net: lpips[net] for net in plan.lpips_nets}
+    report = run(pixels(), photo(), photo(left=120), plan=plan, lpips=nets)
+    found = report.models["m"].model_dump(exclude_none=True, exclude_defaults=True)
+    assert set(found) - {"info", "warnings", "codecs_at_rate"} == has
+    assert bool(report.codecs) == bool(found.get("codecs_at_rate")) == (section == "rate")
+    points = found.get("rate", {}).get("points", [])
+    assert len(points) == (2 if section == "rate" else 0)
+    checks = found.get("passport", {})
+    assert ("precision" in checks, "tiling" in checks) == (
+        section == "passport",
+        section == "tiling",
+    )
+
+
+def test_a_section_that_does_not_exist_is_told_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"\(got 'disortion'\).*did you mean 'distortion'"):
+        Plan().only(["disortion"])
+    with pytest.raises(UserError, match="at least one"):
+        Plan().only([])
+
+
+def test_an_image_is_encoded_once_per_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entropy model's images are not encoded again, and the sheet decodes nothing."""
+    model, calls = pixels(), {"encode_posterior": 0, "encode": 0}
+    for name in calls:
+        original = getattr(model, name)
+
+        def counted(*args: Any, _name: str = name, _call: Any = original, **options: Any) -> Any:
+            calls[_name] += 1
+            return _call(*args, **options)
+
+        monkeypatch.setattr(model, name, counted)
+    run(model, plan=SMALL)
+    assert calls == {"encode_posterior": len(PHOTOS), "encode": 0}
 
 
 def test_bd_rates_are_beside_jpeg(run: Any) -> None:
@@ -181,6 +260,25 @@ def test_resolution_is_shorter_side_and_centre(run: Any, tmp_path: Path) -> None
     report = run(pixels(), photo(96, 48), plan=replace(METRICS, resolution=32))
     assert {(row["width"], row["height"]) for row in rows(tmp_path / "report")} == {("32", "32")}
     assert "32" in report.protocol["size"] and report.data["commonest_sizes"] == {"32x32": 1}
+
+
+def test_a_resolution_may_be_height_and_width(run: Any, tmp_path: Path) -> None:
+    report = run(pixels(), photo(96, 48), photo(), plan=replace(METRICS, resolution=(32, 48)))
+    assert {(row["width"], row["height"]) for row in rows(tmp_path / "report")} == {("48", "32")}
+    assert "cover 32 x 48" in report.protocol["size"]
+
+
+def test_buckets_keep_each_images_shape_as_in_training(run: Any, tmp_path: Path) -> None:
+    """32 x 32 pixels in shapes of 1:2, 1:1 and 2:1, by multiples of f."""
+    plan = replace(METRICS, resolution=32, buckets=3)
+    report = run(pixels(), photo(96, 48), photo(48, 96), photo(60, 64), plan=plan)
+    sizes = {
+        row["image"]: (int(row["width"]), int(row["height"])) for row in rows(tmp_path / "report")
+    }
+    assert sizes == {"0.png": (46, 22), "1.png": (22, 46), "2.png": (32, 32)}
+    assert "3 shapes of about 32 x 32" in report.protocol["size"]
+    with pytest.raises(UserError, match="needs a resolution"):
+        replace(METRICS, buckets=3)
 
 
 def test_samples_are_drawn_where_asked_and_the_same_each_time(run: Any) -> None:

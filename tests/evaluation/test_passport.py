@@ -80,11 +80,14 @@ def test_a_sound_network_has_no_warnings(images) -> None:
     assert precision["float16"]["psnr"] > precision["bfloat16"]["psnr"] + 10
     assert result["tiling"] == {
         "supported": True,
+        "fits": True,
         "psnr": math.inf,
         "max_difference": 0.0,
         "seam": 0.0,
         "seam_visible": False,
         "num_images": 2,
+        "tile": 32,
+        "as_configured": True,
     }
 
 
@@ -145,6 +148,7 @@ def test_a_seam_is_said() -> None:
     """Two tiles without overlap, each less its own mean."""
     net = shifting(1.0)
     net.tile_overlap_factor = 0.0
+    net.tile_sample_min_size, net.tile_latent_min_size = 44, 11
     net.decoder.first, net.decoder.second = Centre(), nn.Identity()
     images = [torch.cat([torch.full((1, 3, 16, 24), -0.5), torch.full((1, 3, 16, 40), 0.5)], dim=3)]
     result = passport(net, images, f=4)
@@ -163,7 +167,17 @@ def test_a_tokenizer_does_not_tile(images) -> None:
 
 
 def test_small_images_leave_tiling_open(net, images) -> None:
-    assert passport(net, [images[0][..., :8, :8]], f=4)["tiling"] == {"supported": True}
+    found = passport(net, [images[0][..., :8, :8]], f=4)["tiling"]
+    assert found == {"supported": True, "fits": True}
+
+
+def test_tiles_that_do_not_fit_together_are_said(images) -> None:
+    net = shifting(1.0)
+    net.tile_sample_min_size, net.tile_latent_min_size = 36, 9
+    result = passport(net, images, f=4)
+    assert result["tiling"]["fits"] is False
+    (warning,) = result["warnings"]
+    assert warning.startswith("enable_tiling()") and "multiple of 16" in warning
 
 
 def test_a_network_broken_in_float32_is_an_error(net, images) -> None:

@@ -13,8 +13,7 @@ from latentvae.evaluation.picture_source import center_crop, to_picture
 from latentvae.evaluation.sheet import CAPTION_HEIGHT, CROP, MARGIN, Tile, sheet
 from latentvae.report import Report
 from latentvae.report.figures import rate_figure
-from latentvae.report.schema import Point
-from latentvae.report.tables import point_at_rate, summary
+from latentvae.report.tables import summary
 from tests.evaluation.conftest import photo
 
 MEAN = {"mean": 31.5, "ci95": [31.0, 32.0], "images": 2}
@@ -38,6 +37,7 @@ def report() -> Report:
                 "fair": {
                     "metrics": {"psnr": MEAN, "lpips_alex": ONE},
                     "rate": {"raw_bpp": 1, "points": points},
+                    "codecs_at_rate": {"jpeg": points[0]},
                 },
                 "copy": {"metrics": {"psnr": EXACT}, "rate": {"raw_bpp": 24}, "warnings": ["Hm."]},
             },
@@ -61,11 +61,6 @@ def test_the_rate_figure_is_drawn_without_what_is_infinite(report: Report, tmp_p
     with Image.open(tmp_path / "rate.png") as figure:
         assert figure.width > 1000
         assert len(figure.convert("RGB").getcolors(1 << 20) or []) > 10
-
-
-def test_point_at_rate_is_the_cheapest_not_below() -> None:
-    points = [Point(bpp=bpp, psnr=30.0) for bpp in (0.5, 2.0, 1.0)]
-    assert [point_at_rate(points, bpp).bpp for bpp in (0.1, 0.6, 1.0, 9.0)] == [0.5, 1.0, 1.0, 2.0]
 
 
 def test_a_sheet_shows_the_middle_at_whole_pixels(tmp_path: Path) -> None:

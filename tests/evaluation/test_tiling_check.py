@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentvae.evaluation.tiling_check import can_tile, check_tiling
+from latentvae.export.tiles import misfit_of_tiles
 
 SIZE = 192  # pixels a side
 
@@ -52,6 +53,7 @@ def kl(**options: Any) -> Any:
         norm_num_groups=1,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        sample_size=128,  # tiles of 32 positions
         **blocks,
     )
     net.encoder, net.decoder = Pool(4, logvar=True), Grow(4, **options)
@@ -95,13 +97,25 @@ def images() -> Tensor:
 def test_a_local_decoder_is_the_same_in_tiles(build, f, images) -> None:
     net = build()
     net.use_tiling = True
-    before = dict(vars(net))
+    misfit_of_tiles(net, f=f)
+    strip, before = net.decoder.tiles, dict(vars(net))
     check = check_tiling(net, [images], f=f)
     assert check is not None
     assert (check.psnr, check.max_difference, check.seam) == (math.inf, 0, 0)
     assert not check.seam_visible
-    assert net.decoder.tiles == 1 + 4  # whole, and 2 x 2
+    assert net.decoder.tiles == 2 * strip + 1 + 4  # whole, and 2 x 2
     assert vars(net) == before
+
+
+def test_tiles_are_the_networks_own_where_the_image_is_larger(images) -> None:
+    whole = check_tiling(kl(), [images], f=4)
+    assert whole is not None and (whole.tile, whole.as_configured) == (128, True)
+    small = check_tiling(kl(), [images[..., :96], images[:, :, :96, :96]], f=4)
+    assert small is not None and (small.tile, small.as_configured) == (128, False)
+    net = kl()
+    net.tile_sample_min_size, net.tile_latent_min_size = 100, 25  # a quarter is no whole position
+    misfit = check_tiling(net, [images], f=4)
+    assert misfit is not None and not misfit.as_configured
 
 
 def test_a_seam_is_as_high_as_the_drift(images) -> None:

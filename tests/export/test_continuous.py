@@ -310,3 +310,9 @@ def test_config_is_plain_json(write) -> None:
     config = json.loads((write(tiny(), profile="sdxl").path / "config.json").read_text())
     assert config["_class_name"] == "AutoencoderKL"
     assert len(config["latents_std"]) == 4
+
+
+def test_a_new_networks_scale_before_is_diffusers_default(write) -> None:
+    report = write(tiny())
+    assert "before 0.18215 (diffusers' default), measured" in report.summary()
+    assert "(before 0.18215 (diffusers' default), " in report.facts()

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from latentvae.errors import UserError
 from latentvae.report import Report, compare, markdown
+from latentvae.report.paired import paired_difference
 
 PROTOCOL = {
     "size": "own size",
@@ -47,17 +49,65 @@ def write(path: Path, *reports: Report) -> list[Path]:
     return [path / f"run{number}" for number in range(len(reports))]
 
 
+def shown(paths: list[Path], *, force: bool = False) -> str:
+    """The tables as Markdown."""
+    return "\n\n".join(map(markdown, compare(paths, force=force)))
+
+
 def test_table_and_markdown_of_two_reports(tmp_path: Path) -> None:
     paths = write(tmp_path, report(30.126), report(float("inf"), lpips_vgg=0.12345))
-    assert markdown(compare(paths)).splitlines() == [
+    (table,) = compare(paths)  # without per_image.csv no paired differences
+    assert markdown(table).splitlines()[:4] == [
         "| model | raw bpp | PSNR (dB) | LPIPS vgg | kd_vgg | BD-rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| run0 | 1.000 | 30.13 | n/a | 0.25 | -12 % |",
-        "| run1 | 1.000 | exact | 0.1235 | 0.25 | -12 % |",
+        "| run0: m | 1.000 | 30.13 \u00b11.00 | n/a | 0.25 | -12 % |",
+        "| run1: m | 1.000 | exact (best) | 0.1235 \u00b10.5000 | 0.25 | -12 % |",
     ]
     file = tmp_path / "run1" / "report.json"
     (tmp_path / "other.json").write_bytes(file.read_bytes())
-    assert "| other |" in markdown(compare([tmp_path / "run0", tmp_path / "other.json"]))
+    assert "| other: m |" in shown([tmp_path / "run0", tmp_path / "other.json"])
+
+
+def test_rows_are_named_after_models(tmp_path: Path) -> None:
+    paths = write(tmp_path, report(30.0, name="taesd"), report(31.0, name="mine"))
+    lines = shown(paths).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| taesd", "| mine"]
+    assert "30.00 \u00b11.00 |" in lines[2] and "31.00 \u00b11.00 (best)" in lines[3]
+
+
+def test_one_report_compares_its_models_image_by_image(tmp_path: Path) -> None:
+    """A difference of 0.5 dB on every image is sure, though the intervals overlap."""
+    one = report(30.0, name="a")
+    one.models["=b"] = one.models["a"].model_copy(deep=True)
+    (folder,) = write(tmp_path, one)
+    rows = ["image,kind,coder,psnr,lpips_alex"]
+    for i, psnr in enumerate((20.0, 30.0, 40.0)):
+        rows.append(f"{i}.png,model,a,{psnr},0.{i}")
+        rows.append(f"{i}.png,model,'=b,{psnr + 0.5},0.{(i + 1) % 3}")
+        rows.append(f"{i}.png,codec,jpeg,99,0")
+    (folder / "per_image.csv").write_text("\n".join([*rows, "3.png,model,a,50,0", ""]))
+    values, differences = compare([folder])
+    assert values.row_count == 2
+    lines = markdown(differences).splitlines()
+    assert lines[0] == "Difference from a on the same images (3 images)"
+    assert lines[2] == "| model | PSNR (dB) | LPIPS alex |"
+    assert lines[4].startswith(r"| =b | +0.50 \[+0.50, +0.50\] (clear) | +0.0000 ")
+    assert "(clear)" not in lines[4].split("|")[3]
+
+
+def test_a_paired_interval_is_that_of_the_mean() -> None:
+    """Against the normal interval of the mean of many differences."""
+    rng = np.random.default_rng(0)
+    first = {str(i): value for i, value in enumerate(rng.normal(30, 5, 3000))}
+    second = {name: value + rng.normal(0.1, 1) for name, value in first.items()}
+    found = paired_difference(first, second | {"other": 1.0})
+    deltas = np.array([second[name] - first[name] for name in first])
+    error = 1.96 * deltas.std() / len(deltas) ** 0.5
+    assert found is not None and found.images == 3000
+    assert found.mean == pytest.approx(deltas.mean())
+    assert found.low == pytest.approx(deltas.mean() - error, abs=0.003)
+    assert found.high == pytest.approx(deltas.mean() + error, abs=0.003)
+    assert paired_difference({"a": 1.0}, {"a": 2.0}) is None
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -66,8 +116,8 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / run / "report").mkdir(parents=True)
         report(psnr).write(tmp_path / run / "report" / "report.json")
         paths.append(tmp_path / run / "report")
-    lines = markdown(compare([paths[0], paths[1] / "report.json"])).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| a/report", "| b/report"]
+    lines = shown([paths[0], paths[1] / "report.json"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| a/report: m", "| b/report: m"]
 
 
 def test_every_pair_must_be_alike(tmp_path: Path) -> None:
@@ -84,7 +134,7 @@ def test_names_with_bars_stay_in_their_cell(tmp_path: Path) -> None:
     first, second = report(30.0), report(31.0)
     first.models["a|b"] = first.models.pop("m")
     first.models["c"] = first.models["a|b"]
-    assert "| run0: a\\|b |" in markdown(compare(write(tmp_path, first, second)))
+    assert "| a\\|b |" in shown(write(tmp_path, first, second))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +152,8 @@ def test_unlike_protocols_are_refused_unless_forced(
     paths = write(tmp_path, report(30.0), report(31.0, **changes))
     with pytest.raises(UserError, match=f"{message}.*--force"):
         compare(paths)
-    forced = markdown(compare(paths, force=True))
-    assert forced.startswith("not measured alike") and "| run1 | 1.000 | 31.00 |" in forced
+    forced = shown(paths, force=True)
+    assert forced.startswith("not measured alike") and "| run1: m | 1.000 | 31.00 " in forced
 
 
 def test_what_does_not_touch_the_numbers_may_differ(tmp_path: Path) -> None:
@@ -113,27 +163,27 @@ def test_what_does_not_touch_the_numbers_may_differ(tmp_path: Path) -> None:
         "lpips": {"alex": "0.1, weights aa", "vgg": "0.1, weights cc"},
     }
     paths = write(tmp_path, report(30.0), report(31.0, protocol=changes))
-    assert "BD-rate" in markdown(compare(paths))
+    assert "BD-rate" in shown(paths)
 
 
 def test_a_mean_over_fewer_images_has_their_number(tmp_path: Path) -> None:
     fewer = report(30.0, lpips_vgg=0.25)
     assert fewer.models["m"].metrics.lpips_vgg is not None
     fewer.models["m"].metrics.lpips_vgg.images = 2
-    shown = markdown(compare(write(tmp_path, fewer, report(31.0, lpips_vgg=0.5))))
-    assert "| 30.00 | 0.2500 (2 images) |" in shown and "| 31.00 | 0.5000 |" in shown
+    text = shown(write(tmp_path, fewer, report(31.0, lpips_vgg=0.5)))
+    assert "0.2500 \u00b10.5000 (2 images) (best) |" in text and "0.5000 \u00b10.5000 |" in text
 
 
 @pytest.mark.parametrize("changes", [{"bitstream": {"noise_psnr": [10, 20]}}, {"curves": "other"}])
 def test_rates_of_other_settings_are_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
     paths = write(tmp_path, report(30.0), report(31.0, protocol=changes))
-    assert "BD-rate" not in markdown(compare(paths))
+    assert "BD-rate" not in shown(paths)
 
 
 def test_what_is_no_report_is_told(tmp_path: Path) -> None:
     paths = write(tmp_path, report(30.0))
-    with pytest.raises(UserError, match=r"at least 2 reports \(got 1\)"):
-        compare(paths)
+    with pytest.raises(UserError, match=r"at least 1 report \(got none\)"):
+        compare([])
     with pytest.raises(UserError, match="given twice"):
         compare([*paths, paths[0] / "report.json"])
     damaged = report(30.0).model_copy(update={"data": {"num_images": "three"}})

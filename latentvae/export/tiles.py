@@ -1,0 +1,82 @@
+"""Tiles that fit together when diffusers encodes and decodes an export with `enable_tiling()`.
+
+AutoencoderKL takes its tile from `sample_size`. It rounds the stride in pixels and the stride in
+latent positions separately, so both agree only if a tile and its overlap are whole numbers of
+latent positions. Otherwise each tile is placed some pixels off, and the image gets another size.
+
+`h w` latent positions, `f` pixels on a side of one of them.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+
+from latentvae.models import Network, family_of
+from latentvae.models.calls import decode, encode
+from latentvae.models.tiling import tile_settings
+
+
+def fitting_sample_size(net: Network, side: int) -> int:
+    """Return the smallest `sample_size` of at least `side` pixels whose tiles fit together.
+
+    A network whose class does not tile by `sample_size` gets `side`.
+
+    Args:
+        side: longer side of the training images in pixels. The result is never smaller, so that a
+            tile sees at least as much as the network saw in training.
+    """
+    f = family_of(net).latent_shape(net).f
+    tiling = family_of(net).tiling(net, f=f)
+    if tiling is None or not tiling.by_factor:
+        return side
+    multiple = tiling.step * f
+    return -(-side // multiple) * multiple
+
+
+@torch.no_grad()
+def misfit_of_tiles(net: Network, *, f: int) -> str:
+    """Return how `enable_tiling()` changes sizes, in one sentence. Empty if tiles fit together.
+
+    A strip of a little more than one tile is encoded and decoded in the network's own tiles. Every
+    tile but the last moves the following ones, so the sizes are right only if all places are.
+
+    Args:
+        net: in eval mode. Its settings are restored.
+        f: pixels on a side of one latent position.
+    """
+    tiling = family_of(net).tiling(net, f=f)
+    if tiling is None:
+        return ""
+
+    # a strip that is one tile and a half long, and a few positions wide
+    multiple = max(family_of(net).side_multiple(net), f)
+    width = (own_tile(net) * 3 // 2 // multiple + 1) * multiple
+    channels = family_of(net).image_channels(net)
+    like = next(itertools.chain(net.parameters(), net.buffers()), torch.zeros(()))
+    images = torch.zeros(1, channels, 2 * multiple, width, device=like.device, dtype=like.dtype)
+    right = width // f
+    advice = f"set a sample_size that is a multiple of {tiling.step * f}"
+
+    # encoding and decoding in tiles
+    with tile_settings(net, use_tiling=True):
+        try:
+            z = encode(net, images)
+            found = z.shape[3]
+            decoded = decode(net, z.new_zeros(1, z.shape[1], 2 * multiple // f, right)).shape[3]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            return f"enable_tiling() fails ({str(error).splitlines()[0]}): {advice}."
+    if (found, decoded) == (right, width):
+        return ""
+    return (
+        f"enable_tiling() moves the tiles: {width} pixels become {found} latent positions "
+        f"(should be {right}), and {right} positions become {decoded} pixels: {advice}."
+    )
+
+
+def own_tile(net: Any) -> int:
+    """Return the side in pixels of the tiles that `enable_tiling()` uses."""
+    side = getattr(net, "tile_sample_min_size", None)
+    if side is None:
+        side = net.tile_sample_min_width
+    return side if isinstance(side, int) else max(side)
