@@ -17,7 +17,8 @@ from latentvae.bottlenecks import Quantized, Quantizer
 
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights of losses
 DECAY = 0.8  # their default
-DEAD = 0.02  # share of the mean use below which a code restarts
+DEAD = 0.02  # their share of the mean use below which a code restarts
+RESTART = 0.06  # ours, with which an unused code waits as long as theirs: 17 updates of K vectors
 Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 
@@ -39,7 +40,7 @@ class Kind:
 
 
 def _learned(K: int, D: int, *, ema: bool = True, l2: bool = False) -> Kind:
-    ours = {"num_codes": K, "code_channels": D, "l2_normalize": l2, "restart_threshold": DEAD}
+    ours = {"num_codes": K, "code_channels": D, "l2_normalize": l2, "restart_threshold": RESTART}
     return Kind(
         ours={"type": "vq", "ema_decay": DECAY if ema else None} | ours,
         weights={"commitment": COMMITMENT, "codebook": COMMITMENT},
@@ -83,7 +84,7 @@ KINDS: dict[Name, Kind] = {
             "code_channels": 64,
             "shared_codebook": False,
             "ema_decay": DECAY,
-            "restart_threshold": DEAD,
+            "restart_threshold": RESTART,
         },
         {"commitment": COMMITMENT},
         lambda dead: ResidualVQ(dim=64, num_quantizers=2, codebook_size=256, **_shared(dead)),

@@ -11,8 +11,8 @@ objective (L2 and 0.1 LPIPS-alex, no discriminator), optimiser and schedule, the
 k-means starts from, decay, straight-through gradient and the loss weights. SimVQ has no k-means, so
 its codes are equal. These things differ, because the packages define them differently:
 
-- Unused codes are below 2% of the mean use, by an average of two uses (ours) or of decay 0.8
-  (theirs).
+- Unused codes are below 6% of the mean use, by an average over the updates of one such use (ours),
+  or below 2%, by an average of decay 0.8 (theirs). Both wait for 17 updates of K vectors.
 - The learned codebook of theirs has one weight for commitment and codebook. Ours gets it for both.
 - With cosine, theirs has only moving averages. Ours gets them too.
 - Residual levels of theirs pass the decoder's gradient to the features once per level, ours once.

@@ -223,13 +223,13 @@ class LearnedCodebookConfig(CodebookConfig):
     )
     restart_threshold: Annotated[
         Share,
-        KeepsCodesInUse(1, "--restart_threshold 0.02"),
+        KeepsCodesInUse(1, "--restart_threshold 0.1"),
         Elsewhere("restart_unused_codes threshold_ema_dead_code"),
     ] = Field(
         default=0.0,
         description=(
             "Restart a code at a vector of the batch when its use falls below this share of the "
-            "mean use. 0 never restarts a code."
+            "mean use. A smaller share is measured over more updates. 0 never restarts a code."
         ),
     )
     kmeans_iterations: Annotated[

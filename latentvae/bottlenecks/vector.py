@@ -10,6 +10,7 @@ was (rotation trick, arXiv:2410.06424). Codes that are hardly used restart at ve
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,8 +34,7 @@ from latentvae.option_marks import Elsewhere
 
 SMALLEST_SIZE = 1e-3  # A code with a smaller average number of vectors does not move.
 LAPLACE = 1e-5  # Added to each count of the moving average (appendix A.1).
-MAX_USAGE_DECAY = 0.99  # Largest decay per update of a code's average use.
-USES = 2.0  # Uses that the average spans for a code of mean use.
+SMALLEST_WINDOW = 5.0  # Updates. The counts of fewer batches say little about a code's use.
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
@@ -68,8 +68,9 @@ class VectorQuantizer(Quantizer):
         l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is by
             cosine. The losses and the decoder see unit vectors.
         gradient: `"straight_through"` or `"rotation"`.
-        restart_threshold: a code restarts when its use, a moving average, falls below this share
-            of the mean use. 0 never restarts a code.
+        restart_threshold: a code restarts when its use falls below this share of the mean use. 0
+            never restarts a code. Use is a moving average over the updates in which a code at the
+            threshold is chosen once, and over at least `SMALLEST_WINDOW` updates.
         entropy_temperature: temperature of the softmax over negative squared distances. Its
             entropies are the losses `sample_entropy` and `batch_entropy`. None leaves both out.
         kmeans_iterations: iterations of `initialise`. 0 keeps the codebook random.
@@ -125,7 +126,9 @@ class VectorQuantizer(Quantizer):
             weight.uniform_(-1 / num_codes, 1 / num_codes)
 
         # the codebook and its averages
-        self.register_buffer("usage", torch.ones(num_codes))  # 1 is the mean use
+        # 1 is the mean use. A code that no vector chooses restarts after one window.
+        self.start_usage = min(math.e * restart_threshold, 1.0)
+        self.register_buffer("usage", torch.full((num_codes,), self.start_usage))
         if ema_decay is None:
             self.weight = nn.Parameter(weight)
         else:
@@ -210,10 +213,11 @@ class VectorQuantizer(Quantizer):
         Each unused code restarts at another of the features. If there are more unused codes than
         features, the others wait for a later update.
         """
-        # average use
+        # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold has
+        # one use in it. A shorter window would restart codes of larger use by chance.
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
-        decay = torch.exp(-mean / USES).clamp(max=MAX_USAGE_DECAY)
+        decay = torch.exp(-(self.restart_threshold * mean).clamp(max=1 / SMALLEST_WINDOW))
         self.usage.lerp_(counts / mean, 1 - decay)
         if self.ema_decay is not None:
             self._average(counts, statistics["sums"])
@@ -282,7 +286,7 @@ class VectorQuantizer(Quantizer):
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
         """Set ``codes`` (K, D) where ``mask`` (K,) is true, with an average of ``size`` vectors."""
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
-        self.usage.masked_fill_(mask, 1.0)
+        self.usage.masked_fill_(mask, self.start_usage)
         if self.ema_decay is not None:
             self.cluster_size.copy_(torch.where(mask, size, self.cluster_size))
             self.embed_sum.copy_(torch.where(mask[:, None], codes * size, self.embed_sum))

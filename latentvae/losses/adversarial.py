@@ -99,9 +99,9 @@ def lazy_weight(update: int, *, weight: float, interval: int) -> float:
 class LeCam:
     """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310).
 
-    It keeps the logits of real images near the average of the fakes', and the other way round. It
-    is a controller: call `update` once per update, and save `state_dict`. The averages start at 0,
-    because an untrained discriminator has logits near 0.
+    It pulls the logits of real images down to the average of the fakes', and those of fakes up to
+    the average of real images. It is a controller: call `update` once per update, and save
+    `state_dict`. The averages start at 0, because an untrained discriminator has logits near 0.
 
     Args:
         decay: decay of the averages per update.
@@ -113,11 +113,16 @@ class LeCam:
         self.anchors = torch.zeros(2, device=device)  # average logits: real, fake
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Return E[(D(x) - average fake)^2] + E[(D(recon) - average real)^2] (eq. 4), a scalar."""
+        """Return E[(D(x) - average fake)+^2] + E[(average real - D(recon))+^2], a scalar.
+
+        This is eq. 4, with the positive part ()+ of the authors' code (google/lecam-gan,
+        third_party/lecam_loss.py). Without it, a real image below the fakes' average would be
+        pulled up, which is the task of the GAN loss.
+        """
         real_anchor, fake_anchor = self.anchors.unbind()
-        return (real_logits.float() - fake_anchor).square().mean() + (
-            fake_logits.float() - real_anchor
-        ).square().mean()
+        above = F.relu(real_logits.float() - fake_anchor)
+        below = F.relu(real_anchor - fake_logits.float())
+        return above.square().mean() + below.square().mean()
 
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
         """Move the averages towards the mean logits of this update, taken over all ranks.

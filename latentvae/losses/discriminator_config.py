@@ -88,8 +88,15 @@ class DiscriminatorConfig(Section):
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
         description=(
-            "Largest adaptive weight. Losses are means here, so Stable Diffusion's cap of 1e4 on "
-            "sums is 1e4 / (3 * resolution^2), which is 0.05 at 256 px."
+            "Largest adaptive weight. VQGAN's code has 1e4 on losses that are means over image "
+            "elements, as they are here. Stable Diffusion's has 1e4 on sums, see disc_cap_on_sums."
+        ),
+    )
+    disc_cap_on_sums: bool = Field(
+        default=False,
+        description=(
+            "Take disc_weight_cap for losses that are sums over image elements: it is divided by "
+            "channels * height * width. 1e4 is then 0.05 at 256 px and 0.013 at 512 px."
         ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(

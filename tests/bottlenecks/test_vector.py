@@ -158,16 +158,36 @@ def test_equals_vector_quantize_pytorch(cosine: bool) -> None:
         torch.testing.assert_close(ours.codebook, theirs.codebook)
 
 
-@pytest.mark.parametrize(("vectors", "decay"), [(16, math.exp(-1 / 2)), (0, math.exp(-1 / 32))])
-def test_use_is_averaged_over_two_uses_or_a_hundred_updates(vectors: int, decay: float) -> None:
+@pytest.mark.parametrize(("vectors", "window"), [(16, 100), (1600, 5), (0, 1600)])
+def test_use_is_averaged_over_one_use_at_the_threshold(vectors: int, window: int) -> None:
+    """1 / (threshold x mean) updates, but at least 5; without vectors the mean counts as 1 / K."""
     quantiser = build(restart_threshold=0.01)
     counts = torch.zeros(16)
     counts[3] = vectors
-    features = torch.zeros(1, 4)
-    quantiser.update({"counts": counts}, features=features, generator=seeded())
-    torch.testing.assert_close(quantiser.usage[0], torch.tensor(decay))
+    quantiser.update({"counts": counts}, features=torch.zeros(1, 4), generator=seeded())
+    decay, start = math.exp(-1 / window), 0.01 * math.e
+    torch.testing.assert_close(quantiser.usage[0], torch.tensor(start * decay))
     now = 16.0 if vectors else 0.0
-    torch.testing.assert_close(quantiser.usage[3], torch.tensor(decay + (1 - decay) * now))
+    torch.testing.assert_close(quantiser.usage[3], torch.tensor(start * decay + (1 - decay) * now))
+
+
+@pytest.mark.parametrize(("mean", "threshold"), [(16.0, 0.01), (0.25, 0.1), (2.0, 0.02)])
+def test_a_code_restarts_below_the_threshold_and_not_above(mean: float, threshold: float) -> None:
+    """Poisson counts over 400 windows: codes at 10 and 0.1 times the threshold, and at the mean."""
+    torch.manual_seed(0)
+    quantiser = VectorQuantizer(num_codes=60, code_channels=2, restart_threshold=threshold)
+    share = torch.tensor([10 * threshold, 0.1 * threshold, 1.0]).repeat_interleave(20)
+    window = max(5.0, 1 / (threshold * mean))
+    restarts, start, updates = torch.zeros(60), quantiser.start_usage, int(400 * window)
+    rates = mean * share * 60 / share.sum()
+    for _ in range(min(updates, 4000)):
+        quantiser.update(
+            {"counts": torch.poisson(rates)}, features=torch.zeros(99, 2), generator=seeded()
+        )
+        restarts += quantiser.usage == start
+    windows = min(updates, 4000) / window
+    assert (restarts[:20] / windows).mean() < 0.002 and restarts[40:].sum() == 0
+    assert 0.5 < (restarts[20:40] / windows).mean() <= 1.01
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
@@ -184,7 +204,7 @@ def test_dead_codes_restart_at_features(ema_decay: float | None) -> None:
         vectors = flat(features)
         restarted = quantiser.update(out.statistics, features=vectors, generator=seeded())
         updates += 1
-    assert updates == 5  # the first with exp(-n 18 / 32) < 0.1
+    assert updates == 9  # a window is 16 / (0.1 x 18) = 8.9 updates
     assert restarted == 12
     places = (quantiser.codebook[4:, None] == vectors).all(2).nonzero()
     assert len(places) == 12 and len(places[:, 1].unique()) == 12  # none twice
@@ -200,7 +220,7 @@ def test_more_dead_codes_than_features_wait() -> None:
     counts = torch.zeros(16)
     vectors = torch.randn(5, 4)
     restarted = quantiser.update({"counts": counts}, features=vectors, generator=seeded())
-    assert restarted == 5 and (quantiser.usage == 1).sum() == 5
+    assert restarted == 5 and (quantiser.usage == 1).sum() == 5  # e x 0.5 is above 1
     assert torch.equal(quantiser.codebook[:5].sort(0).values, vectors.sort(0).values)
 
 

@@ -113,17 +113,28 @@ def test_a_lazy_penalty_weighs_as_much_over_an_interval() -> None:
     assert lazy_weight(7, weight=0.5, interval=1) == 0.5
 
 
-def test_lecam_is_the_papers_formula_on_running_averages() -> None:
+def test_lecam_is_the_authors_formula_on_running_averages() -> None:
     lecam = LeCam(decay=0.9)
     real_average = fake_average = 0.0
     for _ in range(3):
         real, fake = torch.randn(4, 1, 2, 2) + 1, torch.randn(4, 1, 2, 2) - 1
-        expected = sum((r - fake_average) ** 2 for r in real.flatten().tolist()) / 16
-        expected += sum((f - real_average) ** 2 for f in fake.flatten().tolist()) / 16
+        expected = sum(max(r - fake_average, 0) ** 2 for r in real.flatten().tolist()) / 16
+        expected += sum(max(real_average - f, 0) ** 2 for f in fake.flatten().tolist()) / 16
         assert lecam.penalty(real, fake).item() == pytest.approx(expected, rel=1e-5)
         lecam.update(real.mean(), fake.mean())
         real_average = 0.9 * real_average + 0.1 * real.mean().item()
         fake_average = 0.9 * fake_average + 0.1 * fake.mean().item()
+
+
+def test_lecam_leaves_logits_on_the_right_side_of_the_averages_alone() -> None:
+    lecam = LeCam(decay=0.0)
+    lecam.update(torch.tensor(1.0), torch.tensor(-2.0))  # averages of real and fake
+    logits = {"real": torch.tensor([-3.0, 0.0]), "fake": torch.tensor([2.0, 0.0])}
+    for each in logits.values():
+        each.requires_grad_()
+    lecam.penalty(logits["real"], logits["fake"]).backward()
+    assert logits["real"].grad.tolist() == [0.0, 2.0]  # (0 - -2)^2 / 2
+    assert logits["fake"].grad.tolist() == [0.0, -1.0]  # (1 - 0)^2 / 2
 
 
 def test_lecam_goes_on_from_its_state_and_averages_over_ranks(

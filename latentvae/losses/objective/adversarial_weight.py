@@ -15,6 +15,7 @@ class AdversarialWeight:
         ramp_updates: updates after that over which the weight grows from 0.
         adaptive: multiply the weight by a ratio of gradients, see `adversarial.adaptive_weight`.
         cap: largest ratio.
+        cap_on_sums: the cap is for losses that are sums over image elements instead of means.
     """
 
     scale: float = 0.0
@@ -22,6 +23,14 @@ class AdversarialWeight:
     ramp_updates: int = 0
     adaptive: bool = False
     cap: float = 1.0
+    cap_on_sums: bool = False
+
+    def cap_at(self, elements: int) -> float:
+        """Return the largest ratio for images of so many elements (channels x height x width).
+
+        Our pixel loss is a mean over them. The ratio of a sum would be ``elements`` times as large.
+        """
+        return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight in update ``update`` (from 0), before the adaptive weight.
@@ -52,4 +61,5 @@ def adversarial_weight(options: DiscriminatorConfig) -> AdversarialWeight:
         ramp_updates=options.disc_ramp_steps,
         adaptive=options.disc_adaptive_weight,
         cap=options.disc_weight_cap,
+        cap_on_sums=options.disc_cap_on_sums,
     )

@@ -234,7 +234,7 @@ class Objective(nn.Module):
                 last_layer,
                 nll_grad=nll_grad,
                 adversarial_grad=adversarial_grad,
-                cap=self.adversarial.cap,
+                cap=self.adversarial.cap_at(recon[0].numel()),
             )
 
         weight = factor * balance

@@ -323,7 +323,9 @@ def adaptive_weight(rehearsal: Rehearsal) -> Check:
 
     Without a cap it grows without bound where the discriminator's gradient vanishes.
     """
-    cap = rehearsal.task.config.discriminator.disc_weight_cap
+    config = rehearsal.task.config
+    elements = min(config.data.image_channels * h * w for h, w in config.train_sizes)
+    cap = rehearsal.task.objective.adversarial.cap_at(elements)
     found: list[Tensor] = [
         values["discriminator/adaptive_weight"]
         for seen in rehearsal.seen[DISCRIMINATOR_START:]

@@ -30,7 +30,7 @@ WATCHED = Watched(
     num_channels=4,
     codes_from=100,
     num_codes=1000,
-    codes_remedy="--restart_threshold 0.02",
+    codes_remedy="--restart_threshold 0.1",
     discriminator_from=100,
     effective_from=50,
 )
