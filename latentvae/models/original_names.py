@@ -53,9 +53,17 @@ def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tens
     levels, weights = len(net.config["block_out_channels"]), {}
     for name, own in net.state_dict().items():
         original = original_name(name, levels)
-        value = tensors[original]
-        if value.numel() != own.numel() or value.shape[: own.ndim] != own.shape:
-            shapes = f"{tuple(value.shape)}, but a network of these blocks has {tuple(own.shape)}"
-            raise ValueError(f"{original} has the shape {shapes}")
-        weights[name] = value.view(own.shape)  # a 1 x 1 convolution of the attention is a matrix
+        weights[name] = in_shape_of(own, tensors[original], name=original)
     return weights
+
+
+def in_shape_of(own: Tensor, value: Tensor, *, name: str) -> Tensor:
+    """Return a value with the shape of a network's own. A 1 x 1 convolution becomes a matrix.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if value.numel() != own.numel() or value.shape[: own.ndim] != own.shape:
+        shapes = f"{tuple(value.shape)}, but a network of these blocks has {tuple(own.shape)}"
+        raise ValueError(f"{name} has the shape {shapes}")
+    return value.view(own.shape)

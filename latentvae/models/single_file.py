@@ -22,7 +22,7 @@ from torch import Tensor
 from latentvae.errors import UserError, nearest
 from latentvae.models.config_check import check_depth
 from latentvae.models.network import Network
-from latentvae.models.original_names import from_original, original_name
+from latentvae.models.original_names import from_original, in_shape_of, original_name
 from latentvae.models.wrapper_names import plain_names, say, say_removed
 
 # Families of models whose autoencoder a file may hold. "other" is any other, without a scale.
@@ -65,12 +65,14 @@ class _File:
         path: of the file.
         tensors: by their names in the autoencoder.
         family: of a whole checkpoint, else None.
+        scale: `scale_factor` of a whole checkpoint, which latent diffusion measures, else None.
         config: of the network, if the metadata has it, else None.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     family: SingleFileKind | None
+    scale: float | None
     config: dict[str, Any] | None
 
     @property
@@ -133,13 +135,15 @@ def _read(path: Path) -> _File:
 
             config = _read_config(file.metadata() or {}, path)
             tensors = {own[name].removeprefix(prefix): file.get_tensor(name) for name in own}
+            measured = [name for name, plain in names.items() if plain == "scale_factor"]
+            scale = file.get_tensor(measured[0]).item() if measured else None
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read '{path}': {error}") from error
 
     say_removed(own, path=path)
     if prefix not in _PREFIXES:
         say(f"the names of the tensors in '{path}' begin with '{prefix}', which is removed")
-    return _File(path, tensors, _family(list(names.values())), config)
+    return _File(path, tensors, _family(list(names.values())), scale, config)
 
 
 def _prefix(names: Sequence[str], path: Path) -> str:
@@ -196,7 +200,8 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
         others = file.tensors.keys() - {original_name(name, levels) for name in weights}
     else:
         tensors = dict(_renewed(name, value) for name, value in file.tensors.items())
-        weights = {name: tensors[name].view(own.shape) for name, own in net.state_dict().items()}
+        shapes = net.state_dict()
+        weights = {n: in_shape_of(own, tensors[n], name=n) for n, own in shapes.items()}
         others = tensors.keys() - weights.keys()
 
     # convert writes identities for quant_conv and post_quant_conv if the network has none
@@ -224,14 +229,16 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
     """Return the class and the config of the network that the tensors fit."""
     tensors = file.tensors
     config = _shape(file)
+    scale = {} if file.scale is None else {"scaling_factor": file.scale}
     if _CODES in tensors:
         number, width = tensors[_CODES].shape
         codes = {"num_vq_embeddings": number, "vq_embed_dim": width, "scaling_factor": 1.0}
-        return VQModel, config | codes | {"sample_size": 256}
+        return VQModel, config | codes | scale | {"sample_size": 256}
 
     # Only families have a scale that is known
     channels = config["latent_channels"]
-    family = family or file.family
+    known = file.family is not None and _CHANNELS[file.family] == channels
+    family = family or (file.family if known else "other" if scale else None)
     if family is None and channels not in _CHANNELS.values():
         family = "other"
         say(
@@ -240,8 +247,9 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         )
     if family is None:
         raise UserError(
-            f"'{file.path}' does not say how its latents are scaled, because it holds only an "
-            f"autoencoder. Give its family: {', '.join(SINGLE_FILE_KINDS)}."
+            f"'{file.path}' does not say how its latents are scaled. Give its family (family= of "
+            "latentvae.load, or --pretrained_family in training): "
+            f"{', '.join(SINGLE_FILE_KINDS)}."
         )
     if channels != _CHANNELS.get(family, channels):
         raise UserError(
@@ -253,7 +261,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         "shift_factor": None,
     }
-    return AutoencoderKL, config | quantized | _SCALES[family]
+    return AutoencoderKL, config | quantized | _SCALES[family] | scale
 
 
 def _shape(file: _File) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def test_a_whole_checkpoint_of_16_channels_tells_its_family(
     assert loaded.config["scaling_factor"] == {"sd3": 1.5305, "flux": 0.3611}[family]
 
 
+def test_a_whole_checkpoint_keeps_the_scale_that_it_measured(tmp_path: Path) -> None:
+    """Latent diffusion's scale_by_std writes it as a buffer."""
+    net = network(3)
+    tensors = prefixed("first_stage_model.", original(net)) | {"scale_factor": torch.tensor(0.25)}
+    tensors |= {"cond_stage_model.x": torch.zeros(1)}  # but no autoencoder of the family 'sd'
+    loaded = load_network(file_of(tmp_path / "whole.safetensors", tensors))
+    assert equal(loaded, net) and loaded.config["scaling_factor"] == 0.25
+
+
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_early_names_of_the_attention(convolutions: bool, tmp_path: Path) -> None:
     """diffusers before 0.17 wrote query, key, value and proj_attn."""
@@ -219,12 +228,15 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     attention = {"encoder.down.1.attn.0.q.weight": torch.zeros(32, 32, 1, 1)}
     in_diffusers_names = {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(32, 32)}
     lora = {"encoder.conv_in.lora_A.default.weight": torch.zeros(4, 3, 3, 3)}
+    turned = dict(net.state_dict())
+    turned["encoder.conv_in.weight"] = turned["encoder.conv_in.weight"].transpose(0, 1).contiguous()
     for name, more, message in (
         ("vq", tokenizer, "encoder.conv_out.weight has the shape"),
         ("attention", original(net) | attention, "encoder.down.1.attn.0.* is missing"),
         ("new", net.state_dict() | in_diffusers_names, "attentions.0.* is missing"),
         ("wide", original(network(8)), "8 latent channels.*give 'other'"),
         ("more", original(net) | {"encoder.x": torch.zeros(1)}, "1 other tensors, such as enc"),
+        ("turned", turned, "encoder.conv_in.weight has the shape .3, 32, 3, 3."),
         ("lora", net.state_dict() | lora, "lora_A.*merge_and_unload"),
     ):
         wrong.append((file_of(tmp_path / f"{name}.safetensors", more), "sd", message))
