@@ -55,6 +55,16 @@ def without_effect(config: TrainConfig) -> list[str]:
         if objective.kl_capacity > 0 and growth >= total:
             lost = f"the capacity reaches only {(total - 1) / growth:.0%} of kl_capacity"
             found.append(_line("kl_capacity_steps", growth, growth, total, lost))
+
+    # the temperature of Gumbel-softmax
+    bottleneck = config.model.bottleneck
+    steps = getattr(bottleneck, "temperature_steps", 0)
+    if steps >= total:
+        found.append(
+            f"temperature_steps {steps:,} is past the end of the run (max_train_steps {total:,}): "
+            f"the temperature falls only to {bottleneck.temperature_at(total - 1):.2g}. Give "
+            f"--temperature_steps {max(total // 2, 1)}."
+        )
     return found
 
 

@@ -198,6 +198,9 @@ def test_what_a_run_ends_before_is_one_line_each(tmp_path: Path) -> None:
     never = without_effect(small_config(tmp_path, disc_start=6))
     assert len(never) == 1 and "never starts" in never[0]
     assert without_effect(small_config(tmp_path)) == []
+    gumbel = {"architecture": "vq", "quantizer": {"type": "gumbel", "num_codes": 16}}
+    (line,) = without_effect(small_config(tmp_path, gumbel, learn_logvar=False))
+    assert line.startswith("temperature_steps") and "--temperature_steps 3" in line
 
 
 def test_few_validation_images_are_a_sentence_with_the_share_to_give(tmp_path: Path) -> None:
