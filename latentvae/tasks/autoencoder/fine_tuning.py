@@ -151,7 +151,8 @@ def encoder_sha256(net: Network) -> str:
 
 def weights_sha256(net: Network) -> str:
     """Return the hash of all weights of a network, and of their names."""
-    return _sha256([net])
+    module: Any = net
+    return _sha256([module])
 
 
 def _sha256(parts: Iterable[nn.Module]) -> str:
