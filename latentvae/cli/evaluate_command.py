@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from latentvae.autoencoder import Autoencoder, load
+from latentvae.compute.optimization import Optimize
 from latentvae.data import EIGHT_BIT, open_source, set_pixel_limit
 from latentvae.errors import UserError
 from latentvae.evaluation.evaluate import evaluate
@@ -80,8 +81,11 @@ def evaluate_command(
     if quick and max_images is None:
         max_images = QUICK_IMAGES
 
+    # The same numbers to rounding, sooner. The full report computes with the network as it is.
+    optimize: Optimize | None = "exact" if quick and where.type == "cpu" else None
+
     # models and the networks of the metrics
-    loaded = load_models(models, device=where, variant=variant)
+    loaded = load_models(models, device=where, variant=variant, optimize=optimize)
     inception = None
     if inception_weights is not None or rfid:
         inception = load_inception(inception_weights, allow_download=allow_download).to(where)
@@ -130,11 +134,15 @@ def _size(resolution: int | Sequence[int] | None) -> int | tuple[int, int] | Non
 
 
 def load_models(
-    paths: Sequence[str], *, device: torch.device, variant: str | None = None
+    paths: Sequence[str],
+    *,
+    device: torch.device,
+    variant: str | None = None,
+    optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
     """Load models. Their keys are their names, or parts of their paths if two names are equal."""
     by_path = unique_names(paths)
-    models = [load(path, device=device, variant=variant) for path in paths]
+    models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]
     names = by_name if len(set(by_name)) == len(models) else by_path
     return dict(zip(names, models, strict=True))

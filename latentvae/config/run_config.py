@@ -114,20 +114,14 @@ class RunConfig(Section):
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
         default=8, description="Images per process in validation."
     )
-<<<<<<< ours
     gradient_accumulation_steps: Annotated[
         FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
     ] = Field(
-        default=None,
+        default=_FOLLOWS,
         description=(
             "Micro-steps per update. Their gradients are averaged. By default it follows from "
             "global_batch_size, or is 1 without that option."
         ),
-=======
-    gradient_accumulation_steps: FollowsGlobalBatch = Field(
-        default=_FOLLOWS,
-        description="Micro-steps per update. By default it follows from global_batch_size or is 1.",
->>>>>>> theirs
     )
     # It may change on resume because the launcher may give it. The engine compares it separately.
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(

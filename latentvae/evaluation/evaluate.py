@@ -47,7 +47,6 @@ from latentvae.report.figures import rate_figure
 from latentvae.report.schema import Report
 
 SAVE_SECONDS = 30.0  # between two states on disk
-PASSPORT_SIDE = 512  # pixels. Larger pictures are cropped for the passport.
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
 CIRCUMSTANCES = ("device", "threads")  # an evaluation may continue with others
 
@@ -329,7 +328,7 @@ class _Evaluation:
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels
-        sides = {"passport": (PASSPORT_SIDE**2, 3), "tiling": (math.prod(plan.tiling_size), 2)}
+        sides = {"passport": (plan.passport_side**2, 3), "tiling": (math.prod(plan.tiling_size), 2)}
         checks = [sides[name] for name in sides if name in plan.sections]
         if checks and plan.passport_images:
             pixels = plan.passport_images * sum(min(most, mean) * runs for most, runs in checks)
@@ -342,7 +341,7 @@ class _Evaluation:
     def _passport(self, model: Autoencoder) -> dict[str, Any]:
         pictures = [images for _, images in self.pictures.some(self.plan.passport_images)]
         sides = {
-            "passport": model.fixed_size or PASSPORT_SIDE,
+            "passport": model.fixed_size or self.plan.passport_side,
             "tiling": model.fixed_size or self.plan.tiling_size,
         }
         multiple = model.f * model.normalization.fold

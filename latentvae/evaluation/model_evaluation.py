@@ -240,8 +240,12 @@ class ModelMeasures:
         return warnings
 
     def _info(self) -> dict[str, Any]:
-        path = {} if self.model.path is None else {"path": self.model.path}
-        return self.model.info() | path
+        info = self.model.info()
+        if self.model.path is not None:
+            info["path"] = self.model.path
+        if self.model.optimization.mode != "stock":
+            info["optimize"] = self.model.optimization.mode
+        return info
 
     def _latent(self, mean: Tensor, logvar: Tensor, position: int) -> Tensor:
         if self.plan.latent == "mode":

@@ -28,6 +28,7 @@ class Plan:
         prior_images: images that each half's entropy model is fitted on.
         gain_images: number of these images that the decoder's gains are measured on.
         passport_images: images of the precision and tiling checks.
+        passport_side: pixels on a side that images are cropped to for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.
             Most published networks have tiles of 512 pixels, and a larger side shows their seams.
         speed_sizes: pixels on a side.
@@ -48,6 +49,7 @@ class Plan:
     prior_images: int = 16
     gain_images: int = 2
     passport_images: int = 2
+    passport_side: int = 512
     tiling_size: tuple[int, int] = (768, 768)
     speed_sizes: tuple[int, ...] = (256, 512, 1024)
     speed_budget: float = 60.0
@@ -115,6 +117,7 @@ QUICK = Plan(
     prior_images=4,
     gain_images=1,
     passport_images=1,
+    passport_side=256,
     tiling_size=(256, 768),
     speed_sizes=(256,),
     speed_budget=10.0,

@@ -87,7 +87,7 @@ def test_evaluate_and_compare(
         command = ["evaluate", str(run / "export"), "--data", str(photos), "--quick"]
         main([*command, "--out", str(tmp_path / name), "--device", "cpu"])
     said = capsys.readouterr()
-    assert "PSNR (dB)" in said.out
+    assert "PSNR (dB)" in said.out and "[1/5] run: fitting" in said.err
     assert "left out: cannot read image" in said.err and "broken.jpg'" in said.err
     names = {path.name for path in (tmp_path / "a").iterdir() if path.name[0] != "."}
     assert names == {"report.json", "per_image.csv", "rate.png", "sheet.png"}
