@@ -10,12 +10,11 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tyro
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from latentvae.cli.flags import (
     check_names,
@@ -27,12 +26,23 @@ from latentvae.cli.flags import (
     settled_output,
     unknown_flags,
 )
-from latentvae.config.presets import Config, load_preset, parse, preset_names
-from latentvae.config.run_config import JobConfig, flat
-from latentvae.engine.task import Task
-from latentvae.errors import RunError, UserError
-from latentvae.option_marks import ChosenByPreset, Elsewhere, marked, marks
-from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.cli.option_list import (
+    HIDDEN,
+    Group,
+    describe,
+    describe_presets,
+    flags_class,
+    names_elsewhere,
+    read_list,
+)
+from latentvae.config.presets import presets_folder, unknown_config
+from latentvae.errors import RunError, UserError, nearest
+
+if TYPE_CHECKING:
+    from latentvae.config.run_config import JobConfig
+    from latentvae.engine.task import Task
+
+Config = TypeVar("Config", bound="JobConfig")
 
 PREFLIGHT = "--preflight"  # a flag of the training scripts that is no option of the run
 
@@ -41,16 +51,16 @@ def config_from_arguments(
     arguments: Sequence[str],
     *,
     description: str,
-    schema: type[Config] = TrainConfig,
+    schema: "type[Config] | None" = None,
     default_config: str = "kl_small",
     also: Sequence[str] = (),
-) -> Config:
+) -> "Config":
     """Return the options that the command line asks for.
 
     Args:
         arguments: of the command line.
         description: of the script, for its help.
-        schema: class of the options of the task.
+        schema: class of the options of the task. None is `TrainConfig`, of autoencoders.
         default_config: preset to use without `--config`. If empty, the defaults of the schema.
         also: names of other options of the command, which were read before. A wrong flag may have
             been meant for one of them.
@@ -59,128 +69,170 @@ def config_from_arguments(
         UserError: an unknown flag, or a value that is not allowed.
         SystemExit: after `--help`.
     """
+    # Wrong flags of autoencoders' presets are reported before their slow import.
+    if schema is None:
+        check_early(arguments, description=description, default_config=default_config, also=also)
+        from latentvae.tasks.autoencoder.config import TrainConfig
+
+        schema = cast("type[Config]", TrainConfig)
+
     # the preset, whose values are the defaults of the flags
+    from latentvae.config.presets import load_preset, parse
+
     arguments = list(arguments)
     name = _config_flag(arguments) or default_config
     preset = load_preset(name, schema) if name else schema()
-    if "-h" in arguments or "--help" in arguments:
-        _read_flags(preset, ["--help"], description=description)
 
     # the flags
-    _check_flags(arguments, preset, also=also)
-    with one_sentence_errors():
-        flags = _read_flags(preset, arguments, description=description)
+    flags = _read_options(
+        arguments,
+        describe(preset),
+        description=description,
+        config=preset.config,
+        elsewhere=names_elsewhere(schema),
+        presets=lambda: describe_presets(schema),
+        also=also,
+    )
     return parse(dataclasses.asdict(flags), schema, source="command line")
 
 
-def _check_flags(arguments: Sequence[str], preset: JobConfig, *, also: Sequence[str] = ()) -> None:
+def check_early(
+    arguments: Sequence[str],
+    *,
+    description: str,
+    default_config: str = "kl_small",
+    also: Sequence[str] = (),
+) -> None:
+    """Print the help or report wrong flags, before anything slow is imported.
+
+    It does nothing if the config is no preset, or options.json is stale. `config_from_arguments`
+    checks all of it again. The arguments are its own.
+    """
+    # the preset, by its name or its file
+    arguments, listed = list(arguments), read_list()
+    name = _config_flag(arguments) or default_config
+    path = Path(name)
+    if path.is_file() and path.resolve().parent == presets_folder().resolve():
+        name = path.stem
+    elif path.is_file():
+        return
+    if listed is None or not name:
+        return
+    if name not in listed.presets:
+        raise unknown_config(name, listed.presets)
+
+    # the flags
+    group, presets = listed.presets[name], listed.presets
+    flags = _read_options(
+        arguments,
+        group,
+        description=description,
+        config=name,
+        elsewhere=listed.elsewhere,
+        presets=lambda: presets,
+        also=also,
+    )
+    _check_choices(group, dataclasses.asdict(flags))
+
+
+def _check_choices(group: Group, values: Mapping[str, Any]) -> None:
+    """Report a value that is not one of an option's choices, as pydantic would."""
+    for member in group.members:
+        given = values[member.name]
+        if isinstance(member, Group):
+            _check_choices(member, given)
+            continue
+        for value in given if member.kind == "choices" else (given,):
+            if member.choices and value is not None and value not in member.choices:
+                *first, last = map(repr, member.choices)
+                allowed = f"{', '.join(first)} or {last}" if first else last
+                raise UserError(
+                    f"command line: {member.name} is {value!r}, but should be {allowed}"
+                    f"{nearest(str(value), member.choices)}"
+                )
+
+
+def _read_options(
+    arguments: list[str],
+    group: Group,
+    *,
+    description: str,
+    config: str,
+    elsewhere: Mapping[str, str],
+    presets: Callable[[], Mapping[str, Group]],
+    also: Sequence[str],
+) -> Any:
+    if "-h" in arguments or "--help" in arguments:
+        _read_flags(group, ["--help"], description=description)
+    _check_flags(arguments, group, config=config, elsewhere=elsewhere, presets=presets, also=also)
+    with one_sentence_errors():
+        return _read_flags(group, arguments, description=description)
+
+
+def _check_flags(
+    arguments: Sequence[str],
+    group: Group,
+    *,
+    config: str,
+    elsewhere: Mapping[str, str],
+    presets: Callable[[], Mapping[str, Group]],
+    also: Sequence[str],
+) -> None:
     """Check that the config has all these flags.
 
     Raises:
         UserError: an unknown flag, an option that only other presets have, or another trainer's
             name for an option. It says what to give instead.
     """
-    chosen = marked(type(preset), ChosenByPreset)
-    names = [name for name in flat(preset) if name not in chosen]
-    elsewhere = marks(type(preset), Elsewhere)
-    ours = {other: name for name, mark in elsewhere.items() for other in mark.names.split()}
+    visible = [option for option in group.options() if option.kind != HIDDEN]
+    chosen = {option.name for option in group.options() if option.kind == HIDDEN}
+    names = [option.name for option in visible]
 
     for flag, given in unknown_flags(arguments, names):
         given = given.rpartition(".")[2].removeprefix("no_")
-        name = ours.get(given, given)
+        name = elsewhere.get(given, given)
         if name in names:
             raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
-        if name in chosen:
-            raise UserError(
-                f"unknown option '{flag}': --config chooses it, with a preset "
-                f"({_kinds(name, type(preset))}) or your own YAML file"
-            )
         called = f"'{flag}'" if name == given else f"'{flag}' (here '--{name}')"
-        _refuse_option_of_others(name, preset, called=called)
+        _check_option_of_others(name, chosen, presets(), config=config, called=called)
     check_names(arguments, [*names, *also])
-    switches = [name for name, value in flat(preset).items() if isinstance(value, bool)]
-    check_switches(arguments, switches)
+    check_switches(arguments, [option.name for option in visible if option.kind == "bool"])
 
 
-def _refuse_option_of_others(name: str, preset: JobConfig, *, called: str) -> None:
-    presets = [other for other, values in _presets(type(preset)).items() if name in values]
-    if presets:
+def _check_option_of_others(
+    name: str, chosen: set[str], presets: Mapping[str, Group], *, config: str, called: str
+) -> None:
+    """Report an option that only --config sets, or that only other presets have."""
+    found = {
+        preset: option
+        for preset, group in presets.items()
+        for option in group.options()
+        if option.name == name
+    }
+    if name in chosen:
+        kinds: dict[str, list[str]] = {}
+        for preset, option in found.items():
+            kinds.setdefault(option.value, []).append(preset)
+        listed = "; ".join(f"{kind}: {', '.join(kinds[kind])}" for kind in sorted(kinds))
         raise UserError(
-            f"option {called} has no meaning for config {preset.config}, only for the presets "
-            f"{', '.join(presets)}"
+            f"unknown option {called}: --config chooses it, with a preset ({listed}) or your own "
+            "YAML file"
+        )
+    if found:
+        raise UserError(
+            f"option {called} has no meaning for config {config}, only for the presets "
+            f"{', '.join(found)}"
         )
 
 
-def _presets(schema: type[JobConfig]) -> dict[str, dict[str, Any]]:
-    """Return every preset of a task, with its options by their leaf names."""
-    return {name: flat(load_preset(name, schema)) for name in preset_names(schema)}
-
-
-def _kinds(name: str, schema: type[JobConfig]) -> str:
-    """Return, as text, which presets have which architecture or type of quantiser."""
-    kinds: dict[str, list[str]] = {}
-    for preset, values in _presets(schema).items():
-        if kind := values.get(name):
-            kinds.setdefault(kind, []).append(preset)
-    return "; ".join(f"{kind}: {', '.join(presets)}" for kind, presets in sorted(kinds.items()))
-
-
-def _read_flags(preset: JobConfig, arguments: list[str], *, description: str) -> Any:
+def _read_flags(group: Group, arguments: list[str], *, description: str) -> Any:
     return tyro.cli(
-        _flags_of(preset),
+        flags_class(group),
         args=arguments,
         description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
         use_underscores=True,
     )
-
-
-def _flags_of(section: BaseModel) -> type:
-    """Return a dataclass for tyro. Its fields are the options, its defaults their present values.
-
-    It has no ranges, because pydantic checks the values later.
-    """
-    fields: list[Any] = []
-    chosen = marked(type(section), ChosenByPreset)
-    for name, info in type(section).model_fields.items():
-        value = getattr(section, name)
-        if name in chosen:
-            fields.append((name, tyro.conf.Suppress[str], dataclasses.field(default=value)))
-        elif isinstance(value, BaseModel):
-            nested = _flags_of(value)
-            fields.append((name, nested, dataclasses.field(default_factory=nested)))
-        else:
-            text = info.description or ""
-            if isinstance(section, JobConfig) and name == "config":
-                text = f"{text} Presets: {', '.join(preset_names(type(section))) or 'none'}."
-            fields.append((name, _flag_type(info, text), dataclasses.field(default=value)))
-    flags = dataclasses.make_dataclass(type(section).__name__, fields)
-    flags.__doc__ = type(section).__doc__
-    return flags
-
-
-def _flag_type(info: FieldInfo, text: str) -> Any:
-    """Return the type that tyro parses.
-
-    Choices become strings, so that pydantic reports wrong ones. The help lists them.
-
-    Args:
-        info: the option's field.
-        text: its help.
-    """
-    choices = _choices(info.annotation)
-    if choices and get_origin(info.annotation) is tuple:
-        metavar = f"[{'|'.join(choices)} ...]"
-        return Annotated[tuple[str, ...], tyro.conf.arg(help=text, metavar=metavar)]
-    if choices:
-        return Annotated[str | None, tyro.conf.arg(help=text, metavar="|".join(choices))]
-    return Annotated[info.annotation, tyro.conf.arg(help=text)]
-
-
-def _choices(annotation: Any) -> list[str]:
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def _config_flag(arguments: list[str]) -> str | None:
@@ -198,6 +250,18 @@ def run_training(
 
     With `--preflight` the run is only checked, see `proofs.preflight`.
     """
+    with settled_output():
+        try:
+            options = [argument for argument in arguments if argument != PREFLIGHT]
+            check_early(
+                options,
+                description=description,
+                default_config=default_config,
+                also=[PREFLIGHT.removeprefix("--")],
+            )
+        except UserError as error:
+            exit_with(error)
+
     from latentvae.proofs.preflight import preflight
     from latentvae.tasks.autoencoder.task import AutoencoderTask
 
@@ -211,7 +275,7 @@ def run_training(
 
 
 def run_task(
-    task: type[Task],
+    task: "type[Task]",
     arguments: Sequence[str],
     *,
     description: str,

@@ -1,5 +1,6 @@
 """From YAML and nested values to a checked configuration. Each wrong value gives one sentence."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,11 +43,7 @@ def load_preset(name_or_path: str, schema: type[Config]) -> Config:
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.yaml"
     if not path.is_file():
-        names = preset_names(schema)
-        raise UserError(
-            f"config '{name_or_path}' is neither a file nor a preset "
-            f"({', '.join(names)}){nearest(Path(name_or_path).stem, names)}"
-        )
+        raise unknown_config(name_or_path, preset_names(schema))
 
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
@@ -55,6 +52,15 @@ def load_preset(name_or_path: str, schema: type[Config]) -> Config:
             f"{type(values).__name__}"
         )
     return parse(values | {"config": name_or_path}, schema, source=str(path))
+
+
+def unknown_config(name_or_path: str, presets: Iterable[str]) -> UserError:
+    """Return the error about a config that is neither a file nor one of the presets."""
+    names = sorted(presets)
+    return UserError(
+        f"config '{name_or_path}' is neither a file nor a preset ({', '.join(names)})"
+        f"{nearest(Path(name_or_path).stem, names)}"
+    )
 
 
 def sections(schema: type[JobConfig]) -> list[str]:
