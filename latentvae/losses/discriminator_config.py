@@ -114,7 +114,8 @@ class DiscriminatorConfig(Section):
         ),
     )
 
-    discriminator_from: Annotated[str | None, Private()] = Field(
+    # May change on resume, because only a new run reads it.
+    discriminator_from: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
             "Folder of an earlier run whose discriminator a new run starts with. Use it beside "
