@@ -33,6 +33,7 @@ def evaluate_command(
     sections: Sequence[str] = SECTIONS,
     ignore_icc: bool = False,
     max_pixels: int | None = None,
+    all_pages: bool = False,
     latent: LatentKind = "mode",
     rfid: bool = False,
     inception_weights: Path | None = None,
@@ -76,7 +77,7 @@ def evaluate_command(
     ).only(sections)
     where = usable_device(device)
     set_pixel_limit(max_pixels)
-    pixels = replace(EIGHT_BIT, ignore_icc=ignore_icc)
+    pixels = replace(EIGHT_BIT, ignore_icc=ignore_icc, all_pages=all_pages)
     source = open_source(data, split="validation", pixels=pixels)
     if quick and max_images is None:
         max_images = QUICK_IMAGES

@@ -106,6 +106,9 @@ class Evaluate:
     sections: str = "distortion,rate,latent,passport,tiling,speed"
     """Measure only these sections, with commas between them. By default all."""
 
+    all_pages: bool = False
+    """Use every page of a TIFF as an image of its own. By default the first page is used."""
+
     latent: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
 
@@ -252,6 +255,9 @@ class Encode:
 
     max_pixels: int | None = None
     """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
+
+    all_pages: bool = False
+    """Use every page of a TIFF as an image of its own. By default the first page is used."""
 
     label_column: str | None = None
     """Column of a table that holds the classes. Default: `label`. Other data has one class per

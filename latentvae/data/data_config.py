@@ -108,6 +108,13 @@ class DataConfig(Section):
             "need this option."
         ),
     )
+    all_pages: bool = Field(
+        default=False,
+        description=(
+            "Use every page of a TIFF as an image of its own. By default the first page is used. "
+            "All pages of a file are held out together."
+        ),
+    )
     ignore_icc: bool = Field(
         default=False,
         description=(

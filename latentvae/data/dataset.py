@@ -16,7 +16,7 @@ from latentvae.data.reading import UnreadableImage
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
-from latentvae.data.workers import explain_num_workers, leave_signals_to_the_trainer
+from latentvae.data.workers import explained_workers, leave_signals_to_the_trainer
 
 MAX_ATTEMPTS = 20  # images that are tried for one place in a batch
 PREFETCHED = 4  # batches that each worker prepares ahead, to bridge a series of large files
@@ -145,12 +145,20 @@ def train_loader(
         num_workers: processes that decode beside this one. 0 decodes in this process.
         pin_memory: put batches where CUDA can copy from while it computes.
     """
-    return DataLoader(dataset, batch_sampler=sampler, **loading(num_workers, pin_memory))
+    with explained_workers(num_workers):
+        return QuietLoader(dataset, batch_sampler=sampler, **loading(num_workers, pin_memory))
+
+
+class QuietLoader(DataLoader[TrainItem]):
+    """A loader whose iterator does not repeat torch's warning about workers."""
+
+    def __iter__(self) -> Any:
+        with explained_workers(self.num_workers):
+            return super().__iter__()
 
 
 def loading(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     """Return the options of ``DataLoader`` that all training loaders share."""
-    explain_num_workers(num_workers)
     return {
         "num_workers": num_workers,
         "collate_fn": collate,

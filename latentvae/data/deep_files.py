@@ -215,11 +215,11 @@ def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
 
 
 @contextmanager
-def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.TiffPage]:
-    """Yield the first page of a TIFF. Errors inside get a reason that a reader understands."""
+def tiff_page(file: str | os.PathLike[str] | IO[bytes], page: int) -> Iterator[tifffile.TiffPage]:
+    """Yield a page of a TIFF. Errors inside get a reason that a reader understands."""
     try:
         with tifffile.TiffFile(file) as tiff:
-            yield tiff.pages.first
+            yield tiff.pages[page] if page else tiff.pages.first  # pyright: ignore[reportReturnType]
     except Exception as error:
         # tifffile reports a missing index or key as "0" or "'ImageWidth'".
         lost = isinstance(error, IndexError | KeyError)
@@ -228,8 +228,8 @@ def first_page(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[tifffile.Ti
         raise
 
 
-def read_tiff(source: File) -> DeepTiff:
-    """Return the first page of a TIFF.
+def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
+    """Return a page of a TIFF.
 
     Colours that were multiplied with alpha are divided by it. A channel beside grey or RGB that is
     not marked as alpha (infrared, for example) is left out.
@@ -237,31 +237,32 @@ def read_tiff(source: File) -> DeepTiff:
     Raises:
         ValueError: the file is damaged, needs `imagecodecs` to be decompressed, or is no picture.
     """
-    with first_page(io.BytesIO(source) if isinstance(source, bytes) else source) as page:
-        samples, extra = page.samplesperpixel, _extra_channel(page)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with tiff_page(file, page) as found:
+        samples, extra = found.samplesperpixel, _extra_channel(found)
 
         # what is not a picture
-        if not page.axes:
+        if not found.axes:
             raise BadPixels(_DAMAGED)
-        if page.photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
-            raise BadPixels(f"a TIFF of {page.photometric!s} and axes {page.axes}")
+        if found.photometric not in (0, 1, 2) or found.axes not in ("YX", "YXS", "SYX"):
+            raise BadPixels(f"a TIFF of {found.photometric!s} and axes {found.axes}")
         if samples > 4:
             raise BadPixels(f"a TIFF must have 1 to 4 channels (got {samples})")
-        if samples == 4 and page.photometric != 2 and extra == 0:
+        if samples == 4 and found.photometric != 2 and extra == 0:
             raise BadPixels("a TIFF of 4 channels that are neither RGB nor alpha")
-        check_size(page.imagewidth, page.imagelength)
+        check_size(found.imagewidth, found.imagelength)
 
         # stored numbers
-        values = page.asarray()
-        if values.ndim != len(page.axes):  # what tifffile returns if the file has no pixels
+        values = found.asarray()
+        if values.ndim != len(found.axes):  # what tifffile returns if the file has no pixels
             raise BadPixels(_DAMAGED)
-        photometric, turn = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
-        icc = page.tags.get(ICC_TAG)
+        photometric, turn = found.tags.get(PHOTOMETRIC), found.tags.get(ORIENTATION)
+        icc = found.tags.get(ICC_TAG)
 
     # to (H, W, C)
-    if page.axes == "YX":
+    if found.axes == "YX":
         values = values[..., None]
-    elif page.axes == "SYX":
+    elif found.axes == "SYX":
         values = np.moveaxis(values, 0, 2)
     if extra == 0:
         values = values[..., :-1]

@@ -78,6 +78,7 @@ class HubImages:
         rows, split = open_rows(spec)
         path = Path(spec.name).expanduser()
         self.spec = spec
+        self._folder = table_folder(spec.name)
         self.origin = (str(path.resolve()) if path.exists() else spec.name, spec.config_name, split)
         self.column = image_column(rows.features, wanted=spec.image_column)
         self.rows = undecoded(rows, self.column)
@@ -136,18 +137,18 @@ class HubImages:
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         cell = self.rows[self._order[index]][self.column]
         name = self.name(index)
-        data = cell_bytes(cell, name)
+        data = cell_bytes(cell, name, folder=self._folder)
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
 
     def files(self) -> list[Path | None]:
         """Return each image's local file, links resolved, or None if its row names none."""
-        return [
-            Path(path).resolve() if path and os.path.isabs(path) else None for path in self._paths
-        ]
+        below = (_below(self._folder, path) if path else "" for path in self._paths)
+        return [Path(path).resolve() if os.path.isabs(path) else None for path in below]
 
     def size(self, index: int, /) -> tuple[int, int]:
         name = self.name(index)
-        return read_size(cell_bytes(self.rows[self._order[index]][self.column], name), name=name)
+        cell = self.rows[self._order[index]][self.column]
+        return read_size(cell_bytes(cell, name, folder=self._folder), name=name)
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
@@ -270,21 +271,43 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     if wanted is not None and wanted not in columns:
         near = nearest(wanted, columns)
         raise UserError(f"there is no column '{wanted}', only {', '.join(columns)}{near}")
+
+    # by kind
     images = [name for name, kind in columns.items() if isinstance(kind, ImageFeature)]
     bytes_like = [name for name, kind in columns.items() if _holds_files(kind)]
-    if wanted is not None and wanted not in images + bytes_like:
+    paths = [name for name, kind in columns.items() if _holds_paths(kind)]
+    lists = [name for name, kind in columns.items() if _holds_lists(kind)]
+
+    # the wanted one
+    if wanted is not None and wanted in lists:
+        raise UserError(_flatten_first(wanted))
+    if wanted is not None and wanted not in images + bytes_like + paths:
         raise UserError(
             f"column '{wanted}' holds {columns[wanted]}, not images"
             + (f". {', '.join(images + bytes_like)} may" if images + bytes_like else "")
         )
     found = [wanted] if wanted is not None else images or bytes_like
-    if len(found) != 1:
-        several = f"several columns of images ({', '.join(found)})" if found else "no image column"
-        raise UserError(
-            f"the data set has {several}. Its columns are {', '.join(columns)}. "
-            "Name one of them by image_column."
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+
+    # what is possible
+    if lists and not found:
+        raise UserError(_flatten_first(lists[0]))
+    several = f"several columns of images ({', '.join(found)})" if found else "no image column"
+    choice = f"one of {', '.join(found)}" if found else "a column of paths or files"
+    texts = f" Columns of text, which may be paths: {', '.join(paths)}." if paths else ""
+    advice = f"Name {choice} by image_column.{texts}" if found or paths else "Give other data."
+    raise UserError(f"the data set has {several}. Its columns are {', '.join(columns)}. {advice}")
+
+
+def _flatten_first(column: str) -> str:
+    """Return how to make one row per image of a column of lists."""
+    return (
+        f"column '{column}' holds a list of images in each row, but one image per row is needed. "
+        f"Write a table of them first: `rows.map(lambda batch: dict(image=sum(batch['{column}'], "
+        "[])), batched=True, remove_columns=rows.column_names).to_parquet('images.parquet')`, "
+        "where rows is the data set."
+    )
 
 
 def undecoded(rows: Any, column: str) -> Any:
@@ -294,8 +317,13 @@ def undecoded(rows: Any, column: str) -> Any:
     return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
-def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
+def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = None) -> bytes:
     """Return the image file in a cell. It is read from its path if the cell holds only a path.
+
+    Args:
+        cell: bytes and path.
+        name: the name of the image in an error.
+        folder: where relative paths start, if there is no such file in the current folder.
 
     Raises:
         UnreadableImage: the cell is null, or its file cannot be read.
@@ -306,14 +334,28 @@ def cell_bytes(cell: dict[str, Any] | None, name: str) -> bytes:
         raise UnreadableImage(name, "the row has no image")
     if cell["bytes"] is not None:
         return cell["bytes"]
-    _check_place(cell["path"], name)
+    path = _below(folder, cell["path"])
+    _check_place(path, name)
     try:
-        if os.path.isfile(cell["path"]):  # fsspec gives a meaning to some characters
-            return Path(cell["path"]).read_bytes()
-        with fsspec.open(cell["path"], "rb") as file:  # on the Hub, if streamed
+        if os.path.isfile(path):  # fsspec gives a meaning to some characters
+            return Path(path).read_bytes()
+        with fsspec.open(path, "rb") as file:  # on the Hub, if streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # the file system's client raises its own
         raise UnreadableImage(name, _first_line(error)) from error
+
+
+def _below(folder: Path | None, path: str) -> str:
+    """Return a relative path below the folder of its table, if the file is there."""
+    if folder is None or "\0" in path or os.path.isabs(path) or os.path.exists(path):
+        return path
+    return str(folder / path) if (folder / path).exists() else path
+
+
+def table_folder(name: str) -> Path | None:
+    """Return the folder that a local table lies in, or None for a data set of the Hub."""
+    path = Path(name).expanduser()
+    return path.resolve() if path.is_dir() else path.resolve().parent if path.exists() else None
 
 
 def _check_place(path: str, name: str) -> None:
@@ -337,10 +379,25 @@ def _check_place(path: str, name: str) -> None:
 
 
 def _holds_files(kind: Any) -> bool:
-    """Return whether a column of plain parquet holds files: bytes, or bytes with a path."""
+    """Return whether a column of plain parquet holds files: bytes, or a struct of bytes and path.
+
+    A struct may have only one of the two.
+    """
     if isinstance(kind, dict):
-        return {"bytes", "path"} == set(kind)
+        return bool(kind) and set(kind) <= {"bytes", "path"}
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def _holds_paths(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _holds_lists(kind: Any) -> bool:
+    """Return whether a column holds lists of images, of files or of bytes."""
+    from datasets import Image as ImageFeature
+
+    inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
+    return inner is not None and (isinstance(inner, ImageFeature) or _holds_files(inner))
 
 
 def _row_names(paths: list[str | None], split: str) -> list[str]:

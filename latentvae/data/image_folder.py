@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from latentvae.data.formats import how_to_read, readable_suffixes
 from latentvae.data.left_out import (
     count_left_out,
     describe,
@@ -16,15 +17,11 @@ from latentvae.data.left_out import (
     side_cars,
     suffix,
 )
+from latentvae.data.pages import find_pages, page_name
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
-
-SUFFIXES = (
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
-    ".pfm .avif .jp2 .j2k .jpx .qoi .npy"
-).split()
 
 SAMPLES = "samples"
 # Only photographs. Both views of the motorcycle are for training: no scene is in both splits.
@@ -71,7 +68,19 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike[str], *, pixels: PixelFormat | None = None) -> None:
         self.root = Path(root).expanduser()
         self.pixels = pixels
-        self.names = _image_names(self.root)
+        files = _image_names(self.root)
+        places = find_pages(
+            files,
+            lambda i: open(self.root / files[i], "rb"),
+            all_pages=pixels is not None and pixels.all_pages,
+            place=str(root),
+        )
+        named = [
+            (files[i] if p is None else page_name(files[i], p), files[i], p) for i, p in places
+        ]
+        named.sort()
+        self.names = [name for name, _, _ in named]
+        self._places = [(file, page or 0) for _, file, page in named]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,11 +89,16 @@ class ImageFolder:
         """Return the path relative to the folder, with ``/`` on every system."""
         return self.names[index]
 
+    def file(self, index: int, /) -> Path:
+        """Return the file that an image, or a page, lies in."""
+        return self.root / self._places[index][0]
+
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
-        return read_image(self.root / self.names[index], at_least=at_least, pixels=self.pixels)
+        page = self._places[index][1]
+        return read_image(self.file(index), at_least=at_least, pixels=self.pixels, page=page)
 
     def size(self, index: int, /) -> tuple[int, int]:
-        return read_size(self.root / self.names[index], name=self.names[index])
+        return read_size(self.file(index), name=self.names[index], page=self._places[index][1])
 
 
 class SamplePhotos:
@@ -142,11 +156,16 @@ def is_hidden(name: str) -> bool:
 
 
 def read_named(
-    name: str, data: bytes, *, at_least: int | None = None, pixels: PixelFormat | None = None
+    name: str,
+    data: bytes,
+    *,
+    at_least: int | None = None,
+    pixels: PixelFormat | None = None,
+    page: int = 0,
 ) -> Picture:
     """Read an image from the bytes of a file. An error gives the name of the file."""
     try:
-        return read_image(data, at_least=at_least, pixels=pixels)
+        return read_image(data, at_least=at_least, pixels=pixels, page=page)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from error
 
@@ -160,14 +179,15 @@ def _image_names(root: Path) -> list[str]:
 
     # images, and the rest
     everything = [str(file) for file in files]
-    found = [name for name in everything if suffix(name) in SUFFIXES]
+    found = [name for name in everything if suffix(name) in readable_suffixes()]
     images = set(found) - side_cars(found)
     counts = count_left_out(images, (name for name in everything if name not in images))
     names = sorted(images)
     if not names:
-        hint = f" The files there are: {describe(counts)}." if counts else ""
+        hint = f" The files there are: {describe(counts)}. {how_to_read(counts)}" if counts else ""
+        types = ", ".join(readable_suffixes())
         raise UserError(
-            f"no images in '{root}' or below. These types are read: {', '.join(SUFFIXES)}.{hint}"
+            f"no images in '{root}' or below. These types are read: {types}.{hint}".rstrip()
         )
     say_left_out(str(root), num_images=len(names), counts=counts)
     return names

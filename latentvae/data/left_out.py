@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 
+from latentvae.data.formats import how_to_read
 from latentvae.distributed import launched_rank
 from latentvae.errors import printable
 
@@ -84,5 +85,8 @@ def say_left_out(place: str, *, num_images: int, counts: Counter[str]) -> None:
     if counts and launched_rank()[0] == 0:
         logger.warning(
             "%s",
-            printable(f"'{place}': {num_images:,} images are used. Not used: {describe(counts)}."),
+            printable(
+                f"'{place}': {num_images:,} images are used. Not used: {describe(counts)}. "
+                f"{how_to_read(counts)}".rstrip()
+            ),
         )

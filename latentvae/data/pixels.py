@@ -41,6 +41,7 @@ class PixelFormat:
         keep_depth: give files of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
         max_pixels: largest file that is read, in pixels. None is Pillow's limit.
+        all_pages: make every page of a TIFF an image of its own. Otherwise the first page is used.
 
     Raises:
         UserError: the range is not finite and rising.
@@ -51,6 +52,7 @@ class PixelFormat:
     ignore_icc: bool = False
     keep_depth: bool = True
     max_pixels: int | None = None
+    all_pages: bool = False
 
     def __post_init__(self) -> None:
         if self.value_range is None:

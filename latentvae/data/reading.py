@@ -2,7 +2,8 @@
 
 Each kind of file is treated as follows.
 
-- EXIF (or XMP) orientation is applied. An animation or a stack gives its first picture.
+- EXIF (or XMP) orientation is applied. An animation gives its first picture, and a
+  TIFF of several pages the page that is asked.
 - Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels
   are asked.
 - An embedded colour profile is converted to sRGB (``colour_profiles.py``), unless it is ignored.
@@ -19,13 +20,12 @@ Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison w
 With a ``PixelFormat``, as in training, the picture has its channels and range. Files deeper than
 8 bits keep their depth (``DeepImage``). 8-bit RGB is the same picture in both.
 
-Pillow decodes only the formats in ``FORMATS``: no PostScript, no metafiles. ``deep_files.py``
+Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
 reads what is too deep for Pillow. Some damage still decodes and cannot be detected: flipped bits
 in a JPEG, or a JPEG or PNG that ends too early with a well-formed end. The rest of such a
 picture is grey or black.
 """
 
-import functools
 import io
 import os
 import re
@@ -39,11 +39,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentvae.data import deep_files
 from latentvae.data.colour_profiles import in_srgb
+from latentvae.data.formats import known_formats
 from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat, deep_image
 from latentvae.errors import UserError
 
 NOT_A_FILE = "it is not a regular file"
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 
 
 class UnreadableImage(UserError):
@@ -66,18 +66,26 @@ class UnreadableImage(UserError):
 
 @overload
 def read_image(
-    source: deep_files.File, *, at_least: int | None = None, pixels: None = None
+    source: deep_files.File, *, at_least: int | None = None, pixels: None = None, page: int = 0
 ) -> Image.Image: ...
 
 
 @overload
 def read_image(
-    source: deep_files.File, *, at_least: int | None = None, pixels: PixelFormat | None
+    source: deep_files.File,
+    *,
+    at_least: int | None = None,
+    pixels: PixelFormat | None,
+    page: int = 0,
 ) -> Picture: ...
 
 
 def read_image(
-    source: deep_files.File, *, at_least: int | None = None, pixels: PixelFormat | None = None
+    source: deep_files.File,
+    *,
+    at_least: int | None = None,
+    pixels: PixelFormat | None = None,
+    page: int = 0,
 ) -> Picture:
     """Return the image, upright. Without a format it is 8-bit RGB without transparency.
 
@@ -87,6 +95,7 @@ def read_image(
             as its shorter side keeps this many pixels. None decodes at full size.
         pixels: channels and range. Pictures deeper than 8 bits are returned as a ``DeepImage``,
             others as a Pillow image of mode "L", "RGB" or "RGBA".
+        page: the page of a TIFF, from 0.
 
     Raises:
         UnreadableImage: the file cannot be read, for any reason.
@@ -101,7 +110,7 @@ def read_image(
                 deep_files.set_pixel_limit(pixels.max_pixels)  # a worker has its own Pillow
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
                 raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would hang
-            return _decode(source, at_least, pixels or EIGHT_BIT)
+            return _decode(source, at_least, pixels or EIGHT_BIT, page)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     # Any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError,
@@ -110,19 +119,23 @@ def read_image(
         raise UnreadableImage(name, _reason(error, source)) from error
 
 
-def _decode(source: deep_files.File, at_least: int | None, pixels: PixelFormat) -> Picture:
+def _decode(
+    source: deep_files.File, at_least: int | None, pixels: PixelFormat, page: int
+) -> Picture:
     # what Pillow reads
     try:
         with _open(source) as image:
+            if page:
+                image.seek(page)
             if not deep_files.is_misread(image):
                 if pixels.keep_depth and deep_files.is_cut_to_8bit(image):
-                    return _deep_colours(source, image, pixels)
+                    return _deep_colours(source, image, pixels, page)
                 return in_format(_loaded(image, at_least), pixels)
-            deep = _deep_tiff(source, pixels)
+            deep = _deep_tiff(source, pixels, page)
 
     # what it does not know
     except UnidentifiedImageError:
-        if (unknown := _unknown_to_pillow(source, pixels)) is None:
+        if (unknown := _unknown_to_pillow(source, pixels, page)) is None:
             raise
         deep = unknown
     return deep if pixels.keep_depth else deep.to_8bit()
@@ -186,9 +199,11 @@ def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -
     return deep_image(values, pixels, alpha=alpha, white_is_zero=negative)
 
 
-def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelFormat) -> DeepImage:
+def _deep_colours(
+    source: deep_files.File, image: Image.Image, pixels: PixelFormat, page: int
+) -> DeepImage:
     if image.format == "TIFF":
-        return _deep_tiff(source, pixels)
+        return _deep_tiff(source, pixels, page)
     image.load()  # Pillow detects damage, torchvision does not
     values, alpha = deep_files.read_png16(source, image)
     turn = deep_files.upright(image.getexif().get(deep_files.ORIENTATION, 1))
@@ -196,8 +211,8 @@ def _deep_colours(source: deep_files.File, image: Image.Image, pixels: PixelForm
     return deep if turn is None else deep.transpose(turn)
 
 
-def _deep_tiff(source: deep_files.File, pixels: PixelFormat) -> DeepImage:
-    tiff = deep_files.read_tiff(source)
+def _deep_tiff(source: deep_files.File, pixels: PixelFormat, page: int) -> DeepImage:
+    tiff = deep_files.read_tiff(source, page=page)
     deep = deep_image(
         tiff.values, pixels, alpha=tiff.alpha, white_is_zero=tiff.white_is_zero, icc=tiff.icc
     )
@@ -205,12 +220,12 @@ def _deep_tiff(source: deep_files.File, pixels: PixelFormat) -> DeepImage:
     return deep if turn is None else deep.transpose(turn)
 
 
-def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat) -> DeepImage | None:
+def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat, page: int) -> DeepImage | None:
     start = deep_files.first_bytes(source)
     if start.startswith(deep_files.NPY_MAGIC):
         values = deep_files.read_npy(source, channels=pixels.channels)
         return deep_image(values, pixels, alpha=pixels.channels == 4)
-    return _deep_tiff(source, pixels) if start.startswith(deep_files.TIFF_MAGICS) else None
+    return _deep_tiff(source, pixels, page) if start.startswith(deep_files.TIFF_MAGICS) else None
 
 
 def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
@@ -245,13 +260,6 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
     if (key := image.info.get("transparency")) is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
-
-
-@functools.cache
-def known_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow has."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _reason(error: Exception, source: deep_files.File) -> str:

@@ -9,17 +9,19 @@ from typing import IO
 from PIL import Image, UnidentifiedImageError
 
 from latentvae.data import deep_files
-from latentvae.data.reading import NOT_A_FILE, UnreadableImage, known_formats, reason_of
+from latentvae.data.formats import known_formats
+from latentvae.data.reading import NOT_A_FILE, UnreadableImage, reason_of
 
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap the sides
 
 
-def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, int]:
+def read_size(source: deep_files.File | IO[bytes], *, name: str, page: int = 0) -> tuple[int, int]:
     """Return width and height of the upright image.
 
     Args:
         source: a path, the bytes of a file, or an open file.
         name: the name of the file in an error.
+        page: the page of a TIFF, from 0.
 
     Raises:
         UnreadableImage: the header is damaged, or the format is unknown.
@@ -30,13 +32,13 @@ def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, i
 
             # by the kind of source
             if isinstance(source, bytes):
-                return _size(io.BytesIO(source))
+                return _size(io.BytesIO(source), page)
             if not isinstance(source, str | os.PathLike):
-                return _size(source)
+                return _size(source, page)
             if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would hang
                 raise UnreadableImage(name, NOT_A_FILE)
             with open(source, "rb") as file:
-                return _size(file)
+                return _size(file, page)
 
     # what is wrong
     except UnreadableImage:
@@ -48,7 +50,7 @@ def read_size(source: deep_files.File | IO[bytes], *, name: str) -> tuple[int, i
         raise UnreadableImage(name, reason) from error
 
 
-def _size(file: IO[bytes]) -> tuple[int, int]:
+def _size(file: IO[bytes], page: int) -> tuple[int, int]:
     start = file.read(8)
     file.seek(0)
     if start.startswith(deep_files.NPY_MAGIC):
@@ -56,16 +58,18 @@ def _size(file: IO[bytes]) -> tuple[int, int]:
         return shape[1], shape[0]
     try:
         with Image.open(file, formats=known_formats()) as image:
+            if page:
+                image.seek(page)
             sideways = _orientation(image) in _SIDEWAYS
             return (image.height, image.width) if sideways else image.size
     except UnidentifiedImageError:
         if not start.startswith(deep_files.TIFF_MAGICS):
             raise
     file.seek(0)
-    with deep_files.first_page(file) as page:
-        tag = page.tags.get(deep_files.ORIENTATION)
+    with deep_files.tiff_page(file, page) as found:
+        tag = found.tags.get(deep_files.ORIENTATION)
         sideways = tag is not None and tag.value in _SIDEWAYS
-        width, height = page.imagewidth, page.imagelength
+        width, height = found.imagewidth, found.imagelength
         return (height, width) if sideways else (width, height)
 
 

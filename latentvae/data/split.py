@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from latentvae.data.formats import readable_suffixes
 from latentvae.data.hub_datasets import (
     SAVED,
     TABLE_SUFFIXES,
@@ -21,12 +22,12 @@ from latentvae.data.hub_datasets import (
 )
 from latentvae.data.image_folder import (
     SAMPLES,
-    SUFFIXES,
     ImageFolder,
     ImageSource,
     SamplePhotos,
     walk,
 )
+from latentvae.data.pages import file_of_page
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
@@ -205,7 +206,7 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
     try:
         for file in walk(folder):
             found.add(file.suffix.lower())
-            if file.suffix.lower() in SUFFIXES and file.suffix.lower() != ".npy":
+            if file.suffix.lower() in readable_suffixes() and file.suffix.lower() != ".npy":
                 return "folder"
     except OSError:
         return "folder"  # opening it reports what is wrong
@@ -222,11 +223,16 @@ def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, 
             f"there is only one image ('{source.name(0)}'). Give at least two, so that one can "
             "be held out for validation."
         )
+
+    # Pages of one file have one draw. A single file is split by its pages.
     draws = _draws(source, seed)
-    ranked = sorted(range(len(draws)), key=draws.__getitem__)
-    validation_part = {i for i in ranked if draws[i] < share} - {ranked[-1]} | {ranked[0]}
-    kept = [i for i in range(len(draws)) if i not in validation_part]
-    return Subset(source, kept), Subset(source, sorted(validation_part))
+    if len(set(draws)) == 1:
+        draws = [_unit_hash(source.name(i), seed) for i in range(len(source))]
+    first, last = min(draws), max(draws)
+    held_out = [draw == first or (draw < share and draw != last) for draw in draws]
+    parts = ([i for i, held in enumerate(held_out) if held is part] for part in (False, True))
+    kept, validation_part = parts
+    return Subset(source, kept), Subset(source, validation_part)
 
 
 def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
@@ -239,7 +245,7 @@ def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSourc
 
 
 def _draws(source: ImageSource, seed: int) -> list[float]:
-    return [_unit_hash(source.name(i), seed) for i in range(len(source))]
+    return [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]
 
 
 def _unit_hash(name: str, seed: int) -> float:
@@ -299,16 +305,12 @@ def _files(source: HubImages | ImageFolder) -> list[Path | None]:
     """Return each image's own file, links resolved, or None if it lies in a table."""
     if isinstance(source, HubImages):
         return source.files()
-    return [(source.root / name).resolve() for name in source.names]
+    return [source.file(i).resolve() for i in range(len(source))]
 
 
 def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
     roots = train.root.resolve(), validation.root.resolve()
     if not (roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])):
         return range(len(train))
-    validation_part = {(validation.root / name).resolve() for name in validation.names}
-    return [
-        i
-        for i, name in enumerate(train.names)
-        if (train.root / name).resolve() not in validation_part
-    ]
+    validation_part = set(_files(validation))
+    return [i for i, file in enumerate(_files(train)) if file not in validation_part]

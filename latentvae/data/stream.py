@@ -8,18 +8,27 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latentvae.data.dataset import MAX_ATTEMPTS, TrainItem, loading
-from latentvae.data.hub_datasets import DatasetSpec, cell_bytes, image_column, open_rows, undecoded
+from latentvae.data.dataset import MAX_ATTEMPTS, QuietLoader, TrainItem, loading
+from latentvae.data.hub_datasets import (
+    DatasetSpec,
+    cell_bytes,
+    image_column,
+    open_rows,
+    table_folder,
+    undecoded,
+)
 from latentvae.data.image_folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size
 from latentvae.data.transforms import TrainTransform
+from latentvae.data.workers import explained_workers
 from latentvae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +89,8 @@ class ImageStream:
         self.rows = undecoded(rows, self.column)
         self.shuffle_buffer = shuffle_buffer
         self.pixels = pixels
-        files = list(_files(self._cells(held_out), split=self.split))
+        self.folder = table_folder(spec.name)
+        files = list(_files(self._cells(held_out), split=self.split, folder=self.folder))
         self.held_out = FirstRows(files, pixels=pixels)
 
     @property
@@ -141,19 +151,17 @@ def stream_loader(
             *(stream.name, start_step * batch_size),
         )
 
-    return DataLoader(
-        _TrainStream(
-            stream,
-            transform,
-            seed=seed,
-            crops=crops,
-            ranks=(rank, world_size),
-            batches_done=start_step,
-            batch_size=batch_size,
-        ),
+    images = _TrainStream(
+        stream,
+        transform,
+        seed=seed,
+        crops=crops,
+        ranks=(rank, world_size),
+        batches_done=start_step,
         batch_size=batch_size,
-        **loading(num_workers, pin_memory),
     )
+    with explained_workers(num_workers):
+        return QuietLoader(images, batch_size=batch_size, **loading(num_workers, pin_memory))
 
 
 class _TrainStream(IterableDataset[TrainItem]):
@@ -216,7 +224,7 @@ class _TrainStream(IterableDataset[TrainItem]):
             cell = row[stream.column]
             name = _name(cell, f"{stream.split}/stream/{number}")
             try:
-                data = cell_bytes(cell, name)
+                data = cell_bytes(cell, name, folder=stream.folder)
                 if _digest(data) in stream.held_out.digests:
                     continue
                 at_least = self.transform.needed_side(windows)
@@ -230,11 +238,13 @@ class _TrainStream(IterableDataset[TrainItem]):
             bad = []
 
 
-def _files(cells: Iterable[Any], *, split: str) -> Iterator[tuple[str, bytes]]:
+def _files(
+    cells: Iterable[Any], *, split: str, folder: Path | None = None
+) -> Iterator[tuple[str, bytes]]:
     for row, cell in enumerate(cells):
         name = _name(cell, f"{split}/{row:09d}")
         try:
-            yield name, cell_bytes(cell, name)
+            yield name, cell_bytes(cell, name, folder=folder)
         except UnreadableImage as error:
             logger.warning("Validation leaves out an image: %s", error)
 

@@ -11,13 +11,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL.ContainerIO import ContainerIO
 
 from latentvae.data.image_folder import is_hidden, read_named
 from latentvae.data.left_out import describe, say_left_out
+from latentvae.data.pages import find_pages, page_name
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sizes import read_size
@@ -69,14 +72,25 @@ class TarShards:
         num_images = sum(len(index.names) for index in found)
         say_left_out(os.fspath(spec), num_images=num_images, counts=left_out)
 
-        # sorted by name
-        names = _distinct([index.names for index in found], self.shards)
-        order = sorted(range(len(names)), key=names.__getitem__)
-        self.names = [names[i] for i in order]
+        # all members, then their pages, sorted by name
+        members = _distinct([index.names for index in found], self.shards)
         counts = [len(index.names) for index in found]
-        self._shard_of = np.repeat(np.arange(len(found)), counts)[order]
-        self._offsets = np.concatenate([index.offsets for index in found])[order]
-        self._sizes = np.concatenate([index.sizes for index in found])[order]
+        self._shard_of = np.repeat(np.arange(len(found)), counts)
+        self._offsets = np.concatenate([index.offsets for index in found])
+        self._sizes = np.concatenate([index.sizes for index in found])
+        places = find_pages(
+            members,
+            self._open,
+            all_pages=pixels is not None and pixels.all_pages,
+            place=os.fspath(spec),
+        )
+        named = [(members[i] if p is None else page_name(members[i], p), i, p) for i, p in places]
+        named.sort()
+        order = [i for _, i, _ in named]
+        self.names = [name for name, _, _ in named]
+        self._pages = [page or 0 for _, _, page in named]
+        self._shard_of, self._offsets = self._shard_of[order], self._offsets[order]
+        self._sizes = self._sizes[order]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,15 +113,28 @@ class TarShards:
                 data = file.read(self._sizes[index])
         except OSError as error:
             raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
-        return read_named(self.name(index), data, at_least=at_least, pixels=self.pixels)
+        page = self._pages[index]
+        return read_named(self.name(index), data, at_least=at_least, pixels=self.pixels, page=page)
 
     def size(self, index: int, /) -> tuple[int, int]:
         try:
-            with open(self.shard(index), "rb") as file:
-                member = ContainerIO(file, int(self._offsets[index]), int(self._sizes[index]))
-                return read_size(member, name=self.name(index))
+            with self._open(index) as member:
+                return read_size(member, name=self.name(index), page=self._pages[index])
         except OSError as error:
             raise UnreadableImage(self.name(index), error.strerror or str(error)) from error
+
+    @contextmanager
+    def _open(self, index: int) -> Iterator[IO[bytes]]:
+        with open(self.shard(index), "rb") as file:
+            yield _Member(file, int(self._offsets[index]), int(self._sizes[index]))
+
+
+class _Member(ContainerIO[bytes]):
+    """A member of a tar file, as a file. It needs a name, because tifffile asks for it."""
+
+    @property
+    def name(self) -> str:
+        return ""
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:

@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from stat import S_ISREG
 
 import numpy as np
 
-from latentvae.data.image_folder import SUFFIXES, inner_name, is_hidden
+from latentvae.data.formats import readable_suffixes
+from latentvae.data.image_folder import inner_name, is_hidden
 from latentvae.data.left_out import count_left_out, side_cars, suffix
 from latentvae.errors import UserError
 
@@ -57,7 +59,8 @@ def shard_index(path: Path) -> ShardIndex:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):  # opening a pipe would hang
             raise UserError(f"'{path}' is not a regular file. Give a tar file.")
-        key = [VERSION, stat.st_size, stat.st_mtime_ns]
+        types = zlib.crc32(" ".join(readable_suffixes()).encode())
+        key = [VERSION, stat.st_size, stat.st_mtime_ns, types]
         places = _cache_places(path)
         for place in places:
             if (found := _load(place, key)) is not None:
@@ -65,6 +68,8 @@ def shard_index(path: Path) -> ShardIndex:
         index = _walk(path, stat.st_size)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
+
+    # keep the index beside the shard, or in the user's cache
     content = _content(index, key)
     for place in places:
         with contextlib.suppress(OSError):  # read-only or full: try the next place
@@ -87,7 +92,7 @@ def _walk(path: Path, size: int) -> ShardIndex:
     # Damaged extended headers raise ValueError, OverflowError and more, beside TarError.
     except Exception as error:
         fault = _fault(path, error)
-    found = [name for name in members if suffix(name) in SUFFIXES]
+    found = [name for name in members if suffix(name) in readable_suffixes()]
     not_images = side_cars(found)
     images = [name for name in found if name not in not_images]
     left_out = count_left_out(images, members.keys() - set(images))

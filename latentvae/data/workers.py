@@ -6,29 +6,36 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from latentvae.distributed import is_main
+from latentvae.distributed import launched_rank
 
 logger = logging.getLogger(__name__)
 
 
-def explain_num_workers(num_workers: int) -> None:
-    """Say once if there are more workers than processors, in place of torch's warning.
+@contextmanager
+def explained_workers(num_workers: int) -> Iterator[None]:
+    """Say once, in our words, when there are more workers than cores. Torch's warning is muted.
 
-    torch repeats its warning for every loader and names no option.
+    Enter it around what makes a ``DataLoader`` and its iterator, because both warn.
     """
-    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
-    _explain_once(num_workers)
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if num_workers > cores:
+        _say_too_many(num_workers, cores)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 @functools.cache
-def _explain_once(num_workers: int) -> None:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if count is not None and num_workers > count and is_main():
+def _say_too_many(num_workers: int, cores: int) -> None:
+    if launched_rank()[0] == 0:
         logger.warning(
-            "%d processes read images, but this process may use %d processors only. More than that "
-            "are rarely faster: give at most %d workers.",
-            *(num_workers, count, count),
+            "%d worker processes were asked for, but this process may use %d cores. More workers "
+            "than cores do not read faster, and they take memory. Use at most %d.",
+            *(num_workers, cores, cores),
         )
 
 

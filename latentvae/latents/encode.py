@@ -52,6 +52,7 @@ def encode_folder(
     value_range: tuple[float, float] | None = None,
     ignore_icc: bool = False,
     max_pixels: int | None = None,
+    all_pages: bool = False,
     label_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
@@ -79,6 +80,7 @@ def encode_folder(
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             they are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
+        all_pages: make every page of a TIFF an item of its own. By default the first page is used.
         label_column: of a table. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
@@ -105,7 +107,11 @@ def encode_folder(
     if not isinstance(model, Autoencoder):
         model = open_model(model, device=device, optimize=optimize, variant=variant)
     pixels = PixelFormat(
-        model.image_channels, value_range, ignore_icc=ignore_icc, max_pixels=max_pixels
+        model.image_channels,
+        value_range,
+        ignore_icc=ignore_icc,
+        max_pixels=max_pixels,
+        all_pages=all_pages,
     )
     source = open_items(data, pixels=pixels)
     size = check_resolution(model, resolution)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder
-from latentvae.data.workers import explain_num_workers
+from latentvae.data.workers import explained_workers
 from latentvae.errors import UserError
 from latentvae.latents.formats.shard_table import table_bytes
 from latentvae.latents.formats.shards import (
@@ -66,15 +66,15 @@ def _read(
         for items in map(content.items_of, shards)
         for start in range(0, len(items), batch_size)
     ]
-    explain_num_workers(num_workers)
-    loader = DataLoader(
-        pictures,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # otherwise iter() would draw from the global generator
-    )
-    return iter(loader)
+    with explained_workers(num_workers):
+        loader = DataLoader(
+            pictures,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # else iter() draws from the global generator
+        )
+        return iter(loader)
 
 
 def _write_shard(

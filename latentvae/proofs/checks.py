@@ -2,12 +2,15 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from latentvae.errors import UserError, printable
+
+COLUMNS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,21 @@ class Check:
         mark = "ok    " if self.passed else "FAILED"
         value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
         line = f"{mark} {self.name}: {value} (expected: {self.expected})"
-        return printable(line if self.passed else f"{line}. {self.advice}")
+        return wrapped(line if self.passed else f"{line}. {self.advice}", indent=len(mark) + 1)
+
+
+def wrapped(text: str, *, indent: int = 2) -> str:
+    """Return a text in lines of at most 80 columns. All but the first are indented.
+
+    A longer path or option is not broken.
+    """
+    return textwrap.fill(
+        printable(text),
+        width=COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def check_json_file(path: Path | None) -> None:
@@ -56,10 +73,8 @@ def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
         rows = [asdict(check) | {"value": _finite(check.value)} for check in checks]
         json_file.write_text(json.dumps({"checks": rows}, indent=1, allow_nan=False) + "\n")
     num_passed = len(checks) - len(failed)
-    print(
-        f"{num_passed} of {len(checks)} checks hold"
-        + (f". {', '.join(failed)} failed" * bool(failed))
-    )
+    summary = f"{num_passed} of {len(checks)} checks hold"
+    print(wrapped(summary + (f". {', '.join(failed)} failed" * bool(failed))))
     return 1 if failed else 0
 
 

@@ -14,6 +14,7 @@ from latentvae.data import (
     DatasetSpec,
     HubImages,
     ImageFolder,
+    ImageStream,
     UnreadableImage,
     open_source,
     read_image,
@@ -223,3 +224,54 @@ def test_pattern_characters_in_a_path_mean_themselves(tmp_path, make_parquet, fi
 def stream_rows(table):
     rows, _ = open_rows(DatasetSpec(name=str(table)), streaming=True)
     return undecoded(rows, "image")
+
+
+def test_columns_of_paths_and_structs_of_bytes_are_read(tmp_path, files):
+    names, data = list(files), list(files.values())
+    for name, file in files.items():
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(file)
+    table = pyarrow.table(
+        {
+            "file": [f"pictures/{name}" for name in names],
+            "whole": [str(tmp_path / "pictures" / name) for name in names],
+            "only": [{"bytes": file} for file in data],
+            "caption": ["a photo"] * len(names),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    for column in ("file", "whole"):
+        source = images(tmp_path / "x.parquet", image_column=column)
+        assert [name.removeprefix("pictures/") for name in source.names] == sorted(names)
+        for index in range(0, len(source), 5):
+            expected = read_image(files[source.name(index).removeprefix("pictures/")])
+            assert source.read(index).tobytes() == expected.tobytes()
+            assert source.size(index) == expected.size
+        assert all(file.is_file() for file in source.files())
+    found = images(tmp_path / "x.parquet")  # the only column of files
+    assert found.column == "only" and found.read(3).tobytes() == read_image(data[3]).tobytes()
+    stream = ImageStream(
+        DatasetSpec(name=str(tmp_path / "x.parquet"), image_column="file"), held_out=2
+    )
+    assert stream.held_out.files[1][1] == data[1]
+    with pytest.raises(UnreadableImage, match="No such file"):
+        images(tmp_path / "x.parquet", image_column="caption").read(0)
+    pyarrow.parquet.write_table(table.select(["file", "caption"]), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match=r"no image column\. .*may be paths: file, caption"):
+        images(tmp_path / "y.parquet")
+
+
+def test_the_advice_for_a_column_of_lists_works(tmp_path, files, monkeypatch):
+    rows = datasets.Dataset.from_dict(
+        {"views": [[{"bytes": data, "path": None}] * 2 for data in list(files.values())[:3]]},
+        features=datasets.Features({"views": datasets.List(datasets.Image())}),
+    )
+    rows.to_parquet(tmp_path / "lists.parquet")
+    for options in ({}, {"image_column": "views"}):
+        with pytest.raises(UserError, match="holds a list of images in each row") as error:
+            images(tmp_path / "lists.parquet", **options)
+    monkeypatch.chdir(tmp_path)
+    eval(str(error.value).split("`")[1], {"rows": rows})
+    source = images(tmp_path / "images.parquet")
+    assert len(source) == 6
+    assert source.read(2).tobytes() == read_image(list(files.values())[1]).tobytes()

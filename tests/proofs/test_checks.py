@@ -20,6 +20,17 @@ def test_the_advice_is_told_where_a_check_failed() -> None:
     assert "\n" not in str(check("a", passed=True, value="x\ny"))
 
 
+def test_lines_fit_eighty_columns_and_lose_no_word() -> None:
+    words = ", ".join(f"--option_{i} value" for i in range(20))
+    text = str(check("a", passed=False, value=words))
+    lines = text.splitlines()
+    assert len(lines) > 5 and max(map(len, lines)) <= 80
+    assert all(line.startswith(" " * 7) for line in lines[1:])
+    assert " ".join(text.split()) == f"FAILED a: {words} (expected: above 0). mend it"
+    path = "/" + "x" * 100
+    assert path in str(check("a", passed=True, value=path))
+
+
 def test_exit_code_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "checks.json"
     checks = [check("a", passed=True), check("b", passed=False, value=[math.nan, 1.0])]

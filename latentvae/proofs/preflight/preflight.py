@@ -18,7 +18,7 @@ from latentvae.engine.processes import end_accelerator, start_accelerator
 from latentvae.engine.run_options import check_options
 from latentvae.engine.training import build_training
 from latentvae.engine.updates import Updates
-from latentvae.proofs.checks import Check, check_json_file, conclude
+from latentvae.proofs.checks import Check, check_json_file, conclude, wrapped
 from latentvae.proofs.preflight import (
     learning_checks,
     networks,
@@ -68,7 +68,8 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
     """Make the checks and print them. Return the exit code on all ranks."""
     show, checks = rehearsal.training.accelerator.print, []
-    show(_heading(rehearsal), flush=True)
+    show(wrapped(_heading(rehearsal)), flush=True)
+    show(f"  making {UPDATES} updates, then checking what they did", flush=True)
     for check in _checks(rehearsal):
         checks.append(_joined(check))
         show(checks[-1], flush=True)

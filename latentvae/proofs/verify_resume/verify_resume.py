@@ -15,7 +15,7 @@ from latentvae.engine.resume import write_config
 from latentvae.engine.run_options import check_options
 from latentvae.engine.task import Task
 from latentvae.errors import UserError
-from latentvae.proofs.checks import Check, check_json_file, conclude
+from latentvae.proofs.checks import Check, check_json_file, conclude, wrapped
 from latentvae.proofs.verify_resume.compare import compare, read_results
 from latentvae.proofs.verify_resume.job import Job, on_cpu, shortened
 from latentvae.proofs.verify_resume.kills import draw_kills
@@ -81,10 +81,10 @@ def verify_resume(
     work = _new_folder(work_dir)
     write_config(opened.config, work / "config.yaml")
     job = Job(task=opened, work=work, processes=processes, seconds=launch_timeout)
-    print(_plan(job, kills=kills), flush=True)
+    print(wrapped(_plan(job, kills=kills)), flush=True)
     checks = _checks(job, kills=kills, seed=kill_seed)
     for check in checks:
-        print(check)
+        print(check, flush=True)
 
     # report
     code = conclude(checks, json_file=json)

@@ -43,6 +43,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
         data.value_range,
         ignore_icc=data.ignore_icc,
         max_pixels=data.max_pixels,
+        all_pages=data.all_pages,
     )
 
     # a stream

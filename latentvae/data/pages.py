@@ -1,0 +1,91 @@
+"""The pages of TIFF files: which there are, and a name for each."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import IO
+
+import tifffile
+
+from latentvae.distributed import launched_rank
+from latentvae.errors import printable
+
+LOOKED_AT = 1000  # TIFF files at most in which pages are looked for, if only the first is used
+_PAGE = re.compile(r"-page\d{4,}(?=\.[^./]*$)")
+
+logger = logging.getLogger(__name__)
+
+Open = Callable[[int], AbstractContextManager[IO[bytes]]]
+
+
+def is_tiff(name: str) -> bool:
+    """Return whether a file name is a TIFF's."""
+    return name.lower().endswith((".tif", ".tiff"))
+
+
+def page_numbers(file: IO[bytes]) -> list[int]:
+    """Return the numbers, from 0, of the pages that are pictures of their own.
+
+    Smaller versions of another page do not count. A file that cannot be read has page 0, so that
+    reading it reports the reason.
+    """
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            if len(tiff.pages) < 2:
+                return [0]
+            found = [i for i, page in enumerate(tiff.pages) if not page.is_reduced]  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception:  # any type, as in `read_image`
+        return [0]
+    return found or [0]
+
+
+def page_name(name: str, page: int) -> str:
+    """Return a name for a page (from 0): ``stack-page0001.tif`` for the first of ``stack.tif``."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}-page{page + 1:04d}{suffix}"
+
+
+def file_of_page(name: str) -> str:
+    """Return the name without its page, the same for all pages of a file."""
+    return _PAGE.sub("", name) if is_tiff(name) else name
+
+
+def find_pages(
+    names: Sequence[str], open_file: Open, *, all_pages: bool, place: str
+) -> list[tuple[int, int | None]]:
+    """Return (file, page) of each image: one entry for each page, or one for each file.
+
+    If only first pages are used, one line says how many files have more.
+
+    Args:
+        names: the files.
+        open_file: opens one by its number.
+        all_pages: whether every page is an image of its own.
+        place: where the files lie, for the line.
+    """
+    tiffs = [i for i, name in enumerate(names) if is_tiff(name)]
+    step = 1 if all_pages else -(-len(tiffs) // LOOKED_AT) or 1
+    several: dict[int, list[int]] = {}
+    for i in tiffs[::step]:
+        try:
+            with open_file(i) as file:
+                pages = page_numbers(file)
+        except OSError:
+            continue  # reading it reports the reason
+        if len(pages) > 1:
+            several[i] = pages
+
+    if several and not all_pages and launched_rank()[0] == 0:
+        first = next(iter(several))
+        of = f"of {len(tiffs[::step]):,} that were looked at " if step > 1 else ""
+        text = (
+            f"'{place}': {len(several):,} TIFF files {of}have several pages, such as "
+            f"'{names[first]}' with {len(several[first])}. Only their first page is used. "
+            "Give all_pages to use all."
+        )
+        logger.warning("%s", printable(text))
+    if not all_pages:
+        several = {}
+    return [(i, page) for i in range(len(names)) for page in several.get(i, [None])]
