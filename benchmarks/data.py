@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
-from timing import Row, alternate, finish, row
+from timing import Row, alternate, collected, finish, row
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -261,7 +261,7 @@ def run(options: Options) -> None:
         root = Path(temporary)
         write_jpegs(open_source(options.data, split="train"), root, options.images)
         size = sum(path.stat().st_size for path in (root / "jpegs").iterdir()) / options.images
-        rows = list(compare(root, options))
+        rows = collected(compare(root, options))
 
     title = f"{options.images} JPEGs of {SIDE:,} px (mean {size / 1e3:.0f} kB) to {RESOLUTION} px"
     finish(rows, title=title, json_file=options.json)

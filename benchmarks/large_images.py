@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import psutil
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from timing import Row, finish, row
+from timing import Row, collected, finish, row
 from torch import Tensor
 
 from latentvae.cli.flags import exit_with, parse_options
@@ -68,17 +69,21 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure all sizes and print the rows."""
-    rows: list[Row] = []
+    rows = collected(measured(options))
+    finish(rows, title=f"strips on {options.storage}, {options.model}", json_file=options.json)
+
+
+def measured(options: Options) -> Iterator[Row]:
+    """Yield the rows of each size and call, and print the seams of tiles."""
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:
             for call in CALLS:
                 ways = ways_at(size, tile=tile)
                 found = {way: _in_a_process(options, call, way, size, folder) for way in ways}
-                rows += _rows(f"{call} {size} px fp32", found, Path(folder))
+                yield from _rows(f"{call} {size} px fp32", found, Path(folder))
                 if call == "decode" and "tiles" in ways:
                     _print_seam(options.model, size, Path(folder))
-    finish(rows, title=f"strips on {options.storage}, {options.model}", json_file=options.json)
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:

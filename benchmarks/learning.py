@@ -207,6 +207,7 @@ def run(options: Options) -> None:
     for seed in options.seeds:
         for arm in options.arms:
             arms.finish(arm, updates[arm], seed=seed)
+            print(f"seed {seed}, {arm}: {updates[arm]:,} updates are done", flush=True)
 
     # metrics of each seed
     result: dict[str, Any] = {

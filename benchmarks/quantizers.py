@@ -197,11 +197,19 @@ def measure(size: str, options: Options) -> Iterator[dict[str, Any]]:
         checked["equal_within"] = 1 - equal if ties else None
 
         row = _row(f"time, {size}, {name}", "s", median(own), median(seconds[name]), ratios)
-        yield row | {"ours_spread": [min(own), max(own)]} | checked
+        yield _printed(row | {"ours_spread": [min(own), max(own)]} | checked)
 
         ratio = peaks[name] / max(own_peak, 1)
         row = _row(f"peak, {size}, {name}", "MiB", own_peak / MIB, peaks[name] / MIB, [ratio])
-        yield row | {"ours_share_of_full_matrix": own_peak / full} | checked | {"runs": 1}
+        share = {"ours_share_of_full_matrix": own_peak / full}
+        yield _printed(row | share | checked | {"runs": 1})
+
+
+def _printed(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row as soon as it is measured, and return it."""
+    values = ", ".join(f"{side} {row[side]:.3g} {row['unit']}" for side in ("ours", "reference"))
+    print(f"{row['name']}: {values}, ratio {row['ratio_median']:.2f}", flush=True)
+    return row
 
 
 def _row(name: str, unit: str, own: float, reference: float, ratios: list[float]) -> dict[str, Any]:

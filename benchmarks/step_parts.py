@@ -112,6 +112,7 @@ class Parts:
                 result = call()
             seconds = median(timed(call) for _ in range(self.runs))
         self.parts.append(Part(name, seconds, counter.get_total_flops()))
+        print(f"{name}: {seconds:.3f} s", flush=True)
         return result
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
-Without a model it takes a network of Stable Diffusion's shape with random weights. The reference is
+Without a model it trains one of Stable Diffusion's shape for some updates. The reference is
 the network in float32, eager, on the whole image. The other ways are those of `latentvae.load`
 (`exact`, `fast`, `openvino`, `strips`) and of diffusers (`tiled`, `cast` to bfloat16, `compiled` by
 torch). Each way takes turns with the reference. Both run in processes of their own, because the use
@@ -13,6 +13,7 @@ of a call without the network's weights.
 """
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,12 +24,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from timing import Row, alternate, finish, own_process, row
+from timing import Row, alternate, finish, line, own_process, row
 from torch import Tensor
-from ways import CALLS, WAYS, Way, build, installed, network, peak
+from ways import CALLS, WAYS, Way, build, installed, network, peak, trained
 
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.compute.memory import release_freed_memory
+from latentvae.data import EvalTransform, open_source
 from latentvae.errors import UserError, nearest
 from latentvae.models.calls import image_channels, measure_shape
 
@@ -41,10 +43,15 @@ class Options:
     """File for the numbers."""
 
     model: str | None = None
-    """Folder or Hub id of an autoencoder. Default: Stable Diffusion's shape, random weights."""
+    """Folder or Hub id of an autoencoder. Default: one of Stable Diffusion's shape, trained for
+    `updates`."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Widths of the network with random weights."""
+    """Widths of the network that is trained."""
+
+    updates: int = 30
+    """Updates of the network that is trained, on two sample photos at 64 px. With random weights
+    (0 updates) bfloat16 is too inexact, so that `fast` falls back to float32."""
 
     sizes: tuple[int, ...] = (256, 512, 1024)
     """Sides of the images in pixels."""
@@ -112,12 +119,14 @@ class Compared:
     """A call of a way beside the stock one.
 
     Attributes:
+        way: name of the way, with that of its fallback.
         precision: `"fp32"` or `"bf16"`.
         side: side of the images in pixels.
         largest: largest difference of the results.
         mse: their mean squared difference.
     """
 
+    way: str
     precision: str
     side: int
     largest: float
@@ -130,13 +139,13 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
     It prints what each way does on this machine.
     """
     # ways
-    net = network(options.model, options.channels, options.device)
+    net = network(_model(options), options.device)
     stock = build("stock", net)
     built = {name: build(name, net) for name in options.ways}
     ways = {name: way for name, way in built.items() if way is not None}
     assert stock is not None
     for name, way in ways.items():
-        print(f"{name}: {way.note}" if way.note else name)
+        print(f"{name}: {way.note}" if way.note else name, flush=True)
 
     # differences
     found = {}
@@ -149,17 +158,23 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
             for name, way in ways.items():
                 error = function(way, call)(inputs[call]) - expected
                 mse = error.double().square().mean().item()
+                label = f"{name} (fell back to {way.fallback})" if way.fallback else name
                 found[size, call, name] = Compared(
-                    way.precision, side, error.abs().max().item(), mse
+                    label, way.precision, side, error.abs().max().item(), mse
                 )
     return found
+
+
+def _model(options: Options) -> str:
+    assert options.model is not None  # `run` trains one
+    return options.model
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
     """Return a function of call and side that makes a way's call. It runs in its own process."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    way = build(name, network(options.model, options.channels, options.device))
+    way = build(name, network(_model(options), options.device))
     assert way is not None
     inputs = lru_cache(lambda side: inputs_of(way, side, options))
     return lambda call, side: function(way, call)(inputs(side)[call])
@@ -182,8 +197,9 @@ def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, optio
         clock=lambda run: run(),
     )
     ours, theirs = seconds[name], seconds["stock"]
-    title = f"{call}, {found.side} px, {name}, {found.precision}"
-    print(f"{title}: {speed(ours)}, stock {speed(theirs)}; mean squared error {found.mse:.1e}")
+    title = f"{call}, {found.side} px, {found.way}, {found.precision}"
+    compared = f"{speed(ours)}, stock {speed(theirs)}, mean squared error {found.mse:.1e}"
+    print(f"{title}: {compared}", flush=True)
     return row(title, "s/image", ours, theirs, equal_within=found.largest)
 
 
@@ -199,16 +215,17 @@ def speed(seconds: list[float]) -> str:
 
 def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> dict[int, list[Row]]:
     """Return the rows of peak memory by size."""
-    ways = {name: found.precision for (*_, name), found in compared.items()}
+    ways = {name: (found.way, found.precision) for (*_, name), found in compared.items()}
     sides = {size: found.side for (size, *_), found in compared.items()}
     rows: dict[int, list[Row]] = {}
     for size, side in sides.items():
         found = {name: peak_of(name, side, options) for name in ("stock", *ways)}
         for call in ("encode", "decode"):
-            for name, precision in ways.items():
-                title = f"peak memory, {call}, {side} px, {name}, {precision}"
+            for name, (label, precision) in ways.items():
+                title = f"peak memory, {call}, {side} px, {label}, {precision}"
                 ours, theirs = max(found[name][call], 1.0), found["stock"][call]
                 made = row(title, "MiB", [ours], [theirs], equal_within=None)
+                print(line(made), flush=True)
                 rows.setdefault(size, []).append(made)
     return rows
 
@@ -216,7 +233,7 @@ def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> d
 def peak_of(name: str, side: int, options: Options) -> dict[str, float]:
     """Return the MiB of encode and decode of a batch of images, measured in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        given = (options.model, options.channels, options.device, options.threads)
+        given = (_model(options), options.device, options.threads)
         return executor.submit(peak, name, options.batch_size, side, *given).result()
 
 
@@ -229,8 +246,21 @@ def run(options: Options) -> None:
     options = checked(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows = list(measure(options))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            print(f"training a network for {options.updates} updates", flush=True)
+            given = {"updates": options.updates, "device": options.device}
+            net = trained(options.channels, images=_photos(), **given)
+            net.save_pretrained(folder)
+            options = replace(options, model=folder)
+        rows = list(measure(options))
     finish(rows, title="encode and decode", json_file=options.json)
+
+
+def _photos() -> Tensor:
+    """Return two sample photos (2, 3, 64, 64) in [-1, 1]."""
+    source, transform = open_source("samples"), EvalTransform((64, 64))
+    return torch.stack([transform(source.read(i)) for i in range(2)])
 
 
 def main() -> None:

@@ -6,14 +6,14 @@ with the minimum and the maximum. A benchmark never asserts a time.
 
     seconds = alternate({"ours": ours, "diffusers": plain}, runs=5)
     rows = [row("decode, fp32", "s", seconds["ours"], seconds["diffusers"], equal_within=2e-6)]
-    finish(rows, title="decode", json_file=options.json)
+    finish(collected(rows), title="decode", json_file=options.json)
 """
 
 import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -195,6 +195,22 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def collected(rows: Iterable[Row]) -> list[Row]:
+    """Return all rows, and print each one as soon as it is measured."""
+    kept: list[Row] = []
+    for row in rows:
+        kept.append(row)
+        print(line(row), flush=True)
+    return kept
+
+
+def line(row: Row) -> str:
+    """Return a row as one line of text."""
+    ours, reference = (f"{value:.3g} {row.unit}" for value in (row.ours, row.reference))
+    ratio = f"{row.ratio_median:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f})"
+    return f"{row.name}: ours {ours}, reference {reference}, ratio {ratio}"
 
 
 def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:

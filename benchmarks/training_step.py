@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import patch_environment
 from reference_step import SCRIPTS, ReferenceStep, TamingStep, Weights, gradient, relative
-from timing import Row, alternate, finish, own_process, row
+from timing import Row, alternate, collected, finish, own_process, row
 from torch import Tensor
 
 from latentvae.cli.flags import exit_with, parse_options
@@ -215,6 +215,7 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
     """Yield the rows of one resolution: each precision beside each script."""
     size = options.batch_size or BATCH_SIZES.get(resolution, 4)
     for precision in options.precision:
+        print(f"{precision}, {resolution} px: comparing losses and gradients", flush=True)
         equal = _equality(options, resolution, precision)
         with own_process(build_side, OURS, options, resolution, precision) as ours:
             for name, within in equal.items():
@@ -305,8 +306,9 @@ def run(options: Options) -> None:
     if options.quick:
         short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}
         options = Options(**vars(options) | short)
-    rows = [row for resolution in options.resolution for row in measure(options, resolution)]
-    finish(rows, title="one generator and discriminator update", json_file=options.json)
+    rows = (row for resolution in options.resolution for row in measure(options, resolution))
+    title = "one generator and discriminator update"
+    finish(collected(rows), title=title, json_file=options.json)
 
 
 def main() -> None:

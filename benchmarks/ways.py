@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentvae.compute.inference import sharing_copy
@@ -31,12 +32,21 @@ class Way:
         precision: `"fp32"` or `"bf16"`, the precision of its products, for the row's name.
         strips: how to compute in strips, if at all.
         note: what the way does on this machine.
+        fallback: name of the way that is computed instead, because this one is too inexact or the
+            machine has no use for it.
     """
 
     def __init__(
-        self, net: Any, precision: str, *, strips: StripComputation | None = None, note: str = ""
+        self,
+        net: Any,
+        precision: str,
+        *,
+        strips: StripComputation | None = None,
+        note: str = "",
+        fallback: str = "",
     ) -> None:
-        self.net, self.precision, self.strips, self.note = net, precision, strips, note
+        self.net, self.precision, self.strips = net, precision, strips
+        self.note, self.fallback = note, fallback
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -61,19 +71,40 @@ class CastWay(Way):
         return super().decode(_cast(z)).float()
 
 
-def network(model: str | None, channels: tuple[int, ...], device: str) -> Any:
-    """Return a network from a folder or the Hub, or a fixed one of Stable Diffusion's shape."""
-    if model is not None:
-        return load_network(model).to(device).eval().requires_grad_(False)
+def network(model: str, device: str) -> Any:
+    """Return a network from a folder or the Hub."""
+    return load_network(model).to(device).eval().requires_grad_(False)
+
+
+def trained(channels: tuple[int, ...], *, updates: int, images: Tensor, device: str) -> Any:
+    """Return a network of Stable Diffusion's shape, trained on images for some updates.
+
+    The weights must not be random. Random networks amplify rounding, so that bfloat16 would be too
+    inexact for them and `fast` would fall back to float32.
+
+    Args:
+        images: (B, 3, R, R), the batch of every update.
+    """
     torch.manual_seed(0)
     net: Any = build_autoencoder_kl(block_out_channels=channels)
-    return net.to(device).eval().requires_grad_(False)
+    net.to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
+    images = images.to(device)
+    for _ in range(updates):
+        recon = net.decode(net.encode(images).latent_dist.mode()).sample
+        F.l1_loss(recon, images).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.eval().requires_grad_(False)
 
 
 def _optimized(net: Any, *, mode: Optimize) -> Way:
     optimized = optimize_network(net, mode=mode)
     precision = "bf16" if optimized.bfloat16 else "fp32"
-    return Way(optimized.net, precision, note=str(optimized))
+    fallback = "" if optimized.mode == mode else optimized.mode
+    note = f"falls back to {optimized}" if fallback else str(optimized)
+    return Way(optimized.net, precision, note=note, fallback=fallback)
 
 
 def _tiled(net: Any) -> Way:
@@ -126,8 +157,7 @@ def peak(
     name: str,
     batch_size: int,
     side: int,
-    model: str | None,
-    channels: tuple[int, ...],
+    model: str,
     device: str,
     threads: int | None,
 ) -> dict[str, float]:
@@ -143,7 +173,7 @@ def peak(
     warnings.simplefilter("ignore")
     if threads is not None:
         torch.set_num_threads(threads)
-    way = build(name, network(model, channels, device))
+    way = build(name, network(model, device))
     assert way is not None
     shape = batch_size, calls.image_channels(way.net), side, side
     first = torch.zeros(shape if "compiled" in name else (*shape[:2], SMALL, SMALL))

@@ -10,10 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from latentvae.compute import optimization
 from tests.benchmarks.processes import this_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--channels", "32", "32", "--sizes", "64", "--runs", "1", "--threads", "1"]
+TINY += ["--updates", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,12 @@ def test_memory_is_measured_in_other_processes(
 
 
 @pytest.mark.slow
-def test_peak_of_a_call(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = script.Options(channels=(32, 32, 32, 32), threads=1)
+def test_peak_of_a_call(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    net = script.trained((32, 32, 32, 32), updates=0, images=script._photos(), device="cpu")
+    net.save_pretrained(tmp_path)
+    options = script.Options(model=str(tmp_path), threads=1)
     kept = script.peak_of("exact", 512, options)["decode"]
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # as glibc does by default
     found = {name: script.peak_of(name, 512, options)["decode"] for name in ("stock", "exact")}
@@ -99,6 +105,34 @@ def test_ways_in_processes_of_their_own(
     script.main()
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 3 and all(row["ours"] > 0 and row["reference"] > 0 for row in rows)
+
+
+def test_what_a_way_fell_back_to_is_in_its_rows(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda device: False)
+    file = tmp_path / "rows.json"
+    run(script, monkeypatch, "--ways", "fast", "--json", str(file), "--no-memory")
+    names = [row["name"] for row in json.loads(file.read_text())["rows"]]
+    assert names[0] == "encode, 64 px, fast (fell back to exact), fp32"
+    said = "fast: falls back to exact (this machine does not multiply in bfloat16)"
+    assert said in capsys.readouterr().out
+
+
+def test_the_default_network_is_trained(script: ModuleType) -> None:
+    photos = script._photos()
+    losses = []
+    for updates in (0, 8):
+        net = script.trained((32, 32), updates=updates, images=photos, device="cpu")
+        losses.append(
+            (script.Way(net, "fp32").decode(net.encode(photos).latent_dist.mode()) - photos)
+            .abs()
+            .mean()
+        )
+    assert losses[1] < 0.9 * losses[0]
 
 
 def test_a_wrong_way_is_told(

@@ -65,6 +65,22 @@ def test_a_process_of_its_own_tells_its_seconds(timing: ModuleType) -> None:
         call()
 
 
+def test_each_row_is_printed_when_it_is_measured(
+    timing: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+
+    def measured() -> Iterator[object]:
+        for name in ("encode", "decode"):
+            printed.append(capsys.readouterr().out)
+            yield timing.row(name, "s", [0.5], [1.0], equal_within=None)
+
+    rows = timing.collected(measured())
+    assert [row.name for row in rows] == ["encode", "decode"]
+    line = "encode: ours 0.5 s, reference 1 s, ratio 2.00 (2.00 to 2.00)\n"
+    assert printed == ["", line]
+
+
 def test_json_holds_the_machine_and_the_rows(
     timing: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

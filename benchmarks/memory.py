@@ -1,0 +1,280 @@
+"""Compute the peak memory of an update of each preset, without that memory and without a GPU.
+
+    python benchmarks/memory.py --json memory.json                  # every preset, at its batch
+    python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
+
+The updates are those of a run: model with LPIPS, discriminator, both optimizers and the averaged
+weights, in the preset's precision. They run on torch's fake tensors, which have shapes, dtypes and
+lifetimes but no numbers. A tracker adds up the living storages and keeps the largest sum. Two
+updates are made, because the optimizers have their state only after the first. The discriminator
+is on from the start.
+
+Autocast on a GPU runs norms in float32, but autocast on a CPU does not. So `--device cuda`, the
+default, casts the inputs of norms. Only tensors count. A GPU also holds the CUDA context (about 0.5
+GiB), the workspaces of convolutions and unused parts of blocks, so leave a tenth of its memory
+free.
+"""
+
+import json
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import patch_environment
+from rich.console import Console
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.config.presets import preset_names
+from latentvae.data import Batch
+from latentvae.engine.processes import start_accelerator
+from latentvae.engine.training import Training, build_training
+from latentvae.engine.updates import Updates
+from latentvae.errors import UserError
+from latentvae.losses.perceptual import _build_empty
+from latentvae.tasks.autoencoder import build_parts, load_preset
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import Base
+from latentvae.tasks.autoencoder.learning_half import LearningAutoencoder
+from latentvae.tasks.autoencoder.task import AutoencoderTask
+
+GIB = 2**30
+UPDATES = 2
+Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compute and where to write it."""
+
+    presets: tuple[str, ...] = ()
+    """Names of presets. Default: all."""
+
+    batch_sizes: tuple[int, ...] = ()
+    """Images per process and micro-step. Default: the preset's train_batch_size."""
+
+    resolution: int | None = None
+    """Side of the images in pixels. Default: the preset's."""
+
+    accumulate: bool = False
+    """Make two micro-steps per update, whose gradients are kept during the second."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, which takes less memory and more time."""
+
+    device: Device = "cuda"
+    """Device whose autocast is meant."""
+
+    json: Path | None = None
+    """File for the numbers."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak memory of an update.
+
+    Attributes:
+        batch_size: images per process and micro-step.
+        gib: peak in GiB.
+        fixed_gib: GiB before the forward pass: weights, averages and the optimizers' state.
+    """
+
+    preset: str
+    resolution: int
+    batch_size: int
+    gib: float
+    fixed_gib: float
+
+
+def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> tuple[int, int]:
+    """Return the peak bytes of `UPDATES` updates, and the bytes that stay between updates.
+
+    Args:
+        config: its train_batch_size is the number of images of a micro-step.
+        device: whose autocast is meant.
+        fake: False runs on real tensors of the CPU, to check the computation.
+    """
+    with ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            # All is on the CPU already, and fake parameters cannot be replaced in a module.
+            stays = mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)
+            stack.enter_context(stays)
+        if device == "cuda":
+            stack.enter_context(_norms_in_float32())
+        training = stack.enter_context(_training(config))
+        batch = _batch(config)
+
+        memory = _LivingStorages()
+        for module in _modules(training):
+            memory.add([*module.parameters(), *module.buffers()])
+        memory.add([s for a in training.averages.values() for s in a.shadow_params])
+        memory.add(batch.images)
+        with memory:
+            updates = _WithoutSync(training)
+            for _ in range(UPDATES):
+                updates.make(iter(lambda: batch, None))
+
+        return memory.peak, memory.now
+
+
+class _LivingStorages(TorchDispatchMode):
+    """Adds up the bytes of all storages that operations make, as long as they live.
+
+    `torch.distributed._tools.mem_tracker` does the same, but its hooks on parameters do not allow
+    the `torch.autograd.grad` of the adaptive weight.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.add(out)
+        return out
+
+    def add(self, tensors: Any) -> None:
+        """Count the storages of tensors that are new."""
+        for leaf in tree_leaves(tensors):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in self._seen:
+                size = storage.nbytes()
+                self._seen[storage] = True
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+class _WithoutSync(Updates):
+    """Updates whose gradients count as finite, because fake tensors have no numbers."""
+
+    def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
+        return True, 0, [1.0] * len(measured)
+
+
+class _LearningTask(AutoencoderTask):
+    """The part of the task that learns, without images and without a watch that reads numbers."""
+
+    build = LearningAutoencoder.build
+    micro_step = LearningAutoencoder.micro_step
+
+
+@contextmanager
+def _training(config: TrainConfig) -> Iterator[Training]:
+    """Yield the training of a run, with LPIPS without numbers."""
+
+    def empty_lpips(net: Any, **_: Any) -> Any:
+        model = _build_empty(net).eval()
+        for module in model.modules():
+            values = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, value in values:
+                delattr(module, name)
+                module.register_buffer(name, torch.zeros(value.shape), persistent=False)
+        return model.to(memory_format=torch.channels_last)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch_environment(ACCELERATE_USE_CPU="true"),
+        mock.patch.object(build_parts, "load_lpips", empty_lpips),
+    ):
+        task = _LearningTask(config)
+        task.base = _base(config)
+        accelerator = start_accelerator(config.run, Path(folder))
+        # A resumed run skips k-means, which needs images.
+        yield build_training(task, folder=Path(folder), accelerator=accelerator, resumed=True)
+
+
+def _base(config: TrainConfig) -> Base | None:
+    """Return a network of the shape that the preset fine-tunes."""
+    if config.model.pretrained_model_name_or_path is None:
+        return None
+    return Base(name="shape", net=build_parts.build_net(config, None), encoder_sha256="")
+
+
+def _batch(config: TrainConfig) -> Batch:
+    height, width = config.data.size
+    count = config.run.train_batch_size
+    images = torch.zeros(count, config.data.image_channels, height, width, dtype=torch.uint8)
+    return Batch(images=images, indices=torch.arange(count), bad=[])
+
+
+def _modules(training: Training) -> list[Any]:
+    learners = training.task.learners.values()
+    return [*(learner.module for learner in learners), training.task.metric]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _norms_in_float32() -> Iterator[None]:
+    """Cast the inputs of norms to float32 under autocast, as it does on a GPU."""
+
+    def cast(norm: Any) -> Any:
+        def called(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+        return called
+
+    with (
+        mock.patch.object(F, "group_norm", cast(F.group_norm)),
+        mock.patch.object(F, "layer_norm", cast(F.layer_norm)),
+    ):
+        yield
+
+
+def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
+    """Return a preset with the discriminator on from the start."""
+    preset = load_preset(name)
+    run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}
+    run["global_batch_size"] = None  # the batch of one process, whatever a preset's update has
+    run["gradient_checkpointing"] = options.gradient_checkpointing
+    run["train_batch_size"] = batch_size or preset.run.train_batch_size
+    sections: dict[str, dict[str, Any]] = {
+        "discriminator": {"disc_start": 0.0, "disc_warmup_steps": 0, "disc_ramp_steps": 0},
+        "run": run,
+        "data": {} if options.resolution is None else {"resolution": options.resolution},
+    }
+    return preset.with_changes(sections)
+
+
+def run(options: Options) -> None:
+    """Compute all presets, print each row when it is there, and write the JSON."""
+    console, peaks = Console(), list[Peak]()
+    console.print(f"{'preset':24} {'px':>5} {'images':>7} {'GiB':>8} {'fixed GiB':>10}")
+    for name in options.presets or preset_names(TrainConfig):
+        for batch_size in options.batch_sizes or (None,):
+            config = config_of(name, options, batch_size)
+            most, fixed = peak(config, device=options.device)
+            size, count = max(config.data.size), config.run.train_batch_size
+            peaks.append(Peak(name, size, count, most / GIB, fixed / GIB))
+            console.print(f"{name:24} {size:5} {count:7} {most / GIB:8.1f} {fixed / GIB:10.1f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in peaks], indent=1) + "\n")
+
+
+def main() -> None:
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="memory.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The computed peak memory of an update, beside the real one on the CPU."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.profiler import ProfilerActivity, profile
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    AcceleratorState._reset_state(True)
+    yield importlib.import_module("memory")
+    AcceleratorState._reset_state(True)
+    sys.path.remove(str(BENCHMARKS))
+
+
+def allocated_peak(events: list[torch._C._autograd._KinetoEvent]) -> int:
+    """The largest number of bytes that the CPU's allocator had given out."""
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_the_computed_peak_is_that_of_the_allocator(script: ModuleType) -> None:
+    options = script.Options(resolution=32)
+    config = script.config_of("kl_small", options, 4).with_changes({"run": {"winograd": False}})
+    computed, fixed = script.peak(config, device="cpu")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        real, _ = script.peak(config, device="cpu", fake=False)
+    allocated = allocated_peak(profiled.profiler.kineto_results.events())
+    assert 0 < fixed < computed
+    assert computed == pytest.approx(real, rel=0.01)
+    assert computed == pytest.approx(allocated, rel=0.03)
+
+
+def test_norms_of_a_gpu_take_more_memory_in_bf16(script: ModuleType) -> None:
+    config = script.config_of("kl_small", script.Options(resolution=32), 4)
+    config = config.with_changes({"run": {"mixed_precision": "bf16"}})
+    assert script.peak(config, device="cuda")[0] > 1.05 * script.peak(config, device="cpu")[0]
