@@ -59,6 +59,8 @@ def shard_index(path: Path) -> ShardIndex:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):  # opening a pipe would hang
             raise UserError(f"'{path}' is not a regular file. Give a tar file.")
+
+        # from the cache
         types = zlib.crc32(" ".join(readable_suffixes()).encode())
         key = [VERSION, stat.st_size, stat.st_mtime_ns, types]
         places = _cache_places(path)
@@ -66,6 +68,7 @@ def shard_index(path: Path) -> ShardIndex:
             if (found := _load(place, key)) is not None:
                 return found
         index = _walk(path, stat.st_size)
+
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
 
