@@ -47,8 +47,8 @@ from latentvae.losses.perceptual import _build_empty
 from latentvae.tasks.autoencoder import build_parts, load_preset
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import Base
-from latentvae.tasks.autoencoder.learning_half import LearningAutoencoder
 from latentvae.tasks.autoencoder.task import AutoencoderTask
+from latentvae.tasks.autoencoder.update_step import LearningAutoencoder
 
 GIB = 2**30
 UPDATES = 2
@@ -207,7 +207,9 @@ def _base(config: TrainConfig) -> Base | None:
     """Return a network of the shape that the preset fine-tunes."""
     if config.model.pretrained_model_name_or_path is None:
         return None
-    return Base(name="shape", net=build_parts.build_net(config, None), encoder_sha256="")
+    return Base(
+        name="shape", net=build_parts.build_net(config, None), encoder_sha256="", weights_sha256=""
+    )
 
 
 def _batch(config: TrainConfig) -> Batch:

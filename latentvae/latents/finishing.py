@@ -16,7 +16,7 @@ from torch import Tensor
 from latentvae.coding.token_codec import MAX_CODES, encode_tokens
 from latentvae.errors import UserError
 from latentvae.latents import LatentStatistics
-from latentvae.latents.formats.shard_table import CARD
+from latentvae.latents.formats.shard_parquet import CARD
 from latentvae.latents.formats.shards import (
     MANIFEST,
     Content,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from latentvae.autoencoder import Autoencoder
 from latentvae.data.workers import explained_workers
 from latentvae.errors import UserError
-from latentvae.latents.formats.shard_table import table_bytes
+from latentvae.latents.formats.shard_parquet import table_bytes
 from latentvae.latents.formats.shards import (
     DTYPES,
     Content,

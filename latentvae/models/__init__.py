@@ -4,8 +4,8 @@
 `calls` are the functions that other code uses on any network.
 """
 
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.kl import build_autoencoder_kl, downsampling_factor
-from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 from latentvae.models.family import Family
 from latentvae.models.loading import load_network
 from latentvae.models.network import Network

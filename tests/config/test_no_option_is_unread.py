@@ -11,8 +11,8 @@ import latentvae
 from latentvae.bottlenecks import BOTTLENECKS
 from latentvae.config.run_config import flat
 from latentvae.models.conv.asymmetric import build_asymmetric_kl
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.kl import build_autoencoder_kl
-from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 from latentvae.models.dc.dc import build_autoencoder_dc
 from latentvae.models.table import MODELS
 from latentvae.tasks.autoencoder.config import TrainConfig

@@ -29,7 +29,7 @@ from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.models import TrainingWrapper
 from latentvae.models.family import Family
 from latentvae.outputs import AutoencoderOutput
-from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR, MODEL
+from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR, MODEL
 from tests.proofs.injection import Inject, around, both, built, entry, instead, result
 
 # Seams, each in the module whose code calls it.
@@ -42,8 +42,8 @@ SNAPSHOT = "latentvae.engine.checkpoint_content:"
 RESTORE = "latentvae.proofs.preflight.saving:restore"
 AUTOENCODER = "latentvae.tasks.autoencoder."
 TASK = AUTOENCODER + "task:AutoencoderTask."
-BACKWARD_MODEL = AUTOENCODER + "learning_half:backward_model"
-BACKWARD_DISCRIMINATOR = AUTOENCODER + "learning_half:backward_discriminator"
+BACKWARD_MODEL = AUTOENCODER + "update_step:backward_model"
+BACKWARD_DISCRIMINATOR = AUTOENCODER + "update_step:backward_discriminator"
 OBJECTIVE = "latentvae.losses.objective."
 TERMS = OBJECTIVE + "objective:Objective."
 RAMP = OBJECTIVE + "adversarial_weight:AdversarialWeight.factor"

@@ -49,7 +49,7 @@ from latentvae.compute.strips.strip_layers import (
     upsample,
 )
 from latentvae.compute.upsampling import FoldedUpsample2D
-from latentvae.models.conv.tokenizer import DiscreteAutoencoder
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 
 CPU_SCORES = 2**24  # distances to a stock VQModel's codes that are in memory at a time
 

@@ -1,5 +1,5 @@
 """Formats of cached latents and tokens on disk, one file per format.
 
-`shards` is latentvae's own format: safetensors and a manifest. `shard_table` writes the copy of
+`shards` is latentvae's own format: safetensors and a manifest. `shard_parquet` writes the copy of
 tokens that table readers open.
 """

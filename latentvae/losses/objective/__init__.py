@@ -16,7 +16,7 @@ Each term has a name, a weight and a policy:
     adversarial     disc_scale                              ramp, balanced by gradients
 
     objective.py            `Objective`: the terms, their weights and their sum
-    loss.py                 `Loss`: what the objective returns
+    loss_values.py                 `Loss`: what the objective returns
     kl_forms.py             forms of the KL and its warm-up
     kl_target.py            the controller that moves the KL's weight until a target holds
     adversarial_weight.py   ramp and balance of the adversarial term
@@ -27,7 +27,7 @@ divided by the number of image elements. So every term is Stable Diffusion's sum
 Its KL weight 1e-6 keeps its meaning, and no weight depends on the resolution or the batch size.
 """
 
-from latentvae.losses.objective.loss import Loss
+from latentvae.losses.objective.loss_values import Loss
 from latentvae.losses.objective.objective import Objective
 
 __all__ = ["Loss", "Objective"]

@@ -17,7 +17,7 @@ from latentvae.losses.colors import MID_GREY, to_rgb
 from latentvae.losses.objective.adversarial_weight import AdversarialWeight
 from latentvae.losses.objective.kl_forms import KLFactor, KLForm, PlainKL, WarmUp
 from latentvae.losses.objective.kl_target import KLTarget
-from latentvae.losses.objective.loss import Loss
+from latentvae.losses.objective.loss_values import Loss
 from latentvae.outputs import AutoencoderOutput
 
 ADVERSARIAL = "discriminator/adversarial"  # log name of the adversarial term

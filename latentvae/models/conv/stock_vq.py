@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from latentvae.bottlenecks import build_quantizer
 from latentvae.models.conv.conv_config import block_types
-from latentvae.models.conv.tokenizer import DiscreteAutoencoder
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.family import Codes, Family, LatentShape, Usage
 from latentvae.models.network import Computation, Network
 

@@ -16,13 +16,13 @@ from latentvae.bottlenecks.table import QUANTIZERS, AnyQuantizerConfig
 from latentvae.bottlenecks.vector import VectorConfig
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.conv_config import ENCODER, AttentionConfig
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import (
     from_vq_model,
     scale_features,
     to_vq_model,
     why_no_vq_model,
 )
-from latentvae.models.conv.tokenizer import DiscreteAutoencoder
 from latentvae.models.family import Codes, LatentShape, Usage
 from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network

@@ -17,7 +17,7 @@ from latentvae.proofs.preflight.rehearsal import (
 )
 from latentvae.proofs.preflight.schedule_checks import as_asked
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.learning_half import MODEL
+from latentvae.tasks.autoencoder.update_step import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:

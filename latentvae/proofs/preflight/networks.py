@@ -15,7 +15,7 @@ from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import encoder_sha256
-from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR
+from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR
 
 WARM_UP = 40  # largest number of steps of the discriminator
 WARM_UP_RATE = 1e-3

@@ -23,8 +23,8 @@ from latentvae.engine.training import Training
 from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.proofs.preflight.gradient_watch import Watch
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.learning_half import DISCRIMINATOR, MODEL
 from latentvae.tasks.autoencoder.task import AutoencoderTask
+from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR, MODEL
 
 UPDATES = 4  # two of the model alone, two with the discriminator
 DISCRIMINATOR_START = 2  # counted from 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from latentvae.losses.objective.adversarial_weight import adversarial_weight
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal
-from latentvae.tasks.autoencoder.learning_half import MODEL
+from latentvae.tasks.autoencoder.update_step import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:

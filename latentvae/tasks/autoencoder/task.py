@@ -32,9 +32,9 @@ from latentvae.tasks.autoencoder.images import (
     image_sampler,
     open_data,
 )
-from latentvae.tasks.autoencoder.learning_half import LearningAutoencoder
 from latentvae.tasks.autoencoder.run_export import done, export_of_run, is_whole, options_of_export
 from latentvae.tasks.autoencoder.state import AutoencoderState, KLTargetState, RankState
+from latentvae.tasks.autoencoder.update_step import LearningAutoencoder
 from latentvae.tasks.autoencoder.validate import (
     readable_images,
     save_grid,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from latentvae.engine.log import read_rows, sample_path
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import learning_half, train
+from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.images import open_data
 from tests.engine.test_log import tensorboard_events
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -94,8 +94,8 @@ def test_backgrounds_are_the_same_after_a_resume_and_change_between_steps(
         drawn.append(background)
         return background
 
-    original = learning_half.random_background
-    monkeypatch.setattr(learning_half, "random_background", recording)
+    original = update_step.random_background
+    monkeypatch.setattr(update_step, "random_background", recording)
     options: dict[str, Any] = {
         "train_data_dir": str(write_images(tmp_path / "images", 4, "8")),
         "image_channels": 4,
