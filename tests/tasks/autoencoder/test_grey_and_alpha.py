@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from latentvae.engine.log import read_rows, sample_path
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder import train, update_step
 from latentvae.tasks.autoencoder.images import open_data
 from tests.engine.test_log import tensorboard_events
 from tests.tasks.autoencoder.small import broken_off, small_config
