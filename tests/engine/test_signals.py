@@ -83,6 +83,8 @@ def test_output_to_a_closed_terminal_is_no_error() -> None:
 
     child, terminal = pty.fork()
     if child == 0:
+        signal.alarm(60)  # no orphan if the signal does not come
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         with Interrupt() as stop:
             os.write(1, b"ready\n")
             while not stop.requested:
