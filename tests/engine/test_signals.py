@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from torch.utils.data import DataLoader
@@ -10,6 +11,17 @@ from torch.utils.data import DataLoader
 from latentvae.data.workers import leave_signals_to_the_trainer
 from latentvae.engine import signals as interrupt
 from latentvae.engine.signals import Interrupt
+
+
+@pytest.fixture(autouse=True)
+def _not_under_nohup() -> Iterator[None]:
+    """The tests may run in a process that ignores SIGHUP."""
+    if not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_that_a_launcher_passes_on_again_counts_once() -> None:
@@ -84,7 +96,6 @@ def test_output_to_a_closed_terminal_is_no_error() -> None:
     child, terminal = pty.fork()
     if child == 0:
         signal.alarm(60)  # no orphan if the signal does not come
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         with Interrupt() as stop:
             os.write(1, b"ready\n")
             while not stop.requested:
