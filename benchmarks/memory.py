@@ -207,9 +207,8 @@ def _base(config: TrainConfig) -> Base | None:
     """Return a network of the shape that the preset fine-tunes."""
     if config.model.pretrained_model_name_or_path is None:
         return None
-    return Base(
-        name="shape", net=build_parts.build_net(config, None), encoder_sha256="", weights_sha256=""
-    )
+    net = build_parts.build_net(config, None)
+    return Base("shape", net, encoder_sha256="", weights_sha256="", whole=True)
 
 
 def _batch(config: TrainConfig) -> Batch:

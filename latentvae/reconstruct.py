@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from latentvae.data import (
     set_pixel_limit,
     to_tensor,
 )
+from latentvae.data.pages import find_pages, is_tiff
 from latentvae.errors import UserError, nearest, printable
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
@@ -181,6 +183,9 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
                 if not (given / name).resolve().is_relative_to(written)
             )
         elif given.exists():
+            if is_tiff(given.name):  # says so if the file has several pages
+                file = partial(given.open, "rb")
+                find_pages([given.name], lambda _: file(), all_pages=False, place=str(given.parent))
             yield given, Path(given.name)
         else:
             siblings = given.parent.iterdir() if given.parent.is_dir() else ()

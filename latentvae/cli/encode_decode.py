@@ -56,8 +56,6 @@ def summary(manifest: Manifest, out: Path) -> str:
     if content.kind == "tokens":
         coded = facts.get("coded_bpp")
         true = f", {coded:.4f} coded (mean of {facts['coded_images']} images)" if coded else ""
-        if coded and coded > facts["raw_bpp"]:
-            true += ". Each image is coded on its own, so a few tokens cost more than raw"
         lines += [
             f"bits per pixel: {facts['raw_bpp']:.4f} raw{true}",
             f"{facts['num_codes_used']} of {content.num_codes} codes used, perplexity "

@@ -23,6 +23,23 @@ _SWITCH_VALUES = {"true": True, "yes": True, "on": True, "1": True}
 _SWITCH_VALUES |= {"false": False, "no": False, "off": False, "0": False, "none": False}
 
 
+def _sides_last(arguments: list[str]) -> list[str]:
+    """Move `--resolution` and its one or two numbers to the end.
+
+    The flag takes any number of values, so it would also take a model's name that follows.
+    """
+    flag = "--resolution"
+    if arguments.count(flag) != 1:
+        return arguments
+    start = arguments.index(flag)
+    end = start + 1
+    while end < min(len(arguments), start + 3) and arguments[end].isdecimal():
+        end += 1
+    if end == start + 1:
+        return arguments  # a wrong value, which is reported as such
+    return arguments[:start] + arguments[end:] + arguments[start:end]
+
+
 def parse_options(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> Options:
@@ -44,6 +61,7 @@ def parse_options(
         arguments, context = ["--help"], contextlib.nullcontext()
     else:
         fields = dataclasses.fields(options)
+        arguments = _sides_last(arguments)
         check_names(arguments, [field.name for field in fields])
         check_switches(arguments, [field.name for field in fields if field.type is bool])
         context = one_sentence_errors()

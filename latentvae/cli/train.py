@@ -81,7 +81,8 @@ def config_from_arguments(
 
     arguments = list(arguments)
     name = _config_flag(arguments) or default_config
-    preset = load_preset(name, schema) if name else schema()
+    steps = _max_train_steps(arguments)
+    preset = load_preset(name, schema, max_train_steps=steps) if name else schema()
 
     # the flags
     flags = _read_options(
@@ -241,6 +242,15 @@ def _config_flag(arguments: list[str]) -> str | None:
     if len(given) > 1:
         raise UserError(f"--config is given {len(given)} times: {', '.join(given)}. Give it once.")
     return given[0] if given else None
+
+
+def _max_train_steps(arguments: list[str]) -> int | None:
+    """Return the length of the run on the command line, which shares of the run refer to."""
+    flag = "--max_train_steps"
+    given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    given += [after for a, after in itertools.pairwise(arguments) if a == flag]
+    # A wrong value is reported when the flags are read.
+    return int(given[-1]) if given and given[-1].isdecimal() and int(given[-1]) else None
 
 
 def run_training(

@@ -27,12 +27,16 @@ def preset_names(schema: type[JobConfig]) -> list[str]:
     )
 
 
-def load_preset(name_or_path: str, schema: type[Config]) -> Config:
+def load_preset(
+    name_or_path: str, schema: type[Config], *, max_train_steps: int | None = None
+) -> Config:
     """Return the configuration in a YAML file, or in the preset of that name.
 
     Args:
         name_or_path: of the preset or the file.
         schema: class of the options of the task.
+        max_train_steps: length of the run that replaces the file's. Warm-ups that are given as a
+            share of the run follow this length.
 
     Raises:
         UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
@@ -51,6 +55,8 @@ def load_preset(name_or_path: str, schema: type[Config]) -> Config:
             f"config '{path}' must hold sections ({', '.join(sections(schema))}), not a "
             f"{type(values).__name__}"
         )
+    if max_train_steps is not None and isinstance(values.get("run", {}), dict):
+        values["run"] = values.get("run", {}) | {"max_train_steps": max_train_steps}
     return parse(values | {"config": name_or_path}, schema, source=str(path))
 
 

@@ -256,7 +256,7 @@ class JobConfig(Section):
         """
         return frozenset(marked(type(self), MayChange))
 
-    def how_to_branch(self, then: "JobConfig") -> str:
+    def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
         """Return how a new run with these options can start from the result of an earlier one.
 
         It is a sentence for the error about options that a resumed run cannot change. Empty if

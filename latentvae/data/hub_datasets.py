@@ -304,9 +304,10 @@ def _flatten_first(column: str) -> str:
     """Return how to make one row per image of a column of lists."""
     return (
         f"column '{column}' holds a list of images in each row, but one image per row is needed. "
-        f"Write a table of them first: `rows.map(lambda batch: dict(image=sum(batch['{column}'], "
-        "[])), batched=True, remove_columns=rows.column_names).to_parquet('images.parquet')`, "
-        "where rows is the data set."
+        "Write a table of them first, where rows is the data set and Image and List come from "
+        f"`datasets`: `rows.cast_column('{column}', List(Image(decode=False))).map(lambda batch: "
+        f"dict(image=sum(batch['{column}'], [])), batched=True, remove_columns=rows.column_names, "
+        "features=Features(image=Image())).to_parquet('images.parquet')`."
     )
 
 

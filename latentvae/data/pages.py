@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import IO
+from typing import IO, Any
 
 import tifffile
 
@@ -28,14 +28,15 @@ def is_tiff(name: str) -> bool:
 def page_numbers(file: IO[bytes]) -> list[int]:
     """Return the numbers, from 0, of the pages that are pictures of their own.
 
-    Smaller versions of another page do not count. A file that cannot be read has page 0, so that
-    reading it reports the reason.
+    Smaller versions of another page and transparency masks do not count. A file that cannot be
+    read has page 0, so that reading it reports the reason.
     """
     try:
         with tifffile.TiffFile(file) as tiff:
             if len(tiff.pages) < 2:
                 return [0]
-            found = [i for i, page in enumerate(tiff.pages) if not page.is_reduced]  # pyright: ignore[reportAttributeAccessIssue]
+            pages: list[Any] = list(tiff.pages)
+            found = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
     except Exception:  # any type, as in `read_image`
         return [0]
     return found or [0]
@@ -83,7 +84,7 @@ def find_pages(
         text = (
             f"'{place}': {len(several):,} TIFF files {of}have several pages, such as "
             f"'{names[first]}' with {len(several[first])}. Only their first page is used. "
-            "Give all_pages to use all."
+            "Training, encode and evaluate use all of them with --all_pages."
         )
         logger.warning("%s", printable(text))
     if not all_pages:

@@ -150,10 +150,9 @@ def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
     icc = None if pixels.ignore_icc else image.info.get("icc_profile")
     if not pixels.keep_depth:
         return to_rgb(image, icc=icc)
-    image = in_srgb(image, icc)
     if pixels.value_range is not None or image.mode == "F" or image.mode.startswith("I"):
-        return _with_range(image, pixels, icc=icc)
-    return _to_channels(image, pixels.channels)
+        return _with_range(image, pixels, icc=icc)  # the range is for the stored numbers
+    return _to_channels(in_srgb(image, icc), pixels.channels)
 
 
 def _open(source: deep_files.File) -> Image.Image:
@@ -196,7 +195,7 @@ def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -
             values = 255 - values
     else:
         values = np.asarray(_to_channels(image, 4 if alpha else 3))
-    return deep_image(values, pixels, alpha=alpha, white_is_zero=negative)
+    return deep_image(values, pixels, alpha=alpha, white_is_zero=negative, icc=icc)
 
 
 def _deep_colours(

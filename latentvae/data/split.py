@@ -103,6 +103,11 @@ def open_source(
         spec = DatasetSpec(name=os.fspath(spec), split=split, any_split=True)
         kind = _kind(spec.name) or "folder"
 
+    if kind == "table" and pixels is not None and pixels.all_pages:
+        raise UserError(
+            "all_pages reads the pages of TIFF files in folders and tar shards, not in tables. "
+            f"Leave it out for '{spec.name}', or give the files."
+        )
     return SOURCES[kind](spec, pixels)
 
 
@@ -147,7 +152,8 @@ def open_images(
     elif isinstance(train, SamplePhotos):
         validation = open_source(spec, split="validation", pixels=pixels)
     else:
-        train, validation = _hold_out(train, share=split_share, seed=seed)
+        by_file = pixels is not None and pixels.all_pages
+        train, validation = _hold_out(train, share=split_share, seed=seed, by_file=by_file)
 
     return _limited(train, max_train_samples, seed=seed), validation
 
@@ -215,7 +221,10 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
 
 
-def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, Subset]:
+def _hold_out(
+    source: ImageSource, *, share: float, seed: int, by_file: bool
+) -> tuple[Subset, Subset]:
+    """Return the training and validation parts. ``by_file`` keeps the pages of a file together."""
     if not 0 < share < 1:
         raise UserError(f"the held-out share must lie between 0 and 1, such as 0.02 (got {share}).")
     if len(source) < 2:
@@ -224,10 +233,13 @@ def _hold_out(source: ImageSource, *, share: float, seed: int) -> tuple[Subset, 
             "be held out for validation."
         )
 
-    # Pages of one file have one draw. A single file is split by its pages.
+    # Pages of one file have one draw. A few files are split by their pages, because one of them
+    # would be more than the share.
     draws = _draws(source, seed)
-    if len(set(draws)) == 1:
-        draws = [_unit_hash(source.name(i), seed) for i in range(len(source))]
+    if by_file:
+        shared = [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]
+        if shared.count(min(shared)) <= max(1, 2 * share * len(source)):
+            draws = shared
     first, last = min(draws), max(draws)
     held_out = [draw == first or (draw < share and draw != last) for draw in draws]
     parts = ([i for i, held in enumerate(held_out) if held is part] for part in (False, True))
@@ -245,7 +257,7 @@ def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSourc
 
 
 def _draws(source: ImageSource, seed: int) -> list[float]:
-    return [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]
+    return [_unit_hash(source.name(i), seed) for i in range(len(source))]
 
 
 def _unit_hash(name: str, seed: int) -> float:

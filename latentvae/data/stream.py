@@ -83,6 +83,11 @@ class ImageStream:
         shuffle_buffer: int = 1000,
         pixels: PixelFormat | None = None,
     ) -> None:
+        if pixels is not None and pixels.all_pages:
+            raise UserError(
+                "all_pages reads the pages of TIFF files in folders and tar shards, not in a "
+                "stream. Leave all_pages or streaming out."
+            )
         rows, self.split = open_rows(spec, streaming=True)
         self.name, self.config_name = spec.name, spec.config_name
         self.column = image_column(rows.features, wanted=spec.image_column)

@@ -143,8 +143,11 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
-            self.bar.write(text)
-            sys.stdout.flush()
+            # Nobody reads a pipe whose other end a closed terminal has ended. The run goes on to
+            # its checkpoint.
+            with contextlib.suppress(BrokenPipeError):
+                self.bar.write(text)
+                sys.stdout.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -85,15 +85,14 @@ def check_same_config(now: JobConfig, then: JobConfig) -> None:
     """Refuse to resume with options that change the result. The message names them."""
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
-    folder = then.run.output_dir or ""
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
     if changed:
         listed = ", ".join(f"{name} ({old.get(name)} then, {new[name]} now)" for name in changed)
-        folder = now.run.output_dir or then.run.output_dir
+        folder = now.run.output_dir or then.run.output_dir or ""
         raise UserError(
             f"the run in '{folder}' was started with other options: {listed}. "
             "Give the old ones, or another output_dir. Or give --overwrite_output_dir to delete "
-            f"the run and start from scratch.{now.how_to_branch(then)}"
+            f"the run and start from scratch.{now.how_to_branch(then, folder=folder)}"
         )
 
 

@@ -215,7 +215,8 @@ class Task(ABC):
         """Return options that need less memory, in the order to try them."""
         options, advice = self.config.run, []
         if options.train_batch_size > 1:
-            half = (options.train_batch_size + 1) // 2
+            multiple = self.config.batch_multiple
+            half = max(options.train_batch_size // 2 // multiple, 1) * multiple
             steps = f" --gradient_accumulation_steps {options.gradient_accumulation_steps * 2}"
             follows = options.global_batch_size is not None
             advice.append(

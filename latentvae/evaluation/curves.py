@@ -80,6 +80,9 @@ class Curves:
         self._sums = dict(zip(keys, state["sums"], strict=True))
 
 
+MIN_BD_POINTS = 3  # two points are a straight line, which says nothing about the curve between
+
+
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
     """Return the BD-rate of every curve relative to JPEG's. Empty if JPEG was not measured."""
     if not curves.get(ANCHOR):
@@ -87,7 +90,7 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
     return {
         name: BDRate(**{metric: _bd_rate(curves[ANCHOR], points, metric) for metric in SIGNS})
         for name, points in curves.items()
-        if name != ANCHOR and len(points) > 1
+        if name != ANCHOR and len(points) >= MIN_BD_POINTS
     }
 
 

@@ -278,7 +278,7 @@ PLACES: dict[str, Place] = {
         may_read=frozenset({"cut at 99 %"}),  # its last option, with which it ends, is then shorter
     ),
     "base of a run": Place(
-        lambda f: Base("base", kl(), "ab", "cd").write(f),
+        lambda f: Base("base", kl(), "ab", "cd", whole=True).write(f),
         "base.json",
         lambda f: read_base(f, "kl"),
         "json",

@@ -120,6 +120,9 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
             averages = getattr(part, "embed_sum", None)
             if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
                 averages.copy_(part.weight)  # each code counts as one vector
+            # The old averages of use belong to another window of `restart_threshold`.
+            if (start_usage := getattr(part, "start_usage", None)) is not None:
+                part.usage.fill_(start_usage)
         self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
         self.register_to_config(quantizer=dict(quantizer))
 

@@ -141,8 +141,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
         passed=False,
         value=str(error).partition(". ")[0],
         expected=f"{UPDATES} updates of {batch} images a process",
-        advice=f"Give --train_batch_size {max(batch // 2, 1)} and twice the "
-        "gradient_accumulation_steps, --gradient_checkpointing or --mixed_precision bf16.",
+        advice=f"Give {' or '.join(rehearsal.task.memory_advice())}.",
     )
 
 

@@ -74,8 +74,7 @@ def memory(rehearsal: Rehearsal) -> Check:
         passed=rehearsal.peak_memory <= FULL * total,
         value=f"{rehearsal.peak_memory / GIB:.2f} GiB of {total / GIB:.2f} GiB on {device}",
         expected=f"at most {FULL:.0%} of what each process has",
-        advice="Halve train_batch_size and double gradient_accumulation_steps, or give "
-        "--gradient_checkpointing or --mixed_precision bf16.",
+        advice=f"Give {' or '.join(rehearsal.task.memory_advice())}.",
     )
 
 

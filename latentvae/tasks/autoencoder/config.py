@@ -95,14 +95,14 @@ class TrainConfig(JobConfig):
             return names - set(marked(TrainConfig, DecidesTheWatch))
         return names
 
-    def how_to_branch(self, then: JobConfig) -> str:
+    def how_to_branch(self, then: JobConfig, *, folder: str) -> str:
         assert isinstance(then, TrainConfig)
-        folder = then.run.output_dir or ""
         if self.model.shape() != then.model.shape():
             return ""  # weights of another shape cannot be loaded
         export = Path(folder) / "export"
         first = "" if export.is_dir() else f"`latentvae export {folder} --out {export}`, then "
-        discriminator = f" --discriminator_from {folder}" if self.discriminator.disc_scale else ""
+        both = self.discriminator.disc_scale and then.discriminator.disc_scale
+        discriminator = f" --discriminator_from {folder}" if both else ""
         return (
             " To train its model further with the new options, give another output_dir and "
             f"{first}--pretrained_model_name_or_path {export}{discriminator}."

@@ -32,6 +32,7 @@ class _Saved(BaseModel):
     hub_id: str | None = None
     encoder_sha256: str
     weights_sha256: str
+    whole: bool
     config: dict[str, Any]
 
 
@@ -44,6 +45,7 @@ class Base:
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
+        whole: whether all weights are the base's. An asymmetric decoder is new.
         hub_id: owner/name on the Hub, if it came from there.
     """
 
@@ -51,6 +53,7 @@ class Base:
     net: Network
     encoder_sha256: str
     weights_sha256: str
+    whole: bool
     hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
@@ -61,6 +64,7 @@ class Base:
             "hub_id": self.hub_id,
             "encoder_sha256": self.encoder_sha256,
             "weights_sha256": self.weights_sha256,
+            "whole": self.whole,
             "config": config,
         }
         temporary = folder / f"{BASE_NAME}.tmp"
@@ -109,7 +113,14 @@ def open_base(config: TrainConfig) -> Base | None:
     # train mode, so this one is too: there even dropout of probability 0 draws random numbers.
     net = copy.deepcopy(net).train()
     hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
-    return Base(name, net, encoder_sha256(net), weights_sha256(net), hub_id)
+    return Base(
+        name,
+        net,
+        encoder_sha256(net),
+        weights_sha256(net),
+        whole=type(net) is type(loaded),
+        hub_id=hub_id,
+    )
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
@@ -121,6 +132,8 @@ def read_base(folder: Path, architecture: str) -> Base | None:
     path = folder / BASE_NAME
     if not path.exists():
         return None
+
+    # the recorded config, which may be damaged
     values = read_json(path)
     try:
         saved = _Saved.model_validate(values)
@@ -130,7 +143,15 @@ def read_base(folder: Path, architecture: str) -> Base | None:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[:3])
         raise UserError(f"'{path}' is not what a fine-tuning wrote: {reason}") from error
-    return Base(saved.name, net, saved.encoder_sha256, saved.weights_sha256, saved.hub_id)
+
+    return Base(
+        saved.name,
+        net,
+        saved.encoder_sha256,
+        saved.weights_sha256,
+        whole=saved.whole,
+        hub_id=saved.hub_id,
+    )
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:

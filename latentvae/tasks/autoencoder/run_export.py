@@ -169,7 +169,7 @@ def export_of_run(
     card = _card(config, folder, update)
     if base is not None:
         card = _fine_tuned(card, net, config, base)
-        if compared := compared_with_base(folder, update):
+        if base.whole and (compared := compared_with_base(folder, update)):
             card = replace(card, protocol=f"{card.protocol} {compared}")
             if is_main():
                 print(compared)
@@ -226,7 +226,7 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         RuntimeError: the encoder was frozen, but its weights have changed.
     """
     name = public_value(base.name)
-    if weights_sha256(net) == base.weights_sha256:
+    if base.whole and weights_sha256(net) == base.weights_sha256:
         return replace(
             card, description=f"The unchanged weights of {name}: no training changed them."
         )
