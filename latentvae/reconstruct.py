@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from PIL import Image
@@ -168,6 +169,10 @@ def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
         raise UnreadableImage(str(path), reason) from error
 
 
+def _open_file(path: Path, _: int) -> IO[bytes]:
+    return path.open("rb")
+
+
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
     """Yield every image file, and its path below the input that it came from.
 
@@ -184,8 +189,8 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
             )
         elif given.exists():
             if is_tiff(given.name):  # says so if the file has several pages
-                file = partial(given.open, "rb")
-                find_pages([given.name], lambda _: file(), all_pages=False, place=str(given.parent))
+                opened = partial(_open_file, given)
+                find_pages([given.name], opened, all_pages=False, place=str(given.parent))
             yield given, Path(given.name)
         else:
             siblings = given.parent.iterdir() if given.parent.is_dir() else ()
