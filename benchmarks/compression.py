@@ -2,8 +2,9 @@
 
     python benchmarks/compression.py --model runs/NAME/export --data photos --out report
 
-It prints the tables and writes report.json, per_image.csv, rate.png (rate against PSNR and LPIPS)
-and sheet.png (a few images side by side). latentvae/report/report.schema.json is the schema.
+The script prints tables and writes report.json, per_image.csv, rate.png (rate against PSNR and
+LPIPS) and sheet.png (a few images side by side). The JSON Schema of the report is
+latentvae/report/report.schema.json.
 """
 
 import sys
@@ -29,10 +30,10 @@ class Options:
     training on `samples` leaves out."""
 
     out: Path
-    """Folder for the report. It is made if it does not exist."""
+    """Folder for the report, which is made if it does not exist."""
 
     quick: bool = False
-    """Give a first impression: 8 images, fewer points, and no part that is slow on a CPU."""
+    """Measure only 8 images and fewer points, without the parts that are slow on a CPU."""
 
     max_images: int | None = None
     """Number of images to measure, evenly spread over the folder in the order of their names.

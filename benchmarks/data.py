@@ -2,20 +2,23 @@
 
     python benchmarks/data.py --json data.json
 
-It prints a table and writes JSON, whose ratios are reference / ours.
+The script prints a table and writes JSON. Ratios are reference / ours.
 
-The images are JPEGs with a shorter side of 1,000 pixels, cropped to 256. They are resized photos at
-quality 90, in a temporary folder and also in tar shards. Every file is read once before the timing,
-so that the disk does not count. torch has one thread, so a row without workers is for one core.
+The images are JPEGs of quality 90 with a shorter side of 1,000 pixels, made from resized photos.
+The JPEGs are in a temporary folder and also in tar shards. Crops have 256 pixels on a side. Every
+file is read once before the timing, so that the time of the disk does not count. torch has one
+thread, so a row without workers shows the speed of one core.
 
 The plain folder does what training scripts do. Pillow opens a file and converts it to RGB. A random
-square is cut out, resized and mirrored. torchvision makes a tensor of it and normalises it. torch's
-DataLoader joins the batch. Ours ends in floats in [-1, 1] too. Both draw squares of 0.5 to 1 of the
-shorter side in the same way, and both resize with the kernel in the row's name. Only the last row
-compares our default, Lanczos, with torchvision's, bilinear.
+square is cropped, resized and mirrored. torchvision converts the crop to a tensor and normalises
+it. torch's DataLoader joins the batch. Our loader also returns floats in [-1, 1]. Both loaders draw
+squares of 0.5 to 1 of the shorter side in the same way. Both resize with the kernel in the row's
+name. Only the last row compares different kernels: our default, Lanczos, and torchvision's default,
+bilinear.
 
-`equal within` is the largest difference of the same crop, in [-1, 1], without the outer three
-pixels. There the results differ, because a resize after the cut does not see the pixels around it.
+`equal within` is the largest difference between both loaders' results of the same crop, in [-1, 1].
+The outer three pixels are left out. There, the results differ: a resize after a crop does not see
+the pixels around it.
 """
 
 import itertools
@@ -74,13 +77,13 @@ class Options:
     """Number of JPEGs, a multiple of 16. Every run reads all of them."""
 
     runs: int = 7
-    """Timed runs of each loader, in turns, after one untimed run."""
+    """Timed runs of each loader, after one untimed run. The loaders take turns."""
 
     workers: tuple[int, ...] = (0, 2)
-    """Numbers of worker processes to try, for both loaders."""
+    """Numbers of worker processes to measure both loaders with."""
 
     quick: bool = False
-    """Take 32 images, three runs and no workers."""
+    """Measure with 32 images, three runs and no workers."""
 
 
 class PlainFolder(Dataset[Tensor]):
@@ -109,7 +112,7 @@ class PlainFolder(Dataset[Tensor]):
 
 
 def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
-    """Write ``count`` JPEGs of the photos, in turns, to ``root/jpegs`` and ``root/shards``."""
+    """Write ``count`` JPEGs, taking the photos in turn, to ``root/jpegs`` and ``root/shards``."""
     folder, shards = root / "jpegs", root / "shards"
     folder.mkdir()
     shards.mkdir()
@@ -160,7 +163,7 @@ def ours(
 
 
 def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
-    """Return the largest difference of the same crops, without their edges."""
+    """Return the largest difference between both loaders' crops, without their edges."""
     transform, largest = TRANSFORMS[interpolation], 0.0
     for i in range(min(len(source), 16)):
         window = transform.draw(np.random.default_rng(i))
@@ -197,7 +200,7 @@ def with_workers(
 
     Args:
         folders: plain folders by kernel.
-        sources: our sources by form.
+        sources: our sources by form (folder or tar shards).
         equal: largest difference by form and kernel.
     """
     # calls
@@ -221,7 +224,7 @@ def with_workers(
 
 
 def stages(root: Path, options: Options) -> Iterator[Row]:
-    """Yield the time of decoding one image, which is the same in both, and of the rest."""
+    """Yield the time of decoding one image, which is equal for both loaders, and of cropping it."""
     path = sorted((root / "jpegs").iterdir())[0]
     with Image.open(path) as opened:
         image = opened.convert("RGB")

@@ -1,12 +1,13 @@
-"""Measure large images: encode and decode whole, in diffusers' blended tiles, and in exact strips.
+"""Compare ways to encode and decode large images: whole, in diffusers' tiles, in exact strips.
 
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
-Each value is measured in a fresh process. Its memory is the rise of the resident memory during the
-call. `ours` are the strips, and `reference` is one of the other two. `equal within` is the largest
-difference from the whole image. In a row of tiles it is the tiles' difference.
+Each value is measured in a new process. Memory is the rise of the process's resident memory during
+the call. In every row, `ours` is the result with strips. `reference` is the result with tiles or
+with the whole image. `equal within` is the largest difference from the result with the whole image,
+for strips or (in rows of tiles) for tiles.
 
-Seams are those of tiles of diffusers' size, in levels of 255. Above 2 they are visible
+The script also prints the seams of diffusers' tiles, in 8-bit levels. A seam above 2 is visible
 (latentvae/evaluation/tiling_check.py). An image that is not larger than a tile has no row of tiles.
 """
 
@@ -52,7 +53,7 @@ class Options:
     """What to measure."""
 
     model: str = "sd"
-    """Folder of an AutoencoderKL. `sd` and `kl_small` are these shapes with random weights."""
+    """Folder of an AutoencoderKL. `sd` and `kl_small` take random weights."""
 
     sizes: tuple[int, ...] = (512, 1024)
     """Sides of the images in pixels."""
@@ -74,7 +75,7 @@ def run(options: Options) -> None:
 
 
 def measured(options: Options) -> Iterator[Row]:
-    """Yield the rows of each size and call, and print the seams of tiles."""
+    """Yield the rows of each size and call, and print the seams of the tiles."""
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:
@@ -96,7 +97,7 @@ def _in_a_process(
 ) -> dict[str, float]:
     arguments = [options.model, call, way, str(size), folder, options.storage]
     command = [sys.executable, __file__, "--measure", *arguments]
-    # The command is this Python and this file, as a list that no shell reads.
+    # The command runs this file with this Python. A list is not read by a shell.
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,15 +2,16 @@
 
     python benchmarks/learning.py --data photos --validation_data unseen --out learning --minutes 45
 
-It prints a table and writes learning.json.
+The script prints a table and writes learning.json.
 
-Both arms have the same network (`kl_small`), loss weights, batch, peak learning rate and schedule.
-First the speed of each arm is measured, in turns, on an idle machine. It gives the number of
-updates that fit into the time. So the machine may do other work during the training itself. Then
-the networks are measured on unseen images at twice the training resolution.
+The two trainings are called arms. Both have the same network (`kl_small`), loss weights, batch,
+peak learning rate and schedule. First, the speeds of both arms are measured in turns on an idle
+machine. The speed of an arm gives the number of updates that fit into the time. So the machine may
+do other work during the training itself. Then the networks are measured on unseen images at twice
+the training resolution.
 
-The same command again keeps the speeds and networks that exist and trains the others. So several
-commands can train arms and seeds at the same time (`--arms`, `--seeds`).
+The same command again keeps the existing speeds and networks and trains the missing networks. So
+several commands can train different arms and seeds at the same time (`--arms`, `--seeds`).
 """
 
 import json
@@ -40,7 +41,7 @@ PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
 Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
-UNTIMED = 10  # first updates, which do not count for the speed. train_kl.py logs a row after them.
+UNTIMED = 10  # first updates, which are not timed. train_kl.py logs a row after them.
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,26 @@ class Options:
     """Folder for the runs and learning.json."""
 
     minutes: float = 45.0
-    """Time for the updates of each arm and seed."""
+    """Minutes for the updates of each arm and seed."""
 
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds. Each has one run of each arm."""
+    """Seeds. Each arm is trained once for each seed."""
 
     threads: int = 2
-    """CPU threads for the speed, and for the runs by default."""
+    """CPU threads for the measurement of speed, and by default for the trainings."""
 
     mixed_precision: str = "bf16"
-    """Precision of train_kl.py. The reference is float32, as the scripts are on a CPU."""
+    """Precision of train_kl.py. The reference uses float32, as the scripts do on a CPU."""
 
     speed_updates: int = 30
-    """Updates in each measurement of the speed. The first 10 do not count. Each arm is measured
-    twice, in turns."""
+    """Updates in each measurement of speed. The first 10 updates do not count. Each arm is
+    measured twice, and the arms take turns."""
 
     arms: tuple[Arm, ...] = ("latentvae", "reference")
     """Arms to train in this command. A seed is measured when both of its networks exist."""
 
     run_threads: int | None = None
-    """CPU threads of the runs, if different from those of the speed."""
+    """CPU threads for the trainings. Default: as for the measurement of speed."""
 
 
 class Arms:
@@ -99,7 +100,7 @@ class Arms:
         return mean(BATCH / speed for speed in speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
-        """Train one network if it does not exist. A run of train_kl.py resumes."""
+        """Train one network if it does not exist. An unfinished run of train_kl.py is resumed."""
         out, threads = self.options.out / f"seed{seed}", self.options.run_threads
         threads = threads or self.options.threads
         if arm == "latentvae":
@@ -159,7 +160,7 @@ class Arms:
         torch.manual_seed(seed)
         shape: dict[str, Any] = PRESET.model.shape() | {
             "initial_posterior_logvar": 0.0
-        }  # as diffusers starts
+        }  # the initial value in diffusers
         return train_reference(
             build_autoencoder_kl(**shape),
             self.source,
@@ -232,8 +233,8 @@ def run(options: Options) -> None:
 def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
     """Return the seconds per update of both arms, measured twice in turns.
 
-    A file of an earlier command is read instead if it exists. All is done in one process, so the
-    reference has the allocator that `train` sets.
+    If an earlier command has written a file of the speeds, it is read instead. Both arms run in one
+    process, so the reference has the same memory allocator settings, which `train` makes.
     """
     path = options.out / "speed.json"
     if path.exists():

@@ -1,18 +1,18 @@
-"""Compute the peak memory of an update of each preset, without that memory and without a GPU.
+"""Compute the peak memory of each preset's update, on a machine without a GPU or much memory.
 
     python benchmarks/memory.py --json memory.json                  # every preset, at its batch
     python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
 
-The updates are those of a run: model with LPIPS, discriminator, both optimizers and the averaged
-weights, in the preset's precision. They run on torch's fake tensors, which have shapes, dtypes and
-lifetimes but no numbers. A tracker adds up the living storages and keeps the largest sum. Two
-updates are made, because the optimizers have their state only after the first. The discriminator
-is on from the start.
+The updates are those of a real run in the preset's precision, and include the model, LPIPS, the
+discriminator, both optimizers and the averaged weights. The updates run on torch's fake tensors,
+which have shapes, dtypes and lifetimes but no numbers. A tracker adds up the sizes of all storages
+in use, and keeps the largest sum. Two updates are made, because the optimizers have their state
+only after the first update. The discriminator is on from the start.
 
 Autocast on a GPU runs norms in float32, but autocast on a CPU does not. So `--device cuda`, the
-default, casts the inputs of norms. Only tensors count. A GPU also holds the CUDA context (about 0.5
-GiB), the workspaces of convolutions and unused parts of blocks, so leave a tenth of its memory
-free.
+default, casts the inputs of norms. Only tensors count. A GPU also needs memory for the CUDA context
+(about 0.5 GiB), the workspaces of convolutions and unused parts of blocks. So leave a tenth of its
+memory free.
 """
 
 import json
@@ -69,13 +69,13 @@ class Options:
     """Side of the images in pixels. Default: the preset's."""
 
     accumulate: bool = False
-    """Make two micro-steps per update, whose gradients are kept during the second."""
+    """Make two micro-steps per update. The gradients of the first are kept during the second."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, which takes less memory and more time."""
 
     device: Device = "cuda"
-    """Device whose autocast is meant."""
+    """Device whose autocast is emulated."""
 
     json: Path | None = None
     """File for the numbers."""
@@ -102,14 +102,14 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
     """Return the peak bytes of `UPDATES` updates, and the bytes that stay between updates.
 
     Args:
-        config: its train_batch_size is the number of images of a micro-step.
-        device: whose autocast is meant.
+        config: options of the run. `train_batch_size` is the number of images of a micro-step.
+        device: device whose autocast is emulated.
         fake: False runs on real tensors of the CPU, to check the computation.
     """
     with ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            # All is on the CPU already, and fake parameters cannot be replaced in a module.
+            # All tensors are on the CPU, and fake parameters cannot be replaced in a module.
             stays = mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)
             stack.enter_context(stays)
         if device == "cuda":
@@ -131,7 +131,7 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
 
 
 class _LivingStorages(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations make, as long as they live.
+    """Adds up the bytes of all storages that operations make, as long as the storages exist.
 
     `torch.distributed._tools.mem_tracker` does the same, but its hooks on parameters do not allow
     the `torch.autograd.grad` of the adaptive weight.
@@ -172,7 +172,7 @@ class _WithoutSync(Updates):
 
 
 class _LearningTask(AutoencoderTask):
-    """The part of the task that learns, without images and without a watch that reads numbers."""
+    """The part of the task that learns, without images and without monitoring of values."""
 
     build = LearningAutoencoder.build
     micro_step = LearningAutoencoder.micro_step
@@ -180,7 +180,7 @@ class _LearningTask(AutoencoderTask):
 
 @contextmanager
 def _training(config: TrainConfig) -> Iterator[Training]:
-    """Yield the training of a run, with LPIPS without numbers."""
+    """Yield the training of a run, whose LPIPS weights have no numbers."""
 
     def empty_lpips(net: Any, **_: Any) -> Any:
         model = _build_empty(net).eval()
@@ -225,7 +225,7 @@ def _modules(training: Training) -> list[Any]:
 
 @contextmanager
 def _norms_in_float32() -> Iterator[None]:
-    """Cast the inputs of norms to float32 under autocast, as it does on a GPU."""
+    """Cast the inputs of norms to float32 under autocast, as autocast does on a GPU."""
 
     def cast(norm: Any) -> Any:
         def called(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -244,7 +244,7 @@ def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfi
     """Return a preset with the discriminator on from the start."""
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}
-    run["global_batch_size"] = None  # the batch of one process, whatever a preset's update has
+    run["global_batch_size"] = None  # `batch_size` is that of one process, not of an update
     run["gradient_checkpointing"] = options.gradient_checkpointing
     run["train_batch_size"] = batch_size or preset.run.train_batch_size
     sections: dict[str, dict[str, Any]] = {
@@ -256,7 +256,7 @@ def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfi
 
 
 def run(options: Options) -> None:
-    """Compute all presets, print each row when it is there, and write the JSON."""
+    """Compute all presets, print each row as soon as it is computed, and write the JSON."""
     console, peaks = Console(), list[Peak]()
     console.print(f"{'preset':24} {'px':>5} {'images':>7} {'GiB':>8} {'fixed GiB':>10}")
     for name in options.presets or preset_names(TrainConfig):

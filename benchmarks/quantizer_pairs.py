@@ -1,6 +1,6 @@
 """Pairs of quantisers of this package and of vector-quantize-pytorch with the same settings.
 
-Both have the same calls, see tokenizer_quality.py.
+Both quantisers of a pair have the same calls. tokenizer_quality.py trains with them.
 
 `B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
 """
@@ -16,9 +16,9 @@ from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 from latentvae.bottlenecks import Quantized, Quantizer
 
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights of losses
-DECAY = 0.8  # their default
-DEAD = 0.02  # their share of the mean use below which a code restarts
-RESTART = 0.06  # ours, with which an unused code waits as long as theirs: 17 updates of K vectors
+DECAY = 0.8  # default of vector-quantize-pytorch
+DEAD = 0.02  # theirs: a code restarts below this share of the mean use
+RESTART = 0.06  # ours: an unused code then waits as long as theirs, 17 updates of K vectors
 Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 
@@ -28,8 +28,9 @@ class Kind:
 
     Attributes:
         ours: type and arguments of `build_quantizer`.
-        weights: weights of its losses.
-        theirs: builds theirs, given the least average use of a code in vectors per update.
+        weights: weights of the quantiser's losses.
+        theirs: function that builds the quantiser of vector-quantize-pytorch. Its argument is the
+            least average use of a code, in vectors per update.
         start_alike: copies the weights of ours to theirs, if k-means does not set them.
     """
 
@@ -99,7 +100,7 @@ KINDS: dict[Name, Kind] = {
 
 
 class Theirs(Quantizer):
-    """A module of vector-quantize-pytorch with our calls. It updates itself in its forward pass."""
+    """A module of vector-quantize-pytorch with our calls. Its forward pass updates its codes."""
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:
         super().__init__()
@@ -126,4 +127,4 @@ class Theirs(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        self.module(features[None])  # In training mode its first call makes k-means.
+        self.module(features[None])  # In training mode, the first call runs k-means.

@@ -1,18 +1,19 @@
-"""Measure time and peak memory of quantising 16,384 vectors, beside other packages.
+"""Compare time and peak memory of quantising 16,384 vectors with those of other packages.
 
     python benchmarks/quantizers.py --json quantizers.json
 
-It prints a table and writes JSON, whose ratios are reference / ours. The sizes are 16384 codes of
-256 channels, 8192 of 32 on the unit sphere, and 65536 of 8. The quantisers have the same codebook:
+The script prints a table and writes JSON. Ratios are reference / ours. There are three codebooks:
+16384 codes of 256 channels, 8192 codes of 32 channels on the unit sphere, and 65536 codes of 8
+channels. These quantisers are compared with the same codebook:
 
-- `VectorQuantizer`, with its losses, without gradients
-- diffusers' `VectorQuantizer`: torch.cdist and argmin
-- the expanded square of taming-transformers' VectorQuantizer2
+- this package's `VectorQuantizer`, with its losses and without gradients
+- diffusers' `VectorQuantizer`, which uses torch.cdist and argmin
+- the computation of taming-transformers' VectorQuantizer2, which expands the square
 - vector-quantize-pytorch's `VectorQuantize`
 
-First we count the equal indices. The others must be ties, with distances in float64 that differ by
-less than 1e-5 of them. Times are taken in turns. A peak is the rise of the resident memory of a
-fresh process during the call.
+First, the equal indices are counted. All other indices must be ties: the distances of both codes in
+float64 differ by less than 1e-5 of the distance. Then the quantisers are timed in turns. The peak
+memory is the rise of the resident memory of a new process during the call.
 """
 
 import json
@@ -47,8 +48,8 @@ SIZES = {  # number of codes, channels, whether on the unit sphere
     "8192 x 32 normalised": (8192, 32, True),
     "65536 x 8": (65_536, 8, False),
 }
-# Peak memory in full distance matrices. A quantiser that does not fit into memory is left out,
-# because the system would kill the process.
+# Peak memory as a multiple of a complete distance matrix. A quantiser that does not fit into memory
+# is left out, because the system would kill the process.
 MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
 Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
 
@@ -61,7 +62,7 @@ class Options:
     """File for the numbers."""
 
     runs: int = 5
-    """Timed runs of each quantiser, in turns, after one untimed run."""
+    """Timed runs of each quantiser, after one untimed run. The quantisers take turns."""
 
     threads: int = 2
     """CPU threads."""
@@ -81,7 +82,7 @@ def with_diffusers(codebook: Tensor, l2: bool) -> Quantise:
 
 
 def as_taming(codebook: Tensor, l2: bool) -> Quantise:
-    """Return what VectorQuantizer2.forward does (taming/modules/vqvae/quantize.py)."""
+    """Return the computation of VectorQuantizer2.forward (taming/modules/vqvae/quantize.py)."""
 
     def quantise(features: Tensor) -> Tensor:
         z = placed(features, l2).permute(0, 2, 3, 1).contiguous()
@@ -120,7 +121,7 @@ def placed(features: Tensor, l2: bool) -> Tensor:
 
 
 def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
-    """Return features (1, D, 128, 128), codebook (K, D), and whether both belong on the sphere."""
+    """Return features (1, D, 128, 128), codebook (K, D), and whether both are on the sphere."""
     K, D, l2 = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(K, D, generator=generator)
@@ -130,7 +131,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
 
 @torch.no_grad()
 def peak(size: str, name: str) -> int:
-    """Return the bytes that one call needs beyond those that the process already had."""
+    """Return the bytes that one call needs besides those that the process already used."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
     quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count

@@ -8,7 +8,7 @@ examples/research_projects/autoencoderkl/train_autoencoderkl.py:
 - centre-cropped images without augmentation
 - values read for the progress bar in every update
 
-Its discriminator starts at update 50,001 and is left out here. These faults are corrected:
+The script's discriminator starts at update 50,001 and is left out here. These faults are corrected:
 
 - LPIPS has true weights, and its gradient reaches the model.
 - The weights are not cast after the optimiser is built.
@@ -42,7 +42,7 @@ EMA_DECAY = 0.999
 
 
 class CentreCrops(Dataset[Tensor]):
-    """Images whose shorter side is resized (bilinear, torchvision's default), centre-cropped."""
+    """Images, resized by the shorter side (bilinear, torchvision's default) and centre-cropped."""
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
         self.source = source
@@ -64,7 +64,7 @@ class CentreCrops(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """Both kinds of weights, and the seconds of each update."""
+    """Raw weights, averaged weights, and the seconds of each update."""
 
     raw: AutoencoderKL
     averaged: AutoencoderKL
@@ -112,7 +112,7 @@ def train_reference(
 
 
 def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLoss) -> Tensor:
-    """Return the loss: sums over pixels and latent elements, a mean over images."""
+    """Return the loss, summed over pixels and latent elements and averaged over images."""
     coder: Any = net
     posterior = coder.encode(images).latent_dist
     recon = coder.decode(posterior.sample()).sample

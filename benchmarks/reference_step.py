@@ -1,4 +1,4 @@
-"""One update of model and discriminator as widely copied scripts write it.
+"""Make one update of model and discriminator as widely copied scripts do.
 
 The mathematics are those of this project's update. The order of work is that of the scripts:
 
@@ -7,25 +7,30 @@ The mathematics are those of this project's update. The order of work is that of
 - CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
   taming/modules/losses/vqperceptual.py
 
-No line of them is copied. This is what each does in one update:
+No line of these scripts is copied. Each of the three references does this in one update:
 
 1. "diffusers as-is" starts with the model's step: a forward pass, LPIPS, and the discriminator,
    which collects gradients too. The adaptive weight takes two backward passes down to the last
-   layer, one through LPIPS and one through the discriminator. One backward pass of the sum goes
-   through both again. Then comes the discriminator's step: a forward pass of the model with its
-   graph, and the discriminator on images and reconstructions. These are not detached, so its loss
-   goes back through the whole model, whose gradients are then deleted.
+   layer, one through LPIPS and one through the discriminator. One backward pass of the summed loss
+   goes through both networks again. Then comes the discriminator's step: a forward pass of the
+   model with its graph, and the discriminator on images and reconstructions. The reconstructions
+   are not detached, so the discriminator's loss goes back through the whole model. The model's
+   gradients are then deleted.
 2. "diffusers mended" is the same with two corrections. The discriminator is frozen in the model's
    step, and the model has no graph in the discriminator's step.
-3. "taming" is as mended, with two optimisers of Lightning, which freezes the other side's
-   parameters. It also computes LPIPS in the discriminator's step.
+3. "taming" is like "diffusers mended", with two optimisers of Lightning. In each step, Lightning
+   freezes the parameters of the other network. LPIPS is computed in the discriminator's step too.
 
-In diffusers' script LPIPS has no gradient. Here it has one everywhere, because otherwise the
-mathematics would differ. All scripts have the following in common: LPIPS by the `lpips` package's
-own forward pass, the same discriminator (GroupNorm instead of BatchNorm), no dropout, torch's
-default AdamW, diffusers' default `EMAModel`, clipping at 1, and float32. Each reads as many values
-for the log as its source. diffusers' losses are sums over pixels and taming's are means, so `scale`
-is the factor between them.
+In diffusers' script, LPIPS has no gradient. Here LPIPS has a gradient in all references, because
+otherwise the mathematics would differ. All references have the following in common:
+
+- LPIPS, computed by the forward pass of the `lpips` package
+- the same discriminator (GroupNorm instead of BatchNorm), and no dropout
+- torch's default AdamW, diffusers' default `EMAModel`, clipping at 1, and float32
+
+Each reference reads as many values for the log as its script. Losses are sums over pixels in
+diffusers' script and means in taming's. `ReferenceStep.scale` is the factor to this project's
+losses.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -63,10 +68,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Script:
-    """What a script does differently from the others, see the module's docstring.
+    """The differences between the scripts. The module's docstring explains them.
 
     Attributes:
-        summed: its losses are sums over pixels instead of means.
+        summed: the script's losses are sums over pixels instead of means.
         freezes_discriminator: the discriminator has no gradients in the model's step.
         detaches: the model has no graph in the discriminator's step.
         lpips_in_discriminator_step: LPIPS is computed in the discriminator's step too.
@@ -90,9 +95,9 @@ class ReferenceStep:
 
     Args:
         script: an entry of `SCRIPTS`.
-        net, discriminator: copied, so that all references start from the same weights.
-        lpips: frozen.
-        weights: of the loss.
+        net, discriminator: are copied, so that all references start from the same weights.
+        lpips: the frozen LPIPS network.
+        weights: weights of the loss terms.
         autocast: run both steps in bfloat16 autocast. None of the scripts does this correctly.
         stock: use stock layers, as the scripts do. False keeps the layers of `net`.
     """
@@ -245,11 +250,11 @@ class TamingStep(ReferenceStep):
             summed=False,
             freezes_discriminator=True,
             detaches=True,
-            lpips_in_discriminator_step=False,  # its own loss does this
+            lpips_in_discriminator_step=False,  # taming's loss does this itself
         )
         super().__init__(own, net, discriminator, lpips, weights=weights, stock=stock)
 
-        # Replace LPIPS, which it would download, and its discriminator by those given.
+        # Use the given LPIPS, which taming would download, and the given discriminator.
         module = _imported(folder, "taming.modules.losses.vqperceptual")
         module.LPIPS = lambda: self.lpips
         module.NLayerDiscriminator = lambda **_: self.discriminator

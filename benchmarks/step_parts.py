@@ -1,12 +1,12 @@
-"""Measure where the time of this project's update goes, and how near it is to the machine's peak.
+"""Measure the time of each part of an update, and how near it is to the machine's peak speed.
 
     python benchmarks/step_parts.py --resolution 64 --precision fp32 bf16
 
-Each part of an update is timed alone. `torch.utils.flop_counter` counts its floating-point
-operations, which are those of convolutions, matrix products and attention. (Norms and activations
-count as none.) The machine's peak is the faster of two operations in the same precision: a product
-of 4096 x 4096 matrices, and a 3 x 3 convolution of 256 channels. If a part is near the peak, only
-fewer operations can save time.
+Each part of an update is timed alone. `torch.utils.flop_counter` counts the floating-point
+operations of the part's convolutions, matrix products and attention. Norms and activations do not
+count. The machine's peak speed is that of the faster of two operations in the same precision: a
+product of 4096 x 4096 matrices, and a 3 x 3 convolution of 256 channels. If a part is near the
+peak, only fewer operations can save time.
 """
 
 import sys

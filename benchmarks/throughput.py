@@ -1,15 +1,16 @@
-"""Measure encode, decode and round trip: time per image and peak memory, beside plain diffusers.
+"""Compare encode, decode and round trip with plain diffusers: time per image and peak memory.
 
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
-Without a model it trains one of Stable Diffusion's shape for some updates. The reference is
-the network in float32, eager, on the whole image. The other ways are those of `latentvae.load`
-(`exact`, `fast`, `openvino`, `strips`) and of diffusers (`tiled`, `cast` to bfloat16, `compiled` by
-torch). Each way takes turns with the reference. Both run in processes of their own, because the use
-of freed memory is a property of a process (`latentvae.compute.memory`).
+Without `--model`, the script trains a network of Stable Diffusion's shape for some updates. The
+reference runs the network in float32 on the whole image, without compilation. Other ways to run the
+network are those of `latentvae.load` (`exact`, `fast`, `openvino`, `strips`) and of diffusers
+(`tiled`, `cast` to bfloat16, `compiled` by torch). The calls of each way alternate with those of
+the reference. Both run in separate processes, because the use of freed memory is a setting of a
+whole process (`latentvae.compute.memory`).
 
-`equal_within` is the largest difference of latents or pixels (range 2). Peak memory is the memory
-of a call without the network's weights.
+`equal_within` is the largest difference from the reference, in latents or in pixels (range 2). Peak
+memory is the memory of a call without the network's weights.
 """
 
 import sys
@@ -43,8 +44,8 @@ class Options:
     """File for the numbers."""
 
     model: str | None = None
-    """Folder or Hub id of an autoencoder. Default: one of Stable Diffusion's shape, trained for
-    `updates`."""
+    """Folder or Hub id of an autoencoder. Default: a network of Stable Diffusion's shape, trained
+    for `updates`."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     """Widths of the network that is trained."""
@@ -57,13 +58,13 @@ class Options:
     """Sides of the images in pixels."""
 
     batch_size: int = 1
-    """Images of a call."""
+    """Images per call."""
 
     ways: tuple[str, ...] = ()
-    """Ways to compare with the stock call. Default: all whose packages are installed."""
+    """Ways to compare with the reference. Default: all ways whose packages are installed."""
 
     runs: int = 5
-    """Timed calls of each way, in turns, after two untimed calls."""
+    """Timed calls of each way, in turns with the reference, after two untimed calls."""
 
     memory: bool = True
     """Measure peak memory too."""
@@ -75,7 +76,7 @@ class Options:
     """Device to run on: cpu or cuda."""
 
     quick: bool = False
-    """Take `exact` and `fast` at 256 px, three runs, no memory."""
+    """Measure only `exact` and `fast`, at 256 px, with three runs and without memory."""
 
 
 def checked(options: Options) -> Options:
@@ -98,7 +99,7 @@ def checked(options: Options) -> Options:
 def measure(options: Options) -> Iterator[Row]:
     """Yield the rows by size: times, then peak memory."""
     compared = compare(options)
-    release_freed_memory()  # so that the processes find the memory that ways kept
+    release_freed_memory()  # so that the new processes can use it
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):
@@ -116,14 +117,14 @@ def measure(options: Options) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A call of a way beside the stock one.
+    """The results of a way's call, compared with those of the stock network.
 
     Attributes:
-        way: name of the way, with that of its fallback.
+        way: name of the way, and of its fallback if it has one.
         precision: `"fp32"` or `"bf16"`.
         side: side of the images in pixels.
         largest: largest difference of the results.
-        mse: their mean squared difference.
+        mse: mean squared difference of the results.
     """
 
     way: str
@@ -136,7 +137,7 @@ class Compared:
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
     """Return the differences by size, call and way, in the order of the rows.
 
-    It prints what each way does on this machine.
+    This function also prints what each way does on this machine.
     """
     # ways
     net = network(_model(options), options.device)
@@ -171,7 +172,7 @@ def _model(options: Options) -> str:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """Return a function of call and side that makes a way's call. It runs in its own process."""
+    """Return a function of call and side that makes a way's call. For a process of its own."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     way = build(name, network(_model(options), options.device))

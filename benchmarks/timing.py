@@ -1,8 +1,8 @@
 """Time calls in turns, and print and write the rows. All benchmarks share this module.
 
-Absolute times depend on the load of the machine, but the two sides of a pair that run one after the
-other suffer alike. So a ratio is taken within each round. The median of the rounds is reported,
-with the minimum and the maximum. A benchmark never asserts a time.
+Absolute times depend on the load of the machine. Two calls that run one after the other are slowed
+alike. So each round gives a ratio of both times. The median, minimum and maximum of the ratios are
+reported. A benchmark never asserts a time.
 
     seconds = alternate({"ours": ours, "diffusers": plain}, runs=5)
     rows = [row("decode, fp32", "s", seconds["ours"], seconds["diffusers"], equal_within=2e-6)]
@@ -36,9 +36,9 @@ class Row:
     Attributes:
         name: what was measured, with `fp32` or `bf16` if it depends on the precision.
         unit: unit of `ours` and `reference`.
-        ours, reference: medians.
-        ratio_median, ratio_min, ratio_max: of reference / ours within each round. They are above 1
-            if ours is better.
+        ours, reference: medians over the rounds.
+        ratio_median, ratio_min, ratio_max: over the ratios reference / ours of all rounds. A ratio
+            above 1 means that ours is better.
         runs: number of rounds.
         equal_within: the largest difference of the two results, as defined by the benchmark. None
             if the results are not meant to be equal.
@@ -86,7 +86,7 @@ def alternate(
     per: float = 1.0,
     clock: Callable[[Any], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call in each round. A round has every call once.
+    """Return the seconds of each call in each round. A round makes every call once.
 
     Args:
         calls: functions by name.
@@ -100,7 +100,7 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
     for i in range(warmup + runs):
-        # Every second round is backwards, so that a drift of the machine's speed favours no side.
+        # Every second round has the reverse order, so that a drift in speed favours no side.
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             elapsed = clock(calls[name])
             if i >= warmup:
@@ -110,7 +110,7 @@ def alternate(
 
 def timed(call: Callable[[], object]) -> float:
     """Return the seconds of one call, until the device has finished it."""
-    gc.collect()  # so that it does not happen during the call
+    gc.collect()  # so that it does not run during the call
     _wait()
     start = time.perf_counter()
     call()
@@ -122,13 +122,13 @@ def timed(call: Callable[[], object]) -> float:
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
     """Yield a function that runs `build(*args)(*given)` in a new process and returns its seconds.
 
-    It is for sides that change something in the whole process, such as the allocator.
+    Use this for calls that change something in the whole process, such as the allocator.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
             alternate({"ours": ours, "stock": plain}, runs=5, clock=lambda call: call())
 
     Args:
-        build: a function at the top of a module.
+        build: a function at the top level of a module.
         args: its arguments, which must be picklable.
     """
     # process

@@ -2,24 +2,33 @@
 
     python benchmarks/tokenizer_quality.py --data photos --validation_data unseen --json out.json
 
-It prints a table of unseen images and writes JSON. The same command again keeps the arms that
-exist, so you can add quantisers and seeds later.
+The script prints a table of metrics on unseen images and writes JSON. The same command again keeps
+the trained arms, so you can add quantisers and seeds later.
 
-Each quantiser and seed has two arms: the network of `vq_small` with our quantiser, and with theirs.
-These things are equal: the initial weights of encoder and decoder, the images and their order, the
-objective (L2 and 0.1 LPIPS-alex, no discriminator), optimiser and schedule, the features that
-k-means starts from, decay, straight-through gradient and the loss weights. SimVQ has no k-means, so
-its codes are equal. These things differ, because the packages define them differently:
+Each quantiser and seed has two trainings, called arms. One arm trains the network of `vq_small`
+with our quantiser, the other with that of vector-quantize-pytorch ("theirs"). Both arms have the
+following in common:
 
-- Unused codes are below 6% of the mean use, by an average over the updates of one such use (ours),
-  or below 2%, by an average of decay 0.8 (theirs). Both wait for 17 updates of K vectors.
-- The learned codebook of theirs has one weight for commitment and codebook. Ours gets it for both.
-- With cosine, theirs has only moving averages. Ours gets them too.
-- Residual levels of theirs pass the decoder's gradient to the features once per level, ours once.
-- Averages start with the counts of k-means. Ours scales them to those of an update.
+- the initial weights of encoder and decoder, and the images in their order
+- the objective (L2 and 0.1 LPIPS-alex, no discriminator) and the weights of all losses
+- the optimiser, its schedule, and the straight-through gradient
+- the decay of moving averages, and the features that k-means starts from
+- the initial codes of SimVQ, which has no k-means
 
-Each arm makes `--updates` updates, or as many as fit into `--minutes` by its own speed, measured in
-turns. Seconds are those of the CPU, which other work on the machine hardly changes.
+These things differ, because the packages define them differently:
+
+- A code counts as unused if the moving average of its use is too low. Our limit is 6% of the mean
+  use, with an average over the time in which such a code is used once. Their limit is 2%, with an
+  average of decay 0.8. In both, an unused code waits for 17 updates of K vectors.
+- Their learned codebook has one weight for commitment loss and codebook loss. Ours uses this weight
+  for both losses.
+- With cosine distance, theirs only has moving averages of codes. So ours uses moving averages too.
+- Their residual levels pass the decoder's gradient to the features once per level. Ours pass it
+  once.
+- Moving averages start with the counts of k-means. Ours scales these counts to those of an update.
+
+Each arm makes `--updates` updates, or as many as fit into `--minutes` at the arm's speed. Speeds
+are measured in turns. All times are CPU times, which other work on the machine hardly changes.
 """
 
 import json
@@ -56,7 +65,7 @@ from latentvae.tasks.autoencoder.config import parse
 
 PRESET = load_preset("vq_small")
 START_VECTORS = 8  # vectors per code for k-means
-WARM_UP = 2  # first updates, which do not count for the speed
+WARM_UP = 2  # first updates, which are not timed
 HIGHER_IS_BETTER = {"psnr": True, "lpips_alex": False, "usage": True, "perplexity": True}
 Arm = Literal["ours", "theirs"]
 ARMS: tuple[Arm, ...] = ("ours", "theirs")
@@ -79,13 +88,13 @@ class Options:
     """Quantisers to compare."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has one pair of arms."""
+    """Seeds. Each quantiser has one pair of arms per seed."""
 
     updates: int = 300
     """Updates of each arm."""
 
     minutes: float | None = None
-    """CPU time for the updates of each arm. It replaces the number of updates."""
+    """CPU minutes for the updates of each arm. They replace the number of updates."""
 
     resolution: int = 64
     """Side of the images in pixels."""
@@ -97,7 +106,7 @@ class Options:
     """Width of the first level. The other widths keep the preset's ratios to it."""
 
     speed_updates: int = 10
-    """Updates of each arm that measure its speed, in turns."""
+    """Updates of each arm to measure its speed. The arms take turns."""
 
     threads: int = 1
     """CPU threads."""
@@ -190,7 +199,7 @@ def _network(
 
 @torch.no_grad()
 def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int, batch_vectors: int) -> None:
-    """Set the first codes by k-means of the untrained encoder's features."""
+    """Set the initial codes by k-means of the untrained encoder's features."""
     wanted, vectors = START_VECTORS * net.quantize.num_codes, []
     for part in images.split(16):
         vectors.append(net.encode(part).latents.movedim(1, -1).flatten(0, -2))
@@ -327,7 +336,7 @@ def _loaded(spec: str, split: str, resolution: int) -> Tensor:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per quantiser and metric: means over the seeds that both arms have.
 
-    `spread` is the larger range over seeds of the two arms.
+    `spread` is the range over seeds, for the arm with the larger range.
     """
     found: list[dict[str, Any]] = []
     for name in KINDS:

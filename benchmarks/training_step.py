@@ -1,19 +1,21 @@
-"""Time one update of model and discriminator beside known scripts with the same mathematics.
+"""Compare the time of an update of model and discriminator with that of known scripts.
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
-The network is an AutoencoderKL with LPIPS on VGG16, PatchGAN, adaptive weight and KL, on the sample
-photos. The scripts are those of reference_step.py.
+The network is an AutoencoderKL. The losses are LPIPS on VGG16, KL, and a PatchGAN with adaptive
+weight. The images are the sample photos. The scripts are those of reference_step.py, which have the
+same mathematics.
 
 First, losses and gradients are shown to be equal. All sides start from equal weights with equal
-posterior noise, and the discriminator's gradient is compared at one reconstruction. `equal_within`
-is the largest relative difference. For gradients it is the length of the difference of the whole
-vectors. For the adversarial loss, a mean of logits near 0, it is the absolute difference.
+posterior noise. The discriminator's gradient is compared on the same reconstruction.
+`equal_within` is the largest relative difference. For gradients, it is the length of the difference
+between the vectors of all gradients. For the adversarial loss, it is the absolute difference,
+because this loss is a mean of logits near 0.
 
-Then both sides of a row make updates in turns, each in its own process, as in real training. Ours
-calls what `train` calls, with all its logging, and keeps freed memory as `train` does. In rows
-named bf16, ours has bf16 autocast and the references have float32, because the scripts do not use
-bf16 correctly. In rows named `bf16 both`, the references have the same autocast.
+Then both sides of a row make updates in turns, each in its own process, as in real training. Our
+side calls the functions that `train` calls, with all logging, and keeps freed memory as `train`
+does. In rows named bf16, our side has bf16 autocast and the references have float32, because the
+scripts do not use bf16 correctly. In rows named `bf16 both`, the references have bf16 autocast too.
 """
 
 import itertools
@@ -59,7 +61,7 @@ class Options:
     """Sides of the images in pixels."""
 
     batch_size: int | None = None
-    """Images of an update. Default: 8 at 64 px, 4 at 128 and 2 at 256."""
+    """Images per update. Default: 8 at 64 px, 4 at 128 px and 2 at 256 px."""
 
     channels: tuple[int, ...] = (64, 128, 256, 256)
     """Widths of the autoencoder."""
@@ -83,10 +85,10 @@ class Options:
     """Add rows in which the references have bf16 autocast too."""
 
     peer_script: Path | None = None
-    """Folder of a clone of CompVis/taming-transformers. Its own loss is then timed too."""
+    """Folder of a clone of CompVis/taming-transformers. The clone's own loss is then timed too."""
 
     quick: bool = False
-    """Take 64 px, half the widths and three runs."""
+    """Measure only 64 px, with half the widths and three runs."""
 
 
 class OurStep:
@@ -100,7 +102,7 @@ class OurStep:
 
     def __init__(self, options: Options, images: Tensor, precision: Precision) -> None:
         on_cpu = {"ACCELERATE_USE_CPU": "true"} if options.device == "cpu" else {}
-        # Without this variable, Accelerate takes a GPU if there is one.
+        # Without this variable, Accelerate uses a GPU if there is one.
         with tempfile.TemporaryDirectory() as folder, patch_environment(**on_cpu):
             config = parse(_config(options, images, precision, folder), source="training_step.py")
             self.task = AutoencoderTask(config)
@@ -212,7 +214,7 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
 
 
 def measure(options: Options, resolution: int) -> Iterator[Row]:
-    """Yield the rows of one resolution: each precision beside each script."""
+    """Yield the rows of one resolution: each precision compared with each script."""
     size = options.batch_size or BATCH_SIZES.get(resolution, 4)
     for precision in options.precision:
         print(f"{precision}, {resolution} px: comparing losses and gradients", flush=True)
@@ -231,7 +233,7 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
 def build_side(
     name: str, options: Options, resolution: int, precision: Precision
 ) -> Callable[[], object]:
-    """Return the update of one side. It runs in its own process."""
+    """Return the update of one side. Each side calls this in its own process."""
     _set_threads(options)
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
@@ -261,9 +263,9 @@ def _equality(options: Options, resolution: int, precision: Precision) -> dict[s
 def layers_difference(ours: OurStep, images: Tensor) -> float:
     """Return the largest relative difference between our layers and stock layers.
 
-    It is measured in the reconstruction, in the gradient of a linear function of it, and in LPIPS
-    of one pair of images. It is not measured in the update's gradient, because rounding in float32
-    alone turns LPIPS' gradient by 1e-3.
+    Three results are compared: the reconstruction, the gradient of a linear function of the
+    reconstruction, and LPIPS of one pair of images. The update's gradient is not compared, because
+    rounding in float32 alone turns LPIPS' gradient by 1e-3.
     """
     stock = _reference("diffusers mended", ours, Options())
     mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)

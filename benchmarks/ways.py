@@ -1,4 +1,4 @@
-"""The ways to encode and decode that throughput.py compares. Each takes and returns float32.
+"""The ways to encode and decode that throughput.py compares. Each way works on float32 images.
 
 `stock` is the reference: the network's own calls in float32, on the whole image.
 """
@@ -21,19 +21,19 @@ from latentvae.evaluation.speed import MIB, peak_memory
 from latentvae.models import build_autoencoder_kl, calls, load_network
 
 CALLS = ("encode", "decode", "round trip")
-SMALL = 64  # pixels a side of the first image, whose one-time allocations do not count
+SMALL = 64  # pixels on a side of the first image, whose one-time allocations do not count
 
 
 class Way:
-    """One way to compute a network.
+    """One way to encode and decode with a network.
 
     Args:
         net: the network.
-        precision: `"fp32"` or `"bf16"`, the precision of its products, for the row's name.
+        precision: `"fp32"` or `"bf16"`, the precision of matrix products, for the row's name.
         strips: how to compute in strips, if at all.
         note: what the way does on this machine.
-        fallback: name of the way that is computed instead, because this one is too inexact or the
-            machine has no use for it.
+        fallback: name of the way that is computed instead, because this way is too inexact or of no
+            use on the machine.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ WAYS: Mapping[str, Callable[[Any], Way]] = {
 
 
 def build(name: str, net: Any) -> Way | None:
-    """Return a way, or print why this machine or network cannot have it and return None."""
+    """Return a way. If the machine or network does not support it, print why and return None."""
     try:
         return WAYS[name](net)
     # Ways raise different errors if a package, a block or a method is missing.
@@ -163,7 +163,8 @@ def peak(
 ) -> dict[str, float]:
     """Return the MiB of encode and decode on a batch of images, without the network's weights.
 
-    Call it in a new process, because memory that was used before hides memory that is used now.
+    Call this function in a new process, because memory that was used before would hide the memory
+    that this call uses.
 
     Args:
         name: a key of `WAYS`.

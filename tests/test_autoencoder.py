@@ -274,6 +274,8 @@ def test_wrong_latents_and_sizes_are_refused(model: Autoencoder) -> None:
 def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     config = folder / "config.json"
     text, weights = config.read_text(), folder / "diffusion_pytorch_model.safetensors"
+
+    # wrong paths
     with pytest.raises(UserError, match=r"did you mean '.*first/export'"):
         load(folder.with_name("exprot"))
     with pytest.raises(UserError, match=r"did you mean '.*first/export'"):
@@ -281,6 +283,8 @@ def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     assert load(weights).info() == load(folder).info()
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
+
+    # wrong classes
     for name, message in (
         ("AutoencoderKI", "this version of diffusers does not know"),
         ("os.system", "this version of diffusers does not know"),
@@ -290,6 +294,8 @@ def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         config.write_text(text.replace("AutoencoderKL", name))
         with pytest.raises(UserError, match=message):
             load(folder)
+
+    # wrong configs
     for broken in ("{", "[]", "{}"):
         config.write_text(broken)
         with pytest.raises(UserError, match="not the config"):
@@ -297,6 +303,8 @@ def test_wrong_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     config.write_text(text.replace('"latent_channels": 4', '"latent_channels": 8'))
     with pytest.raises(UserError):
         load(folder)
+
+    # wrong or missing weights
     config.write_text(text)
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot load the weights"):

@@ -75,11 +75,17 @@ def test_reconstruct_with_a_grey_model(tmp_path: Path) -> None:
     Image.fromarray(values.astype(np.uint16)).save(folder / "deep.png")
     Image.fromarray((values / 257).astype(np.uint8)).save(folder / "flat.png")
     np.save(folder / "float.npy", values)
+
+    # without a value range
     found = reconstruct(model(1), [folder], out=tmp_path / "a")
     assert [reason for _, reason in found.unreadable] == [
         "its values are floats: value_range must say what is black and white"
     ]
+
+    # with a value range
     reconstruct(model(1), [folder], out=tmp_path / "b", value_range=(0, 65535))
+
+    # compare the pictures of both
     for out, names in (("a", ["deep", "flat"]), ("b", ["deep", "float"])):
         rows = table(tmp_path / out)
         assert set(rows) >= {f"{name}.png" for name in names}

@@ -1,1 +1,1 @@
-"""True bits: image codecs, and bitstreams of latents and tokens with their entropy models."""
+"""Code images, latents and tokens to real files: codecs, entropy models and bitstreams."""

@@ -2,7 +2,7 @@
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | that many varints | 32-bit words
 
-The coder is constriction's (Bamler 2022, https://arxiv.org/abs/2201.01741).
+The range coder is that of the package constriction (Bamler 2022, https://arxiv.org/abs/2201.01741).
 """
 
 import zlib

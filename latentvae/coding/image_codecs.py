@@ -1,4 +1,4 @@
-"""Image codecs as a reference for the models, through Pillow. Their rate is that of real files."""
+"""Pillow's image codecs as a reference for the models. Their rates are those of real files."""
 
 import bisect
 import io
@@ -26,7 +26,7 @@ class Codec:
     max_side: int = 65500
 
     def encode(self, image: Image.Image, *, quality: int) -> bytes:
-        """Return the whole file, headers included."""
+        """Return the complete file, headers included."""
         buffer = io.BytesIO()
         image.save(buffer, format=self.format, quality=quality, **self.options)
         return buffer.getvalue()
@@ -49,7 +49,8 @@ _LIBRARIES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}  # Pillow's names
 _QUALITIES = (1, 5, 10, 20, 35, 50, 70, 85, 95)
 
 CODECS: dict[str, Codec] = {
-    # Published curves use the standard's Huffman tables. `optimize` would save up to a third.
+    # Published curves use the standard's Huffman tables. `optimize` would make files smaller, by up
+    # to a third.
     "jpeg": Codec("JPEG", _QUALITIES, {"optimize": False, "subsampling": "4:2:0"}),
     "webp": Codec("WEBP", _QUALITIES, {"method": 4}, max_side=16383),
     "avif": Codec("AVIF", _QUALITIES, {"speed": 6, "subsampling": "4:2:0"}),
@@ -57,7 +58,7 @@ CODECS: dict[str, Codec] = {
 
 
 def available_codecs(qualities: tuple[int, ...] = _QUALITIES) -> dict[str, Codec]:
-    """Return the codecs that this build of Pillow can write, to be swept over `qualities`."""
+    """Return the codecs that this build of Pillow can write, with these `qualities`."""
     return {
         name: replace(codec, qualities=qualities)
         for name, codec in CODECS.items()
@@ -74,11 +75,11 @@ def encode_at_rate(
 ) -> tuple[bytes, int]:
     """Return the file of the lowest quality that reaches `bpp`, and that quality.
 
-    Quality 100 is returned where no quality reaches `bpp`. Rates are assumed to rise with quality.
+    The quality is 100 if no quality reaches `bpp`. Rates are assumed to rise with quality.
 
     Args:
-        files: files of this image that were encoded already, by quality. They shorten the search,
-            and the files of the search are added.
+        files: files of this image that were encoded already, by quality. These files shorten the
+            search. Files that the search encodes are added.
     """
     files = {} if files is None else files
 

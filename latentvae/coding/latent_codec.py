@@ -1,4 +1,4 @@
-"""True bits of a continuous latent: a quantiser step per channel, then a range coder.
+"""Code a continuous latent to a file: quantise each channel by its own step, then range-code.
 
     prior = LatentPrior.fit(samples)                      # (d, n): latents of other images
     gains = channel_gains(decode, z)                      # (d,)
@@ -6,8 +6,8 @@
     content = encode_latent(z[0], prior=prior, steps=steps)
     z_hat = decode_latent(content)                        # from the bytes alone
 
-A latent is quantised uniformly about each channel's location. Its symbols get an ideal code under a
-Laplace or Gaussian of the prior's scale (range coder of constriction, Bamler 2022,
+Each channel of a latent is quantised uniformly about its location. A range coder codes the symbols
+under a Laplace or Gaussian with the prior's scale (constriction, Bamler 2022,
 https://arxiv.org/abs/2201.01741). The steps spread the error over the channels as reverse
 water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the decoder's Jacobian.
 
@@ -41,12 +41,12 @@ STEP_RESOLUTION = 16  # codes per octave: a stored step is at most 2.2 percent o
 SCALE_RESOLUTION = 8
 OCTAVES = 60  # range of steps and scales, relative to the smallest step
 
-# A narrower model gains nothing for zeros and costs up to 24 bits for each other symbol.
+# A narrower model saves no bits for zeros and costs up to 24 bits for every other symbol.
 MIN_MODEL_SCALE = (1 / 16, 1 / 8)  # in steps: Laplace, Gaussian
 FAMILIES = (stream.model.QuantizedLaplace, stream.model.QuantizedGaussian)
 
 # Lowest and highest value of each field: step, scale, family, location, lowest symbol, and highest
-# minus lowest symbol. constriction divides 2**24 among the symbols and gives each at least 1.
+# minus lowest symbol. constriction divides 2**24 among the symbols, with at least 1 for each.
 MAX_SYMBOL = 2**19
 LIMITS = (
     (0, STEP_RESOLUTION * OCTAVES + 1),
@@ -76,7 +76,7 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Fit latents (d, n) by maximum likelihood. Each channel takes the likelier family."""
+        """Fit latents (d, n) by maximum likelihood. Each channel gets the likelier family."""
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
                 f"samples must be latents of shape (d, n) (got {tuple(samples.shape)})."
@@ -85,7 +85,7 @@ class LatentPrior:
         _require_finite(values)
 
         # both families
-        floor = 1e-6 * (values.abs().max().item() or 1.0)  # a dead channel needs a scale too
+        floor = 1e-6 * (values.abs().max().item() or 1.0)  # a constant channel needs a scale too
         median, mean = values.median(dim=1).values, values.mean(dim=1)
         deviation = (values - median[:, None]).abs().mean(dim=1).clamp_min(floor)
         std = values.std(dim=1, correction=0).clamp_min(floor)
@@ -105,16 +105,17 @@ def channel_gains(
     seed: int = 0,
     max_side: int = 32,
 ) -> Tensor:
-    """Return the squared output error of an image per squared error of one latent element: (d,).
+    """Return the squared error of an image per squared error of one latent element, as (d,).
 
-    This is the diagonal of J^T J of the decoder at `z`, averaged over positions. For random signs
-    v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson 1989). Float64, on the CPU.
+    The result is the diagonal of J^T J of the decoder at `z`, averaged over positions. For random
+    signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson 1989). Float64 on the
+    CPU.
 
     Args:
-        decode: (B, d, h, w) -> (B, 3, H, W) in [-1, 1], differentiable. Parameters may be frozen.
+        decode: differentiable, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Weights may be frozen.
         z: (B, d, h, w). B = 1 is enough.
-        probes: number of random v. Each takes one backward pass.
-        max_side: positions. A latent with a longer side is cut to its middle.
+        probes: number of random v. Each v costs one backward pass.
+        max_side: longest side in positions. A larger latent is cropped to its centre.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():
@@ -135,8 +136,8 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
     A step D makes an error of D^2 / 12 per element. Over the 3 f^2 outputs of a position,
     MSE = sum_c g_c D_c^2 / 12 / (3 f^2). Bits are fewest where g_c D_c^2 is the same in every
-    channel. This is high-rate theory: a step that is wide for its channel makes less error and a
-    higher PSNR.
+    channel. This is high-rate theory. A step that is wide for its channel makes a smaller error
+    than the theory says, so the PSNR is higher.
 
     Args:
         gains: (d,) of `channel_gains`. A channel of gain 0 gets an infinite step.
@@ -152,16 +153,16 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
 
 def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
-    """Return one image's latent as a file of its own. Its bits are 8 * len().
+    """Return one image's latent as a complete file. The number of bits is 8 * len().
 
     Args:
         z: (d, h, w).
-        prior: fitted on other images, so that this image pays for everything it needs.
-        steps: (d,), at least 1e-30. A channel of infinite step is decoded as its location.
+        prior: fitted on other images. A fit on this image would give too few bits.
+        steps: (d,), at least 1e-30. A channel with an infinite step is decoded as its location.
 
     Raises:
         ValueError: latents that are not finite, or wrong shapes or steps.
-        UserError: the latent is too large, or a step so fine that a channel has symbols past 2**19.
+        UserError: the latent is too large, or a step is so fine that symbols exceed 2**19.
     """
     _check_latent(z, prior, steps)
 
@@ -237,7 +238,7 @@ def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
 class _Grid:
     """Quantiser and entropy model of each channel, from the integers that a file holds, (d,) each.
 
-    All floats are computed from these integers, so the decoder's are equal to the encoder's.
+    All floats are computed from these integers, so decoder and encoder have the same floats.
     """
 
     base: float  # the smallest finite step, a float32
@@ -303,7 +304,7 @@ class _Grid:
         return symbols * self.step[:, None] + self.location[:, None]
 
     def models(self, lows: Integers, spans: Integers) -> list[Any | None]:
-        """Return one model per channel, over its range of symbols. A single symbol has None."""
+        """Return each channel's model over its range of symbols, or None for a single symbol."""
         result: list[Any | None] = []
         scales = self.scale / np.where(self.steps > 0, self.step, np.inf)
         for low, span, family, scale in zip(lows, spans, self.families, scales, strict=True):

@@ -1,13 +1,14 @@
-"""True bits of a tokenizer's indices: adaptive arithmetic coding without prior knowledge.
+"""Code a tokenizer's indices to a file: adaptive arithmetic coding without prior knowledge.
 
     content = encode_tokens(indices, num_codes=16384)  # int (h, w)
     indices = decode_tokens(content)                   # int64 (h, w), from the bytes alone
 
-The model is of order 0. Encoder and decoder both count the codes seen so far. A code's probability
-is (count + a) / (n + a K), its mean under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981
-for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). The encoder takes the `a` of a short list
-that costs this image least. With few tokens of many codes that may be the uniform code. Counts are
-updated after each block of an eighth of the tokens so far: the work is K log n instead of K n.
+The probability model is of order 0. Encoder and decoder both count the codes seen so far. A code's
+probability is (count + a) / (n + a K). This is the mean under a symmetric Dirichlet prior
+(Krichevsky and Trofimov 1981 for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). From a short
+list, the encoder takes the `a` with the fewest bits for this image. With few tokens and many codes,
+the uniform code may be the cheapest choice. Counts are updated after each block. A block has an
+eighth of the tokens before it, so the work is K log n instead of K n.
 
 `K` codes, `n` tokens.
 """
@@ -30,10 +31,10 @@ CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))  # `a`. Choice 0 in a 
 
 
 def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
-    """Return one image's tokens as a file of its own. Its bits are 8 * len().
+    """Return one image's tokens as a complete file. The number of bits is 8 * len().
 
     Args:
-        indices: 1 to 3 dimensions, each in 0..num_codes - 1.
+        indices: integers in 0..num_codes - 1, with 1 to 3 dimensions.
         num_codes: K, at most 2**20.
 
     Raises:
@@ -44,7 +45,7 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
     tokens = indices.reshape(-1).astype(np.int64)
     choice = _cheapest(tokens, num_codes)
 
-    # block by block, with a model of the blocks before
+    # block by block, with a model of the earlier blocks
     coder = stream.queue.RangeEncoder()
     model = _Model(num_codes, choice)
     for block in _blocks(len(tokens)):
@@ -55,7 +56,7 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
 
 
 def decode_tokens(content: bytes) -> Integers:
-    """Return the tokens of a file that `encode_tokens` wrote, int64, in their shape.
+    """Return the tokens of a file that `encode_tokens` wrote, as int64 in their original shape.
 
     Raises:
         UserError: the bytes are damaged, incomplete or of another kind of file.
@@ -127,8 +128,8 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """Return the choice of concentration that costs fewest bits. It is 0 for the uniform code."""
-    # per token: how often its code was seen before, and how many tokens were
+    """Return the choice of concentration with the fewest bits, or 0 for the uniform code."""
+    # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)
     seen, total = np.empty(len(tokens)), np.empty(len(tokens))
     for block in _blocks(len(tokens)):
@@ -139,7 +140,7 @@ def _cheapest(tokens: Integers, num_codes: int) -> int:
     costs = [len(tokens) * math.log2(num_codes)]
     for a in CONCENTRATIONS:
         probability = (seen + a) / (total + a * num_codes)
-        # constriction gives each code at least one part in 2**24.
+        # In constriction, each code has a probability of at least 2**-24.
         probability = probability * (1 - num_codes / 2**24) + 2**-24
         costs.append(-np.log2(probability).sum())
     return int(np.argmin(costs))

@@ -1,7 +1,7 @@
 """Rate curves whose rate and quality are means over the same images, and BD-rates between them.
 
 An exact copy has an infinite PSNR, and small images have no LPIPS. A mean rate over all images and
-a mean quality over fewer images would be a point on no coder's curve. So an image counts for a
+a mean quality over fewer images would not be a point of any curve. So an image counts for a
 metric's curves only if every coder has a finite value of that metric at every setting.
 """
 
@@ -23,13 +23,13 @@ Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
 
 
 class Curves:
-    """Sums over images for every point and metric: images, bits per pixel, values."""
+    """Sums for every point and metric: the number of images, their bits per pixel and values."""
 
     def __init__(self) -> None:
         self._sums: dict[Key, np.ndarray] = {}
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Add all rows of one image. Rows of `kind` model are not points of a curve."""
+        """Add all rows of one image. Rows whose `kind` is model are not points of a curve."""
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
             values = [row.value(metric) for row in points]
@@ -45,13 +45,13 @@ class Curves:
     ) -> list[Point]:
         """Return the points at `settings`: a codec's qualities, or a bitstream's noise PSNR.
 
-        Each point has its place on the curves and its `means` over all images.
+        Each point has its values on the curves and its `means` over all images.
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
         for setting in settings:
             found = {c: means.mean(kind, coder, c, setting=setting) for c in ("bpp", *SIGNS)}
-            if found["bpp"] is None:  # this codec could hold none of the images
+            if found["bpp"] is None:  # the codec's format cannot hold any of the images
                 continue
             found = {column: mean for column, mean in found.items() if mean is not None}
             point = {column: mean.mean for column, mean in found.items()} | {name: setting}
@@ -95,7 +95,10 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
 
 
 def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -> float | None:
-    """Return None also if the curves have different images (some are too wide for WebP)."""
+    """Return the BD-rate. Return None if the curves share no quality or have different images.
+
+    Images differ if some are too wide for WebP, for example.
+    """
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:
         return None

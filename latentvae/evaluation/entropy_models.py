@@ -1,4 +1,4 @@
-"""Entropy models and quantiser gains of latents, fitted on other images than they code.
+"""Fit entropy models and decoder gains on other images than those that are coded with them.
 
 The images are split into two halves by the parity of their position. Each half is coded with the
 entropy model and the steps that were fitted on the other half.
@@ -22,29 +22,29 @@ from latentvae.evaluation.settings import Plan
 from latentvae.models import calls
 
 MAX_POSITIONS = 4096  # positions of one image's latent that the fit uses
-PROBES = 4  # backward passes of one image. A file keeps steps to 2 percent anyway.
+PROBES = 4  # backward passes per image: enough, because a file rounds steps by 2 percent
 GAIN_PIXELS = 256  # side of the image that is decoded, with gradients, for the decoder's gains
 
 
-KEPT_ELEMENTS = 2**20  # of a latent that is kept until its image is measured
+KEPT_ELEMENTS = 2**20  # of the largest latent that is kept until its image is measured
 
 Posterior = tuple[Tensor, Tensor | None]
-"""Mean and log-variance, or a latent and None."""
+"""Mean and log-variance of a posterior, or a latent and None."""
 
 
 @dataclass(frozen=True)
 class HalfPrior:
-    """Fit on one half of the images: the latents' distribution, and the decoder's gains (d,)."""
+    """Distribution of the latents and gains of the decoder (d,), fitted on half of the images."""
 
     prior: LatentPrior
     gains: Tensor
 
 
 class Priors:
-    """The fits of both halves. `other` gives the one that a picture is coded with.
+    """The fits of both halves. `other` returns the fit that a picture is coded with.
 
     Attributes:
-        own: one half has no images, so the other half is coded with its own fit.
+        own: whether images are coded with the fit of their own half, because the other is empty.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Priors:
         """Fit on at most `plan.prior_images` images of each half, evenly spread.
 
         Args:
-            encoded: takes the small posteriors by position, so that they need not be encoded again.
+            encoded: is filled with small posteriors by position, so that no image is encoded twice.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]
@@ -118,7 +118,7 @@ def _fit(
 
 
 def _gains(model: Autoencoder, z: Tensor) -> Tensor:
-    side = model.fixed_size or GAIN_PIXELS  # a network of one size cannot decode part of a latent
+    side = model.fixed_size or GAIN_PIXELS  # a network of fixed size cannot decode a part
     return channel_gains(
         lambda y: calls.decode(model.net, y),
         z,

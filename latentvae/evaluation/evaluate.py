@@ -3,9 +3,9 @@
     models = {"mine": latentvae.load("runs/mine/export")}
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
-Each picture is brought to the protocol's size, coded and rebuilt by every model and codec, rounded
-to 8 bits, and compared with the original. One picture is in memory at a time, and only sums are
-kept. The same call again continues where the last one was stopped.
+Each picture is resized as the protocol says. Every model and codec encodes and decodes it. The
+result is rounded to 8 bits and compared with the original. Only one picture and the sums over all
+pictures are in memory. The same call again continues an evaluation that was stopped.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.report.figures import rate_figure
 from latentvae.report.schema import Report
 
-SAVE_SECONDS = 30.0  # between two states on disk
+SAVE_SECONDS = 30.0  # shortest time between two saved states
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
-CIRCUMSTANCES = ("device", "threads")  # an evaluation may continue with others
+CIRCUMSTANCES = ("device", "threads")  # a continued evaluation may change these
 
 
 @full_float32()
@@ -69,13 +69,13 @@ def evaluate(
     """Measure, write the report into `out` (report.json, per_image.csv, pictures) and return it.
 
     Args:
-        models: by the names to show.
-        source: the images. Unreadable ones are reported on the screen, counted and left out.
+        models: the autoencoders, by the names to show.
+        source: the images. Unreadable images are printed, counted and left out.
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
-        inception: as `metrics.inception.load_inception` gives it, or None.
+        inception: the network that `metrics.inception.load_inception` returns, or None.
         max_images: measure at most this many images, evenly spread over the source.
-        sheet_images: number of images in the sheet, evenly spread too.
+        sheet_images: number of images in the sheet, evenly spread over the measured images.
         overwrite: delete the evaluation that `out` holds.
         device: where models and metrics run.
 
@@ -127,18 +127,18 @@ class _Evaluation:
         max_images: int | None,
         device: torch.device | str,
     ) -> None:
-        # what is measured
+        # models and pictures
         self.models, self.out, self.plan, self.data_name = dict(models), out, plan, data_name
         self.device = torch.device(device)
         indices = spread(len(source), max_images)
         self.pictures = Pictures(source, indices, sizes=_shapes(plan, self.models))
 
-        # what measures
+        # metrics and codecs
         on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
         self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
         self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
 
-        # what was measured
+        # results
         self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
         self.measures = {
             name: ModelMeasures(
@@ -171,7 +171,7 @@ class _Evaluation:
             self._measure(progress)
             self._report().write(self.out / "report.json")  # in case the next phases do not end
 
-        # models, apart from the pictures
+        # passport and speed of each model
         self._examine(progress)
 
         # report
@@ -212,10 +212,10 @@ class _Evaluation:
             )
 
     def _check_sides(self) -> None:
-        """Refuse images that are too small for a model, by their headers.
+        """Refuse images that are too small for a model. Only their headers are read.
 
-        Such an image cannot be left out for one model only, because models would then be compared
-        on different images.
+        A small image cannot be left out for one model only, because the models would then be
+        compared on different images.
         """
         strictest = max(self.models.values(), key=lambda model: model.smallest_side)
         least = strictest.smallest_side
@@ -255,7 +255,7 @@ class _Evaluation:
             self._save(progress, len(self.pictures), csv_bytes=_written(file))
 
     def _open_csv(self, progress: Progress) -> TextIO:
-        """Open per_image.csv, cut to the rows that the saved state knows."""
+        """Open per_image.csv, and remove the rows that came after the saved state."""
         path, rows = self.out / "per_image.csv", progress.values.get("csv_bytes", 0)
         try:
             file = path.open("r+" if rows else "w", newline="", encoding="utf-8")
@@ -283,7 +283,7 @@ class _Evaluation:
                 with _failing(measures, name):
                     rows += measures.update(original)
 
-        # codecs: the curve, and each model's rate
+        # codecs at their own qualities, and at each model's rate
         rates = {name: m.raw_bpp for name, m in self.measures.items() if m.failure is None}
         of_codecs, at_rates = codec_rows(self.judge, original, self.codecs, rates=rates)
         self.codec_means.update(of_codecs, position=position)
@@ -308,7 +308,7 @@ class _Evaluation:
             seconds = self.measures[name].cost.of(pixels)
             self.phases.begin(f"{name}: {PHASES[section]}", seconds=seconds)
 
-            # saved first: the reason of a process that does not come back
+            # Save a reason first, in case this section ends the process.
             found[section] = {"skipped": "the process ended here"}
             self._save(progress, progress.done)
             try:
@@ -322,9 +322,9 @@ class _Evaluation:
                 self._save(progress, progress.done)
 
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
-        """Return what is measured of a model alone, and the pixels that this encodes and decodes.
+        """Return the passport and speed measurements by section, each with a number of pixels.
 
-        The pixels are a rough count, for the time that a phase takes.
+        The number is a rough count of pixels to encode and decode, to estimate the time.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels
@@ -447,7 +447,7 @@ class _Evaluation:
 
 
 def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int, int]]:
-    """Return the shapes that images are brought to. Buckets are multiples of every model's f."""
+    """Return the shapes of resized images. Sides of buckets are multiples of every model's f."""
     if plan.size is None:
         return ()
     if not plan.buckets:

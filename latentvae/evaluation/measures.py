@@ -1,4 +1,4 @@
-"""One picture through a model or a codec: its metrics, and the means over pictures.
+"""Metrics of pictures that a model or a codec has coded, and their means over pictures.
 
 `B` batch, `C` channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -25,16 +25,17 @@ from latentvae.metrics.table import IMAGE_METRICS
 from latentvae.report.schema import IMAGE_COLUMNS, Mean
 from latentvae.text import spreadsheet_text
 
-BATCH_PIXELS = 2**19  # pixels that go through a network together: more takes memory, not less time
+BATCH_PIXELS = 2**19  # pixels of a forward pass. More would take more memory, but not less time.
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture through one coder.
+    """The results of one coder on one picture.
 
     Args:
-        kind: `"model"` (`bpp` raw), `"bitstream"` of a model's latent or tokens, `"codec"`, or
-            `"codec_at_rate"` (the quality that reaches a model's raw rate).
+        kind: `"model"` (`bpp` is the raw rate), `"bitstream"` (of a model's latent or tokens),
+            `"codec"`, or `"codec_at_rate"` (a codec at the quality that reaches a model's raw
+            rate).
         setting: a codec's quality, or a bitstream's noise PSNR in dB.
         metrics: values by the keys of `IMAGE_COLUMNS`. A metric that needs a larger picture is None
             or absent.
@@ -66,13 +67,13 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """An original, with the features that all reconstructions are compared with.
+    """An original and its features, which all reconstructions are compared with.
 
     Args:
         position: number of the picture in the evaluation.
         images: (1, 3, H, W) on the 8-bit grid.
-        levels: LPIPS features by trunk.
-        inception: Inception features (1, 2048), or None if they are not measured.
+        levels: LPIPS features by backbone.
+        inception: Inception features (1, 2048), or None if they are not needed.
     """
 
     name: str
@@ -98,8 +99,8 @@ class Judge:
     """Compares reconstructions with originals. An original's features are computed once.
 
     Args:
-        lpips: by trunk.
-        inception: (B, 3, H, W) in [-1, 1] to (B, 2048), or None.
+        lpips: perceptual losses by backbone.
+        inception: network from images (B, 3, H, W) in [-1, 1] to features (B, 2048), or None.
     """
 
     def __init__(self, lpips: Mapping[str, PerceptualLoss], inception: Any | None = None) -> None:
@@ -107,7 +108,7 @@ class Judge:
 
     @property
     def extractors(self) -> dict[str, int]:
-        """Width of the features of distribution distances, by extractor."""
+        """Width of each extractor's features, which the distribution distances compare."""
         vgg = {"vgg": 512} if "vgg" in self.lpips else {}
         return vgg | ({"inception": 2048} if self.inception is not None else {})
 
@@ -138,7 +139,7 @@ class Judge:
     def compare_points(
         self, original: Original, recons: Sequence[Tensor]
     ) -> list[dict[str, float]]:
-        """Return only PSNR and LPIPS (alex) of each (1, 3, H, W), for the points of a curve.
+        """Return only PSNR and LPIPS (alex) of each picture (1, 3, H, W), for points of curves.
 
         Small pictures go through LPIPS together.
         """
@@ -160,14 +161,14 @@ class Judge:
 def codec_rows(
     judge: Judge, original: Original, codecs: Mapping[str, Codec], *, rates: Mapping[str, float]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Code the picture with every codec. Codecs that it is too large for are skipped.
+    """Code the picture with every codec. Skip codecs for which the picture is too large.
 
     Args:
         rates: bits per pixel of each model.
 
     Returns:
-        Rows at each of the codecs' qualities, and for each model one row per codec at the lowest
-        quality that reaches the model's rate.
+        First, the rows of all codecs at their own qualities. Second, for each model, one row per
+        codec at the lowest quality that reaches the model's rate.
     """
     rows: list[Row] = []
     matched: dict[str, list[Row]] = {model: [] for model in rates}
@@ -176,7 +177,7 @@ def codec_rows(
         if max(picture.size) > codec.max_side:
             continue
 
-        # files of the curve, then of each model's rate
+        # files at the codec's own qualities, then at each model's rate
         files = {quality: codec.encode(picture, quality=quality) for quality in codec.qualities}
         at_rate = {
             rate: encode_at_rate(codec, picture, bpp=rate, files=files)[1]
@@ -243,7 +244,7 @@ def row(
 
 
 class Means:
-    """Means over images of every column of the rows, by kind, coder and setting."""
+    """Means of every column over images, by the kind, coder and setting of the rows."""
 
     def __init__(self) -> None:
         self._means: dict[tuple[str, str, float | None, str], BootstrapMean] = {}
@@ -278,7 +279,7 @@ class Means:
 
 
 class PooledError:
-    """Mean squared error over the elements of all images together, as PSNR with peak 2."""
+    """PSNR (peak 2) of the mean squared error over the elements of all images together."""
 
     def __init__(self) -> None:
         self.squares, self.elements = 0.0, 0

@@ -54,7 +54,7 @@ class Shown:
 
 
 class Cost:
-    """Seconds per pixel of one encoding and one decoding, over the pictures of this process."""
+    """Seconds per pixel of one encoding and one decoding, measured in this process."""
 
     def __init__(self) -> None:
         self.seconds, self.pixels = 0.0, 0
@@ -69,17 +69,17 @@ class Cost:
 
 
 class ModelMeasures:
-    """Measures a model picture by picture, and gives its part of the report.
+    """Measures a model picture by picture, and returns its part of the report.
 
     Args:
         name: the model's name in the report.
         num_pictures: number of pictures in the evaluation.
 
     Attributes:
-        priors: for the bitstream of a continuous latent. None if it is not measured.
+        priors: entropy models of a continuous latent. None if its bitstream is not measured.
         failure: why the model is no longer measured, or None.
         raw_bpp: raw rate of the last picture.
-        shown: reconstructions for the sheet by position. Positions to keep are set to None before.
+        shown: reconstructions for the sheet by position, or None for those not yet measured.
         cost: time of encoding and decoding.
     """
 
@@ -89,7 +89,7 @@ class ModelMeasures:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
         rate = "rate" in plan.sections and plan.noise_psnr
         self.priors = Priors() if rate and not model.num_codes else None
-        self.encoded: dict[int, Posterior] = {}  # from the fit of the priors, until measured
+        self.encoded: dict[int, Posterior] = {}  # kept from the fit until measured
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
@@ -157,7 +157,7 @@ class ModelMeasures:
         return rows
 
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
-        """Add codecs at this model's rate, one row per codec. Their qualities differ by picture."""
+        """Add one row per codec at this model's rate. The codecs' qualities differ by picture."""
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
 
     def _encode(self, original: Original) -> Posterior:
@@ -169,7 +169,7 @@ class ModelMeasures:
         return mean, logvar
 
     def _compare(self, original: Original, recon: Tensor) -> dict[str, float | None]:
-        """Return the metrics, and add to the sums over pictures."""
+        """Return the metrics, and add them to the sums over pictures."""
         compared, features = (
             self.judge.compare(original, recon),
             self.judge.features_of(original),
@@ -199,7 +199,7 @@ class ModelMeasures:
         if self.failure is not None:
             return ModelReport(info=self._info(), warnings=[self.failure])
 
-        # parts that bring warnings
+        # parts with warnings
         latent = self._latent_report()
         passport = None if passport is None else dict(passport)
         warnings = [
@@ -264,7 +264,7 @@ class ModelMeasures:
         return "rate" in self.plan.sections
 
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
-        """Code the tokens, decode the bytes, and measure what is decoded.
+        """Code the tokens, decode the bytes, and measure the decoded picture.
 
         There is no row if the model has more than MAX_CODES codes.
         """
@@ -281,7 +281,7 @@ class ModelMeasures:
         return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        """Code the latent at each noise level, decode the bytes, and measure what is decoded.
+        """Code the latent at each noise level, decode the bytes, and measure the pictures.
 
         Small latents are decoded together.
         """
@@ -301,7 +301,7 @@ class ModelMeasures:
     def _bitstream_row(
         self, original: Original, contents: Mapping[float | None, bytes], recons: Sequence[Tensor]
     ) -> list[Row]:
-        """Return a row for each file, by its setting, and what it was decoded to."""
+        """Return a row for each of the files `contents`, which were decoded to `recons`."""
         compared = self.judge.compare_points(original, recons)
         return [
             row(
@@ -324,7 +324,7 @@ class ModelMeasures:
         return curves.points("bitstream", self.name, settings, means=self.means)
 
     def _codec_points(self, codecs: Sequence[str]) -> dict[str, Point]:
-        """Return each codec at this model's raw rate: means over pictures."""
+        """Return each codec's means over pictures at this model's raw rate."""
         points = {}
         for codec in codecs:
             found = {
@@ -339,7 +339,7 @@ class ModelMeasures:
         return points
 
     def _distribution(self) -> Distribution | None:
-        """Return the distances that have enough images."""
+        """Return the distribution distances that have enough images."""
         least = {name: 2 for _, name in DISTANCES.values()}
         least |= {name: MIN_FRECHET_IMAGES for name, _ in DISTANCES.values()}
         found = {n: part for n, part in self.distances.items() if part.num_images >= least[n]}

@@ -25,17 +25,17 @@ NUM_LAYERS = 10
 def passport(
     net: Network, images: Sequence[Tensor], *, f: int, for_tiling: Sequence[Tensor] | None = None
 ) -> dict[str, Any]:
-    """Check precision and tiling on `images`, and return plain values. Some may be infinite.
+    """Check precision and tiling on `images`, and return plain values. Some values may be infinite.
 
     Args:
         net: any diffusers autoencoder, float32, in eval mode.
-        images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
+        images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
-        for_tiling: other images for the check of tiling, such as larger ones. None is `images`.
+        for_tiling: other images for the check of tiling, such as larger ones. None takes `images`.
 
     Returns:
-        `precision` by dtype, `max_activation` and the `layers` with the largest, `tiling`, and
-        `warnings`, one sentence each. A check without images is left out.
+        `precision` by dtype, `max_activation`, `layers` (those with the largest activations),
+        `tiling`, and `warnings` (sentences). A check without images is left out.
 
     Raises:
         ValueError: reconstructions are not finite in float32.
@@ -43,7 +43,7 @@ def passport(
     for_tiling = images if for_tiling is None else for_tiling
     found: dict[str, Any] = {"warnings": []}
 
-    # 16 bits
+    # half precision
     if images:
         float16, bfloat16 = check_precisions(net, images, dtypes=(torch.float16, torch.bfloat16))
         found["precision"] = {"float16": _verdict(float16), "bfloat16": _verdict(bfloat16)}
@@ -78,7 +78,7 @@ def _verdict(check: HalfPrecision) -> dict[str, Any]:
 def _largest(layers: dict[str, float]) -> dict[str, float]:
     """Return the layers with the largest outputs.
 
-    A block that returns its last part's output is left out.
+    A block that only returns the output of its last part is left out.
     """
 
     def is_part(name: str, whole: str) -> bool:

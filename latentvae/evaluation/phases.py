@@ -1,4 +1,4 @@
-"""Lines that say which phase of an evaluation begins, and about how long it takes."""
+"""Print which phase of an evaluation begins, and about how long it takes."""
 
 import time
 
@@ -17,7 +17,7 @@ class Phases:
         self._console, self._start = Console(stderr=True), time.monotonic()
 
     def begin(self, text: str, *, seconds: float | None = None) -> None:
-        """Print a phase's number and name, the time since the start, and `seconds` it may take."""
+        """Print a phase's number and name, the time so far, and the estimated `seconds`."""
         self.number += 1
         times = f"{clock(time.monotonic() - self._start)} elapsed"
         if seconds is not None:
@@ -25,11 +25,11 @@ class Phases:
         self.say(f"[{self.number}/{self.total}] {text} ({times})")
 
     def skip(self, count: int = 1) -> None:
-        """Count phases that a continued evaluation has behind it."""
+        """Count phases that are not needed or that an earlier call has completed."""
         self.number += count
 
     def say(self, text: str) -> None:
-        """Print a line that begins no phase."""
+        """Print a line that does not begin a phase."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

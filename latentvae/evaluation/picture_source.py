@@ -45,7 +45,7 @@ class Pictures:
         return self.source.name(self.indices[position])
 
     def size(self, position: int) -> tuple[int, int]:
-        """Return width and height in the image's header. Raise UnreadableImage if unreadable."""
+        """Return the (width, height) in the image's header. Raise UnreadableImage if unreadable."""
         return self.source.size(self.indices[position])
 
     def read(self, position: int) -> Tensor:
@@ -56,7 +56,7 @@ class Pictures:
         return to_8bit(self._transform(picture.width / picture.height)(picture))[None]
 
     def _transform(self, aspect: float) -> Callable[[Image.Image], Tensor]:
-        """Return the transform to the shape nearest to `aspect`, width by height."""
+        """Return the transform to the shape nearest to `aspect` (width / height)."""
         if not self._transforms:
             return to_tensor
         nearest = min(self._transforms, key=lambda own: abs(math.log(own / aspect)))
@@ -65,10 +65,10 @@ class Pictures:
     def some(
         self, at_most: int, *, positions: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield up to `at_most` pictures, evenly spread. Others replace unreadable ones.
+        """Yield up to `at_most` pictures, evenly spread. Other pictures replace unreadable ones.
 
         Args:
-            positions: positions to choose from. None is all.
+            positions: positions to choose from. None takes all positions.
         """
         positions = range(len(self)) if positions is None else positions
         chosen = [positions[i] for i in spread(len(positions), at_most)]
@@ -86,10 +86,10 @@ class Pictures:
 
 
 class Seen:
-    """The images measured so far: counts, sizes, a hash of all pixels, and unreadable ones.
+    """The images so far: their number, sizes and a hash of all pixels, and the unreadable ones.
 
-    The hash is the sum of the images' own sha256 modulo 2 ** 256. So it does not depend on their
-    order and can be continued from a saved state.
+    The hash is the sum of the sha256 of each image, modulo 2 ** 256. So the hash does not depend on
+    the order of the images, and it can be continued from a saved state.
     """
 
     def __init__(self) -> None:
@@ -144,12 +144,12 @@ def to_picture(images: Tensor) -> Image.Image:
 
 
 def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -> Tensor:
-    """Return the middle of (1, 3, H, W): sides at most `side`, and divisible by `multiple`.
+    """Return the centre of (1, 3, H, W), with sides of at most `side` that `multiple` divides.
 
     Pictures smaller than `multiple` are enlarged.
 
     Args:
-        side: pixels, or (shorter, longer) side.
+        side: side of a square in pixels, or (shorter, longer) side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

@@ -21,7 +21,7 @@ PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow"
 def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
-    """Return JSON values with one entry for each way in which two reports can differ."""
+    """Return JSON values with every condition that can differ between two evaluations."""
     # choices of the plan
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.size is not None:

@@ -1,10 +1,10 @@
-"""An evaluation's state on disk, so that a second start continues it.
+"""Save an evaluation's state on disk, so that the same command continues it.
 
-    OUT/.progress/state.json    what is evaluated and how, how far it is, values
-    OUT/.progress/<n>.npz       sums, as numbers
+    OUT/.progress/state.json    the task, the number of measured images, other values
+    OUT/.progress/<n>.npz       sums over images
 
-`state.json` is replaced in one step and names its file of sums, so that a kill at any time leaves a
-complete state.
+`state.json` is replaced in one step, and it names its file of sums. So a process that is killed at
+any time leaves a complete state.
 """
 
 import json
@@ -33,7 +33,7 @@ class Progress:
     """The saved state of an evaluation in `out`.
 
     Args:
-        out: the report's folder. It is made if it does not exist.
+        out: the report's folder, which is made if it does not exist.
         task: JSON values of everything that the numbers depend on. Another task in the same folder
             is refused, and the error names the keys that differ.
         overwrite: delete the saved state.
@@ -50,7 +50,7 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # numbers the files: a state never overwrites the sums of the one before
+        self._saves = 0  # number of the next file, so that no state overwrites another's sums
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,7 +82,7 @@ class Progress:
             file.flush()
             os.fsync(file.fileno())
 
-        # then the state that names them
+        # then the state, which names the file of sums
         self.done, self.values = done, dict(values)
         self._write({"done": done, "values": self.values, "arrays": path.name})
         for old in self.folder.glob("*.npz"):
@@ -160,13 +160,13 @@ class Progress:
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Check that the table still has all rows of the state. Missing ones would become zeros."""
+    """Check that the table still has all rows of the state. Missing rows would become zeros."""
     if size < 0 or (size and table.stat().st_size < size):
         raise ValueError(f"{table.name} is shorter than it was")
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the names of entries that differ. Names inside an entry follow a dot."""
+    """Return the names of entries that differ. Names of nested entries are joined by dots."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)

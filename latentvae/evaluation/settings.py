@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what it measures, and how finely."""
+"""The plan of an evaluation: what it measures, and with which settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from latentvae.errors import UserError, nearest
 from latentvae.losses.lpips_weights import Net
 
-KERNEL_IMAGES = 2000  # most images, evenly spread, whose features are kept in memory
+KERNEL_IMAGES = 2000  # largest number of images, evenly spread, whose features are kept in memory
 QUICK_IMAGES = 8  # images that `--quick` measures by default
 
 LatentKind = Literal["mode", "sample"]
@@ -20,25 +20,28 @@ class Plan:
     """Sections of an evaluation and their settings. An empty tuple or 0 leaves a section out.
 
     Args:
-        sections: what is measured: metrics of reconstructions, bits and codecs, health of latents
-            and tokens, half precision, tiles, and speed.
-        lpips_nets: trunks of LPIPS. `"vgg"` is also used for the distribution distances.
+        sections: names of the parts to measure. The parts are metrics of reconstructions, rates
+            beside those of codecs, statistics of latents or tokens, half precision, tiles, and
+            speed.
+        lpips_nets: backbones of LPIPS. `"vgg"` also serves the distribution distances.
         qualities: settings of each image codec, 1 to 100.
-        noise_psnr: points of a continuous latent's rate curve in dB, see `coding.latent_codec`.
+        noise_psnr: points of a continuous latent's rate curve in dB (see `coding.latent_codec`).
         prior_images: images that each half's entropy model is fitted on.
         gain_images: number of these images that the decoder's gains are measured on.
         passport_images: images of the precision and tiling checks.
         passport_side: pixels on a side that images are cropped to for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.
             Most published networks have tiles of 512 pixels, and a larger side shows their seams.
-        speed_sizes: pixels on a side.
-        speed_budget: seconds. A size that would take longer is skipped.
-        latent: the posterior's mode, or a draw from it.
-        resolution: pixels on a side after resizing and centre crop, or (height, width). None keeps
+        speed_sizes: sides in pixels of the images for the speed.
+        speed_budget: seconds. A size is skipped if one call would take longer.
+        latent: which latent is decoded, the posterior's mode or a sample of the posterior.
+        resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
-        buckets: bring each image to the nearest of this many shapes of about as many pixels as
-            `resolution`, as training with `aspect_ratio_buckets` does. 0 gives all the same shape.
-        ignore_icc: keep the stored numbers of files with an embedded colour profile.
+        buckets: number of shapes, each with about as many pixels as `resolution`. Each image gets
+            the shape nearest to its own, as in training with `aspect_ratio_buckets`. 0 gives all
+            images the same shape.
+        ignore_icc: use the stored numbers of files with an embedded colour profile. By default
+            these files are converted to sRGB.
     """
 
     sections: tuple[Section, ...] = SECTIONS
@@ -79,7 +82,7 @@ class Plan:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width that images are brought to, or None for their own sizes."""
+        """Height and width that images are resized to, or None for their own sizes."""
         if isinstance(self.resolution, int):
             return self.resolution, self.resolution
         return self.resolution

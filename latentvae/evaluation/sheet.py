@@ -33,7 +33,7 @@ def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Ti
 
     Args:
         shown: the models' reconstructions by the names to show.
-        name: of the image.
+        name: name of the image.
         images: (1, 3, H, W) on the 8-bit grid.
     """
     # original
@@ -67,10 +67,10 @@ class Tile:
 
 
 def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
-    """Write rows of pictures. Each tile is the middle of its picture, in whole pixels.
+    """Write rows of tiles. Each tile shows the centre of its picture.
 
-    Pictures larger than 320 pixels are cut, smaller ones are enlarged. All tiles of a row show the
-    same part.
+    Pictures larger than 320 pixels are cropped. Smaller pictures are enlarged by a whole factor,
+    without interpolation. All tiles of a row show the same part.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
     width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN

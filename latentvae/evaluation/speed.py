@@ -1,7 +1,7 @@
 """Speed and peak memory of a network's encoding and decoding, one image at a time.
 
-On CUDA the peak is what torch allocated beyond the network. Elsewhere it is the rise of the
-process's resident memory during the call, sampled every few milliseconds.
+On CUDA, the peak is the memory that torch allocated besides the network. On other devices, the peak
+is the rise of the process's resident memory during the call, sampled every few milliseconds.
 """
 
 import gc
@@ -30,14 +30,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SpeedPoint:
-    """One call at one size, one image at a time.
+    """Speed and memory of one call at one size, for one image at a time.
 
     Args:
         call: `"encode"` or `"decode"`.
         size: pixels on a side of the image.
-        images_per_second: of the median call. None if it was skipped.
-        peak_mib: memory beyond what was held before the call, MiB.
-        runs: timed calls after the first.
+        images_per_second: speed of the median call. None if the size was skipped.
+        peak_mib: peak memory in MiB, without the memory that was used before the call.
+        runs: number of timed calls after the first.
         skipped: why nothing was measured.
     """
 
@@ -49,7 +49,7 @@ class SpeedPoint:
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the absent ones."""
+        """Return plain values, without those that are None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -69,7 +69,7 @@ def measure_speed(
         net: in eval mode, on `device`.
         sizes: pixels on a side, rounded to multiples of `f`. A network with a fixed size needs
             exactly that size.
-        budget_s: seconds. A call that would take longer, judged by the last size, is skipped.
+        budget_s: seconds. A size is skipped if the size before suggests that it takes longer.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
@@ -84,7 +84,7 @@ def measure_speed(
     z = encode(net, smallest)
     decode(net, z)  # a first call, so that one-time setup does not count as memory
 
-    # larger sizes are stretched from them
+    # larger inputs are enlarged from these
     calls = {"encode": (encode, smallest), "decode": (decode, z)}
     points = [
         point
@@ -123,7 +123,10 @@ def _measure_sizes(
 
 
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
-    """Return a reason if a size would exceed time or memory, which grow at least as the pixels."""
+    """Return a reason if a size would take too much time or memory.
+
+    Both grow at least in proportion to the number of pixels.
+    """
     assert last.images_per_second is not None and last.peak_mib is not None
     ratio = (size / last.size) ** 2
     seconds, mib = ratio / last.images_per_second, ratio * last.peak_mib
@@ -136,14 +139,14 @@ def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.de
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means out of memory. On the CPU it is a plain RuntimeError."""
+    """Return whether an error means out of memory. On the CPU this is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _measure(
     name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
 ) -> SpeedPoint:
-    with peak_memory(device) as peak:  # only the first call: later ones may fragment the heap
+    with peak_memory(device) as peak:  # only the first call: later calls may fragment the heap
         first = _time(call, device)
     repeats = _clamp(int(ENOUGH / first), MIN_REPEATS, MAX_REPEATS)
     if first * MIN_REPEATS > budget:
@@ -157,7 +160,7 @@ def _clamp(value: int, low: int, high: int) -> int:
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds until the result is there."""
+    """Return the seconds until the result is computed."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -167,7 +170,7 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Give a list that holds, after the block, the largest rise of memory in bytes."""
+    """Yield a list that gets the largest rise of memory in bytes when the block ends."""
     gc.collect()
     with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:
         yield peak
@@ -184,7 +187,7 @@ def _peak_on_cuda(device: torch.device) -> Iterator[list[int]]:
 
 @contextmanager
 def _peak_of_process() -> Iterator[list[int]]:
-    release_freed_memory()  # otherwise a call that fills it again would show no rise
+    release_freed_memory()  # otherwise a call that reuses this memory would show no rise
     process, done = psutil.Process(), Event()
     before = process.memory_info().rss
     peak = [0]

@@ -1,8 +1,9 @@
-"""Check whether tiles are visible: decode in tiles, as diffusers does to save memory, and whole.
+"""Check whether the borders of tiles are visible when diffusers decodes in tiles to save memory.
 
-A tile sees less of the image than the whole decoder does, so its colours may drift. Tiles overlap
-and are blended, which hides a drift but not the effects at a tile's own border. `seam` measures
-these: the difference D of both decodes has a step there, with one sign along the border.
+In a tile, the decoder sees less of the image, so the tile's colours may drift. Tiles overlap and
+are blended. Blending hides a drift, but not the effects at the border of a tile. `seam` measures
+these effects. At the border, the difference D of tiled and whole decoding has a step. The step has
+the same sign along the border.
 
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
@@ -26,24 +27,25 @@ from latentvae.models.calls import decode, encode
 from latentvae.models.tiling import Tiling, tile_settings
 
 SEGMENT = 32  # pixels along a border over which a step is averaged. Noise and texture cancel.
-SIDE = 4  # pixels on each side of a border that are averaged. A thin line is then no step.
-BESIDE = range(SIDE, 16)  # distances from a border in pixels: steps there have other causes
+SIDE = 4  # pixels on each side of a border that are averaged, so that a thin line is no step
+BESIDE = range(SIDE, 16)  # distances in pixels from a border, at which steps have other causes
 
-# 8-bit levels. One level is 1.7 % of mid-grey's luminance, about the smallest step that the eye
-# finds along a straight line (banding in 8-bit gradients). The second is a margin for rounding and
-# texture.
+# Limit in 8-bit levels. One level is 1.7 % of the luminance of mid-grey. This is about the smallest
+# step that the eye finds along a straight line, such as banding in 8-bit gradients. The second
+# level is a margin for rounding and texture.
 VISIBLE_SEAM = 2.0
 
 
 @dataclass(frozen=True)
 class TilingCheck:
-    """Tiled against whole decoding, as 8-bit pictures.
+    """Difference between tiled and whole decoding, as 8-bit pictures.
 
     Args:
-        psnr: over all images together, dB. Infinity if both are equal.
-        max_difference: the largest of any pixel and channel, in levels of 255.
-        seam: the largest step of the difference at a tile's border, mean over `SEGMENT` pixels,
-            above the steps beside the border and the picture's own. In levels of 255.
+        psnr: PSNR in dB over all images together. Infinity if both decodings are equal.
+        max_difference: largest difference of any pixel and channel, in 8-bit levels.
+        seam: largest step of the difference at a tile's border, in 8-bit levels. A step is a mean
+            over `SEGMENT` pixels along the border. Only the part counts that exceeds the steps
+            beside the border and the picture's own step.
         num_images: images that were large enough for more than one tile.
         tile: side of the largest tiles, in pixels.
         as_configured: whether all tiles are those that `enable_tiling()` makes. If not, some image
@@ -67,14 +69,14 @@ class TilingCheck:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Square tiles of `size` latent positions on a side, with an `overlap` with the next tile."""
+    """Square tiles with sides of `size` latent positions, of which `overlap` are shared."""
 
     size: int
     overlap: int
     f: int
 
     def borders(self, pixels: int) -> list[int]:
-        """Return where on a side of `pixels` a tile starts, or its blending with the last ends."""
+        """Return the places on a side of `pixels` where a tile starts or its blending ends."""
         stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
         starts = range(stride, pixels, stride)
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
@@ -87,22 +89,22 @@ def can_tile(net: Network, *, f: int) -> bool:
 
 @torch.no_grad()
 def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
-    """Decode `images` whole and in tiles, and compare.
+    """Decode `images` whole and in tiles, and compare both.
 
-    The tiles are those that `enable_tiling()` makes. An image that is no larger than such a tile,
-    or a network whose own tiles do not fit together, gets tiles of about two thirds of the image's
-    longer side.
+    The tiles are those that `enable_tiling()` makes. In two cases, tiles of about two thirds of the
+    image's longer side are used instead: the image is no larger than such a tile, or the network's
+    own tiles do not fit together.
 
     Args:
-        net: in eval mode. Its share of overlap is used, and its settings are restored.
-        images: (B, C, H, W) each, in [-1, 1], sides divisible by `f`, on the network's device.
+        net: network in eval mode. The overlap is its own. Its tiling settings are restored.
+        images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
 
     Returns:
         None if the network cannot tile, or no image is large enough for two tiles.
 
     Raises:
-        ValueError: a decode is not finite.
+        ValueError: a decoded image is not finite.
     """
     tiling = family_of(net).tiling(net, f=f)
     if tiling is None:
@@ -178,11 +180,11 @@ def _check_one(
 
 
 def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
-    """Return the largest seam at the columns where tiles begin or blending ends, of (B, H, W).
+    """Return the largest seam of (B, H, W), at the columns where tiles begin or blending ends.
 
     Where tiles change the detail, the difference has a texture of its own with steps everywhere,
-    and the picture's own edges become higher or lower. So a seam is only what exceeds the steps
-    beside it and the picture's edge at its place.
+    and the picture's own edges become higher or lower. So a seam is the part of a step that exceeds
+    the steps beside it and the picture's edge at the same place.
     """
     width = whole.shape[2]
     borders = [x for x in tiles.borders(width) if SIDE <= x <= width - SIDE]
@@ -199,7 +201,7 @@ def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
 
 
 def _steps(pictures: Tensor) -> Tensor:
-    """Return the steps at each x between the `SIDE` columns before it and from it on.
+    """Return the step at each x, the difference between the means of `SIDE` columns on both sides.
 
     A step is a mean over a segment of rows. The result is (B, W - 2 SIDE + 1, segments).
     """
@@ -211,7 +213,7 @@ def _steps(pictures: Tensor) -> Tensor:
 
 
 def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
-    """Return the tiles that `enable_tiling()` makes. They must fit together."""
+    """Return the tiles that `enable_tiling()` makes. These tiles must fit together."""
     size = own_tile(net) // f
     return _Tiles(size, int(size * tiling.share), f)
 

@@ -21,9 +21,9 @@ class Report(Protocol):
     """What a card needs from an export's report.
 
     Attributes:
-        network: the class that loads it.
+        network: the class that loads the export.
         kind: the kind of network, in a few words.
-        size: the size of its latents, in a few words.
+        size: the size of the network's latents, in a few words.
     """
 
     @property
@@ -46,13 +46,13 @@ class ModelCard:
         description: a sentence or two on the purpose of its training.
         metrics: names and values, in the order of the table.
         protocol: how the metrics were measured, in one sentence.
-        resolution: of the training images in pixels, such as "64" or "64 x 96". None takes the
+        resolution: resolution of the training images, such as "64" or "64 x 96". None takes the
             config's `sample_size`.
-        training: options of the run. Tokens are left out, and paths are cut to their last part.
+        training: options of the run. Access tokens are left out, and paths are shortened.
         sample_grid: a PNG that is copied beside the card.
         license: a Hub licence name, chosen by the user.
         base_model: id of a Hub model that was fine-tuned.
-        dataset: id of a Hub data set that it was trained on.
+        dataset: id of a Hub data set that the network was trained on.
         location: argument of `from_pretrained` in the card's example, such as an id on the Hub.
     """
 
@@ -76,7 +76,7 @@ def write_card(
 
     Args:
         net: the exported network.
-        config: its options.
+        config: the network's options.
     """
     # metadata for the Hub
     data = ModelCardData(
@@ -171,7 +171,7 @@ def _training(card: ModelCard) -> str:
 def public_value(value: Any) -> Any:
     """Return an option as a card may show it.
 
-    A path is cut to its last part, because the rest would say whose machine it was.
+    Only the last part of a path is kept, because the rest may name the user or the machine.
     """
     if not isinstance(value, str | Path):
         return value

@@ -1,13 +1,14 @@
-"""Write a trained autoencoder for diffusers, load it back, and compare.
+"""Write a trained autoencoder for diffusers, load it back, and compare both.
 
     trained net -> temporary folder -> its class's from_pretrained -> equal? -> renamed into place
 
-The config's values follow from how the pipelines read them.
+The values of the config depend on how the pipelines use them.
 
 - Stable Diffusion, SDXL, DiT and LDM divide by `scaling_factor` and ignore `shift_factor`.
 - SD3 and FLUX add `shift_factor`, and fail if it is null.
 - SDXL uses `latents_mean` and `latents_std` if they are set (4 channels only).
-- SANA multiplies by `scaling_factor`, which is 1 / RMS: AutoencoderDC's latents lie about zero.
+- SANA multiplies by `scaling_factor`, which is 1 / RMS, because AutoencoderDC's latents lie about
+  zero.
 """
 
 import copy
@@ -47,21 +48,21 @@ def export_autoencoder(
     """Export `net` to the folder `out`. The folder appears only if it equals the trained network.
 
     Args:
-        net: the trained network of a family without codes (averaged weights, if there are any). It
-            is not changed.
-        statistics: of posterior samples of this network, see `latentvae.latents`.
+        net: the trained network of a family without codes (averaged weights, if there are any).
+            This function does not change the network.
+        statistics: statistics of posterior samples of this network, see `latentvae.latents`.
         sample_size: longer side of the training images in pixels. diffusers tiles by the config's
-            `sample_size`, so it is written as the next size whose tiles fit together.
-        probe: real images (B, C, H, W) in [-1, 1] for the float16 check. The first image is also
-            compared, at its own size and at an odd one.
+            `sample_size`, so the next larger size whose tiles fit together is written.
+        probe: real images (B, C, H, W) in [-1, 1] for the float16 check. On the first image, the
+            export is compared with `net`, at the image's own size and at an odd size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
-            `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has the last two.
+            `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has `"sd3"` and `"sdxl"`.
         frozen_encoder: the latents are the base model's, so its scale and shift are kept.
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an impossible option, or another folder is in the way.
-        RuntimeError: what diffusers loads back is not what was trained.
+        UserError: an option is impossible, or `out` is another folder.
+        RuntimeError: the network that diffusers loads back differs from the trained one.
     """
     # measure
     _check_options(net, out, profile=profile, overwrite=overwrite)
@@ -110,8 +111,8 @@ def export_autoencoder(
 def _on_cpu(net: Network) -> Any:
     """Return a float32 copy of `net` that computes as the loaded export will.
 
-    It is contiguous (as in a file), without tiling, and has stock layers. So the comparison is
-    about the plain forward pass of the trained weights.
+    The copy has contiguous weights, as in a file, and stock layers, and does not tile. So the
+    plain forward pass of the trained weights is compared.
     """
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     restore_stock_layers(copied)
@@ -156,9 +157,9 @@ def _exported_config(
 
 
 def _known(net: Network, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that the network's class takes.
+    """Return the values that the network's class takes as options.
 
-    A config may hold others, which the class sets by itself.
+    A config may hold other values, which the class sets by itself.
     """
     return {key: value for key, value in values.items() if key in _options(net)}
 
@@ -192,7 +193,7 @@ def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> d
 def _build(trained: Network, config: Mapping[str, Any], *, identity: bool) -> Any:
     """Return a network of the exported config with the trained weights.
 
-    It is built on the meta device, so that no random numbers are drawn.
+    The network is built on the meta device, so that no random numbers are drawn.
     """
     weights = trained.state_dict()
     if identity:

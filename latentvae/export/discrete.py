@@ -1,11 +1,13 @@
 """Write a trained tokenizer, load it back, and compare indices and reconstructions.
 
-It becomes a stock class of diffusers if that class finds the same codes: VQ, LFQ and BSQ become a
-`VQModel`. FSQ, residual VQ and Gumbel-softmax stay a `DiscreteAutoencoder`.
+A tokenizer is exported as a stock class of diffusers if that class finds the same codes. So a
+tokenizer with VQ, LFQ or BSQ becomes a `VQModel`. A tokenizer with FSQ, residual VQ or
+Gumbel-softmax stays a `DiscreteAutoencoder`.
 
-A `VQModel` searches with its own arithmetic. Two codes whose distances are equal to rounding may
-change places. Such a tie is counted. If there are many ties, the tokenizer stays a
-`DiscreteAutoencoder`. Untrained codes, which are short compared with the features, are an example.
+A `VQModel` searches the nearest code with its own arithmetic. The search may find another code if
+the distances of two codes differ only by rounding. Such ties are counted. A tokenizer with many
+ties stays a `DiscreteAutoencoder`. Untrained codes cause many ties, because they are short compared
+with the features.
 
 `z` feature, `c` code, `K` codes, `L` levels.
 """
@@ -32,20 +34,20 @@ TIE = 1e-5  # largest difference of squared distances from rounding, as a share 
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """One written, loaded back and compared tokenizer.
+    """The results of a tokenizer's export, which was loaded back and compared.
 
     Args:
         path: the folder.
-        network: the class that loads it, `"VQModel"` or `"DiscreteAutoencoder"`.
-        reason: why it is not a VQModel. Empty if it is one.
-        quantizer: its type, see `bottlenecks.QUANTIZERS`.
+        network: the class that loads the export, `"VQModel"` or `"DiscreteAutoencoder"`.
+        reason: why the export is not a VQModel. Empty if it is one.
+        quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         num_codes, num_levels: K and L.
-        scaling_factor: 1 / std of its features.
+        scaling_factor: 1 / std of the tokenizer's features.
         num_images: images that `scaling_factor` was measured on.
         half_precision: the float16 check.
         equal_share: share of indices equal to the trained network's, over all compared sizes.
-        ties: indices that differ but are equally near to rounding. Not counted with `unit_range`.
-        unit_range: pixels are in [0, 1] and codes are looked up by index, as aMUSEd needs.
+        ties: number of indices that differ only by rounding. Not counted with `unit_range`.
+        unit_range: whether pixels are in [0, 1] and codes looked up by index, as aMUSEd needs.
         compared_sizes: (H, W) of each comparison.
     """
 
@@ -85,7 +87,7 @@ class TokenizerReport:
         return "\n".join(["## Export", "", *self._lines("- ")])
 
     def _lines(self, mark: str) -> list[str]:
-        # what every tokenizer has
+        # facts of every tokenizer
         half, sizes = self.half_precision, ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         lines = [
             f"{self.quantizer}: {self.size}",
@@ -100,7 +102,7 @@ class TokenizerReport:
             ),
         ]
 
-        # what only some have
+        # facts of some tokenizers
         if self.reason:
             lines.append(f"not a diffusers VQModel: {self.reason}")
         if self.unit_range:
@@ -126,20 +128,20 @@ def export_tokenizer(
 ) -> TokenizerReport:
     """Export `net` to the folder `out`.
 
-    The folder appears only if it gives the trained network's tokens and images.
+    The folder appears only if the exported network has the trained network's tokens and images.
 
     Args:
-        net: the trained network (averaged weights, if there are any). It is not changed.
-        statistics: of its features.
+        net: the trained network (averaged weights, if there are any), which is not changed.
+        statistics: statistics of the network's features.
         resolution: side of the training images in pixels.
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
         frozen_encoder: the features are the base model's, so they and their scale are kept.
-        lookup_from_codebook: for aMUSEd: codes by index, pixels in [0, 1].
+        lookup_from_codebook: for aMUSEd: look codes up by index, with pixels in [0, 1].
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an impossible option, or another folder is in the way.
-        RuntimeError: what is loaded back is not what was trained.
+        UserError: an option is impossible, or `out` is another folder.
+        RuntimeError: the network that is loaded back differs from the trained one.
     """
     # measure
     check_folder(out, overwrite=overwrite)
@@ -247,7 +249,7 @@ def _compare_indices(
 def _check_ties(
     trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
 ) -> None:
-    """Check that the indices that differ belong to codes at the same distance, to rounding."""
+    """Check that codes of different indices have the same distance, up to rounding."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
     where = (ours != theirs).cpu()
@@ -264,7 +266,7 @@ def _check_ties(
 
 @torch.no_grad()
 def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
-    """Check that images of the same indices are equal, or equal to rounding."""
+    """Check that images of the same indices are equal, up to rounding if not `exact`."""
     for images in probes(trained, probe):
         indices = calls.tokenize(trained, calls.encode(trained, images))
         ours = calls.decode_indices(trained, indices)

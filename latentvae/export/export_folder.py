@@ -1,4 +1,4 @@
-"""The folder of an export: written completely or not at all, read back, and recognised."""
+"""Write the folder of an export completely or not at all, load it back, and recognise it."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def is_export(folder: Path) -> bool:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `out`. It is renamed to `out` at the end, or deleted."""
+    """Yield a temporary folder beside `out`, which is renamed to `out`, or deleted on an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -82,13 +82,13 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise RuntimeError(f"the export cannot be loaded completely: {problems}")
-    return copy.deepcopy(net)  # a copy: the alignment of the file's memory map can change sums
+    return copy.deepcopy(net)  # a copy, because the alignment of a memory map can change sums
 
 
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first image, and the same image padded to another size.
 
-    The other size is not divisible by f, unless the network needs that.
+    The other size is not divisible by f, unless the network needs divisible sizes.
     """
     multiple = family_of(net).side_multiple(net)
     more = (0, multiple, 0, 0) if multiple > 1 else (0, 3, 0, 1)

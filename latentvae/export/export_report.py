@@ -12,23 +12,23 @@ PROFILES: tuple[Profile, ...] = get_args(Profile)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """One written, loaded back and compared export.
+    """The results of an export, which was loaded back and compared.
 
     Args:
         path: the folder.
-        network: the class that loads it.
-        has_posterior: whether its encoder gives a distribution.
+        network: the class that loads the export.
+        has_posterior: whether the network's encoder returns a distribution.
         latent_channels: d.
         profile: the pipelines that scale and shift are written for.
         num_images: images that scale and shift were measured on.
-        old_scaling_factor, old_shift_factor: values in the network's config before.
-        old_is_default: the old scaling factor is what the class has by default, as that of a new
-            network.
-        measured_scaling_factor: 1 / std of its latents now (also with a frozen encoder).
+        old_scaling_factor, old_shift_factor: values in the network's config before the export.
+        old_is_default: whether the old scaling factor is the default of the class, which a new
+            network has.
+        measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
         scaling_factor, shift_factor: values that were written.
         half_precision: the float16 check.
-        has_force_upcast: whether the class has that option. It is true if float16 is not safe.
-        identity_post_quant_conv: whether one was added, for pipelines that read its dtype.
+        has_force_upcast: whether the class has this option, which is true if float16 is unsafe.
+        identity_post_quant_conv: whether this layer was added for pipelines that read its dtype.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """
 

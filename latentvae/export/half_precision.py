@@ -1,11 +1,11 @@
-"""Check whether an autoencoder works in 16 bits, as diffusers' `force_upcast` needs to know.
+"""Check whether an autoencoder works in 16 bits, which decides diffusers' `force_upcast`.
 
-Stable Diffusion XL's autoencoder overflows in float16 and gives black pictures
+Stable Diffusion XL's autoencoder overflows in float16 and returns black pictures
 (https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
-precision. Both are emulated: weights and the output of every module are rounded, also where a
-network computes in float32 by itself. Sums stay in float32, as on GPUs. This takes about the time
-of float32 and gives the same answer on every machine. Real float16 is a hundred times slower on
-most CPUs.
+precision. Both types are emulated. Weights and the output of every module are rounded, also where
+the network itself computes in float32. Sums stay in float32, as on GPUs. The emulation takes about
+the time of float32 and has the same result on every machine. Real float16 is a hundred times slower
+on most CPUs.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -30,11 +30,12 @@ FLOAT16_MAX = 65504.0
 MARGIN = 4.0  # other images have larger activations, by up to this factor
 MIN_PSNR = 40.0  # dB, float16 against float32
 
-# dB that bfloat16 may take from the PSNR against the originals. Its error adds to the network's
-# own error, so their ratio counts and not the distance to float32. 0.1 dB is 2 % of the error and
-# the last digit of published tables. A network of 29 dB then stays 45 dB from its float32
-# reconstructions. The same limit holds for float16 if a tokenizer takes another code: the picture
-# then moves by the distance of two codes, far from float32's but as near to the original.
+# Largest loss of PSNR against the originals by bfloat16, in dB. The rounding error adds to the
+# network's own error, so the ratio of both errors counts, and not the distance to float32. 0.1 dB
+# is 2 % of the error and the last digit of published tables. For a network of 29 dB, the PSNR of
+# bfloat16 against float32 is then 45 dB. The same limit holds for float16 if a tokenizer chooses
+# another code. The picture then changes by the distance of two codes, and is far from the float32
+# picture, but as near to the original.
 MAX_COST = 0.1
 
 LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # names besides those of modules
@@ -47,13 +48,14 @@ class HalfPrecision:
 
     Args:
         max_activation: largest absolute value of any of `layers`.
-        psnr: of the 16-bit reconstruction against the float32 one, over all images together, dB,
-            peak 2. NaN if it is not finite, infinity if both are equal.
-        psnr_cost: PSNR of the float32 reconstruction against the images minus that of the 16-bit
-            one, dB, of 8-bit pictures. NaN if it was not measured or the latter is not finite.
+        psnr: PSNR of the 16-bit reconstruction against the float32 one, in dB, with peak 2, over
+            all images together. NaN if the 16-bit reconstruction is not finite, infinity if both
+            are equal.
+        psnr_cost: loss of PSNR against the images, in dB of 8-bit pictures: float32 reconstruction
+            minus 16-bit one. NaN if it was not measured or the 16-bit one is not finite.
         dtype: torch.float16 or torch.bfloat16.
-        layers: largest absolute output in float32 by module name, in the order they ran (a block
-            comes after its parts), and of the latents and the reconstruction.
+        layers: largest absolute output in float32 by module name, in the order of execution. A
+            block comes after its parts. Latents and reconstruction have entries too.
         flipped: share of a tokenizer's indices that differ. None if there are no indices.
     """
 
@@ -75,7 +77,7 @@ class HalfPrecision:
 
     @property
     def largest_layer(self) -> str:
-        """Name of the module with the largest output. A block's last part comes before it."""
+        """Name of the module with the largest output. A block's last part precedes the block."""
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
@@ -100,7 +102,7 @@ def check_precisions(
     """Compare reconstructions in float32 and in each of `dtypes`, from the posterior's mode.
 
     Args:
-        net: any diffusers autoencoder, float32. It is not changed.
+        net: any diffusers autoencoder in float32, which is not changed.
         images: (B, C, H, W) in [-1, 1], float32, on the network's device, or several such tensors
             of different sizes.
 
@@ -132,7 +134,7 @@ def check_precisions(
 
 def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
     for values in pytree.tree_leaves(output):
-        # Scalars are losses (a quantiser's), not activations.
+        # Scalars are losses of a quantiser, not activations.
         if isinstance(values, Tensor) and values.is_floating_point() and values.ndim:
             peak = values.abs().amax().nan_to_num(math.inf, posinf=math.inf)
             peaks[name] = torch.maximum(peaks.get(name, peak), peak)
@@ -204,7 +206,7 @@ def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 def _psnr_cost(
     images: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor]
 ) -> float:
-    """Return the difference of two PSNR in dB. It is a ratio of errors, which may be 0."""
+    """Return the difference of two PSNR in dB, from the ratio of both errors. Errors may be 0."""
     if not all(recon.isfinite().all() for recon in rounded):
         return math.nan
     images, exact, rounded = ([_levels(t) for t in part] for part in (images, exact, rounded))

@@ -1,4 +1,4 @@
-"""Put an export on the Hugging Face Hub.
+"""Upload an export to the Hugging Face Hub.
 
 `huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code never sees a token, so
 no token can reach a file, a log, a tracker or the model card.
@@ -17,7 +17,7 @@ from latentvae.errors import UserError
 
 
 class UploadError(Exception):
-    """Upload error: the export is complete on the disk. Commands exit with code 1."""
+    """The upload failed, but the export on the disk is complete. Commands exit with code 1."""
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -83,10 +83,10 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
 
     Args:
         private: make a new repository private. False uses the account's own setting.
-        message: of the commit.
+        message: message of the commit.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
         UploadError: the Hub or the network refuses. The folder is not changed.
@@ -105,7 +105,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
 
 
 def _command(repo_id: str, folder: str, *, private: bool) -> str:
-    """Return a command that uploads the same. Without the flag a new repository is public."""
+    """Return the command for this upload. Without `--private`, a new repository is public."""
     return shlex.join(["hf", "upload", repo_id, folder, ".", *(["--private"] if private else [])])
 
 

@@ -3,12 +3,13 @@
     tensors = to_original(net)             # of a stock VQModel or AutoencoderKL
     weights = from_original(tensors, net)  # back again (latentvae.models.original_names)
 
-The original classes always have a quant_conv and a post_quant_conv. They also load files in which
-weights are missing, and these weights stay random. So identities are written for a network without
-these layers (SD3, FLUX), which change no number. diffusers skips them with a warning.
+The original classes always have a quant_conv and a post_quant_conv. These classes load files with
+missing weights, and the missing weights stay random. So for a network without these two layers
+(SD3, FLUX), identity layers are written, which change no values. diffusers skips the identity
+layers with a warning.
 
 The original code keeps the scale of latents with the diffusion model, not with the autoencoder. The
-file's metadata has it, with the network's whole config, so `load_network` loses nothing.
+file's metadata holds the scale and the complete config, so `load_network` loses nothing.
 """
 
 import json
@@ -26,7 +27,7 @@ from latentvae.models import Network, family_of, load_network
 from latentvae.models.original_names import with_original_names
 from latentvae.models.single_file import CONFIG_KEY
 
-_GROUPS = 32  # of the original GroupNorm, a constant in its code
+_GROUPS = 32  # groups of the original GroupNorm, a constant in its code
 
 
 def to_original(net: Network) -> dict[str, Tensor]:
@@ -73,10 +74,10 @@ def convert(
     """Write the autoencoder in the folder (or Hub id) `model` to the file `out`.
 
     Args:
-        model: as `load_network` takes it.
+        model: argument of `load_network`.
         out: a .safetensors file.
         overwrite: replace the file that is there.
-        variant: of the model's weights, such as "fp16".
+        variant: variant of the model's weights, such as "fp16".
 
     Raises:
         UserError: the network has no original class, or `out` exists or is no .safetensors file.
@@ -89,7 +90,7 @@ def convert(
     tensors = {name: value.contiguous() for name, value in to_original(net).items()}
     config = original_config(net)
 
-    # Written under another name first, so that a file of this name is whole
+    # Write under another name first, so that a file with this name is always complete
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.writing-{os.getpid()}")
     part.write_bytes(save(tensors, metadata=_metadata(net, config)))

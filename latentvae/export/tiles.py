@@ -1,8 +1,9 @@
 """Tiles that fit together when diffusers encodes and decodes an export with `enable_tiling()`.
 
-AutoencoderKL takes its tile from `sample_size`. It rounds the stride in pixels and the stride in
-latent positions separately, so both agree only if a tile and its overlap are whole numbers of
-latent positions. Otherwise each tile is placed some pixels off, and the image gets another size.
+AutoencoderKL takes the size of a tile from `sample_size`. AutoencoderKL rounds the stride in pixels
+and the stride in latent positions separately. So both strides agree only if a tile and its overlap
+are whole numbers of latent positions. Otherwise each tile is placed some pixels off, and the image
+gets another size.
 
 `h w` latent positions, `f` pixels on a side of one of them.
 """
@@ -38,11 +39,11 @@ def fitting_sample_size(net: Network, side: int) -> int:
 def misfit_of_tiles(net: Network, *, f: int) -> str:
     """Return how `enable_tiling()` changes sizes, in one sentence. Empty if tiles fit together.
 
-    A strip of a little more than one tile is encoded and decoded in the network's own tiles. Every
-    tile but the last moves the following ones, so the sizes are right only if all places are.
+    A strip that is longer than one tile is encoded and decoded in the network's own tiles. A tile
+    in a wrong place moves the following tiles, so sizes are right only if all places are right.
 
     Args:
-        net: in eval mode. Its settings are restored.
+        net: network in eval mode. The network's tiling settings are restored.
         f: pixels on a side of one latent position.
     """
     tiling = family_of(net).tiling(net, f=f)

@@ -1,4 +1,4 @@
-"""Latents and tokens: statistics, shards on disk, `encode` (images to shards), `decode` (back)."""
+"""Latents and tokens: their statistics, shards, `encode` and `decode`."""
 
 from latentvae.latents.statistics import LatentStatistics, latent_statistics
 

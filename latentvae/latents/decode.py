@@ -1,4 +1,4 @@
-"""`latentvae decode`: shards of tokens or latents to pictures, one PNG for each item.
+"""Decode shards of tokens or latents to one PNG per item (`latentvae decode`).
 
 Pictures have 8 bits and the channels of the model. Rank r of W decodes the batches r, r + W,
 r + 2W and so on. A batch whose pictures all exist is skipped, so the same command continues a
@@ -30,11 +30,11 @@ from latentvae.latents.shard_dataset import ShardReader
 from latentvae.pictures import to_pil
 
 RECORD = "decoded.json"
-MAX_PART = 200  # bytes. Temporary files have longer names.
+MAX_PART = 200  # bytes of a name, so that temporary files can add to it
 
 
 class Decoded(BaseModel):
-    """Content of decoded.json: the shards that pictures came from, and how they were computed."""
+    """Content of decoded.json: the shards and the settings that the pictures came from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,20 +58,22 @@ def decode_folder(
     """Write `<id>.png` below `out` for the items of a folder of shards.
 
     Args:
-        shards: what `encode_folder` wrote. Every file is compared with its sha256 first.
-        model: the autoencoder, or its folder or Hub id. None takes the one in the manifest.
+        shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
+        model: the autoencoder, or its folder or Hub id. None takes the model that the manifest
+            names.
         limit: decode only the first `limit` items.
         batch_size: images per forward pass.
-        optimize: for a folder or Hub id: as `load` takes it.
-        variant: of the weights in a folder, such as `"fp16"`.
-        device: None is the GPU of this rank, if there is one.
+        optimize: option of `load`, for a folder or Hub id.
+        variant: variant of the weights in a folder, such as `"fp16"`.
+        device: None takes the GPU of this rank, if there is one.
 
     Returns:
         The pictures of this rank, in the order of the items.
 
     Raises:
-        UserError: before anything is decoded: damaged shards, indices out of range, or another
-            model. Also if `out` has pictures of other shards, or other files with these names.
+        UserError: before anything is decoded. Shards are damaged, indices are out of range, or
+            `model` is another model. Or `out` holds pictures of other shards, or other files with
+            these names.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -99,7 +101,7 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Return a PNG's path for each item's name. All differ, and none leaves the folder."""
+    """Return a PNG's path for each item's name. All paths differ, and none leaves the folder."""
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()
@@ -115,13 +117,13 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 
 def _on_disk(name: str) -> str:
-    """Return a name that every file system takes: no control characters, no part too long."""
+    """Return a name for every file system, without control characters and long parts."""
     escaped = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
     return "/".join(map(_short, escaped.replace("\\", "_").split("/")))
 
 
 def _short(part: str) -> str:
-    """Shorten a part: a file name holds 255 bytes. A hash keeps long names different."""
+    """Shorten a part, because file names hold 255 bytes. A hash keeps long names different."""
     data = os.fsencode(part)
     if len(data) <= MAX_PART:
         return part

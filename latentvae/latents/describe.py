@@ -1,4 +1,4 @@
-"""The content of an encoding, found out before the first image is read."""
+"""Describe the content of an encoding before the first image is read."""
 
 from collections.abc import Sequence
 
@@ -36,10 +36,10 @@ def describe(
 ) -> Content:
     """Return the content of a folder of shards.
 
-    A tokenizer gives tokens, any other autoencoder latents.
+    The items are tokens if the model is a tokenizer, else latents.
 
     Raises:
-        UserError: a resolution, type or option that this model cannot take.
+        UserError: the model does not support a resolution, type or option.
     """
     _check_options(model, shard_items=shard_items, dtype=dtype, moments=moments)
     tokens = model.num_codes is not None
@@ -47,7 +47,7 @@ def describe(
 
     return Content.model_validate(
         {
-            # what an item is
+            # the items
             "kind": "tokens" if tokens else "latents",
             "dtype": index_dtype(model.num_codes or 0) if tokens else dtype or "float16",
             "item_shape": _item_shape(model, resolution, moments=moments),
@@ -57,12 +57,12 @@ def describe(
             "normalization": None
             if tokens
             else Normalization(mean=_list(norm.mean), scale=_list(norm.scale), fold=norm.fold),
-            # what makes it
+            # the model
             "model_class": type(model.net).__name__,
             "model_sha256": model.info()["weights_sha256"],
             "f": model.f,
             "optimize": None if model.optimization.mode == "stock" else model.optimization.mode,
-            # of which images
+            # the images
             "image_channels": model.image_channels,
             "value_range": value_range,
             "ignore_icc": ignore_icc,
@@ -98,11 +98,11 @@ def _check_options(
 def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int | tuple[int, int]:
     """Return the resolution to encode at: one side of a square, or (height, width).
 
-    A latent at another size would partly describe padding.
+    An image of another size would be padded, and its latent would partly describe padding.
 
     Raises:
-        UserError: not one or two numbers, or sides that the model does not divide, or the model
-            takes images of one other size only.
+        UserError: `resolution` is not one or two numbers, a side is no multiple of the model's
+            factor, or the model only takes images of another size.
     """
     # one or two sides
     sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)
@@ -137,7 +137,7 @@ def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int
 def _item_shape(
     model: Autoencoder, resolution: int | tuple[int, int], *, moments: bool
 ) -> tuple[int, ...]:
-    """Return the shape that one grey image gives."""
+    """Return the shape of an item, found by encoding a grey image."""
     sides = (resolution,) * 2 if isinstance(resolution, int) else resolution
     grey = torch.zeros(1, model.image_channels, *sides)
     if model.num_codes is not None:

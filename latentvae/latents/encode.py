@@ -1,9 +1,9 @@
-"""`latentvae encode`: every image of a set through an encoder once, into shards.
+"""Encode every image of a data set once, into shards (`latentvae encode`).
 
 Rank r of W writes the shards r, r + W, r + 2W and so on that do not exist yet. No batch crosses the
 end of a shard. So the files depend neither on the number of ranks nor on when the command was
-killed, and the same command again writes what is missing. Ranks do not communicate: any rank that
-sees all shards complete writes the manifest, and every rank would write the same one.
+killed. The same command again writes the missing shards. Ranks do not communicate. Any rank that
+finds all shards complete writes the manifest, and the manifest of every rank is the same.
 """
 
 import os
@@ -61,39 +61,40 @@ def encode_folder(
 ) -> Manifest | None:
     """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
 
-    A tokenizer gives tokens, any other autoencoder latents. An image becomes what the model takes:
-    grey, RGB or RGBA, with the bit depth of its file. It is resized to cover `resolution` (also
-    enlarged), and the centre is cropped. The manifest names images that cannot be read.
+    The items are tokens if the model is a tokenizer, else latents. Each image is converted to the
+    model's channels (grey, RGB or RGBA), with the bit depth of its file. The image is resized to
+    cover `resolution` (also enlarged), and its centre is cropped. The manifest names images that
+    cannot be read.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
-        data: what `data.open_source` takes, or `owner/name` on the Hub. Tables give the training
-            split.
-        resolution: pixels on a side, or (height, width). A multiple of f (FLUX.2: 2 f).
-        batch_size: images per forward pass. Another one may change the last digits of latents.
+        data: argument of `data.open_source`, or `owner/name` of a data set on the Hub. The training
+            split of a table is encoded.
+        resolution: pixels on a side, or (height, width), in multiples of f (FLUX.2: 2 f).
+        batch_size: images per forward pass. Another size may change the last digits of latents.
         num_workers: extra processes that decode images.
         shard_items: images per shard.
-        dtype: of latents. None is float16.
-        moments: also store the standard deviations of the posteriors, to sample from.
+        dtype: data type of stored latents. None is float16.
+        moments: also store the standard deviations of the posteriors, for sampling.
         value_range: stored numbers that become black and white, as in training. Float files for a
             grey or RGBA model need it.
-        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
-            they are converted to sRGB.
-        max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
+        ignore_icc: use the stored numbers of files with an embedded colour profile. By default
+            these files are converted to sRGB.
+        max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
         all_pages: make every page of a TIFF an item of its own. By default the first page is used.
-        label_column: of a table. None takes `label`, if it exists.
+        label_column: column of a table with the labels. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
-        optimize: for a folder or Hub id: as `load` takes it. The manifest records what was used.
-        variant: of the weights in a folder, such as `"fp16"`.
-        device: None is the GPU of this rank, if there is one.
+        optimize: option of `load`, for a folder or Hub id. The manifest records what was used.
+        variant: variant of the weights in a folder, such as `"fp16"`.
+        device: None takes the GPU of this rank, if there is one.
 
     Returns:
-        The manifest, or None where other ranks are still working.
+        The manifest, or None if other ranks are still working.
 
     Raises:
-        UserError: before any image is read: a wrong option, or `out` holds shards of something
-            else. Afterwards: no image can be read, or latents overflow `dtype`.
+        UserError: before any image is read: an option is wrong, or `out` holds shards of another
+            encoding. Afterwards: no image can be read, or latents overflow `dtype`.
     """
     # open model and images
     out = Path(out).expanduser()
@@ -118,7 +119,7 @@ def encode_folder(
     transform = EvalTransform(size, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)
 
-    # what the shards will hold
+    # content of the shards
     content = describe(
         model,
         resolution=size,
@@ -182,7 +183,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
             continue
         fits = header is not None and header.content == content and header.shard == int(number)
         if not (fits and _as_listed(out, int(number), manifest)):
-            path.unlink(missing_ok=True)  # first, because a missing shard marks the rest as partial
+            path.unlink(missing_ok=True)  # first: without it, the other files are incomplete
             path.with_suffix(".parquet").unlink(missing_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
     sweep_temporary(out, rank=rank, world_size=world_size)
@@ -191,7 +192,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Refuse shards of something else. A damaged shard is ours only if the manifest lists it."""
+    """Refuse shards of another encoding. A damaged shard is ours only if the manifest lists it."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:
@@ -208,7 +209,7 @@ def _refuse_others(
 
 
 def _as_listed(out: Path, shard: int, manifest: Manifest | None) -> bool:
-    """Return whether a shard's files are what the manifest says, if there is one."""
+    """Return whether a shard's files are those of the manifest. True without a manifest."""
     if manifest is None:
         return True
     if shard >= len(manifest.shards):

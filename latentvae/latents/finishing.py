@@ -1,6 +1,7 @@
 """The end of an encoding: the manifest, with statistics of the tokens or latents.
 
-Everything is read from the shards, so that every rank and every continued encoding writes the same.
+Everything is read from the shards. So every rank and every continued encoding writes the same
+manifest.
 
 `K` codes, `L` levels, `h w` latent positions.
 """
@@ -32,7 +33,7 @@ from latentvae.latents.formats.shards import (
 )
 from latentvae.metrics.tokens import TokenUsage
 
-CODED_IMAGES = 64  # number of images, evenly spread, whose true bits are measured
+CODED_IMAGES = 64  # number of images, evenly spread, whose coded size is measured
 
 
 def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:
@@ -97,7 +98,7 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return the use of the codes, and bits per pixel of the encoded images: log2 K, and true."""
+    """Return the use of the codes, and the images' bits per pixel: with log2 K, and coded."""
     assert content.num_codes is not None
 
     # pass over all shards
@@ -128,12 +129,12 @@ def _coded_bits(indices: Tensor, num_codes: int) -> int:
 
 
 def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return mean and deviation of the stored means, before scaling."""
+    """Return mean and standard deviation of the stored latents, before scaling."""
     statistics = LatentStatistics()
     for shard, count in enumerate(counts):
         if count:
             latents = load_shard(out, shard)
-            for batch in latents.split(256):  # float64 copies of a whole shard are large
+            for batch in latents.split(256):  # a float64 copy of a complete shard is large
                 statistics.update(batch)
     if math.prod(statistics.channel_mean.shape) == 0:
         return {}

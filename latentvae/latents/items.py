@@ -63,7 +63,7 @@ class Pictures(Dataset[Picture]):
 
 
 def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelFormat) -> ImageSource:
-    """Return all images of `data`: what `open_source` takes, else `owner/name` on the Hub."""
+    """Return all images of `data`, an argument of `open_source` or `owner/name` on the Hub."""
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
         if not Path(data).exists() and not Path(data).parent.exists():
             return open_source(DatasetSpec(name=data), pixels=pixels)
@@ -71,7 +71,7 @@ def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelForma
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
-    """Return a table's label column, or the first folders in the names if they give classes.
+    """Return the classes of a table's label column, or those of the first folders in names.
 
     None means that there are no labels: no such column, or fewer than two folders.
 

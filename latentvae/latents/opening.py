@@ -1,4 +1,4 @@
-"""The autoencoder of an encoding or a decoding, opened where this process computes."""
+"""Load the autoencoder of an encoding or a decoding on the device of this process."""
 
 from pathlib import Path
 

@@ -29,17 +29,17 @@ from latentvae.latents.formats.shards import (
 )
 from latentvae.models.normalization import LatentNormalization
 
-MAX_OPEN = 64  # shards a process keeps mapped
+MAX_OPEN = 64  # shards that a process keeps memory-mapped
 
 
 class ShardReader:
     """Items of a complete folder by number. Each process opens a file when it first needs it.
 
     Args:
-        folder: what `latentvae encode` wrote.
+        folder: a folder that `latentvae encode` wrote.
 
     Attributes:
-        manifest, content: what the folder's manifest says.
+        manifest, content: the folder's manifest, and the content that it describes.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -106,7 +106,7 @@ class ShardReader:
         """Check every item as `payload` does.
 
         Raises:
-            UserError: names the first item or shard that is wrong.
+            UserError: an item or shard is wrong. The error names the first one.
         """
         for shard, end in enumerate(self._ends):
             rows = self._slice(shard, self.content.payload)
@@ -121,7 +121,7 @@ class ShardReader:
         """Compare every file with the sha256 in the manifest.
 
         Raises:
-            UserError: names the first file that differs.
+            UserError: a file differs. The error names the first one.
         """
         for number, shard in enumerate(self.manifest.shards):
             files = {shard_path(self.folder, number): shard.sha256}
@@ -153,7 +153,7 @@ class ShardReader:
             raise self._damaged(shard) from error
 
     def _check(self, rows: Tensor, shard: int, *, first: int) -> None:
-        """Check shape, type and range of items (n, ...). `first` is the first one's number."""
+        """Check shape, type and range of items (n, ...). `first` is the first item's number."""
         content = self.content
         if tuple(rows.shape[1:]) != content.item_shape or rows.dtype != DTYPES[content.dtype]:
             raise self._damaged(shard)
@@ -213,10 +213,10 @@ class TokenDataset(_Cached):
     """Tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
 
     `label` exists if the data has classes (-1 means "none"). A DataLoader may use any number of
-    workers. An item is loaded when it is asked for.
+    workers. An item is loaded when it is needed.
 
     Args:
-        folder: what `latentvae encode` wrote for a tokenizer.
+        folder: a folder that `latentvae encode` wrote for a tokenizer.
     """
 
     kind = "tokens"
@@ -235,9 +235,9 @@ class LatentDataset(_Cached):
     """Latents: `{"latent": float32 (d, h, w), "id": str, "label": int}`.
 
     Args:
-        folder: what `latentvae encode` wrote for an autoencoder with continuous latents.
+        folder: a folder that `latentvae encode` wrote for continuous latents.
         scaled: shift and scale to about unit variance, as a diffusion model sees latents.
-        sample: draw from the posterior with PyTorch's global generator. This needs `--moments`.
+        sample: sample the posterior with PyTorch's global generator. The shards need `--moments`.
     """
 
     kind = "latents"

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of latents, the source of an export's `scaling_factor` and shift.
+"""Mean and standard deviation of latents, from which an export's scale and shift follow.
 
 A diffusion model is trained on latents of about unit variance (Rombach et al. 2022, appendix G,
 https://arxiv.org/abs/2112.10752).
@@ -46,7 +46,7 @@ class LatentStatistics:
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Add everything that `other` has seen."""
+        """Add the statistics of `other`."""
         if self.num_images and other.num_images and self.num_channels != other.num_channels:
             channels = f"{self.num_channels} and {other.num_channels}"
             raise ValueError(f"all latents must have the same number of channels (got {channels}).")
@@ -99,7 +99,7 @@ class LatentStatistics:
 
     @property
     def scaling_factor(self) -> float:
-        """1 / std: latents times this have unit variance."""
+        """1 / std. Latents multiplied by this factor have unit variance."""
         std = self.std
         if std < 1e-8:
             raise ValueError(f"the latents are constant (std {std:g}), so they have no scale.")
@@ -107,7 +107,7 @@ class LatentStatistics:
 
     @property
     def shift_factor(self) -> float:
-        """The pooled mean: latents minus this are centred."""
+        """The pooled mean. Latents minus this value have mean 0."""
         return self.mean
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,13 +136,13 @@ def latent_statistics(
 ) -> LatentStatistics:
     """Return statistics of posterior samples of the first images of this process.
 
-    A network without a posterior gives its latents instead of samples.
+    For a network without a posterior, its latents are used instead of samples.
 
     Args:
         net: in eval mode, on the device of the batches.
         batches: images (B, C, H, W) in [-1, 1], without augmentation.
-        max_images: images of this process to look at.
-        generator: draws the samples. None takes the global one.
+        max_images: at most this many images of this process are used.
+        generator: generator of the samples. None takes PyTorch's global generator.
     """
     statistics = LatentStatistics()
     for batch in batches:

@@ -1,4 +1,4 @@
-"""From images to the files of a shard."""
+"""Encode images and write the files of their shards."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -134,7 +134,7 @@ def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, T
 
 
 def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str, Tensor]:
-    """Join all batches. Without batches, return tensors of no items."""
+    """Join all batches. Without batches, return tensors with zero items."""
     if encoded:
         return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
     names = [content.payload, *(["stds"] if content.moments else [])]

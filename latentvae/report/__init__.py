@@ -1,4 +1,4 @@
-"""Reports, read from report.json: tables, figures and comparison."""
+"""Read reports from report.json, compare them, and show them as tables and figures."""
 
 from latentvae.report.comparison import compare, markdown
 from latentvae.report.schema import Report

@@ -1,4 +1,4 @@
-"""Several reports in one table, if they were measured under the same protocol.
+"""Put several reports into one table, if they were measured under the same protocol.
 
 latentvae compare a/report.json b/report.json --markdown
 """
@@ -25,7 +25,7 @@ from latentvae.text import markdown_text
 # Reports stay comparable if they differ only in these parts of the protocol.
 INCIDENTAL = ("versions", "device", "codecs", "bitstream", "threads", "sections")
 BEST, CLEAR = "(best)", "(clear)"
-SHOWN = 80  # characters of a value that differs
+SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
@@ -51,8 +51,8 @@ def _read(file: Path) -> Report:
 def differences(reports: Mapping[str, Report]) -> list[str]:
     """Return the differences that make the reports incomparable, one phrase for each.
 
-    Ignored are parts that one report lacks (as VGG after `--quick`), versions, devices, and the
-    settings of codecs and bitstreams.
+    Parts that one report lacks are ignored, such as VGG after `--quick`. So are versions, devices,
+    threads, sections, and the settings of codecs and bitstreams.
     """
     facts = {name: _facts(report) for name, report in reports.items()}
     found = []
@@ -74,14 +74,14 @@ class _Row:
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
-    """Return a table with one row for each model, and one of paired differences from the first.
+    """Return a table with one row per model, and a table of paired differences from the first.
 
     Args:
-        paths: report.json files or their folders. One report of several models will do.
-        force: compare reports that were not measured alike. Differences are then left out.
+        paths: report.json files or their folders. One report with several models is enough.
+        force: also compare reports of other protocols or images, without paired differences.
 
     Raises:
-        UserError: no report, or other protocols or images without `force`.
+        UserError: there is no report, or protocols or images differ without `force`.
     """
     if not paths:
         raise UserError("compare needs at least 1 report (got none).")
@@ -109,7 +109,7 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     counts = Counter(model for report in reports.values() for model in report.models)
     rows = []
     for (name, report), path in zip(reports.items(), paths, strict=True):
-        # A report under another name may lie beside the table of a different evaluation.
+        # Beside a report with another file name, the table may be that of another evaluation.
         folder = path if path.is_dir() else path.parent
         own_table = path.is_dir() or path.name == "report.json"
         values = read_values(folder) if own_table else {}
@@ -120,7 +120,7 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
 
 
 def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
-    """Return the models' values. The best of each column is marked."""
+    """Return a table of the models' values. The best value of each column is marked."""
     columns = _columns([row.report.models[row.model] for row in rows])
     if not with_rates:
         columns.pop("BD-rate", None)
@@ -138,7 +138,7 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
 
 
 def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
-    """Return the rows with the best value. Raw rates have none, nor does a single row."""
+    """Return the rows with the best value. Raw rates and single rows have no best value."""
     if column == "raw bpp":
         return []
     found = {i: value for i, row in enumerate(rows) if (value := _number(row, part)) is not None}
@@ -180,7 +180,7 @@ def _differences_table(rows: Sequence[_Row]) -> Table | None:
     metrics = [metric for metric in metrics if any(key[1] == metric for key in found)]
     count = max(difference.images for difference in found.values())
     table = Table("model", *(IMAGE_COLUMNS[metric].heading for metric in metrics))
-    # Text, because names and brackets are not markup.
+    # As a `Text`, because brackets in a string would be markup.
     table.title = Text(
         f"Difference from {printable(first.label)} on the same images ({count} images)"
     )
@@ -211,7 +211,7 @@ def markdown(table: Table) -> str:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """Return the parts that must be equal, by name.
+    """Return the parts of a report that must be equal, by name.
 
     Feature extractors are separate parts, because some reports have fewer of them.
     """
@@ -223,14 +223,14 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _same_rates(reports: Sequence[Report]) -> bool:
-    """Return whether points and anchor of the curves were measured with the same settings."""
+    """Return whether the points of all curves were measured with the same settings."""
     keys = ("curves", "bitstream", "codecs")
     first, *others = ([report.protocol.get(key) for key in keys] for report in reports)
     return all(other == first for other in others)
 
 
 def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
-    """Return the headings of columns with at least one value, and where the values are."""
+    """Return the heading and the report's key of each column with at least one value."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
         column.heading: metric

@@ -18,10 +18,11 @@ TICKS = (0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
 def rate_figure(report: Report, path: Path) -> None:
-    """Draw two panels over bits per pixel (log scale): curves of real files, and raw rates.
+    """Draw PSNR and LPIPS against bits per pixel (log scale), with one panel for each metric.
 
-    A model's star stands at the raw bits of its latent. Its dashed curve uses the bits of its
-    files. The points of curves are means over the same images, as `Point.curves` has them.
+    A model's star is at the raw rate of its latent. A model's dashed curve is at the rates of its
+    coded files, and a codec's curve at those of its files. Each point of a curve is a mean over the
+    same images (`Point.curves`).
     """
     # panels
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)

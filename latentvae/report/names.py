@@ -1,4 +1,4 @@
-"""Short names for paths, each different."""
+"""Short and unique names for paths."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from latentvae.errors import UserError
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return the last parts of the paths, as many as make all differ (`a/export`, `b/export`)."""
+    """Return the shortest ends of paths that all differ, such as `a/export` and `b/export`."""
     parts = [Path(path).absolute().parts for path in paths]
     if twice := [path for path, n in Counter(map(str, paths)).items() if n > 1]:
         raise UserError(f"'{twice[0]}' is given twice. Give each path once.")

@@ -1,7 +1,8 @@
 """Paired differences of two models on the same images, from per_image.csv.
 
-Images differ much more than models do, so two intervals that overlap say little. The difference on
-each image says more: its mean and 95 % interval (Poisson bootstrap over images).
+A metric differs much more between images than between models. So the intervals of two models may
+overlap, although one model is better on almost every image. The difference on each image says more.
+This module returns its mean with a 95 % interval (Poisson bootstrap over images).
 """
 
 import csv
@@ -17,10 +18,10 @@ from latentvae.report.schema import IMAGE_COLUMNS
 from latentvae.text import spreadsheet_text
 
 NUM_RESAMPLES = 2000
-CHUNK = 1000  # images whose weights are in memory together
+CHUNK = 1000  # images whose bootstrap weights are in memory together
 
 Values = dict[str, float]
-"""A metric's value by the image's name."""
+"""A metric's values by the names of the images."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_values(folder: Path) -> dict[str, dict[str, Values]]:
 
 
 def values_of(values: Mapping[str, dict[str, Values]], model: str) -> dict[str, Values]:
-    """Return a model's values by metric, by its name in the report."""
+    """Return the values, by metric, of the model with this name in the report."""
     return values.get(spreadsheet_text(model), {})
 
 

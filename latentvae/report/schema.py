@@ -1,8 +1,9 @@
 """report.json: what was measured and how. A part that was not measured is absent.
 
-Means are over images. `bpp` is bits per pixel of the source image, of real files. `raw_bpp` counts
-the latent's elements at a stated width instead, without entropy coding. PSNR is in dB. Equal images
-have an infinite PSNR, which JSON writes as the string "Infinity".
+Means are over images. `bpp` is the size of real files in bits per pixel of the source image.
+`raw_bpp` is the rate without entropy coding, with a stated number of bits for each element of the
+latent. PSNR is in dB. Equal images have an infinite PSNR, which JSON writes as the string
+"Infinity".
 
 `report.schema.json` in this folder is its JSON Schema. `make schema` writes it.
 """
@@ -31,8 +32,8 @@ class _Part(BaseModel):
 class Mean(_Part):
     """A mean over `images` images with its 95 % bootstrap interval (low, high).
 
-    `infinite` counts images with an infinite value (PSNR of an exact copy). They are left out of
-    the mean, unless all images are infinite. One value has no interval.
+    `infinite` counts images with an infinite value (PSNR of an exact copy). These images are left
+    out of the mean, unless all values are infinite. A single value has no interval.
     """
 
     mean: Unbounded
@@ -55,7 +56,7 @@ class Column:
 
 
 class Metrics(_Part):
-    """Distortion and perception. A metric is absent where no image was large enough.
+    """Distortion and perceptual metrics. A metric is absent if no image was large enough.
 
     `psnr` is the mean of the images' own values. `psnr_pooled` is the PSNR of the mean squared
     error over the pixels of all images.
@@ -84,7 +85,7 @@ Metric = Literal["psnr", "lpips_alex"]
 class CurvePoint(_Part):
     """Means of bits per pixel and of a metric over the same `images` images.
 
-    These are the images where every coder has a finite value of the metric at every setting.
+    These are the images on which every coder has a finite value of the metric at every setting.
     """
 
     images: int = Field(ge=1)
@@ -93,13 +94,15 @@ class CurvePoint(_Part):
 
 
 class Point(_Part):
-    """One setting of a coder: means over all images that it could be measured on.
+    """One setting of a coder, with means over all images on which it could be measured.
 
-    `images` is the number of images in each mean: an exact copy has no finite PSNR, a small image
-    no LPIPS. `curves` has means over the same images, by metric.
+    `images` is the number of images in each mean. The numbers can differ, because an exact copy has
+    no finite PSNR and a small image has no LPIPS. `curves` has means over the same images for every
+    coder, by metric.
 
-    The setting is a codec's `quality` or a latent's `noise_psnr`, and tokens have none.
-    `noise_psnr` is the PSNR in dB if quantising the latent were the only error.
+    The setting of a codec is `quality`, and that of a continuous latent is `noise_psnr`. Tokens
+    have no setting. `noise_psnr` is the PSNR in dB that would result if quantising the latent were
+    the only error.
     """
 
     bpp: float = Field(ge=0)
@@ -119,11 +122,12 @@ class Rate(_Part):
 
 
 class Distribution(_Part):
-    """Distances between the sets of originals and reconstructions. A perfect copy has 0.
+    """Distances between the sets of originals and reconstructions. Equal sets have distance 0.
 
     `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16.
-    `rfid` and `kid` are the same on the true Inception network. Frechet distances need at least
-    2,000 images. Kernel distances use at most 2,000. `images` is the number that each one used.
+    `rfid` and `kid` are the Frechet and the kernel distance on features of the original Inception
+    network. Frechet distances need at least 2,000 images. Kernel distances use at most 2,000.
+    `images` is the number of images of each distance.
     """
 
     images: dict[str, int]
@@ -136,8 +140,8 @@ class Distribution(_Part):
 class ModelReport(_Part):
     """All measurements of one model. `info` is the model's own description.
 
-    `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate,
-    chosen for each image.
+    `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate.
+    The quality is chosen for each image.
 
     A model that overflows has no metrics, and a warning says so.
     """
@@ -155,10 +159,10 @@ class ModelReport(_Part):
 
 
 class BDRate(_Part):
-    """Extra bits in percent of JPEG's at equal quality. Negative means fewer bits than JPEG.
+    """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer than JPEG.
 
-    See `metrics.rate`. Computed from the points' `curves`, and absent where these do not overlap
-    or have different images.
+    BD-rates are computed from the `curves` of points, see `metrics.rate`. A BD-rate is absent if
+    both curves do not overlap or have different images.
     """
 
     psnr: float | None = None

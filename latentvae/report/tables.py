@@ -1,4 +1,4 @@
-"""A report as tables on the screen."""
+"""Show a report as tables on the screen."""
 
 import math
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ def summary(report: Report) -> Group:
 
 
 def models_table(report: Report) -> Table:
-    """Return one row per model: raw rate, and each metric's mean with half its interval's width.
+    """Return a table of each model's raw rate, and of its means with half their intervals' width.
 
-    A mean over fewer images than the title says shows their number.
+    If a mean is over fewer images than the title says, their number is shown.
     """
     # columns
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
@@ -56,7 +56,7 @@ def models_table(report: Report) -> Table:
 
 
 def codecs_table(report: Report) -> Table:
-    """Return each codec at each model's raw rate, below the model's own numbers."""
+    """Return a table of each model's numbers, and below them those of codecs at its raw rate."""
     title = (
         "Codecs at each model's raw rate: each image at the lowest quality that reaches it, "
         "else at 100"
@@ -78,7 +78,7 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Return every point of the models' coded latents, and their bits relative to JPEG's."""
+    """Return a table of all points of the coded latents, and of their bits relative to JPEG's."""
     title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
@@ -93,7 +93,7 @@ def bits_table(report: Report) -> Table:
 
 
 def passport_table(report: Report) -> Table:
-    """Return each model's behaviour in half precision and in tiles, and its speed."""
+    """Return a table of each model's half precision, tiles and speed."""
     table = Table("model", title="Passport", title_justify="left")
     for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
         table.add_column(heading)
@@ -108,7 +108,7 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return in brackets how many images a mean has, if not all, and how many are exact."""
+    """Return a note in brackets: a mean's number of images, if not all, and of exact copies."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []

@@ -71,12 +71,16 @@ def test_ours_and_theirs_are_the_same_at_the_same_codes(script: ModuleType, name
     ours = build_quantizer(**kind.ours)
     theirs = script.Theirs(kind.theirs(0.0), ours)
     kind.start_alike(ours, theirs.module)
+
+    # inputs, and the same codes in both
     features = torch.randn(2, ours.in_channels, 4, 4)
     if "num_codes" in kind.ours and name != "simvq":
         theirs.initialise(features.movedim(1, -1).flatten(0, -2), generator=torch.Generator())
         modules = getattr(theirs.module, "layers", [theirs.module])
         for level, module in zip(getattr(ours, "levels", [ours]), modules, strict=True):
             level.weight.data.copy_(module.codebook.data)
+
+    # results and gradients of both
     found, expected = [], []
     for quantiser, results in ((ours, found), (theirs, expected)):
         own = features.clone().requires_grad_()
@@ -85,6 +89,8 @@ def test_ours_and_theirs_are_the_same_at_the_same_codes(script: ModuleType, name
         results += [out.z, torch.as_tensor(loss), out.indices]
         (out.z.square().sum() + loss).backward()
         results.append(own.grad)
+
+    # compare
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
     if name != "lfq":  # its highest bit is their lowest

@@ -142,6 +142,8 @@ def test_in_float64_the_whole_update_is_that_of_stock_layers(script: ModuleType)
         ours.task.metric.lpips,
         weights=script.WEIGHTS,
     )
+
+    # convert everything to float64
     for module in (
         ours.task.net,
         ours.task.discriminator,
@@ -153,6 +155,8 @@ def test_in_float64_the_whole_update_is_that_of_stock_layers(script: ModuleType)
     for net in (ours.task.net, reference.net):  # a posterior is always float32
         net.quant_conv.register_forward_hook(lambda _module, _inputs, moments: moments.float())
         net.post_quant_conv.register_forward_pre_hook(lambda _module, inputs: inputs[0].double())
+
+    # compare one update
     images = images.double()
     ours.batch = ours.batch._replace(images=images)
     assert script.difference(ours, reference, images) < 2e-6

@@ -31,6 +31,8 @@ def main(folder: Path, rank: int, world_size: int) -> None:
         joined = torch.randn(4, 4, 4, 4)
         images = joined.chunk(world_size)[rank].requires_grad_()
         quantiser.initialise(torch.randn(64, 4), generator=torch.Generator().manual_seed(1))
+
+        # forward and backward pass
         out = quantiser(images)
         sum(out.losses.values()).backward()
         # Of the mean loss over ranks, as DDP takes it.
@@ -42,6 +44,8 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             saved[f"{name}/{key}.grad"] = all_reduce_mean(parameter.grad)
         for key, loss in out.losses.items():
             saved[f"{name}/{key}"] = all_reduce_mean(loss)
+
+        # update of the codebook
         vectors = images.detach().permute(0, 2, 3, 1).reshape(-1, 4)
         restarted = quantiser.update(
             {key: all_reduce_sum(value) for key, value in out.statistics.items()},

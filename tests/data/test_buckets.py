@@ -70,6 +70,8 @@ def test_an_epoch(world_size):
     steps = samplers[0].steps_per_epoch
     counts = np.bincount(buckets.of)
     assert steps == sum(count // (batch * world_size) for count in counts)
+
+    # batches of three epochs
     rows = [list(islice(sampler, 3 * steps)) for sampler in samplers]
     for epoch in range(3):
         seen: list[int] = []
@@ -82,6 +84,8 @@ def test_an_epoch(world_size):
         assert len(set(seen)) == len(seen) == steps * batch * world_size  # none comes twice
         left_out = counts - np.bincount(buckets.of[seen], minlength=len(counts))
         assert (left_out < batch * world_size).all()
+
+    # one process gives the same order
     one = BucketSampler(buckets, batch * world_size, seed=3)
     joined = [[pair for rank in step for pair in rank] for step in zip(*rows, strict=True)]
     assert joined == list(islice(one, 3 * steps))

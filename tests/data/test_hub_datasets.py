@@ -125,6 +125,8 @@ def test_splits(tmp_path, files, make_parquet):
 def test_the_column_of_images(tmp_path, files, make_parquet):
     x = cells(files)
     assert images(make_parquet(tmp_path / "a.parquet", x, column="img")).column == "img"
+
+    # two columns of images
     path = tmp_path / "two.parquet"
     struct = pyarrow.array(
         x, type=pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -144,6 +146,8 @@ def test_the_column_of_images(tmp_path, files, make_parquet):
         UserError, match=r"column 'label' holds .*int64.*, not images\. left, right"
     ):
         images(path, image_column="label")
+
+    # no column of images
     pyarrow.parquet.write_table(pyarrow.table({"label": numbers}), tmp_path / "none.parquet")
     with pytest.raises(UserError, match=r"no image column\. Its columns are label"):
         images(tmp_path / "none.parquet")
@@ -240,6 +244,8 @@ def test_columns_of_paths_and_structs_of_bytes_are_read(tmp_path, files):
         }
     )
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+
+    # read each column of paths
     for column in ("file", "whole"):
         source = images(tmp_path / "x.parquet", image_column=column)
         assert [name.removeprefix("pictures/") for name in source.names] == sorted(names)
@@ -248,12 +254,16 @@ def test_columns_of_paths_and_structs_of_bytes_are_read(tmp_path, files):
             assert source.read(index).tobytes() == expected.tobytes()
             assert source.size(index) == expected.size
         assert all(file.is_file() for file in source.files())
+
+    # read the column of bytes
     found = images(tmp_path / "x.parquet")  # the only column of files
     assert found.column == "only" and found.read(3).tobytes() == read_image(data[3]).tobytes()
     stream = ImageStream(
         DatasetSpec(name=str(tmp_path / "x.parquet"), image_column="file"), held_out=2
     )
     assert stream.held_out.files[1][1] == data[1]
+
+    # columns without images
     with pytest.raises(UnreadableImage, match="No such file"):
         images(tmp_path / "x.parquet", image_column="caption").read(0)
     pyarrow.parquet.write_table(table.select(["file", "caption"]), tmp_path / "y.parquet")

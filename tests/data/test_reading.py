@@ -177,10 +177,14 @@ def hostile_files(make_png, make_picture) -> dict[str, bytes]:
         "unknown filter": make_png((2, 1), 8, 2, b"\x09" + bytes(6)),
         "palette missing": make_png((4, 1), 8, 3, b"\0\0\1\2\3")[:33],
     }
+
+    # incomplete files of each format
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF"):
         data = encoded(picture, kind)
         for share in (0.02, 0.3, 0.6, 0.9):
             files[f"{kind} cut at {share}"] = data[: int(len(data) * share)]
+
+    # wrong sizes and checksums
     data = encoded(picture, "BMP")
     files["BMP too tall"] = data[:22] + struct.pack("<I", 480) + data[26:]
     files["PPM too tall"] = encoded(picture, "PPM").replace(b"64 48", b"64 480", 1)

@@ -154,11 +154,17 @@ def test_a_spec_is_told_by_what_is_there(forms, tmp_path, files):
         DatasetSpec(name=str(table.parent), image_column="image"): HubImages,
         DatasetSpec(name="samples", split="validation"): SamplePhotos,
     }
+
+    # each spec opens its kind of source
     for spec, kind in expected.items():
         assert type(open_source(spec)) is kind, spec
     assert len(open_source(DatasetSpec(name="samples", split="validation"))) == 2
+
+    # a folder with shards and an image
     (shards / "preview.png").write_bytes(next(iter(files.values())))
     assert type(open_source(shards)) is ImageFolder
+
+    # folders without images
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "x.txt").write_text("x")
     with pytest.raises(UserError, match="no images in"):

@@ -81,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _result(self, path: str, body: bytes) -> dict[str, Any]:
         hub = self.server
+
+        # the account, the repository and the card
         if path == "/api/whoami-v2":
             access = {"displayName": "here", "role": hub.role}
             auth = {"type": "access_token", "accessToken": access}
@@ -92,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
             return {"url": f"{hub.address}/{owner}/{asked['name']}"}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
+
+        # the files and the commit
         if "/preupload/" in path:
             return {"files": [_mode(file["path"]) for file in json.loads(body)["files"]]}
         if path.endswith("/info/lfs/objects/batch"):

@@ -297,6 +297,8 @@ def test_unconditional(name: str, net: AutoencoderKL, vae: AutoencoderKL, tmp_pa
     """Noise of unit variance is what the scale makes of latents and of features; the decoder of
     tokens quantises."""
     trained, exported = (net, vae) if name == "kl" else tokenizer_and_export(name, tmp_path)
+
+    # a pipeline with a random denoiser
     torch.manual_seed(2)
     denoiser = UNet2DModel(
         sample_size=8,
@@ -309,12 +311,18 @@ def test_unconditional(name: str, net: AutoencoderKL, vae: AutoencoderKL, tmp_pa
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     pipe = quiet(LDMPipeline(vqvae=exported, unet=denoiser, scheduler=scheduler()))
+
+    # generate a picture
     generator = torch.Generator().manual_seed(4)
     picture = pipe(num_inference_steps=2, generator=generator, output_type="np").images
     latents = pipe.scheduler.kept / exported.config.scaling_factor
+
+    # compare pictures of continuous latents
     if name == "kl":
         check_picture(picture, stock_picture(net, latents))
         return
+
+    # compare pictures of tokens
     check_picture(picture, stock_picture(exported, latents), side=TOKENS_SIDE)
     indices = exported.quantize(latents)[2][2].view(1, 8, 8)
     assert len(indices.unique()) > 4
@@ -335,6 +343,8 @@ def test_pipelines_find_the_downsampling_factor(vae: AutoencoderKL, kind: Callab
 def test_kandinsky_decodes_without_the_codebook(name: str, tmp_path: Path) -> None:
     """Kandinsky 2.2 gives its latents to the decoder as they are, unscaled."""
     net, movq = tokenizer_and_export(name, tmp_path)
+
+    # a pipeline with a random U-Net
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
         sample_size=TOKENS_SIDE // 4,
@@ -354,6 +364,8 @@ def test_kandinsky_decodes_without_the_codebook(name: str, tmp_path: Path) -> No
         class_embed_type=None,
     )
     pipe = quiet(KandinskyV22Pipeline(unet=unet, scheduler=scheduler(), movq=movq))
+
+    # generate a picture
     embeds = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(3))
     options = {
         "height": TOKENS_SIDE,
@@ -364,6 +376,8 @@ def test_kandinsky_decodes_without_the_codebook(name: str, tmp_path: Path) -> No
     options["generator"] = torch.Generator().manual_seed(4)
     picture = pipe(image_embeds=embeds[0], negative_image_embeds=embeds[1], **options).images
     z = pipe.scheduler.kept
+
+    # compare with the export and the trained network
     size = picture.shape[1]  # rounded to its square of f, as its own network has it
     assert picture.std() > 0.01
     assert np.array_equal(picture, as_picture(movq.decode(z, force_not_quantize=True).sample))

@@ -35,6 +35,8 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     wrong_crc[whole.index(b"IDAT") + 6] ^= 0xFF
     text = b"note\0\0" + zlib.compress(bytes(5_000_000))
     bomb = png((60_000, 60_000), 8, 2, b"\0\0\0\0")
+
+    # the files, each with the reason for its refusal
     return {
         "bomb.png": (bomb, "3600000000 pixels"),
         "bomb-in-text.png": (_with_chunk(whole, b"zTXt", text), "too large"),
@@ -63,6 +65,8 @@ def odd_files() -> dict[str, bytes]:
     palette = (b"PLTE", bytes([255, 0, 0, 0, 255, 0])), (b"tRNS", b"\x00")
     frames: dict[str, Any] = {"save_all": True, "append_images": [picture(40, 40, seed=1)]}
     plain = encoded(image, "PNG")
+
+    # odd sizes and formats, then odd names
     return {
         "1x1.png": encoded(picture(1, 1), "PNG"),
         "1x10000.png": encoded(picture(1, 10_000), "PNG"),

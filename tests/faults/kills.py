@@ -88,10 +88,14 @@ def kill_at_random(
     """
     killed, draw = Killed(), random.Random(seed)
     update, output = OPTIONS["max_train_steps"], folder.with_suffix(".txt")
+
+    # train until there are enough kills
     while killed.hits.total() < kills:
         shutil.rmtree(folder, ignore_errors=True)
         killed.runs += 1
         kept, code = 0, -signal.SIGKILL
+
+        # start this run again until it ends
         while code:
             last = killed.hits.total() >= kills
             code = forked(
@@ -105,6 +109,8 @@ def kill_at_random(
             assert now >= kept, f"checkpoint {kept} is lost"
             kept = now
             killed.hits.update([_hit(folder)] if code else [])
+
+        # compare the finished run
         assert_same(straight, folder, update=update)
     return killed
 

@@ -32,6 +32,8 @@ def test_one_process_goes_wrong_and_both_end_in_words(kind: str, tmp_path: Path)
             ddp_timeout=TIMEOUT,
         )
     )
+
+    # start both processes, and wait until they end
     process = launch(["-m", "tests.faults.faulty", kind, *flags], processes=2)
     family: list[psutil.Process] = []
     try:
@@ -49,9 +51,13 @@ def test_one_process_goes_wrong_and_both_end_in_words(kind: str, tmp_path: Path)
                 member.send_signal(signal.SIGKILL)
         process.kill()
         process.wait()
+
+    # check what they printed
     ours = "another process of this run has ended, or has hung" in text
     # The launcher may end the other one before that has said so, and then says itself what it saw.
     said = {"dead": "Signal 9 (SIGKILL)", "raising": "ZeroDivisionError: a fault of process 1"}
     assert said[kind] in text if kind in said else ours, text
+
+    # check the checkpoint
     found, faults = newest_usable(tmp_path)
     assert found == tmp_path / "checkpoint-2" and not faults

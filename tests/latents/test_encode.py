@@ -322,6 +322,8 @@ def test_names_that_are_not_utf8(tokenizer: Path, tmp_path: Path) -> None:
 def test_labels_of_a_table(tokenizer: Path, photos: Path, tmp_path: Path, own_caches: Path) -> None:
     files = [photos / name for name in NAMES]
     labels = [n % 3 for n in range(len(files))]
+
+    # a table with two kinds of labels
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -338,13 +340,19 @@ def test_labels_of_a_table(tokenizer: Path, photos: Path, tmp_path: Path, own_ca
     }
     table = tmp_path / "table.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(table))
+
+    # the default label column
     encode_folder(tokenizer, table, tmp_path / "out", resolution=16)
     dataset = latentvae.TokenDataset(tmp_path / "out")
     assert dataset.class_names == ["x", "y", "z"]
     assert [item["label"] for item in dataset] == labels[::-1]  # sorted by the stored path
+
+    # a chosen label column
     encode_folder(tokenizer, table, tmp_path / "n", resolution=16, label_column="number")
     numbers = [item["label"] for item in latentvae.TokenDataset(tmp_path / "n")]
     assert numbers == [*reversed(range(1, len(files))), -1]
+
+    # wrong label columns
     wrong = (("nubmer", "did you mean 'number'"), ("text", "must hold integers or classes"))
     for column, said in wrong:
         with pytest.raises(UserError, match=said):
@@ -409,12 +417,18 @@ def test_wrong_options_are_refused_before_a_file_is_written(
         (tokenizer, {"interpolation": "bicubc"}, "did you mean 'bicubic'"),
         (kl, {"dtype": "float61"}, "did you mean 'float16'"),
     ]
+
+    # wrong options
     for model, options, said in cases:
         with pytest.raises(UserError, match=said):
             encode_folder(model, photos, out, **{**OPTIONS, **options})
+
+    # a wrong data folder
     with pytest.raises(UserError, match="did you mean"):
         encode_folder(tokenizer, photos.parent / f"{photos.name}x", out, **OPTIONS)
     assert not out.exists()
+
+    # an output path that is a file
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         encode_folder(tokenizer, photos, tmp_path / "file", **OPTIONS)

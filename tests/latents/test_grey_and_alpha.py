@@ -63,6 +63,8 @@ def test_tokens_and_pictures_are_those_of_the_model(channels: int, tmp_path: Pat
     net.save_pretrained(tmp_path / "model")
     images, model = write(tmp_path / "images", channels), latentvae.load(tmp_path / "model")
     out, stated = tmp_path / "tokens", RANGE if channels == 1 else None
+
+    # encode
     encode_folder(
         tmp_path / "model",
         tmp_path / "images",
@@ -73,11 +75,15 @@ def test_tokens_and_pictures_are_those_of_the_model(channels: int, tmp_path: Pat
     )
     content = read_manifest(out).content
     assert (content.image_channels, content.value_range) == (channels, stated)
+
+    # compare the tokens
     expected = model.encode_tokens(images)
     assert expected.shape == ((3, 2, 8, 8) if channels == 1 else (3, 8, 8))
     assert len(expected.unique()) > 4
     dataset = latentvae.TokenDataset(out)
     assert torch.equal(torch.stack([item["indices"] for item in dataset]), expected)
+
+    # compare the pictures
     decoded = model.decode_tokens(expected)
     assert isinstance(decoded, Tensor)
     for path, recon in zip(decode_folder(out, tmp_path / "pictures"), decoded, strict=True):

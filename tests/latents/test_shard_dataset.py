@@ -46,6 +46,8 @@ def folder(tmp_path: Path) -> Path:
         labels=True,
         shard_items=4,
     )
+
+    # shards
     first, files = 0, []
     for shard, count in enumerate(COUNTS):
         items = torch.arange(12 * first, 12 * (first + count)).reshape(count, 2, 3, 2)
@@ -57,6 +59,8 @@ def folder(tmp_path: Path) -> Path:
         assert read_header(path) == header
         files.append(ShardFile(items=count, sha256=sha256_of(path)))
         first += count
+
+    # manifest
     manifest = Manifest(
         model="m", data="d", num_items=9, content=content, statistics={}, unreadable=[],
         shards=files,

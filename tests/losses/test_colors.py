@@ -95,12 +95,16 @@ def test_objective_and_discriminator_see_the_same_background_in_image_and_recons
     background = images(3, seed=2)[:, :, :1, :1]
     perceptual, discriminator = Mean(), Mean()
     objective = Objective(rec_loss="l2", perceptual=perceptual, perceptual_scale=1.0, kl_scale=0.0)
+
+    # the objective
     terms = objective.reconstruction_terms(real, recon, background=background)
     assert torch.allclose(
         terms["rec"].double(), (real - recon).square().mean((1, 2, 3))
     )  # alpha too
     assert torch.equal(perceptual.seen[0], to_rgb(real, background))
     assert torch.equal(perceptual.seen[1], to_rgb(recon, background))
+
+    # the discriminator's step
     adversary = Adversary(
         discriminator=discriminator,
         prepared=discriminator,
@@ -110,6 +114,8 @@ def test_objective_and_discriminator_see_the_same_background_in_image_and_recons
     backward_discriminator(real, recon, adversary=adversary, background=background)
     both = torch.cat([to_rgb(real, background), to_rgb(recon, background)])
     assert torch.equal(discriminator.seen[0], both)
+
+    # the gradient of the adversarial loss
     leaf = recon.clone().requires_grad_()
     value = objective.adversarial_value(leaf, adversary, background=background)
     (grad,) = torch.autograd.grad(value, leaf)

@@ -206,6 +206,8 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     cut.pop("decoder.conv_out.bias")
     headless = dict(original(net))
     headless.pop("encoder.conv_in.weight")
+
+    # missing tensors and wrong families
     wrong = [
         (file_of(tmp_path / "headless.safetensors", headless), "sd", "encoder.conv_in.weight"),
         (alone, None, "sd, sdxl, sd3, flux"),
@@ -219,11 +221,15 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
             "other names",
         ),
     ]
+
+    # too few channels
     narrow = {"encoder.down.0.block.0.conv1.weight": torch.zeros(48, 48, 3, 3)}
     narrow |= {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}
     wrong += [
         (file_of(tmp_path / "narrow.safetensors", narrow), "sd", "48 channels.* multiples of 32")
     ]
+
+    # other tensors, names and shapes
     tokenizer = original(net) | {"quantize.embedding.weight": torch.zeros(8, 4)}
     attention = {"encoder.down.1.attn.0.q.weight": torch.zeros(32, 32, 1, 1)}
     in_diffusers_names = {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(32, 32)}
@@ -240,12 +246,16 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
         ("lora", net.state_dict() | lora, "lora_A.*merge_and_unload"),
     ):
         wrong.append((file_of(tmp_path / f"{name}.safetensors", more), "sd", message))
+
+    # other formats
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "text.safetensors").write_text("hello")
     wrong += [
         (tmp_path / "model.ckpt", "sd", "Other formats can hold code"),
         (tmp_path / "text.safetensors", "sd", "cannot read"),
     ]
+
+    # each file is refused
     for path, family, message in wrong:
         with pytest.raises(UserError, match=message):
             load_network(path, family=family)  # type: ignore[arg-type]

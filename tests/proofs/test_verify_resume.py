@@ -365,6 +365,8 @@ def test_the_command_on_a_resume_that_works(
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         for shard in range(2):
             tar(data / f"{shard}.tar", dict(list(files.items())[shard::2]))
+
+    # run the command
     config = small_config(
         tmp_path / "unused",
         model(kind),
@@ -376,6 +378,8 @@ def test_the_command_on_a_resume_that_works(
     assert (
         verify_resume(AutoencoderTask, config, updates=8, processes=processes, **job_options) == 0
     )
+
+    # check its results
     found = passed(tmp_path)
     assert (
         all(found.values())

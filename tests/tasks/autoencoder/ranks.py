@@ -99,6 +99,8 @@ def save_gradients(
         disc_learning_rate=1e-9,
         **(HELD if weight == "held" else {}),
     )
+
+    # train to the second update
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Done):
         patch.setattr(AutoencoderTask, "after_update", gradients_after_update(2, out))
         train(config)

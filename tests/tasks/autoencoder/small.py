@@ -48,6 +48,8 @@ def small_config(
             "log_steps": 2,
         },
     }
+
+    # apply the changes
     if model is not None:
         options["model"] = model
     for name, value in changes.items():

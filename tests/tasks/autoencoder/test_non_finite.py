@@ -50,6 +50,8 @@ def test_the_update_is_skipped_and_counted_and_the_run_goes_on(
     )
     with recorded() as recording:
         train(config)
+
+    # compare the weights before and after each update
     for number, update in enumerate(recording.updates, start=1):
         if number in (2, 4):
             assert update.norm is None and update.before.keys() == update.after.keys()
@@ -58,12 +60,16 @@ def test_the_update_is_skipped_and_counted_and_the_run_goes_on(
         else:
             same = [n for n, v in update.before.items() if torch.equal(v, update.after[n])]
             assert not same, (number, same)
+
+    # skipped updates in the log, the average and the terminal
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     skipped = [row["optimizer/skipped"] for row in rows if "optimizer/skipped" in row]
     assert skipped == [0, 1, 1, 2]
     assert recording.training.averages["model"].optimization_step == 2
     text = capsys.readouterr().out
     assert text.count("skipped: its gradient is not finite") == 2
+
+    # skipped updates in the checkpoint
     checkpoint, _ = newest_usable(tmp_path)
     assert checkpoint is not None
     values = load_checkpoint(checkpoint).values["progress"]

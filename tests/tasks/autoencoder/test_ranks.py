@@ -77,9 +77,13 @@ def test_two_killed_ranks_go_on_to_the_bit(tmp_path: Path) -> None:
         "checkpointing_steps": 5,
         "validation_steps": 12,
     }
+
+    # a run without kills
     output = tmp_path / "output.txt"
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     ranks(lambda: train(small_config(straight, **options)), output=output)
+
+    # a run that is killed twice
     for update, delay in ((5, 0.9), (15, 0.1)):
         pids = start_ranks(lambda: train(small_config(killed, **options)), output=output)
         while not (killed / f"checkpoint-{update}" / "manifest.json").exists():
@@ -90,6 +94,8 @@ def test_two_killed_ranks_go_on_to_the_bit(tmp_path: Path) -> None:
         codes, text = end_of_ranks(pids, output=output)
         assert codes == [-signal.SIGKILL] * 2 and not (killed / "export").exists(), text
     ranks(lambda: train(small_config(killed, **options)), output=output)
+
+    # compare exports and checkpoints
     left, right = tensors(straight / "export"), tensors(killed / "export")
     assert left.keys() == right.keys() and all(
         torch.equal(left[name], right[name]) for name in left
@@ -113,6 +119,8 @@ def test_sigterm_finishes_the_update_saves_and_ends(
         "log_steps": 1,
         "dataloader_num_workers": 1 if to == "group" else 0,
     }
+
+    # start the run and send SIGTERM
     process = launch(train_flags(tmp_path, **options), processes=processes)
     wait_for(process, tmp_path / "log.jsonl")
     deadline = time.monotonic() + 240
@@ -120,9 +128,13 @@ def test_sigterm_finishes_the_update_saves_and_ends(
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGTERM)
+
+    # wait for the checkpoint
     while not list(tmp_path.glob("checkpoint-*/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+    # wait until all processes have ended
     text, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "The same command resumes from there" in text
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 0:

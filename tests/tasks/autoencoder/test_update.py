@@ -133,6 +133,8 @@ def test_the_discriminators_part_leaves_nothing_on_the_model_and_equals_two_forw
 def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
     wrapper, discriminator, objective, adversary = parts(None, adaptive=False)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
+
+    # two micro-steps
     for part in images.chunk(2):
         out = wrapper(part, sample=False)
         backward_model(
@@ -146,6 +148,8 @@ def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
         )
         backward_discriminator(part, out.recon, adversary=adversary, divide_by=2)
     halves = gradients(wrapper) | gradients(discriminator)
+
+    # the joined batch
     wrapper.zero_grad()
     discriminator.zero_grad()
     out = wrapper(images, sample=False)
@@ -158,6 +162,8 @@ def test_accumulated_micro_steps_equal_the_joined_batch() -> None:
         adversary=adversary,
     )
     backward_discriminator(images, out.recon, adversary=adversary)
+
+    # compare
     for name, grad in (gradients(wrapper) | gradients(discriminator)).items():
         torch.testing.assert_close(halves[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -166,6 +172,8 @@ def test_the_kls_factor_is_in_the_loss_and_not_in_the_log() -> None:
     wrapper, _, objective, _ = parts(None)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     grads = {}
+
+    # fixed factors
     for factor in (1.0, 0.0, 0.25):
         wrapper.zero_grad()
         out = wrapper(images, sample=False)
@@ -180,6 +188,8 @@ def test_the_kls_factor_is_in_the_loss_and_not_in_the_log() -> None:
         )
         torch.testing.assert_close(logged["loss/kl"], out.kl.detach().mean() / images[0].numel())
         grads[factor] = gradients(wrapper)
+
+    # the factor of `WarmUp`
     wrapper.zero_grad()
     objective.kl_factor = WarmUp()
     backward_model(
@@ -190,6 +200,8 @@ def test_the_kls_factor_is_in_the_loss_and_not_in_the_log() -> None:
         last_layer=wrapper.last_layer,
         adversary=None,
     )
+
+    # compare
     name = "net.encoder.conv_in.weight"
     torch.testing.assert_close(grads[1.0][name], gradients(wrapper)[name])
     assert not torch.allclose(grads[0.0][name], grads[1.0][name], rtol=1e-2)
@@ -291,6 +303,8 @@ def discriminator_gradients(folder: Path, *, rank: int, ranks: int) -> None:
         )
         adversary = steadied(discriminator, prepared, r1_weight=r1_weight)
         shares = [[rank], [rank + 2]] if ranks > 1 else [[0, 1, 2, 3]]
+
+        # gradients of all micro-steps
         logs = []
         for share in shares:
             if isinstance(prepared, DistributedDataParallel):
@@ -300,6 +314,8 @@ def discriminator_gradients(folder: Path, *, rank: int, ranks: int) -> None:
                     images[share], recon[share], adversary=adversary, divide_by=len(shares)
                 )
             )
+
+        # LeCam's averages
         assert adversary.lecam is not None and 0.1 < r1_weight * logs[0]["discriminator/r1"] < 10.0
         adversary.lecam.update(
             *(
@@ -307,6 +323,8 @@ def discriminator_gradients(folder: Path, *, rank: int, ranks: int) -> None:
                 for side in ("real", "fake")
             )
         )
+
+        # results
         found |= {f"{kind}-{norm}/{name}": grad for name, grad in gradients(discriminator).items()}
         found[f"{kind}-{norm}/lecam"] = adversary.lecam.anchors
     save_file(found, folder / f"{ranks}-{rank}.safetensors")
