@@ -399,7 +399,7 @@ def _warn_if_unit_range(images: Tensor) -> None:
     # Images that come from this package are in [-1, 1], even if they are bright.
     frame, level = sys._getframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(
-        ("torch.", __name__)
+        ("torch.", "contextlib", __name__)  # what decorates the methods
     ):
         frame, level = frame.f_back, level + 1
     if frame is None or frame.f_globals.get("__name__", "").startswith("latentvae."):

@@ -78,7 +78,7 @@ def test_reconstruct_with_a_grey_model(tmp_path: Path) -> None:
 
     # without a value range
     found = reconstruct(model(1), [folder], out=tmp_path / "a")
-    assert [reason for _, reason in found.unreadable] == [
+    assert [reason for _, reason in found.left_out] == [
         "its values are floats: value_range must say what is black and white"
     ]
 
@@ -113,7 +113,9 @@ def test_reconstruct_with_an_rgba_model(tmp_path: Path) -> None:
 
 def test_evaluate_measures_rgb_alone(tmp_path: Path) -> None:
     source: Any = None
-    with pytest.raises(UserError, match="'grey' takes 1-channel images, and evaluate measures RGB"):
+    with pytest.raises(
+        UserError, match=r"evaluate needs RGB models.*'grey' takes images of 1 channels"
+    ):
         evaluate(
             {"grey": model(1)}, source, tmp_path, data_name="x",
             lpips=dict.fromkeys(QUICK.lpips_nets), plan=QUICK,  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_measures_two_models_and_writes_the_report(
         ({"--model": "runs/c/export"}, "c/export"),
         ({"--max_images": "0"}, "at least 1"),
         ({"--sheet_images": "0"}, "at least 1"),
-        ({"--resolution": "0"}, "above 0"),
+        ({"--resolution": "0"}, "resolution must be at least 1"),
         ({"--device": "toaster"}, "toaster"),
         ({"--out": "images/noise.png"}, "noise.png"),
     ],

@@ -44,7 +44,7 @@ def test_rows_are_of_real_files() -> None:
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     judge = Judge({})
     original = judge.original("a", 0, images)
-    (row,) = codec_rows(judge, original, {"jpeg": Codec("JPEG", (20,))})
+    (row,), _ = codec_rows(judge, original, {"jpeg": Codec("JPEG", (20,))}, rates={})
     buffer = io.BytesIO()
     photo().save(buffer, format="JPEG", quality=20)
     error = np.mean((np.asarray(Image.open(buffer), dtype=np.float64) - pixels) ** 2)

@@ -70,7 +70,7 @@ def test_an_upload_that_fails_loses_nothing_and_exits_with_1(
     code = status(as_flags(config(folder)), lambda flags: run_training(flags, description=""))
     said = capsys.readouterr().err
     assert code == 1 and said.count("error:") == 1
-    assert f"upload it later with `hf upload us/photos {folder / 'export'} .`" in said
+    assert f"Upload it later with `hf upload us/photos {folder / 'export'} .`" in said
     assert (folder / "export" / "diffusion_pytorch_model.safetensors").is_file()
     assert (folder / "checkpoint-1" / "manifest.json").is_file()
     hub.refusals.clear()
@@ -80,7 +80,7 @@ def test_an_upload_that_fails_loses_nothing_and_exits_with_1(
 
 @pytest.mark.parametrize(
     ("repo_id", "said"),
-    [("me/my photos", "such as 'me/my-photos'"), (None, "such as 'my-run'")],
+    [("me/my photos", "Try 'me/my-photos'"), (None, "Try 'my-run'")],
 )
 def test_a_wrong_repository_is_refused_before_any_work(
     hub: HubStandIn, tmp_path: Path, repo_id: str | None, said: str

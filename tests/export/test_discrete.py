@@ -99,7 +99,7 @@ def test_codes_that_a_float32_search_confuses_are_no_vq_model(tmp_path: Path) ->
         net.quantize.weight.copy_(torch.rand(32, 4) * 1e-6)
     report = export(net, tmp_path / "export")
     assert report.network == "DiscreteAutoencoder"
-    assert "nearer to one another than its search can tell" in report.reason
+    assert "nearer to one another than its search can resolve" in report.reason
 
 
 def midway(net: DiscreteAutoencoder, *, step: float) -> DiscreteAutoencoder:
@@ -200,7 +200,7 @@ def test_lookup_is_refused_where_there_is_no_vq_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"of VQModel, and this is not one: the quantiser fsq"):
         export(tokenizer("fsq"), tmp_path / "export", lookup_from_codebook=True)
     model = {"architecture": "vq", "quantizer": {"type": "lfq", "num_bits": 18}}
-    with pytest.raises(UserError, match=r"is not one: its 262,144 codes are too many to list"):
+    with pytest.raises(UserError, match=r"is none: its 262,144 codes are too many to list"):
         small_config(tmp_path, model=model, learn_logvar=False, lookup_from_codebook=True)
     assert not (tmp_path / "export").exists()
 

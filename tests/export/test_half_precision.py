@@ -237,7 +237,7 @@ def test_other_codes_that_are_as_good_are_safe(two_codes) -> None:
     assert result.flipped == 0.75
     assert result.psnr == pytest.approx(10 * math.log10(4 / (0.75 * 0.5**2)))
     assert result.psnr_cost == 0.0 and result.safe
-    said = "for 75.00% of the indices differ: 0.00 dB worse against the images"
+    said = "because 75.00% of the indices differ: 0.00 dB worse against the images"
     assert str(result).endswith(said)
 
 

@@ -38,7 +38,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
     # the files, each with the reason for its refusal
     return {
-        "bomb.png": (bomb, "3600000000 pixels"),
+        "bomb.png": (bomb, "3,600,000,000 pixels"),
         "bomb-in-text.png": (_with_chunk(whole, b"zTXt", text), "too large"),
         "crc.png": (bytes(wrong_crc), "bad|broken|CRC"),
         "cut.gif": (encoded(image, "GIF")[:-900], "truncated"),

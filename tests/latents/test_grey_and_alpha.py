@@ -103,7 +103,7 @@ def test_another_range_is_another_encoding(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="shards with another value_range"):
             encode_folder(model, tmp_path / "images", out, resolution=16, value_range=other)
     for bad in ((3000, -1000), (0, 0), (0, float("inf")), (float("nan"), 1)):
-        with pytest.raises(UserError, match=r"value_range is .* greater one"):
+        with pytest.raises(UserError, match=r"value_range must be .* greater one"):
             encode_folder(model, tmp_path / "images", out, resolution=16, value_range=bad)
     assert (out / "manifest.json").read_bytes() == before
     with pytest.raises(UserError, match="value_range must say what is black and white"):

@@ -78,7 +78,7 @@ def test_a_larger_decoder_learns_on_a_frozen_encoder(tmp_path: Path) -> None:
 def test_a_base_of_another_kind_is_named(tmp_path: Path) -> None:
     build_autoencoder_kl(**ENCODER).save_pretrained(tmp_path / "base")
     model = MODELS["dc"] | {"pretrained_model_name_or_path": str(tmp_path / "base")}
-    with pytest.raises(UserError, match=r"is a AutoencoderKL; .* fine-tunes AutoencoderDC"):
+    with pytest.raises(UserError, match=r"is a AutoencoderKL, but .* fine-tunes AutoencoderDC"):
         train(small_config(tmp_path / "run", model=model))
 
 

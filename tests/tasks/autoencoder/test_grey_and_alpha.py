@@ -124,7 +124,7 @@ def test_a_base_must_have_the_same_channels(tmp_path: Path) -> None:
 def test_float_images_without_a_range_are_refused_with_the_reason(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 1, "float")
     config = small_config(tmp_path / "run", train_data_dir=str(folder), image_channels=1)
-    with pytest.raises(UserError, match=r"not one of .* floats: value_range must say"):
+    with pytest.raises(UserError, match=r"none of .* floats: value_range must say"):
         train(config)
 
 
@@ -151,8 +151,8 @@ def test_mixed_depths_of_one_folder_are_equally_bright(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"image_channels": 2}, "image_channels is 2; it must be 1"),
-        ({"value_range": (3, 3)}, "value_range is 3 3"),
+        ({"image_channels": 2}, "image_channels must be 1"),
+        ({"value_range": (3, 3)}, "value_range must be .*got 3 3"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -232,13 +232,14 @@ def test_a_refused_resume_says_how_to_train_the_model_further(tmp_path: Path) ->
     for changes in ({"learning_rate": 5e-4}, {"resolution": 64}):
         with pytest.raises(UserError) as error:
             check_same_config(small_config(run, **changes), then)
-        assert str(error.value).endswith(f"--pretrained_model_name_or_path {run}/export.")
+        route = f"--pretrained_model_name_or_path {run}/export --discriminator_from {run}."
+        assert str(error.value).endswith(route)
     (run / "export").rmdir()
     with pytest.raises(UserError, match=f"`latentvae export {run} --out {run}/export`, then --pre"):
         check_same_config(small_config(run, seed=1), then)
     with pytest.raises(UserError) as error:
         check_same_config(small_config(run, layers_per_block=2), then)
-    assert str(error.value).endswith("to delete the run and start again.")
+    assert str(error.value).endswith("to delete the run and start from scratch.")
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:

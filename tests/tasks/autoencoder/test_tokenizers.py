@@ -171,7 +171,7 @@ def test_a_vq_model_of_other_blocks_is_refused(other: dict[str, Any], tmp_path: 
     shape: dict[str, Any] = {"block_out_channels": (32,), "norm_num_groups": 32}
     VQModel(**shape, latent_channels=4, **other).save_pretrained(tmp_path / "base")
     model = tokenizer("vq", pretrained_model_name_or_path=str(tmp_path / "base"))
-    with pytest.raises(UserError, match="is a VQModel; "):
+    with pytest.raises(UserError, match="is a VQModel, but "):
         open_base(small_config(tmp_path / "run", model=model, learn_logvar=False))
 
 
@@ -198,7 +198,7 @@ def test_few_vectors_for_k_means_are_told(
         model = tokenizer("vq") | {"quantizer": QUANTIZERS["vq"] | {"num_codes": num_codes}}
         options = {"learn_logvar": False, "max_train_steps": 1}
         train(small_config(tmp_path / str(num_codes), model=model, **options))
-        assert (f"832 vectors for {num_codes} codes" in capsys.readouterr().out) == told
+        assert (f"k-means has 832 vectors for {num_codes} codes" in capsys.readouterr().out) == told
 
 
 def test_indices_that_are_not_the_models_are_refused(tmp_path: Path) -> None:

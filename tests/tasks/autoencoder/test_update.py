@@ -270,7 +270,7 @@ def test_penalties_join_the_discriminators_loss_with_their_weights() -> None:
     real, fake = discriminator(x), discriminator(recon)
     (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
     r1 = 0.5 * slope.square().sum() / 2
-    lecam = (real + 0.25).square().mean() + (fake - 0.5).square().mean()
+    lecam = (real + 0.25).relu().square().mean() + (0.5 - fake).relu().square().mean()
     loss = non_saturating_discriminator_loss(real, fake)
     assert 0.1 < 1e4 * r1 < 10.0
     (loss + 1e4 * r1 + 0.1 * lecam).backward()
