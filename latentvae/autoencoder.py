@@ -34,11 +34,11 @@ from latentvae.pictures import Images, Kind, OutputType, convert, read_pictures
 
 AnyImages = TypeVar("AnyImages", bound=Images)
 
-# Folders of these names are named after their parent folder.
+# A model in a folder with one of these names gets the name of the parent folder.
 _GENERIC_NAMES = ("export", "vae", "vqvae", "movq")
 
-# The time of a call in strips is estimated from this many pixels on, and printed if it is longer
-# than this many seconds.
+# The time of a call in strips is estimated for images of at least the first number of pixels. The
+# estimate is printed if it is longer than the second number of seconds.
 PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0
 
 
@@ -51,37 +51,40 @@ class NotFiniteError(UserError, RuntimeError):
 
 
 class Autoencoder:
-    """An autoencoder in eval mode with frozen weights. Its calls take pictures.
+    """An autoencoder in eval mode with frozen weights, whose methods take pictures.
 
-    Images are padded at the right and at the bottom to a multiple of f (FLUX.2: 2 f), and cropped
-    back. The padding reflects the image, or replicates its border if the image is too small. A
-    tokenizer does not take images with a side below f, because their tokens would describe padding.
-    Returned tensors are ordinary tensors, so a generator can be trained on them.
+    Images are padded at the right and at the bottom to a multiple of f (for FLUX.2, of 2 f).
+    Reconstructions are cropped back to the image size. The padding reflects the image, or
+    replicates its border if the image is too small. A tokenizer does not take images with a side
+    below f, because their tokens would describe padding. Returned tensors are ordinary tensors, so
+    a generator can be trained on them.
 
     Args:
-        net: a diffusers autoencoder of images, on the device and in the dtype to work in. It is
-            not copied: it is put in eval mode, and its parameters no longer require gradients. Give
-            a `copy.deepcopy` if you want to train it further.
-        name: its name in reports.
-        path: the folder, file or Hub id that it was loaded from.
-        optimize: faster network to compute with, see `compute.optimization`. None computes with
-            `net` itself.
-        strips: compute large images strip by strip: exact and in little memory. A call that takes
-            longer than ten seconds prints an estimate on stderr first, once per size. Only
-            `AutoencoderKL` and tokenizers (`VQModel`) can do it.
+        net: a diffusers autoencoder of images, on the device and in the dtype to work in. The
+            network is not copied. The network is put in eval mode, and its parameters no longer
+            require gradients. Pass a `copy.deepcopy` if you want to train the network further.
+        name: name of the model in reports.
+        path: the folder, file or Hub id that the network was loaded from.
+        optimize: method that makes the computation faster, see `compute.optimization`. None
+            computes with `net` itself.
+        strips: compute large images strip by strip. The results are exact and need little memory. A
+            call that takes longer than ten seconds first prints its estimated time on stderr, once
+            per size. Only `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
 
     Attributes:
-        optimization: the network that computes. Its text says how close it is to `net`, whose
-            weights stay as they were.
+        optimization: the network that computes. `str(optimization)` says how close the results are
+            to those of `net`. The weights of `net` do not change.
         f: downsampling factor.
         image_channels: C, which is 1 (grey), 3 (RGB) or 4 (RGBA).
-        fixed_size: side of the only images that it can make (AutoencoderRAE), or None.
-        num_codes: K of a tokenizer, or None.
+        fixed_size: side of the images if the network makes only one size (AutoencoderRAE), else
+            None.
+        num_codes: K of a tokenizer. None for other networks.
         smallest_side: smallest side of an image in pixels: f for a tokenizer, else 1.
         normalization: how `scaled` latents are shifted and scaled.
 
     Raises:
-        UserError: `strips` is asked for, but not possible for this network or with `optimize`.
+        UserError: `strips` is set, but is not possible for this network or together with
+            `optimize`.
     """
 
     def __init__(
@@ -131,15 +134,17 @@ class Autoencoder:
     ) -> Tensor:
         """Return latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
 
-        The latents of a tokenizer are not quantised yet. `decode` and `encode_tokens` do that.
+        The latents of a tokenizer are not quantised. `decode` and `encode_tokens` quantise them.
 
         Args:
-            images: PIL image(s) of one size. Or NumPy (B, H, W, C) or (H, W, C), as uint8, uint16
-                or float in [0, 1]. Or torch (B, C, H, W) in [-1, 1].
+            images: PIL image(s) of one size, or a NumPy array, or a torch tensor. Arrays are (B, H,
+                W, C) or (H, W, C), as uint8, uint16 or float in [0, 1]. Tensors are (B, C, H, W) in
+                [-1, 1].
             sample: draw from the posterior, instead of taking its mode.
-            generator: for these draws. None is the global one.
-            scaled: return what a diffusion model sees: shifted and scaled to about unit variance.
-                FLUX.2's latents are also folded to (B, 4 d, h / 2, w / 2), as its pipeline does.
+            generator: random generator for these draws. None is the global generator.
+            scaled: return latents as a diffusion model sees them, shifted and scaled to about unit
+                variance. FLUX.2's latents are also folded to (B, 4 d, h / 2, w / 2), as in FLUX.2's
+                pipeline.
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
@@ -148,7 +153,7 @@ class Autoencoder:
     def encode_posterior(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Return mean and log-variance of the posterior, each (B, d, h, w).
 
-        A network without a posterior gives its latent and None.
+        For a network without a posterior, return its latent and None.
         """
         prepared = self._prepare(self._read(images)[0])
         self._tell_price("encode", prepared.shape)
@@ -183,13 +188,14 @@ class Autoencoder:
 
         Args:
             z: (B, d, h, w).
-            size: (H, W) to crop to, from the top left. None keeps f * h by f * w.
+            size: (H, W) of the result, which is cropped from the top left. None keeps the decoded
+                size, f * h by f * w.
             scaled: whether the latents come from `encode(..., scaled=True)`.
             output_type: `"pt"` (B, C, H, W) float32 in [-1, 1], `"np"` (B, H, W, C) float32 in
                 [0, 1], or `"pil"`, a list.
 
         Raises:
-            UserError: the shape is wrong, or `size` is larger than the decoded images.
+            UserError: the shape of `z` is wrong, or `size` is larger than the decoded images.
             NotFiniteError: the images overflow.
         """
         channels = self.latent_channels * (self.normalization.fold**2 if scaled else 1)
@@ -214,7 +220,8 @@ class Autoencoder:
             output_type: as in `decode`.
 
         Raises:
-            UserError: the network is not a tokenizer, or it has no such indices.
+            UserError: the network is not a tokenizer, or the indices have a wrong shape, type or
+                value.
         """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
@@ -223,9 +230,10 @@ class Autoencoder:
         return convert(images.clone(), output_type)
 
     def reconstruct(self, images: AnyImages) -> AnyImages:
-        """Encode (the mode) and decode. The result has the kind, dtype and size of the input.
+        """Encode and decode pictures. The result has the kind, dtype and size of the input.
 
-        A list may hold PIL images of different sizes. Tensors are clamped to [-1, 1].
+        Encoding takes the mode of the posterior. A list may hold PIL images of different sizes.
+        Tensors are clamped to [-1, 1].
         """
         if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
@@ -237,7 +245,7 @@ class Autoencoder:
         return cast(AnyImages, kind.restore(recon))
 
     def info(self) -> dict[str, Any]:
-        """Return what a report needs to tell this model from others."""
+        """Return the facts that distinguish this model from others in a report."""
         codes = {} if self.num_codes is None else {"num_codes": self.num_codes}
         if (levels := calls.num_levels(self.net)) > 1:
             codes["num_levels"] = levels
@@ -315,11 +323,11 @@ class Autoencoder:
         return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
-        """Print how long a call in strips will take, if it is long and was not printed before.
+        """Print how long a call in strips will take, if this is long and was not printed before.
 
         Args:
-            call: what will be computed.
-            shape: of its images or latents.
+            call: the call that follows.
+            shape: shape of the call's images or latents.
         """
         f = 1 if call == "encode" else self.f
         height, width = f * shape[-2], f * shape[-1]
@@ -355,23 +363,23 @@ def load(
     """Open an export of latentvae, or any autoencoder of images that diffusers knows.
 
     Args:
-        path: a folder, a single `.safetensors` file, or a name on the Hub, see
+        path: a folder, a single `.safetensors` file, or a Hub id, see
             `latentvae.models.load_network`.
         device: None is the CPU, as in diffusers.
         dtype: None is float32. float16 may overflow unless the config's `force_upcast` is false.
-        family: kind of a single file that does not say how its latents are scaled: `"sd"`,
-            `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
-        variant: of the weights in a folder, such as `"fp16"`.
+        family: model family of a single file, if the file does not say how its latents are scaled:
+            `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
+        variant: variant of the weights in a folder, such as `"fp16"`.
         optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
-            latentvae[openvino]`). The attribute `optimization` says what was used, with its PSNR
-            against exact. On the CPU the process then keeps the memory that a call frees, see
-            `latentvae.compute.memory`.
-        strips: for images that do not fit into memory: True, or `Strips`. See `Autoencoder`.
+            latentvae[openvino]`). The attribute `optimization` says which of them is used, and its
+            PSNR against exact computation. With this option on the CPU, the process keeps the
+            memory that a call frees, see `latentvae.compute.memory`.
+        strips: True or a `Strips`, for images that do not fit into memory. See `Autoencoder`.
 
     Raises:
-        UserError: no such folder, not an autoencoder of images, damaged weights, or a wrong
-            `optimize`.
+        UserError: `path` does not exist or is no autoencoder of images, its weights are damaged, or
+            `optimize` is wrong.
     """
     # Options are checked before the weights are read.
     if optimize is not None:
@@ -391,7 +399,7 @@ def load(
 
 
 def _warn_if_unit_range(images: Tensor) -> None:
-    """Warn about images that seem to be in [0, 1]. The warning points at the user's line."""
+    """Warn about images that seem to be in [0, 1]. The warning names the user's line of code."""
     low, high = (value.item() for value in images.aminmax())
     if not 0 <= low < high <= 1:
         return
@@ -438,7 +446,7 @@ def _name(path: Path) -> str:
 
 
 def _sha256(net: Network) -> str:
-    """Return the hash of all values as they are loaded, in the order of their names."""
+    """Return the hash of all loaded weights, in the order of their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode())

@@ -1,6 +1,6 @@
-"""Communication between processes (ranks). No other module does it.
+"""Communication between processes (ranks). No other module communicates.
 
-Everything also works in one process without Accelerate.
+All functions also work in one process without Accelerate.
 """
 
 import os
@@ -58,7 +58,7 @@ def gather_cat(tensor: Tensor) -> Tensor:
     """Return the tensors of all ranks, joined along the first axis in rank order.
 
     Args:
-        tensor: of the same shape on all ranks.
+        tensor: a tensor of the same shape on all ranks.
 
     Returns:
         A tensor without gradient.
@@ -79,7 +79,7 @@ def send_from_main(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, in rank order. They are small and can be pickled."""
+    """Return the values of all ranks, in rank order. Values must be small and picklable."""
     if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -99,7 +99,7 @@ def from_main(value: Any) -> Any:
 def launched_rank() -> tuple[int, int]:
     """Return rank and number of ranks from the launcher's environment.
 
-    This works for processes that do not communicate.
+    This function also works for processes that do not communicate.
     """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -1,6 +1,6 @@
 """Errors that a user can correct.
 
-Each says the value, what is allowed, and the nearest valid choice.
+Each message names the wrong value, the allowed values and the nearest valid choice.
 """
 
 import difflib
@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """An error that is not the user's: a full disk, no memory left, a process that died.
+    """An error that the user did not make: a full disk, no memory left, a process that died.
 
     Scripts print it in one line and exit with code 1.
     """
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     """Return the text as one line that every terminal and file can show.
 
     File names may hold line breaks, escape codes, and bytes that are not UTF-8 (surrogates in
-    Python). They become ``\\n``, ``\\x1b`` and ``\\udcff``.
+    Python). These become ``\\n``, ``\\x1b`` and ``\\udcff``.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -43,12 +43,12 @@ def printable(text: str) -> str:
 
 
 def check_no_password(value: str) -> None:
-    """Check that an address holds no password, as `https://name:password@host` does.
+    """Check that a URL holds no password. `https://name:password@host` holds one.
 
-    Logs and model cards would repeat it.
+    Logs and model cards would show the password.
 
     Raises:
-        UserError: it holds one. The message does not repeat it.
+        UserError: the URL holds a password. The message does not show it.
     """
     if _WITH_PASSWORD.search(value):
         raise UserError(

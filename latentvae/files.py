@@ -1,7 +1,7 @@
-"""Read small JSON and YAML files. Anything wrong with them gives one sentence.
+"""Read small JSON and YAML files. Each fault of a file is reported in one sentence.
 
-Pipes and devices are an error, because opening them could wait forever. YAML tags never make
-objects. A key that is given twice is an error.
+Pipes and devices are an error, because opening them could wait forever. YAML tags never create
+Python objects. A key that occurs twice is an error.
 """
 
 import json
@@ -14,7 +14,7 @@ import yaml
 from latentvae.errors import UserError
 
 MAX_NODES = 100_000
-SHOWN = 300  # characters of a parser's message that are repeated
+SHOWN = 300  # characters of a parser's message that our message shows
 
 
 def read_text(path: Path) -> str:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file, of any type.
 
     Raises:
-        UserError: it cannot be read, or is not JSON.
+        UserError: the file cannot be read, or is not JSON.
     """
     text = read_text(path)
     try:
@@ -50,7 +50,8 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file, of any type.
 
     Raises:
-        UserError: it cannot be read, is not YAML, asks for objects, or has a key twice.
+        UserError: the file cannot be read, is not YAML, asks for Python objects, or has a key
+            twice.
     """
     text = read_text(path)
     try:
@@ -61,10 +62,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Return the number of nodes with every alias written out. A few aliases can make billions.
+    """Return the number of nodes after expanding all aliases. A few aliases can make billions.
 
     Raises:
-        ValueError: too many nodes, or a key that is given twice.
+        ValueError: there are too many nodes, or a key occurs twice.
     """
     if id(node) in sizes:
         return sizes[id(node)]

@@ -1,6 +1,6 @@
-"""Likelihoods of images: a decoder's output as a distribution of every pixel.
+"""Likelihoods of images: a decoder's output is the distribution of every pixel.
 
-`B` batch, `C` image channels, `H W` space. Images are in [-1, 1].
+`B` batch, `C` image channels, `H W` image size. Images are in [-1, 1].
 """
 
 import math
@@ -15,13 +15,13 @@ MAX_LOG_SCALE = 7.0
 class LogitLaplace:
     """A Laplace distribution of the logit of the pixel (DALL-E, arXiv:2102.12092, appendix A.3).
 
-    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is small. Its
-    density on (0, 1) is
+    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is small. The
+    density of x on (0, 1) is
 
         f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
-    The decoder gives 2 C maps: C of mu, then C of ln b. ln b is clamped to [-7, 7], because the
-    density of a flat area could become infinite. Everything is float32.
+    The decoder returns 2 C maps: first C maps of mu, then C maps of ln b. ln b is clamped to [-7,
+    7], because the density of a flat area could become infinite. Everything is float32.
 
         likelihood = LogitLaplace()
         loss = likelihood.nll(images, decoder(z)).mean()
@@ -30,10 +30,10 @@ class LogitLaplace:
     eps = 0.1
 
     def nll(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return -ln f of each element, (B, C, H, W), nats.
+        """Return -ln f of each element, (B, C, H, W), in nats.
 
-        This is the density of x, as in the paper. For the density of a pixel in [0, 1], add
-        -ln(1 - 2 eps) = 0.223 nats. For a pixel in [-1, 1], add -ln(0.5 - eps) = 0.916 nats.
+        Here f is the density of x, as in the paper. For the density of a pixel in [0, 1], add -ln(1
+        - 2 eps) = 0.223 nats. For a pixel in [-1, 1], add -ln(0.5 - eps) = 0.916 nats.
 
         Args:
             images: in [-1, 1], (B, C, H, W).
@@ -45,15 +45,15 @@ class LogitLaplace:
         return math.log(2.0) + log_b + torch.log(x * (1.0 - x)) + distance * torch.exp(-log_b)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Return images in [-1, 1], (B, C, H, W): sigmoid(mu), the median, as DALL-E does."""
+        """Return the median, sigmoid(mu), as images (B, C, H, W) in [-1, 1], as DALL-E does."""
         return self.unmap_pixels(torch.sigmoid(_location_and_log_scale(parameters)[0]))
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images in [-1, 1], (B, C, H, W). Draws outside are clamped.
+        """Draw images in [-1, 1], (B, C, H, W). Values outside are clamped.
 
         Args:
             parameters: mu and ln b, (B, 2 C, H, W).
-            generator: on their device. None is the global one.
+            generator: random generator on the device of `parameters`. None is the global generator.
         """
         mu, log_b = _location_and_log_scale(parameters)
         # The difference of two exponential variables has a Laplace distribution.
@@ -61,11 +61,11 @@ class LogitLaplace:
         return self.unmap_pixels(torch.sigmoid(mu + log_b.exp() * (first - second)))
 
     def map_pixels(self, images: Tensor) -> Tensor:
-        """Map [-1, 1] to [eps, 1 - eps]."""
+        """Map pixels in [-1, 1] to x in [eps, 1 - eps]."""
         return 0.5 + (0.5 - self.eps) * images
 
     def unmap_pixels(self, x: Tensor) -> Tensor:
-        """Map back to [-1, 1], clamped."""
+        """Map x back to pixels, clamped to [-1, 1]."""
         return ((x - 0.5) / (0.5 - self.eps)).clamp(-1.0, 1.0)
 
 

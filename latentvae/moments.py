@@ -1,8 +1,8 @@
 """Running mean, variance and covariance over batches and processes.
 
-Parts are joined by the pairwise rule of Chan, Golub and LeVeque 1979
+The moments of two parts are joined by the pairwise rule of Chan, Golub and LeVeque 1979
 (http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Batches and processes may
-come in any number and order, and values far from zero lose no digits.
+come in any number and order. Values far from zero lose no digits.
 
 `N` observations, `D` features, `G` groups of features.
 """
@@ -25,13 +25,16 @@ class RunningMoments:
 
     Args:
         num_features: D. None takes it from the first batch.
-        covariance: whether to keep the products of all features, or only their squares.
+        covariance: whether to keep the products of all pairs of features. Otherwise only the
+            squares of features are kept.
         device: where the sums are kept.
 
     Attributes:
-        count: observations per feature, a Python number. Updates therefore never wait for a GPU.
+        count: number of observations per feature. The count is a Python number, so updates never
+            wait for a GPU.
         mean: (D,).
-        scatter: sum of products about the mean, (D, D) with `covariance`, else of squares, (D,).
+        scatter: with `covariance`, the sum of products about the mean, (D, D). Otherwise the sum of
+            squares about the mean, (D,).
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class RunningMoments:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, scatter: Tensor) -> "RunningMoments":
-        """Return moments that were summed elsewhere. The arguments are the attributes."""
+        """Return moments that were summed elsewhere. The arguments are the class's attributes."""
         result = cls(len(mean), covariance=scatter.ndim == 2, device=mean.device)
         result.count, result.mean, result.scatter = count, mean, scatter
         return result
@@ -74,7 +77,7 @@ class RunningMoments:
         delta = center - self.mean
 
         if self.has_covariance:
-            # The step between the two means is one more row of the product.
+            # The difference of the two means is one more row of the product.
             step = delta * math.sqrt(self.count * batch / total)
             centered = torch.cat([rows - center, step[None]])
             self.scatter.addmm_(centered.T, centered)
@@ -108,7 +111,7 @@ class RunningMoments:
     def pooled(self, num_groups: int = 1) -> "RunningMoments":
         """Return the moments of G groups of features, as if each group were one feature.
 
-        A group is D / G features that follow each other.
+        A group is D / G consecutive features.
         """
         mean = self.mean.view(num_groups, -1)
         squares = self._squares().view(num_groups, -1).sum(1)

@@ -1,10 +1,10 @@
-"""The parts of every group of options: sections, ranges, and marks.
+"""The building blocks of options: sections, ranges and marks.
 
-A mark is a fact about one option. It stands in the annotation of its field:
+A mark is a fact about one option. The annotation of the option's field contains the mark:
 
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
 
-`marked` and `marks` read the marks of nested sections and of all members of a union.
+`marked` and `marks` also read the marks of nested sections and of all members of a union.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,32 +44,35 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Mark:
-    """Base class of the facts about an option."""
+    """Base class of marks. A mark is a fact about an option."""
 
 
 @dataclass(frozen=True)
 class MayChange(Mark):
-    """The option may have another value on resume. All others change the result."""
+    """The option may have another value on resume. All other options change the result."""
 
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """The option decides when `disc_watch disable` acts. With that it must not change on resume."""
+    """The option decides when `disc_watch disable` acts.
+
+    With `disc_watch disable`, the option must not change on resume.
+    """
 
 
 @dataclass(frozen=True)
 class Private(Mark):
-    """The option is about places and accounts, not training, so model cards leave it out."""
+    """The option is a path or an account, not a setting of training. Model cards leave it out."""
 
 
 @dataclass(frozen=True)
 class ChosenByPreset(Mark):
-    """The option decides which other options exist, so only the config sets it, no flag."""
+    """The option decides which other options exist, so it has no flag. Only the config sets it."""
 
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The run reads the option. It is no argument of what the section builds."""
+    """The run reads the option. The object that the section builds does not take the option."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Elsewhere(Mark):
 
 @dataclass(frozen=True)
 class ShareOfRun(Mark):
-    """Below 1 it is a share of max_train_steps, which becomes a number of updates."""
+    """A value below 1 is a share of max_train_steps, which becomes a number of updates."""
 
 
 def _whole(value: float) -> float:
@@ -95,7 +98,7 @@ def _whole(value: float) -> float:
     return value if 0 < value < 1 else int(value)
 
 
-# A share is gone once the options are checked, so that code may rely on a number of updates.
+# The check of the options replaces each share by a number of updates, so that code can rely on it.
 if TYPE_CHECKING:
     UpdatesOrShare = int
 else:
@@ -119,8 +122,8 @@ def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
 def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
     """Return every mark of that kind by the name of its option.
 
-    Nested sections count, and every member of a union of sections. A mark in a base class holds for
-    a subclass's field of the same name.
+    Options of nested sections and of all members of a union of sections are included. A mark in a
+    base class also holds for a subclass's field of the same name.
     """
     found: dict[str, M] = {}
     for name, field in section.model_fields.items():
@@ -152,6 +155,6 @@ def tag_in(name: str, default: str) -> Callable[[Any], str]:
     def tag(values: Any) -> str:
         if isinstance(values, dict):
             return str(values.get(name, default))
-        return str(getattr(values, name, default))  # pydantic reports what is not a section
+        return str(getattr(values, name, default))  # pydantic reports values that are no section
 
     return tag

@@ -1,7 +1,8 @@
-"""The outputs of networks in training. Their docstrings are the contract of the networks.
+"""The outputs of networks in training. Every network must return what these docstrings describe.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
-tensor in it, also inside a tuple of them. They would skip the tensors of other classes silently.
+tensor in it, also inside a tuple of outputs. In objects of other classes, they would silently skip
+tensors.
 
 `B` batch, `C` image channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes,
 `L` levels of codes.
@@ -18,18 +19,18 @@ from torch import Tensor
 
 @dataclass
 class Latent(BaseOutput):
-    """One latent of a network. A field is None where this kind of bottleneck does not have it.
+    """One latent of a network. A field is None if this kind of bottleneck does not have it.
 
     Attributes:
         z: what the decoder reads, (B, d, h, w), float32.
-        kl: KL divergence from the posterior to the prior, (B,), nats per image, float32.
-        kl_per_channel: the same, not yet summed over channels, (B, d), nats per image and channel.
-            A KL over tokens (Gumbel-softmax) counts as one channel, (B, 1).
-        mean: mean of the posterior, (B, d, h, w), float32. Without a posterior it is z.
+        kl: KL divergence from the posterior to the prior, (B,), in nats per image, float32.
+        kl_per_channel: the KL divergence of each channel, (B, d), in nats per image and channel. A
+            KL over tokens (Gumbel-softmax) counts as one channel, (B, 1).
+        mean: mean of the posterior, (B, d, h, w), float32. Without a posterior, the mean is z.
         indices: the codes, (B, h, w) or (B, L, h, w), int64.
-        features: what was quantised, (B, c, h, w).
-        losses: unweighted scalars by name, see `bottlenecks.Quantized.losses`.
-        statistics: what a codebook learns from, see `bottlenecks.Quantized.statistics`.
+        features: the features before quantisation, (B, c, h, w).
+        losses: scalars by name, without weights, see `bottlenecks.Quantized.losses`.
+        statistics: the tensors that a codebook learns from, see `bottlenecks.Quantized.statistics`.
     """
 
     z: Tensor = None  # type: ignore[assignment]
@@ -50,7 +51,7 @@ class Latent(BaseOutput):
     def kl_elements(self) -> int:
         """Number of elements of an image that the KL is a sum over.
 
-        It is d * h * w, or h * w for a KL over tokens.
+        This number is d * h * w, or h * w for a KL over tokens.
         """
         if self.kl_per_channel is None:
             return self.z[0].numel()
@@ -63,8 +64,9 @@ class AutoencoderOutput(BaseOutput):
 
     Attributes:
         recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with its own
-            likelihood gives the parameters of it, (B, 2 C, H, W).
-        latents: every latent that the decoder read. Most networks have one, a hierarchy has many.
+            likelihood returns the parameters of this likelihood, (B, 2 C, H, W).
+        latents: every latent that the decoder read. Most networks have one latent, and a
+            hierarchical network has many.
         output_logvar: scalar log-variance (natural logarithm) of the output likelihood, learned or
             fixed.
     """
@@ -75,7 +77,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def kl(self) -> Tensor | None:
-        """Sum of the KLs of all latents, (B,), nats per image. None if no latent has one."""
+        """Sum of the KLs of all latents, (B,), in nats per image. None if no latent has a KL."""
         kls = [latent.kl for latent in self.latents if latent.kl is not None]
         return sum(kls[1:], start=kls[0]) if kls else None
 
@@ -86,7 +88,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def latent_losses(self) -> dict[str, Tensor]:
-        """Losses of all latents by name, scalars. Each is a sum over the latents that have it."""
+        """Losses of all latents by name, scalars. Each loss is summed over latents."""
         total: dict[str, Tensor] = {}
         for latent in self.latents:
             for name, value in (latent.losses or {}).items():

@@ -4,7 +4,7 @@
     NumPy (H, W, C), (B, H, W, C)    uint8, uint16, or float in [0, 1]
     torch (B, C, H, W)               float in [-1, 1]
 
-C is that of the network: 1 (grey), 3 (RGB) or 4 (RGBA).
+C is the network's number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
 Inside the package images are float32 in [-1, 1], (B, C, H, W).
 """
@@ -30,10 +30,10 @@ class Kind:
     """The form in which a user gave images, so that results have the same form.
 
     Attributes:
-        output_type: tensor, array or PIL.
-        single: whether it was one picture without a batch axis.
-        tensor_dtype: of a tensor.
-        array_dtype: of an array.
+        output_type: tensor, array or PIL images.
+        single: whether the user gave one picture without a batch axis.
+        tensor_dtype: dtype of the tensor, if the user gave one.
+        array_dtype: dtype of the array, if the user gave one.
     """
 
     output_type: OutputType
@@ -59,14 +59,14 @@ class Kind:
 
 
 def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
-    """Return the images as float32 (B, C, H, W) in [-1, 1], and the form in which they came.
+    """Return the images as float32 (B, C, H, W) in [-1, 1], and the form in which they were given.
 
     Args:
-        images: see above.
+        images: images in one of the forms that the module's docstring lists.
         channels: C. PIL images are converted to it. Arrays must have it.
 
     Raises:
-        UserError: they are not images, or their shape or range is wrong.
+        UserError: `images` are not images, or their shape or range is wrong.
     """
     if isinstance(images, Tensor):
         return _from_tensor(images), Kind("pt", tensor_dtype=images.dtype)

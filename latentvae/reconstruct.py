@@ -3,8 +3,9 @@
     reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
-Each picture is measured at its own size, after rounding to 8 bits. Deeper pictures of a grey or
-RGBA model, and pictures with a given value range, are not rounded.
+Each picture is measured at its own size, after rounding to 8 bits. Two kinds of pictures are not
+rounded: pictures of more than 8 bits with a grey or RGBA model, and pictures with a given value
+range.
 """
 
 import csv
@@ -46,7 +47,7 @@ from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.pictures import to_pil, to_uint16
 from latentvae.text import spreadsheet_text
 
-DIFFERENCE_GAIN = 4.0  # factor of the differences in the third picture
+DIFFERENCE_GAIN = 4.0  # multiplies the differences in the third picture
 GAP = 8  # white pixels between the pictures
 
 
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The results: a row per picture, and (path, reason) for each that was left out."""
+    """The results: a row per picture, and (path, reason) for each picture that was left out."""
 
     rows: tuple[Row, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -90,22 +91,24 @@ def reconstruct(
     The PNG has the model's channels and 8 bits, or 16 bits for deep pictures of a grey model.
 
     Args:
-        model: an autoencoder, or the folder or Hub id of one, which then runs on the GPU if there
-            is one.
-        inputs: image files, and folders, which are searched with all their subfolders.
+        model: an autoencoder, or the folder or Hub id of one. A model that is loaded here runs on
+            the GPU if there is a GPU.
+        inputs: image files and folders. Folders are searched with all their subfolders.
         out: a folder. Pictures of the same name in it are replaced.
-        max_side: shrink pictures whose longer side has more pixels. None keeps every size.
-        strips: compute in exact strips, see `Autoencoder`. Only if `model` is loaded here.
+        max_side: shrink pictures whose longer side has more pixels than this. None keeps every
+            size.
+        strips: compute strip by strip, see `Autoencoder`. Ignored unless `model` is a folder or Hub
+            id.
         value_range: stored numbers that become black and white, as in training. Float files need
-            it with a grey or RGBA model.
+            this argument with a grey or RGBA model.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
-            they are converted to sRGB.
+            such files are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
-        optimize: see `load`. Only if `model` is loaded here.
-        variant: of the weights in a folder, such as `"fp16"`.
+        optimize: faster computation, see `load`. Ignored unless `model` is a folder or Hub id.
+        variant: variant of the weights in a folder, such as `"fp16"`.
 
     Raises:
-        UserError: a path does not exist, an input would be overwritten, or not one picture can be
+        UserError: a path does not exist, an input would be overwritten, or no picture can be
             reconstructed.
     """
     # Files are checked before the weights are read.
@@ -148,7 +151,7 @@ def reconstruct(
 
 
 def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
-    """Return `model.reconstruct` of one picture, so that a failure does not stop the others.
+    """Return one picture's reconstruction. A failure is an error that skips only this picture.
 
     Raises:
         UnreadableImage: the picture is too small or too large for the network or the memory.
@@ -162,7 +165,7 @@ def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = f"no memory for {width} x {height} pixels: give max_side or strips"
         raise UnreadableImage(str(path), reason) from error
-    # torch has no class of its own for what a network cannot compute, such as a group norm of one
+    # torch has no error class for inputs that a network cannot compute, such as a group norm of one
     # value.
     except (ValueError, RuntimeError) as error:
         reason = f"{width} x {height} pixels cannot be reconstructed: {str(error).splitlines()[0]}"
@@ -174,7 +177,7 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield every image file, and its path below the input that it came from.
+    """Yield every image file, and its path relative to the input that contains it.
 
     Files in `out` are left out, because an earlier call may have written them.
     """
@@ -221,7 +224,7 @@ def _keep_inputs(targets: Sequence[tuple[Path, str]], out: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what identifies a file. Names do not: to some file systems .PNG and .png are equal."""
+    """Return what identifies a file. A name does not: some file systems treat .PNG as .png."""
     try:
         found = path.stat()
     except OSError:
@@ -238,9 +241,9 @@ def _shrink(image: Picture, max_side: int | None) -> Picture:
 
 
 def _save(path: Path, images: Tensor, recon: Tensor, *, deep: bool) -> None:
-    """Write original, reconstruction and difference side by side. Mid-grey is no difference."""
+    """Write original, reconstruction and difference side by side. Mid-grey means no difference."""
     visible = recon - images
-    if images.shape[1] == 4:  # the difference of both on a mid-grey background, opaque
+    if images.shape[1] == 4:  # difference of both pictures on a mid-grey background, opaque
         opaque = torch.full_like(images[:, 3:], 2 / DIFFERENCE_GAIN)
         visible = torch.cat([to_rgb(recon) - to_rgb(images), opaque], dim=1)
     difference = (DIFFERENCE_GAIN / 2 * visible).clamp(-1.0, 1.0)
@@ -323,7 +326,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: Iterable[float | None], digits: str) -> str:
-    """Return the mean of the known values. It is infinite if one picture has an infinite PSNR."""
+    """Return the mean of the known values. One infinite PSNR makes the mean infinite."""
     known = [value for value in values if value is not None]
     if not known:
         return "n/a"

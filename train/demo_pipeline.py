@@ -2,13 +2,14 @@
 
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
-The other parts of the pipelines are tiny and random. Three pictures are written side by side.
+The other parts of the pipelines are tiny networks with random weights. The script writes three
+pictures side by side.
 
 1. A held-out photo.
-2. The photo after image-to-image at low strength: `vae.encode`, a little noise, an untrained U-Net,
-   `vae.decode`.
-3. Text-to-image with the same parts. This is noise, decoded. It is compared with what the
-   autoencoder alone decodes from the pipeline's latents, and must be equal bit by bit.
+2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, an
+    untrained U-Net and `vae.decode`.
+3. Text-to-image with the same parts. This picture is decoded noise. The picture must be equal, bit
+    by bit, to the one that the autoencoder alone decodes from the pipeline's latents.
 """
 
 import sys
@@ -36,7 +37,7 @@ logging.set_verbosity_error()  # no warnings about missing safety checkers and t
 def random_pipeline(vae: AutoencoderKL) -> Any:
     """Return a Stable Diffusion pipeline around ``vae``.
 
-    It has no text encoder. Prompts are embeddings of width 32.
+    The pipeline has no text encoder. Prompts are embeddings of width 32.
     """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -86,7 +87,7 @@ def main(export: Path, out: Path) -> None:
 
     # image-to-image
     photo = SamplePhotos("validation").read(0)
-    assert isinstance(photo, Image.Image)  # 8 bits, because no other format was asked for
+    assert isinstance(photo, Image.Image)  # 8 bits, because no other format was requested
     square = photo.resize((SIDE, SIDE), box=(0, 0, min(photo.size), min(photo.size)))
     image_to_image = StableDiffusionImg2ImgPipeline(**text_to_image.components)
     (passed,) = call(image_to_image, image=square, strength=0.04, num_inference_steps=50)

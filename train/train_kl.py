@@ -1,11 +1,12 @@
-"""Train a KL autoencoder, as Stable Diffusion has, on your images, and export it for diffusers.
+"""Train a KL autoencoder like Stable Diffusion's on your images, and export it for diffusers.
 
     accelerate launch train/train_kl.py --config train/configs/kl_f8.yaml \
         --train_data_dir photos --output_dir runs/first --max_train_steps 100000
 
-`--config` takes the name of any preset or a YAML file. Every flag below overrides it. If the run
-was stopped, the same command continues it. `--preflight` checks the run in a few updates and exits.
-`--train_data_dir samples` trains on the photos that come with scikit-image.
+`--config` takes a YAML file or the name of any preset. Every flag below overrides a value of the
+config. If the run was stopped, the same command continues it. `--preflight` trains a few updates to
+check the run, and exits. `--train_data_dir samples` trains on the photos that come with
+scikit-image.
 """
 
 import sys

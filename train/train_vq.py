@@ -1,14 +1,14 @@
 """Train a discrete tokenizer (VQGAN, FSQ, LFQ, residual VQ, Gumbel-softmax) on your images.
 
-It is exported as diffusers' VQModel if that class can compute the same.
+The tokenizer is exported as diffusers' VQModel if that class can compute the same codes.
 
     accelerate launch train/train_vq.py --config train/configs/vq_f16.yaml \
         --train_data_dir photos --output_dir runs/tokens --max_train_steps 100000
 
-`--config` takes the name of any preset or a YAML file, which chooses the quantiser. Every flag
-below overrides it. If the run was stopped, the same command continues it. `--preflight` checks the
-run in a few updates and exits. `--train_data_dir samples` trains on the photos that come with
-scikit-image.
+`--config` takes a YAML file or the name of any preset, which chooses the quantiser. Every flag
+below overrides a value of the config. If the run was stopped, the same command continues it.
+`--preflight` trains a few updates to check the run, and exits. `--train_data_dir samples` trains on
+the photos that come with scikit-image.
 """
 
 import sys

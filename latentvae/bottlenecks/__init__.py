@@ -1,6 +1,6 @@
-"""Bottlenecks: they turn encoder features into a latent, which is a posterior or codes.
+"""Bottlenecks: modules that turn encoder features into a posterior or into codes.
 
-Each bottleneck has a file of its own. `table.BOTTLENECKS` lists them all.
+Each bottleneck has its own file. `table.BOTTLENECKS` lists them all.
 """
 
 from latentvae.bottlenecks.nearest import nearest_codes

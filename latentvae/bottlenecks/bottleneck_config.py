@@ -1,9 +1,9 @@
 """Options that several bottlenecks share. Each bottleneck's own Config is beside its class.
 
-A Config also answers what a run must know about its bottleneck before the module exists. The base
-class `BottleneckConfig` lists these questions, with the answer that fits most bottlenecks.
+A Config also has the properties that a run must know before it builds the module. The base class
+`BottleneckConfig` defines these properties, with values that fit most bottlenecks.
 
-`K` codes, `D` their width.
+`K` codes, `D` code width.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from latentvae.option_marks import (
     marks,
 )
 
-MAX_CODES = 2**24  # the use of each code is counted, which takes memory
+MAX_CODES = 2**24  # a limit, because the counter of each code takes memory
 
 
 @dataclass(frozen=True)
 class Shape(Mark):
-    """Marks an option that a pretrained bottleneck decides. The run chooses all other options."""
+    """Marks an option that fine-tuning takes from the pretrained bottleneck, not from the run."""
 
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """Marks the weight of a term of `Quantized.losses`. The module does not take it."""
+    """Marks the weight of a loss in `Quantized.losses`. It is not an argument of the module."""
 
     term: str
 
@@ -48,11 +48,11 @@ class Argument(Mark):
 
 @dataclass(frozen=True)
 class KeepsCodesInUse(Mark):
-    """Marks an option that can keep more codes in use. It is a remedy while its value is 0.
+    """Marks an option that can keep more codes in use. The value 0 turns the option off.
 
     Attributes:
-        rank: order in which to try the remedies, from 1.
-        flag: the flag with a good value.
+        rank: place in the order in which to try these options, from 1.
+        flag: command-line flag with a recommended value.
     """
 
     rank: int
@@ -74,10 +74,10 @@ GradientName = Annotated[Literal["straight_through", "rotation"], Elsewhere("rot
 
 
 class BottleneckConfig(Section):
-    """What a run asks of any bottleneck. Only its subclasses describe a bottleneck.
+    """Base class of all bottleneck options, with the properties that a run reads.
 
     Attributes:
-        type: the name in a preset that chooses the class.
+        type: name of the bottleneck in a preset. The name chooses the class of the options.
     """
 
     type: Annotated[
@@ -123,12 +123,12 @@ class BottleneckConfig(Section):
         """Return the options that a pretrained module of this type decides.
 
         Args:
-            arguments: what that module was built with.
+            arguments: arguments that the pretrained module was built with.
         """
         return {name: arguments[name] for name in marked(type(self), Shape) if name in arguments}
 
     def remedies(self) -> list[str]:
-        """Return flags that keep more codes in use and are not set yet, in the order to try."""
+        """Return the flags that keep more codes in use and are not set, in the order to try."""
         found = marks(type(self), KeepsCodesInUse)
         idle = [mark for name, mark in found.items() if getattr(self, name) == 0]
         return [mark.flag for mark in sorted(idle, key=lambda mark: mark.rank)]
@@ -143,12 +143,15 @@ class CommitmentConfig(BottleneckConfig):
         Elsewhere("beta commitment_cost commit_loss_beta commit_weight"),
     ] = Field(
         default=0.25,
-        description="Weight of the commitment loss, the encoder's distance to its codes (beta).",
+        description=(
+            "Weight of the commitment loss (beta), the distance of the encoder's vectors to their "
+            "codes."
+        ),
     )
 
 
 class EntropyConfig(CommitmentConfig):
-    """Entropy losses: each vector is to be sure of its code, and the batch to use all codes."""
+    """Entropy losses: they make each vector's code certain, and make the batch use all codes."""
 
     entropy_weight: Annotated[
         Weight,
@@ -158,20 +161,23 @@ class EntropyConfig(CommitmentConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Weight of the entropy of each vector's soft assignment to codes. 0 leaves both "
-            "entropies out."
+            "Weight of the loss that lowers the entropy of each vector's soft assignment to codes. "
+            "0 leaves out all entropy losses."
         ),
     )
     batch_entropy_gamma: Annotated[Weight, OfTheRun()] = Field(
         default=1.0,
         description=(
-            "Weight of the entropy of the batch, as a multiple of entropy_weight. This entropy is "
-            "maximised, so that all codes are used."
+            "Weight of the entropy of the soft assignments' mean over the batch, as a multiple of "
+            "entropy_weight. Training maximises this entropy, so that all codes are used."
         ),
     )
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
-        description="Temperature of the soft assignments. Default: 0.01, and 1 for BSQ.",
+        description=(
+            "Temperature of the soft assignments to codes in the entropy losses. Default: 0.01, "
+            "and 1 for BSQ."
+        ),
     )
 
     @model_validator(mode="after")
@@ -186,35 +192,42 @@ class EntropyConfig(CommitmentConfig):
         return self
 
     def weights(self) -> dict[str, float]:
-        """Return the weights. That of the batch's entropy is negative, so that it is maximised."""
+        """Return the weights. The batch entropy has a negative weight, so that it is maximised."""
         batch = {"batch_entropy": -self.entropy_weight * self.batch_entropy_gamma}
         return super().weights() | batch
 
 
 class CodebookConfig(CommitmentConfig):
-    """A list of codes, and a loss that pulls them towards the encoder's vectors."""
+    """A list of codes, and a loss that pulls the codes towards the encoder's vectors."""
 
-    num_codes: NumCodes = Field(default=1024, description="Number of codes K (of each level).")
+    num_codes: NumCodes = Field(
+        default=1024,
+        description=(
+            "Number of codes K. If the quantiser has several levels, each level has K codes."
+        ),
+    )
     code_channels: CodeChannels = Field(default=256, description="Width D of a code.")
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
         default=1.0,
-        description="Weight of the codebook loss, the codes' distance to the encoder's vectors.",
+        description=(
+            "Weight of the codebook loss, the distance of the codes to the encoder's vectors."
+        ),
     )
 
 
 class LearnedCodebookConfig(CodebookConfig):
-    """A codebook whose codes learn one by one, so that some may fall out of use."""
+    """A codebook whose codes learn separately, so that some codes may fall out of use."""
 
     codebook_decay: Annotated[
-        # The name `ema_decay` belongs to the average of the model's weights.
+        # In a preset, the name `ema_decay` belongs to the moving average of the model's weights.
         Annotated[float, Field(gt=0.0, lt=1.0)] | None,
         Argument("ema_decay"),
         Elsewhere("codebook_ema_decay"),
     ] = Field(
         default=None,
         description=(
-            "Decay per update, if the codes shall be moving averages of the vectors that choose "
-            "them. By default the codes learn by gradient."
+            "Make each code a moving average of the vectors that choose it, with this decay per "
+            "update. By default the codes learn by gradient."
         ),
     )
     gradient: GradientName = Field(
@@ -228,8 +241,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Restart a code at a vector of the batch when its use falls below this share of the "
-            "mean use. A smaller share is measured over more updates. 0 never restarts a code."
+            "Restart a code at a vector of the batch when the code's use falls below this share of "
+            "the mean use of codes. A smaller share is measured over more updates. 0 never "
+            "restarts a code."
         ),
     )
     kmeans_iterations: Annotated[
@@ -240,7 +254,8 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0,
         description=(
-            "Iterations of k-means on training images that set the first codes. 0 starts at random."
+            "Number of k-means iterations on training images that set the first codes. With 0 the "
+            "first codes are random."
         ),
     )
 

@@ -3,9 +3,10 @@
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
 The entropy of each vector should be low, and the entropy of the batch high. The N x K probabilities
-are never in memory at once: they are computed in parts, and again in the backward pass.
+are never in memory at once. The probabilities are computed in parts, and recomputed in the backward
+pass.
 
-`N` vectors, `K` codes, `D` their width.
+`N` vectors, `K` codes, `D` code width.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentvae.distributed import all_reduce_mean
 
-# Probabilities at a time. Larger parts mean fewer kernel launches on a GPU.
+# Number of probabilities in memory at a time. Larger parts mean fewer kernel launches on a GPU.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**24
 SMALLEST = 1e-30  # smallest probability in a logarithm, so that its gradient stays finite
 
@@ -27,14 +28,14 @@ def code_entropies(
     over_ranks: bool,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean entropy of p(k | v) over vectors, and the entropy of its mean, in nats.
+    """Return the mean entropy of p(k | v) over vectors, and the entropy of the mean p, in nats.
 
     Args:
         vectors: (N, D), float32.
         codebook: (K, D), float32.
         temperature: above 0, in squared units of the vectors.
         over_ranks: take the mean over the vectors of all ranks (equally many on each). When DDP
-            averages the gradients over ranks, they are those of the joined batch.
+            averages the gradients over ranks, the result is the gradient of the joined batch.
         chunk: how many probabilities are in memory at a time. Default: 2^21 on the CPU and 2^24
             elsewhere.
     """
@@ -59,7 +60,7 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the sums over a part's vectors: of their entropies, and of the probabilities (K,)."""
+    """Return two sums over the vectors of a part: entropies, and probabilities (K,)."""
     # |v|^2 is the same for all codes, so the softmax does not need it.
     logits = torch.addmm(-codebook.square().sum(1), part, codebook.t(), alpha=2.0) / temperature
     log_p = logits.log_softmax(1)  # (n, K)

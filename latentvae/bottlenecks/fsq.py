@@ -19,12 +19,12 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # share of the half range, so that a finite h reaches the outermost levels
+MARGIN = 1e-3  # share of half the range: with it, a finite h can reach the outermost levels
 MAX_LEVELS = 1000  # with more levels the margin would round to a level that does not exist
 
 
 class FSQConfig(BottleneckConfig):
-    """The quantiser: each channel rounded to a few levels (FSQ)."""
+    """The quantiser: it rounds each channel to a few levels (FSQ)."""
 
     type: Literal["fsq"] = "fsq"
     levels: Annotated[tuple[int, ...], Shape()] = Field(
@@ -52,17 +52,18 @@ class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` without a codebook, losses or parameters.
 
     The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o is 1/2 for even L and 0 for
-    odd L, and s is such that h = 0 is level 0. This follows the paper's text. (The paper's listing
-    takes tan for artanh and 1 - margin. Cosmos and vector-quantize-pytorch do as here, so their
-    indices agree with ours.) The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by
-    floor(L / 2).
+    odd L, and s is chosen so that h = 0 gives level 0. This bound follows the paper's text. The
+    paper's listing differs: it has tan instead of artanh, and 1 - margin instead of 1 + margin.
+    Cosmos and vector-quantize-pytorch use the same formula as this class, so their indices agree
+    with ours. The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by floor(L / 2).
 
     The index is sum_i d_i prod_{j < i} L_j, where the digit d_i in 0..L_i - 1 counts from the
-    lowest level. The first channel changes fastest.
+    lowest level. The digit of the first channel changes fastest.
 
     Args:
-        levels: L_i per channel, each in 3..1000. The paper uses (8, 6, 5) for K = 240,
-            (8, 5, 5, 5) for 1000, (7, 5, 5, 5, 5) for 4375, (8, 8, 8, 5, 5, 5) for 64000.
+        levels: L_i per channel, each in 3..1000. The paper uses (8, 6, 5) for K = 240 and (8, 5, 5,
+            5) for K = 1000. The paper uses (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for
+            K = 64000.
 
     Raises:
         UserError: there are no levels, or a channel has fewer than 3 or more than 1000.

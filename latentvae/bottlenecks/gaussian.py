@@ -2,7 +2,7 @@
 
 moments (B, 2d, h, w) -> mean, logvar (B, d, h, w) -> z = mean + temperature * exp(logvar / 2) noise
 
-All of it is computed in float32 under any autocast.
+Everything here is computed in float32, also under autocast.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -18,11 +18,11 @@ from latentvae.option_marks import Positive
 
 
 class GaussianLatent(NamedTuple):
-    """What the bottleneck returns, float32.
+    """The output of the bottleneck, in float32.
 
     Attributes:
         z: the latent, (B, d, h, w).
-        mean: of the posterior, (B, d, h, w).
+        mean: mean of the posterior, (B, d, h, w).
         kl: KL divergence from the posterior to N(0, I), (B, d), in nats per image and channel.
     """
 
@@ -39,12 +39,12 @@ class GaussianConfig(BottleneckConfig):
 
     @property
     def has_kl(self) -> bool:
-        """Whether the latent has a KL divergence to a prior. It has: the prior is N(0, I)."""
+        """Whether the latent has a KL divergence to a prior. Always true: the prior is N(0, I)."""
         return True
 
 
 class GaussianBottleneck(nn.Module):
-    """A bottleneck that draws from the posterior of the encoder's moments and gives its KL.
+    """A bottleneck that samples from the encoder's posterior and computes its KL.
 
     Args:
         latent_channels: d. The features have 2 d channels, the mean and the log-variance.
@@ -66,9 +66,10 @@ class GaussianBottleneck(nn.Module):
         0.5 * (mean^2 + var - 1 - logvar).
 
         Args:
-            moments: mean and log-variance joined on the channel axis, (B, 2d, h, w). The
-                log-variance is clamped to [-30, 20], as diffusers does.
-            sample: draw from the posterior with the global generator. False takes its mean.
+            moments: mean and log-variance concatenated along the channel axis, (B, 2d, h, w). The
+                log-variance is clamped to [-30, 20], as in diffusers.
+            sample: draw from the posterior with the global generator. False returns the posterior's
+                mean.
             temperature: factor on the posterior's standard deviation. 1 is the posterior itself.
         """
         assert moments.shape[1] == self.in_channels, moments.shape

@@ -1,8 +1,8 @@
 """How the decoder's gradient passes through a quantiser.
 
-The result has the values of the codes, and its gradient goes to the vectors.
+Each function returns the values of the codes, and passes their gradient to the vectors.
 
-`N` vectors, `D` their width.
+`N` vectors, `D` code width.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,21 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-SMALLEST_NORM = 1e-6  # a shorter vector has no direction
+SMALLEST_NORM = 1e-6  # a shorter vector counts as having no direction
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """Return ``quantised`` exactly, with the gradient of ``vectors``. Both have the same shape."""
+    """Return ``quantised`` exactly, and pass its gradient to ``vectors`` of the same shape."""
     return quantised.detach() + (vectors - vectors.detach())
 
 
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
     """Return ``quantised`` (N, D) exactly, as a rotation and scaling of ``vectors`` (N, D).
 
-    The rotation and the scale count as constants (rotation trick, arXiv:2410.06424, section 4.2).
+    The gradient treats the rotation and the scale as constants (rotation trick, arXiv:2410.06424,
+    section 4.2).
     """
     vector, quantised = vectors.detach(), quantised.detach()
     norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))

@@ -1,9 +1,9 @@
 """Gumbel-softmax (arXiv:1611.01144), the bottleneck of DALL-E's dVAE (arXiv:2102.12092).
 
-logits (B, K, h, w) -> weights (B, K, h, w), which add to 1 -> z (B, D, h, w), their mean of codes
+logits (B, K, h, w) -> weights (B, K, h, w) with sum 1 -> z (B, D, h, w), the weighted mean of codes
 
-In training the weights are softmax((logits + Gumbel noise) / temperature). In evaluation they are
-the one-hot vector of the largest logit.
+In training the weights are softmax((logits + Gumbel noise) / temperature). In evaluation the
+weights are the one-hot vector of the largest logit.
 
 `B` batch, `K` codes, `D` code width.
 """
@@ -27,22 +27,31 @@ Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 
 
 class GumbelConfig(BottleneckConfig):
-    """The quantiser: a relaxed sample of K logits (Gumbel-softmax). Its KL has weight kl_scale."""
+    """The quantiser: a relaxed sample of K logits (Gumbel-softmax). kl_scale weights the KL."""
 
     type: Literal["gumbel"] = "gumbel"
     num_codes: NumCodes = Field(default=8192, description="Number of codes K.")
     code_channels: CodeChannels = Field(default=128, description="Width D of a code.")
     straight_through: bool = Field(
         default=False,
-        description="Give the decoder one code instead of a mixture. The gradient stays the same.",
+        description=(
+            "In training, give the decoder one code instead of a mixture of codes. The gradient "
+            "stays that of the mixture."
+        ),
     )
-    temperature: Temperature = Field(default=1.0, description="Temperature of the first update.")
+    temperature: Temperature = Field(
+        default=1.0, description="Temperature of the Gumbel-softmax at the first update."
+    )
     final_temperature: Temperature = Field(
         default=0.0625,
-        description="Temperature at the end. It falls from temperature along half a cosine.",
+        description=(
+            "Temperature of the Gumbel-softmax at the end. The temperature falls from its first "
+            "value to this one along half a cosine."
+        ),
     )
     temperature_steps: Annotated[Positive, OfTheRun()] = Field(
-        default=150_000, description="Updates until the temperature is final_temperature."
+        default=150_000,
+        description="Number of updates until the temperature reaches final_temperature.",
     )
 
     @model_validator(mode="after")
@@ -56,13 +65,13 @@ class GumbelConfig(BottleneckConfig):
 
     @property
     def has_kl(self) -> bool:
-        """Whether the latent has a KL divergence to a prior. It has: the prior is uniform."""
+        """Whether the latent has a KL divergence to a prior. Always true: the prior is uniform."""
         return True
 
     def temperature_at(self, update: int) -> float:
         """Return the temperature of an update, counted from 0.
 
-        It falls along half a cosine (arXiv:2102.12092, appendix A.2).
+        The temperature falls along half a cosine (arXiv:2102.12092, appendix A.2).
         """
         start, end = self.temperature, self.final_temperature
         progress = min(update / self.temperature_steps, 1.0)
@@ -72,18 +81,18 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the places of the largest logits, without noise, also in training, because that
-    is what encoding gives (arXiv:2102.12092, section 2.2). Only in evaluation `z` is
+    `indices` are the positions of the largest logits without noise, also in training, because
+    encoding uses them too (arXiv:2102.12092, section 2.2). Only in evaluation is `z` equal to
     `codes(indices)`.
 
     The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
-    It is between 0 and log K nats per token.
+    The KL is between 0 and log K nats per token.
 
     Args:
-        num_codes: K, also the channels of the features.
+        num_codes: K, also the number of feature channels.
         code_channels: D.
-        straight_through: in training `z` is the one code of the largest weight, with the gradient
-            of the weights. By default `z` is a mixture of codes.
+        straight_through: in training, use the single code of the largest weight as `z`, with the
+            gradient of the weights. By default `z` is a mixture of codes.
 
     Raises:
         UserError: there are fewer than 2 codes, or no channel.
@@ -109,7 +118,8 @@ class GumbelQuantizer(Quantizer):
         """Quantise logits (B, K, h, w).
 
         Args:
-            temperature: above 0. The caller has its schedule. It has no effect in evaluation.
+            temperature: above 0. The caller computes its schedule. The temperature has no effect in
+                evaluation.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
@@ -126,7 +136,7 @@ class GumbelQuantizer(Quantizer):
     def _mixture(self, logits: Tensor, temperature: float) -> Tensor:
         weights = F.gumbel_softmax(logits, tau=temperature, dim=1)
         if self.straight_through:
-            # torch's own `hard` is not exactly one-hot: it rounds 1 - weight + weight.
+            # torch's option `hard` is not exactly one-hot, because 1 - weight + weight is rounded.
             largest = weights.argmax(1, keepdim=True)
             one_hot = torch.zeros_like(weights).scatter(1, largest, 1.0)
             weights = straight_through(weights, one_hot)

@@ -2,18 +2,20 @@
 
 features h (B, D, h, w) [-> h / |h|] -> sign -> z (B, D, h, w), each element -s or s
 
-LFQ has s = 1. BSQ is the same on the unit sphere, with s = 1 / sqrt(D). The entropies are those of
-a softmax over all K codes:
+LFQ has s = 1. BSQ puts h on the unit sphere and has s = 1 / sqrt(D). The entropies are those of a
+softmax over all K codes:
 
     p(c | h) = softmax_c(-|h - c|^2 / t) = prod_i sigmoid(4 s h_i b_i / t),  c = s b, b_i = -1 or 1
 
-This is a product over bits for two reasons. Up to a constant, -|h - c|^2 is a sum over bits of
-2 s h_i b_i, and the codes are all combinations of bits. (arXiv:2406.07548 shows it for the sphere,
-but the proof needs no sphere.) So the entropy of a token is exactly the sum of its bits' entropies.
+The probability is a product over bits for two reasons. First, -|h - c|^2 is, up to a constant, a
+sum over bits of 2 s h_i b_i. Second, the codes are all combinations of bits. (arXiv:2406.07548
+shows this for the sphere, but the proof also holds without the sphere.) So the entropy of a token
+is exactly the sum of its bits' entropies.
 
-The mean of p over tokens is not a product. Its entropy is computed exactly within groups of bits
-and added over the groups, which never needs all K codes. The sum is an upper bound, because entropy
-is subadditive. It is exact if the groups are independent.
+The mean of p over tokens is not a product. The entropy of the mean is computed exactly for each
+group of bits, and the entropies of the groups are added. So no table of all K codes is needed. The
+sum is an upper bound, because entropy is subadditive. The bound is exact if the groups are
+independent.
 
 `B` batch, `D` bits, `K` = 2^D codes, `N = B * h * w` tokens, `s` scale, `t` entropy temperature.
 """
@@ -35,13 +37,14 @@ from latentvae.errors import UserError
 MAX_BITS = 62  # indices are int64
 MAX_LISTED_BITS = 16  # 65,536 codes
 
-# Smallest share in the logarithm of the batch entropy, about as in MAGVIT-v2. Without it, codes far
-# from all tokens would put the whole gradient on the few tokens that lie between two codes.
+# Smallest probability in the logarithm of the batch entropy, similar to MAGVIT-v2. Without it,
+# codes far from all tokens would put the whole gradient on the few tokens that lie between two
+# codes.
 SMALLEST_SHARE = 1e-5
 
 
 class LFQConfig(EntropyConfig):
-    """The quantiser: the sign of each channel (LFQ, or BSQ on the unit sphere). K = 2 ** bits."""
+    """The quantiser: signs of the channels (LFQ, or BSQ on the unit sphere). K = 2 ** num_bits."""
 
     type: Literal["lfq"] = "lfq"
     num_bits: Annotated[int, Field(ge=1, le=24), Shape()] = Field(
@@ -58,17 +61,17 @@ class LookupFreeQuantizer(Quantizer):
     The index is sum_i 2^i [h_i >= 0], so the first channel is the lowest bit (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
-    In training the batch is one micro-step of all ranks, which have equally many tokens. When DDP
-    averages the gradients over ranks, they are those of the joined batch. In evaluation each rank
-    takes its own batch, because ranks may have different numbers of batches.
+    In training, the batch is one micro-step of all ranks, with equally many tokens on each rank.
+    When DDP averages the gradients over ranks, the result is the gradient of the joined batch. In
+    evaluation each rank takes its own batch, because ranks may have different numbers of batches.
 
     Args:
-        num_bits: D = log2 K, also the channels of the features.
+        num_bits: D = log2 K, also the number of feature channels.
         spherical: use BSQ instead of LFQ.
         entropy_temperature: t, in squared units of h. Default: 0.01 for LFQ and 1 for BSQ, the
             usual values.
-        group_bits: bits of a group of the batch entropy, whose table has 2^group_bits numbers. The
-            batch entropy is exact if this is at least num_bits.
+        group_bits: number of bits in each group of the batch entropy. A group needs a table of
+            2^group_bits numbers. The batch entropy is exact if `group_bits` is at least `num_bits`.
 
     Raises:
         UserError: a number of bits or the temperature is out of range.
@@ -114,7 +117,7 @@ class LookupFreeQuantizer(Quantizer):
         return self._code(indices.unsqueeze(1) >> self._places(indices) & 1 == 1)
 
     def why_not_listed(self) -> str:
-        """Return a reason where there are too many codes to list."""
+        """Return a reason if there are too many codes to list."""
         if self.num_codes <= 2**MAX_LISTED_BITS:
             return ""
         most = 2**MAX_LISTED_BITS
@@ -145,7 +148,7 @@ def _bit_entropy(logits: Tensor) -> Tensor:
     """Return the entropy of Bernoulli variables, in nats.
 
     With l = |logit|: p = sigmoid(l), log p = -softplus(-l), log (1 - p) = log p - l. Every term of
-    the result is positive, so no digits cancel.
+    the result is positive, so there is no cancellation error.
     """
     size = logits.abs()
     return F.softplus(-size) + size * torch.sigmoid(-size)
@@ -154,13 +157,13 @@ def _bit_entropy(logits: Tensor) -> Tensor:
 def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
     """Return the entropy, in nats, of the mean over tokens of the joint distribution of bits.
 
-    The bits are those of one group.
+    The bits are the bits of one group.
 
     Args:
         logits: (N, g).
         over_ranks: take the mean over the tokens of all ranks.
     """
-    # A sum over tokens of outer products is a matrix product, which never holds N x 2^g numbers.
+    # A sum of outer products over tokens is one matrix product. So N x 2^g numbers are never held.
     middle = logits.shape[1] // 2
     low, high = _joint(logits[:, :middle]), _joint(logits[:, middle:])
     p = low.t() @ high / len(logits)  # (2^middle, 2^(g - middle))

@@ -1,11 +1,11 @@
 """Search for the nearest code in tiles, so that memory grows with the tile and not with N x K.
 
 argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product
-with a bias. The search first finds the largest score of each block of 32 codes, then the place
-within the best block. The reason: a maximum over rows runs at the speed of memory, but an argmax is
-many times slower.
+with a bias. The search first finds the largest score of each block of 32 codes, then the position
+within the best block. The search is then faster, because a maximum over rows runs at memory speed
+and an argmax is many times slower.
 
-`N` vectors, `K` codes, `D` their width, `n` vectors of a tile.
+`N` vectors, `K` codes, `D` code width, `n` vectors of a tile.
 """
 
 import torch
@@ -13,20 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 32  # codes of a block
-CODES = 4096  # most codes of a tile: 256 vectors x 4096 codes is 4 MiB, which fits into caches
-# Scores of a tile. Larger tiles mean fewer kernel launches on a GPU.
+# Largest number of codes in a tile: the scores of 256 vectors x 4096 codes take 4 MiB, which fits
+# into caches.
+CODES = 4096
+# Number of scores in a tile. Larger tiles mean fewer kernel launches on a GPU.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**23
 
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Return the index of the code at the smallest Euclidean distance, the lowest among equals.
+    """Return the index of the code at the smallest Euclidean distance. Ties take the lowest index.
 
-    All is computed in float32 under any autocast. The codebook's mean is subtracted from vectors
-    and codes first, so that an offset which all of them share costs no digits.
+    The search runs in float32, also under autocast. The codebook's mean is first subtracted from
+    vectors and codes, so that a common offset costs no precision.
 
     Args:
-        vectors: (N, D), any float dtype. A vector that is not finite gets any index.
+        vectors: (N, D), any float dtype. A vector that is not finite gets an arbitrary index.
         codebook: (K, D).
         chunk: how many scores are in memory at a time, at least 32. Default: 2^20 on the CPU
             (4 MiB) and 2^23 elsewhere.
@@ -36,11 +38,11 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
     with torch.autocast(vectors.device.type, enabled=False):
-        # codes about their mean, padded to whole blocks
+        # codes minus their mean, padded to whole blocks
         offset = codebook.float().mean(0)
         codes = F.pad(codebook.float() - offset, (0, 0, 0, -len(codebook) % BLOCK))
         bias = codes.square().sum(1, keepdim=True) / -2
-        bias[len(codebook) :] = -torch.inf  # so that padding is never the nearest
+        bias[len(codebook) :] = -torch.inf  # so that padding is never the nearest code
 
         # search in tiles of rows (codes) and columns (vectors)
         rows = min(len(codes), CODES, max(chunk // BLOCK, 1) * BLOCK)

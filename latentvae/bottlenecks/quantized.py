@@ -1,4 +1,4 @@
-"""The contract of a discrete bottleneck: what it returns, and what training and export ask of it.
+"""The interface of a discrete bottleneck: its outputs, and its methods for training and export.
 
 features h (B, C, h, w) -> quantised z (B, D, h, w) and indices (B, h, w) in 0..K - 1
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
-    """What a discrete bottleneck makes of features, float32 under any autocast.
+    """The output of a discrete bottleneck, in float32 also under autocast.
 
     Attributes:
-        z: what the decoder reads, (B, D, h, w). Its gradient passes to the features.
+        z: the input of the decoder, (B, D, h, w). The gradient of `z` passes to the features.
         indices: (B, h, w), int64 in 0..K - 1. With L levels (B, L, h, w).
-        losses: unweighted scalars by name, means over vectors. `commitment` and `codebook` are also
-            means over D. `sample_entropy`, `batch_entropy` and `kl` are in nats per token. A loss
-            that the bottleneck does not have is absent.
-        statistics: what `update` learns from, by name. They are sums over the vectors of this
-            rank, so those of micro-steps and ranks can be added. Empty if `update` learns nothing.
+        losses: unweighted losses by name. Each is a scalar, a mean over vectors. `commitment` and
+            `codebook` are also means over D. `sample_entropy`, `batch_entropy` and `kl` are in nats
+            per token. A loss that the bottleneck does not have is absent.
+        statistics: the inputs of `update`, by name. The statistics are sums over the vectors of
+            this rank. So the statistics of several micro-steps and ranks can be added. Empty if
+            `update` learns nothing.
     """
 
     z: Tensor
@@ -32,18 +33,19 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A discrete bottleneck. It does not count updates: values of schedules come as arguments.
+    """A discrete bottleneck. It does not count updates: the caller passes the values of schedules.
 
     A subclass sets the sizes and defines `forward` and `codes`. The other methods have defaults for
     a bottleneck that learns only by gradient, or has nothing to learn.
 
     Attributes:
-        kind: its name in the table and in presets.
-        num_codes: K, of each level.
-        num_levels: L. It is 1, except for a residual quantiser.
+        kind: name of the bottleneck in the table and in presets.
+        num_codes: K, the number of codes of each level.
+        num_levels: L, which is 1 except for a residual quantiser.
         in_channels: C, channels of the features.
         code_channels: D, channels of `z`.
-        restart_threshold: share of the mean use below which `update` restarts a code. 0 never does.
+        restart_threshold: `update` restarts a code whose use is below this share of the mean use.
+            With 0 it never restarts a code.
     """
 
     kind: ClassVar[str]
@@ -65,14 +67,14 @@ class Quantizer(nn.Module):
             features: (B, C, h, w).
             temperature: above 0. Only Gumbel-softmax uses it, in training.
         """
-        raise NotImplementedError  # every bottleneck has its own
+        raise NotImplementedError  # every bottleneck defines its own
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), equal to that of `forward`.
+        """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), as `forward` returns it.
 
-        In training, `z` of Gumbel-softmax is a mixture of codes and so differs.
+        The exception is Gumbel-softmax in training, whose `z` is a mixture of codes.
         """
-        raise NotImplementedError  # every bottleneck has its own
+        raise NotImplementedError  # every bottleneck defines its own
 
     def initialise(
         self,
@@ -87,9 +89,9 @@ class Quantizer(nn.Module):
 
         Args:
             features: (N, C).
-            generator: on the CPU.
-            batch_vectors: number of vectors of an update on all ranks. Counts of moving averages
-                start as if one update had so many vectors. Default: N.
+            generator: random generator on the CPU.
+            batch_vectors: number of vectors in one update over all ranks. The counts of moving
+                averages start at the scale of this number. Default: N.
         """
 
     def update(
@@ -100,28 +102,29 @@ class Quantizer(nn.Module):
         Call it once per update, after the optimiser's step. By default there is nothing to learn.
 
         Args:
-            statistics: those of the whole update, added over micro-steps and ranks.
+            statistics: statistics of the complete update, summed over micro-steps and ranks.
             features: vectors of the last micro-step, (N, C), joined over ranks. Unused codes
                 restart at some of them.
-            generator: chooses these vectors. On the CPU, in the same state on every rank.
+            generator: random generator on the CPU that chooses these vectors. Its state must be the
+                same on every rank.
 
         Returns:
-            How many codes restarted, a scalar on the device (no host sync).
+            The number of restarted codes, a scalar on the device (no host sync).
         """
         return torch.zeros((), dtype=torch.int64, device=features.device)
 
     def why_not_listed(self) -> str:
-        """Return why a search for the nearest code in a list does not find the same codes.
+        """Return why a search for the nearest code in a list would find other codes, or "".
 
-        A stock `VQModel` makes such a search. The reason is a clause, and empty if the search in
-        `listed_codes` does find them.
+        A stock `VQModel` makes such a search. The list is that of `listed_codes`, and the reason is
+        a clause of a sentence.
         """
         return f"the quantiser {self.kind} does not search for the nearest code in a list"
 
     def listed_codes(self) -> Tensor:
         """Return a new list of all codes, (K, D), float32, in the order of their indices.
 
-        Quantising finds the nearest of them by Euclidean distance. Call it only if
+        The quantiser takes the nearest of these codes by Euclidean distance. Call it only if
         `why_not_listed` is empty.
         """
         raise NotImplementedError(self.why_not_listed())

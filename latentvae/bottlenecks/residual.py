@@ -24,11 +24,11 @@ from latentvae.option_marks import Elsewhere, Positive
 
 
 class ResidualConfig(LearnedCodebookConfig):
-    """The quantiser: several codes for each position, each for the last one's residual (RQ)."""
+    """The quantiser: L codes per position, each for the residual of the codes before it (RQ)."""
 
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
-        default=4, description="Number of codes for each position."
+        default=4, description="Number of levels, which is the number of codes for each position."
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
         default=True, description="Use one codebook for all levels instead of one for each level."
@@ -44,20 +44,22 @@ class ResidualQuantizer(Quantizer):
     """A `Quantizer` with L codes per position, whose sum is z.
 
     The losses are means over levels. `commitment` is |h - sg(sum of the codes so far)|^2, as in
-    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. The gradient passes from z to h once. Separate
-    codebooks have statistics and buffers by level. For a shared codebook they are sums over levels.
+    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. The gradient passes from z to h in one step,
+    not level by level. Separate codebooks have their own statistics and buffers for each level. For
+    a shared codebook, statistics are sums over levels.
 
     Args:
         num_levels: L.
-        num_codes: K, of each level.
-        code_channels: D, also the channels of the features.
-        shared_codebook: one codebook for all levels, as RQ-VAE has, or one for each level.
+        num_codes: K, the number of codes of each level.
+        code_channels: D, also the number of feature channels.
+        shared_codebook: use one codebook for all levels, as RQ-VAE does. Otherwise each level has
+            its own codebook.
         ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. Unused
-            codes restart at residuals of their level, and those of a shared codebook at residuals
-            of any level.
+            codes restart at residuals of their level. In a shared codebook they restart at
+            residuals of any level.
 
     Raises:
-        UserError: there is no level, or `VectorQuantizer` raises it.
+        UserError: there is no level, or `VectorQuantizer` raises this error.
     """
 
     kind = "residual"
@@ -104,7 +106,7 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def levels(self) -> list[VectorQuantizer]:
-        """The quantiser of each level. With a shared codebook the same one L times."""
+        """The quantiser of each level. A shared codebook is listed L times."""
         return [*self.codebooks] * (self.num_levels if self.shared_codebook else 1)  # type: ignore[list-item]
 
     @property
@@ -143,8 +145,9 @@ class ResidualQuantizer(Quantizer):
     ) -> None:
         """Set the codebooks by k-means of features (N, D) and of residuals, level by level.
 
-        A shared codebook is set twice. First k-means of the features sets it. This gives residuals
-        of all levels, and k-means of the features and these residuals sets it again.
+        A shared codebook is set twice. The first time, k-means of the features sets the codebook,
+        which gives residuals of all levels. The second time, k-means of the features and these
+        residuals sets it again.
         """
         features = features.detach().float()
         size = batch_vectors or len(features)
@@ -177,7 +180,7 @@ class ResidualQuantizer(Quantizer):
             joined = torch.cat(self._residuals(some)) if self.restart_threshold > 0 else some
             return self.levels[0].update(statistics, features=joined, generator=generator)
 
-        # one codebook for each level, whose residuals are taken before its codes move
+        # one codebook for each level: its residuals are computed before its codes move
         restarted = torch.zeros((), dtype=torch.int64, device=features.device)
         for place, level in enumerate(self.levels):
             own = {name: values[place] for name, values in statistics.items()}
@@ -187,14 +190,14 @@ class ResidualQuantizer(Quantizer):
         return restarted
 
     def _with_gradient(self, features: Tensor, z: Tensor) -> Tensor:
-        """Return the values of ``z``, with the gradient to the features."""
+        """Return the values of ``z``, with their gradient passed to the features."""
         B, _, h, w = features.shape
         vectors, quantised = (rearrange(t, "B D h w -> (B h w) D") for t in (features, z))
         passed = self.gradient(vectors, quantised)
         return rearrange(passed, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Join the statistics of all levels on a first axis. For a shared codebook add them."""
+        """Join the statistics of all levels on a first axis. For a shared codebook, add them."""
         joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
         if self.shared_codebook:
             return {name: values.sum(0) for name, values in joined.items()}

@@ -2,9 +2,10 @@
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
 
-C (K, D) never learns and W (D, D) does. A gradient at one code moves all codes, so every code stays
-near the vectors and none needs a restart. C starts normal with variance 1 / D, and W starts as any
-linear layer. The authors' code and vector-quantize-pytorch do the same.
+C (K, D) is frozen, and W (D, D) is learned. A gradient at one code moves all codes, so every code
+stays near the vectors and none needs a restart. C is drawn from a normal distribution with variance
+1 / D, and W has the default initialisation of a linear layer. The authors' code and
+vector-quantize-pytorch do the same.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -25,7 +26,7 @@ from latentvae.errors import UserError
 
 
 class SimVQConfig(CodebookConfig):
-    """The quantiser: nearest of K random vectors that one learned matrix moves together (SimVQ)."""
+    """The quantiser: nearest of K random codes, which one learned matrix moves together (SimVQ)."""
 
     type: Literal["simvq"] = "simvq"
     gradient: GradientName = Field(
@@ -35,18 +36,18 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """A `Quantizer` with one code per position, from a codebook that moves as a whole.
+    """A `Quantizer` with one code per position, from a codebook whose codes all move together.
 
-    The losses are those of VQ: `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
+    The losses are those of VQ. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
     The gradient of `codebook` reaches only W.
 
     Args:
         num_codes: K.
-        code_channels: D, also the channels of the features.
-        gradient: `"straight_through"` (the paper's) or `"rotation"`.
+        code_channels: D, also the number of feature channels.
+        gradient: `"straight_through"` (as in the paper) or `"rotation"`.
 
     Raises:
-        UserError: there is no code or no channel, or the gradient is another.
+        UserError: there is no code or no channel, or the name of the gradient is unknown.
     """
 
     kind = "simvq"
@@ -97,7 +98,7 @@ class SimVQ(Quantizer):
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     def why_not_listed(self) -> str:
-        """Return no reason: the rows of C W are a list."""
+        """Return "", because the rows of C W are a list of codes."""
         return ""
 
     def listed_codes(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of all bottlenecks. A new one is a file with module and Config, and a line here."""
+"""All bottlenecks. A new bottleneck needs a file with its module and Config, and a line here."""
 
 import operator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Bottleneck:
 
     Attributes:
         module: turns encoder features into a latent. It is built from `config.arguments()`.
-        config: its options, and the answers that a run asks of it.
+        config: class of its options, with the properties that a run reads.
     """
 
     module: type[nn.Module]
@@ -35,7 +35,7 @@ class Bottleneck:
 
     @property
     def discrete(self) -> bool:
-        """Whether the latent has indices. It has if the module is a `Quantizer`."""
+        """Whether the module is a `Quantizer`, so that the latent has indices."""
         return issubclass(self.module, Quantizer)
 
     def build(self, arguments: dict[str, Any]) -> Any:
@@ -70,7 +70,7 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
 
     Args:
         type: a key of `QUANTIZERS`.
-        arguments: arguments of its class.
+        arguments: arguments of the quantiser's class.
 
     Raises:
         UserError: the type is unknown, or an argument is out of range.

@@ -3,9 +3,10 @@
 features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
 
 The codebook learns from its loss, or each code is a moving average of the vectors that chose it
-(the paper's appendix A.1). With `l2_normalize` vectors and codes lie on the unit sphere (ViT-VQGAN,
-arXiv:2110.04627). The gradient passes the quantiser unchanged, or turned and scaled as the vector
-was (rotation trick, arXiv:2410.06424). Codes that are hardly used restart at vectors of the batch.
+(the paper's appendix A.1). With `l2_normalize`, vectors and codes lie on the unit sphere
+(ViT-VQGAN, arXiv:2110.04627). The gradient passes through the quantiser unchanged, or rotated and
+scaled like the vector (rotation trick, arXiv:2410.06424). Codes that are hardly used restart at
+vectors of the batch.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -34,11 +35,11 @@ from latentvae.option_marks import Elsewhere
 
 SMALLEST_SIZE = 1e-3  # A code with a smaller average number of vectors does not move.
 LAPLACE = 1e-5  # Added to each count of the moving average (appendix A.1).
-SMALLEST_WINDOW = 5.0  # Updates. The counts of fewer batches say little about a code's use.
+SMALLEST_WINDOW = 5.0  # In updates. Counts over fewer updates say little about a code's use.
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
-    """The quantiser: nearest of K learned vectors (VQ)."""
+    """The quantiser: each vector takes the nearest of K learned codes (VQ)."""
 
     type: Literal["vq"] = "vq"
     l2_normalize: Annotated[
@@ -48,11 +49,14 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
         Elsewhere("l2_norm codebook_l2_norm use_cosine_sim"),
     ] = Field(
         default=False,
-        description="Put vectors and codes on the unit sphere: the nearest code is by cosine.",
+        description=(
+            "Put vectors and codes on the unit sphere, so that the nearest code has the largest "
+            "cosine similarity."
+        ),
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments. Without a weight the module does not compute the entropies."""
+        """Return the arguments. The module computes entropies only if they have a weight."""
         temperature = (self.entropy_temperature or 0.01) if self.entropy_weight else None
         return super().arguments() | {"entropy_temperature": temperature}
 
@@ -62,18 +66,20 @@ class VectorQuantizer(Quantizer):
 
     Args:
         num_codes: K.
-        code_channels: D, also the channels of the features.
-        ema_decay: decay per update, in (0, 1), of the moving averages that are the codebook. None:
-            the codebook is a parameter and learns from the loss `codebook`.
-        l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is by
-            cosine. The losses and the decoder see unit vectors.
+        code_channels: D, also the number of feature channels.
+        ema_decay: decay per update, in (0, 1), if the codebook consists of moving averages. With
+            None, the codebook is a parameter and learns from the loss `codebook`.
+        l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is the one
+            with the largest cosine similarity. The losses and the decoder see unit vectors.
         gradient: `"straight_through"` or `"rotation"`.
         restart_threshold: a code restarts when its use falls below this share of the mean use. 0
-            never restarts a code. Use is a moving average over the updates in which a code at the
-            threshold is chosen once, and over at least `SMALLEST_WINDOW` updates.
-        entropy_temperature: temperature of the softmax over negative squared distances. Its
-            entropies are the losses `sample_entropy` and `batch_entropy`. None leaves both out.
-        kmeans_iterations: iterations of `initialise`. 0 keeps the codebook random.
+            never restarts a code. Use is a moving average over a window of at least
+            `SMALLEST_WINDOW` updates. The window is so long that a code at the threshold is chosen
+            about once in it.
+        entropy_temperature: temperature of the softmax over negative squared distances. The losses
+            `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
+            losses out.
+        kmeans_iterations: k-means iterations in `initialise`. 0 keeps the codebook random.
 
     Raises:
         UserError: there is no code or no channel, or an option is out of range.
@@ -126,7 +132,7 @@ class VectorQuantizer(Quantizer):
             weight.uniform_(-1 / num_codes, 1 / num_codes)
 
         # the codebook and its averages
-        # 1 is the mean use. A code that no vector chooses restarts after one window.
+        # A use of 1 is the mean use. A code that no vector chooses restarts after one window.
         self.start_usage = min(math.e * restart_threshold, 1.0)
         self.register_buffer("usage", torch.full((num_codes,), self.start_usage))
         if ema_decay is None:
@@ -144,7 +150,7 @@ class VectorQuantizer(Quantizer):
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
         """Quantise features (B, D, h, w). ``temperature`` has no effect.
 
-        Statistics are given in training mode only.
+        Statistics are returned only in training mode.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
@@ -173,10 +179,10 @@ class VectorQuantizer(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codes by k-means of features (N, D), on the unit sphere if codes lie there.
+        """Set the codes by k-means of features (N, D), on the unit sphere if the codes lie there.
 
-        Moving averages start at the sums and counts of its clusters, scaled to the vectors of one
-        update. Those of an empty cluster start at 0.
+        Moving averages start at the sums and counts of the k-means clusters, scaled to the number
+        of vectors in one update. The averages of an empty cluster start at 0.
         """
         if self.kmeans_iterations == 0:
             return
@@ -210,11 +216,12 @@ class VectorQuantizer(Quantizer):
     ) -> Tensor:
         """Update averages and restart unused codes, see `Quantizer.update`.
 
-        Each unused code restarts at another of the features. If there are more unused codes than
-        features, the others wait for a later update.
+        Each unused code restarts at a different vector of the features. If there are more unused
+        codes than features, the others wait for a later update.
         """
-        # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold has
-        # one use in it. A shorter window would restart codes of larger use by chance.
+        # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold is
+        # used once in this window. With a shorter window, codes of larger use would restart by
+        # chance.
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
         decay = torch.exp(-(self.restart_threshold * mean).clamp(max=1 / SMALLEST_WINDOW))
@@ -233,7 +240,7 @@ class VectorQuantizer(Quantizer):
         return restarted.sum()
 
     def why_not_listed(self) -> str:
-        """Return no reason: the codebook is a list.
+        """Return "", because the codebook is a list of codes.
 
         With codes on the unit sphere, the nearest code by Euclidean distance is the nearest by
         cosine for vectors of any length.
@@ -257,7 +264,7 @@ class VectorQuantizer(Quantizer):
                 vectors,
                 codebook,
                 temperature=self.entropy_temperature,
-                over_ranks=self.training,  # in validation ranks may have different batch numbers
+                over_ranks=self.training,  # validation ranks may have different numbers of batches
             )
             losses |= {"sample_entropy": sample, "batch_entropy": batch}
         return losses
@@ -279,7 +286,7 @@ class VectorQuantizer(Quantizer):
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
         means = self._normalised(self.embed_sum / smoothed[:, None])
-        # Smoothing would pull a code that no vector chooses to the origin, off the sphere.
+        # For an unchosen code, smoothing would pull the code to the origin, off the sphere.
         in_use = self.cluster_size[:, None] > SMALLEST_SIZE
         self.weight.copy_(torch.where(in_use, means, self.weight))
 
@@ -293,15 +300,15 @@ class VectorQuantizer(Quantizer):
 
 
 def _counts(indices: Tensor, num_codes: int) -> Tensor:
-    """Return the number of vectors of each code, (K,), float32 to be added like the sums."""
+    """Return the number of vectors of each code, (K,), in float32 like the sums."""
     ones = torch.ones(len(indices), device=indices.device)
     return torch.zeros(num_codes, device=indices.device).index_add_(0, indices, ones)
 
 
 def _sums(vectors: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     """Return the sum of the vectors (N, D) of each code, (K, D)."""
-    # This is the gradient of F.embedding. On a GPU it sorts first. `index_add_` would add in any
-    # order there, so that ranks would differ in the last digits.
+    # This is the gradient of F.embedding, which sorts first on a GPU. There `index_add_` adds in
+    # random order, so ranks would differ in the last digits.
     return torch.ops.aten.embedding_dense_backward(vectors, indices, num_codes, -1, False)
 
 
@@ -311,8 +318,8 @@ def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tup
     No vector is drawn twice.
 
     Returns:
-        Vectors (K, D), and a mask (K,) of the codes that got one. These are fewer than wanted if
-        there are not enough vectors.
+        Vectors (K, D), and a mask (K,) of the codes that got one. If there are too few vectors,
+        some wanted codes get none.
     """
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     place = wanted.cumsum(0) - 1

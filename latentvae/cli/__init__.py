@@ -1,1 +1,1 @@
-"""The command lines: `main` is `latentvae ...`, `train` is behind the training scripts."""
+"""The command lines. `main` is the command `latentvae`, and the training scripts call `train`."""

@@ -1,4 +1,4 @@
-"""The commands `latentvae encode` and `latentvae decode`, and what they print."""
+"""The commands `latentvae encode` and `latentvae decode`, and the text that they print."""
 
 import sys
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """Return what was encoded, in a few lines."""
+    """Return a summary of what was encoded, in a few lines."""
     content, facts = manifest.content, manifest.statistics
     shape = " x ".join(map(str, content.item_shape))
     lines = [
@@ -72,7 +72,7 @@ def summary(manifest: Manifest, out: Path) -> str:
 
 
 def _classes(manifest: Manifest, out: Path) -> str:
-    """Say how many classes the labels have, with the first names."""
+    """Return the number of classes, with the first class names."""
     if not manifest.content.labels:
         return "no classes: neither labels in a table nor at least two sub-folders"
 

@@ -1,4 +1,4 @@
-"""From options to a report, for `latentvae evaluate` and benchmarks/compression.py."""
+"""Make a report from options, for `latentvae evaluate` and benchmarks/compression.py."""
 
 import sys
 from collections.abc import Sequence
@@ -49,20 +49,21 @@ def evaluate_command(
         models: folders or Hub ids of autoencoders.
         data: folder of images, or `samples`.
         out: folder for the report.
-        quick: measure fewer images and points, see `QUICK`.
-        max_images: measure at most this many.
-        resolution: resize the shorter side to this and crop the centre. None keeps each size.
+        quick: measure fewer images and fewer points, see `QUICK`.
+        max_images: measure at most this many images.
+        resolution: resize images to cover this side, or this height and width, and crop the centre.
+            None keeps the size of each image.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
-        latent: whether the posterior's mode or a sample is decoded.
+        latent: whether to decode the posterior's mode or a sample.
         rfid: measure rFID and KID.
-        inception_weights: file for them. Turns `rfid` on.
+        inception_weights: file with the weights for rFID and KID. This file turns `rfid` on.
         allow_download: download weights that this machine does not have.
         sheet_images: number of images in sheet.png.
         overwrite: replace the evaluation in `out`.
-        device: None is the GPU if there is one.
+        device: torch device. None is the GPU if there is one.
 
     Raises:
-        UserError: no model, or a path, device or option that cannot be used.
+        UserError: no model is given, or a path, device or option cannot be used.
     """
     if not models:
         raise UserError("no model to measure: give the folder or the Hub id of at least one")
@@ -82,7 +83,8 @@ def evaluate_command(
     if quick and max_images is None:
         max_images = QUICK_IMAGES
 
-    # The same numbers to rounding, sooner. The full report computes with the network as it is.
+    # The quick report computes faster, with the same numbers up to rounding. The full report
+    # computes with the unchanged network.
     optimize: Optimize | None = "exact" if quick and where.type == "cpu" else None
 
     # models and the networks of the metrics
@@ -125,7 +127,7 @@ def evaluate_command(
 
 
 def _size(resolution: int | Sequence[int] | None) -> int | tuple[int, int] | None:
-    """Return one side, or height and width."""
+    """Return the resolution as one side, or as height and width."""
     if resolution is None or isinstance(resolution, int):
         return resolution
     if len(resolution) not in (1, 2):
@@ -141,7 +143,7 @@ def load_models(
     variant: str | None = None,
     optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
-    """Load models. Their keys are their names, or parts of their paths if two names are equal."""
+    """Load models. Keys are the models' names, or parts of their paths if two names are equal."""
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]

@@ -47,15 +47,15 @@ def parse_options(
 
     Args:
         options: the dataclass. Its fields are the flags.
-        arguments: of the command line.
+        arguments: arguments of the command line.
         prog: name of the command, for its help.
-        description: for the help. Default: the docstring of `options`.
+        description: text for the help. Default: the docstring of `options`.
 
     Raises:
-        UserError: an unknown, missing or wrong option, in one sentence.
+        UserError: an option is unknown, missing or wrong. The message is one sentence.
         SystemExit: after `--help`.
     """
-    # Help is for people, so tyro prints it. Errors become one sentence.
+    # tyro prints the help unchanged. Errors of tyro become one sentence.
     arguments = list(arguments)
     if "-h" in arguments or "--help" in arguments:
         arguments, context = ["--help"], contextlib.nullcontext()
@@ -75,12 +75,12 @@ def parse_options(
 def parse_known(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> tuple[Options, list[str]]:
-    """Read the flags of a dataclass, and return them with the flags that it does not have.
+    """Read the flags of a dataclass. Return them, and the flags that the dataclass does not have.
 
     The arguments are those of `parse_options`.
 
     Raises:
-        UserError: a missing or wrong option, in one sentence.
+        UserError: an option is missing or wrong. The message is one sentence.
         SystemExit: after `--help`.
     """
     arguments = list(arguments)
@@ -97,11 +97,11 @@ def check_switches(arguments: Sequence[str], names: Iterable[str]) -> None:
     """Check that no switch has a value, as in `--use_ema false`.
 
     Args:
-        arguments: of the command line.
-        names: options that are on or off, with underscores.
+        arguments: arguments of the command line.
+        names: names of on-off options, written with underscores.
 
     Raises:
-        UserError: one has a value, with the flag to give instead.
+        UserError: a switch has a value. The message names the flag to give instead.
     """
     names = set(names)
     for argument, after in itertools.pairwise([*arguments, ""]):
@@ -110,7 +110,7 @@ def check_switches(arguments: Sequence[str], names: Iterable[str]) -> None:
         plain = name if name in names else name.removeprefix("no_")
         if not flag.startswith("--") or plain not in names:
             continue
-        value = value if equals else after  # without "=" it may be another argument
+        value = value if equals else after  # without "=", the value may be another argument
         if value.lower() in _SWITCH_VALUES or equals:
             on = _SWITCH_VALUES.get(value.lower(), True) == (plain == name)
             wanted = f"--{plain}" if on else f"--no_{plain}"
@@ -121,11 +121,11 @@ def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
     """Check that all flags are known.
 
     Args:
-        arguments: of the command line.
-        names: allowed options, without dashes in front and with underscores.
+        arguments: arguments of the command line.
+        names: names of allowed options, without leading dashes and with underscores.
 
     Raises:
-        UserError: an unknown flag, with the nearest known one.
+        UserError: a flag is unknown. The message names the nearest known flag.
     """
     names = list(names)
     for flag, name in unknown_flags(arguments, names):
@@ -134,7 +134,7 @@ def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
 
 
 def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield each unknown flag: as it was written, and as an option's name."""
+    """Yield a pair for each unknown flag: the flag as it was written, and an option's name."""
     names = set(names)
     for argument in arguments:
         flag = argument.split("=")[0]
@@ -145,7 +145,7 @@ def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tu
 
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Raise what tyro would print in a box as a UserError."""
+    """Turn the errors that tyro would print in a box into a UserError."""
     printed = _Captured()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
@@ -156,12 +156,12 @@ def one_sentence_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settled_output() -> Iterator[None]:
-    """Make stdout and stderr safe for a whole command.
+    """Make stdout and stderr safe for the duration of a command.
 
-    - A letter that the locale does not have is printed as ``\\xe9``.
+    - A letter that the locale cannot show is printed like ``\\xe9``.
     - Output to a closed stream is dropped.
-    - If nothing reads the pipe any more, the command ends with 141, the shell's code for SIGPIPE.
-    - Help is at least ``MIN_COLUMNS`` wide. Laying it out in one column would take minutes.
+    - If no program reads the output pipe any more, the command ends with 141 (SIGPIPE).
+    - Help is at least ``MIN_COLUMNS`` wide. The layout of a very narrow help would take minutes.
     """
     # before the command
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
@@ -169,7 +169,7 @@ def settled_output() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # for the process's life
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # open until the end
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -186,12 +186,12 @@ def settled_output() -> Iterator[None]:
 
 
 def forget_output() -> bool:
-    """Point stdout at nothing if nobody reads it any more.
+    """Redirect stdout to the null device if no program reads it any more.
 
-    Python flushes stdout once more when it exits, and that would raise an error.
+    Python flushes stdout once more when it exits. Without a reader, this would raise an error.
 
     Returns:
-        False if stdout is still read: then another pipe is broken.
+        False if a program still reads stdout. Then another pipe is broken.
     """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()
@@ -212,7 +212,7 @@ def exit_with(error: UserError) -> NoReturn:
 
 def say_once(text: str) -> None:
     """Print to stderr, in the first process of this machine only."""
-    # Launchers set LOCAL_RANK, so this works before the processes know each other.
+    # Launchers set LOCAL_RANK, so this works before the processes can communicate.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr)
 
@@ -223,7 +223,7 @@ class _Captured(io.StringIO):
     encoding = "utf-8"  # type: ignore[assignment]
 
     def sentence(self) -> str:
-        """Return the message without its frame, its heading and the help below it."""
+        """Return the error message without the frame, the heading and the help that tyro adds."""
         message: list[str] = []
         for line in self.getvalue().splitlines():
             text = line.strip("│| ").strip()
@@ -231,5 +231,5 @@ class _Captured(io.StringIO):
                 break
             if not text.startswith("╭"):
                 message.append(text)
-        text = re.sub(r"\[/?bold\]", "", " ".join(message))  # markup that tyro leaves in errors
+        text = re.sub(r"\[/?bold\]", "", " ".join(message))  # tyro leaves this markup in errors
         return text.partition("  Got errors:")[0] or self.getvalue()

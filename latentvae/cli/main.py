@@ -25,35 +25,37 @@ class Reconstruct:
     """Folder or Hub id of a diffusers autoencoder, such as a run's export."""
 
     inputs: Annotated[tuple[str, ...], Positional]
-    """Images and folders of images. Sizes may differ."""
+    """Images and folders of images. The sizes may differ."""
 
     out: Path
     """Folder for the pictures (original, reconstruction, difference) and table.csv."""
 
     max_side: int | None = None
-    """Shrink larger images to this many pixels on the longer side, to save memory."""
+    """Shrink images whose longer side has more pixels than this, to save memory."""
 
     strips: bool = False
-    """Compute each image strip by strip: exact and in little memory, but slower. It prints how much
-    slower."""
+    """Compute each image strip by strip. The result is exact and needs little memory, but takes
+    longer. The command prints how much longer."""
 
     value_range: tuple[float, float] | None = None
-    """Stored numbers that become black and white, as in training. Float files may need it."""
+    """The stored number that becomes black and the one that becomes white, as in training. Float
+    files may need this option."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default they are
-    converted to sRGB."""
+    """Keep the stored numbers of files with an embedded colour profile. By default such files
+    are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels. Default: Pillow's limit, 89 million. Small files can
-    fill the memory, so raise it for files that you trust."""
+    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
+    million. Small files can fill the memory, so raise the limit only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
-    openvino: OpenVINO on the CPU."""
+    """Faster computation. exact: the same numbers up to rounding. fast: bfloat16 where it is
+    faster. openvino: OpenVINO on the CPU."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
+    or the only variant that exists."""
 
     def run(self) -> None:
         """Write the pictures and the table."""
@@ -64,11 +66,11 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure autoencoders on images: distortion, perception, true bits, latents, precision, speed.
+    """Measure autoencoders on images: distortion, perception, bit rate, latents, precision, speed.
 
-    Takes any autoencoder of images that diffusers knows. JPEG, WebP and AVIF are measured on the
-    same images. Writes report.json, per_image.csv, rate.png and sheet.png, and prints the tables.
-    If it was stopped, the same command continues.
+    The command takes any autoencoder of images that diffusers knows. JPEG, WebP and AVIF are
+    measured on the same images too. The results are report.json, per_image.csv, rate.png, sheet.png
+    and the printed tables. If the command was stopped, start it again to continue.
     """
 
     models: Annotated[tuple[str, ...], Positional]
@@ -79,60 +81,64 @@ class Evaluate:
     on `samples` holds out."""
 
     out: Path
-    """Folder for the report. It is created if it does not exist."""
+    """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Take a first look: 8 images, fewer points, no VGG metrics (LPIPS, distribution), speed at
-    256 px only."""
+    """Take a first look: measure 8 images and fewer points. Speed is measured at 256 px only.
+    Metrics that use VGG (LPIPS with VGG, distribution metrics) are left out."""
 
     max_images: int | None = None
     """Measure at most this many images, spread evenly over the sorted names."""
 
     resolution: tuple[int, ...] | None = None
-    """Resize images to cover this side, or this height and width, and crop the centre. By default
-    each image keeps its own size."""
+    """Resize images to cover this side, or this height and width, and crop the centre. By
+    default each image keeps its own size."""
 
     aspect_ratio_buckets: int = 0
-    """Bring each image to the nearest of this many shapes of about as many pixels as `resolution`
-    has, as training with this option does. By default all images get the same shape."""
+    """Resize and crop each image to the nearest of this many shapes, as training with this
+    option does. Each shape has about as many pixels as the option resolution gives. By default
+    all images get the same shape."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default they are
-    converted to sRGB."""
+    """Keep the stored numbers of files with an embedded colour profile. By default such files
+    are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
+    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
+    million."""
 
     sections: str = "distortion,rate,latent,passport,tiling,speed"
-    """Measure only these sections, with commas between them. By default all."""
+    """Measure only these sections, separated by commas. By default all sections are measured."""
 
     all_pages: bool = False
-    """Use every page of a TIFF as an image of its own. By default the first page is used."""
+    """Use every page of a TIFF as an image of its own. By default only the first page is used."""
 
     latent: Literal["mode", "sample"] = "mode"
-    """Decode the posterior's mode, or a sample of it. Bitstreams always hold the mode."""
+    """Decode the mode of the posterior, or a sample of the posterior. Bitstreams always hold the
+    mode."""
 
     rfid: bool = False
     """Measure rFID and KID with the original Inception weights (`pip install latentvae[fid]`)."""
 
     inception_weights: Path | None = None
-    """File with those weights: weights-inception-2015-12-05-6726825d.pth of torch-fidelity. Turns
-    rfid on."""
+    """File with the Inception weights for rFID and KID:
+    weights-inception-2015-12-05-6726825d.pth of torch-fidelity. This option turns rfid on."""
 
     allow_download: bool = False
-    """Download those weights and LPIPS' networks if this machine does not have them."""
+    """Download the weights of Inception and LPIPS if this machine does not have them."""
 
     sheet_images: int = 4
     """Number of images that sheet.png shows."""
 
     overwrite: bool = False
-    """Delete the evaluation that is in `out` and start again."""
+    """Delete the evaluation that is in the folder `out` and start again."""
 
     device: str | None = None
     """Torch device of models and metrics. Default: the GPU if there is one."""
 
     variant: str | None = None
-    """Variant of the models' weights, such as fp16. By default the plain ones or the only one."""
+    """Variant of the models' weights, such as fp16. Default: the weights without a variant name,
+    or the only variant that exists."""
 
     def run(self) -> None:
         """Write the report and print its tables."""
@@ -144,13 +150,13 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare the models of one or more reports: values, the best of each, paired differences."""
+    """Compare the models of one or more reports: values, best values and paired differences."""
 
     reports: Annotated[tuple[Path, ...], Positional]
-    """report.json files, or the folders they are in."""
+    """report.json files, or the folders that contain them."""
 
     force: bool = False
-    """Compare them anyway. The table says what differs."""
+    """Compare reports that were not measured alike. The table then shows what differs."""
 
     markdown: bool = False
     """Print the table as Markdown, for a model card."""
@@ -170,7 +176,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the diffusers folder of a run's newest checkpoint, with scaling and shift measured."""
+    """Write a run's newest checkpoint as a diffusers folder, and measure scaling and shift."""
 
     folder: Annotated[Path, Positional]
     """Folder of a training run."""
@@ -179,22 +185,25 @@ class Export:
     """Folder to write. `from_pretrained` of the model's class loads it."""
 
     overwrite: bool = False
-    """Replace the export that is in `out`."""
+    """Replace the export that is in the folder `out`."""
 
     lookup_from_codebook: bool = False
-    """Write a tokenizer as a VQModel for aMUSEd: codes are looked up by index, pixels in [0, 1]."""
+    """Write a tokenizer as a VQModel for aMUSEd, which looks up codes by index and has pixels in
+    [0, 1]."""
 
     push_to_hub: bool = False
-    """Upload it to the Hugging Face Hub, with the account of `hf auth login` or HF_TOKEN."""
+    """Upload the export to the Hugging Face Hub, with the account of `hf auth login` or of the
+    token in HF_TOKEN."""
 
     hub_model_id: str | None = None
-    """Repository to upload to, as owner/name. Default: the run's name in your own account."""
+    """Hub repository to upload the export to, as owner/name. Default: the run's name in your own
+    account."""
 
     hub_private_repo: bool = False
-    """Make that repository private if it is new."""
+    """Make the Hub repository of the export private if the repository is new."""
 
     def run(self) -> None:
-        """Write the folder, and upload it if asked."""
+        """Write the folder, and upload it if `push_to_hub` is set."""
         from latentvae.engine.publishing import UploadError
         from latentvae.tasks.autoencoder.run_export import export_folder
 
@@ -209,8 +218,8 @@ class Export:
 class Encode:
     """Encode images once, into shards of tokens or latents to train a generator on.
 
-    A tokenizer gives tokens. Any other autoencoder that diffusers knows gives latents. If it was
-    stopped, the same command continues. Several processes share the work:
+    A tokenizer makes tokens. Any other autoencoder that diffusers knows makes latents. If the
+    command was stopped, start it again to continue. Several processes share the work:
 
         accelerate launch --num_processes 4 -m latentvae.cli encode MODEL --data photos ...
     """
@@ -219,62 +228,70 @@ class Encode:
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     data: str
-    """Folder of images, tar files or tables, one such file, `samples`, or owner/name on the Hub."""
+    """Images: a folder of images, of tar files or of tables, or one such file. Also `samples`,
+    or owner/name of a data set on the Hub."""
 
     out: Path
-    """Folder for the shards and manifest.json. It is created if it does not exist."""
+    """Folder for the shards and manifest.json. The folder is created if it does not exist."""
 
     resolution: Annotated[tuple[int, ...], arg(metavar="PIXELS|HEIGHT WIDTH")]
-    """Pixels per side, or height and width. Each image is resized to cover it, and the centre is
-    cropped. The model's f must divide both sides."""
+    """Pixels per side, or height and width. Each image is resized to cover this size, and the
+    centre is cropped. Both sides must be multiples of the model's downsampling factor f."""
 
     batch_size: int = 16
-    """Images per forward pass."""
+    """Number of images per forward pass."""
 
     num_workers: int = 0
-    """Extra processes that read images."""
+    """Number of extra processes that read images."""
 
     shard_items: int = 4096
-    """Images per shard. A kill loses at most one shard, and processes share whole shards."""
+    """Number of images per shard. A killed process loses at most one shard. Each process writes
+    complete shards."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Type of latents. Default: float16. Tokens take the smallest integer type for K codes."""
+    """Data type of the latents. Default: float16. Tokens get the smallest integer type that
+    holds K codes."""
 
     moments: bool = False
-    """Store the posterior's standard deviation with the mean, so that latents can be sampled."""
+    """Store the mean and the standard deviation of the posterior, so that latents can be
+    sampled."""
 
     interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
     """Filter that resizes images."""
 
     value_range: tuple[float, float] | None = None
-    """Stored numbers that become black and white, as in training. Float files may need it."""
+    """The stored number that becomes black and the one that becomes white, as in training. Float
+    files may need this option."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default they are
-    converted to sRGB."""
+    """Keep the stored numbers of files with an embedded colour profile. By default such files
+    are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels. Default: Pillow's limit, 89 million."""
+    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
+    million."""
 
     all_pages: bool = False
-    """Use every page of a TIFF as an image of its own. By default the first page is used."""
+    """Use every page of a TIFF as an image of its own. By default only the first page is used."""
 
     label_column: str | None = None
-    """Column of a table that holds the classes. Default: `label`. Other data has one class per
-    first-level folder."""
+    """Column of a table that holds the classes. Default: `label`. For other data, each
+    first-level folder is a class."""
 
     overwrite: bool = False
-    """Replace shards in `out` of another model, other data or other options. Data is compared by
-    names and labels, not by the content of the images."""
+    """Replace shards in the folder `out` that were made with another model, other data or other
+    options. Data is compared by names and labels, not by the content of the images."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster (`exact` differs by rounding only). The manifest records it. Default: off."""
+    """Faster computation. `exact` differs only by rounding. The manifest records this option.
+    Default: off."""
 
     device: str | None = None
-    """Torch device. Default: the GPU of this process if there is one."""
+    """Torch device that computes. Default: the GPU of this process if there is one."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
+    or the only variant that exists."""
 
     def run(self) -> None:
         """Write the shards."""
@@ -287,34 +304,35 @@ class Encode:
 class Decode:
     """Turn shards of tokens or latents back into pictures, one 8-bit PNG per image name.
 
-    Three checks come first. Files must have their sha256, indices must be below the number of
-    codes, and the model must be the one that encoded.
+    The command checks three things first. Each file must have the sha256 that was recorded. Indices
+    must be below the number of codes. The model must be the one that encoded.
     """
 
     shards: Annotated[Path, Positional]
     """Folder that `latentvae encode` wrote."""
 
     out: Path
-    """Folder for the pictures. It is created if it does not exist."""
+    """Folder for the pictures. The folder is created if it does not exist."""
 
     model: str | None = None
-    """Folder or Hub id of the autoencoder. Default: the one that manifest.json names."""
+    """Folder or Hub id of the autoencoder. Default: the autoencoder that manifest.json names."""
 
     limit: int | None = None
-    """Decode only the first images, this many."""
+    """Decode only this many images, starting with the first."""
 
     batch_size: int = 16
-    """Images per forward pass."""
+    """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. exact: the same numbers up to rounding. fast: bfloat16 where it is faster.
-    openvino: OpenVINO on the CPU."""
+    """Faster computation. exact: the same numbers up to rounding. fast: bfloat16 where it is
+    faster. openvino: OpenVINO on the CPU."""
 
     device: str | None = None
-    """Torch device. Default: the GPU of this process if there is one."""
+    """Torch device that computes. Default: the GPU of this process if there is one."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
+    or the only variant that exists."""
 
     def run(self) -> None:
         """Write the pictures."""
@@ -327,13 +345,13 @@ class Decode:
 class Convert:
     """Write an AutoencoderKL or a VQModel with the weight names of CompVis and taming.
 
-    The matching `ddconfig` of the original code is printed and kept in the file's metadata. Other
-    programs load the result as a single file. `latentvae.load` reads it back if it is an
-    AutoencoderKL with the shape of Stable Diffusion (4 latent channels), SD3 or FLUX (16), without
-    attention in its levels. Of other networks, `latentvae.load` needs the folder.
+    The command prints the matching `ddconfig` of the original code and stores it in the file's
+    metadata. Other programs load the result as a single file. `latentvae.load` reads it back if it
+    is an AutoencoderKL with the shape of Stable Diffusion (4 latent channels), SD3 or FLUX (16),
+    without attention in its levels. For other networks, `latentvae.load` needs the folder.
 
-    The original classes always have the layers quant_conv and post_quant_conv. If the network has
-    none, as in SD3 and FLUX, they are written as identities.
+    The original classes always have the layers quant_conv and post_quant_conv. If the network does
+    not have these layers, as in SD3 and FLUX, identity layers are written.
     """
 
     model: Positional[str]
@@ -346,7 +364,8 @@ class Convert:
     """Replace the file if it exists."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. By default the plain ones or the only one."""
+    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
+    or the only variant that exists."""
 
     def run(self) -> None:
         """Write the file and print the `ddconfig`."""
@@ -357,52 +376,55 @@ class Convert:
 
 @dataclass(frozen=True)
 class VerifyResume:
-    """Prove that a killed run resumes exactly: train a little, kill, resume, compare.
+    """Check that a killed run resumes exactly: train a little, kill, resume and compare.
 
     A short version of your run (your model, images, precision and processes) is trained twice with
-    `accelerate launch`. The first time it is left alone. The second time all its processes get
-    SIGKILL at random moments of updates and saves, and the same command starts them again.
+    `accelerate launch`. The first training runs without interruption. In the second training, all
+    processes get SIGKILL at random moments of updates and saves, and the same command starts them
+    again.
 
-    The results must be equal, bit by bit on the CPU: weights, optimizers, averages, discriminator,
-    counters, log rows, export.
+    The results of both trainings must be equal, bit by bit on the CPU. The results are weights,
+    optimizers, averages, discriminator, counters, log rows and export.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
-    It also takes all flags of training (latentvae train --config CONFIG --help lists them). The
-    exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
+    The command also takes all flags of training (latentvae train --config CONFIG --help lists
+    them). The exit code is 0 if all checks pass, 1 if a check failed, and 2 if the command was used
+    wrongly.
     """
 
     config: Positional[str]
     """Preset or YAML file of the run."""
 
     updates: int = 12
-    """Updates of each of the two trainings."""
+    """Number of updates of each of the two trainings."""
 
     kills: int = 3
-    """Number of kills. Every second kill hits a save."""
+    """Number of kills. Every second kill happens during a save."""
 
     processes: int = 1
-    """Processes of each launch, as in `accelerate launch --num_processes`."""
+    """Number of processes of each launch, as in `accelerate launch --num_processes`."""
 
     kill_seed: int = 0
-    """Seed of the random moments of the kills."""
+    """Seed of the random moments at which processes are killed."""
 
     work_dir: Path | None = None
-    """New folder for both trainings, which is kept. Default: a temporary folder that is deleted if
-    all checks pass."""
+    """New folder for both trainings, which is kept. Default: a temporary folder that is deleted
+    if all checks pass."""
 
     json: Path | None = None
-    """File to write the checks to."""
+    """JSON file to write the results of the checks to."""
 
     launch_timeout: int = 3600
-    """Seconds after which a launch counts as hung."""
+    """Number of seconds after which a launch counts as hung."""
 
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the training scripts' `flags` describe, and exit."""
         from latentvae.proofs.verify_resume import verify_resume
         from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-        # SIGTERM does not reach the launches: they have their own sessions. An exception ends them.
+        # SIGTERM does not reach the launches, because they have their own sessions. An exception
+        # ends them.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))
@@ -411,30 +433,31 @@ class VerifyResume:
 
 @dataclass(frozen=True)
 class Preflight:
-    """Check the wiring of a run before it starts: train a few updates, print a line per check.
+    """Check a run before it starts: train a few updates and print a line per check.
 
-    It uses your own model, images, precision and processes. It checks that
+    The command uses your own model, images, precision and processes. The checks are that
 
-    - every loss reaches what it should train, and nothing else,
-    - the weights and their average move,
-    - processes agree,
-    - a checkpoint repeats the next update.
+    - every loss reaches the weights that it should train, and no others,
+    - the weights and the average of the weights change,
+    - all processes have the same model, and each reads different images,
+    - a run that resumes from a checkpoint repeats the next update.
 
-    It estimates the time, memory and disk of the whole run. It does not read or write the run's
-    folder.
+    The command estimates the time, memory and disk space of the complete run. The folder of the run
+    is neither read nor written.
 
         latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
 
-    It also takes all flags of training (latentvae train --config CONFIG --help lists them). The
-    exit code is 0 if all checks pass, 1 if one failed, 2 on wrong use.
+    The command also takes all flags of training (latentvae train --config CONFIG --help lists
+    them). The exit code is 0 if all checks pass, 1 if a check failed, and 2 if the command was used
+    wrongly.
     """
 
     config: Positional[str]
     """Preset or YAML file of the run."""
 
     json: Path | None = None
-    """File to write the checks to."""
+    """JSON file to write the results of the checks to."""
 
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the training scripts' `flags` describe, and exit."""
@@ -449,8 +472,9 @@ def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -
 
     Args:
         config: preset or YAML file.
-        flags: of the training scripts.
-        also: names of the command's own options. A wrong flag may have been meant for one of them.
+        flags: flags of the training scripts.
+        also: names of the command's own options. The error about a wrong flag may suggest one of
+            them.
     """
     from latentvae.cli.train import config_from_arguments
 
@@ -488,7 +512,7 @@ Scripts of the repository:
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 Several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
-# These also take the flags of training.
+# These commands also take the flags of training.
 COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
     "preflight": Preflight,
     "verify-resume": VerifyResume,
@@ -501,10 +525,10 @@ def train_command(arguments: Sequence[str]) -> None:
         latentvae train --config kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli train --config kl_f8 ...
 
-    One process needs no launcher. `--config` takes the name of any preset or a YAML file. Every
-    flag below overrides it. If the run was stopped, the same command continues it. `--preflight`
-    checks the run in a few updates and exits. `--train_data_dir samples` trains on the photos that
-    come with scikit-image.
+    A single process needs no launcher. `--config` takes a YAML file or the name of any preset.
+    Every flag below overrides a value of the config. If the run was stopped, the same command
+    continues it. `--preflight` trains a few updates to check the run, and exits. `--train_data_dir
+    samples` trains on the photos that come with scikit-image.
     """
     from latentvae.cli.train import run_training
 

@@ -1,9 +1,10 @@
-"""The options of a preset as plain data, from which flags and help are made.
+"""The options of a preset as plain data. Flags and help are made from this data.
 
 Importing the classes of the options imports torch and diffusers, which takes seconds. For the
-presets of autoencoders, options.json therefore holds the same data: help and wrong flags need no
-import. The file is ignored if a file that defines options has changed since, so a stale one makes
-help slow, not wrong. `python -m latentvae.cli.option_list` writes it again.
+presets of autoencoders, options.json therefore holds the same data. With it, help and messages
+about wrong flags need no import. If a file that defines options has changed since, options.json is
+ignored. Help is then slow, but not wrong. `python -m latentvae.cli.option_list` writes options.json
+again.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("options.json")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-# What tyro parses, by how it is written in `Option.kind`. Another type is read as text.
+# The types that tyro parses, by their spelling in `Option.kind`. Any other type is read as text.
 KINDS: dict[str, Any] = {
     "int": int,
     "float": float,
@@ -47,11 +48,11 @@ KINDS: dict[str, Any] = {
     "choice": str | None,
     "choices": tuple[str, ...],
 }
-HIDDEN = "hidden"  # the kind of an option that only a preset sets
+HIDDEN = "hidden"  # kind of an option that only a preset sets
 
 
 class Option(NamedTuple):
-    """One option: its name, type, help, allowed values if they are listed, and value."""
+    """One option: its name, type, help text, choices (if it has any) and value."""
 
     name: str
     kind: str
@@ -61,7 +62,7 @@ class Option(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A section of options: its name in the config, the name and docstring of its class."""
+    """A section of options: its name in the config, its class's name and docstring, its members."""
 
     name: str
     title: str
@@ -79,8 +80,8 @@ class OptionList:
     """The options of all presets of a task.
 
     Attributes:
-        presets: by name.
-        elsewhere: our name of an option by the name that another trainer has for it.
+        presets: the options of each preset, by the preset's name.
+        elsewhere: our name of an option, by the name that another trainer uses for it.
     """
 
     presets: dict[str, Group]
@@ -88,7 +89,7 @@ class OptionList:
 
 
 def describe(section: "BaseModel", name: str = "") -> Group:
-    """Return the options in a section, with their present values."""
+    """Return the options in a section, with their current values."""
     from pydantic import BaseModel
 
     from latentvae.config.run_config import JobConfig
@@ -125,7 +126,8 @@ def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
 def flags_class(group: Group) -> type:
     """Return a dataclass for tyro whose fields are the options of a group.
 
-    Choices are strings without a check, so that pydantic reports wrong ones. The help lists them.
+    Choices are strings that tyro does not check, because pydantic reports wrong ones. The help
+    lists the choices.
     """
     fields: list[Any] = []
     for member in group.members:
@@ -143,7 +145,7 @@ def flags_class(group: Group) -> type:
 
 
 def read_list() -> OptionList | None:
-    """Return the content of options.json. None if it is missing or older than the package."""
+    """Return the content of options.json, or None if it is missing or older than the package."""
     try:
         content = json.loads(FILE.read_text(encoding="utf-8"))
         fresh = content["sources"] == _hashes(content["sources"])
@@ -241,7 +243,7 @@ def _type_of(info: "FieldInfo", text: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _written(annotation: Any) -> str:
-    """Return how a type is written, without the ranges in it."""
+    """Return the spelling of a type, without its ranges."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _written(parts[0])

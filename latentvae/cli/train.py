@@ -1,8 +1,8 @@
-"""The training scripts: their flags, and what they print and exit with.
+"""The training scripts: their flags, messages and exit codes.
 
 `--config` names a preset or a YAML file. Every option is also a flag, which overrides the config.
-tyro reads the flags and writes the help. pydantic checks the values, and each wrong one becomes one
-sentence.
+tyro reads the flags and writes the help. pydantic checks the values, and each wrong value is
+reported in one sentence.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="JobConfig")
 
-PREFLIGHT = "--preflight"  # a flag of the training scripts that is no option of the run
+PREFLIGHT = "--preflight"  # a flag of the training scripts, but no option of the run
 
 
 def config_from_arguments(
@@ -55,18 +55,19 @@ def config_from_arguments(
     default_config: str = "kl_small",
     also: Sequence[str] = (),
 ) -> "Config":
-    """Return the options that the command line asks for.
+    """Return the options that the command line sets.
 
     Args:
-        arguments: of the command line.
-        description: of the script, for its help.
-        schema: class of the options of the task. None is `TrainConfig`, of autoencoders.
-        default_config: preset to use without `--config`. If empty, the defaults of the schema.
-        also: names of other options of the command, which were read before. A wrong flag may have
-            been meant for one of them.
+        arguments: arguments of the command line.
+        description: description of the script, for its help.
+        schema: class of the task's options. None is `TrainConfig`, the options of autoencoders.
+        default_config: preset to use without `--config`. If it is empty, the defaults of the schema
+            are used.
+        also: names of other options of the command, which were read before. The error about a wrong
+            flag may suggest one of them.
 
     Raises:
-        UserError: an unknown flag, or a value that is not allowed.
+        UserError: a flag is unknown, or a value is not allowed.
         SystemExit: after `--help`.
     """
     # Wrong flags of autoencoders' presets are reported before their slow import.
@@ -76,7 +77,7 @@ def config_from_arguments(
 
         schema = cast("type[Config]", TrainConfig)
 
-    # the preset, whose values are the defaults of the flags
+    # the preset: its values are the defaults of the flags
     from latentvae.config.presets import load_preset, parse
 
     arguments = list(arguments)
@@ -106,8 +107,8 @@ def check_early(
 ) -> None:
     """Print the help or report wrong flags, before anything slow is imported.
 
-    It does nothing if the config is no preset, or options.json is stale. `config_from_arguments`
-    checks all of it again. The arguments are its own.
+    The function does nothing if the config is no preset, or if options.json is older than the
+    package. `config_from_arguments` has the same arguments and checks them again.
     """
     # the preset, by its name or its file
     arguments, listed = list(arguments), read_list()
@@ -182,8 +183,8 @@ def _check_flags(
     """Check that the config has all these flags.
 
     Raises:
-        UserError: an unknown flag, an option that only other presets have, or another trainer's
-            name for an option. It says what to give instead.
+        UserError: a flag is unknown, belongs only to other presets, or is another trainer's name
+            for an option. The message says what to give instead.
     """
     visible = [option for option in group.options() if option.kind != HIDDEN]
     chosen = {option.name for option in group.options() if option.kind == HIDDEN}
@@ -258,7 +259,7 @@ def run_training(
 ) -> None:
     """Run the training script of an autoencoder, see `run_task`.
 
-    With `--preflight` the run is only checked, see `proofs.preflight`.
+    With `--preflight`, the script only checks the run, see `proofs.preflight`.
     """
     with settled_output():
         try:
@@ -294,15 +295,16 @@ def run_task(
 ) -> None:
     """Run a training script: read the flags, train, export.
 
-    It exits with 2 on a wrong option and with 128 + n after signal n. It exits with 1 if the run
-    failed, or if only the upload to the Hub failed.
+    The exit code is 2 after a wrong option, and 128 + n after signal n. The exit code is 1 if the
+    run failed, or if only the upload to the Hub failed.
 
     Args:
-        task: what is trained.
-        arguments: of the command line.
-        description: of the script, for its help.
+        task: class of the task to train.
+        arguments: arguments of the command line.
+        description: description of the script, for its help.
         default_config: preset to use without `--config`.
-        preflight: checks the run if `--preflight` is given, and returns the exit code.
+        preflight: function that checks the run if `--preflight` is given, and returns the exit
+            code.
     """
     switches = [PREFLIGHT] if preflight is not None else []
     with settled_output(), _faults_as_exit_codes():
@@ -327,7 +329,7 @@ def run_task(
 
 @contextlib.contextmanager
 def _faults_as_exit_codes() -> Iterator[None]:
-    """Print what ended a training script in one line, and exit with its code."""
+    """Print the error that ended a training script in one line, and exit with its code."""
     from latentvae.data import UnreadableImage
     from latentvae.engine.loop import Stopped
     from latentvae.export.hub_upload import UploadError
@@ -335,7 +337,7 @@ def _faults_as_exit_codes() -> Iterator[None]:
     try:
         yield
 
-    # These faults may be in one process only, so each process prints its own.
+    # These errors may occur in one process only, so each process prints its own.
     except UnreadableImage as error:
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -343,7 +345,7 @@ def _faults_as_exit_codes() -> Iterator[None]:
         print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
-    # All processes have these faults, and the first one prints them.
+    # These errors occur in all processes, and the first process prints them.
     except UserError as error:
         exit_with(error)
     except BrokenPipeError:

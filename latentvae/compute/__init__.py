@@ -1,1 +1,1 @@
-"""Faster or smaller ways to compute the same results. Nothing below imports this package."""
+"""Ways to compute the same results faster or in less memory. Lower layers do not import them."""

@@ -1,9 +1,12 @@
 """`torch.compile` for the blocks of a network in training.
 
-Each block is compiled by itself, for three reasons. The adaptive weight needs only the gradient of
-the decoder's last convolution, and a decoder compiled as a whole gives it only with all others. A
-posterior sampled inside a compiled part would draw other numbers. And blocks compile in a fraction
-of the time (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+Each block is compiled separately, for three reasons:
+
+- The adaptive weight needs only the gradient of the decoder's last convolution. A decoder compiled
+  as a whole would compute all gradients.
+- A posterior sampled inside a compiled part would draw other random numbers.
+- Separate blocks compile in a fraction of the time
+  (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """
 
 from collections.abc import Iterator
@@ -28,7 +31,7 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Call blocks without compilation, for sizes that are too rare: in validation and export."""
+    """Call blocks without compilation, for rare image sizes in validation and export."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

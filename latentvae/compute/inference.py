@@ -1,20 +1,20 @@
-"""Networks for inference: the same numbers faster, or bfloat16.
+"""Copies of networks for inference: faster with the same numbers, or faster still in bfloat16.
 
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
-The copy shares the storage of unchanged parameters. Two kinds of tensors are its own: parameters
-that it converts (to bfloat16, or to channels-last order on a GPU or outside float32) and folded
-kernels. So build another copy after a change of `net`'s weights.
+The copy shares the storage of unchanged parameters. Two kinds of tensors belong only to the copy:
+parameters that it converts (to bfloat16, or to channels-last order on a GPU or outside float32) and
+folded kernels. So build another copy after a change of `net`'s weights.
 
-Exact, in float32: 3 x 3 convolutions with fewer multiplications (`winograd`). Where there is no
-Winograd, upsampling is folded into them (`upsampling`). Activations and residual sums are computed
-in place.
+The exact copy computes in float32. Its 3 x 3 convolutions need fewer multiplications (`winograd`).
+Where Winograd is not available, upsampling is folded into these convolutions (`upsampling`).
+Activations and residual sums are computed in place.
 
-Fast: bfloat16 weights and maps in channels-last order. A CPU without matrix units (AMX) computes
-only twice as many products in bfloat16 as in float32. There wide blocks stay in float32, because
-Winograd's transform saves more and the numbers are better. A tokenizer's encoder stays exact,
-because rounding changes codes.
+The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
+units (AMX) computes only twice as many products in bfloat16 as in float32. On such a CPU, wide
+blocks stay in float32, because Winograd's algorithm saves more time and rounds less. The encoder of
+a tokenizer stays exact, because rounding changes codes.
 """
 
 import copy
@@ -39,7 +39,7 @@ from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.models import calls
 
-# From this width of a block, Winograd in float32 is faster than a plain bfloat16 convolution.
+# In blocks of at least this width, Winograd in float32 is faster than plain bfloat16 convolutions.
 WIDE = 256
 
 
@@ -100,7 +100,7 @@ def _make_exact(half: Any) -> None:
         return
     unfold_upsampling(half)  # Winograd on the upsampled map multiplies less than a folded kernel
     swap_convolutions(half)
-    _freeze_upsampling(half)  # where Winograd does not fit
+    _freeze_upsampling(half)  # for layers where Winograd does not fit
 
 
 def _make_fast(half: Any) -> None:
@@ -127,7 +127,7 @@ def _make_fast(half: Any) -> None:
 
 
 def _wide_parts(half: Any) -> Iterator[nn.Module]:
-    """Yield the parts of a bfloat16 half that stay in float32.
+    """Yield the parts of a bfloat16 encoder or decoder that stay in float32.
 
     These are wide residual blocks and attentions, if Winograd is available.
     """
@@ -149,7 +149,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a block has no parts of U-Nets and does not scale its sum."""
+    """Return whether a block has no parts for U-Nets and does not scale its residual sum."""
     return (
         block.time_emb_proj is None
         and block.upsample is None

@@ -14,19 +14,20 @@ def keep_freed_memory(device: torch.device) -> bool:
     """Let the C library keep freed memory for the next tensors of this process, from now on.
 
     By default glibc gives every tensor of more than 32 MiB back to the system, and much of the
-    rest. The next tensor then faults its pages in again, 4 KiB at a time. In a virtual machine this
-    takes about a tenth of an update or a decode on the CPU.
+    rest. The next tensor then causes a page fault for every 4 KiB. In a virtual machine, page
+    faults take about a tenth of the time of an update or a decode on the CPU.
 
-    The process keeps about its peak memory, and 1.5 times that or more for large images
-    (fragmentation). Tensors of more than 64 MiB are kept only in the main thread. After a fork, the
-    pages that both processes write are made again. So start workers before the work, or keep them.
+    The process then keeps about its peak memory. For large images it keeps 1.5 times the peak or
+    more, because of fragmentation. Tensors of more than 64 MiB are kept only in the main thread.
+    After a fork, the pages that both processes write are copied. So start worker processes before
+    the work, or keep them alive.
 
     Args:
-        device: where the tensors are. Only the CPU has an effect.
+        device: where the tensors are. The function has an effect only for the CPU.
 
     Returns:
-        Whether memory is kept. It is not with another C library, or if the environment sets the
-        allocator by itself (`MALLOC_...` or `GLIBC_TUNABLES`, which may be empty).
+        Whether memory is kept. False if the C library is not glibc, or if an environment variable
+        sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if it is empty).
     """
     configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or configured:
@@ -36,7 +37,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give the memory that the C library keeps back to the system. Needs glibc."""
+    """Give freed memory that the C library keeps back to the system. This needs glibc."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 

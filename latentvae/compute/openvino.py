@@ -1,8 +1,8 @@
 """A network whose encoder and decoder run in OpenVINO, on the CPU.
 
-Both are traced and converted once, with upsampling folded (`upsampling`), for images of any size
-and number. torch still computes quantisers and the small convolutions around the latent. There are
-no gradients, and the weights are copied.
+Encoder and decoder are traced and converted once, with folded upsampling (`upsampling`). The result
+takes images of any size and batches of any size. torch still computes quantisers and the small
+convolutions around the latent. There are no gradients, and the weights are copied.
 """
 
 import warnings
@@ -24,9 +24,9 @@ class CompiledHalf(nn.Module):
     """A compiled encoder or decoder, from one tensor to one tensor.
 
     Args:
-        half: in float32 on the CPU.
+        half: the encoder or the decoder, in float32 on the CPU.
         example: a small input.
-        precision: of products, `"f32"` or `"bf16"`. Sums are float32.
+        precision: precision of products, `"f32"` or `"bf16"`. Sums are float32.
     """
 
     def __init__(self, half: nn.Module, example: Tensor, *, precision: str) -> None:
@@ -58,13 +58,13 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 
     Args:
         net: the network, which is not changed.
-        precision: of products, `"f32"` or `"bf16"`.
+        precision: precision of products, `"f32"` or `"bf16"`.
 
     Raises:
         UserError: OpenVINO is not installed or cannot convert the network, or the network is not
             on the CPU.
     """
-    # Networks that it cannot take
+    # Networks that OpenVINO cannot take
     openvino = _import_openvino()
     if net.device.type != "cpu":
         raise UserError(f"optimize='openvino' needs a network on the CPU (got '{net.device}')")
@@ -73,7 +73,7 @@ def build_openvino(net: Any, *, precision: str) -> Any:
             "optimize='openvino' cannot convert a decoder with spatial norms. Use 'exact'."
         )
 
-    # An example for the encoder, and what reaches the decoder
+    # Example inputs of the encoder and the decoder
     copied = sharing_copy(net)
     fold_upsampling(copied)
     images = torch.zeros(1, calls.image_channels(net), SMALL, SMALL)
@@ -102,9 +102,9 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 def _core() -> Any:
     """Return the process's only OpenVINO core, which is never destroyed.
 
-    Each core sets a stack for signal handlers. When two are destroyed, the first frees the stack
-    that the second restores. The next signal in Python, for example Ctrl-C, then ends the process
-    with a segmentation fault (OpenVINO 2026.4).
+    Each core sets a stack for signal handlers. When two cores are destroyed, the first frees the
+    stack that the second restores. The next signal in Python, for example Ctrl-C, then ends the
+    process with a segmentation fault (OpenVINO 2026.4).
     """
     return _import_openvino().Core()
 

@@ -5,7 +5,8 @@
     print(optimized)  # fast, 52.3 dB against exact
 
 `"exact"` gives the same numbers up to rounding. `"fast"` computes in bfloat16 where that is faster.
-Both are in `inference`. `"openvino"` runs the network in OpenVINO. The given network stays as is.
+Both are in `inference`. `"openvino"` runs the network in OpenVINO. The given network does not
+change.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
 Optimize = Literal["exact", "fast", "openvino"]
-MIN_PSNR = 45.0  # dB against exact. Below it, "fast" is not used
-MIN_PSNR_OPENVINO = 40.0  # the same for OpenVINO, whose bfloat16 keeps no part in float32
-PROBE = 128  # side in pixels of the picture for this measurement
+MIN_PSNR = 45.0  # PSNR in dB against "exact". Below this, "fast" is not used
+MIN_PSNR_OPENVINO = 40.0  # the same limit for OpenVINO, which keeps no part in float32
+PROBE = 128  # side in pixels of the image for this measurement
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Optimized:
     """A network that computes the same as another one.
 
     Attributes:
-        net: with the same calls, for inference only. It shares the storage of the other's weights
-            unless it converts them (`inference`), so later changes of weights may not reach it.
+        net: the optimized network, for inference only, with the same methods. It shares the storage
+            of the original's weights, except for weights that it converts (`inference`). So later
+            changes of the original's weights may not reach it.
         mode: how it computes, `"stock"` or one of `Optimize`.
-        psnr: dB of its picture of a probe against that of `exact`. None for stock and exact.
-        why: a clause that says why it is not the mode that was asked for, or "".
+        psnr: PSNR in dB between its reconstruction of a probe image and that of `exact`. None for
+            stock and exact.
+        why: a clause that says why `mode` is not the requested mode, or "".
         bfloat16: whether it multiplies in bfloat16 in some parts or all.
     """
 
@@ -52,7 +55,7 @@ class Optimized:
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """Return a network that computes the same as `net`, by the means of this machine.
+    """Return a network that computes the same as `net`, in `mode` if this machine allows it.
 
     On the CPU, the process then keeps memory that a call frees (`latentvae.compute.memory`).
 
@@ -61,8 +64,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         mode: how to compute.
 
     Raises:
-        UserError: the mode is unknown, or it chooses the precision and `net` is not float32, or
-            OpenVINO is missing, is not for this device or gives other pictures.
+        UserError: the mode is unknown. Or the mode chooses the precision, and `net` is not float32.
+            Or OpenVINO is missing, does not support the device, or returns other images.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:
@@ -81,7 +84,7 @@ def check_mode(mode: str) -> None:
     """Check that a mode is one of `Optimize`.
 
     Raises:
-        UserError: it is not. The message suggests the nearest choice.
+        UserError: the mode is unknown. The message suggests the nearest choice.
     """
     allowed = get_args(Optimize)
     if mode not in allowed:
@@ -112,7 +115,7 @@ def probe(net: Any, *, side: int) -> Tensor:
 
 
 def _has_halves(net: Any) -> bool:
-    """Return whether it has an encoder and a decoder that are modules from tensor to tensor."""
+    """Return whether `net` has an encoder and a decoder that are modules from tensor to tensor."""
     halves = (getattr(net, "encoder", None), getattr(net, "decoder", None))
     return type(net).__name__ != "AutoencoderRAE" and all(isinstance(h, nn.Module) for h in halves)
 

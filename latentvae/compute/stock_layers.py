@@ -1,4 +1,4 @@
-"""Put the stock layers back in place of those that compute faster in training."""
+"""Restore the stock layers in place of the faster layers of training."""
 
 from torch import nn
 
@@ -7,6 +7,6 @@ from latentvae.compute.winograd.convolutions import restore_convolutions
 
 
 def restore_stock_layers(net: nn.Module) -> None:
-    """Restore the layers of `net` that it has when it is loaded back. Parameters stay."""
+    """Replace the faster layers of `net` by stock layers. Parameters do not change."""
     unfold_upsampling(net)
     restore_convolutions(net)

@@ -2,14 +2,15 @@
 
     y[2i + p] = sum_k w[k] x[(2i + p + k) // 2],  k in -1, 0, 1,  p in 0, 1
 
-On a side, an even output multiplies x[i - 1] by w[-1] and x[i] by w[0] + w[1]. An odd output
-multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. That is a transposed convolution of stride 2
-and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]). Its four 2 x 2 phases need
-2.25 times fewer multiply-adds than 3 x 3 at full size, and no upsampled map is in memory. At the
-border both leave out the same products, because upsampled zeros around x are zeros.
+Along each axis, an even output multiplies x[i - 1] by w[-1] and x[i] by w[0] + w[1]. An odd output
+multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. Together, both are a transposed convolution of
+stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]). The four 2 x 2
+phases of this convolution need 2.25 times fewer multiply-adds than a 3 x 3 convolution at full
+size, and no upsampled map is in memory. At the border, both methods leave out the same products,
+because upsampled zeros around x are zeros.
 
 The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
-and exports are those of the plain layer. The numbers differ by rounding.
+and exports are those of the plain layer. The results differ only by rounding.
 
 `B` batch, `I` and `O` channels in and out, `H W` space.
 """
@@ -40,7 +41,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def fold_kernel(weight: Tensor) -> Tensor:
     """Return the transposed convolution's kernel (I, O, 4, 4) of a convolution's (O, I, 3, 3).
 
-    Its precision is that of the weight, also under autocast.
+    The kernel has the precision of the weight, also under autocast.
     """
     return _fold(_fold(weight.transpose(0, 1), dim=2), dim=3)
 
@@ -51,7 +52,7 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` that folds. For output sizes other than the double it is the plain layer."""
+    """An `Upsample2D` with a folded kernel. It is the plain layer unless the size doubles."""
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -66,7 +67,7 @@ class FoldedUpsample2D(Upsample2D):
 
 
 class FoldedDCUpBlock2d(DCUpBlock2d):
-    """AutoencoderDC's block, which adds a shortcut of repeated channels."""
+    """AutoencoderDC's upsampling block, which adds a shortcut of repeated channels."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
@@ -84,8 +85,8 @@ _FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 def fold_upsampling(net: nn.Module) -> int:
     """Fold every nearest x2 upsampling of `net` with the 3 x 3 convolution after it.
 
-    Only the class of these modules changes. Names, parameters and hooks stay, and copies are folded
-    too. The convolution is no longer called as a module, so its own hooks do not run.
+    Only the class of these modules changes. Names, parameters and hooks do not change, and copies
+    are folded too. The convolution is no longer called as a module, so its own hooks do not run.
 
     Returns:
         The number of folded modules.

@@ -1,4 +1,4 @@
-"""From YAML and nested values to a checked configuration. Each wrong value gives one sentence."""
+"""Turn YAML and nested values into a checked configuration. Each wrong value gets one sentence."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ def presets_folder() -> Path:
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Return the names of the presets of a task. They have only sections that the task has."""
+    """Return the names of a task's presets: those that have only sections of the task."""
     found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
     return sorted(
         name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
@@ -33,14 +33,14 @@ def load_preset(
     """Return the configuration in a YAML file, or in the preset of that name.
 
     Args:
-        name_or_path: of the preset or the file.
+        name_or_path: name of the preset, or path of the file.
         schema: class of the options of the task.
         max_train_steps: length of the run that replaces the file's. Warm-ups that are given as a
             share of the run follow this length.
 
     Raises:
-        UserError: no such file or preset, unreadable YAML, or an option that is unknown or out of
-            range.
+        UserError: the file or preset does not exist, the YAML is unreadable, or an option is
+            unknown or out of range.
     """
     # A file comes before a preset of the same name.
     path = Path(name_or_path)
@@ -79,10 +79,10 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
     Args:
         values: the options by section.
         schema: class of the options of the task.
-        source: the file or command line that they come from, for errors.
+        source: the file or command line that the options come from, for error messages.
 
     Raises:
-        UserError: unknown options or wrong values, one sentence each.
+        UserError: options are unknown or have wrong values. The message has one sentence for each.
     """
     try:
         return schema.model_validate(values)
@@ -93,7 +93,7 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
 
 
 def checked(config: Config) -> Config:
-    """Return the same options, checked again. Options that were assigned are not checked before.
+    """Return the same options after a check. Assigning an option does not check its value.
 
     Raises:
         UserError: an option has a value that is not allowed.
@@ -103,7 +103,7 @@ def checked(config: Config) -> Config:
 
 def _sentence(fault: Any, schema: type[JobConfig]) -> str:
     """Return one of pydantic's errors as our own sentence."""
-    # The place as the user wrote it: pydantic adds the kind of a section that a preset chose.
+    # Name the place as the user wrote it. pydantic adds the kind of a section that a preset chose.
     chosen = [part for part in fault["loc"] if part in kinds(schema)]
     loc = [part for part in fault["loc"] if part not in chosen]
     where = ".".join(str(part) for part in loc)
@@ -145,6 +145,6 @@ def _unknown_option(loc: list[Any], schema: type[JobConfig], *, section: str) ->
 
 
 def _shown(value: Any) -> str:
-    """Return the beginning of a value. The value may be the text of a whole file."""
+    """Return the beginning of a value. The value may be the text of an entire file."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

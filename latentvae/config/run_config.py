@@ -32,25 +32,27 @@ else:
 
 
 class OptimizerConfig(Section):
-    """AdamW, its schedule, clipping and the weight average."""
+    """AdamW, the learning rate's schedule, gradient clipping and the average of the weights."""
 
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
-        description="Peak learning rate. It is not scaled by the batch size.",
+        description="Peak learning rate. The learning rate is not scaled by the batch size.",
     )
     lr_scheduler: Annotated[
         Literal["constant", "cosine"], Elsewhere("lr_scheduler_type scheduler lr_schedule")
     ] = Field(
         default="constant",
-        description="Learning rate after the warm-up: constant, or cosine to 0 at max_train_steps.",
+        description=(
+            "Learning rate after the warm-up: constant, or cosine decay to 0 at max_train_steps."
+        ),
     )
     lr_warmup_steps: Annotated[
         UpdatesOrShare, Elsewhere("warmup_steps num_warmup_steps warmup")
     ] = Field(
         default=1000,
         description=(
-            "Updates of linear warm-up, counted from the model's first update. Below 1: a share of "
-            "max_train_steps."
+            "Number of updates over which the learning rate grows linearly, counted from the "
+            "model's first update. A value below 1 is a share of max_train_steps."
         ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(
@@ -69,21 +71,28 @@ class OptimizerConfig(Section):
         float, Field(gt=0.0), Elsewhere("clip_grad_norm gradient_clip_val grad_clip clip_grad")
     ] = Field(
         default=1.0,
-        description="Clip the gradient norm of the model and of the discriminator to this.",
+        description=(
+            "Largest gradient norm. The gradients of the model and of the discriminator are "
+            "clipped to it separately."
+        ),
     )
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop after this many updates in a row with a loss or gradient that is not finite. "
-            "Before that, each such update is skipped and counted."
+            "Stop after this many updates in a row whose loss or gradient is not finite. Fewer "
+            "such updates are skipped and counted."
         ),
     )
     use_ema: bool = Field(
         default=True,
-        description="Average the weights. The average is validated and exported.",
+        description="Keep a moving average of the weights. The average is validated and exported.",
     )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.999, description="Decay of the average per update. It rises to this at the start."
+        default=0.999,
+        description=(
+            "Decay per update of the average of the weights. The decay starts lower and rises to "
+            "this value."
+        ),
     )
 
 
@@ -92,58 +101,70 @@ class RunConfig(Section):
 
     output_dir: Annotated[
         str | None, MayChange(), Private(), Elsewhere("out out_dir output outdir save_dir logdir")
-    ] = Field(default=None, description="Folder of the run: checkpoints, log, samples, export.")
+    ] = Field(
+        default=None,
+        description="Output folder of the run, for checkpoints, log, sample images and export.",
+    )
     max_train_steps: Annotated[
         Positive,
         MayChange(),
         Elsewhere("steps max_steps num_steps train_steps iterations max_iterations updates"),
-    ] = Field(default=100_000, description="Updates of the model.")
+    ] = Field(default=100_000, description="Number of updates of the model.")
     global_batch_size: Positive | None = Field(
         default=None,
         description=(
-            "Images per update over all processes and micro-steps. With it train_batch_size is the "
-            "most a process takes at once, and gradient_accumulation_steps follows."
+            "Number of images per update over all processes and micro-steps. With this option, "
+            "train_batch_size is the most that a process takes at once, and "
+            "gradient_accumulation_steps is computed."
         ),
     )
     train_batch_size: Annotated[
         Positive, Elsewhere("batch_size bs batch per_device_train_batch_size")
     ] = Field(
         default=12,
-        description="Images per process and micro-step. With global_batch_size: the most of them.",
+        description=(
+            "Images per process and micro-step. With global_batch_size, this is the maximum."
+        ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
-        default=8, description="Images per process in validation."
+        default=8, description="Batch size of each process in validation."
     )
     gradient_accumulation_steps: Annotated[
         FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
     ] = Field(
         default=_FOLLOWS,
         description=(
-            "Micro-steps per update. Their gradients are averaged. By default it follows from "
-            "global_batch_size, or is 1 without that option."
+            "Number of micro-steps per update, whose gradients are averaged. The default is "
+            "computed from global_batch_size, or is 1 without global_batch_size."
         ),
     )
-    # It may change on resume because the launcher may give it. The engine compares it separately.
+    # The precision may change on resume, because the launcher may set it. The engine compares it
+    # separately.
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
-            "bf16: autocast over float32 weights. no: float32. Default: what `accelerate launch` "
-            "was given. fp16 is an error."
+            "Precision of training. bf16: autocast over float32 weights. no: float32. Default: the "
+            "precision given to `accelerate launch`. fp16 is an error."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
     resume_from_checkpoint: Annotated[
         str, MayChange(), Private(), Elsewhere("resume ckpt checkpoint resume_from")
-    ] = Field(default="latest", description="`latest`, or a checkpoint folder of this run.")
+    ] = Field(
+        default="latest",
+        description="Checkpoint to resume from: `latest`, or a checkpoint folder of this run.",
+    )
     overwrite_output_dir: Annotated[bool, MayChange(), Private(), Elsewhere("overwrite")] = Field(
         default=False, description="Delete an earlier run in output_dir and start again."
     )
     checkpointing_steps: Annotated[
         Positive, MayChange(), Elsewhere("save_steps save_every save_interval checkpoint_every")
-    ] = Field(default=1000, description="Updates between checkpoints.")
+    ] = Field(default=1000, description="Number of updates between checkpoints.")
     checkpoints_total_limit: Annotated[
         Positive, MayChange(), Elsewhere("save_total_limit save_top_k")
-    ] = Field(default=2, description="Number of newest checkpoints to keep.")
+    ] = Field(
+        default=2, description="Number of checkpoints to keep. Older checkpoints are deleted."
+    )
     validation_steps: Annotated[
         Positive,
         MayChange(),
@@ -151,38 +172,45 @@ class RunConfig(Section):
         Elsewhere("eval_steps eval_every val_check_interval"),
     ] = Field(
         default=1000,
-        description="Updates between validations. The last update is always validated.",
+        description="Number of updates between validations. The last update is always validated.",
     )
     log_steps: Annotated[
         Positive, MayChange(), DecidesTheWatch(), Elsewhere("logging_steps log_every log_interval")
-    ] = Field(default=50, description="Updates between rows of log.jsonl.")
+    ] = Field(default=50, description="Number of updates between rows of log.jsonl.")
     report_to: Annotated[
         Literal["none", "tensorboard", "wandb"],
         MayChange(),
         Private(),
         Elsewhere("tracker log_with logger"),
-    ] = Field(default="none", description="Tracker to use besides log.jsonl, through Accelerate.")
+    ] = Field(
+        default="none",
+        description=(
+            "Tracker that also gets the logs, through Accelerate. log.jsonl is always written."
+        ),
+    )
     tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
         default="latentvae", description="Project name given to the tracker."
     )
     push_to_hub: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Upload the export to the Hugging Face Hub, with the account of `hf auth login` or "
-            "HF_TOKEN."
+            "Upload the export to the Hugging Face Hub, with the account of `hf auth login` or of "
+            "the token in HF_TOKEN."
         ),
     )
     hub_model_id: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Repository to upload to, as owner/name. Default: output_dir's name in your account."
+            "Hub repository to upload the export to, as owner/name. Default: the name of "
+            "output_dir in your account."
         ),
     )
     hub_private_repo: Annotated[bool, MayChange(), Private()] = Field(
-        default=False, description="Make that repository private if it is new."
+        default=False,
+        description="Make the Hub repository of the export private if the repository is new.",
     )
     ddp_timeout: Annotated[Positive, MayChange()] = Field(
-        default=1800, description="Seconds after which a process that hangs ends the run."
+        default=1800, description="Number of seconds after which a process that hangs ends the run."
     )
 
     @model_validator(mode="after")
@@ -199,12 +227,12 @@ class RunConfig(Section):
 
 
 class JobConfig(Section):
-    """The options of a run of any task, with the sections `optimizer` and `run`.
+    """Options of a run of any task, with the sections `optimizer` and `run`.
 
     The class of a task declares these fields and its own sections, in the order of `--help`:
 
         class RegressionConfig(JobConfig):
-            config: Annotated[str, MayChange()] = ""  # YAML file or preset they came from
+            config: Annotated[str, MayChange()] = ""  # YAML file or preset of these options
             table: TableConfig = TableConfig()
             optimizer: OptimizerConfig = OptimizerConfig()
             run: RunConfig = RunConfig()
@@ -232,14 +260,14 @@ class JobConfig(Section):
 
     @property
     def batch_multiple(self) -> int:
-        """Number that divides the items of a process and micro-step."""
+        """The batch of a process and micro-step must be a multiple of this number."""
         return 1
 
     def for_processes(self, processes: int) -> Self:
-        """Return the options with each process's batch and micro-steps for so many processes.
+        """Return the options with batch and micro-steps set for this number of processes.
 
         Raises:
-            UserError: the global batch cannot be shared as the options say.
+            UserError: the global batch cannot be divided as the options require.
         """
         batch = split_batch(self.run, processes, multiple=self.batch_multiple)
         changed = {
@@ -259,8 +287,8 @@ class JobConfig(Section):
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
         """Return how a new run with these options can start from the result of an earlier one.
 
-        It is a sentence for the error about options that a resumed run cannot change. Empty if
-        there is no way.
+        The result is a sentence for the error about options that a resumed run cannot change. The
+        result is empty if no such run is possible.
 
         Args:
             then: the options of the earlier run.
@@ -282,7 +310,7 @@ class JobConfig(Section):
 def kinds(schema: Any) -> dict[str, type[Section]]:
     """Return the classes of options that a preset chooses from, by the tag that chooses them.
 
-    Nested sections count.
+    Classes in nested sections are included.
     """
     found: dict[str, type[Section]] = {}
     for annotation in _annotations(schema):
@@ -297,7 +325,7 @@ def kinds(schema: Any) -> dict[str, type[Section]]:
 
 
 def option_names(schema: Any) -> list[str]:
-    """Return the leaf names of all options, of every class that a preset can choose."""
+    """Return the leaf names of all options of every class that a preset can choose."""
     names: dict[str, None] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         for name, info in schema.model_fields.items():
@@ -309,14 +337,14 @@ def option_names(schema: Any) -> list[str]:
 
 
 def _annotations(schema: Any) -> list[Any]:
-    """Return the types of a section's fields. For any other type, the type itself."""
+    """Return the types of a section's fields. For any other type, return the type."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return [info.annotation for info in schema.model_fields.values()]
     return [schema]
 
 
 def flat(config: BaseModel) -> dict[str, Any]:
-    """Return every option by its leaf name."""
+    """Return the value of every option by its leaf name."""
     values: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)

@@ -23,16 +23,18 @@ class UpdateBatch(NamedTuple):
 def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> UpdateBatch:
     """Return the batch of a process and its micro-steps.
 
-    Without `global_batch_size` they are what the options say. With it a process takes its share in
-    as few equal micro-steps as `train_batch_size` allows, or in as many as were given.
+    Without `global_batch_size`, both are the values of the options. With `global_batch_size`, each
+    process takes an equal share of it. A process divides its share into as few equal micro-steps as
+    `train_batch_size` allows, or into `gradient_accumulation_steps` if that option is set.
 
     Args:
-        options: the three options.
+        options: the three options of the batch.
         processes: number of processes.
-        multiple: number that divides the batch of a micro-step.
+        multiple: the batch of a micro-step must be a multiple of this number.
 
     Raises:
-        UserError: the global batch cannot be shared so. The message names the nearest that can.
+        UserError: the global batch cannot be divided like this. The message names the nearest
+            possible batch.
     """
     total, most = options.global_batch_size, options.train_batch_size
     given = options.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""Images from files, tar shards and tables to batches: reading, transforms, order, loaders."""
+"""Make batches of images from files, tar shards and tables: reading, transforms, order, loaders."""
 
 from latentvae.data.bad_images import BadImages
 from latentvae.data.buckets import Buckets, BucketSampler, aspect_ratios, assign, bucket_sizes

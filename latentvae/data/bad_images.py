@@ -1,4 +1,4 @@
-"""Count the unreadable files of a training, and stop it when there are too many."""
+"""Count the unreadable files of a training, and stop the training when there are too many."""
 
 from collections.abc import Iterable
 
@@ -31,14 +31,15 @@ class BadImages:
         return list(fresh.items())
 
     def check(self, total: int, max_share: float) -> None:
-        """Stop when too many images are bad. A single bad image never stops.
+        """Raise an error if too many images are bad. A single bad image is always allowed.
 
         Args:
             total: number of images in the data set.
             max_share: largest share of bad images that is allowed, 0 to 1.
 
         Raises:
-            UserError: more than ``max_share`` of the images, and more than one, are bad.
+            UserError: more than one image is bad, and the share of bad images is above
+                ``max_share``.
         """
         if len(self) <= max(max_share * total, 1):
             return

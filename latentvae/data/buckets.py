@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: images of similar shape are trained together, so that little is cut away.
+"""Aspect-ratio buckets: images of similar shape are trained together, so that little is cropped.
 
 Sources: NovelAI 2022, "Aspect ratio bucketing", and `enable_bucket` of kohya's scripts.
 
-All images of a batch come from one bucket, and all ranks use the same bucket in the same step.
-The order is a function of (seed, epoch), so a resumed run needs one integer, as with
+All images of a batch come from one bucket, and all ranks use the same bucket in the same step. The
+order is a function of (seed, epoch), so a resumed run needs only the number of steps done, as with
 `IndexSampler`.
 
 `N` images, `B` images per rank and micro-step, `W` ranks.
@@ -19,7 +19,7 @@ from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sampler import IndexSampler
 
-WIDEST = 2.0  # aspect ratio of the last bucket. The first bucket has 1 / WIDEST.
+WIDEST = 2.0  # aspect ratio of the last bucket. That of the first bucket is 1 / WIDEST.
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def bucket_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Return up to ``count`` different sizes (height, width), by rising aspect ratio.
 
-    The aspect ratios are evenly spaced in their logarithm.
+    The logarithms of the aspect ratios are evenly spaced.
 
     Args:
-        resolution: height and width. The product of each size is close to theirs.
-        count: number of sizes to ask for, 1 or more. Equal sizes are joined.
+        resolution: height and width. The area of each size is close to the area of this resolution.
+        count: number of sizes to ask for, 1 or more. Equal sizes are merged.
         multiple: number of pixels that divides every side.
     """
     area = resolution[0] * resolution[1]
@@ -78,7 +78,7 @@ def _aspect(size: tuple[int, int]) -> float:
 def aspect_ratios(source: ImageSource) -> np.ndarray:
     """Return width divided by height of every image, (N,), read from the headers.
 
-    An unreadable image counts as 1. It is reported later, when it is read for a batch.
+    An unreadable image counts as 1. The image is reported later, when it is read for a batch.
     """
     ratios = np.ones(len(source))
     for i in range(len(source)):
@@ -92,13 +92,14 @@ def aspect_ratios(source: ImageSource) -> np.ndarray:
 
 
 def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: int) -> Buckets:
-    """Put each image into the bucket with the nearest aspect ratio, compared by quotient.
+    """Put each image into the bucket with the nearest aspect ratio on a logarithmic scale.
 
     Args:
         ratios: width divided by height, (N,).
         sizes: (height, width) of each bucket.
         at_least: smallest number of images in a bucket (one joint batch, B W). While a bucket has
-            fewer, the smallest bucket is removed and its images go to the next nearest one.
+            fewer images, the smallest bucket is removed and its images go to the next nearest
+            bucket.
     """
     assert len(ratios) >= at_least
     while True:
@@ -114,8 +115,8 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
 class BucketSampler(IndexSampler):
     """An `IndexSampler` whose micro-steps take all images of all ranks from one bucket.
 
-    No image comes twice in an epoch. Each bucket leaves out fewer images than one joint batch, and
-    other ones in each epoch.
+    No image is used twice in an epoch. Each bucket leaves out fewer images than one joint batch.
+    Each epoch leaves out different images.
 
     Args:
         buckets: the bucket of every image.

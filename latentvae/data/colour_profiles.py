@@ -1,12 +1,12 @@
 """Convert pictures with an embedded colour profile (ICC) to sRGB.
 
-Pictures of 8 bits are converted by Pillow's ImageCms (LittleCMS), with the perceptual intent.
-ImageCms knows no deeper RGB. So 16-bit and float pictures are converted here if their profile is
-three primaries and curves, or one grey curve (ICC.1:2010, sections 8.3 and 10.5, 10.15). By other
-profiles, such as a scanner's table, they are converted at 8 bits.
+Pillow's ImageCms (LittleCMS) converts pictures of 8 bits, with the perceptual intent. ImageCms does
+not support deeper RGB. So this module converts 16-bit and float pictures itself if their profile
+consists of three primaries with curves, or of one grey curve (ICC.1:2010, sections 8.3, 10.5 and
+10.15). With other profiles, such as a scanner's table, deep pictures are converted at 8 bits.
 
-A profile that moves no colour by more than one level of 255 counts as sRGB and changes nothing. A
-damaged profile, or one of another colour space than its picture, is ignored with a warning.
+A profile that changes no colour by more than one level of 255 counts as sRGB and is not applied. A
+damaged profile, or a profile of another colour space than its picture, is ignored with a warning.
 
 `H W` pixels.
 """
@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageCms
 
-ICC_TAG = 34675  # of TIFF
-# Colour space of a profile -> mode in which its pictures are converted.
+ICC_TAG = 34675  # the TIFF tag of a profile
+# Maps the colour space of a profile to the mode in which its pictures are converted.
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 # sRGB to XYZ (D50), IEC 61966-2-1 with Bradford's adaptation, as in profiles.
 SRGB_TO_XYZ = np.array(
@@ -42,7 +42,7 @@ def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: a loaded picture.
-        icc: its profile. None returns the picture as it is.
+        icc: the picture's profile. None returns the picture as it is.
     """
     if not icc or image.mode in ("1", "LAB", "HSV", "F") or image.mode.startswith("I"):
         return image
@@ -74,7 +74,7 @@ def _converted(image: Image.Image, icc: bytes) -> Image.Image | None:
     """Return RGB of a picture of mode "L", "RGB" or "CMYK", or None if it is sRGB already."""
     space = profile_space(icc)
     if image.mode == "L" and space == "RGB":
-        image = image.convert("RGB")  # a grey picture saved with the profile of colour ones
+        image = image.convert("RGB")  # a grey picture with a profile for colour
     if space is None or MODES[space] != image.mode:
         if space is not None:
             _say_mismatch(space, image.mode)
@@ -89,7 +89,7 @@ def profile_space(icc: bytes) -> str | None:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         space: str = profile.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
-    # Damage raises OSError, and Pillow without LittleCMS ImportError.
+    # A damaged profile raises OSError. Pillow without LittleCMS raises ImportError.
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError, ImportError) as error:
         _say_ignored(f"it cannot be read ({error})")
         return None
@@ -101,7 +101,7 @@ def profile_space(icc: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB, or None if the profile is sRGB or cannot convert."""
+    """Return the conversion to sRGB, or None if the profile is sRGB or cannot be converted."""
     space = profile_space(icc)
     assert space is not None
     try:
@@ -117,7 +117,7 @@ def _transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
     if space == "CMYK":
         return transform
 
-    # Does it change anything?
+    # Does the profile change any colour?
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
     red, green, blue = np.meshgrid(steps, steps, steps)
     colours = np.stack([red, green, blue], axis=-1).reshape(1, -1, 3)
@@ -142,7 +142,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
         _say_mismatch(space, "grey" if len(planes) == 1 else "RGB")
         return list(planes)
 
-    # by curves and primaries
+    # convert by curves and primaries
     units = [(plane.astype(np.float64) + 1) / 2 for plane in planes]
     if (curves := _curves(icc, space)) is not None:
         units = units * 3 if space == "RGB" and len(units) == 1 else units
@@ -152,7 +152,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
             linear = np.einsum("ij,jhw->ihw", matrix, linear)
         found = list(_srgb_encoded(linear))
 
-    # at 8 bits
+    # convert at 8 bits
     else:
         levels = [Image.fromarray(np.rint(255 * unit).astype(np.uint8)) for unit in units]
         image = levels[0] if len(levels) == 1 else Image.merge("RGB", levels)
@@ -162,7 +162,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
 
 
 def _srgb_encoded(linear: np.ndarray) -> np.ndarray:
-    """Return the sRGB numbers of linear light, both in [0, 1]."""
+    """Return the sRGB values of linear light, both in [0, 1]."""
     linear = np.clip(linear, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -177,7 +177,7 @@ def _tags(icc: bytes) -> dict[str, bytes]:
 
 
 def _primaries(icc: bytes) -> np.ndarray:
-    """Return red, green and blue in XYZ (D50), one in each column."""
+    """Return the red, green and blue primaries in XYZ (D50), one in each column."""
     tags = _tags(icc)
     columns = [struct.unpack_from(">3i", tags[f"{name}XYZ"], 8) for name in "rgb"]
     return np.array(columns).T / 65536
@@ -204,7 +204,7 @@ class Curve:
         data: a tag of type `curv` or `para`.
 
     Raises:
-        ValueError, struct.error: it is damaged or of another type.
+        ValueError, struct.error: the tag is damaged or of another type.
     """
 
     def __init__(self, data: bytes) -> None:

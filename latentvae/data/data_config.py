@@ -1,4 +1,4 @@
-"""Options of the images: where they lie, how they are read, and how they are cropped."""
+"""Options of the images: where they are stored, how they are read, and how they are cropped."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from latentvae.option_marks import (
 
 
 def _checked_resolution(value: Any) -> Any:
-    """Check the resolution here, because pydantic reports a union in several lines."""
+    """Check the resolution here, because pydantic's error for a union has several lines."""
     sides = value if isinstance(value, tuple | list) else (value, value)
     whole = all(isinstance(side, int) and side >= 1 for side in sides)
     if len(sides) != 2 or not whole:
@@ -28,62 +28,72 @@ def _checked_resolution(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Where the images lie, how they are read, and how they are cropped."""
+    """Where the images are stored, how they are read, and how they are cropped."""
 
-    # The place of the images may change on resume. `data_identity` compares the images themselves.
+    # The folder of the images may change on resume. `data_identity` compares the images themselves.
     train_data_dir: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "The training images: a folder of images (with sub-folders), of tar shards or "
-            "of parquet files. Or one such file, a pattern such as shards/{000..012}.tar, or "
-            "`samples` for the photos that come with scikit-image."
+            "The training images: a folder of images (with sub-folders), of tar shards or of "
+            "parquet files. Other forms are a single such file, a pattern such as "
+            "shards/{000..012}.tar, or `samples` for the photos that come with scikit-image."
         ),
     )
     dataset_name: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "A data set of the Hub (owner/name), or a local one that `datasets` reads. Give it "
-            "instead of train_data_dir. The options below refine it."
+            "A data set of the Hub (owner/name), or a local data set that the library `datasets` "
+            "reads. Give it instead of train_data_dir. The options dataset_config_name, "
+            "dataset_split and image_column choose its parts."
         ),
     )
     dataset_config_name: Annotated[str | None, MayChange()] = Field(
-        default=None, description="Configuration of the data set. Needed if it has several."
+        default=None,
+        description=(
+            "Configuration of the data set dataset_name. Needed if the data set has several."
+        ),
     )
     dataset_split: Annotated[str, MayChange()] = Field(
         default="train",
         description=(
-            "Split of the data set to train on. A data set with only one split is also opened by "
-            "`train`."
+            "Split of the data set dataset_name to train on. If a data set has only one split, "
+            "`train` also selects it."
         ),
     )
     image_column: Annotated[str | None, MayChange()] = Field(
         default=None,
-        description="Column with the images. Needed if the data set has several such columns.",
+        description=(
+            "Column with the images in dataset_name. Needed if several columns hold images."
+        ),
     )
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(
-        default=None, description="Folder where `datasets` keeps what it downloads and prepares."
+        default=None,
+        description="Folder where the library `datasets` keeps downloaded and prepared data sets.",
     )
     streaming: bool = Field(
         default=False,
         description=(
-            "Read the data set row by row instead of downloading it. Such a run resumes only "
-            "approximately."
+            "Read the data set dataset_name row by row instead of downloading it. A streaming run "
+            "resumes only approximately."
         ),
     )
-    # May change on resume, because a stream resumes only approximately in any case.
+    # This option may change on resume, because a stream resumes only approximately in any case.
     shuffle_buffer: Annotated[Positive, MayChange()] = Field(
         default=1000,
-        description="Number of images kept in memory when streaming. The next is drawn from them.",
+        description=(
+            "Number of images kept in memory when streaming. The next image is drawn at random "
+            "from these images."
+        ),
     )
     max_train_samples: Positive | None = Field(
         default=None,
-        description="Train on at most this many images, the same ones for the same seed.",
+        description="Train on at most this many images. The same seed chooses the same images.",
     )
     validation_data_dir: Annotated[str | None, MayChange(), DecidesTheWatch()] = Field(
         default=None,
         description=(
             "Validation images, in any form that train_data_dir takes. By default a share of the "
-            "training images is held out (when streaming, the first 256)."
+            "training images is held out. When streaming, the first 256 images are held out."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -94,32 +104,37 @@ class DataConfig(Section):
         ),
     )
     max_validation_images: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
-        default=1000, description="Validate on at most this many images, evenly spread."
+        default=1000,
+        description=(
+            "Validate on at most this many images, spread evenly over the validation images."
+        ),
     )
     image_channels: int = Field(
         default=3,
-        description="Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA, alpha is learned too).",
+        description=(
+            "Number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA, alpha is learned too)."
+        ),
     )
     value_range: tuple[float, float] | None = Field(
         default=None,
         description=(
-            "Stored numbers that become black and white, such as -1000 3000. Numbers outside are "
-            "clipped. By default 0 255 for 8-bit files and 0 65535 for wider integers. Float files "
-            "need this option."
+            "The stored number that becomes black and the one that becomes white, such as -1000 "
+            "3000. Numbers outside this range are clipped. Default: 0 255 for 8-bit files and 0 "
+            "65535 for wider integers. Float files need this option."
         ),
     )
     all_pages: bool = Field(
         default=False,
         description=(
-            "Use every page of a TIFF as an image of its own. By default the first page is used. "
-            "All pages of a file are held out together."
+            "Use every page of a TIFF as an image of its own. By default only the first page is "
+            "used. The validation images get all pages of a file or none."
         ),
     )
     ignore_icc: bool = Field(
         default=False,
         description=(
-            "Train on the stored numbers of files with an embedded colour profile. By default they "
-            "are converted to sRGB."
+            "Train on the stored numbers of files with an embedded colour profile. By default such "
+            "files are converted to sRGB."
         ),
     )
     resolution: Annotated[int | tuple[int, int], BeforeValidator(_checked_resolution)] = Field(
@@ -132,17 +147,17 @@ class DataConfig(Section):
     aspect_ratio_buckets: Count = Field(
         default=0,
         description=(
-            "Train on up to this many shapes from 1:2 to 2:1, each with about as many pixels as "
-            "resolution. Each image goes to the nearest shape, and a batch has one shape. "
-            "0 trains on one shape."
+            "Train on up to this many image shapes from 1:2 to 2:1. Each shape has about as many "
+            "pixels as the option resolution gives. Each image goes to the nearest shape, and all "
+            "images of a batch have one shape. 0 trains on one shape."
         ),
     )
     crop: Literal["random_resized", "random", "center"] = Field(
         default="random_resized",
         description=(
-            "Training crop. `random_resized` resizes a random area. `random` and `center` resize "
-            "the shorter side and crop anywhere or in the centre. Validation always crops the "
-            "centre."
+            "Training crop. `random_resized` resizes an area of random size and place. `random` "
+            "resizes the shorter side and crops at a random place. `center` resizes the shorter "
+            "side and crops the centre. Validation always crops the centre."
         ),
     )
     crop_min_side: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -155,50 +170,53 @@ class DataConfig(Section):
         default=True, description="Mirror training images left to right at random."
     )
     image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = Field(
-        default="lanczos", description="Pillow's kernel for resizing (antialiased)."
+        default="lanczos", description="Pillow's filter for resizing images (antialiased)."
     )
     resize_with: Literal["torch", "pillow"] = Field(
         default="torch",
         description=(
-            "Library that resizes training crops of 8 bits. torch is several times as fast as "
-            "pillow and rounds differently: one value in 200 differs by one level of 255."
+            "Library that resizes training crops of 8-bit images. torch is several times as fast "
+            "as pillow. The two libraries round differently: one value in 200 differs by one of "
+            "the 255 levels."
         ),
     )
     jpeg_draft: bool = Field(
         default=True,
         description=(
-            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size where twice the pixels that a "
-            "crop needs are left."
+            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size if that leaves at least twice "
+            "the pixels that a crop needs."
         ),
     )
     max_pixels: Positive | None = Field(
         default=None,
         description=(
             "Largest image that is read, in pixels (width times height). Default: Pillow's limit, "
-            "89 million. Larger files are bad images, because small files can fill the memory."
+            "89 million. A larger image counts as unreadable, because a small file can fill the "
+            "memory."
         ),
     )
     crops_per_image: Positive = Field(
         default=1,
         description=(
-            "Training crops taken of each image that is read. train_batch_size must be a multiple "
-            "of it."
+            "Number of training crops taken from each image that is read. train_batch_size must be "
+            "a multiple of crops_per_image."
         ),
     )
     dataloader_num_workers: Annotated[Count, MayChange()] = Field(
-        default=0, description="Processes that read images. 0 reads them in the training process."
+        default=0,
+        description="Number of processes that read images. 0 reads images in the training process.",
     )
     max_bad_share: Annotated[Share, MayChange()] = Field(
         default=0.01,
         description=(
-            "Stop if more than this share of the training images (and more than one) cannot be "
-            "read. Below it each unreadable image is named once and replaced by another."
+            "Stop if more than this share of the training images (and more than one image) cannot "
+            "be read. If fewer images fail, each is named once and replaced by another image."
         ),
     )
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width, in pixels."""
+        """Height and width of training crops, in pixels."""
         side = self.resolution
         return (side, side) if isinstance(side, int) else side
 
@@ -215,7 +233,7 @@ class DataConfig(Section):
                 f"becomes white (got {low:g} {high:g})."
             )
 
-        # one source
+        # one source of images
         if self.train_data_dir is not None and self.dataset_name is not None:
             raise ValueError(
                 f"train_data_dir '{self.train_data_dir}' and dataset_name '{self.dataset_name}' "

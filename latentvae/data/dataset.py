@@ -18,7 +18,7 @@ from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
 from latentvae.data.workers import explained_workers, leave_signals_to_the_trainer
 
-MAX_ATTEMPTS = 20  # images that are tried for one place in a batch
+MAX_ATTEMPTS = 20  # largest number of images that are tried for one place in a batch
 PREFETCHED = 4  # batches that each worker prepares ahead, to bridge a series of large files
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,10 @@ class Batch(NamedTuple):
     """One micro-step of one rank.
 
     Attributes:
-        images: (B, C, H, W), uint8, or float32 in [-1, 1] if one of them is deeper than 8 bits.
-            uint8 moves a quarter of the bytes from the workers to the device.
-        indices: (B,), int64, the images in the batch. For a replaced image it is the replacement.
+        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. With
+            uint8 only a quarter of the bytes go from the workers to the device.
+        indices: (B,), int64, the numbers of the images in the batch. A replaced image has the
+            number of its replacement.
         bad: (name, reason) of each unreadable file that was met.
     """
 
@@ -53,23 +54,23 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
 
     def on(self, device: torch.device | str) -> Tensor:
-        """Return the images on a device, (B, C, H, W), float32 in [-1, 1]. No host sync."""
+        """Return the images on a device without host sync, (B, C, H, W), float32 in [-1, 1]."""
         return normalised(self.images.to(device, non_blocking=True))
 
 
 class TrainImages(Dataset[TrainItem]):
-    """Augmented images by (epoch, index). The result depends on these and the seed alone.
+    """Augmented images by (epoch, index). An image depends only on epoch, index and seed.
 
     An unreadable file is replaced by another image, drawn from (seed, epoch, index, attempt).
 
     Args:
         source: the images.
         transform: the augmentation.
-        seed: of augmentation and replacement, 0 or above.
-        crops: N, crops taken of each image that is read (repeated augmentation, Hoffer et al. 2020,
-            https://arxiv.org/abs/1901.09335). The first crop is the one that N = 1 takes.
+        seed: seed of augmentation and replacement, 0 or above.
+        crops: N, the number of crops of each image that is read (repeated augmentation, Hoffer et
+            al. 2020, https://arxiv.org/abs/1901.09335). The first crop is the same as with N = 1.
         buckets: the size of each image. None uses the transform's own size. A replacement gets the
-            size of the image it replaces, so that the batch keeps one size.
+            size of the image that it replaces, so that all images of the batch have one size.
     """
 
     def __init__(
@@ -136,14 +137,14 @@ def train_loader(
 ) -> DataLoader[TrainItem]:
     """Return a loader of endless batches (``Batch``), the same for any number of workers.
 
-    The global random generators are not touched.
+    The global random generators are not used.
 
     Args:
         dataset: the images.
-        sampler: the order of the images from its ``start_step`` on, or the (epoch, index) pairs of
-            each batch. B is its batch size times the crops of each image.
-        num_workers: processes that decode beside this one. 0 decodes in this process.
-        pin_memory: put batches where CUDA can copy from while it computes.
+        sampler: the order of the images, starting at its ``start_step``, or the (epoch, index)
+            pairs of each batch. B is the sampler's batch size times the crops of each image.
+        num_workers: number of processes that decode images. With 0, this process decodes them.
+        pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
     """
     with explained_workers(num_workers):
         return QuietLoader(dataset, batch_sampler=sampler, **loading(num_workers, pin_memory))
@@ -181,8 +182,8 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yield (images (b, C, H, W), names): each image exactly once over all ranks.
 
-    Rank r has the images r, r + W, r + 2W... The ranks may have unequal numbers of batches, or no
-    batch, so reduce sums over ranks only at the end.
+    Rank r takes the images with numbers r, r + W, r + 2W and so on. The ranks may have unequal
+    numbers of batches, or no batch, so sum over ranks only at the end.
 
     Args:
         source: the images.
@@ -190,7 +191,8 @@ def validation_batches(
         batch_size: largest number b of images in a batch.
         rank: this process.
         world_size: W, number of processes.
-        bad: takes the unreadable files, which are left out. Without it they are logged as warnings.
+        bad: collects the unreadable files, which are left out. Without this argument, unreadable
+            files are logged as warnings.
     """
     images: list[Tensor] = []
     names: list[str] = []
@@ -208,7 +210,7 @@ def validation_batches(
             yield torch.stack(images), names
             images, names = [], []
 
-    # the rest
+    # the last images
     if images:
         yield torch.stack(images), names
 

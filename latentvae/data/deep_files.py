@@ -1,11 +1,12 @@
-"""Read files that Pillow cannot hold: NumPy arrays, colours of 16 bits, float TIFFs.
+"""Read files that Pillow cannot represent: NumPy arrays, colours of 16 bits, float TIFFs.
 
     .npy                  NumPy, never unpickled
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
     TIFF, deep colours    tifffile (Pillow drops the lower byte, or has no such mode)
 
-The results are the stored numbers (H, W, C), and whether the last channel is alpha. A file that
-claims more pixels than Pillow's limit for decompression bombs is rejected before decoding.
+The functions return the stored numbers (H, W, C), and whether the last channel is alpha. A file
+whose header states more pixels than Pillow's limit for decompression bombs is rejected before
+decoding.
 """
 
 import io
@@ -31,10 +32,10 @@ NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of TIFF
-# Two kinds of alpha in the tag ExtraSamples. 0 is a channel without a name.
+# Two kinds of alpha in the tag ExtraSamples. In this tag, 0 means an unspecified channel.
 ASSOCIATED, UNASSOCIATED = 1, 2
 
-# We report a bad file in one line ourselves.
+# Silence tifffile, because latentvae reports a bad file in one line.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _NPY_HEADERS = {
@@ -42,7 +43,7 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _DAMAGED = "a damaged TIFF"
-_DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # rawmodes
+_DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # Pillow's raw modes
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,11 +85,11 @@ def first_bytes(source: File) -> bytes:
 
 
 def read_npy(source: File, *, channels: int) -> np.ndarray:
-    """Return the array in a .npy file as (H, W, C). A file on disk is mapped, not loaded.
+    """Return the array in a .npy file as (H, W, C). A file on disk is memory-mapped, not loaded.
 
     Raises:
         ValueError: the file is damaged, or holds Python objects.
-        BadPixels: the array has another shape, or too many pixels.
+        BadPixels: the array has a wrong shape, or too many pixels.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         shape = npy_shape(file)
@@ -103,7 +104,7 @@ def read_npy(source: File, *, channels: int) -> np.ndarray:
 
 
 def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
-    """Return the shape that the header of a .npy file gives."""
+    """Return the shape that the header of a .npy file states."""
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
         raise BadPixels(f"a .npy of version {version} (versions 1.0 and 2.0 are read)")
@@ -111,7 +112,7 @@ def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the number of pixels against Pillow's limit. The error has Pillow's words."""
+    """Check the number of pixels against Pillow's limit. The error has Pillow's message."""
     limit, count = Image.MAX_IMAGE_PIXELS, width * height
     if limit is not None and count > limit:
         raise BadPixels(too_many_pixels(count))
@@ -120,14 +121,15 @@ def check_size(width: int, height: int) -> None:
 def set_pixel_limit(max_pixels: int | None) -> None:
     """Set the largest number of pixels that this process reads.
 
-    It is Pillow's own limit against decompression bombs: small files that fill the memory.
+    This sets Pillow's own limit against decompression bombs, which are small files that fill the
+    memory.
 
     Args:
-        max_pixels: width times height of a file. None leaves the limit as it is, 89 million unless
-            it was changed.
+        max_pixels: largest width times height of a file. None leaves the limit unchanged. Pillow's
+            default is 89 million.
 
     Raises:
-        UserError: it is below 1.
+        UserError: the limit is below 1.
     """
     if max_pixels is None:
         return
@@ -146,7 +148,7 @@ def too_many_pixels(count: int) -> str:
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:
-    """Check that an array has just the channels that are asked.
+    """Check that an array has exactly the requested channels.
 
     An array does not say what its channels mean, so no channel is added or dropped.
     """
@@ -159,7 +161,7 @@ def check_shape(shape: tuple[int, ...], channels: int) -> None:
 def is_cut_to_8bit(image: Image.Image) -> bool:
     """Return whether an opened file has colours of 16 bits that Pillow cuts to 8."""
     if isinstance(image, TiffImageFile):
-        # The rawmodes do not tell: for separate planes they describe one channel only.
+        # The raw modes are not enough: for separate planes they describe only one channel.
         tags = image.tag_v2
         return _bits(image) > 8 and tags.get(SAMPLES, 1) > 1 and tags.get(PHOTOMETRIC) in (0, 1, 2)
     if image.format != "PNG" or not (tiles := getattr(image, "tile", None)):
@@ -172,7 +174,7 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 def is_misread(image: Image.Image) -> bool:
     """Return whether Pillow silently decodes an opened TIFF to another picture.
 
-    It does so with separate planes of 16 bits and with signed numbers of 8 bits.
+    Pillow does so for separate planes of 16 bits and for signed 8-bit numbers.
     """
     if not isinstance(image, TiffImageFile):
         return False
@@ -186,12 +188,12 @@ def _bits(image: TiffImageFile) -> int:
 
 
 def white_is_zero(image: Image.Image) -> bool:
-    """Return whether the lowest number of a grey TIFF is white, as X-ray scanners write them."""
+    """Return whether the lowest number of a grey TIFF is white, as in files of X-ray scanners."""
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
-    """Return (H, W, C) and whether the last channel is alpha, of a PNG of 16-bit colours.
+    """Return the numbers (H, W, C) of a 16-bit PNG, and whether the last channel is alpha.
 
     Args:
         source: the file.
@@ -209,14 +211,14 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
-    """Return the values with an alpha of 16 bits that hides one colour."""
+    """Return the values with a 16-bit alpha channel that makes one colour transparent."""
     hidden = (values == np.asarray(key)).all(axis=2, keepdims=True)
     return np.concatenate([values, np.where(hidden, 0, 65535).astype(values.dtype)], axis=2)
 
 
 @contextmanager
 def tiff_page(file: str | os.PathLike[str] | IO[bytes], page: int) -> Iterator[tifffile.TiffPage]:
-    """Yield a page of a TIFF. Errors inside get a reason that a reader understands."""
+    """Yield a page of a TIFF. Errors inside the context get an understandable message."""
     try:
         with tifffile.TiffFile(file) as tiff:
             yield tiff.pages[page] if page else tiff.pages.first  # pyright: ignore[reportReturnType]
@@ -231,8 +233,8 @@ def tiff_page(file: str | os.PathLike[str] | IO[bytes], page: int) -> Iterator[t
 def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
     """Return a page of a TIFF.
 
-    Colours that were multiplied with alpha are divided by it. A channel beside grey or RGB that is
-    not marked as alpha (infrared, for example) is left out.
+    Colours that were multiplied by alpha are divided by alpha. An extra channel that is not marked
+    as alpha, such as infrared, is left out.
 
     Raises:
         ValueError: the file is damaged, needs `imagecodecs` to be decompressed, or is no picture.
@@ -276,7 +278,7 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
 
 
 def _extra_channel(page: tifffile.TiffPage) -> int | None:
-    """Return the kind of the channel beside grey or RGB, or None if there is none."""
+    """Return the kind of the extra channel of a grey or RGB picture, or None without one."""
     if page.samplesperpixel not in (2, 4):
         return None
     kind = int(page.extrasamples[-1]) if page.extrasamples else 0
@@ -295,5 +297,5 @@ def _unassociated(values: np.ndarray) -> np.ndarray:
 
 
 def upright(orientation: int) -> Image.Transpose | None:
-    """Return what turns a picture of this EXIF orientation upright, or None if it is upright."""
+    """Return the transposition that undoes an EXIF orientation, or None if none is needed."""
     return _UPRIGHT.get(orientation)

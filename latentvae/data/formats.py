@@ -1,4 +1,4 @@
-"""The types of image files that are read, and what helps to read others."""
+"""The types of image files that can be read, and advice on how to read other types."""
 
 import functools
 import importlib
@@ -25,9 +25,10 @@ class Plugin:
     """A package that teaches Pillow another format.
 
     Attributes:
-        module: its module. It registers itself on import, or by its function `register`.
-        extra: the extra of latentvae that installs it.
-        suffixes: types of files.
+        module: the plugin's module. The module registers itself on import, or by its function
+            `register`.
+        extra: the extra of latentvae that installs the plugin.
+        suffixes: file name suffixes of the plugin's formats.
         formats: Pillow's names of the formats.
     """
 
@@ -63,13 +64,13 @@ def installed_plugins() -> tuple[Plugin, ...]:
 
 @functools.cache
 def readable_suffixes() -> tuple[str, ...]:
-    """Return the types of files that are read here."""
+    """Return the file name suffixes that can be read with the installed plugins."""
     return (*SUFFIXES, *(suffix for plugin in installed_plugins() for suffix in plugin.suffixes))
 
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow has, with those of plugins."""
+    """Return the formats that this build of Pillow has, including those of plugins."""
     plugins = installed_plugins()
     Image.init()
     formats = (*FORMATS, *(name for plugin in plugins for name in plugin.formats))
@@ -77,7 +78,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def how_to_read(suffixes: Iterable[str]) -> str:
-    """Return what helps to read these types, in a sentence each, or ""."""
+    """Return a sentence for each of these types on how to read it, or ""."""
     suffixes = set(suffixes) - set(readable_suffixes())
     missing = [plugin for plugin in PLUGINS if suffixes.intersection(plugin.suffixes)]
     convert = sorted(suffixes.intersection(TO_CONVERT))

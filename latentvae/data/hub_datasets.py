@@ -1,8 +1,8 @@
 """Read images in tables with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
 
 https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows. ``read_image``
-decodes the images, so that a file is the same image wherever it comes from. Prepared data goes
-to ``cache_dir`` (by default the cache folder of ``datasets``), never beside the data.
+decodes the images, so that a file gives the same image from every source. Prepared data goes to
+``cache_dir`` (by default the cache folder of ``datasets``), never beside the data.
 """
 
 import glob
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # importing datasets takes a second, so functions import it w
     from datasets import Features
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
-PLACES = ("", "file", "https", "http", "hf", "zip")  # where files named in cells may lie
-KINDS_OF_FSSPEC = frozenset(available_protocols())  # a link of a chain may be one of these names
+PLACES = ("", "file", "https", "http", "hf", "zip")  # where files that are named in cells may be
+KINDS_OF_FSSPEC = frozenset(available_protocols())  # parts of a chained URL may have these names
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
 
 
@@ -35,11 +35,11 @@ class DatasetSpec:
 
     Attributes:
         name: a Hub id such as ``"user/photos"``, or an existing path.
-        config_name: the configuration. Needed if the data set has several.
+        config_name: the configuration. It is needed if the data set has several configurations.
         split: the split. A data set with only one split is also opened by `train`.
-        image_column: the column of images. Needed if there are several.
+        image_column: the column of images. It is needed if several columns hold images.
         cache_dir: where ``datasets`` keeps what it downloads and prepares.
-        any_split: a data set with only one split is opened whatever ``split`` is.
+        any_split: open a data set that has only one split, whatever ``split`` is.
     """
 
     name: str
@@ -54,17 +54,17 @@ class DatasetSpec:
 
 
 class HubImages:
-    """The images of a data set, sorted by the path that ``datasets`` stores with each.
+    """The images of a data set, sorted by the path that ``datasets`` stores with each image.
 
     A row without a path, or with the path of another row, is named by its split and number:
     ``train/000000012``. So a table without paths keeps its order.
 
     Args:
         spec: the data set.
-        pixels: the format of every image. None is 8-bit RGB.
+        pixels: the format of every image. None means 8-bit RGB.
 
     Attributes:
-        origin: path or name, configuration and split.
+        origin: path or name of the data set, configuration and split.
         numbered: whether rows are named by their numbers. Another column or configuration of the
             data set would have the same numbers.
 
@@ -86,7 +86,7 @@ class HubImages:
         column = f"{self.column}.path"
         try:
             paths = list(self.rows.flatten().select_columns(column)[column])
-        except Exception as error:  # pyarrow and datasets raise their own for a damaged table
+        except Exception as error:  # pyarrow and datasets raise their own for damaged tables
             raise UserError(
                 f"data set '{spec.name}' cannot be read: {_first_line(error)}"
             ) from error
@@ -105,16 +105,16 @@ class HubImages:
         return self.names[index]
 
     def labels(self, column: str | None = None) -> tuple[list[int], list[str] | None] | None:
-        """Return the classes in the order of the images, and their names if they have any.
+        """Return the class of each image, and the names of the classes if they have any.
 
-        A null is class -1.
+        A null value becomes class -1.
 
         Args:
-            column: a column of integers or of `datasets.ClassLabel`. None takes `label`, or returns
-                None if there is no such column.
+            column: a column of integers or of `datasets.ClassLabel`. None uses the column `label`,
+                or returns None if there is no such column.
 
         Raises:
-            UserError: `column` does not exist or holds something else.
+            UserError: `column` does not exist or holds values of another type.
         """
         from datasets import ClassLabel
 
@@ -141,7 +141,7 @@ class HubImages:
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
 
     def files(self) -> list[Path | None]:
-        """Return each image's local file, links resolved, or None if its row names none."""
+        """Return each image's local file with links resolved, or None if its row names no file."""
         below = (_below(self._folder, path) if path else "" for path in self._paths)
         return [Path(path).resolve() if os.path.isabs(path) else None for path in below]
 
@@ -169,7 +169,7 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
             found = load_from_disk(str(path))
         elif path.is_file():
             kind = path.suffix.lower().removeprefix(".")
-            # Escaped, because datasets takes data_files for patterns.
+            # Escape the path, because datasets treats data_files as patterns.
             found = load_dataset(kind, data_files=glob.escape(str(path)), **options)
         else:
             name = str(path) if path.exists() else spec.name
@@ -199,11 +199,11 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[str]] | None:
     """Return the patterns of each split in a folder with a ``*``, ``?`` or ``[`` in its path.
 
-    ``datasets`` would take its path for a pattern, and open other files. None leaves the choice to
-    ``datasets``.
+    ``datasets`` would treat such a path as a pattern, and open other files. None means that
+    ``datasets`` chooses the files.
 
     Raises:
-        UserError: such a folder with a configuration, whose files only ``datasets`` knows.
+        UserError: such a folder is given with a configuration, whose files only ``datasets`` knows.
     """
     from datasets.data_files import get_data_patterns
 
@@ -229,7 +229,7 @@ def _check_files(path: Path) -> None:
 
 
 def local_files(spec: DatasetSpec, split: str) -> set[Path]:
-    """Return the local files, links resolved, that hold the rows of a split."""
+    """Return the local files, with links resolved, that hold the rows of a split."""
     from datasets import load_dataset_builder
 
     path = Path(spec.name).expanduser()
@@ -263,7 +263,8 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     """Return the column of images: ``wanted``, or the only one there is.
 
     Raises:
-        UserError: there is none, or more than one, or ``wanted`` is another kind of column.
+        UserError: there is no column of images, or more than one, or ``wanted`` is another kind of
+            column.
     """
     from datasets import Image as ImageFeature
 
@@ -278,7 +279,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     paths = [name for name, kind in columns.items() if _holds_paths(kind)]
     lists = [name for name, kind in columns.items() if _holds_lists(kind)]
 
-    # the wanted one
+    # the wanted column
     if wanted is not None and wanted in lists:
         raise UserError(_flatten_first(wanted))
     if wanted is not None and wanted not in images + bytes_like + paths:
@@ -290,7 +291,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     if len(found) == 1:
         return found[0]
 
-    # what is possible
+    # which columns are possible
     if lists and not found:
         raise UserError(_flatten_first(lists[0]))
     several = f"several columns of images ({', '.join(found)})" if found else "no image column"
@@ -301,7 +302,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
 
 
 def _flatten_first(column: str) -> str:
-    """Return how to make one row per image of a column of lists."""
+    """Return advice on how to turn a column of lists into one row per image."""
     return (
         f"column '{column}' holds a list of images in each row, but one image per row is needed. "
         "Write a table of them first, where rows is the data set and Image and List come from "
@@ -312,22 +313,22 @@ def _flatten_first(column: str) -> str:
 
 
 def undecoded(rows: Any, column: str) -> Any:
-    """Return the rows with only that column, as ``{"bytes": ..., "path": ...}``."""
+    """Return only one column of the rows, undecoded, as ``{"bytes": ..., "path": ...}``."""
     from datasets import Image as ImageFeature
 
     return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
 def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = None) -> bytes:
-    """Return the image file in a cell. It is read from its path if the cell holds only a path.
+    """Return the bytes of the image in a cell. If the cell holds only a path, read that file.
 
     Args:
-        cell: bytes and path.
+        cell: bytes and path of the image file.
         name: the name of the image in an error.
-        folder: where relative paths start, if there is no such file in the current folder.
+        folder: the folder of relative paths, for files that are not in the current folder.
 
     Raises:
-        UnreadableImage: the cell is null, or its file cannot be read.
+        UnreadableImage: the cell is empty (null), or its file cannot be read.
     """
     import fsspec
 
@@ -338,31 +339,31 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
     path = _below(folder, cell["path"])
     _check_place(path, name)
     try:
-        if os.path.isfile(path):  # fsspec gives a meaning to some characters
+        if os.path.isfile(path):  # fsspec would interpret some characters
             return Path(path).read_bytes()
         with fsspec.open(path, "rb") as file:  # on the Hub, if streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception as error:  # the file system's client raises its own
+    except Exception as error:  # the file system's client raises its own errors
         raise UnreadableImage(name, _first_line(error)) from error
 
 
 def _below(folder: Path | None, path: str) -> str:
-    """Return a relative path below the folder of its table, if the file is there."""
+    """Return a relative path joined to the folder of its table, if that file exists."""
     if folder is None or "\0" in path or os.path.isabs(path) or os.path.exists(path):
         return path
     return str(folder / path) if (folder / path).exists() else path
 
 
 def table_folder(name: str) -> Path | None:
-    """Return the folder that a local table lies in, or None for a data set of the Hub."""
+    """Return the folder that contains a local table, or None for a data set of the Hub."""
     path = Path(name).expanduser()
     return path.resolve() if path.is_dir() else path.resolve().parent if path.exists() else None
 
 
 def _check_place(path: str, name: str) -> None:
-    """Check that a cell names a file of this machine, the web or the Hub, plain or in a zip file.
+    """Check that a cell names a file on this machine, the web or the Hub, perhaps in a zip file.
 
-    Other file systems of fsspec start programs, log in elsewhere or fill in templates.
+    Other file systems of fsspec could start programs, log in to servers or fill in templates.
 
     Raises:
         UnreadableImage: the cell names another place, or a pipe, which would hang.
@@ -382,7 +383,7 @@ def _check_place(path: str, name: str) -> None:
 def _holds_files(kind: Any) -> bool:
     """Return whether a column of plain parquet holds files: bytes, or a struct of bytes and path.
 
-    A struct may have only one of the two.
+    A struct may have only bytes or only a path.
     """
     if isinstance(kind, dict):
         return bool(kind) and set(kind) <= {"bytes", "path"}
@@ -417,6 +418,6 @@ def _number(split: str, row: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error  # datasets wraps errors of preparing a split
+    cause = error.__cause__ or error  # datasets wraps errors that occur while it prepares a split
     lines = str(cause).strip().splitlines()
     return lines[0] if lines else type(cause).__name__

@@ -1,6 +1,6 @@
 """Sources of images: a folder of files, or the photos that come with scikit-image.
 
-Tar files are read in ``tar.py``, tables (parquet, arrow, the Hub) in ``hub_datasets.py``.
+``tar.py`` reads tar files. ``hub_datasets.py`` reads tables (parquet, arrow, the Hub).
 """
 
 import importlib.util
@@ -24,7 +24,8 @@ from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
 
 SAMPLES = "samples"
-# Only photographs. Both views of the motorcycle are for training: no scene is in both splits.
+# All samples are photographs. Both views of the motorcycle are for training, so that no scene is in
+# both splits.
 SAMPLE_PHOTOS = {
     "train": (
         "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg "
@@ -37,8 +38,8 @@ SAMPLE_PHOTOS = {
 class ImageSource(Protocol):
     """Images by number.
 
-    ``read`` raises UnreadableImage. For ``at_least`` see ``read_image``. ``size`` is width and
-    height, read from the header alone.
+    ``read`` raises UnreadableImage. For ``at_least`` see ``read_image``. ``size`` returns width and
+    height, read only from the header.
     """
 
     def __len__(self) -> int: ...
@@ -54,11 +55,11 @@ class ImageFolder:
     """The image files below a folder, sorted by relative path.
 
     Hidden files and folders are left out, and so are arrays that belong to an image
-    (``side_cars``). Links are followed. A folder reached twice counts once.
+    (``side_cars``). Links are followed. A folder that is reached twice counts once.
 
     Args:
         root: the folder (``~`` allowed).
-        pixels: the format of every image. None is 8-bit RGB.
+        pixels: the format of every image. None means 8-bit RGB.
 
     Example:
         folder = ImageFolder("photos")
@@ -90,7 +91,7 @@ class ImageFolder:
         return self.names[index]
 
     def file(self, index: int, /) -> Path:
-        """Return the file that an image, or a page, lies in."""
+        """Return the file that contains an image or a page."""
         return self.root / self._places[index][0]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
@@ -106,7 +107,7 @@ class SamplePhotos:
 
     Args:
         split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
-        pixels: the format of every photo. None is 8-bit RGB.
+        pixels: the format of every photo. None means 8-bit RGB.
     """
 
     def __init__(self, split: str, *, pixels: PixelFormat | None = None) -> None:
@@ -163,7 +164,7 @@ def read_named(
     pixels: PixelFormat | None = None,
     page: int = 0,
 ) -> Picture:
-    """Read an image from the bytes of a file. An error gives the name of the file."""
+    """Read an image from the bytes of a file. An error names the file."""
     try:
         return read_image(data, at_least=at_least, pixels=pixels, page=page)
     except UnreadableImage as error:
@@ -177,7 +178,7 @@ def _image_names(root: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
 
-    # images, and the rest
+    # images, and other files
     everything = [str(file) for file in files]
     found = [name for name in everything if suffix(name) in readable_suffixes()]
     images = set(found) - side_cars(found)
@@ -209,7 +210,7 @@ def _check_folder(root: Path) -> None:
 def walk(root: Path) -> Iterator[PurePosixPath]:
     """Yield the files below a folder, as paths relative to it.
 
-    Hidden files are left out and links are followed. A folder reached twice by links counts once.
+    Hidden files are left out and links are followed. A folder that links reach twice counts once.
     """
     return _walk(root, PurePosixPath(), seen=set())
 
@@ -224,5 +225,5 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     for entry in visible:
         if os.path.isdir(entry.path):  # unlike entry.is_dir(), also works for a link to itself
             yield from _walk(root, below / entry.name, seen=seen)
-        else:  # also dead links and pipes: reading them reports them
+        else:  # also dead links and pipes, which are reported when they are read
             yield below / entry.name

@@ -1,4 +1,4 @@
-"""Say in one line which files beside the images are not used."""
+"""Say in one line which files besides the images are not used."""
 
 import logging
 from collections import Counter
@@ -8,11 +8,11 @@ from latentvae.data.formats import how_to_read
 from latentvae.distributed import launched_rank
 from latentvae.errors import printable
 
-# Labels, captions and the like. They are expected beside an image of the same name.
+# Suffixes of labels, captions and the like, which are expected beside an image of the same name.
 TEXT_SUFFIXES = (
     ".caption .cls .cls2 .csv .html .id .index .json .jsonl .md .toml .tsv .txt .xml .yaml .yml"
 ).split()
-SHOWN = 6  # kinds of files that are named
+SHOWN = 6  # largest number of kinds of files that are named
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def stem(name: str) -> str:
 
 
 def belongs_to(name: str, stems: set[str]) -> bool:
-    """Return whether a file is kept beside an image of which ``stems`` has the whole stem.
+    """Return whether a file belongs to an image whose complete stem is in ``stems``.
 
     ``0001.npy`` and ``0001.latent.npy`` belong to ``0001.jpg``, and so does ``0001.jpg.npy``.
     ``patient7.slice000.npy`` does not belong to ``patient7.overview.png``.
@@ -37,7 +37,7 @@ def belongs_to(name: str, stems: set[str]) -> bool:
 
 
 def side_cars(names: Iterable[str]) -> set[str]:
-    """Return the ``.npy`` files kept beside an image: latents, masks or embeddings, not pictures.
+    """Return the ``.npy`` files that belong to an image: latents, masks or embeddings, no pictures.
 
     Args:
         names: relative paths of the image files and the arrays.

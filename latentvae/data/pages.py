@@ -1,4 +1,4 @@
-"""The pages of TIFF files: which there are, and a name for each."""
+"""Find the pages of TIFF files, and name each page."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import tifffile
 from latentvae.distributed import launched_rank
 from latentvae.errors import printable
 
-LOOKED_AT = 1000  # TIFF files at most in which pages are looked for, if only the first is used
+LOOKED_AT = 1000  # largest number of TIFF files whose pages are counted, if only the first is used
 _PAGE = re.compile(r"-page\d{4,}(?=\.[^./]*$)")
 
 logger = logging.getLogger(__name__)
@@ -21,12 +21,12 @@ Open = Callable[[int], AbstractContextManager[IO[bytes]]]
 
 
 def is_tiff(name: str) -> bool:
-    """Return whether a file name is a TIFF's."""
+    """Return whether a file name is that of a TIFF."""
     return name.lower().endswith((".tif", ".tiff"))
 
 
 def page_numbers(file: IO[bytes]) -> list[int]:
-    """Return the numbers, from 0, of the pages that are pictures of their own.
+    """Return the numbers, from 0, of the pages that are separate pictures.
 
     Smaller versions of another page and transparency masks do not count. A file that cannot be
     read has page 0, so that reading it reports the reason.
@@ -58,13 +58,13 @@ def find_pages(
 ) -> list[tuple[int, int | None]]:
     """Return (file, page) of each image: one entry for each page, or one for each file.
 
-    If only first pages are used, one line says how many files have more.
+    If only first pages are used, one line says how many files have more pages.
 
     Args:
         names: the files.
-        open_file: opens one by its number.
-        all_pages: whether every page is an image of its own.
-        place: where the files lie, for the line.
+        open_file: opens a file by its number.
+        all_pages: whether every page is a separate image.
+        place: where the files are stored, for this line.
     """
     tiffs = [i for i, name in enumerate(names) if is_tiff(name)]
     step = 1 if all_pages else -(-len(tiffs) // LOOKED_AT) or 1
@@ -74,7 +74,7 @@ def find_pages(
             with open_file(i) as file:
                 pages = page_numbers(file)
         except OSError:
-            continue  # reading it reports the reason
+            continue  # the reason is reported when the file is read
         if len(pages) > 1:
             several[i] = pages
 

@@ -1,7 +1,7 @@
 """Pixels of any depth, as planes of floats in [-1, 1], for pictures that Pillow has no mode for.
 
-8-bit pictures stay Pillow images, which is fast. 16 bits, floats, and pictures with a stated
-range become a `DeepImage`, which has the methods of a Pillow image that the transforms use.
+8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a stated
+range become a `DeepImage`. This class has the methods of a Pillow image that the transforms use.
 Nothing is rounded to 8 bits between the file and the tensor.
 
 `C` channels, `H W` pixels. A picture is grey (1), grey and alpha (2), RGB (3) or RGBA (4).
@@ -32,19 +32,20 @@ class PixelFormat:
     Attributes:
         channels: 1 (grey, the luma of colours), 3 (RGB, grey is repeated) or 4 (RGBA, opaque if
             the file has no alpha). With 1 or 3, transparency is composited over white.
-        value_range: the stored numbers that become -1 and 1. Numbers outside are clipped. None
-            decides by the type: 0..255 for 8 bits, 0..65535 for wider integers. Signed 8 bits and
-            floats need a range. With 3 channels, floats go from 0 to 1 if no value exceeds 1, else
-            from 0 to 255. Alpha is always scaled by its type, floats from 0 to 1.
+        value_range: the stored numbers that become -1 and 1. Numbers outside this range are
+            clipped. None uses the range of the type: 0..255 for 8 bits, 0..65535 for wider
+            integers. Signed 8-bit numbers and floats need a stated range. With 3 channels, floats
+            go from 0 to 1 if no value exceeds 1, else from 0 to 255. Alpha is always scaled by its
+            type, floats from 0 to 1.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
-            they are converted to sRGB.
-        keep_depth: give files of more than 8 bits as a `DeepImage`. Otherwise every picture is
+            these numbers are converted to sRGB.
+        keep_depth: return files of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
         max_pixels: largest file that is read, in pixels. None is Pillow's limit.
-        all_pages: make every page of a TIFF an image of its own. Otherwise the first page is used.
+        all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 
     Raises:
-        UserError: the range is not finite and rising.
+        UserError: the range is not finite, or not rising.
     """
 
     channels: int = 3
@@ -90,7 +91,7 @@ class DeepImage:
     ) -> "DeepImage":
         """Resize as `PIL.Image.Image.resize` does.
 
-        Overshoot of the kernel beyond [-1, 1] is clipped. Colours are weighted by their alpha.
+        Values that overshoot [-1, 1] are clipped. Colours are weighted by their alpha.
         """
 
         def resized(values: np.ndarray) -> np.ndarray:
@@ -137,13 +138,13 @@ def deep_image(
     white_is_zero: bool = False,
     icc: bytes | None = None,
 ) -> DeepImage:
-    """Return the picture of stored numbers.
+    """Return the picture that stored numbers represent.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.
         pixels: channels and range of the picture.
         alpha: whether the last channel is alpha.
-        white_is_zero: whether the lowest number is white. It swaps the ends of the range.
+        white_is_zero: whether the lowest number is white. If so, the ends of the range are swapped.
         icc: the colour profile of the numbers.
 
     Raises:
@@ -183,7 +184,7 @@ def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
 
 
 def type_top(dtype: np.dtype) -> int:
-    """Return the number of a type that is white, or opaque."""
+    """Return the number that means white, or opaque, in a type."""
     if dtype.kind in "bf":
         return 1
     return np.iinfo(dtype).max if dtype.itemsize == 1 else INTEGER_TOP
@@ -192,7 +193,7 @@ def type_top(dtype: np.dtype) -> int:
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Return the values scaled to [-1, 1], float32.
 
-    The computation is in float64, which keeps 32-bit integers apart.
+    The computation is in float64, which keeps 32-bit integers distinct.
     """
     unit = (values.astype(np.float64) - low) / (high - low)
     return (2 * np.clip(unit, 0, 1) - 1).astype(np.float32)
@@ -201,9 +202,9 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _arranged(
     colour: list[np.ndarray], alpha: np.ndarray | None, channels: int
 ) -> list[np.ndarray]:
-    """Return the planes of the wanted channels from one or three planes and perhaps alpha."""
+    """Make the planes of the wanted channels from one or three planes and perhaps alpha."""
     if channels < 4 and alpha is not None:
-        colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # over white
+        colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # composited over white
     if channels == 1 and len(colour) == 3:
         return [sum(share * plane for share, plane in zip(_LUMA, colour, strict=True))]  # pyright: ignore[reportReturnType]
     if channels == 1:

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw depends on its purpose, never on earlier draws.
 
 So augmentation and order are the same in any worker, on any rank and after a resume. The global
-generators are not touched.
+random generators are not used.
 """
 
 from enum import IntEnum

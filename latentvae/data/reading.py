@@ -2,28 +2,29 @@
 
 Each kind of file is treated as follows.
 
-- EXIF (or XMP) orientation is applied. An animation gives its first picture, and a
-  TIFF of several pages the page that is asked.
-- Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels
-  are asked.
+- EXIF (or XMP) orientation is applied. Of an animation the first picture is read, and of a TIFF the
+  requested page.
+- Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels are
+  requested.
 - An embedded colour profile is converted to sRGB (``colour_profiles.py``), unless it is ignored.
-- CMYK without a profile is converted by plain subtraction. JPEGs count as inverted, as Adobe writes
-  them.
+- CMYK without a profile is converted by plain subtraction. CMYK JPEGs count as inverted, because
+  Adobe writes them so.
 - A grey TIFF whose lowest number is white is inverted, at every depth.
-- ``.npy`` holds (H, W), for one channel, or (H, W, C) with just the channels asked.
+- A ``.npy`` file contains (H, W) for one channel, or (H, W, C) with exactly the requested channels.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison with codecs.
 
 - 16-bit grey, and integer grey within 0..65535, is divided by 257 (never clipped at 255).
 - Float grey is read as 0..1 if no value exceeds 1, else as 0..255.
 
-With a ``PixelFormat``, as in training, the picture has its channels and range. Files deeper than
-8 bits keep their depth (``DeepImage``). 8-bit RGB is the same picture in both.
+With a ``PixelFormat``, as in training, the picture has the channels and the range of this format.
+Files deeper than 8 bits keep their depth (``DeepImage``). An 8-bit RGB file gives the same picture
+with and without a ``PixelFormat``.
 
 Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
-reads what is too deep for Pillow. Some damage still decodes and cannot be detected: flipped bits
-in a JPEG, or a JPEG or PNG that ends too early with a well-formed end. The rest of such a
-picture is grey or black.
+reads what is too deep for Pillow. Some damage cannot be detected, because the file can still be
+decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that ends too early but with a
+well-formed end. The missing part of such a picture is grey or black.
 """
 
 import io
@@ -51,7 +52,7 @@ class UnreadableImage(UserError):
 
     Args:
         name: the name of the file in the message.
-        reason: why, in a few words.
+        reason: why the file cannot be decoded, in a few words.
     """
 
     # ``reason`` has a default, because DataLoader rebuilds a worker's exception from its traceback.
@@ -87,7 +88,7 @@ def read_image(
     pixels: PixelFormat | None = None,
     page: int = 0,
 ) -> Picture:
-    """Return the image, upright. Without a format it is 8-bit RGB without transparency.
+    """Return the upright image. Without ``pixels`` it is 8-bit RGB without transparency.
 
     Args:
         source: a path, or the bytes of a file.
@@ -98,7 +99,7 @@ def read_image(
         page: the page of a TIFF, from 0.
 
     Raises:
-        UnreadableImage: the file cannot be read, for any reason.
+        UnreadableImage: the file cannot be read, whatever the reason.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
 
@@ -107,14 +108,14 @@ def read_image(
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if pixels is not None:
-                deep_files.set_pixel_limit(pixels.max_pixels)  # a worker has its own Pillow
+                deep_files.set_pixel_limit(pixels.max_pixels)  # each worker has its own limit
             if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
                 raise UnreadableImage(name, NOT_A_FILE)  # opening a pipe would hang
             return _decode(source, at_least, pixels or EIGHT_BIT, page)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     # Any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError,
-    # struct.error, KeyError, DecompressionBombError (a plain Exception) and more.
+    # Libraries raise struct.error, KeyError, DecompressionBombError (a plain Exception) and more.
     except Exception as error:
         raise UnreadableImage(name, _reason(error, source)) from error
 
@@ -122,7 +123,7 @@ def read_image(
 def _decode(
     source: deep_files.File, at_least: int | None, pixels: PixelFormat, page: int
 ) -> Picture:
-    # what Pillow reads
+    # files that Pillow reads
     try:
         with _open(source) as image:
             if page:
@@ -133,7 +134,7 @@ def _decode(
                 return in_format(_loaded(image, at_least), pixels)
             deep = _deep_tiff(source, pixels, page)
 
-    # what it does not know
+    # files that Pillow does not know
     except UnidentifiedImageError:
         if (unknown := _unknown_to_pillow(source, pixels, page)) is None:
             raise
@@ -191,7 +192,7 @@ def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -
     alpha = image.has_transparency_data
     if image.mode in ("1", "L") and not alpha:
         values = np.asarray(image.convert("L"))[..., None]
-        if negative:  # Pillow has inverted them, but the range is for the stored numbers
+        if negative:  # Pillow has inverted the numbers, but the range is for stored numbers
             values = 255 - values
     else:
         values = np.asarray(_to_channels(image, 4 if alpha else 3))
@@ -230,11 +231,11 @@ def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat, page: int) 
 def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
     """Return 8-bit RGB of an image of any mode.
 
-    Transparency is composited over white and 16 bits are scaled.
+    Transparency is composited over white, and 16-bit numbers are scaled to 8 bits.
 
     Args:
         image: a loaded image.
-        icc: its colour profile. None leaves its colours as they are.
+        icc: the image's colour profile. None leaves the colours as they are.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)
@@ -242,7 +243,7 @@ def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    # convert() would copy, and new pages of memory can take as long as decoding.
+    # convert() would copy the image, and allocating memory can take as long as decoding.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -269,7 +270,7 @@ def _reason(error: Exception, source: deep_files.File) -> str:
 
 
 def _num_pixels(error: Exception) -> int | None:
-    """Return the pixels of a file that Pillow takes for a decompression bomb."""
+    """Return the number of pixels of a file that Pillow refuses as a decompression bomb."""
     if not isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return None
     found = re.search(r"\((\d+) pixels\)", str(error))

@@ -1,9 +1,10 @@
 """Resize a window of a picture by torch (fast, vectorised kernels for 8 bits) or by Pillow.
 
-Both antialias with the same kernels, but torch rounds its weights differently: about one value
-in 200 differs by one level of 255. Torch resizes windows of one to four times the output size,
-with the kernels that it knows. Pillow does the rest: enlarging, larger windows (reduced to
-twice the output size first), alpha (which weights colours), and more than 8 bits.
+Torch and Pillow antialias with the same kernels, but torch rounds its weights differently: about
+one value in 200 differs by one level of 255. Torch resizes windows of one to four times the output
+size, with the kernels that torch supports. Pillow resizes in all other cases: enlarging, larger
+windows (first reduced to twice the output size), pictures with alpha (which weights the colours),
+and pictures of more than 8 bits.
 
 `C` channels, `H W` pixels.
 """
@@ -57,7 +58,7 @@ def check_resizer(name: str) -> str:
 def resized_window(
     image: Picture, box: Box, size: tuple[int, int], *, interpolation: str, resize_with: str
 ) -> Tensor:
-    """Return a window of a picture, resized, (C, H, W), in the form of `pixels_of`.
+    """Return a resized window of a picture, (C, H, W), of the type that `pixels_of` returns.
 
     Args:
         image: the picture.
@@ -93,12 +94,13 @@ def _by_torch(image: Image.Image, box: Box, size: tuple[int, int], interpolation
 def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpolation: str) -> None:
     """Replace the pixels whose kernel reaches beyond the window into the rest of the picture.
 
-    Torch took the window for the whole picture. Pillow's kernel sees the picture around it.
+    Torch treated the window as the complete picture. Pillow's kernel also uses pixels around the
+    window.
     """
     (left, top, right, bottom), (height, width) = box, result.shape[1:]
-    across, down = (right - left) / width, (bottom - top) / height  # source pixels per pixel
+    across, down = (right - left) / width, (bottom - top) / height  # source pixels per output pixel
 
-    # strips that see beyond the window
+    # strips whose kernels reach beyond the window
     reach = SUPPORT[interpolation]
     columns, rows = min(reach, width), min(reach, height)
     strips = (
@@ -130,7 +132,7 @@ def _window(image: Image.Image, box: Box) -> Tensor:
     except ValueError:  # Pillow keeps large pictures in several blocks of memory
         return _channels_first(np.array(image.crop(box)))
     pixels = torch.from_dlpack(stored if image.mode == "L" else stored.flatten())
-    # No copy, because new pages of memory are slow.
+    # Do not copy the pixels, because allocating memory is slow.
     window = pixels.view(height, width, -1)[top:bottom, left:right]
     return window.permute(2, 0, 1)
 
@@ -164,10 +166,11 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
 def normalised(pixels: Tensor) -> Tensor:
     """Return the result of `pixels_of` as float32 in [-1, 1], on its device.
 
-    Of 8 bits, 0 becomes -1 and 255 becomes 1.
+    8-bit values from 0 to 255 become -1 to 1.
     """
     if pixels.dtype != torch.uint8:
         return pixels
-    # Divide by a tensor for the same bits everywhere. CUDA multiplies by a number's reciprocal.
+    # Divide by a tensor, which gives the same bits on every device. With a plain number, CUDA would
+    # multiply by the reciprocal.
     half = torch.full((), 127.5, device=pixels.device)
     return pixels.to(torch.float32).div_(half).sub_(1)

@@ -1,4 +1,4 @@
-"""The order of the images by (seed, step, rank), so a resumed run needs one integer."""
+"""The order of the images by (seed, step, rank), so a resumed run needs only the step."""
 
 from collections.abc import Iterator
 
@@ -11,10 +11,10 @@ from latentvae.errors import UserError
 class IndexSampler(Sampler[list[tuple[int, int]]]):
     """Endless micro-steps, each a list of (epoch, index) for this rank.
 
-    No image comes twice in an epoch, and fewer images than one joint batch are left out. Each epoch
-    has its own order. At step s of an epoch the joint batch of all W ranks is
-    ``order[s*B*W : (s+1)*B*W]``, and rank r takes its r-th part. So two ranks see the images that
-    one process with twice the batch sees.
+    No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch.
+    Each epoch has its own order. At step s of an epoch the joint batch of all W ranks is
+    ``order[s*B*W : (s+1)*B*W]``, and rank r takes its r-th part. So two ranks see the same images
+    as one process with twice the batch size.
 
     Args:
         num_items: number of images.

@@ -40,10 +40,10 @@ def read_size(source: deep_files.File | IO[bytes], *, name: str, page: int = 0) 
             with open(source, "rb") as file:
                 return _size(file, page)
 
-    # what is wrong
+    # report what is wrong
     except UnreadableImage:
         raise
-    except Exception as error:  # any type, as in `read_image`
+    except Exception as error:  # libraries raise errors of any type
         reason = "not an image of a known format"
         if not isinstance(error, UnidentifiedImageError):
             reason = reason_of(error)
@@ -76,8 +76,8 @@ def _size(file: IO[bytes], page: int) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened image, or 1 if Pillow's size is upright already.
 
-    Pillow itself turns the size of a TIFF. A PNG with EXIF behind its pixels counts as upright,
-    because finding that EXIF means decoding the whole file.
+    Pillow itself turns the size of a TIFF. A PNG with EXIF data after its pixels counts as upright,
+    because finding this EXIF data would mean decoding the complete file.
     """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1

@@ -1,8 +1,9 @@
 """Open images in any form, and choose which are for training and which for validation.
 
-Every source sorts its images by a name that does not depend on how they are stored. A share is
-held out by the hash of that name. So the same images as a folder, as tar files or as a table
-with paths give the same two sets and, with the same seed, the same batches.
+Every source sorts its images by a name that does not depend on how they are stored. The hash of
+that name decides whether an image is held out for validation. So the same images give the same two
+sets as a folder, as tar files or as a table with paths. With the same seed they also give the same
+batches.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ def spread(total: int, at_most: int | None) -> list[int]:
 def some_of(source: ImageSource, at_most: int) -> Subset:
     """Return up to ``at_most`` images, evenly spread over the source.
 
-    The first images by name would often be of one class.
+    If the first images by name were taken, they would often be of one class.
     """
     return Subset(source, spread(len(source), at_most))
 
@@ -84,18 +85,20 @@ def open_source(
     """Open the images that ``spec`` names. The content of a folder decides its form.
 
     A string or path may be ``"samples"`` (write ``./samples`` for a folder of that name), a folder
-    of images, tar files (``TarShards``) or a table (``HubImages``). Tar files are a .tar file, a
-    folder of them, or a pattern. A table is a .parquet or .arrow file, a folder of them, or a
-    folder written by ``save_to_disk``. A folder that holds any image is a folder of images.
+    of images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar
+    file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a
+    folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
+    a folder of images.
 
-    A ``DatasetSpec`` may be any of these with options or, if there is no such path, a data set of
-    the Hub. A folder of images is then a table of the splits that ``datasets`` sees in it.
+    A ``DatasetSpec`` names any of these with options or, if there is no such path, a data set of
+    the Hub. With a ``DatasetSpec``, a folder of images is a table with the splits that ``datasets``
+    finds in the folder.
 
     Args:
-        spec: see above.
-        split: the split of the sample photos or of a local table. Other forms are taken whole. A
-            ``DatasetSpec`` has its own split.
-        pixels: the format of every image. None is 8-bit RGB.
+        spec: names the images.
+        split: the split of the sample photos or of a local table. Of other forms, all images are
+            used. A ``DatasetSpec`` has its own split.
+        pixels: the format of every image. None means 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
         kind = _kind_with_options(spec)
@@ -131,17 +134,20 @@ def open_images(
     """Open the images for training and for validation. No file is in both.
 
     Args:
-        spec: as for ``open_source``. Sample photos and tables give their training split.
-        validation_data_dir: the same for validation. Files of a folder, or tar files, that are in
-            both are left out of training. Tables with a file in common raise UserError.
-        split_share: the share of ``spec`` held out if there is no ``validation_data_dir``, in
-            (0, 1). The hash of its name and ``seed`` decides whether an image is held out, so
-            adding images moves no other image. At least one is held out and one kept.
-        seed: another seed holds out other images.
-        max_train_samples: train on at most this many images, those with the smallest hashes of name
-            and ``seed``. So a smaller set lies within a larger one, and both are drawn from all
-            images.
-        pixels: the format of every image. None is 8-bit RGB.
+        spec: the images, as for ``open_source``. Of sample photos and tables, the training split is
+            used.
+        validation_data_dir: the validation images, in the same forms as ``spec``. Files of a
+            folder, or tar files, that are in both are left out of training. If two tables share a
+            file, UserError is raised.
+        split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
+            ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
+            held out. So adding images does not move other images between the two sets. At least one
+            image is held out and at least one is kept.
+        seed: seed of the hash. Another seed holds out other images.
+        max_train_samples: largest number of training images. The images with the smallest hashes of
+            name and ``seed`` are used. So a smaller set is a subset of a larger set, and both are
+            random samples of all images.
+        pixels: the format of every image. None means 8-bit RGB.
     """
     train = open_source(spec, split="train", pixels=pixels)
 
@@ -178,7 +184,8 @@ def _kind_with_options(spec: DatasetSpec) -> Form:
     A folder of images is a table here, because it has the splits that `datasets` sees in it.
 
     Raises:
-        UserError: tar files with an option that they do not have, or tar files of several splits.
+        UserError: tar files are given with an option that they do not support, or they have several
+            splits.
     """
     kind = _kind(spec.name) or "table"
     if kind == "folder" and Path(spec.name).expanduser().is_dir():
@@ -215,7 +222,7 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
             if file.suffix.lower() in readable_suffixes() and file.suffix.lower() != ".npy":
                 return "folder"
     except OSError:
-        return "folder"  # opening it reports what is wrong
+        return "folder"  # the error is reported when the folder is opened
     if ".tar" in found:  # arrays beside shards and tables are not the images
         return "tar"
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
@@ -268,7 +275,7 @@ def _unit_hash(name: str, seed: int) -> float:
 
 def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
     """Return ``train`` without the images that are also in ``validation``."""
-    # files of one form
+    # both sources are of the same form
     if isinstance(train, ImageFolder) and isinstance(validation, ImageFolder):
         kept = _other_files(train, validation)
     elif isinstance(train, TarShards) and isinstance(validation, TarShards):
@@ -314,7 +321,7 @@ def _all_shared(train: ImageSource) -> str:
 
 
 def _files(source: HubImages | ImageFolder) -> list[Path | None]:
-    """Return each image's own file, links resolved, or None if it lies in a table."""
+    """Return each image's own file with links resolved, or None if a table contains the image."""
     if isinstance(source, HubImages):
         return source.files()
     return [source.file(i).resolve() for i in range(len(source))]

@@ -1,7 +1,7 @@
 """Training images from a data set too large to download, read row by row.
 
-There is no access by number, so the order is only as random as the shuffle buffer makes it, and
-a run resumes approximately. If the images fit on disk, ``open_images`` is better in both.
+Streams have no access by number. So the order is only as random as the shuffle buffer makes it, and
+a run resumes only approximately. If the images fit on disk, ``open_images`` has neither limitation.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class FirstRows:
 
     Args:
         files: (name, bytes) of each image.
-        pixels: the format of every image. None is 8-bit RGB.
+        pixels: the format of every image. None means 8-bit RGB.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class ImageStream:
 
     Args:
         spec: the data set.
-        held_out: number of first rows kept in memory for validation, as ``held_out``. Files equal
-            to theirs are never trained on.
+        held_out: number of first rows that are kept in memory for validation, in the attribute
+            ``held_out``. Files with the same bytes as one of these rows are never trained on.
         shuffle_buffer: number of undecoded images kept in memory in each worker. The next image is
             drawn from them at random.
-        pixels: the format of every image. None is 8-bit RGB.
+        pixels: the format of every image. None means 8-bit RGB.
     """
 
     def __init__(
@@ -131,21 +131,21 @@ def stream_loader(
 ) -> DataLoader[TrainItem]:
     """Return a loader of endless batches (``Batch``) of a stream, like ``train_loader``.
 
-    The files are shared among the ranks, and each rank's files among its workers. So the number of
-    workers changes the order, and there are at most as many workers as files.
+    The stream's files are divided among the ranks, and each rank's files among its workers. So the
+    number of workers changes the order. There are at most as many workers as files.
 
     Args:
         stream: the images.
         transform: the augmentation.
-        batch_size: images read per rank and micro-step.
+        batch_size: number of images read per rank and micro-step.
         seed: seed of order and augmentation, 0 or above.
-        crops: N, crops taken of each image. B is N times ``batch_size``.
-        num_workers: processes that read and decode beside this one.
-        pin_memory: put batches where CUDA can copy from while it computes.
+        crops: N, the number of crops of each image. B is N times ``batch_size``.
+        num_workers: number of additional processes that read and decode images.
+        pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
         rank: this process.
         world_size: number of processes.
-        start_step: micro-steps already done. About as many images are skipped, but not exactly
-            those that were shown.
+        start_step: number of micro-steps already done. About as many images are skipped, but not
+            exactly those that were already used.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)
@@ -197,12 +197,12 @@ class _TrainStream(IterableDataset[TrainItem]):
         done = len(range(worker, self.batches_done, workers)) * self.batch_size
         rank, world_size = self.ranks
 
-        # numbers that no other rank or worker has
+        # image numbers that no other rank or worker uses
         numbers = itertools.count(
             (done * workers + worker) * world_size + rank, workers * world_size
         )
 
-        # full passes already done, and the rest to skip
+        # full passes already done, and the number of images to skip in the next pass
         share = (self.stream.num_images or 0) // (world_size * workers)
         first, skip = divmod(done, share) if share else (0, done)
 

@@ -1,7 +1,7 @@
-"""Images in tar files (webdataset shards), read by offset: any image at any time, as in a folder.
+"""Images in tar files (webdataset shards), read by offset in any order, as from a folder.
 
-https://github.com/webdataset/webdataset. Each image member is an image of its own. Other members
-(``.cls``, ``.json``, ``.txt``, and a ``.npy`` with an image's key) are not read.
+https://github.com/webdataset/webdataset. Each member that is an image file is one image. Other
+members (``.cls``, ``.json``, ``.txt``, and a ``.npy`` with an image's key) are not read.
 """
 
 import glob
@@ -34,16 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 class TarShards:
-    """The images in tar files, sorted by the members' names, whatever shard they lie in.
+    """The images in tar files, sorted by the members' names, regardless of their shards.
 
-    The name of an image is its member's, so the same images have the same names and order as in a
-    folder. A name in several shards is put after its shard: ``000001.tar/0007.jpg``. A damaged or
-    cut-off shard gives the images before the damage, and a warning.
+    An image has the name of its member, so the same images have the same names and order as in a
+    folder. A name that occurs in several shards gets the shard's name as a prefix:
+    ``000001.tar/0007.jpg``. From a damaged or cut-off shard, the images before the damage are used,
+    with a warning.
 
     Args:
-        spec: a .tar file, a folder of them, or a pattern: ``shards/train-{000..012}.tar``,
+        spec: a .tar file, a folder of .tar files, or a pattern: ``shards/train-{000..012}.tar``,
             ``shards/*.tar`` (``~`` allowed).
-        pixels: the format of every image. None is 8-bit RGB.
+        pixels: the format of every image. None means 8-bit RGB.
 
     Example:
         shards = TarShards("shards/train-{000..012}.tar")
@@ -63,7 +64,7 @@ class TarShards:
                     *(printable(str(path)), printable(index.fault), len(index.names)),
                 )
 
-        # what is not used
+        # members that are not used
         left_out = sum((index.left_out for index in found), Counter[str]())
         if not any(index.names for index in found):
             fault = next((f": {index.fault}" for index in found if index.fault), "")
@@ -99,14 +100,14 @@ class TarShards:
         return self.names[index]
 
     def shard(self, index: int, /) -> Path:
-        """Return the tar file that the image lies in."""
+        """Return the tar file that contains the image."""
         return self.shards[self._shard_of[index]]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         if self._sizes[index] > MAX_BYTES:
             raise UnreadableImage(self.name(index), f"{self._sizes[index]:,} bytes are too many")
-        # Open the shard anew each time, as an image file. So worker processes share nothing, and
-        # the number of shards has no limit.
+        # Open the shard anew each time, like an image file. So worker processes share no open file,
+        # and the number of shards has no limit.
         try:
             with open(self.shard(index), "rb") as file:
                 file.seek(self._offsets[index])
@@ -130,7 +131,7 @@ class TarShards:
 
 
 class _Member(ContainerIO[bytes]):
-    """A member of a tar file, as a file. It needs a name, because tifffile asks for it."""
+    """A member of a tar file as a file object. The name is there for tifffile."""
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
     """Return the tar files of a folder (and below), of one path, or of a pattern, sorted.
 
     Raises:
-        UserError: there are none, or one that a list in braces names is missing.
+        UserError: there are no tar files, or a file that a list in braces names is missing.
     """
     root = Path(spec).expanduser()
     if root.name.lower().endswith(COMPRESSED_SUFFIXES):
@@ -164,7 +165,7 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """Yield ``a{000..002}`` or ``a{x,y}`` written out, as a shell does."""
+    """Yield the names that ``a{000..002}`` or ``a{x,y}`` stands for, as in a shell."""
     match = re.search(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}", pattern)
     if match is None:
         yield pattern
@@ -183,7 +184,7 @@ def _choices(inside: str) -> list[str]:
 def _split_pattern(path: Path) -> tuple[Path, str]:
     """Return the folders of a path that exist by their literal names, and the pattern below.
 
-    So a folder named ``run [1]`` or ``{a,b}`` means itself.
+    So a folder that is named ``run [1]`` or ``{a,b}`` is taken literally.
     """
     known = next((folder for folder in path.parents if folder.is_dir()), Path("."))
     return known, str(path.relative_to(known))
@@ -206,7 +207,7 @@ def _missing(path: Path) -> str:
 
 
 def _distinct(names: list[list[str]], shards: list[Path]) -> list[str]:
-    """Return all names in one list. A name in several shards is put after its shard."""
+    """Return all names in one list. A name in several shards gets the shard as a prefix."""
     times = Counter(itertools.chain.from_iterable(names))
     root = os.path.commonpath([path.absolute().parent for path in shards])
     result: list[str] = []

@@ -1,8 +1,9 @@
-"""The places of the images in a tar file, from one walk over its headers that is then cached.
+"""Find the images in a tar file in one pass over its headers, and cache the result.
 
-Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The
-index is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written,
-in ``$XDG_CACHE_HOME/latentvae``. It is valid while the shard's size and time of change stay.
+Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The index
+is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written, in
+``$XDG_CACHE_HOME/latentvae``. The index is valid while the shard's size and modification time stay
+the same.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ class ShardIndex:
     """The images of one tar file.
 
     Attributes:
-        names: (N,), cleaned. Of members with the same name the last counts, as in unpacking.
+        names: (N,), cleaned names. Of several members with the same name, the last one counts, as
+            in unpacking.
         offsets: (N,), int64, bytes from the start of the file to the image's first byte.
         sizes: (N,), int64, bytes.
         fault: what is wrong with the tar file, or "".
@@ -50,7 +52,7 @@ class ShardIndex:
 
 
 def shard_index(path: Path) -> ShardIndex:
-    """Return the images of a tar file, from the cache if it is there and fresh.
+    """Return the images of a tar file, from the cache if the cached index is valid.
 
     Raises:
         UserError: the file cannot be opened, or it is compressed.
@@ -92,7 +94,7 @@ def _walk(path: Path, size: int) -> ShardIndex:
                     members[name] = (member.offset_data, member.size)
     except OSError:
         raise
-    # Damaged extended headers raise ValueError, OverflowError and more, beside TarError.
+    # Besides TarError, damaged extended headers raise ValueError, OverflowError and more.
     except Exception as error:
         fault = _fault(path, error)
     found = [name for name in members if suffix(name) in readable_suffixes()]
@@ -104,7 +106,7 @@ def _walk(path: Path, size: int) -> ShardIndex:
 
 
 def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the plain files that lie wholly within the ``size`` bytes.
+    """Yield the plain files that lie completely within the first ``size`` bytes.
 
     Links and devices hold no image.
     """
@@ -117,7 +119,7 @@ def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]
             if end > size:
                 raise tarfile.ReadError("unexpected end of data")
             yield member
-    # tarfile takes a damaged or missing header for the end. The true end is a block of zeros.
+    # tarfile treats a damaged or missing header as the end. The real end is a block of zeros.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -163,7 +165,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
         return None
     try:
         with open(place, "rb") as file, np.load(file, allow_pickle=False) as found:
-            # Our index is not compressed. A compressed one could fill the memory.
+            # Our index is not compressed. A compressed file could fill the memory.
             if any(entry.file_size > entry.compress_size for entry in found.zip.infolist()):
                 return None
             if found["key"].tolist() != key:
@@ -174,7 +176,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
                 {str(kind): int(count) for kind, count in json.loads(left_out).items()}
             )
             offsets, sizes = found["offsets"].astype(np.int64), found["sizes"].astype(np.int64)
-    except Exception:  # zip, zlib and NumPy each raise their own. The shard is walked again.
+    except Exception:  # zip, zlib and NumPy raise their own errors. Then the shard is read again.
         return None
 
     # every entry must lie inside the shard
@@ -187,7 +189,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
 
 
 def _replace(place: Path, content: bytes, *, mode: int) -> None:
-    """Write a file aside and rename it: of two writers one wins, and no reader sees a part."""
+    """Write a temporary file and rename it: one of two writers wins, readers never see a part."""
     place.parent.mkdir(parents=True, exist_ok=True)
     file, aside = tempfile.mkstemp(dir=place.parent, prefix=".index-")
     try:

@@ -1,9 +1,9 @@
 """From a picture to a (C, H, W) tensor: choose a window of the right shape and resize it.
 
-A window has whole source pixels and the resize is antialiased. So "resize the shorter side to
-R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
-enlarged. An image whose shorter side is R already is not resampled. Sizes that are not square
-use the largest window of their shape. ``R``, and ``H W``, are in pixels.
+A window consists of whole source pixels, and the resize is antialiased. So "resize the shorter side
+to R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
+enlarged. An image whose shorter side is R already is not resampled. Sizes that are not square use
+the largest window of their shape. ``R``, and ``H W``, are in pixels.
 """
 
 import math
@@ -35,8 +35,8 @@ class Window:
 
     Attributes:
         share: side as a share of the largest window of that shape in the image, in (0, 1].
-        x, y: position in the free space, 0 (left, top) to 1 (right, bottom).
-        flip: mirror left and right.
+        x, y: position of the window, from 0 (at the left or top edge) to 1 (right or bottom edge).
+        flip: whether to mirror left and right.
     """
 
     share: float = 1.0
@@ -75,7 +75,8 @@ class TrainTransform:
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
-        jpeg_draft: let JPEGs be decoded smaller, down to twice the side that a window needs.
+        jpeg_draft: allow JPEGs to be decoded at reduced size, down to twice the side that a window
+            needs.
 
     Example:
         transform = TrainTransform(256, crop="random")
@@ -114,7 +115,7 @@ class TrainTransform:
     def draw(self, rng: np.random.Generator) -> Window:
         """Draw a window.
 
-        It always takes four numbers from ``rng``, whatever the options are.
+        The method always draws four numbers from ``rng``, whatever the options are.
         """
         share, x, y, flip = rng.random(4).tolist()
         low, high = self.crop_scale
@@ -126,9 +127,10 @@ class TrainTransform:
     ) -> int | None:
         """Return the shorter side in pixels down to which a JPEG may be decoded. None forbids it.
 
-        It is twice what the narrowest window needs, because JPEG shrinks by blocks. Compared with
-        decoding the whole file, the results have 47 dB. They would have 43 dB at 1.5 times the need
-        and 38 dB at the need itself (means over photos of BSDS500 at quality 90).
+        The side is twice what the narrowest window needs, because JPEG decoders shrink an image
+        blockwise. Compared with decoding at full size, the results have a PSNR of 47 dB. The PSNR
+        would be 43 dB with 1.5 times the needed side, and 38 dB with the needed side (means over
+        photos of BSDS500 at JPEG quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -141,7 +143,7 @@ class TrainTransform:
         Args:
             image: the picture.
             window: the place of the window.
-            size: height and width of the image's bucket. None is the transform's own size.
+            size: height and width of the image's bucket. None means the transform's own size.
         """
         height, width = size or self.size
         pixels = resized_window(
@@ -183,7 +185,7 @@ class EvalTransform:
 
 
 def to_tensor(image: Picture) -> Tensor:
-    """Return an image as (C, H, W), float32 in [-1, 1]. Of 8 bits, 0 becomes -1 and 255 becomes 1.
+    """Return an image as (C, H, W), float32 in [-1, 1]. 8-bit 0 becomes -1, and 255 becomes 1.
 
     Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
     """

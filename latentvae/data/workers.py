@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explained_workers(num_workers: int) -> Iterator[None]:
-    """Say once, in our words, when there are more workers than cores. Torch's warning is muted.
+    """Warn once if there are more workers than cores, in place of torch's own warning.
 
-    Enter it around what makes a ``DataLoader`` and its iterator, because both warn.
+    Enter this context before a ``DataLoader`` and its iterator are created, because both warn.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -42,10 +42,10 @@ def _say_too_many(num_workers: int, cores: int) -> None:
 def leave_signals_to_the_trainer(_worker: int) -> None:
     """Put a worker into its own process group, so that signals to the run do not reach it.
 
-    Ctrl-C and `timeout` signal every process of a group, and SLURM every process of a job step. The
-    workers must live until the trainer has finished its update and saved. The trainer still ends
-    them itself by a SIGTERM, because a SIGTERM from the trainer counts. If the trainer dies,
-    DataLoader's watchdog ends them.
+    Ctrl-C and `timeout` signal every process of a group. SLURM signals every process of a job step.
+    The workers must live until the trainer has finished its update and saved. The trainer itself
+    can still end the workers, because workers still react to a SIGTERM from the trainer. If the
+    trainer dies, DataLoader's watchdog ends the workers.
     """
     if not hasattr(os, "setpgrp"):  # Windows
         return

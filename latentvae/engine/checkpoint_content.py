@@ -4,8 +4,8 @@
     ...                                              Task.tensors
     state.json                                       SavedValues
 
-Random numbers follow from counters (see `randomness`), and the data position is the number of
-micro-steps done. So one checkpoint, written by rank 0, serves all ranks.
+Random numbers are computed from counters (see `randomness`). The data position is the number of
+micro-steps done. So rank 0 writes one checkpoint for all ranks.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ from latentvae.errors import UserError
 
 
 def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
-    """Return everything that the rest of the run depends on. All ranks call it.
+    """Return everything that the rest of the run depends on. All ranks must call this function.
 
-    Tensors are not copied.
+    The snapshot refers to the run's tensors and does not copy them.
 
     Args:
         training: the run so far.
-        window: sums of logged values of this rank, see `MeanWindow.state`.
+        window: this rank's sums of logged values (see `MeanWindow.state`).
     """
     task = training.task
     state = task.state()
@@ -59,11 +59,11 @@ def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
 
 
 def restore(training: Training, snapshot: Snapshot) -> Window:
-    """Load a snapshot into a freshly built training. Return the window of this rank.
+    """Load a snapshot into a freshly built training. Return this rank's sums of logged values.
 
     Raises:
-        UserError: the run was started with other processes, precision or data, or with another
-            network. Or no run has written the snapshot.
+        UserError: no run has written the snapshot. Or its run used another number of processes,
+            another precision, other data or another network.
     """
     # checks, before anything changes
     if "update" in snapshot.values:
@@ -89,8 +89,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
             shadow.copy_(tensors[f"{name}_average"][key])
         average.optimization_step = values.average_steps[name]
 
-    # the task's own. Each rank loads the states of all ranks first, so that all of them refuse a
-    # state that one of them must refuse.
+    # The task's own values. Each rank first loads the states of all ranks, so that all ranks refuse
+    # a state that one of them must refuse.
     task.load_tensors({name: tensors[name] for name in task.tensors()})
     task.load_state(state, update=values.progress.update)
     for own in (*rank_states, rank_states[rank()]):
@@ -104,7 +104,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a checkpoint's weights.
 
     Raises:
-        UserError: they are weights of another network.
+        UserError: the weights belong to another network.
     """
     try:
         module.load_state_dict(weights)
@@ -114,12 +114,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
-    """Return a learner's weights in a checkpoint. Averaged ones replace trained ones."""
+    """Return a learner's weights from a checkpoint. Averaged weights replace trained weights."""
     return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
 
 
 def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
-    """Return a learner's averages by the names that the weights have in the learner's file."""
+    """Return a learner's averaged weights, keyed by the weights' names in the learner's file."""
     averages = training.average_of_weights()
     weights = training.task.learners[name].module.named_parameters()
     return {key: averages[parameter] for key, parameter in weights if parameter in averages}
@@ -128,9 +128,9 @@ def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
 def _check_tensors(
     training: Training, tensors: Mapping[str, Mapping[str, Tensor]], values: SavedValues
 ) -> None:
-    """Refuse missing files, and tensors whose names or shapes are not the run's.
+    """Refuse missing files, and tensors whose names or shapes differ from the run's.
 
-    Weights are compared when they are loaded.
+    The names and shapes of weights are checked later, when the weights are loaded.
     """
     expected: dict[str, dict[str, Tensor]] = {}
     for name in training.task.learners:
@@ -159,7 +159,10 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
-    """Refuse other processes, another precision or other data. The options do not show them."""
+    """Refuse another number of processes, another precision or other data than at the start.
+
+    The options alone do not show these differences.
+    """
     if values.world_size != world_size():
         raise UserError(
             f"the run was started with {values.world_size} processes and cannot resume with "

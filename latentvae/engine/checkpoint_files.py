@@ -1,11 +1,11 @@
-"""Files of a checkpoint: a folder is complete or it is not there.
+"""Files of a checkpoint: its folder is either complete or absent.
 
     checkpoint-<update>/  *.safetensors (see `checkpoint_content`)  state.json  manifest.json
 
-All files are written to a temporary folder, the manifest (sha256 and size of each file) last. Then
-files and folder are fsynced, and the folder is renamed. Older checkpoints are deleted only after
-that. Readers take only folders whose manifest verifies. There is no pickle: tensors are
-safetensors, the rest is JSON.
+All files are written to a temporary folder. The manifest, which holds the sha256 and the size of
+each file, is written last. Then files and folder are fsynced, and the folder is renamed. Older
+checkpoints are deleted only after the rename. Readers accept only folders whose files match the
+manifest. A checkpoint contains no pickle: tensors are stored as safetensors, all else as JSON.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ class Snapshot:
     Attributes:
         tensors: tensors by file and name.
         values: plain values of `state.json`.
-        update: updates done, from the folder's name. None in a snapshot that was not read.
+        update: number of updates done, taken from the folder's name. None if the snapshot was not
+            read from a folder.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -43,14 +44,14 @@ class Snapshot:
 
 
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
-    """Write `checkpoint-<update>` into the folder `run`. Return its folder.
+    """Write `checkpoint-<update>` into the folder `run`. Return the checkpoint's folder.
 
-    Then all checkpoints but the newest `keep` are deleted. No checkpoint is overwritten, because a
-    kill between its deletion and the rename of the new one would leave neither. A checkpoint that
-    could not be written to its end, such as on a full disk, is deleted.
+    Afterwards all checkpoints except the newest `keep` are deleted. No checkpoint is overwritten.
+    Otherwise a kill between the deletion of the old one and the rename of the new one would leave
+    neither. If writing fails, for example on a full disk, the incomplete checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
-    assert not final.exists(), f"{final} is there already"  # a resume sets later ones aside
+    assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
 
     # write
     temporary = run / f"{PREFIX}{update}.tmp-{os.getpid()}"
@@ -62,7 +63,8 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     temporary.rename(final)
     _fsync(run)
 
-    # delete old ones, renamed first: a kill must not leave half a checkpoint under its name
+    # Delete old checkpoints. Each is renamed first, so that a kill leaves no half-deleted
+    # checkpoint under a checkpoint's name.
     for old in [path for path in checkpoints(run) if update_of(path) <= update][:-keep]:
         doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
         old.rename(doomed)
@@ -91,7 +93,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
     """Return the content of a checkpoint whose files match its manifest.
 
     Raises:
-        UserError: it is incomplete or damaged. The message names the file.
+        UserError: the checkpoint is incomplete or damaged. The message names the file.
     """
     fault = _fault(folder)
     if fault:
@@ -107,7 +109,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first (by update, not by name)."""
+    """Return the checkpoint folders of a run, sorted by the number of updates, oldest first."""
     found = [path for path in run.glob(f"{PREFIX}*") if _is_number(path.name[len(PREFIX) :])]
     return sorted(found, key=update_of)
 
@@ -118,7 +120,7 @@ def update_of(checkpoint: Path) -> int:
 
 
 def set_aside(run: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints after an update, at which the run resumes. Return the new paths."""
+    """Rename the checkpoints later than `after`, where the run resumes. Return the new paths."""
     renamed = []
     for path in checkpoints(run):
         if update_of(path) > after:
@@ -129,7 +131,7 @@ def set_aside(run: Path, *, after: int) -> list[Path]:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies, and a message for each newer one that fails."""
+    """Return the newest valid checkpoint, and a message for each newer one that is not valid."""
     faults = []
     for folder in reversed(checkpoints(run)):
         fault = _fault(folder)
@@ -140,21 +142,21 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def half_written(run: Path) -> list[Path]:
-    """Return the temporary folders that killed saves and exports have left."""
+    """Return the temporary folders that killed saves and exports have left behind."""
     patterns = (f"{PREFIX}*.tmp-*", ".export.writing-*", ".export.replaced-*")
     return [path for pattern in patterns for path in sorted(run.glob(pattern))]
 
 
 def sweep_temporary(run: Path) -> None:
-    """Delete the temporary folders that killed saves and exports have left."""
+    """Delete the temporary folders that killed saves and exports have left behind."""
     for path in half_written(run):
         shutil.rmtree(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return an optimizer's state, tensors by `<parameter name>|<key>`.
+    """Return an optimizer's state as tensors named `<parameter name>|<key>`.
 
-    Settings and learning rates are not part of it: they follow from the options.
+    Settings and learning rates are left out, because the options decide them.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     state = {}
@@ -167,7 +169,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Load what `optimizer_tensors` returned.
+    """Load an optimizer's state that `optimizer_tensors` returned.
 
     Raises:
         UserError: a tensor belongs to no parameter of the module, or has another shape.
@@ -178,8 +180,8 @@ def load_optimizer_tensors(
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise UserError(f"the checkpoint is not of this configuration: '{joined}'")
-        # A moment needs its parameter's memory format: the fused update relies on it, and a file
-        # does not store it.
+        # A moment needs its parameter's memory format, because the fused update relies on it. Files
+        # do not store the memory format.
         like = (
             torch.empty_like(parameter)
             if value.shape == parameter.shape
@@ -189,7 +191,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Give files the modes that the umask asks for. Safetensors lets only their owner read them."""
+    """Set file modes by the umask, because safetensors lets only the owner read its files."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

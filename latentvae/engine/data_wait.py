@@ -1,4 +1,4 @@
-"""A clock for the time that updates wait for their batches, and advice against it."""
+"""Measure the time that updates wait for their batches, and advise how to shorten it."""
 
 import math
 import os
@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-TOLD_FROM = 0.2  # share of the time from which a warning is printed
+TOLD_FROM = 0.2  # a warning is printed if updates wait for at least this share of the time
 
 
 class DataWait(Iterator[Any]):
-    """An iterator over batches with a clock that runs while the update waits for one.
+    """An iterator over batches with a clock that runs while the update waits for a batch.
 
-    The clock counts host time and syncs no device. The first wait does not count, because workers
-    start in it.
+    The clock measures time on the host and does not synchronise with the device. The first wait
+    does not count, because the workers start during it.
 
     Args:
-        loader: gives the batches. It is asked for them when the first one is needed.
-        num_workers: processes of this rank that read data.
-        num_processes: ranks on this machine, which share its cores.
+        loader: returns the batches. Its iterator is created when the first batch is needed.
+        num_workers: number of this rank's processes that read data.
+        num_processes: number of ranks on this machine, which share the cores.
         unit: name of a batch's items.
         advice: what to try when no core is left for more workers.
     """
@@ -55,12 +55,12 @@ class DataWait(Iterator[Any]):
         return seconds
 
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
-        """Return a warning about a window of the run, once. None when the wait is short.
+        """Return a warning about waiting for data, once per run. Return None if the wait is short.
 
         Args:
-            waited: seconds of `elapsed` in which an update waited.
-            elapsed: seconds that the window took.
-            updates: number of updates in the window.
+            waited: seconds of `elapsed` in which updates waited for batches.
+            elapsed: seconds since the last row of the log.
+            updates: number of updates in `elapsed`.
         """
         if self._told or waited < TOLD_FROM * elapsed:
             return None

@@ -1,4 +1,4 @@
-"""Faults of the machine that end a correctly started run. Each becomes a message with advice."""
+"""Faults of the machine that end a correctly started run, and the message for each fault."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ def explained(task: Task) -> Iterator[None]:
 
 
 def explanation(error: Exception, task: Task) -> str | None:
-    """Return the message for an error. None when the error is of no known kind."""
+    """Return the message for an error. Return None for an error of an unknown kind."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _CPU_MEMORY)
@@ -68,7 +68,7 @@ def _first_line(text: str) -> str:
 
 
 def _disk(error: Exception, text: str, task: Task) -> str | None:
-    # Is it an error of the disk?
+    # Is this an error of the disk?
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _OS_ERROR.search(text)):
         number = int(found[1])

@@ -8,7 +8,10 @@ from latentvae.engine.training import Training
 
 
 def export(training: Training) -> Path:
-    """Export the averaged weights and log it. Return the folder. All ranks call it."""
+    """Export the averaged weights, log the export and return its folder.
+
+    All ranks must call this function.
+    """
     task, update = training.task, training.progress.update
     out = training.folder / "export"
     with training.evaluating():
@@ -20,7 +23,7 @@ def export(training: Training) -> Path:
 
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
-    """Return whether the export is there, made after that update with the same options."""
+    """Return whether an export of this update with the same options exists."""
     exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())

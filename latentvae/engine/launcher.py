@@ -1,6 +1,7 @@
 """Settings of `accelerate launch` that training does not support.
 
-They often come from another project: `accelerate config` writes one file for all of them.
+Such settings often come from another project, because `accelerate config` writes one file for all
+projects.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ class Setting(NamedTuple):
     """A setting of the launcher.
 
     Attributes:
-        variable: the environment variable through which the launcher passes it on.
-        allowed: its values that training supports, in lower case.
-        key: its name in the launcher's configuration file.
-        name: how to name it in a message, before its value.
-        remedy: what to do.
+        variable: the environment variable through which the launcher passes the setting on.
+        allowed: the values of the setting that training supports, in lower case.
+        key: the setting's name in the launcher's configuration file.
+        name: text that stands for the setting in a message, before its value.
+        remedy: what the user can do.
     """
 
     variable: str
@@ -64,14 +65,15 @@ PRECISION = Setting(
 
 
 def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse settings of the launcher that end in a crash later.
+    """Refuse settings of the launcher that would crash the run later.
 
     Args:
-        precision: the option mixed_precision, which overrides that of the launcher.
+        precision: the option mixed_precision, which overrides the launcher's precision.
         environment: variables that the launcher has set.
 
     Raises:
-        UserError: names the setting, its value, and the file that it came from.
+        UserError: a setting is not supported. The message names the setting, its value, and the
+            file that it came from.
     """
     settings = SETTINGS if precision else (*SETTINGS, PRECISION)
     for setting in settings:
@@ -85,7 +87,7 @@ def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os
 
 
 def _origin(key: str, value: str) -> str:
-    """Name the file that holds a setting, or the other ways in which it may be given."""
+    """Name the file that holds a setting, or else the other places where it may be set."""
     for path in (_named_by_launcher(), Path(default_config_file)):
         if path is not None and path.is_file():
             with contextlib.suppress(UserError):

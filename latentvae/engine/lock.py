@@ -1,4 +1,4 @@
-"""A lock that admits one run per folder. It ends with its process, so it is never stale."""
+"""A lock that admits one run per folder. The lock ends with its process, so it is never stale."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ LOCK_NAME = "run.lock"
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other run out of `folder`. A missing folder is created.
 
-    Rank 0 holds the lock for all ranks. It is a POSIX record lock: the system releases it when the
-    process ends, in whatever way. Reader processes do not inherit it, and network file systems
-    pass it between machines.
+    Rank 0 holds the lock for all ranks. The lock is a POSIX record lock: the operating system
+    releases it however the process ends. Processes that load data do not inherit the lock. On
+    network file systems the lock holds for other machines too.
 
     Raises:
         UserError: another run holds the lock, or the folder cannot be written. Every rank raises.
     """
-    # take the lock on rank 0, tell all ranks
+    # take the lock on rank 0, and send the result to all ranks
     descriptor, fault, is_new = None, None, not folder.exists()
     if is_main():
         try:
@@ -47,13 +47,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _release(descriptor: int, folder: Path) -> None:
-    with contextlib.suppress(OSError):  # a lost disk was reported before
+    with contextlib.suppress(OSError):  # an error of the disk was reported before
         (folder / LOCK_NAME).unlink(missing_ok=True)
     os.close(descriptor)
 
 
 def _take(folder: Path) -> int | None:
-    """Lock the folder and write this process into the lock. Return its open file."""
+    """Lock the folder and write this process's id and host into the lock file. Return that file."""
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _open_locked(path: Path) -> int | None:
                 f"output_dir '{path.parent}' is in use{_by(holder)}. Wait until that run has "
                 "ended, or give another output_dir."
             ) from error
-        if _is_still(path, descriptor):  # the last holder has not deleted it in between
+        if _is_still(path, descriptor):  # the previous run has not deleted the file meanwhile
             return descriptor
         os.close(descriptor)
 

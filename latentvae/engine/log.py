@@ -19,12 +19,12 @@ from latentvae.distributed import all_reduce_mean
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
-BAR_WIDTH = 80  # columns, at most
+BAR_WIDTH = 80  # largest width in columns
 Window = dict[str, list[float]]  # sum and count of logged values since the last row, by name
 
 
 class MeanWindow:
-    """Running means of device scalars between two rows of the log. Only `means` syncs the host."""
+    """Running means of device scalars between two log rows. Only `means` waits for the device."""
 
     def __init__(self, device: torch.device, *, saved: Window | None = None) -> None:
         saved = saved or {}
@@ -56,12 +56,14 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: knows the ranks and the tracker.
-        start: updates done already. Rows of later updates, left by a killed run, are dropped.
-        total: updates of the whole run.
-        items_per_update: effective batch.
+        start: number of updates already done. Rows of later updates, left by a killed run, are
+            dropped.
+        total: number of updates of the complete run.
+        items_per_update: effective batch size.
         unit: name of the items.
         shown: log names on the progress line.
-        waiting: the clock of the batches, for `time/data_wait_share` and a warning.
+        waiting: measures how long updates wait for batches, for `time/data_wait_share` and a
+            warning.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class RunLog:
         self.items_per_update, self.unit, self.shown = items_per_update, unit, shown
         self.waiting = waiting
 
-        # With None tqdm shows no bar without a terminal.
+        # With None, tqdm shows no bar if there is no terminal.
         self.bar = tqdm(
             total=total,
             initial=start,
@@ -93,7 +95,7 @@ class RunLog:
         )
         self._mark = (time.perf_counter(), start)
 
-        # the validation of update `start`, if a killed run has made it
+        # the validation after `start` updates, if a killed run has logged it
         self.validation: dict[str, Any] | None = None
         if self.active:
             for row in _keep_rows_up_to(self.path, start):
@@ -104,7 +106,7 @@ class RunLog:
         self.bar.update(1)
 
     def row(self, update: int, values: Mapping[str, float]) -> None:
-        """Append a row of training values, with the speed since the last one."""
+        """Append a row of training values, with the speed since the last row."""
         # speed
         now, (then, done) = time.perf_counter(), self._mark
         elapsed = max(now - then, 1e-9)
@@ -136,7 +138,7 @@ class RunLog:
         self.tracker.log(values, update=update)
 
     def picture(self, update: int, path: Path) -> None:
-        """Pass a picture that was written to the tracker."""
+        """Send a picture file to the tracker."""
         if self.active:
             self.tracker.picture(path, update=update)
 
@@ -151,7 +153,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Do not count the time inside as training time."""
+        """Exclude the time spent inside this context from the training time."""
         start = time.perf_counter()
         yield
         then, done = self._mark
@@ -162,12 +164,12 @@ class RunLog:
 
 
 def sample_path(folder: Path, update: int) -> Path:
-    """Return the path of an update's samples."""
+    """Return the path of the picture of samples after an update."""
     return folder / "samples" / f"update-{update:06d}.png"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a log. Damaged rows, such as a last one that a kill cut, are skipped."""
+    """Return the rows of a log. Damaged rows, such as a last row cut off by a kill, are skipped."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -183,7 +185,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Drop the rows of later updates, which are made again. Return the rows that stay."""
+    """Drop the rows of later updates, which the run repeats. Return the remaining rows."""
     kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,6 +1,6 @@
 """The loop of every run: updates, and between them log rows, checkpoints and validations.
 
-It is the same for any task and any number of ranks.
+The loop is the same for any task and any number of ranks.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ SILENT_SECONDS = 10.0  # a longer phase is announced
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. It finished the update and saved."""
+    """A signal asked the run to stop. The run finished its update and saved."""
 
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(
@@ -55,15 +55,16 @@ class Stopped(Exception):
 def train(task: Task) -> Path:
     """Train, validate and export. Return the export's folder.
 
-    The same call again resumes where the last one ended.
+    Another call with the same task resumes where the last call ended.
 
     Raises:
         UserError: an option, a path or the data is wrong. No work was done.
-        RunError: the machine ended the run: a full disk, no memory, a dead process.
+        RunError: the machine ended the run, for example by a full disk, too little memory or a dead
+            process.
         UploadError: the run is done and exported, but the upload to the Hub failed.
-        Stopped: a signal stopped the run after it saved everything.
+        Stopped: a signal stopped the run. The run saved everything first.
     """
-    # everything that can be refused without other processes
+    # all checks that need no other processes
     task.config = checked(task.config)
     task.check()
     folder = check_options(task.config.run)
@@ -87,7 +88,7 @@ def train(task: Task) -> Path:
             learner.prepared = learner.module  # DDP must not outlive the process group
         end_accelerator(accelerator)
 
-    # the upload: no rank waits for it, so that none times out
+    # Upload the export. The other ranks do not wait, so that none of them times out.
     out = folder / "export"
     if options.push_to_hub and accelerator.is_main_process:
         push_export(
@@ -100,11 +101,11 @@ def train(task: Task) -> Path:
 
 
 def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator) -> int:
-    """Make the run in `folder`, or the rest of it. Return the updates done.
+    """Make or resume the run in `folder`. Return the number of updates done.
 
     Args:
-        task: what to train. Its options are those for this number of processes.
-        asked: the options as they were given. The folder keeps these.
+        task: what to train. The task's options are those for this number of processes.
+        asked: the options as the user gave them. These options are saved in the folder.
         folder: the run's folder.
         accelerator: knows the processes.
     """
@@ -117,7 +118,7 @@ def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator
     if checkpoint is not None:
         window = restore(training, load_checkpoint(checkpoint))
 
-    # the last refusals, then the folder belongs to this run
+    # The last checks. Then the folder belongs to this run.
     unfinished = training.progress.update < task.config.run.max_train_steps
     if unfinished:
         task.check_ready()
@@ -183,7 +184,7 @@ def _train(training: Training, window: Window) -> None:
 
 
 class _Loop:
-    """Updates until the end or a signal, with what happens between them."""
+    """The updates until the end or a signal, and the logs, saves and validations between them."""
 
     def __init__(
         self, training: Training, window: Window, *, log: RunLog, interrupt: Interrupt
@@ -192,7 +193,7 @@ class _Loop:
         self.log = log
         self.updates = Updates(training, requested=lambda: interrupt.requested)
         self.window = MeanWindow(training.accelerator.device, saved=window)
-        self._validation_seconds = math.inf  # of the last one, to announce a long one
+        self._validation_seconds = math.inf  # time of the last validation, to announce a long one
         self.task.say = log.say
         self.task.begin(training.progress.update)
 
@@ -216,8 +217,8 @@ class _Loop:
     def catch_up(self) -> None:
         """Make the validation before the first update, or one that a kill or a signal prevented.
 
-        The checkpoint is older than its validation. So a validation that is in the log already is
-        passed to the task again.
+        A checkpoint is saved before the validation of the same update. So a validation that is
+        already in the log is passed to the task again.
         """
         validation = from_main(self.log.validation)
         if validation is not None:
@@ -230,7 +231,7 @@ class _Loop:
         return update % options.validation_steps == 0 or update == options.max_train_steps
 
     def _take(self, result: UpdateResult) -> None:
-        """Add an update to the next row. End a run whose gradients stay non-finite.
+        """Add an update to the next row of the log. End a run whose gradients stay non-finite.
 
         Raises:
             RunError: too many updates in a row were not finite.
@@ -289,7 +290,7 @@ class _Loop:
             self._validated(values)
 
     def _validated(self, values: dict[str, float]) -> None:
-        """Pass a validation to the task, except that of the untrained model."""
+        """Pass a validation's results to the task, except those of the untrained model."""
         if self.training.progress.update > 0:
             self.task.validated(self.training.progress.update, values)
 

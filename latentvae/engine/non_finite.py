@@ -1,4 +1,4 @@
-"""The place where an update failed: terms that were not finite, and the items they came from."""
+"""Say why an update failed: which terms were not finite, and from which items they came."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ SHOWN = 4  # largest number of names shown for each process
 
 
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
-    """Return a clause for the log, the same on every rank.
+    """Return a part of a log message, the same on every rank.
 
-    All ranks call it, and only for a skipped update, because it syncs.
+    All ranks call this function, but only for a skipped update, because the function waits for the
+    device.
 
     Args:
         values: the logged scalars of each micro-step of this rank.
         keys: `Task.keys` of each micro-step.
-        task: names the items.
+        task: returns the names of the items.
     """
     # this rank
     found = []

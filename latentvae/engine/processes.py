@@ -22,14 +22,14 @@ DTYPES = {"no": None, "bf16": torch.bfloat16}  # autocast's dtype by mixed_preci
 
 
 def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
-    """Join the other ranks. Return Accelerate's handle of them.
+    """Join the other ranks and return an `Accelerator`.
 
-    The precision is that of the options, or by default that of the launcher.
+    The options set the precision. If they leave it open, the launcher's precision is used.
 
     Raises:
         UserError: the launcher asks for a precision that is not supported.
     """
-    # Without this the precision of an earlier run in this process would stay.
+    # Without this reset, the precision of an earlier run in this process would remain.
     AcceleratorState._reset_state()
 
     accelerator = Accelerator(
@@ -52,8 +52,8 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
 def end_accelerator(accelerator: Accelerator) -> None:
     """Destroy the process group and everything that uses it.
 
-    A group that is still alive when the interpreter exits sometimes ends it with SIGABRT
-    (https://github.com/pytorch/pytorch/issues/190489).
+    If a process group is still alive when the interpreter exits, the exit sometimes fails with
+    SIGABRT (https://github.com/pytorch/pytorch/issues/190489).
     """
     accelerator.free_memory()
     gc.collect()  # hooks and generators hold the prepared networks in reference cycles

@@ -1,7 +1,7 @@
 """The progress of a run, and the plain values of a checkpoint (`state.json`).
 
-The manifest's hash proves that a file has not changed. It does not prove that this program wrote
-it. So the values are checked, and a copied or edited file is refused.
+A hash in the manifest proves that a file has not changed. The hash does not prove that this program
+wrote the file. So the values are checked, and a copied or edited file is refused.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -20,10 +20,10 @@ class Progress(BaseModel):
     """The progress of a run.
 
     Attributes:
-        update: updates done.
-        micro_step: micro-steps done, which is also the data position.
+        update: number of updates done.
+        micro_step: number of micro-steps done, which is also the data position.
         skipped: non-finite updates that were skipped so far.
-        skipped_in_a_row: skipped updates since the last finite one.
+        skipped_in_a_row: skipped updates since the last finite update.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -38,15 +38,15 @@ class SavedValues(BaseModel):
     """The plain values of a checkpoint.
 
     Attributes:
-        progress: updates and micro-steps done.
+        progress: numbers of updates and micro-steps done.
         windows: sums of logged values since the last row, for each rank.
         task: `Task.state`.
         ranks: `Task.rank_state` of each rank.
         world_size: number of processes.
         mixed_precision: precision of the run.
         identity: `Task.identity`.
-        average_steps: updates in each weight average, by learner.
-        versions: versions of the libraries that wrote it, for a person to read.
+        average_steps: number of updates in each weight average, by learner.
+        versions: versions of the libraries that wrote the checkpoint, only for information.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -77,7 +77,7 @@ def checked_values(model: type[Model], values: Any) -> Model:
     """Return the plain values of a checkpoint as a `model`.
 
     Raises:
-        UserError: no run has written them. The message names the entry.
+        UserError: no run has written these values. The message names the wrong entry.
     """
     try:
         checked = model.model_validate(values)
@@ -91,7 +91,7 @@ def checked_values(model: type[Model], values: Any) -> Model:
 
 
 def _not_given(values: BaseModel) -> list[str]:
-    """Return the fields that were not given, at any depth. A run saves all of them."""
+    """Return the missing fields, at any depth. A run always saves every field."""
     names = [name for name in type(values).model_fields if name not in values.model_fields_set]
     for name in type(values).model_fields:
         inner = getattr(values, name)

@@ -10,14 +10,14 @@ __all__ = ["UploadError", "check_push", "push_export", "repository"]
 
 
 def repository(hub_model_id: str | None, folder: Path) -> str:
-    """Return the repository that was asked for, or the run's name in the user's account."""
+    """Return the given repository, or by default the run's name in the user's account."""
     repo_id = hub_model_id or folder.resolve().name
     check_repo_id(repo_id)
     return repo_id
 
 
 def check_push(repo_id: str, *, private: bool) -> None:
-    """Refuse an upload that is sure to fail. Rank 0 asks the Hub, every rank gets its answer."""
+    """Refuse an upload that is sure to fail. Rank 0 asks the Hub for all ranks."""
     answer: str | UserError | None = None
     if is_main():
         try:
@@ -32,10 +32,10 @@ def check_push(repo_id: str, *, private: bool) -> None:
 
 
 def push_export(export: Path, *, repo_id: str, private: bool, message: str) -> None:
-    """Upload an export and print its address. Only one rank calls it.
+    """Upload an export and print its URL. Only one rank calls this function.
 
     Raises:
-        UploadError: the Hub did not take it.
+        UploadError: the Hub did not accept the upload.
     """
     address = upload_export(export, repo_id=repo_id, private=private, message=message)
     print(f"uploaded to {address}")

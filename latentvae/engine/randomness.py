@@ -1,6 +1,6 @@
 """Random numbers from counters: each micro-step seeds the global generators.
 
-So no state of a generator is ever saved.
+So checkpoints contain no state of a random generator.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """The purpose of random numbers. Different purposes share no numbers."""
+    """The purpose of random numbers. Different purposes use different random numbers."""
 
     WEIGHTS = 1
     MICRO_STEP = 2
@@ -20,7 +20,7 @@ class Stream(IntEnum):
 
 
 def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
-    """Seed Python, NumPy and torch (all devices), such as from the seed, micro-step and rank."""
+    """Seed Python, NumPy and torch (all devices) from a seed and counters such as step and rank."""
     mixed = _mixed(stream, seed, *counters)
     random.seed(int(mixed[0]))
     np.random.seed(int(mixed[0] % 2**32))
@@ -28,7 +28,7 @@ def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
 
 
 def generator_for(stream: Stream, seed: int, *counters: int) -> torch.Generator:
-    """Return a new generator on the CPU. The same counters give the same one on every rank."""
+    """Return a new CPU generator. The same counters give the same numbers on every rank."""
     mixed = _mixed(stream, seed, *counters)
     return torch.Generator().manual_seed(int(mixed[1] >> np.uint64(1)))
 

@@ -1,6 +1,6 @@
-"""The start of a run: from scratch, or from the newest checkpoint that verifies.
+"""The start of a run: from scratch, or from the newest valid checkpoint.
 
-The same command again resumes a run.
+Running the same command again resumes a run.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
 
 CONFIG_NAME = "config.yaml"
-RUN_FILES = (  # not config.yaml, which is replaced: the folder must stay one of a run
+RUN_FILES = (  # without config.yaml, which marks the folder as that of a run until it is replaced
     "log.jsonl",
     "samples",
     "logs",
@@ -42,26 +42,26 @@ Config = TypeVar("Config", bound=JobConfig)
 def find_start(asked: JobConfig, folder: Path) -> Path | None:
     """Return the checkpoint to resume from, if there is one. No file of a run changes.
 
-    Rank 0 looks, and every rank gets its result or its error.
+    Rank 0 searches, and every rank gets the same result or error.
 
     Raises:
-        UserError: the folder holds something else, the options differ, or a named checkpoint
-            cannot be used.
+        UserError: the folder holds other files but no run, the options differ, or a named
+            checkpoint cannot be used.
     """
     return _on_main(lambda: _find_start(asked, folder))
 
 
 def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
-    """Prepare the folder for this run, after all refusals except that of a tracker.
+    """Prepare the folder for this run, after all checks except the start of the tracker.
 
-    An earlier run is deleted if `overwrite_output_dir` says so. Checkpoints after the one to
-    resume from are set aside. The folder keeps the options as they were given.
+    An earlier run is deleted if `overwrite_output_dir` is set. Checkpoints later than the one to
+    resume from are renamed. The options are saved as the user gave them.
     """
     _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 
 
 def write_config(config: JobConfig, path: Path) -> None:
-    """Write a configuration: the whole file or nothing."""
+    """Write a configuration file completely or not at all."""
     temporary = path.with_suffix(".yaml.tmp")
     temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     temporary.replace(path)
@@ -71,7 +71,7 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     """Return the configuration that a run was started with.
 
     Raises:
-        UserError: the folder or the file is not that of a run.
+        UserError: the folder or the file does not belong to a run.
     """
     if not path.is_file():
         raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
@@ -137,7 +137,7 @@ def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
-    """Return the checkpoint that was asked for. `latest` may find none.
+    """Return the requested checkpoint. For `latest`, return None if there is no checkpoint.
 
     Raises:
         UserError: a named checkpoint is not one of this run, or is damaged.

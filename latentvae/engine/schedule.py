@@ -1,4 +1,4 @@
-"""Schedules as functions of the update. Nothing here counts steps."""
+"""Schedules as functions of the update. No schedule counts steps."""
 
 import math
 
@@ -6,13 +6,14 @@ from latentvae.config.run_config import JobConfig
 
 
 def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range = range(0)) -> float:
-    """Return the rate of an update: linear warm-up, then constant or a cosine to 0.
+    """Return the learning rate of an update: linear warm-up, then constant or cosine decay to 0.
 
     Args:
-        update: from 0.
-        peak: the rate after the warm-up.
+        update: number of the update, from 0.
+        peak: the learning rate after the warm-up.
         config: has the warm-up, the scheduler and the length of the run.
-        pause: updates in which the learner stands still. The warm-up does not count them.
+        pause: updates in which the learner does not learn. The warm-up does not count these
+            updates.
     """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)
@@ -29,8 +30,8 @@ def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range =
 def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
     """Return the value of `update` on half a cosine from `start` to `end`.
 
-    It is `start` in update 0 and `end` from update `steps` on. DALL-E's dVAE lowers its temperature
-    so (Ramesh et al. 2021, arXiv:2102.12092, appendix A.2).
+    The value is `start` in update 0 and `end` from update `steps` on. DALL-E's dVAE lowers its
+    temperature in this way (Ramesh et al. 2021, arXiv:2102.12092, appendix A.2).
     """
     progress = min(update / steps, 1.0) if steps else 1.0
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,7 +1,8 @@
-"""A clean stop: a first signal lets the update finish and the loop save, a second ends at once.
+"""Stop a run cleanly at the first signal, and at once at the second.
 
-Handled are SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal, a lost ssh connection) and SIGUSR1
-(SLURM, before a time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
+After the first signal the run finishes its update and saves. The signals are SIGTERM, SIGINT
+(Ctrl-C), SIGHUP (a closed terminal or a lost ssh connection) and SIGUSR1 (sent by SLURM before a
+time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ _ECHO = 2.0  # seconds in which a launcher may repeat a signal that has reached 
 class Interrupt:
     """Context manager that notes the first signal and restores the handlers at its end.
 
-    `accelerate launch` does not pass SIGTERM to a single training process. So the loss of that
+    `accelerate launch` does not pass SIGTERM to a single training process. So the end of the
     launcher counts as SIGTERM too.
 
     Args:
-        next_update: returns the number of the update that is finished before the run saves. None
-            acknowledges no signal, as on ranks after the first.
+        next_update: returns the number of the update that is finished before the run saves. With
+            None, no signal is acknowledged, as on ranks after the first.
     """
 
     def __init__(self, next_update: Callable[[], int] | None = None) -> None:
@@ -57,22 +58,22 @@ class Interrupt:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
             self._acknowledge()
-        # A terminal that closes after Ctrl-C is no wish to lose the checkpoint.
+        # If the terminal closes after Ctrl-C, the user still wants the checkpoint.
         elif number != _HANGUP and time.monotonic() - self._since > _ECHO:
             sys.exit(128 + number)
 
     def _acknowledge(self) -> None:
-        """Say at once what happens. A handler may interrupt a print, so it writes by itself."""
+        """Say at once what happens. Do not use `print`, which the signal may have interrupted."""
         if self.next_update is None:
             return
         text = f"\nfinishing update {self.next_update():,}, then saving; again to stop now"
-        if self._launcher is not None:  # it ends at once on Ctrl-C, and the terminal is free again
+        if self._launcher is not None:  # the launcher ends at once on Ctrl-C and frees the terminal
             text += f" (`kill {os.getpid()}` once the launcher has ended)"
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
 
     def _leave_terminal(self) -> None:
-        """Send later output to nowhere: writing to a closed terminal is an error."""
+        """Discard later output, because writing to a closed terminal is an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)

@@ -1,12 +1,13 @@
-"""The contract of a task: what a run trains.
+"""The contract between the engine and a task, which is what a run trains.
 
     class Regression(Task): ...         # modules, batches, micro_step, validate, export
 
     export = train(Regression(config))  # engine.loop
 
 The task owns its modules, objective, optimizers and controllers. The engine owns the run's folder
-and lock, checkpoints and resume, log and trackers, signals and schedules. It also clips gradients,
-guards against non-finite ones, averages weights and uploads. It never asks which task it has.
+and lock, checkpoints and resume, log and trackers, signals and schedules. The engine also clips
+gradients, skips updates with non-finite gradients, averages weights and uploads exports. The engine
+does not depend on the kind of task.
 
 The engine calls a task in this order:
 
@@ -39,7 +40,7 @@ Averages = Mapping[nn.Parameter, Tensor]
 
 
 class State(BaseModel):
-    """Plain values of a task in a checkpoint. Unknown or missing ones are an error."""
+    """Plain values of a task in a checkpoint. Unknown or missing values are an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -50,7 +51,7 @@ class Learner:
 
     Attributes:
         module: the bare module. A checkpoint holds its `state_dict`.
-        prepared: the same module wrapped by DDP and autocast. Training calls this one.
+        prepared: the same module wrapped by DDP and autocast. Training calls this wrapped module.
         optimizer: trains the module's parameters.
         rate: peak learning rate. The engine sets the rate of all parameter groups in every update.
         averaged: the part whose weights are averaged, validated and exported. None means no
@@ -73,13 +74,13 @@ class Learner:
         rate: float | None = None,
         averaged: nn.Module | None = None,
     ) -> "Learner":
-        """Return a learner: the module prepared for all processes, and AdamW.
+        """Return a learner with the module prepared for all processes, and with AdamW.
 
         AdamW trains the parameters that require a gradient.
 
         Args:
             module: the bare module.
-            accelerator: wraps it.
+            accelerator: wraps the module.
             options: settings of AdamW.
             rate: peak learning rate, by default that of the options.
             averaged: the part of the module whose weights are averaged.
@@ -105,14 +106,15 @@ class Learner:
 
 
 class Task(ABC):
-    """What a run trains. A subclass writes the abstract methods, `config_class` and `launch`.
+    """What a run trains. A subclass defines the abstract methods, `config_class` and `launch`.
 
     Attributes:
         config: the options. `open` may replace it.
         learners: modules by name, filled by `build`. Files and log values carry that name.
-        device: where modules and batches belong. The engine sets it before `build`.
-        say: prints a line above the progress bar. It works from `begin` on, on the first rank only.
-        steps_per_epoch: micro-steps in which every item comes once. None means unknown.
+        device: the device of modules and batches. The engine sets it before `build`.
+        say: prints a line above the progress bar. The function works only after `begin` was called,
+            and only on the first rank.
+        steps_per_epoch: number of micro-steps in which every item is used once. None means unknown.
     """
 
     config_class: ClassVar[type[JobConfig]]  # schema of `config.yaml`
@@ -125,7 +127,7 @@ class Task(ABC):
     files: ClassVar[Sequence[str]] = ()  # names of files that `write_files` may write
     parts: ClassVar[Mapping[str, str]] = {}  # prefix of weights to compare separately, by name
 
-    data_advice: ClassVar[str] = "make the data faster to read"  # when all cores read already
+    data_advice: ClassVar[str] = "make the data faster to read"  # if all cores already read data
     non_finite_advice: ClassVar[str] = ""  # more remedies, such as ", or a later disc_start"
 
     launch: ClassVar[Sequence[str]]  # arguments of `accelerate launch` before --config
@@ -147,7 +149,8 @@ class Task(ABC):
         """Refuse wrong options without touching a file.
 
         Raises:
-            UserError: names the option, its value and what is allowed.
+            UserError: an option is wrong. The message names the option, its value and what is
+                allowed.
         """
 
     def open(self) -> None:
@@ -164,29 +167,30 @@ class Task(ABC):
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         """Build modules and `learners`, the same on every rank.
 
-        The engine has seeded the global generators before.
+        The engine has already seeded the global random generators.
 
         Args:
             accelerator: wraps the modules.
-            resumed: a checkpoint will overwrite the weights.
+            resumed: whether a checkpoint will overwrite the weights.
         """
 
     @abstractmethod
     def batches(self, *, start_step: int) -> Iterable[Any]:
-        """Return endless batches of this rank from a micro-step on.
+        """Return endless batches of this rank, starting at a micro-step.
 
-        They depend on seed, step and rank only. The method sets `steps_per_epoch` before it
-        returns. Batches may be on the CPU: `micro_step` moves them to `device`.
+        The batches depend only on the seed, the step and the rank. The method sets
+        `steps_per_epoch` before it returns. Batches may be on the CPU: `micro_step` moves them to
+        `device`.
         """
 
     def check_ready(self) -> None:
-        """Refuse what would end the run later. The engine takes the folder right after."""
+        """Refuse what would end the run later. Then the engine prepares the run's folder."""
 
     def write_files(self, folder: Path) -> None:
-        """Write the files named in `files` into the run's folder. The first rank calls it."""
+        """Write the files named in `files` into the run's folder, on the first rank only."""
 
     def identity(self) -> dict[str, Any]:
-        """Return facts that must stay the same on resume, such as the number of items, as JSON."""
+        """Return JSON values that must stay the same on resume, such as the number of items."""
         return {}
 
     @property
@@ -200,7 +204,7 @@ class Task(ABC):
         return self.config.run.train_batch_size
 
     def plan(self) -> dict[str, str]:
-        """Return rows by heading that say what is trained on what, before the first update."""
+        """Return rows of the plan by heading: what is trained, and on which data."""
         return {}
 
     def warnings(self) -> list[str]:
@@ -233,18 +237,18 @@ class Task(ABC):
         """Prepare for the first update of this process, when `update` updates are done."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Return the names of the learners that take part in an update (from 0), at least one."""
+        """Return the names of the learners, at least one, that take part in an update (from 0)."""
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the updates in which a learner stands still, for its warm-up."""
+        """Return the updates in which a learner does not learn. Its warm-up does not count them."""
         return range(0)
 
     @abstractmethod
     def micro_step(self, batch: Any, update: int) -> dict[str, Tensor]:
         """Add the gradients of one batch.
 
-        Divide the loss by `config.run.gradient_accumulation_steps`, because gradients add up.
+        Divide the loss by `config.run.gradient_accumulation_steps`, because gradients are summed.
 
         Returns:
             Values to log: scalars on the device by log name.
@@ -261,7 +265,7 @@ class Task(ABC):
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
         """Return the values whose means over ranks the controllers need, (n,) on `device`.
 
-        The engine reduces them in the update's one sync.
+        The engine averages these values over ranks in the update's only host synchronisation.
 
         Args:
             values: logged values of each micro-step of this rank.
@@ -277,13 +281,13 @@ class Task(ABC):
         means: Sequence[float],
         averages: Averages,
     ) -> dict[str, Tensor]:
-        """Move the controllers after an update whose gradients were finite.
+        """Update the controllers after an update whose gradients were finite.
 
-        The optimizers have stepped before.
+        The optimizers have already stepped.
 
         Args:
-            update: from 0.
-            values: logged values of its micro-steps.
+            update: number of the update, from 0.
+            values: logged values of the update's micro-steps.
             means: `measured`, averaged over all ranks.
             averages: the average of each averaged weight. The task may change it in place.
 
@@ -293,12 +297,12 @@ class Task(ABC):
         return {}
 
     def end_update(self) -> None:
-        """Forget what was gathered for an update, finite or not."""
+        """Discard what was gathered for an update, whether its gradients were finite or not."""
 
     # between updates
 
     def row(self, update: int, means: Mapping[str, float]) -> dict[str, float]:
-        """Return more values for the row of the log that is written next. All ranks call it.
+        """Return more values for the next row of the log. All ranks call this method.
 
         Args:
             update: updates done.
@@ -310,13 +314,13 @@ class Task(ABC):
         """Measure the averaged weights in eval mode on all ranks. Gradients are enabled.
 
         Returns:
-            Metrics by log name, the same on every rank. Names start with `validation/`. Empty when
-            there is nothing to measure.
+            Metrics by log name, the same on every rank. Names start with `validation/`. The result
+            is empty when there is nothing to measure.
         """
         return {}
 
     def save_samples(self, path: Path) -> bool:
-        """Draw a picture on the first rank. Return whether there is one."""
+        """Draw a picture on the first rank. Return whether a picture was drawn."""
         return False
 
     def validation_line(self, values: Mapping[str, float]) -> str:
@@ -325,7 +329,7 @@ class Task(ABC):
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Take in a validation that is in the log now, or that a resume finds there."""
+        """Process a validation that was just logged, or that a resume finds in the log."""
 
     def summary(self) -> str | None:
         """Return what to print when the run ends or stops."""
@@ -334,39 +338,39 @@ class Task(ABC):
     # checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the checkpoint's tensors beside those of the learners, by file and name.
+        """Return the checkpoint's tensors that belong to no learner, by file and name.
 
-        They are the tensors in use, not copies. No file may have a learner's name, also not with
-        `_optimizer` or `_average` behind it.
+        The tensors in use are returned, not copies. A file's name must not be a learner's name, nor
+        that name followed by `_optimizer` or `_average`.
         """
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load what `tensors` returned. Names and shapes are checked already."""
+        """Load tensors that `tensors` returned. Names and shapes are already checked."""
 
     def state(self) -> State:
-        """Return the plain values of a checkpoint, the same on every rank. All ranks call it."""
+        """Return plain values for a checkpoint, the same on every rank. All ranks call `state`."""
         return self.state_class()
 
     def load_state(self, state: Any, *, update: int) -> None:
-        """Load what `state` returned.
+        """Load values that `state` returned.
 
         Raises:
-            UserError: no such run has written it.
+            UserError: no run of this kind has written these values.
         """
 
     def rank_state(self) -> State:
-        """Return the plain values of this rank."""
+        """Return this rank's own plain values for a checkpoint."""
         return self.rank_state_class()
 
     def load_rank_state(self, state: Any) -> None:
-        """Load what `rank_state` returned."""
+        """Load values that `rank_state` returned."""
 
     # the end
 
     @abstractmethod
     def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
-        """Write the export with the averaged weights. All ranks call it, the first one writes.
+        """Export the averaged weights. All ranks call this method, and the first rank writes.
 
         Args:
             out: the export's folder. An existing one is replaced.
@@ -382,7 +386,7 @@ class Task(ABC):
         return {}
 
     def has_export(self, out: Path) -> bool:
-        """Return whether `out` holds a whole export."""
+        """Return whether `out` holds a complete export."""
         return out.is_dir()
 
     def done(self, out: Path) -> str:
@@ -393,15 +397,15 @@ class Task(ABC):
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """Return the same run in a few updates, with all its phases, for `verify-resume`."""
+        """Return options that run all phases of the run in a few updates, for `verify-resume`."""
         return config
 
     def check_repeatable(self) -> None:
-        """Refuse a run that does not resume exactly. It is called after `open`."""
+        """Refuse a run that does not resume exactly. Call `open` first."""
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
         """Return the items of a rank's micro-steps `start` to `stop`. None means unknown.
 
-        It works after `open`.
+        Call `open` first.
         """
         return None

@@ -1,7 +1,7 @@
-"""The tracker beside log.jsonl (TensorBoard or Weights & Biases, through Accelerate).
+"""A tracker in addition to log.jsonl (TensorBoard or Weights & Biases, through Accelerate).
 
-A tracker that cannot start ends the run before the first update. A later fault of the tracker is
-printed once and stops nothing, because log.jsonl has every number.
+A tracker that cannot start ends the run before the first update. A later error of the tracker is
+printed once and does not stop the run, because log.jsonl has every number.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ def start_tracker(
 
     Args:
         accelerator: holds the tracker.
-        name: of the tracker, or `none`.
+        name: name of the tracker, or `none`.
         folder: the run's folder.
         project: name of the project in the tracker.
-        options: the run's options. Values other than numbers and text are given as text.
+        options: the run's options. Values other than numbers and text are passed as text.
 
     Raises:
         UserError: the tracker cannot start, such as wandb without a login. Every rank raises.
@@ -51,7 +51,7 @@ def start_tracker(
     if name == "none":
         return
 
-    # start it
+    # start the tracker
     simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
     logs, said = folder / "logs", None
     own = {"wandb": {"dir": str(logs), "name": folder.resolve().name}}
@@ -59,10 +59,10 @@ def start_tracker(
         if accelerator.is_main_process:
             logs.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers(project, config=simple, init_kwargs=own)
-    except Exception as error:  # trackers have their own kinds of errors
+    except Exception as error:  # each tracker raises its own errors
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    # tell every rank of a failure
+    # report a failure to every rank
     if said := from_main(said):
         accelerator.trackers.clear()  # a half-started tracker cannot be closed
         raise UserError(
@@ -73,7 +73,7 @@ def start_tracker(
 
 
 class Tracker:
-    """The link to the tracker. It does nothing where there is none, as on ranks after the first.
+    """The link to the tracker. Without a tracker, as on ranks after the first, it does nothing.
 
     Args:
         accelerator: holds the tracker.
@@ -113,7 +113,7 @@ class Tracker:
 
 
 def close_tracker(accelerator: Accelerator) -> None:
-    """Let the tracker finish its files or its upload. Its errors are printed."""
+    """Let the tracker finish its files or its upload. Print its errors."""
     while accelerator.trackers:
         tracker = accelerator.trackers.pop()
         try:

@@ -51,7 +51,7 @@ class Training:
         return part
 
     def average_of_weights(self) -> dict[nn.Parameter, Tensor]:
-        """Return the average of each averaged weight. Empty without averages."""
+        """Return the average of each averaged weight, or an empty mapping without averages."""
         return {
             parameter: shadow
             for name, average in self.averages.items()
@@ -62,7 +62,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put every learner in eval mode for a while, with averaged weights if it has them."""
+        """Put every learner in eval mode in this context, with averaged weights if it has them."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged
@@ -76,10 +76,10 @@ def build_training(
     """Return a built training of an opened task, initialised from the seed on every rank.
 
     Args:
-        task: what to train. Its data are open.
+        task: what to train. The task's data are open.
         folder: the run's folder.
         accelerator: knows the processes and the device.
-        resumed: a checkpoint will overwrite the weights.
+        resumed: whether a checkpoint will overwrite the weights.
     """
     # modules and optimizers
     task.config = task.config.for_processes(accelerator.num_processes)

@@ -1,6 +1,6 @@
 """One update of a run: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
-The caller logs and saves. The preflight makes its updates with it too.
+The caller logs and saves. The preflight uses this module for its updates too.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ class UpdateResult:
     """The outcome of an update.
 
     Attributes:
-        finite: all gradients of all ranks were finite. If not, only counters changed.
+        finite: whether all gradients of all ranks were finite. If not, the update changed only
+            counters.
         signal: number of a signal that some rank has received, or 0.
         values: values to log for each micro-step and for the update: scalars on the device by log
             name.
@@ -74,7 +75,7 @@ class Updates:
             progress.micro_step += 1
         norms = self._clip(learning)
 
-        # the one sync
+        # the update's only host synchronisation
         measured = task.measured(result.values, progress.update)
         result.finite, result.signal, means = self._verdict(norms, measured)
 
@@ -99,7 +100,7 @@ class Updates:
         return result
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
-        """Add the gradients of one batch. Its random numbers depend on its place in the run."""
+        """Add the gradients of one batch. Random numbers depend on the batch's place in the run."""
         seed, progress = self.training.config.run.seed, self.training.progress
         seed_everything(Stream.MICRO_STEP, seed, progress.micro_step, rank())
         return self.training.task.micro_step(batch, progress.update)
@@ -115,7 +116,7 @@ class Updates:
                 )
 
     def step(self, learning: Sequence[str]) -> None:
-        """Step the optimizers of the learners that take part, and their weight averages."""
+        """Step the optimizers and the weight averages of the learners that take part."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()
@@ -133,7 +134,7 @@ class Updates:
             yield
 
     def _clip(self, learning: Sequence[str]) -> dict[str, Tensor]:
-        """Clip the gradients. Return their norms before, by log name."""
+        """Clip the gradients. Return their norms before clipping, by log name."""
         largest = self.training.config.optimizer.max_grad_norm
         learners = self.training.task.learners
         return {
@@ -142,11 +143,11 @@ class Updates:
         }
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
-        """Gather the ranks' verdict on the update in its one host sync.
+        """Find out whether the update is finite on all ranks, in its only host synchronisation.
 
         Returns:
-            Whether all gradients on all ranks are finite, the signal that a rank has received (or
-            0), and the means over ranks of what the task measured.
+            Three values: whether all gradients on all ranks are finite, the signal that a rank has
+            received (or 0), and the means over ranks of what the task measured.
         """
         finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
         signal = torch.full_like(finite, self.requested(), dtype=torch.float32)
@@ -158,11 +159,11 @@ class Updates:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the joint gradient norm in place. Return the norm before, as a scalar.
+    """Clip the joint gradient norm in place. Return the norm before clipping, as a scalar.
 
-    The norm is not finite if any gradient is not.
+    The norm is not finite if any gradient is not finite.
     """
     parameters = list(parameters)
-    # Without any gradient torch returns a zero on the CPU, so it is moved to the device.
+    # Without any gradient, torch returns a zero on the CPU. This zero is moved to the device.
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.to(parameters[0].device)

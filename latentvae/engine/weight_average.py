@@ -13,7 +13,8 @@ from latentvae.compute.compilation import not_compiled
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel` with a faster step, which reads and writes every weight once.
 
-    The original step forms the difference first, so all weights go through memory three times.
+    The step of diffusers computes the difference first, so all weights pass through memory three
+    times.
     """
 
     @torch.no_grad()
@@ -27,9 +28,9 @@ class WeightAverage(EMAModel):
 
 @contextlib.contextmanager
 def averaged_weights(net: nn.Module, average: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into `net` for a while, in eval mode and not compiled.
+    """Put the averaged weights into `net` inside the context, in eval mode and not compiled.
 
-    Buffers are not replaced: those of a codebook are moving averages already.
+    Buffers are not replaced, because the buffers of a codebook are already moving averages.
     """
     # into eval mode
     training = [module for module in net.modules() if module.training]

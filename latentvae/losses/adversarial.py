@@ -1,7 +1,7 @@
 """GAN losses, penalties on the discriminator, and VQGAN's adaptive weight.
 
-`B` batch, `C` image channels, `H W` image size, `h w` map of logits (1 x 1: one per image). `D(x)`
-are the logits of the discriminator, positive for real images.
+`B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits (1 x 1 is one logit
+per image). `D(x)` are the logits of the discriminator, positive for real images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,8 @@ from latentvae.distributed import all_reduce_mean
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return 0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]), a scalar.
 
-    It is 1 if all logits are 0. Lim & Ye 2017, arXiv:1705.02894, halved as VQGAN does.
+    The loss is 1 if all logits are 0. It is the loss of Lim & Ye 2017 (arXiv:1705.02894), halved as
+    in VQGAN.
     """
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
@@ -32,8 +33,8 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], a scalar.
 
-    It is the negative of Goodfellow et al. 2014, arXiv:1406.2661, eq. 1, and 2 log 2 if all logits
-    are 0.
+    The loss is the negative of eq. 1 in Goodfellow et al. 2014 (arXiv:1406.2661). If all logits are
+    0, it is 2 log 2.
     """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
@@ -41,14 +42,14 @@ def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
     """Return -E[log sigmoid(D(recon))], a scalar (arXiv:1406.2661, section 3).
 
-    Its gradient does not vanish where the discriminator is sure.
+    The gradient does not vanish where the discriminator is confident.
     """
     return F.softplus(-fake_logits.float()).mean()
 
 
 @dataclass(frozen=True)
 class GANLoss:
-    """Both sides of a GAN loss, functions from logits of any shape to a float32 scalar.
+    """The two functions of a GAN loss. Both take logits of any shape and return a float32 scalar.
 
     Attributes:
         discriminator: called with the logits of real images and of reconstructions.
@@ -68,14 +69,15 @@ GAN_LOSSES = {
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return 0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406).
 
-    This is its eq. 9. Here D(x) is the mean of an image's logits, because the losses see only this
-    mean. The square of its gradient falls with the number of pixels, so the weight should grow
-    with that number. StyleGAN2-ADA (arXiv:2006.06676) takes 0.0002 * H * W / images per update.
+    The formula is eq. 9 of that paper. Here D(x) is the mean of an image's logits, because the
+    losses see only this mean. The squared gradient of this mean falls with the number of pixels, so
+    the weight should grow with that number. StyleGAN2-ADA (arXiv:2006.06676) uses 0.0002 * H * W,
+    divided by the number of images per update.
 
     Args:
-        discriminator: the bare network. DDP's wrapper would prepare a reduction in its forward
-            pass. Add the penalty to the loss that went through DDP and call `backward` once, so
-            that the hook of each parameter fires once, with the sum.
+        discriminator: the network without DDP's wrapper, which would prepare a reduction in its
+            forward pass. Add the penalty to the loss that went through DDP and call `backward`
+            once. Then the hook of each parameter runs once, with the sum of the gradients.
         images: real images as the discriminator sees them, (B, C, H, W).
 
     Returns:
@@ -88,9 +90,9 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
 
 def lazy_weight(update: int, *, weight: float, interval: int) -> float:
-    """Return the weight in ``update`` (from 0) of a penalty that is not in every update.
+    """Return the weight in ``update`` (from 0) of a penalty that only some updates compute.
 
-    It is ``interval`` times as large in every ``interval``-th update, and 0 in the others
+    The weight is ``interval`` times ``weight`` in every ``interval``-th update, and 0 in the others
     (arXiv:1912.04958, section 3.1).
     """
     return weight * interval if update % interval == 0 else 0.0
@@ -99,9 +101,10 @@ def lazy_weight(update: int, *, weight: float, interval: int) -> float:
 class LeCam:
     """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310).
 
-    It pulls the logits of real images down to the average of the fakes', and those of fakes up to
-    the average of real images. It is a controller: call `update` once per update, and save
-    `state_dict`. The averages start at 0, because an untrained discriminator has logits near 0.
+    LeCam pulls the logits of real images down to the average logit of fakes. It pulls the logits of
+    fakes up to the average logit of real images. LeCam keeps these averages: call `update` once per
+    update, and save `state_dict`. The averages start at 0, because an untrained discriminator has
+    logits near 0.
 
     Args:
         decay: decay of the averages per update.
@@ -115,9 +118,9 @@ class LeCam:
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return E[(D(x) - average fake)+^2] + E[(average real - D(recon))+^2], a scalar.
 
-        This is eq. 4, with the positive part ()+ of the authors' code (google/lecam-gan,
-        third_party/lecam_loss.py). Without it, a real image below the fakes' average would be
-        pulled up, which is the task of the GAN loss.
+        The formula is eq. 4 of the paper, with the positive part ()+ of the authors' code
+        (google/lecam-gan, third_party/lecam_loss.py). Without the positive part, a real image below
+        the average of fakes would be pulled up, which is the task of the GAN loss.
         """
         real_anchor, fake_anchor = self.anchors.unbind()
         above = F.relu(real_logits.float() - fake_anchor)
@@ -173,15 +176,16 @@ class Adversary:
     """The discriminator and its options in one update.
 
     Attributes:
-        discriminator: the bare network, for the model's loss. That loss needs only the gradient at
-            the reconstruction, which ranks do not share.
-        prepared: the same network wrapped by DDP and autocast, for its own step.
-        factor: weight of the adversarial term in the model's loss now, before the adaptive weight.
-            See `objective.adversarial_weight`.
+        discriminator: the network without wrappers, for the model's loss. This loss needs only the
+            gradient at the reconstruction, which ranks do not share.
+        prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
+        factor: weight of the adversarial term in the model's loss in this update, before the
+            adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
         augment: policy of `diff_augment` for all images that the discriminator sees.
-        r1_weight: weight of the R1 penalty in this update. 0 leaves it out.
-        lecam: LeCam's averages. None leaves it out. The training loop updates them once per update.
+        r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.
+        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop updates them
+            once per update.
         lecam_weight: weight of the LeCam penalty.
     """
 

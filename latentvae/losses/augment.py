@@ -1,8 +1,8 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random changes with a gradient.
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random, differentiable changes.
 
-All images that the discriminator sees are changed at random, real ones and reconstructions. The
-gradient to the reconstruction passes through the change. Each image has its own random numbers.
-They come from the global generator, which the training loop seeds for each micro-step.
+All images that the discriminator sees, real ones and reconstructions, are changed at random. The
+gradient to the reconstruction passes through the change. Each image has its own random numbers. The
+numbers come from the global generator, which the training loop seeds for each micro-step.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from latentvae.errors import UserError, nearest
 
 _TRANSLATION = 1 / 8  # largest shift, as a share of the side
-_CUTOUT = 1 / 2  # side of the cut, as a share of the image's side
+_CUTOUT = 1 / 2  # side of the cut rectangle, as a share of the image's side
 
 
 def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
@@ -51,7 +51,7 @@ def translation(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     rows = _shifted(images, height)[:, None, :, None]  # (B, 1, H, 1)
     columns = _shifted(images, width)[:, None, None, :]  # (B, 1, 1, W)
-    images = F.pad(images, (1, 1, 1, 1))  # this border stands for all pixels outside
+    images = F.pad(images, (1, 1, 1, 1))  # this border represents all pixels outside
     images = images.gather(2, rows.expand(-1, images.shape[1], -1, width + 2))
     return images.gather(3, columns.expand(-1, images.shape[1], height, -1))
 
@@ -77,7 +77,7 @@ def _uniform(images: Tensor) -> Tensor:
 
 
 def _shifted(images: Tensor, size: int) -> Tensor:
-    """Return the place in the padded side that each pixel of a side comes from, (B, size)."""
+    """Return the position in the padded side from which each pixel of a side comes, (B, size)."""
     most = int(size * _TRANSLATION + 0.5)
     shift = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
     return (torch.arange(size, device=images.device) + shift + 1).clamp(0, size + 1)

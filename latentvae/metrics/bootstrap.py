@@ -1,7 +1,7 @@
 """A mean over images and its confidence interval, in constant memory.
 
-The interval is that of the Poisson bootstrap. A resample does not draw n of n images. It gives each
-image a weight from Poisson(1), so images can come as a stream of unknown length.
+The interval is that of the Poisson bootstrap. A resample does not draw n of n images. Instead, it
+gives each image a weight from Poisson(1), so images can come as a stream of unknown length.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
 2012, https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/.
@@ -23,9 +23,9 @@ class Interval(TypedDict):
 
     Attributes:
         mean: mean of the finite values.
-        ci95: 95 % bootstrap interval of the mean. One value has none.
+        ci95: 95 % bootstrap interval of the mean. None for a single value.
         images: number of images.
-        infinite: how many of them had an infinite value, which the mean leaves out.
+        infinite: number of images with an infinite value, which the mean leaves out.
     """
 
     mean: float
@@ -34,7 +34,7 @@ class Interval(TypedDict):
     infinite: int
 
 
-@lru_cache(maxsize=64)  # 1 MB, so that the accumulators of all metrics share a batch's weights
+@lru_cache(maxsize=64)  # 1 MB, so that all metrics share the weights of a batch
 def resample_weights(index: int) -> NDArray[np.float64]:
     """Return how often each resample drew the image of this index, (2000,), read-only.
 
@@ -50,8 +50,8 @@ def resample_weights(index: int) -> NDArray[np.float64]:
 class BootstrapMean:
     """The running mean of one value per image, with its 95 % percentile interval.
 
-    It has 2,000 resamples. Infinite values, such as the PSNR of equal images, are counted but do
-    not enter the mean.
+    The interval comes from 2,000 resamples. Infinite values, such as the PSNR of equal images, are
+    counted, but the mean leaves them out.
 
         psnr = BootstrapMean()
         psnr.update(31.4, index=0)  # once per image, in any order

@@ -1,10 +1,10 @@
-"""Distances between the set of reconstructions and the set of originals, in a network's features.
+"""Distances between the set of reconstructions and the set of originals, by a network's features.
 
 The Frechet distance (Heusel et al. 2017, https://arxiv.org/abs/1706.08500) compares two Gaussians.
-With fewer images than features its covariances are singular, and it is biased upwards. The kernel
-distance is an unbiased MMD^2, so it is right for few images too (Gretton et al. 2012,
-https://jmlr.org/papers/v13/gretton12a.html, and Binkowski et al. 2018,
-https://arxiv.org/abs/1801.01401). Compare distances only if they use the same features, see
+With fewer images than features, the covariances are singular, and the distance is biased upwards.
+The kernel distance is an unbiased MMD^2, so it has no bias for few images either (Gretton et al.
+2012, https://jmlr.org/papers/v13/gretton12a.html, and Binkowski et al. 2018,
+https://arxiv.org/abs/1801.01401). Compare distances only if they use the same features. See
 `trunk_features` and `inception`.
 
 `N` images, `B` batch, `D` features.
@@ -22,8 +22,8 @@ from latentvae.moments import RunningMoments
 class FrechetDistance:
     """The Frechet distance between the features of originals and of reconstructions.
 
-    It is |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017, equation 6. The
-    covariances have the divisor n - 1, as in the usual implementations.
+    The distance is |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), equation 6 of Heusel et al. 2017.
+    The covariances have the divisor n - 1, as in the usual implementations.
 
         frechet = FrechetDistance(2048)
         frechet.update(features(images), features(recon))  # (B, D) each
@@ -50,7 +50,7 @@ class FrechetDistance:
     def result(self) -> float:
         """Return the distance, at least 0, and 0 for a perfect copy.
 
-        It needs at least 2 images. With fewer than D images it is biased upwards.
+        The distance needs at least 2 images. With fewer than D images it is biased upwards.
         """
         mean, other_mean = self._real.mean, self._recon.mean
         covariance, other = self._real.covariance(), self._recon.covariance()
@@ -76,16 +76,16 @@ class FrechetDistance:
 class KernelDistance:
     """The unbiased MMD^2 of the kernel (x . y / D + 1)^3 between originals and reconstructions.
 
-    A reconstruction depends on its original, so the two sets are not independent samples. Then the
-    kernel of a pair, k(x_i, y_i), must not count (Gretton et al. 2012, lemma 6, equation 4). KID
-    counts it, and so it is negative for near copies.
+    A reconstruction depends on its original, so the two sets are not independent samples. So the
+    sum must leave out the kernel of a pair, k(x_i, y_i) (Gretton et al. 2012, lemma 6, equation 4).
+    KID includes this kernel, and so KID is negative for near copies.
 
         kernel = KernelDistance()
         kernel.update(features(images), features(recon))  # (B, D) each
 
     Args:
-        max_images: the features of so many images are kept, and later images are ignored. This
-            bounds the memory.
+        max_images: largest number of images whose features are kept. Later images are ignored,
+            which bounds the memory.
     """
 
     def __init__(self, *, max_images: int = 2000) -> None:
@@ -104,12 +104,12 @@ class KernelDistance:
         room = self.max_images - self.num_images
         if room > 0:
             dim = self._real[0].shape[1] if self._real else real.shape[1]
-            # These are copies. A view of a part would keep its whole batch in memory.
+            # These are copies. A view of a part would keep the complete batch in memory.
             self._real.append(_checked(real[:room], dim).float())
             self._recon.append(_checked(recon[:room], dim).float())
 
     def result(self) -> float:
-        """Return the distance, 0 for a perfect copy. For close sets it may be a little below 0.
+        """Return the distance, 0 for a perfect copy. It may be slightly below 0 for close sets.
 
         Raises:
             ValueError: there are fewer than 2 images.
@@ -138,7 +138,7 @@ class KernelDistance:
 
 
 def trunk_features(levels: Sequence[Tensor]) -> Tensor:
-    """Return the spatial mean of the last level of LPIPS' VGG16 trunk (relu5_3), (B, 512), float32.
+    """Return the spatial mean of relu5_3, the last level of LPIPS' VGG16, (B, 512), float32.
 
     Args:
         levels: from `PerceptualLoss.features(images)`, each (B, C, h, w).
@@ -149,8 +149,9 @@ def trunk_features(levels: Sequence[Tensor]) -> Tensor:
 def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     """Return Tr((a b)^(1/2)) of two covariances.
 
-    It is the sum of the square roots of the eigenvalues of a^(1/2) b a^(1/2). These roots are the
-    singular values of a^(1/2) b^(1/2), which need no root of an eigenvalue that is rounding noise.
+    The trace is the sum of the square roots of the eigenvalues of a^(1/2) b a^(1/2). These roots
+    are the singular values of a^(1/2) b^(1/2). This way needs no root of an eigenvalue that is only
+    rounding noise.
     """
     return torch.linalg.svdvals(_root(a).T @ _root(b)).sum()
 
@@ -158,7 +159,7 @@ def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
 def _root(covariance: Tensor) -> Tensor:
     """Return R with R R^T = covariance, (D, rank).
 
-    It leaves out eigenvalues that are rounding noise. With few images most of them are.
+    R leaves out eigenvalues that are only rounding noise. With few images, most eigenvalues are.
     """
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()

@@ -1,10 +1,11 @@
 """PSNR, SSIM and MS-SSIM of image pairs, one value per image.
 
-Images are float in [-1, 1]. For the numbers of saved pictures, round them with `to_8bit` first.
+Images are float in [-1, 1]. To measure images as saved, round them with `to_8bit` first.
 
-- SSIM is Wang et al. 2004. Its window is a Gaussian of sigma 1.5 over 11 x 11 pixels, at valid
-  positions only. It is measured per channel, then averaged.
-- MS-SSIM is Wang et al. 2003: five scales, 2 x 2 means between them, negative terms count as 0.
+- SSIM follows Wang et al. 2004. Its window is a Gaussian of sigma 1.5 over 11 x 11 pixels, at valid
+  positions only. SSIM is measured per channel, then averaged.
+- MS-SSIM follows Wang et al. 2003. It has five scales. Each scale has the means of 2 x 2 pixels of
+  the scale before. Negative terms count as 0.
 - LPIPS is in `losses.perceptual`.
 
 `B` batch, `C` channels, `H W` space.
@@ -29,8 +30,8 @@ MS_SSIM_MIN_SIZE = 161  # pixels a side, for one window at the fifth scale
 def to_8bit(images: Tensor) -> Tensor:
     """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1].
 
-    Equal levels are equal floats on every device. This needs the division by a tensor, because
-    GPUs replace the division by a Python number by a product with its reciprocal.
+    Equal levels are equal floats on every device. For this, the code divides by a tensor. On GPUs,
+    a division by a Python number becomes a product with its reciprocal.
     """
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels / levels.new_tensor(127.5) - 1
@@ -52,7 +53,7 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE).
 
     The MSE is a mean over all elements of an image. The peak is the width of [-1, 1], so the value
-    is that of 8-bit pictures with peak 255. Equal images give infinity.
+    equals the PSNR of 8-bit images with peak 255. Equal images give infinity.
     """
     _check_shapes(images, recon, minimum=1, metric="PSNR")
     return peak_signal_noise_ratio(
@@ -74,7 +75,7 @@ def ssim(images: Tensor, recon: Tensor) -> Tensor:
 def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
     """Return the multi-scale structural similarity, (B,), 1 for equal images.
 
-    It is None if a side has fewer than 161 pixels.
+    The result is None if a side has fewer than 161 pixels.
     """
     _check_shapes(images, recon, minimum=1, metric="MS-SSIM")
     if min(images.shape[2:]) < MS_SSIM_MIN_SIZE:
@@ -90,7 +91,7 @@ def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
 def _similarity(x: Tensor, y: Tensor) -> Tensor:
     """Return the mean SSIM without the border, (B,).
 
-    torchmetrics' own mean counts the border too, where it reflects images.
+    The mean of torchmetrics includes the border, where it pads images by reflection.
     """
     _, maps = structural_similarity_index_measure(
         y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_full_image=True
@@ -108,13 +109,13 @@ def _contrast(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _halve(images: Tensor) -> Tensor:
-    """Return means of 2 x 2 pixels. The last line of an odd side is doubled, as the authors do."""
+    """Return means of 2 x 2 pixels. Like the original, double the last line of an odd side."""
     height, width = images.shape[2:]
     return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
 
 
 def _unit_range(images: Tensor) -> Tensor:
-    """Return images in [0, 1]. SSIM needs them, because its constants depend on the range."""
+    """Return images in [0, 1]. SSIM needs this range, because its constants depend on it."""
     return (images.float() + 1) / 2
 
 

@@ -1,9 +1,9 @@
 """The Inception-v3 network of FID, only with its true weights.
 
 FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
-https://arxiv.org/abs/1706.08500), with its resize to 299 pixels. torch-fidelity ported it to torch
-(https://github.com/toshas/torch-fidelity). Other weights give numbers that look like FID but are
-not comparable.
+https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported it to
+torch (https://github.com/toshas/torch-fidelity). Other weights give numbers that look like FID but
+are not comparable.
 
 `B` batch, `H W` space.
 """
@@ -55,7 +55,8 @@ def load_inception(
         allow_download: download the file if it is not in the cache.
 
     Raises:
-        UserError: torch-fidelity is not installed, there is no file, or the file is another one.
+        UserError: torch-fidelity is not installed, there is no file, or the file holds other
+            weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

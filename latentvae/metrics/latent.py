@@ -1,9 +1,9 @@
 """Health of latents: moments, information, dead and redundant channels, scale.
 
-Sums are in float64 and are joined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
+Sums are in float64 and are combined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
 https://doi.org/10.2172/1028931). Active units are those of Burda et al. 2016
 (https://arxiv.org/abs/1509.00519, section 5.4). A unit is a channel over all images and positions.
-A channel is dead if it tells the decoder next to nothing.
+A channel is dead if it carries almost no information for the decoder.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from latentvae.moments import RunningMoments
 
-# A channel is active if its posterior mean has more variance (Burda et al. 2016).
+# A channel is active if the variance of its posterior mean is above this (Burda et al. 2016).
 ACTIVE_VARIANCE = 0.01
 # A channel is dead if (variance of the posterior mean) / (mean posterior variance) is at most this.
 DEAD_SIGNAL_TO_NOISE = 0.01
-# Without a posterior it is dead if (its std) / (median std of all channels) is at most this.
+# Without a posterior, a channel is dead if (its std) / (median std of all channels) is at most
+# this.
 DEAD_RELATIVE_STD = 1e-3
-# Latents with a smaller pooled std count as constant: their scale cannot be measured.
+# Latents with a pooled std below this count as constant: their scale cannot be measured.
 CONSTANT_STD = 1e-8
 # Warn if the std of the scaled latents differs from 1 by more than this.
 SCALE_TOLERANCE = 0.2
@@ -46,8 +47,9 @@ class Correlation(TypedDict):
 class LatentScale(TypedDict):
     """The measured scale of latents, and the scale of their config.
 
-    `measured_*` are 1 / std and mean of all latents together. With a posterior they are those of
-    its samples. `scaled_mean` and `scaled_std` are of latents normalised by the config.
+    `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
+    together. With a posterior, both belong to samples from it. `scaled_mean` and `scaled_std` are
+    mean and std of latents normalised by the config.
     """
 
     config_scaling_factor: float | None
@@ -68,7 +70,7 @@ class _Information(TypedDict):
 class LatentReport(_Information):
     """What `LatentHealth` measures. Lists are by channel.
 
-    With a posterior, the moments are those of its mean.
+    With a posterior, the moments are those of the posterior mean.
     """
 
     images: int
@@ -112,7 +114,7 @@ class LatentHealth:
 
     @property
     def positions(self) -> int:
-        """Number of latent positions seen. A report needs 2."""
+        """Number of latent positions seen. A report needs at least 2."""
         return self._moments.count
 
     def update(self, mean: Tensor, *, logvar: Tensor | None = None) -> None:
@@ -120,7 +122,7 @@ class LatentHealth:
 
         Args:
             mean: means of the posteriors, or the latents themselves if there is no posterior.
-            logvar: log-variances of the posteriors. Give them with every batch or with none.
+            logvar: log-variances of the posteriors. Pass them with every batch or with none.
 
         Raises:
             ValueError: shapes do not fit, or a value is not finite.
@@ -150,10 +152,12 @@ class LatentHealth:
         """Return the report as plain, finite numbers.
 
         Args:
-            scaling_factor: from the model's config. None if it has none: nothing is compared.
+            scaling_factor: from the model's config. None if the config has none. Then nothing is
+                compared.
             shift_factor: from the config. None counts as 0, as in the pipelines.
             latents_mean: per channel, from the config. With `latents_std` it replaces the shift.
-            latents_std: per channel, from the config. Pipelines ignore one without the other.
+            latents_std: per channel, from the config. Pipelines ignore `latents_mean` or
+                `latents_std` without the other.
         """
         # statistics of the channels
         covariance = self._moments.covariance()
@@ -233,7 +237,7 @@ class LatentHealth:
         sums["maximum"] = torch.maximum(sums["maximum"], rows.amax(dim=0))
 
     def _constant(self) -> Tensor:
-        """Return which channels are constant, (d,). A variance could be rounding noise."""
+        """Return which channels are constant, (d,). Small variances can be rounding noise."""
         return self._sums["minimum"] == self._sums["maximum"]
 
     def _kurtosis(self) -> list[float | None]:
@@ -302,8 +306,9 @@ class LatentHealth:
     def _pooled(self, shift: Tensor | float, factor: Tensor | float) -> tuple[float, float]:
         """Return mean and std of (latents - shift) * factor over all channels together.
 
-        They are those that `latents.LatentStatistics` measures on posterior samples: about the
-        pooled mean, with the divisor n - 1. Here the expectation of the samples' noise is added.
+        `latents.LatentStatistics` measures the same values on posterior samples: the std is about
+        the pooled mean, with the divisor n - 1. Here no samples are drawn, and their expected noise
+        is added instead.
         """
         count, channels = self._moments.count, len(self._moments.mean)
         means = (self._moments.mean - shift) * factor
@@ -316,7 +321,7 @@ class LatentHealth:
 
 def _largest_correlation(correlation: Tensor, dead: list[int]) -> Correlation | None:
     size = correlation.abs().triu(diagonal=1)
-    size[dead], size[:, dead] = 0, 0  # the little noise of dead channels correlates by chance
+    size[dead], size[:, dead] = 0, 0  # the small noise of dead channels may correlate by chance
     if not size.any():
         return None
     i, j = divmod(int(size.argmax()), len(size))

@@ -1,8 +1,8 @@
 """The table of metrics that compare a reconstruction with its image, one value per image.
 
-A new metric is a function in a file of this folder, a line in this table, and a column in
+A new metric needs a function in a file of this folder, a line in this table, and a column in
 `report.schema.Metrics`. LPIPS is not here, because it shares its features with the distances
-between sets, see `evaluation.measures.Judge`.
+between sets. See `evaluation.measures.Judge`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class ImageMetric:
     Attributes:
         measure: takes images and reconstructions, (B, C, H, W) each in [-1, 1], returns (B,).
         min_size: smallest shorter side of an image, in pixels.
-        protocol: how it is measured, for reports.
+        protocol: how the metric is measured, for reports.
     """
 
     measure: Callable[[Tensor, Tensor], Tensor | None]

@@ -1,4 +1,4 @@
-"""How the codes of a tokenizer are used."""
+"""Measure how the codes of a tokenizer are used."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class LevelReport(TypedDict):
     tokens: int
     num_codes_used: int
     usage: float  # share of the K codes that are used
-    perplexity: float  # 1 to K: so many codes, equally used, have this entropy
-    entropy_bits: float  # per token. Too low if there are not many more tokens than K.
+    perplexity: float  # 1 to K: number of equally used codes that have this entropy
+    entropy_bits: float  # per token. Biased low unless there are many more tokens than K.
     raw_bits: float  # per token, log2 K
 
 
@@ -34,8 +34,9 @@ class TokenUsage:
         usage.update(indices)  # any shape
 
     Args:
-        num_codes: K, of each codebook.
-        codebooks: L. With several, level l of indices (B, L, h, w) belongs to codebook l.
+        num_codes: K, the number of codes of each codebook.
+        codebooks: L, the number of codebooks. With several, level l of indices (B, L, h, w) belongs
+            to codebook l.
     """
 
     def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
@@ -63,7 +64,7 @@ class TokenUsage:
             counts += torch.bincount(part.flatten(), minlength=num_codes)
 
     def result(self) -> TokenReport:
-        """Return the use of all codebooks together, and of each if there are several."""
+        """Return the use of all codebooks together, and of each codebook if there are several."""
         levels = [_level_report(counts) for counts in self._counts]
         if len(levels) == 1:
             return {**levels[0]}

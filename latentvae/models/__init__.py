@@ -1,7 +1,7 @@
 """Networks: stock diffusers classes wherever one exists, and thin wrappers for training.
 
-`table` lists every kind of network. `family` and `trainable` are the contracts that a kind fulfils.
-`calls` are the functions that other code uses on any network.
+`table` lists every kind of network. `family` and `trainable` define the interfaces of a kind.
+`calls` has the functions that other code uses on any network.
 """
 
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder

@@ -1,7 +1,7 @@
 """The same calls for every diffusers autoencoder of images, whatever its outputs are named.
 
     z = encode(net, images)                       # images (B, C, H, W) -> z (B, d, h, w)
-    mean, logvar = encode_posterior(net, images)  # logvar is None where there is no posterior
+    mean, logvar = encode_posterior(net, images)  # logvar is None without a posterior
     recon = decode(net, z)                        # (B, C, f * h, f * w), not clamped
 
 The outputs of diffusers' classes have `latent_dist`, `latents` or `latent`, and a few classes take
@@ -32,8 +32,8 @@ def encode(
 
     Args:
         images: (B, C, H, W).
-        sample: draw from the posterior. By default its mode is returned.
-        generator: of that draw.
+        sample: draw from the posterior. By default the posterior's mode is returned.
+        generator: random generator for this draw.
         computation: replaces the network's own methods, for example by strips.
     """
     family = family_of(net)
@@ -72,13 +72,13 @@ def num_codes(net: Network) -> int | None:
 
 
 def num_levels(net: Network) -> int:
-    """Return L, the codes per position: 1, or more for a residual quantiser."""
+    """Return L, the number of codes per position: 1, or more for a residual quantiser."""
     found = codes(net)
     return 1 if found is None else found.levels
 
 
 def tokenize(net: Network, z: Tensor) -> Tensor:
-    """Return the indices of the codes that a tokenizer's quantiser gives to its latents.
+    """Return the indices of the codes to which a tokenizer's quantiser maps its latents.
 
     Returns:
         (B, h, w), or (B, L, h, w) with L levels, in 0..K - 1.
@@ -105,7 +105,7 @@ def decode_indices(
 
 
 def measure_shape(net: Network) -> LatentShape:
-    """Return f and d, from the config of a known class, else by a trial with a grey image.
+    """Return f and d, from the config of a known class, otherwise by encoding a grey image.
 
     Raises:
         UserError: the network does not encode and decode images.

@@ -10,7 +10,7 @@ MAX_LAYERS = 1000  # in a block
 
 
 def check_depth(config: Mapping[str, Any], path: str | Path) -> None:
-    """Check that no number of layers in a config is so large that building would not end.
+    """Check that no number of layers in a config is too large to build the network.
 
     Raises:
         UserError: a number of layers is above `MAX_LAYERS`.

@@ -1,11 +1,11 @@
-"""The contract of a kind of network: every question that the package asks about it.
+"""The interface of a kind of network: every property and method that the package uses.
 
     family = family_of(net)  # models.table
     z = family.encode(net, images)
-    codes = family.codes(net)  # None where there are none
+    codes = family.codes(net)  # None for a network without codes
 
-`Family` answers for any network that has diffusers' `encode` and `decode`. A kind that differs is a
-subclass that overrides the methods that differ. A kind that can be trained is a
+`Family` fits any network that has diffusers' `encode` and `decode`. A kind that differs has a
+subclass, which overrides the methods that differ. A kind that can be trained is a
 `models.trainable.TrainableFamily`.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
@@ -26,7 +26,8 @@ from latentvae.models.network import Computation, Network
 from latentvae.models.normalization import LatentNormalization, from_config
 from latentvae.models.tiling import Tiling, read_tiling
 
-# Side in pixels of the image that shows the latent's shape. No class has this as its fixed size.
+# Side in pixels of the image that is encoded to measure the latent's shape. No class has this side
+# as its fixed size.
 PROBE = 192
 
 
@@ -54,7 +55,7 @@ class Codes:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         number: K of each level.
         levels: L, codes per position. A residual quantiser has more than 1.
-        codebooks: 1 if all levels share one, else one per level.
+        codebooks: number of codebooks: 1 if all levels share one, otherwise L.
         channels: D.
     """
 
@@ -67,13 +68,14 @@ class Codes:
 
 @dataclass(frozen=True)
 class Usage:
-    """The use of an exported network, for its model card.
+    """How to use an exported network, for its model card.
 
     Args:
         snippet: Python that encodes and decodes with `vae`. A format string of `channels`, `kind`
             (such as ", grey,") and `latents` (an expression that normalises `z`).
-        pipelines: a sentence about the pipelines that take it, with a space at its end, or empty.
-        package: where its class is imported from.
+        pipelines: a sentence about the pipelines that accept the network, with a space at its end,
+            or empty.
+        package: the package from which the network's class is imported.
     """
 
     snippet: str
@@ -82,12 +84,12 @@ class Usage:
 
 
 class Family:
-    """One kind of network. This class answers from any network's config and outputs.
+    """One kind of network. This base class relies only on a network's config and outputs.
 
     Attributes:
         has_posterior: whether `encode` returns a distribution. None if only its output shows it.
-        scaled_by: the measure of latents whose inverse is the `scaling_factor` of its pipelines:
-            standard deviation or root mean square.
+        scaled_by: the measure of latents whose inverse is the `scaling_factor` of the pipelines,
+            either standard deviation or root mean square.
     """
 
     has_posterior: ClassVar[bool | None] = None
@@ -129,15 +131,15 @@ class Family:
         return net.encode(images) if computation is None else computation.encode(net, images)
 
     def from_own_range(self, net: Network, images: Tensor) -> Tensor:
-        """Return images of the network's own range in about [-1, 1]."""
+        """Return images of the network's own range, converted to about [-1, 1]."""
         return images * 2 - 1 if self.takes_unit_range(net) else images
 
     def takes_unit_range(self, net: Network) -> bool:
-        """Return whether its pixels are in [0, 1] instead of [-1, 1]."""
+        """Return whether the network's pixels are in [0, 1] instead of [-1, 1]."""
         return False
 
     def image_channels(self, net: Network) -> int:
-        """Return C, the number of channels of the images that it takes."""
+        """Return C, the number of channels of the images that the network takes."""
         return net.config.get("in_channels", net.config.get("num_channels", 3))
 
     @torch.no_grad()
@@ -168,14 +170,14 @@ class Family:
         return 1
 
     def normalization(self, net: Network) -> LatentNormalization:
-        """Return how its pipelines bring latents to about unit variance."""
+        """Return how the network's pipelines bring latents to about unit variance."""
         return from_config(net.config)
 
     def tiling(self, net: Network, *, f: int) -> Tiling | None:
-        """Return how its tiled decoding is set, or None if it has none."""
+        """Return the settings of the network's tiled decoding, or None if it has none."""
         return read_tiling(net, f=f)
 
-    # Its parts.
+    # Parts of the network.
 
     def latent_side(self, net: Network) -> Iterator[nn.Module]:
         """Yield the parts that turn images into latents or tokens."""
@@ -203,16 +205,16 @@ class Family:
         return None
 
     def likelihood(self, net: Network) -> LogitLaplace | None:
-        """Return the pixel likelihood whose parameters the decoder gives.
+        """Return the pixel likelihood whose parameters the decoder returns.
 
-        None if the decoder gives images.
+        None if the decoder returns images.
         """
         return None
 
-    # Codes, of a tokenizer.
+    # Codes of a tokenizer.
 
     def codes(self, net: Network) -> Codes | None:
-        """Return the description of its codes, or None if it is not a tokenizer."""
+        """Return the description of a tokenizer's codes, or None for other networks."""
         return None
 
     def tokenize(self, net: Network, z: Tensor) -> Tensor:
@@ -228,21 +230,21 @@ class Family:
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
         """Return images of indices without a search for the nearest code.
 
-        `decode_indices` may search for codes that it was given, which changes them by rounding.
+        `decode_indices` may quantise the given codes again, which changes their values by rounding.
         """
         _refuse_codes(net)
 
     # Export.
 
     def usage(self, net: Network) -> Usage | None:
-        """Return the use of its export for the model card, or None if it cannot be exported."""
+        """Return how to use the export, for the model card, or None if there is no export."""
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
-        """Return the options of its class in the original code, beside those of its shape.
+        """Return the options of the original code's class, other than those of the network's shape.
 
-        The original code is that of arXiv:2012.09841 and arXiv:2112.10752. None if it has no such
-        class.
+        The original code is that of arXiv:2012.09841 and arXiv:2112.10752. None if that code has no
+        such class.
         """
         return None
 

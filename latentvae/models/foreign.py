@@ -1,4 +1,4 @@
-"""Networks of diffusers that are measured and used here but not trained, and differ from others."""
+"""diffusers' networks that need their own family, and can be used and measured but not trained."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from latentvae.models.normalization import LatentNormalization, pooled
 class RAEFamily(Family):
     """`AutoencoderRAE`: a decoder on the features of a frozen image encoder (arXiv:2510.11690).
 
-    Its pixels are in [0, 1], and its latents are already normalised.
+    The pixels are in [0, 1], and the latents are already normalised.
     """
 
     def takes_unit_range(self, net: Network) -> bool:

@@ -23,7 +23,7 @@ from latentvae.models.table import class_named
 from latentvae.models.weight_files import choose_variant, is_weights, names_of, variant_of
 from latentvae.models.wrapper_names import plain_names, say_removed
 
-_INNER = ("export", "vae", "vqvae", "movq")  # folders of runs and pipelines with an autoencoder
+_INNER = ("export", "vae", "vqvae", "movq")  # subfolders with the autoencoder in runs and pipelines
 
 
 def load_network(
@@ -37,19 +37,19 @@ def load_network(
 
     Args:
         path: a folder with config.json and the weights as safetensors, or a `.safetensors` file
-            with an AutoencoderKL or a VQModel. If neither is there, `owner/name` or
+            with an AutoencoderKL or a VQModel. If no such path exists, `owner/name` or
             `owner/name/folder` on the Hub.
-        dtype: of the weights. None is float32.
-        family: of a single file, see `load_single_file`.
-        variant: of the weights in a folder, such as "fp16". None takes the plain weights, or the
-            only variant that is there.
+        dtype: dtype of the weights. None is float32.
+        family: model family of a single file, see `load_single_file`.
+        variant: variant of the weights in a folder, such as "fp16". None takes the plain weights,
+            or the only variant that is there.
 
     Raises:
         UserError: the folder is missing, it holds no autoencoder, or its weights are damaged.
     """
     check_no_password(str(path))
 
-    # A single file, unless it holds the weights of the folder that it is in
+    # A single file, unless the file holds the weights of the folder that it is in
     if (file := Path(path)).is_file():
         if not _is_of_folder(file):
             single: Any = load_single_file(file, family=family)
@@ -58,13 +58,13 @@ def load_network(
             return single
         path, variant = file.parent, variant_of(file.name)
 
-    # Its class
+    # The network's class
     repository, subfolder = _locate(path)
     config = _read_config(repository, subfolder)
     cls = _class_of(config, path)
     check_depth(config, f"{path}/config.json")
 
-    # Its weights
+    # The network's weights
     if Path(repository).is_dir():
         variant = choose_variant(names_of(repository, subfolder), variant, path=path)
     source = _Source(cls, repository, subfolder, dtype or torch.float32, path)
@@ -77,7 +77,7 @@ class _Source:
     Args:
         cls: the network's class.
         repository, subfolder: as diffusers takes them.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         path: as the user gave it, for messages.
     """
 
@@ -88,20 +88,20 @@ class _Source:
         self.dtype, self.path = dtype, path
 
     def load(self, variant: str | None) -> Any:
-        """Return the network with the weights of a variant, and of no other network."""
+        """Return the network with the weights of a variant. Refuse weights of another network."""
         try:
             net, loading = self._from_pretrained(variant)
-        # Every type: how a config of another class fails depends on the class.
+        # Every type of error, because each class fails in its own way on a config of another class.
         except Exception as error:
             if Path(self.repository).is_dir() or variant is not None:
                 raise self._error(error) from error
-            # On the Hub, names of files are only asked for if the plain weights are not there
+            # On the Hub, request the names of files only if there are no plain weights
             names = names_of(self.repository, self.subfolder)
             if not names or any(is_weights(name, variant=None) for name in names):
                 raise self._error(error) from error
             return self.load(choose_variant(names, None, path=self.path))
 
-        # A network with random weights is not what the user has
+        # Missing weights would stay random, so the network would not be the user's
         problems = {name: keys for name, keys in loading.items() if keys and name in _PROBLEMS}
         if not problems:
             return net
@@ -125,7 +125,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Return the network from weights whose names hold parts of a training tool."""
+        """Return the network from weights whose names have parts added by a training tool."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -153,7 +153,7 @@ _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 def _is_of_folder(file: Path) -> bool:
     """Return whether a file holds the weights of the diffusers folder that it is in.
 
-    A config.json of another model may lie beside it. Then the file stands for itself.
+    The config.json beside the file may belong to another model. Then the file is a single file.
     """
     if not is_weights(file.name, variant=variant_of(file.name)):
         return False
@@ -169,7 +169,7 @@ def _locate(path: str | Path) -> tuple[str, str | None]:
     folder, parts = Path(path), str(path).split("/")
     on_disk = folder.exists() or (folder.parent.is_dir() and folder.parent != Path("."))
     may_be_on_hub = isinstance(path, str) and len(parts) >= 2 and all(parts) and parts[0] != "."
-    # A mistyped path is no reason to ask the Hub, which takes half a minute without a network.
+    # Do not ask the Hub for a mistyped path. Without a connection this would take half a minute.
     if on_disk or not may_be_on_hub or Path(parts[0]).exists() or _nearest_folder(folder):
         _check_folder(folder)
         return str(folder), None
@@ -186,7 +186,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _hint(path: Path) -> str:
-    """Return what a folder without config.json may have been meant to be, or ""."""
+    """Return a hint at what the user may mean by a folder without config.json, or ""."""
     if (path / "adapter_config.json").is_file():
         return ". It holds an adapter of PEFT, which must be merged into its network first"
     inner = [path / name for name in _INNER if (path / name / "config.json").is_file()]
@@ -196,7 +196,7 @@ def _hint(path: Path) -> str:
 
 
 def _nearest_folder(path: Path) -> Path | None:
-    """Return the model folder that a mistyped path may mean: each part as it is, or the closest."""
+    """Return the model folder closest to a mistyped path, or None. Correct parts are kept."""
     found = Path(path.anchor) if path.is_absolute() else Path(".")
     for part in path.parts[1:] if path.is_absolute() else path.parts:
         if not (found / part).exists():

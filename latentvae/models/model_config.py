@@ -1,4 +1,4 @@
-"""Options that all networks share. The options of one kind sit beside its network."""
+"""Options that all networks share. The options of each kind are beside its network."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -18,22 +18,23 @@ class Pretrained(Section):
     pretrained_model_name_or_path: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Fine-tune this network instead of a new one. A diffusers folder, a single "
-            ".safetensors file or a Hub id (owner/name/folder). Its own config decides the shape."
+            "Fine-tune this network instead of training a new one. Give a diffusers folder, a "
+            "single .safetensors file or a Hub id (owner/name/folder). The network's own config "
+            "decides its shape."
         ),
     )
     variant: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Variant of the pretrained weights, such as fp16. By default the plain weights, or the "
-            "only variant that is there."
+            "Variant of the pretrained weights, such as fp16. Default: the weights without a "
+            "variant name, or the only variant that exists."
         ),
     )
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
             "Train only the decoder. Latents, scaling and shift stay those of the pretrained "
-            "network, so generators that were trained on them keep working."
+            "network. Generators that were trained on its latents therefore keep working."
         ),
     )
 
@@ -51,18 +52,21 @@ class ModelConfig(Pretrained):
     """Options of every network, and the properties that follow from them.
 
     Attributes:
-        architecture: the family's name, which chooses the options' class in a preset.
+        architecture: name of the network's family. In a preset, the name chooses the class of the
+            options.
     """
 
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
         description=(
-            "Width of each level, from full resolution down. f = 2 ** (number of levels - 1)."
+            "Width (channels) of each level of the network, from full resolution down. The "
+            "downsampling factor f is 2 ** (number of levels - 1)."
         ),
     )
     latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
-        default=4, description="Latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16."
+        default=4,
+        description="Number of latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16.",
     )
 
     @property
@@ -72,32 +76,32 @@ class ModelConfig(Pretrained):
 
     @property
     def posterior(self) -> Literal["gaussian", "categorical"] | None:
-        """Distribution that latents are drawn from, or None."""
+        """Distribution that latents are drawn from, or None if they are not drawn."""
         return None
 
     @property
     def has_kl(self) -> bool:
-        """Whether its latent has a KL divergence to a prior."""
+        """Whether the network's latent has a KL divergence to a prior."""
         return self.bottleneck.has_kl
 
     @property
     def kl_channels(self) -> int:
-        """Channels of the latent that have a KL of their own."""
+        """Number of latent channels that have a KL of their own."""
         return self.latent_channels
 
     @property
     def bottleneck(self) -> BottleneckConfig:
-        """Options of the bottleneck, which turns encoder features into a latent. None here."""
+        """Options of the bottleneck, which turns encoder features into a latent. Default: none."""
         return BottleneckConfig()
 
     @property
     def has_codes(self) -> bool:
-        """Whether it is a tokenizer."""
+        """Whether the network is a tokenizer."""
         return False
 
     @property
     def pixel_likelihood(self) -> str | None:
-        """Likelihood whose parameters the decoder gives, or None if it gives images."""
+        """Likelihood whose parameters the decoder returns, or None if it returns images."""
         return None
 
     @property
@@ -110,7 +114,7 @@ class ModelConfig(Pretrained):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def shape(self) -> dict[str, Any]:
-        """Return the arguments of the family's builder: all options but those of `OfTheRun`."""
+        """Return the arguments of the family's builder: all options not marked `OfTheRun`."""
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
     def check_levels(self, name: str, levels: tuple[int, ...]) -> None:
@@ -130,11 +134,14 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """The option of kinds that a single file may hold: those of Stable Diffusion."""
+    """The option of networks that a single file may hold, as for Stable Diffusion."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,
-        description="Family of a single file, which decides how its latents are scaled.",
+        description=(
+            "Model family of a single .safetensors file. The family decides how the latents are "
+            "scaled."
+        ),
     )
 
 

@@ -1,7 +1,7 @@
-"""The attributes and methods that all code may use of a network of any class.
+"""The attributes and methods that all code may use on a network of any class.
 
-diffusers' autoencoders have them already. A part that only one kind has, such as a quantiser, is
-read by its family (`models.family`).
+diffusers' autoencoders already have these attributes and methods. A part that only one kind has,
+such as a quantiser, is read by its family (`models.family`).
 """
 
 from collections.abc import Iterator, Mapping

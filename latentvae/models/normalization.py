@@ -23,8 +23,8 @@ class LatentNormalization:
     Args:
         scaling_factor, shift_factor: as pipelines read them, for a report.
         mean, scale: (C,) per channel of the folded latents, or (1,) for all channels.
-        fold: positions on a side that become channels. 1 folds none.
-        applied: the network normalises by itself, so these values are 1 and 0.
+        fold: number of positions on a side that become channels. 1 means no folding.
+        applied: whether the network normalises by itself. Then scale is 1 and mean is 0.
     """
 
     scaling_factor: float

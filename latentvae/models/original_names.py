@@ -1,7 +1,8 @@
 """The names that taming-transformers and latent diffusion (CompVis) give to the same networks.
 
-diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 with other names. The levels
-of the decoder are counted from the other end, and the attention's matrices are 1 x 1 convolutions.
+diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 with other names. The
+original code counts the decoder's levels from the other end, and stores the attention's matrices as
+1 x 1 convolutions.
 """
 
 import re
@@ -27,7 +28,7 @@ _RENAMES = (  # diffusers' names and the original ones, in this order
 
 
 def original_name(name: str, levels: int) -> str:
-    """Return the original name of a tensor of a network with so many levels."""
+    """Return the original name of a tensor in a network with the given number of levels."""
     for pattern, original in _RENAMES:
         name = re.sub(pattern, original, name)
     return re.sub(r"\bup\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
@@ -44,7 +45,7 @@ def with_original_names(net: Network) -> dict[str, Tensor]:
 
 
 def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tensor]:
-    """Return weights that fit a network of the shape of `net`, the inverse of those names.
+    """Return weights that fit `net`, from tensors with the original names.
 
     Raises:
         KeyError: a tensor is missing.
@@ -58,10 +59,10 @@ def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tens
 
 
 def in_shape_of(own: Tensor, value: Tensor, *, name: str) -> Tensor:
-    """Return a value with the shape of a network's own. A 1 x 1 convolution becomes a matrix.
+    """Return `value` in the shape of the network's tensor. A 1 x 1 convolution becomes a matrix.
 
     Raises:
-        ValueError: it has another shape.
+        ValueError: `value` has another shape.
     """
     if value.numel() != own.numel() or value.shape[: own.ndim] != own.shape:
         shapes = f"{tuple(value.shape)}, but a network of these blocks has {tuple(own.shape)}"

@@ -1,10 +1,10 @@
 """One `.safetensors` file with an `AutoencoderKL` or a `VQModel`.
 
-The file is a whole checkpoint of the original code (CompVis, taming-transformers) or its
-autoencoder alone, with CompVis' names or diffusers' (old or new). A file that `latentvae convert`
-wrote has the network's config in its metadata. For other files, widths, blocks, attention and codes
-are read from the tensors. The tensors do not show two things: GroupNorm always has 32 groups, and
-the scale of the latents follows from the family.
+The file is a complete checkpoint of the original code (CompVis, taming-transformers), or only its
+autoencoder. The tensors have CompVis' names, or diffusers' old or new names. The metadata of a file
+that `latentvae convert` wrote has the network's config. For other files, widths, blocks, attention
+and codes are read from the tensors. The tensors do not show two things. The number of groups in
+GroupNorm is assumed to be 32, and the family gives the scale of the latents.
 """
 
 import json
@@ -25,7 +25,8 @@ from latentvae.models.network import Network
 from latentvae.models.original_names import from_original, in_shape_of, original_name
 from latentvae.models.wrapper_names import plain_names, say, say_removed
 
-# Families of models whose autoencoder a file may hold. "other" is any other, without a scale.
+# Families of models whose autoencoder a file may hold. "other" is any other model, without a known
+# scale.
 SingleFileKind = Literal["sd", "sdxl", "sd3", "flux", "other"]
 SINGLE_FILE_KINDS: tuple[SingleFileKind, ...] = get_args(SingleFileKind)
 
@@ -40,8 +41,8 @@ _SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "other": {"scaling_factor": 1.0, "shift_factor": 0.0, "sample_size": 256},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-_PREFIXES = ("first_stage_model.", "vae.", "")  # in a whole checkpoint, and in the part alone
-_MARKS: dict[str, SingleFileKind] = {  # other parts of a whole checkpoint
+_PREFIXES = ("first_stage_model.", "vae.", "")  # in a complete checkpoint, or only the autoencoder
+_MARKS: dict[str, SingleFileKind] = {  # other parts of a complete checkpoint
     "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
     "model.diffusion_model.joint_blocks.": "sd3",
@@ -50,10 +51,10 @@ _MARKS: dict[str, SingleFileKind] = {  # other parts of a whole checkpoint
 _PARTS = ("encoder.", "decoder.", "quant_conv", "post_quant", "quantize.")
 _GROUPS = 32
 _CODES = "quantize.embedding.weight"
-# diffusers' names in attentions before version 0.17, and now.
+# diffusers' names in attention layers before version 0.17, and the current names.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-CONFIG_KEY = "diffusers_config"  # of the metadata that `latentvae convert` writes
+CONFIG_KEY = "diffusers_config"  # in the metadata that `latentvae convert` writes
 _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
@@ -62,11 +63,12 @@ class _File:
     """The autoencoder in a file.
 
     Attributes:
-        path: of the file.
-        tensors: by their names in the autoencoder.
-        family: of a whole checkpoint, else None.
-        scale: `scale_factor` of a whole checkpoint, which latent diffusion measures, else None.
-        config: of the network, if the metadata has it, else None.
+        path: path of the file.
+        tensors: the tensors, by their names in the autoencoder.
+        family: model family of a complete checkpoint, otherwise None.
+        scale: `scale_factor` of a complete checkpoint, which latent diffusion measures, otherwise
+            None.
+        config: config of the network, if the metadata has it, otherwise None.
     """
 
     path: Path
@@ -85,8 +87,8 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
 
     Args:
         path: the file.
-        family: decides the scale of the latents if the file does not. None reads it from a whole
-            checkpoint.
+        family: model family, which decides the scale of the latents if the file does not. With
+            None, the family is read from a complete checkpoint.
 
     Raises:
         UserError: the file holds no such autoencoder, or does not show its family.
@@ -104,7 +106,7 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
         else:
             cls, config = _CLASSES[file.config["_class_name"]], file.config
             _compare_scales(file, family)
-        with torch.device("meta"):  # what a file says costs no memory before its tensors fit
+        with torch.device("meta"):  # no memory is used before the tensors fit
             net: Any = cls.from_config(config)
         weights = _fitting_weights(file, net)
     except UserError:
@@ -116,7 +118,7 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
             reason = f"the tensor {reason} is missing"
         raise UserError(f"'{path}' holds no autoencoder that can be read: {reason}") from error
 
-    # A copy, because sums over a file's memory map can differ by its alignment
+    # Copy the tensors, because sums over a memory-mapped file can depend on its alignment
     weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
     net.load_state_dict(weights, assign=True)
     return net
@@ -127,7 +129,7 @@ def _read(path: Path) -> _File:
         raise UserError(f"'{path}' is no .safetensors file. Other formats can hold code.")
     try:
         with safe_open(path, framework="pt") as file:
-            # A whole checkpoint has other parts beside the autoencoder's
+            # A complete checkpoint has other parts beside the autoencoder
             names = plain_names(file.keys(), path=path)
             prefix = _prefix(list(names.values()), path)
             parts = tuple(prefix + part for part in _PARTS)
@@ -173,7 +175,7 @@ def _read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | No
 
 
 def _compare_scales(file: _File, family: SingleFileKind | None) -> None:
-    """Say it if the file's own scale is not that of the family that the user named."""
+    """Print a note if the file's own scale is not that of the family that the user named."""
     assert file.config is not None
     if family is None or file.config["_class_name"] != "AutoencoderKL":
         return
@@ -193,7 +195,7 @@ def _family(names: Sequence[str]) -> SingleFileKind | None:
 
 
 def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
-    """Return all of the network's weights from a file that has no others."""
+    """Return the network's weights. The file must have all of them, and no others."""
     if file.has_original_names:
         weights = from_original(file.tensors, net)
         levels = len(net.config["block_out_channels"])
@@ -204,7 +206,7 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
         weights = {n: in_shape_of(own, tensors[n], name=n) for n, own in shapes.items()}
         others = tensors.keys() - weights.keys()
 
-    # convert writes identities for quant_conv and post_quant_conv if the network has none
+    # `latentvae convert` writes identities for quant_conv and post_quant_conv if there are none
     others = [name for name in others if name.startswith(("encoder.", "decoder."))]
     if others:
         kind = type(net).__name__
@@ -216,7 +218,7 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
 
 
 def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """Return a tensor of an attention with its present name, and always as a matrix."""
+    """Return a tensor of an attention layer with its current name, and always as a matrix."""
     match = re.fullmatch(r"(.*\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", name)
     if match is None or match[2] == "group_norm":
         return name, value
@@ -235,7 +237,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         codes = {"num_vq_embeddings": number, "vq_embed_dim": width, "scaling_factor": 1.0}
         return VQModel, config | codes | scale | {"sample_size": 256}
 
-    # Only families have a scale that is known
+    # The scale is known only for a family
     channels = config["latent_channels"]
     known = file.family is not None and _CHANNELS[file.family] == channels
     family = family or (file.family if known else "other" if scale else None)
@@ -265,7 +267,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
 
 
 def _shape(file: _File) -> dict[str, Any]:
-    """Return the options that the class shares with other classes, from the tensors' shapes."""
+    """Return the options that both classes have, as the tensors' shapes show them."""
     tensors, path = file.tensors, file.path
 
     # Levels and blocks
@@ -275,12 +277,12 @@ def _shape(file: _File) -> dict[str, Any]:
         raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
-    if levels * layers > len(found):  # a large number in a name is no reason to build that many
+    if levels * layers > len(found):  # some blocks are missing, or a name has a huge number
         raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
     _check_widths(widths, path)
 
-    # Attention. The original names count the decoder's levels from the other end
+    # Attention. In original names, the decoder's levels are counted from the other end
     down, up = (_attention_levels(tensors, side) for side in ("encoder.down", "decoder.up"))
     if file.has_original_names:
         up = {levels - 1 - level for level in up}

@@ -1,4 +1,4 @@
-"""The one table of networks: the families that can be trained, and the family of any other."""
+"""The table of networks: the families that can be trained, and the family of any other network."""
 
 import functools
 import operator
@@ -28,7 +28,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vq": VQFamily(),
 }
 
-# Keys are names of diffusers' classes, because older releases do not have all of them.
+# Keys are names of diffusers' classes, because older releases do not have all classes.
 FOREIGN: dict[str, Family] = {
     "VQModel": StockVQFamily(),
     "AutoencoderKLFlux2": Flux2Family(),
@@ -36,7 +36,7 @@ FOREIGN: dict[str, Family] = {
 }
 ANY = Family()
 
-# Options of each family's network. `architecture` chooses one of their union.
+# Options of each family's network. `architecture` chooses one class from their union.
 MODELS: dict[str, type[ModelConfig]] = {name: kind.options for name, kind in FAMILIES.items()}
 if TYPE_CHECKING:
     AnyModelConfig = ModelConfig

@@ -1,6 +1,6 @@
-"""Attributes that set the tiles of diffusers' classes. There are two sets of them.
+"""Attributes that set the tiles of diffusers' classes. There are two sets of attributes.
 
-Classes like AutoencoderKL take the share of a tile that the next one overlaps. Other classes take
+Classes like AutoencoderKL take the share of a tile that the next tile overlaps. Other classes take
 the distance from one tile to the next.
 """
 
@@ -17,7 +17,7 @@ class Tiling:
 
     Args:
         share: part of a tile's side that the next tile overlaps.
-        by_factor: whether the class takes this share. Otherwise it takes a distance.
+        by_factor: whether the class takes this share. Otherwise the class takes a distance.
     """
 
     share: Fraction
@@ -52,7 +52,7 @@ def read_tiling(net: Any, *, f: int) -> Tiling | None:
     """Return the tiles of a network with `f` pixels per latent position, or None if it has none.
 
     AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not follow its number
-    of blocks. Where the two differ, its tiles are wrong.
+    of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong.
     """
     if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
         return None

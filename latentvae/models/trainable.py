@@ -1,6 +1,6 @@
-"""The contract of networks that can be trained: built, wrapped, fine-tuned, frozen, exported.
+"""The interface of trainable networks: build, wrap, fine-tune, freeze and export.
 
-A new kind is a folder with its options, network, training wrapper and family, and a line in
+A new kind needs a folder with its options, network, training wrapper and family, and a line in
 `models.table`. `B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
 """
 
@@ -23,11 +23,13 @@ class TrainableFamily(Family, ABC):
     """A kind of network that `train` takes.
 
     Attributes:
-        network: its class.
-        options: of the network in a run's config. Their `architecture` names the family.
-        wrapper: the module that training prepares.
-        profiles: that its exports can be written for.
-        why_no_checkpointing: a clause that says why it has no gradient checkpointing, or "".
+        network: class of the network.
+        options: class of the network's options in a run's config. Their `architecture` names the
+            family.
+        wrapper: class of the module that training prepares.
+        profiles: groups of pipelines for which exports can be written.
+        why_no_checkpointing: a clause that says why the network has no gradient checkpointing, or
+            "".
     """
 
     network: ClassVar[type[Any]]
@@ -38,7 +40,7 @@ class TrainableFamily(Family, ABC):
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
-        """Classes that its export may have."""
+        """Classes that the export may have."""
         return (self.network,)
 
     # A new network, or a pretrained one.
@@ -49,7 +51,8 @@ class TrainableFamily(Family, ABC):
 
         Args:
             image_channels: C.
-            sample_size: side of the training images in pixels, by which diffusers tiles.
+            sample_size: side of the training images in pixels, from which diffusers takes its tile
+                size.
             options: as `self.options(...).shape()` returns them.
         """
 
@@ -62,18 +65,18 @@ class TrainableFamily(Family, ABC):
 
         Args:
             net: the pretrained network.
-            options: of `build`, for the parts that the pretrained network does not have.
+            options: options of `build`, for the parts that the pretrained network does not have.
         """
         return net if type(net) is self.network else None
 
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the options of a run, replaced where a pretrained network's config decides."""
+        """Return the options of a run, some of them replaced by those of a pretrained network."""
         return {**options, **self.options_of(config)}
 
     def apply_options(self, net: Network, options: ModelConfig) -> None:
-        """Set the run's options on a pretrained network where its config does not decide them."""
+        """Set the run's options on a pretrained network, except those that its config decides."""
 
     # Export.
 
@@ -81,7 +84,7 @@ class TrainableFamily(Family, ABC):
         """Return a clause that says why no class of diffusers can be the same network, or "".
 
         Args:
-            options: of the network, as in its config.
+            options: options of the network, as in its config.
         """
         return ""
 
@@ -89,7 +92,8 @@ class TrainableFamily(Family, ABC):
 class DiscreteFamily(TrainableFamily):
     """A tokenizer, with its quantiser in `net.quantize`.
 
-    Its export has a class of diffusers if one finds the same codes. Otherwise it has its own class.
+    The export has a class of diffusers if one finds the same codes. Otherwise the export has the
+    tokenizer's own class.
     """
 
     has_posterior = False
@@ -122,12 +126,12 @@ class DiscreteFamily(TrainableFamily):
 
         Args:
             net: float32, on the CPU.
-            unit_range: with pixels in [0, 1] and codes looked up by index, as aMUSEd needs it.
+            unit_range: use pixels in [0, 1] and look codes up by index, as aMUSEd does.
         """
         raise NotImplementedError(self.why_not_stock(net.config))  # callers check this first
 
     def fit_stock(self, net: Network, stock: Network, images: Tensor) -> float:
-        """Scale the features of `stock` in place so that its search can tell codes apart.
+        """Scale the features of `stock` in place so that its search can distinguish codes.
 
         Args:
             net: the trained network.

@@ -21,7 +21,7 @@ _WITH_CODE = (".bin", ".ckpt", ".pt", ".pth")  # pickles
 
 
 def is_weights(name: str, *, variant: str | None) -> bool:
-    """Return whether a file of this name holds weights of the variant. None is the plain one."""
+    """Return whether a file of this name holds weights of the variant. None means plain weights."""
     match = _NAME.fullmatch(name)
     return match is not None and match["variant"] == variant
 
@@ -42,7 +42,7 @@ def names_of(repository: str, subfolder: str | None) -> list[str]:
     inside = f"{subfolder}/" if subfolder else ""
     try:
         files = list_repo_files(repository)
-    except Exception:  # offline, or no access: the library has many errors for it
+    except Exception:  # the library has many errors for no connection and no access
         config = try_to_load_from_cache(repository, f"{inside}config.json")
         if not isinstance(config, str):
             return []
@@ -52,12 +52,12 @@ def names_of(repository: str, subfolder: str | None) -> list[str]:
 
 
 def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Path) -> str | None:
-    """Return the variant of the weights to load. None is the plain one.
+    """Return the variant of the weights to load. None means the plain weights.
 
     Args:
-        names: of the files in the folder.
-        variant: that the user asked for. None takes the plain weights, or the only variant.
-        path: of the folder, for messages.
+        names: names of the files in the folder.
+        variant: variant that the user asked for. None takes the plain weights, or the only variant.
+        path: path of the folder, for messages.
 
     Raises:
         UserError: there is no such variant, there are several, or there are no weights.
@@ -85,7 +85,7 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
 
 
 def _why_none(names: Sequence[str]) -> str:
-    """Return why files of these names are no weights that can be loaded."""
+    """Return why none of the files with these names has weights that can be loaded."""
     if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
         return (
             f"they are only in {pickles[0]}, which is refused because such a file can hold code. "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentvae.errors import UserError
 
-# Each is a part of a name, between two dots or at its start.
+# Each key is a part of a name, between two dots or at its start.
 _TOOLS = {
     "_orig_mod": "torch.compile",
     "module": "DistributedDataParallel",
@@ -24,8 +24,8 @@ def plain_names(names: Iterable[str], *, path: str | Path) -> dict[str, str]:
     """Return the name of each tensor without the parts that training tools add.
 
     Args:
-        names: of the tensors.
-        path: where they are, for the message.
+        names: names of the tensors.
+        path: path of their file or folder, for the message.
 
     Raises:
         UserError: the tensors are adapters that were not merged into the network.

@@ -1,1 +1,1 @@
-"""Proofs about a run: `preflight` of its wiring, `verify_resume` of its resume."""
+"""Proofs about a run: `preflight` checks its wiring, `verify_resume` checks its resume."""

@@ -1,4 +1,4 @@
-"""The checks of `preflight` and `verify-resume`: a line each, the same as JSON, the exit code."""
+"""Report the checks of `preflight` and `verify-resume` as lines, as JSON and as exit code."""
 
 import json
 import math
@@ -18,11 +18,11 @@ class Check:
     """One thing that must hold.
 
     Attributes:
-        name: what is checked, such as `weights`. Unique in a report.
-        passed: whether it holds.
+        name: what is checked, such as `weights`. Names are unique in a report.
+        passed: whether the check holds.
         value: what was found: a number, a text, or a list or dict of these.
-        expected: what had to be found, in words.
-        advice: what to do if it fails.
+        expected: what should be found, in words.
+        advice: what to do if the check fails.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Check:
 def wrapped(text: str, *, indent: int = 2) -> str:
     """Return a text in lines of at most 80 columns. All but the first are indented.
 
-    A longer path or option is not broken.
+    A path or an option that is longer than a line is not broken.
     """
     return textwrap.fill(
         printable(text),

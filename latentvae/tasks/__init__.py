@@ -1,4 +1,5 @@
-"""Tasks: what a run trains, one folder each.
+"""Tasks define what a run trains. Each task has its own folder.
 
-A task is a `Task` of `engine.task`. A script in `train/` starts it, or `engine.loop.train`.
+A task is a subclass of `engine.task.Task`. A script in `train/` or `engine.loop.train` starts a
+task.
 """

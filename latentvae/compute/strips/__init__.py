@@ -1,6 +1,6 @@
 """Compute large images in exact strips.
 
-`strip_network` has the calls, and `price` predicts what they cost.
+`strip_network` encodes and decodes. `price` predicts the time and memory that this takes.
 """
 
 from latentvae.compute.strips.maps import Strips

@@ -3,8 +3,9 @@
     strips -> fill -> rows (H, W, C) and the statistics of every channel
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
-Rows are stored one after the other with channels last, so a strip is one piece of memory or file.
-Deviations are taken from each strip's own mean, so a large mean loses no digits.
+Rows are stored one after the other with channels last, so a strip is one contiguous piece of memory
+or of a file. Variances are computed about each strip's own mean, so a large mean costs no
+precision.
 
 `C` channels, `H W` space.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.moments import RunningMoments
 
-CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes. Larger on a GPU, for fewer launches
+CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes. Larger on a GPU, for fewer kernel launches
 SMALL_MAP = 16 * 2**20  # bytes of a map that stays in memory
 
 
@@ -34,12 +35,13 @@ class Strips:
     """Options of strips. The result is that of the whole image, up to rounding.
 
     Args:
-        rows: of a feature map that are computed at a time. None takes rows of 4 MiB (64 on a GPU).
-        storage: where maps above 16 MiB are kept. `"memory"` holds two of them at a time. With
-            `"disk"` the need for memory stays nearly constant. None is the disk for a network on
-            the CPU, and memory for other devices.
-        folder: for their files, which have no name and end with the process. None is the folder of
-            temporary files (TMPDIR), which should be on a disk, not in memory.
+        rows: number of rows of a feature map that are computed at a time. None takes as many rows
+            as fit into 4 MiB (64 MiB on a GPU).
+        storage: where maps above 16 MiB are kept. With `"memory"`, two maps are in memory at a
+            time. With `"disk"`, memory use stays nearly constant. None means the disk for a network
+            on the CPU, and memory on other devices.
+        folder: folder of the maps' files, which have no name and vanish with the process. None is
+            the folder of temporary files (TMPDIR). It should be on a disk, not in memory.
     """
 
     rows: int | None = None
@@ -56,8 +58,8 @@ class Strips:
 def moments_of_rows(rows: Tensor) -> RunningMoments:
     """Return the moments of each channel over rows (n, W, C).
 
-    They are exact enough for float32 rows whose mean is thousands of times their deviation, without
-    a copy of the rows in float64.
+    The moments are exact enough for float32 rows whose mean is thousands of times their deviation.
+    The computation needs no copy of the rows in float64.
     """
     values = rows.flatten(0, 1)
     if values.dtype in (torch.float16, torch.bfloat16):
@@ -73,7 +75,7 @@ class FeatureMap(ABC):
     """A feature map (C, H, W) of one image.
 
     Attributes:
-        statistics: of each channel, over the rows that the last `fill` wrote.
+        statistics: statistics of each channel, over the rows that the last `fill` wrote.
     """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
@@ -87,12 +89,12 @@ class FeatureMap(ABC):
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
         """Write strips from top to bottom.
 
-        A strip is written only after the next has been computed. So a map may be filled from its
-        own strips, if these read at most one row above their own.
+        A strip is written only after the next has been computed. So a map may be filled with strips
+        computed from itself, if each strip reads at most one row above its own rows.
 
         Args:
             strips: pairs of the first row and the strip (1, C, rows, W).
-            measure: also take statistics.
+            measure: also compute statistics.
         """
         statistics, last = RunningMoments(self.channels), None
         for strip in strips:
@@ -170,7 +172,7 @@ def _bytes(rows: Tensor) -> memoryview:
 
 
 class Workspace:
-    """The maps of one call, and the rows of their strips.
+    """Creates the feature maps of one call, and divides their rows into strips.
 
     Args:
         like: a tensor of the network's device and dtype.

@@ -1,9 +1,10 @@
-"""Predict what an image costs in strips.
+"""Predict the time and memory of computing an image in strips.
 
-Time: a band of the image's width, four latent positions high, is computed in strips (at f = 8 that
-is 3 % of 1,024 pixels). Its time is multiplied by the ratio of the work of the whole image to that
-of the band. torch counts the work on tensors without storage, including the attention's square of
-the positions.
+To predict the time, a band is computed in strips. The band is as wide as the image and four latent
+positions high. At f = 8 this is 3 % of 1,024 pixels. The prediction is the band's time, multiplied
+by the work of the whole image and divided by the work of the band. torch counts the work on tensors
+without storage. The count includes attention, which grows with the square of the number of
+positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -31,8 +32,8 @@ class Price:
     """The price of one call.
 
     Args:
-        seconds: an estimate. On the CPU, other work on the machine makes it longer.
-        map_bytes: of the two largest feature maps that exist at the same time.
+        seconds: estimated time. On the CPU, other work on the machine makes it longer.
+        map_bytes: size of the two largest feature maps that exist at the same time.
         on_disk: whether these maps are on the disk.
     """
 
@@ -60,17 +61,17 @@ def price_in_strips(
 ) -> Price:
     """Return the price of `encode_in_strips` or `decode_in_strips`.
 
-    It is measured on a band of zeros on the network's device.
+    The time is measured with a band of zeros on the network's device.
 
     Args:
         net: the network.
-        call: which of the two.
+        call: the function whose price is returned.
         size: (H, W) of the images, in pixels.
-        strips: their options.
+        strips: options of the strips.
         batch: B.
 
     Raises:
-        ValueError: as those functions do.
+        ValueError: the network has a block that strips cannot compute.
     """
     # A band of the image
     strips = strips or Strips()
@@ -79,7 +80,7 @@ def price_in_strips(
     rows = min(BAND * (f if call == "encode" else 1), shape[2])
     band = torch.zeros(1, shape[1], rows, shape[3], device=net.device, dtype=net.dtype)
 
-    # Its time
+    # The time of the band
     start = time.perf_counter()
     if call == "encode":
         encode_in_strips(net, band, strips)
@@ -105,7 +106,7 @@ def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[in
 
 
 def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Return the operations of a forward pass, and the bytes of its largest step's two maps."""
+    """Return operations of a forward pass, and bytes of the two maps in its largest step."""
     largest = 0
 
     def record(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:

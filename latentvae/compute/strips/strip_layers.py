@@ -28,7 +28,7 @@ Prepare = Callable[[Tensor], Tensor]
 def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
     """Return a function that applies the norm and the activation to strips of `x`.
 
-    The norm has the statistics that `x` has at the time of this call.
+    The norm uses the statistics of `x` at the time of this call.
     """
     groups = x.statistics.pooled(norm.num_groups)
     mean, variance = groups.mean, groups.variance(correction=0)
@@ -62,7 +62,7 @@ def convolved(
 
 
 def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = None) -> Tensor:
-    """Return a strip with one more row above and below, which is 0 outside of the image."""
+    """Return a strip with one more row above and below. Rows outside of the image are 0."""
     strip = x.read(max(top - 1, 0), min(bottom + 1, x.height))
     if prepare is not None:
         strip = prepare(strip)
@@ -71,7 +71,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute a `ResnetBlock2D`. The map `x` is overwritten or no longer needed."""
+    """Compute a `ResnetBlock2D`. Afterwards the map `x` is overwritten or no longer needed."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))
@@ -121,12 +121,12 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
     kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
         strip = _with_halo(x, top, bottom)
-        # Padding 1 as in `upsample_conv`, and 2 more rows for the row on each side of the strip.
+        # Padding 1 as in `upsample_conv`, and 2 more to drop the output of each extra row.
         yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
 def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute self-attention over all positions in place, with all keys and strips of queries."""
+    """Compute self-attention over all positions in place, for strips of queries and all keys."""
     prepare = normalizer(block.group_norm, x)
     keys, values = _keys_and_values(block, x, prepare, space)
     x.fill(_attended(block, x, prepare, keys, values, space))
@@ -152,7 +152,7 @@ def _keys_and_values(
 def _attended(
     block: Any, x: FeatureMap, prepare: Prepare, keys: Tensor, values: Tensor, space: Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    scores = x.width * block.heads * keys.shape[2]  # of one row. Some kernels keep all of them
+    scores = x.width * block.heads * keys.shape[2]  # of one row, which some kernels keep
     for top, bottom in space.slices(x.height, max(scores, x.channels * x.width)):
         strip = x.read(top, bottom)
         queries = _heads(block.to_q(_tokens(prepare(strip))), block)

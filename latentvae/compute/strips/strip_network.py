@@ -78,12 +78,12 @@ def decode_in_strips(
 
     Args:
         net: the network.
-        z: its latents.
-        strips: their options.
-        force_not_quantize: `z` are codes of a tokenizer.
+        z: latents (B, d, h, w).
+        strips: options of the strips.
+        force_not_quantize: `z` already consists of codes of a tokenizer.
 
     Raises:
-        ValueError: as in `encode_in_strips`.
+        ValueError: the network has an unknown block, see `check_supported`.
     """
     check_supported(net)
     if isinstance(net, VQModel | DiscreteAutoencoder) and not force_not_quantize:
@@ -97,7 +97,7 @@ def decode_in_strips(
 
 
 def _quantize(net: Any, z: Tensor) -> Tensor:
-    """Return the codes of features, in parts: a stock `VQModel` keeps all distances at once."""
+    """Return the codes of features, in parts. A stock `VQModel` keeps all distances at once."""
     if isinstance(net, DiscreteAutoencoder):
         return net.quantize(z).z.to(net.dtype)
     rows = max(CPU_SCORES // (len(z) * z.shape[3] * net.config["num_vq_embeddings"]), 1)
@@ -106,10 +106,10 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StripComputation:
-    """A network's calls in strips, as the `computation` of `models.calls`.
+    """Encodes and decodes in strips. This is a `computation` for `models.calls`.
 
     Args:
-        strips: their height, and where maps are kept.
+        strips: height of the strips, and where maps are kept.
     """
 
     strips: Strips
@@ -134,7 +134,7 @@ def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Te
         for (
             step,
             block,
-        ) in steps:  # flat, so that no caller keeps a map alive that is no longer needed
+        ) in steps:  # one flat loop, so that no caller keeps an unneeded map alive
             x = step(block, x, space)
         if outputs is None:
             shape = (len(inputs), part.conv_out.out_channels, x.height, x.width)
@@ -184,7 +184,7 @@ def check_supported(net: Any) -> None:
     """Check that strips can compute every block of the encoder and the decoder.
 
     Raises:
-        ValueError: with the name and the type of a block that they cannot compute.
+        ValueError: strips cannot compute a block. The message has its name and type.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
         module: Any = getattr(net, part, None)

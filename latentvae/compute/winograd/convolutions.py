@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.compute.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-# Positions of a map from which training uses NNPACK. It computes one image at a time, but a plain
-# convolution the whole batch.
+# Training uses NNPACK for maps with at least so many positions. NNPACK computes one image at a
+# time, while a plain convolution computes the whole batch.
 TRAINING_POSITIONS = 64 * 64
 
 
@@ -25,9 +25,10 @@ class Limits:
     """Sizes from which Winograd's algorithms are faster than plain convolutions.
 
     Attributes:
-        channels: of input or output, whichever has fewer.
-        positions: of a map at inference, for NNPACK.
-        tiled: channels for the tiles. `one` is for y or dx, `both` for dx and dw together.
+        channels: number of channels of the input or the output, whichever has fewer.
+        positions: number of positions of a map, for NNPACK at inference.
+        tiled: number of channels for the algorithm in `tiles`. `one` is for y or dx, `both` for dx
+            and dw together.
     """
 
     channels: int
@@ -46,7 +47,7 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution for inference. It is the plain one for small maps and where `_is_plain`."""
+    """A convolution for inference. It is the plain layer for small maps and if `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
@@ -55,7 +56,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A convolution with gradients. It is the plain one where `_is_plain`."""
+    """A convolution with gradients. It is the plain layer if `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input):
@@ -64,9 +65,9 @@ class TrainedWinogradConv2d(nn.Conv2d):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether `x` is no float32 batch of maps on the CPU, or autocast is on."""
+    """Return whether to use the plain layer: `x` is not float32 on the CPU, or autocast is on."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
-    # torch.compile knows no kernel of NNPACK's: it has its own for plain convolutions.
+    # torch.compile does not support NNPACK. It has its own kernels for plain convolutions.
     return not known or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
@@ -111,7 +112,7 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Return whether there are enough channels, and enough tiles to transform kernels for."""
+    """Return whether there are so many channels and tiles that transforming the kernel pays off."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
@@ -120,14 +121,14 @@ def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
 def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
     """Set the class of the convolutions in `part` for which Winograd's algorithms fit.
 
-    Names, parameters and hooks stay.
+    Names, parameters and hooks do not change.
 
     Args:
         part: a module.
-        trained: with gradients. By default for inference only.
+        trained: use convolutions with gradients. By default they are for inference only.
 
     Returns:
-        The number of these convolutions.
+        The number of changed convolutions.
     """
     found = [m for m in part.modules() if type(m) is nn.Conv2d and _fits(m)]
     for module in found:

@@ -1,9 +1,9 @@
 """3 x 3 convolutions by NNPACK, which is part of torch, in float32 on the CPU.
 
-It computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and Gray
-2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation (root
-mean square, up to 7e-5 for single values). That is ten times that of a plain convolution and a
-thousandth of bfloat16's.
+NNPACK computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and
+Gray 2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation
+(root mean square, up to 7e-5 for single values). The error is ten times that of a plain
+convolution, and a thousandth of the error of bfloat16.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -23,7 +23,8 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Each image is computed by itself. For a batch NNPACK uses another algorithm, so an image's
     result would depend on the others. Large maps are computed in parts of rows, because NNPACK
-    keeps all tiles of a call: almost twice the memory that it reads and writes.
+    keeps all tiles of a call in memory. The tiles take almost twice the memory of the input and
+    output.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     rows = _rows(x, outputs=len(weight))
@@ -32,7 +33,7 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor, *, outputs: int) -> int:
-    """Return how many rows of (B, C, H, W) one call computes: parts of about one size that fit."""
+    """Return the rows of (B, C, H, W) per call, so that parts fit and have about equal sizes."""
     height, width = x.shape[2:]
     tiles = -(-height // TILE)
     bytes_of_a_row = 4 * (TILE + 2) ** 2 * (x.shape[1] + outputs) * -(-width // TILE)
@@ -58,8 +59,8 @@ def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Ten
 
 @lru_cache(maxsize=1)
 def has_winograd() -> bool:
-    """Return whether torch has NNPACK, it supports this processor and its result is right."""
-    # `_nnpack_available` also initialises NNPACK. Without this call, every other one fails.
+    """Return whether torch has NNPACK, which supports this processor and computes correctly."""
+    # `_nnpack_available` also initialises NNPACK. Without it, every other call of NNPACK fails.
     if not (hasattr(torch, "_nnpack_available") and torch._nnpack_available()):
         return False
 

@@ -1,6 +1,7 @@
 """3 x 3 convolutions and their gradients as matrix products: Winograd's F(4 x 4, 3 x 3).
 
-It has 36 products for 16 outputs instead of 144 (Lavin and Gray 2015, arXiv:1509.09308):
+The algorithm needs 36 products for 16 outputs instead of 144 (Lavin and Gray 2015,
+arXiv:1509.09308):
 
     Y = A [sum_i (G w G') * (B X B')] A'    for a tile Y of 4 x 4, which reads X of 6 x 6
 
@@ -10,7 +11,7 @@ matrix product with a Kronecker square (`A2`, `B2`, `G2`). The gradients follow 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
 Where tiles of X overlap, their dX are added. The rounding error in float32 is 2e-6 to 4e-6 of the
-result's standard deviation, ten times that of a plain convolution.
+result's standard deviation, ten times the error of a plain convolution.
 
 Functions that are called for every part of the tiles use view and permute, because einops costs
 10 us per call.
@@ -28,8 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-SIDE = 4  # of an output tile. Its input tile is two larger
-CHUNK_BYTES = 8 << 20  # of the tiles that are computed at once, to stay in the cache
+SIDE = 4  # side of an output tile. The side of an input tile is larger by 2
+CHUNK_BYTES = 8 << 20  # size of the tiles that are computed at once, to stay in the cache
 
 
 def _square(rows: list[list[float]], *, divide_by: int = 1) -> Tensor:
@@ -70,12 +71,12 @@ def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def tiled_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, *, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of `tiled_conv`'s `x` and `weight`, or None for one not asked for.
+    """Return the gradients of `x` and `weight` of `tiled_conv`, or None if not requested.
 
     Args:
-        gradient: of its output, (N, O, H, W).
-        x: its input.
-        weight: its kernel.
+        gradient: gradient of the output of `tiled_conv`, (N, O, H, W).
+        x: input of `tiled_conv`.
+        weight: kernel of `tiled_conv`.
         of_x: compute the gradient of `x`.
         of_weight: compute the gradient of `weight`.
     """
@@ -125,7 +126,7 @@ def _tiles(maps: Tensor, side: int) -> Tensor:
 
 
 def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
-    """Add to a view of overlapping tiles, in four steps whose parts do not overlap."""
+    """Add `added` to a view of overlapping tiles, in four steps whose tiles do not overlap."""
     parts = (slice(0, SIDE), slice(SIDE, None))
     for rows, columns in itertools.product(parts, parts):
         tiles[..., rows, columns] += added[..., rows, columns]
@@ -153,8 +154,8 @@ class Tiling:
     def split(self, x: Tensor, *, side: int, before: int) -> Tensor:
         """Return tiles (N, h, w, C, side, side) of (N, C, H, W) with zeros around it.
 
-        There are `before` zeros before each row and column, and at least one after it. Without that
-        one, the copy would read and write at multiples of a page, which is slow.
+        There are `before` zeros before each row and column, and at least one after it. Without the
+        zero after it, the copy would read and write at multiples of a page, which is slow.
         """
         rows, columns = (SIDE * n - m + 1 for n, m in zip(self.size, self.map_size, strict=True))
         padded = F.pad(x, (before, columns, before, rows))
@@ -162,7 +163,7 @@ class Tiling:
         return _tiles(innermost.view(len(x), *padded.shape[2:], -1), side)
 
     def parts(self, *, channels: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the images and rows of tiles to compute at once: some images, or rows of one."""
+        """Yield images and rows of tiles to compute at once: some images, or rows of one image."""
         rows = max(1, CHUNK_BYTES // (36 * 4 * channels * self.size[1]))
         images, rows = max(1, rows // self.size[0]), min(rows, self.size[0])
         for i in range(0, self.images, images):
@@ -170,6 +171,6 @@ class Tiling:
                 yield slice(i, i + images), slice(row, row + rows)
 
     def crop(self, maps: Tensor) -> Tensor:
-        """Return (N, C, H, W) of maps (N, at least H, at least W, C)."""
+        """Return maps (N, C, H, W) cropped from maps (N, at least H, at least W, C)."""
         height, width = self.map_size
         return rearrange(maps[:, :height, :width], "n h w c -> n c h w").contiguous()

@@ -10,13 +10,13 @@ Each term has a name, a weight and a policy:
     term            weight                                  policy
     rec             1                                       constant
     lpips           perceptual_scale                        constant
-    kl              kl_scale                                constant, warm-up or target; as it is,
-                                                            with free bits or with a capacity
-    of a codebook   options of the quantizer                constant
-    adversarial     disc_scale                              ramp, balanced by gradients
+    kl              kl_scale                                constant, warm-up or target. The KL is
+                                                            plain, or has free bits or a capacity
+    codebook terms  options of the quantizer                constant
+    adversarial     disc_scale                              ramp, balanced by ratio of gradients
 
     objective.py            `Objective`: the terms, their weights and their sum
-    loss_values.py                 `Loss`: what the objective returns
+    loss_values.py          `Loss`: what the objective returns
     kl_forms.py             forms of the KL and its warm-up
     kl_target.py            the controller that moves the KL's weight until a target holds
     adversarial_weight.py   ramp and balance of the adversarial term
@@ -24,7 +24,8 @@ Each term has a name, a weight and a policy:
 
 Reductions: pixel terms are means over image elements. The KL is its sum over latent elements
 divided by the number of image elements. So every term is Stable Diffusion's sum divided by C*H*W.
-Its KL weight 1e-6 keeps its meaning, and no weight depends on the resolution or the batch size.
+Stable Diffusion's KL weight 1e-6 keeps its meaning, and no weight depends on the resolution or the
+batch size.
 """
 
 from latentvae.losses.objective.loss_values import Loss

@@ -11,11 +11,12 @@ class AdversarialWeight:
 
     Args:
         scale: weight at the end of the ramp. 0 leaves the term out.
-        warmup_updates: updates after the start in which only the discriminator learns.
-        ramp_updates: updates after that over which the weight grows from 0.
+        warmup_updates: number of updates after the start in which only the discriminator learns.
+        ramp_updates: number of updates after the warm-up in which the weight grows from 0.
         adaptive: multiply the weight by a ratio of gradients, see `adversarial.adaptive_weight`.
-        cap: largest ratio.
-        cap_on_sums: the cap is for losses that are sums over image elements instead of means.
+        cap: largest ratio of gradients.
+        cap_on_sums: whether the cap is for losses that are sums over image elements instead of
+            means.
     """
 
     scale: float = 0.0
@@ -28,17 +29,18 @@ class AdversarialWeight:
     def cap_at(self, elements: int) -> float:
         """Return the largest ratio for images of so many elements (channels x height x width).
 
-        Our pixel loss is a mean over them. The ratio of a sum would be ``elements`` times as large.
+        Our pixel loss is a mean over elements. The ratio of a sum would be ``elements`` times as
+        large.
         """
         return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight in update ``update`` (from 0), before the adaptive weight.
 
-        It is None before ``start``, where the discriminator is not used at all. From then on the
-        discriminator learns in every update. For `warmup_updates` it learns alone, and the weight
-        is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained discriminator
-        has little effect on the model.
+        The weight is None before ``start``, when the discriminator is not used at all. From then on
+        the discriminator learns in every update. For `warmup_updates` it learns alone, and the
+        weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
+        discriminator has little effect on the model.
         """
         if self.scale == 0 or update < start:
             return None

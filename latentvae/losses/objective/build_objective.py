@@ -26,10 +26,10 @@ def build_objective(
     """Return the objective with the terms, weights and policies of the options.
 
     Args:
-        options: of the model's loss.
+        options: options of the model's loss.
         discriminator: options of the adversarial term.
         perceptual: LPIPS. It is not used if `perceptual_scale` is 0.
-        latent_weights: weights of the latents' own losses by name, see `Latent.losses`.
+        latent_weights: weights of the bottleneck's losses by name, see `Latent.losses`.
         has_kl: whether the network's latents have a KL.
         likelihood: the network's own likelihood, if it has one.
         autocast_dtype: see `Objective`.

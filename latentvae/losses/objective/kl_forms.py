@@ -1,9 +1,9 @@
 """Forms of the KL in the loss (plain, free bits, capacity) and the warm-up of its weight.
 
 A form returns nats per image. A factor on the weight is a function of the update. Bits are per
-latent element, as `latent/kl_bits_per_element` in the log, so they do not depend on the resolution.
-Free bits and capacity are piecewise linear in the KL. The mean over all ranks decides which piece
-applies, so that two ranks give the result of one rank with the joined batch.
+latent element, like the log's `latent/kl_bits_per_element`, so they do not depend on the
+resolution. Free bits and capacity are piecewise linear in the KL. The mean over all ranks decides
+which piece applies, so that two ranks give the result of one rank with the joined batch.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -35,14 +35,14 @@ class KLForm(Protocol):
 
 
 class KLFactor(Protocol):
-    """A factor on the KL's weight, by update."""
+    """A factor on the KL's weight, as a function of the update."""
 
     def __call__(self, update: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class PlainKL:
-    """The KL without a change."""
+    """The unchanged KL."""
 
     name = "loss/kl"
 
@@ -109,7 +109,7 @@ class WarmUp:
 
 
 def kl_form(options: ObjectiveConfig) -> KLForm:
-    """Return the form of the options, which allow at most one of free bits and capacity."""
+    """Return the form that the options choose. They allow at most one of free bits and capacity."""
     if options.free_bits:
         return FreeBits(options.free_bits)
     if options.kl_capacity:
@@ -120,7 +120,8 @@ def kl_form(options: ObjectiveConfig) -> KLForm:
 def kl_warmup(update: int, warmup_updates: int) -> float:
     """Return the factor on the KL's weight in update ``update`` (from 0).
 
-    It grows linearly from 0 to 1 at ``warmup_updates`` (Sonderby et al. 2016, arXiv:1602.02282).
+    The factor grows linearly from 0 to 1 at ``warmup_updates`` (Sonderby et al. 2016,
+    arXiv:1602.02282).
     """
     return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
 
@@ -128,7 +129,7 @@ def kl_warmup(update: int, warmup_updates: int) -> float:
 def capacity(update: int, *, target: float, growth_updates: int) -> float:
     """Return the capacity C in update ``update`` (from 0).
 
-    It grows linearly from 0 to ``target`` at ``growth_updates`` (Burgess et al. 2018,
+    The capacity grows linearly from 0 to ``target`` at ``growth_updates`` (Burgess et al. 2018,
     arXiv:1804.03599).
     """
     return target * kl_warmup(update, growth_updates)

@@ -7,17 +7,17 @@ arXiv:2004.05988).
     e = clip(4 * log(target / error), -1, 1)  log w += rate * e
 
 The weight is `kl_scale` times a factor w, which starts at 1. The bits per latent element, or the
-error of the reconstruction, are means over micro-steps and ranks. Their units depend neither on the
-resolution nor on the channels. The error e is relative, so one rate fits all targets.
+error of the reconstruction, are means over micro-steps and ranks. The units of both depend neither
+on the resolution nor on the channels. The error e is relative, so one rate fits all targets.
 
-A network reacts late to the weight, so the first term alone would make the bits swing about their
-target. The second term damps this (ControlVAE's proportional term, of GECO's logarithm). A
-reconstruction error is noisy from batch to batch and reacts little to the weight. So it has a
-steeper e and no second term.
+A network reacts late to the weight, so the first term alone would make the bits oscillate around
+their target. The second term damps these oscillations. This is ControlVAE's proportional term,
+applied to GECO's logarithm. A reconstruction error is noisy from batch to batch and reacts little
+to the weight. So its error e is steeper, and there is no second term.
 
 A reconstruction error also stays above its target, with any weight, as long as the network has not
-learned enough. The weight then falls to a tenth of its start and no further, because it must grow
-back later.
+learned enough. The weight then falls to a tenth of its initial value and no further, because it
+must grow back later.
 """
 
 import math
@@ -39,13 +39,13 @@ class KLTarget:
 
     Attributes:
         target_name: log name of the value that has the target.
-        unit: the target in words, a format string.
+        unit: a format string that prints the target with its unit.
         sign: 1 if a larger weight lowers the value, -1 if it raises the value.
         steepness: factor on the logarithm of value over target.
         damping: factor on the change of the error since the last update.
         lowest: smallest factor. The smallest weight of `KL_WEIGHTS` is another bound.
-        log_factor: logarithm of the factor in this update. It starts at 0.
-        error: relative error of the last update. It starts at 0.
+        log_factor: logarithm of the factor in this update, 0 at the start.
+        error: relative error of the last update, 0 at the start.
     """
 
     target_name: str
@@ -71,7 +71,8 @@ class KLTarget:
         """Return the mean over micro-steps of the value that has the target, (1,).
 
         Args:
-            logged: what each micro-step logged on this rank. With none the result is empty, (0,).
+            logged: values that each micro-step logged on this rank. Without micro-steps the result
+                is empty, (0,).
         """
         if not logged:
             return torch.empty(0)
@@ -80,7 +81,7 @@ class KLTarget:
         )
 
     def follow(self, found: float) -> None:
-        """Move the weight.
+        """Move the weight towards the target.
 
         Args:
             found: the mean of `measured` over all ranks.
@@ -109,7 +110,7 @@ class KLTarget:
 
 
 class BitsTarget(KLTarget):
-    """A controller that holds the KL, in bits per latent element."""
+    """A controller that holds the KL at a target in bits per latent element."""
 
     target_name = "latent/kl_bits_per_element"
     unit = "{:g} bits per latent element"
@@ -117,7 +118,7 @@ class BitsTarget(KLTarget):
 
 
 class ErrorTarget(KLTarget):
-    """A controller that holds the pixel loss, of images in [-1, 1]."""
+    """A controller that holds the pixel loss of images in [-1, 1] at a target."""
 
     target_name = "loss/rec"
     unit = "a pixel loss of {:g}"
@@ -137,6 +138,6 @@ def kl_target(options: ObjectiveConfig) -> KLTarget | None:
 def _clipped_log(ratio: float, *, times: float) -> float:
     """Return times * log(ratio), clipped to [-1, 1].
 
-    Rounding can make a ratio 0 or negative. It then counts as -1.
+    Rounding can make a ratio 0 or negative. The result is then -1.
     """
     return min(max(times * math.log(ratio), -1.0), 1.0) if ratio > 0 else -1.0

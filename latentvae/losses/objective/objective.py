@@ -38,22 +38,24 @@ class Objective(nn.Module):
         loss = objective(images, out, update=update)
         loss.total.backward()
 
-    The call returns the whole loss. A training step with a single pass through the decoder uses the
-    same parts one by one: `reconstruction` and `adversarial_value` at a detached reconstruction,
-    `adversarial_part` for the current weight, and `latent` with its graph.
+    The call returns the complete loss. A training step with a single pass through the decoder calls
+    the parts one by one. It calls `reconstruction` and `adversarial_value` on a detached
+    reconstruction. Then it calls `adversarial_part` for the current weight, and `latent` with its
+    graph.
 
     Args:
         rec_loss: "l1" or "l2".
         perceptual: LPIPS (images, recon) -> (B,), frozen. None leaves the term out.
         perceptual_scale: weight of LPIPS. The pixel term has weight 1.
-        kl_scale: weight of the KL. None if no latent has a KL.
-        latent_weights: weights of the latents' own losses, by name.
+        kl_scale: weight of the KL. None if the latent has no KL.
+        latent_weights: weights of the bottleneck's losses, by name.
         kl_form: form of the KL in the loss.
         kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
         adversarial: weight of the adversarial term.
-        likelihood: replaces the pixel loss if the decoder returns its parameters. LPIPS and the
-            discriminator see its `mean`.
-        autocast_dtype: dtype of LPIPS' trunk, whose distances stay float32. Default: float32.
+        likelihood: likelihood that replaces the pixel loss if the decoder returns its parameters.
+            LPIPS and the discriminator see the likelihood's `mean`.
+        autocast_dtype: dtype of the backbone of LPIPS. The distances stay float32. Default:
+            float32.
 
     Attributes:
         weights: constant weights by name of the term, before any policy.
@@ -103,7 +105,7 @@ class Objective(nn.Module):
         last_layer: Tensor | None = None,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """Return the whole loss with its graph, for one plain `.backward()`.
+        """Return the complete loss with its graph, for one plain `.backward()`.
 
         With an adversary, that backward pass also leaves gradients on the discriminator.
 
@@ -112,7 +114,8 @@ class Objective(nn.Module):
             out: the network's output for them.
             update: number of updates done, which policies depend on.
             adversary: adds the adversarial term.
-            last_layer: the decoder's last weight. Only an adaptive adversarial weight needs it.
+            last_layer: weight of the decoder's last layer. Only an adaptive adversarial weight
+                needs it.
             background: what LPIPS and the discriminator see behind transparent pixels. Both see RGB
                 (`losses.colors`).
         """
@@ -164,7 +167,7 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms that depend on ``recon``, each (B,).
 
-        `rec` is a mean over image elements of all channels. `lpips` is absent if it is not used.
+        `rec` is a mean over image elements of all channels. `lpips` is absent if LPIPS is not used.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
@@ -218,7 +221,7 @@ class Objective(nn.Module):
             value: the result of `adversarial_value`.
             factor: weight by the ramp, see `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
-            last_layer: the weight that made ``recon``, where the gradients are compared.
+            last_layer: weight of the layer that made ``recon``. The gradients are compared there.
             nll_grad, adversarial_grad: gradients of both losses at ``recon``.
 
         Raises:
@@ -248,7 +251,7 @@ class Objective(nn.Module):
     # Terms of the latents
 
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
-        """Return the latents' own losses and the KL.
+        """Return the bottleneck's losses and the KL.
 
         If there are none, the total is 0 and has no graph.
         """
@@ -280,7 +283,8 @@ class Objective(nn.Module):
     def only(self, *names: str) -> "Objective":
         """Return a copy in which only the terms ``names`` have a weight.
 
-        The weights are those before any policy, and the KL is the plain KL. The copy shares LPIPS.
+        The copy has the weights before any policy, and the plain KL. It shares LPIPS with this
+        objective.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
@@ -290,7 +294,7 @@ class Objective(nn.Module):
     def formula(self, *, rec: str, lpips: str) -> str:
         """Return the sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
 
-        It leaves out the adversarial term.
+        The sum leaves out the adversarial term.
 
         Args:
             rec, lpips: names of these two terms.

@@ -1,1 +1,1 @@
-"""Convolutional networks: AutoencoderKL and similar, and VQGAN's with any bottleneck."""
+"""Convolutional networks: AutoencoderKL and similar classes, and VQGAN with any quantiser."""

@@ -26,19 +26,22 @@ from latentvae.option_marks import Positive
 
 
 class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
-    """The network: a stock diffusers AsymmetricAutoencoderKL.
+    """The network: diffusers' AsymmetricAutoencoderKL.
 
-    It has Stable Diffusion's encoder and a decoder of another size. Fine-tuning takes such a
-    network, or an AutoencoderKL, whose encoder it keeps.
+    The network has Stable Diffusion's encoder and a decoder of another size. Fine-tuning starts
+    from such a network, or from an AutoencoderKL, whose encoder it keeps.
     """
 
     architecture: Literal["asymmetric"] = "asymmetric"
     up_block_out_channels: Widths = Field(
         default=(192, 384, 768, 768),
-        description="Width of each level of the decoder, from full resolution: w, 2 w, 4 w, 4 w.",
+        description=(
+            "Width of each decoder level, from full resolution down. The widths must be w, 2 w, 4 "
+            "w, 4 w."
+        ),
     )
     layers_per_up_block: Positive = Field(
-        default=3, description="Residual blocks per level of the decoder, minus one."
+        default=3, description="Number of residual blocks per level of the decoder, minus one."
     )
 
     @property
@@ -51,7 +54,7 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
 
     @property
     def draws_noise(self) -> bool:
-        return True  # masks
+        return True  # random masks
 
     @model_validator(mode="after")
     def _check_decoder(self) -> "AsymmetricModelConfig":
@@ -89,11 +92,12 @@ def build_asymmetric_kl(
     """Return a freshly initialised `AsymmetricAutoencoderKL`.
 
     Args:
-        block_out_channels, layers_per_block: of the encoder.
-        up_block_out_channels, layers_per_up_block: of the decoder. Widths, from full resolution
-            down, must be w, 2 w, 4 w, 4 w, as diffusers' encoder of the known picture has them.
-            So f is 8.
-        sample_size: side of the training images in pixels, by which diffusers tiles.
+        block_out_channels, layers_per_block: widths and layers of the encoder.
+        up_block_out_channels, layers_per_up_block: widths and layers of the decoder. The widths,
+            from full resolution down, must be w, 2 w, 4 w, 4 w, because diffusers' encoder of the
+            known picture has these widths. So f is 8.
+        sample_size: side of the training images in pixels, from which diffusers takes its tile
+            size.
     """
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
@@ -116,21 +120,21 @@ def build_asymmetric_kl(
 class AsymmetricTrainingWrapper(KLTrainingWrapper):
     """Encode, sample the posterior, and decode with a random mask.
 
-    About half of the images are decoded from their latents alone. For the others the decoder sees
-    the picture outside a random box, as in inpainting pipelines.
+    About half of the images are decoded from their latents alone. For the other images the decoder
+    also sees the picture outside a random box, as in inpainting pipelines.
     """
 
     def decode(self, z: Tensor, images: Tensor) -> Tensor:
-        # A mask of ones hides the whole picture, as if none were given. But every weight is used,
-        # which DDP needs.
+        # A mask of ones hides the whole picture, as if no picture were given. But the pass then
+        # uses every weight, which DDP needs.
         return self.net.decode(z, image=images, mask=random_masks(images)).sample
 
 
 def random_masks(images: Tensor) -> Tensor:
     """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
 
-    About half of them are 1 everywhere. The others are 1 in a box, whose sides are a quarter to the
-    whole of the image's. Drawn from the global generator.
+    About half of them are 1 everywhere. The others are 1 in a box, whose sides are between a
+    quarter and all of the image's sides. The masks are drawn from the global generator.
     """
     B, _, H, W = images.shape
     whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
@@ -143,7 +147,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(TrainableFamily):
-    """`AsymmetricAutoencoderKL`, new or with the encoder of a pretrained `AutoencoderKL`."""
+    """`AsymmetricAutoencoderKL`, new or with a pretrained `AutoencoderKL`'s encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig

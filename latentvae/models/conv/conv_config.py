@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from latentvae.models.model_config import ModelConfig
 from latentvae.option_marks import Count, Positive
 
-# Options with the same name in the config of a network with these blocks.
+# Options that have the same name in the config of the diffusers network.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
 
@@ -17,10 +17,16 @@ class ConvolutionalConfig(ModelConfig):
 
     layers_per_block: Positive = Field(
         default=2,
-        description="Residual blocks per level of the encoder (the decoder has one more).",
+        description=(
+            "Number of residual blocks per level of the encoder. Each level of the decoder has one "
+            "more."
+        ),
     )
     norm_num_groups: Positive = Field(
-        default=32, description="Groups of each GroupNorm. Must divide every width."
+        default=32,
+        description=(
+            "Number of groups of each GroupNorm, which must divide the width of every level."
+        ),
     )
 
     @model_validator(mode="after")
@@ -35,14 +41,17 @@ class ConvolutionalConfig(ModelConfig):
 
 
 class AttentionConfig(ConvolutionalConfig):
-    """The same options, and those of self-attention."""
+    """Options of residual blocks with GroupNorm, and of self-attention."""
 
     attention_levels: tuple[Count, ...] = Field(
         default=(),
-        description="Levels (0 = full resolution) with self-attention after each residual block.",
+        description=(
+            "Levels of the network (0 = full resolution) with self-attention after each residual "
+            "block."
+        ),
     )
     mid_block_add_attention: bool = Field(
-        default=True, description="Self-attention in the middle block."
+        default=True, description="Add self-attention to the middle block."
     )
 
     @model_validator(mode="after")

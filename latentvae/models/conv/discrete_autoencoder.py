@@ -1,11 +1,11 @@
 """An autoencoder with discrete latents: VQGAN with any quantiser of `latentvae.bottlenecks`.
 
-From Esser et al. 2020, arXiv:2012.09841.
+The source is Esser et al. 2020, arXiv:2012.09841.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
 H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 
-The parts and their names are those of diffusers' `VQModel`. `conv.stock_vq` converts one class into
+The parts have the names of those in diffusers' `VQModel`. `conv.stock_vq` converts each class into
 the other.
 
 `B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
@@ -30,24 +30,25 @@ from latentvae.models.conv.conv_config import block_types
 
 LIKELIHOODS = {"logit_laplace": LogitLaplace}
 
-# From taming-transformers' configs/imagenet_vqgan.yaml, like the class's default widths.
+# This quantiser and the class's default widths are from taming-transformers'
+# configs/imagenet_vqgan.yaml.
 _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
 
 
 @dataclass
 class TokenOutput(BaseOutput):
-    """The indices of images' codes.
+    """The code indices of images.
 
     Attributes:
-        indices: (B, h, w), or (B, L, h, w) with L levels. int64 in 0..K - 1, row by row from the
-            top left.
+        indices: (B, h, w), or (B, L, h, w) with L levels. The values are int64 in 0..K - 1, row by
+            row from the top left.
     """
 
     indices: Tensor = None  # type: ignore[assignment]
 
 
 class DiscreteAutoencoder(ModelMixin, ConfigMixin):
-    """VQGAN's network with a quantiser of this package, and diffusers' calls and files.
+    """VQGAN with a quantiser of this package, and with diffusers' methods and file format.
 
         net = DiscreteAutoencoder.from_pretrained(folder)
         indices = net.tokenize(images).indices
@@ -58,9 +59,9 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         latent_channels: width between the encoder and `quant_conv`.
         attention_levels: levels (0 = full resolution) with self-attention.
         quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
-        likelihood: None or "logit_laplace", whose parameters (2 C maps) the decoder then gives.
+        likelihood: None or "logit_laplace", whose parameters (2 C maps) the decoder then returns.
         sample_size: side of the training images in pixels.
-        scaling_factor: 1 / std of the features, for diffusion models on them.
+        scaling_factor: 1 / std of the features, for diffusion models of these features.
     """
 
     _supports_gradient_checkpointing = True
@@ -94,7 +95,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         }
         quantize: Quantizer = build_quantizer(**quantizer)
 
-        # A decoder of parameters has 2 maps for each image channel
+        # With a likelihood, the decoder has 2 maps for each image channel
         self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
         maps = out_channels * (1 if self.likelihood is None else 2)
 
@@ -109,9 +110,9 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Replace the quantiser by one of the same shape but other training options.
+        """Replace the quantiser by one of the same shape with other training options.
 
-        Keeps the codes, mode, dtype and device.
+        The codes, mode, dtype and device do not change.
         """
         old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
         module: Any = new
@@ -137,7 +138,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> Any:
-        """Return images of features, or of codes z (B, D, h, w) with `force_not_quantize`."""
+        """Decode features, or codes z (B, D, h, w) with `force_not_quantize`. Return images."""
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))
         if self.likelihood is not None:
@@ -155,14 +156,14 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Return the images of indices, integers of any type.
+        """Return the images of indices. The indices are integers of any type.
 
         Raises:
-            UserError: indices are not integers in 0..K - 1.
+            UserError: the indices are not integers in 0..K - 1.
         """
         if indices.is_floating_point():
             raise UserError(f"indices must be integers (got {indices.dtype})")
-        indices = indices.long()  # uint16 has no minimum, uint8 no embedding
+        indices = indices.long()  # torch has no minimum of uint16 and no embedding of uint8
         low, high = (int(value) for value in indices.aminmax())  # waits for the device
         if low < 0 or high >= self.quantize.num_codes:
             last = self.quantize.num_codes - 1
@@ -170,5 +171,5 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(self.quantize.codes(indices), True, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """Encode, quantise, decode."""
+        """Encode, quantise and decode."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)

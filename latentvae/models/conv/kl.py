@@ -1,6 +1,6 @@
-"""The autoencoder of latent diffusion, with continuous latents: a stock `AutoencoderKL`.
+"""Latent diffusion's autoencoder with continuous latents: diffusers' `AutoencoderKL`, unchanged.
 
-From Rombach et al. 2022, arXiv:2112.10752.
+The source is Rombach et al. 2022, arXiv:2112.10752.
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
 recon (B, C, H, W)
@@ -26,18 +26,21 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class KLModelConfig(AttentionConfig, SingleFile):
-    """The network: a stock diffusers AutoencoderKL. f = 2 ** (levels - 1)."""
+    """The network: diffusers' AutoencoderKL, with downsampling factor f = 2 ** (levels - 1)."""
 
     architecture: Literal["kl"] = "kl"
     use_quant_conv: bool = Field(
         default=True,
-        description="1x1 convolutions around the latent. SD has them, SD3 and FLUX do not.",
+        description=(
+            "Add 1x1 convolutions on both sides of the latent. Stable Diffusion has these layers, "
+            "SD3 and FLUX do not."
+        ),
     )
     initial_posterior_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance of the posterior at the start. Below 0 the decoder sees less noise at "
-            "first and learns sooner."
+            "Log-variance of the posterior at the start of training. Below 0 the decoder sees less "
+            "noise at first and learns sooner."
         ),
     )
 
@@ -70,11 +73,12 @@ def build_autoencoder_kl(
         image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
-        use_quant_conv: 1x1 convolutions on both sides of the latent. Stable Diffusion has them,
-            SD3 and FLUX do not.
-        initial_posterior_logvar: added to the log-variance's bias. At 0 the posterior starts as
-            wide as the prior, and at first the decoder sees mostly noise.
-        sample_size: side of the training images in pixels, by which diffusers tiles.
+        use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has these
+            convolutions, SD3 and FLUX do not.
+        initial_posterior_logvar: added to the bias of the log-variance. At 0 the posterior starts
+            as wide as the prior, and at first the decoder sees mostly noise.
+        sample_size: side of the training images in pixels, from which diffusers takes its tile
+            size.
     """
     widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
     down, up = block_types(len(widths), attention_levels)
@@ -101,12 +105,12 @@ def build_autoencoder_kl(
 
 
 def downsampling_factor(net: Network) -> int:
-    """Return f, the image pixels on a side of one latent position."""
+    """Return f, the number of image pixels on a side of one latent position."""
     return 2 ** (len(net.config["block_out_channels"]) - 1)
 
 
 class KLTrainingWrapper(TrainingWrapper):
-    """Encode, sample the posterior or take its mode, decode."""
+    """Encode, sample the posterior or take its mode, and decode."""
 
     def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
         super().__init__(net, output_logvar=output_logvar, learn_logvar=learn_logvar)

@@ -1,6 +1,6 @@
-"""diffusers' tokenizer `VQModel`, which is also that of MoVQ and aMUSEd.
+"""diffusers' tokenizer `VQModel`, which MoVQ and aMUSEd also use.
 
-It is converted to and from `DiscreteAutoencoder`, whose parts have the same names.
+`VQModel` is converted to and from `DiscreteAutoencoder`, whose parts have the same names.
 
 `B` batch, `h w` latent positions, `K` codes, `D` code width.
 """
@@ -28,10 +28,11 @@ _SHARED = (
 
 
 class StockVQFamily(Family):
-    """`VQModel`: a list of codes, of which the nearest is taken.
+    """`VQModel`, which takes the nearest code of a list.
 
-    aMUSEd's model looks codes up by index (`lookup_from_codebook`). Its pixels are in [0, 1],
-    because its pipeline does not normalise images (diffusers, pipeline_amused_img2img.py).
+    aMUSEd's model looks codes up by index (`lookup_from_codebook`). The pixels of that model are in
+    [0, 1], because aMUSEd's pipeline does not normalise images (diffusers,
+    pipeline_amused_img2img.py).
     """
 
     has_posterior = False
@@ -98,7 +99,7 @@ def _code_channels(net: Network) -> int:
 
 
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
-    """Return codes (B, D, h, w) of indices (B, h, w). `decode` finds the same: each is nearest."""
+    """Return codes (B, D, h, w) of indices (B, h, w). `decode` would find the same codes."""
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 
@@ -106,16 +107,17 @@ def _codes_of(net: Any, indices: Tensor) -> Tensor:
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     """Return a stock `VQModel` as the same network with this package's quantiser.
 
-    Weights, codes and indices are the same. The quantiser adds its commitment and codebook terms.
+    Weights, codes and indices are the same. The quantiser adds its commitment and codebook losses.
     Codes of length 1, as exports of l2-normalised quantisers have, stay on the unit sphere.
 
     Returns:
         None if `DiscreteAutoencoder` has no such blocks (spatial norms, another activation,
-        attention at different levels of encoder and decoder) or no such pixels (aMUSEd's).
+        attention at different levels of encoder and decoder) or if the pixels are in [0, 1]
+        (aMUSEd).
     """
     config = net.config
 
-    # Networks that the class cannot be
+    # Networks that `DiscreteAutoencoder` cannot represent
     if (config["norm_type"], config["act_fn"]) != ("group", "silu"):
         return None
     if config["lookup_from_codebook"]:
@@ -138,7 +140,7 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
         },
     )
 
-    # Its weights
+    # The weights
     weights = net.state_dict()
     weights["quantize.weight"] = weights.pop("quantize.embedding.weight")
     problems = ours.load_state_dict(weights, strict=False)
@@ -147,14 +149,14 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
 
 
 def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
-    """Return a clause that says why no stock `VQModel` is the same tokenizer, or "".
+    """Return a clause that says why no stock `VQModel` can be the same tokenizer, or "".
 
     Args:
         quantizer, likelihood: as `DiscreteAutoencoder` takes them.
     """
     if likelihood is not None:
         return f"its decoder gives the parameters of a {likelihood} likelihood"
-    with torch.device("meta"):  # only its options count, so no weights are made
+    with torch.device("meta"):  # only the options matter, so no weights are created
         return build_quantizer(**quantizer).why_not_listed()
 
 
@@ -162,14 +164,14 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Return the same tokenizer as a stock `VQModel`, with the same indices.
 
-    `why_no_vq_model` must be "". Codes on the unit sphere stay there: for them the nearest by
-    Euclidean distance is the nearest by cosine, whatever the features' length.
+    `why_no_vq_model` must be "". Codes on the unit sphere stay there: the nearest such code by
+    Euclidean distance is also the nearest by cosine, for features of any length.
 
     Args:
         net: float32, on the CPU.
-        unit_range: pixels in [0, 1] on both sides and codes looked up by index, as in aMUSEd. The
-            first convolution then pads with black, where training padded with grey. Zeros make
-            codes as wide as `latent_channels`, by which aMUSEd's pipelines shape them.
+        unit_range: use pixels in [0, 1] for input and output, and look codes up by index, as aMUSEd
+            does. The first convolution then pads with black, but training padded with grey. Codes
+            are padded with zeros to the width `latent_channels`, which aMUSEd's pipelines expect.
     """
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
@@ -198,10 +200,10 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 
 @torch.no_grad()
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
-    """Scale `stock`'s features in place to about the length of its codes, if that is one length.
+    """Scale `stock`'s features in place to about the length of its codes, if all have one length.
 
-    Between much longer features and the codes, float32 distances lose the digits that tell codes
-    apart. A power of two changes no digit.
+    If the features are much longer than the codes, float32 distances lose the digits that
+    distinguish codes. Scaling by a power of two causes no rounding.
 
     Args:
         net: the trained network.
@@ -215,7 +217,7 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
         return 1.0
     features = net.encode(images).latents
-    length = features.norm(dim=1).mean().clamp(min=1e-6)  # a dead encoder's is 0
+    length = features.norm(dim=1).mean().clamp(min=1e-6)  # 0 for a dead encoder
     factor = 2.0 ** round(math.log2(lengths[0] / length))
     for parameter in stock.quant_conv.parameters():
         parameter.mul_(factor)

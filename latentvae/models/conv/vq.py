@@ -33,17 +33,18 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class VQModelConfig(AttentionConfig):
-    """The network: VQGAN's with a quantiser. f = 2 ** (levels - 1)."""
+    """The network: VQGAN with a quantiser. f = 2 ** (levels - 1)."""
 
     architecture: Literal["vq"] = "vq"
     latent_channels: Positive = Field(
-        default=256, description="Width between the encoder and the quantiser's projection."
+        default=256,
+        description="Number of channels between the encoder and the quantiser's projection.",
     )
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Pixel likelihood whose parameters the decoder gives, such as DALL-E's logit-Laplace. "
-            "Its negative logarithm replaces rec_loss."
+            "Likelihood of pixels, such as DALL-E's logit-Laplace. The decoder returns its "
+            "parameters, and its negative logarithm replaces rec_loss."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()
@@ -74,20 +75,20 @@ class VQModelConfig(AttentionConfig):
 
     @property
     def draws_noise(self) -> bool:
-        return self.has_kl  # Gumbel's
+        return self.has_kl  # Gumbel-softmax
 
     def shape(self) -> dict[str, Any]:
         return super().shape() | {"quantizer": self.quantizer.arguments()}
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer. Options are those of its class."""
+    """Return a freshly initialised tokenizer. The options are the arguments of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
 
 class DiscreteTrainingWrapper(TrainingWrapper):
-    """Encode, quantise, decode. Returns all that the objective and the codebook need."""
+    """Encode, quantise and decode. Return all that the objective and the codebook need."""
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
@@ -96,7 +97,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
         features = self.net.encode(images).latents
         quantized = self.net.quantize(features, temperature=temperature)
 
-        # The quantiser's KL, a mean in nats per token, becomes the sum for each image
+        # Convert the quantiser's KL from a mean in nats per token to a sum for each image
         losses = dict(quantized.losses)
         kl = losses.pop("kl", None)
         tokens = quantized.indices[0].numel()
@@ -119,7 +120,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class VQFamily(DiscreteFamily):
-    """`DiscreteAutoencoder`, exported as a `VQModel` where that finds the same codes."""
+    """`DiscreteAutoencoder`, exported as a `VQModel` if a `VQModel` finds the same codes."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig
@@ -144,7 +145,7 @@ class VQFamily(DiscreteFamily):
     ) -> dict[str, Any]:
         """Return the run's options with the pretrained network's shape.
 
-        The run decides how a quantiser of the same type learns.
+        If the quantiser's type is the same, the run decides how the quantiser learns.
         """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]

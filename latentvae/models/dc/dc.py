@@ -1,6 +1,6 @@
-"""The autoencoder of SANA: a stock `AutoencoderDC`, f = 32 and more, without a posterior.
+"""The autoencoder of SANA: a stock `AutoencoderDC` with f of 32 or more and no posterior.
 
-From Chen et al. 2024, arXiv:2410.10733.
+The source is Chen et al. 2024, arXiv:2410.10733.
 
 images (B, C, H, W) -> encoder -> z (B, d, H/f, W/f) -> decoder -> recon (B, C, H, W)
 """
@@ -22,20 +22,24 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class DCModelConfig(ModelConfig):
-    """The network: a stock diffusers AutoencoderDC, without a posterior. f = 2 ** (levels - 1)."""
+    """The network: diffusers' AutoencoderDC, without a posterior. f is 2 ** (levels - 1)."""
 
     architecture: Literal["dc"] = "dc"
     encoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(2, 2, 2, 3), description="Blocks of each level of the encoder."
+        default=(2, 2, 2, 3), description="Number of blocks of each level of the encoder."
     )
     decoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(3, 3, 3, 3), description="Blocks of each level of the decoder."
+        default=(3, 3, 3, 3), description="Number of blocks of each level of the decoder."
     )
     attention_levels: tuple[Count, ...] = Field(
-        default=(), description="Levels (0 = full resolution) with EfficientViT blocks."
+        default=(),
+        description="Levels of the network (0 = full resolution) with EfficientViT blocks.",
     )
     attention_head_dim: Positive = Field(
-        default=32, description="Width of an attention head. Must divide those levels' widths."
+        default=32,
+        description=(
+            "Width of an attention head, which must divide the widths of levels with attention."
+        ),
     )
 
     @model_validator(mode="after")
@@ -65,10 +69,11 @@ def build_autoencoder_dc(
     """Return a freshly initialised `AutoencoderDC` with f = 2 ** (len(block_out_channels) - 1).
 
     Args:
-        encoder_layers_per_block, decoder_layers_per_block: blocks of each level.
+        encoder_layers_per_block, decoder_layers_per_block: number of blocks in each level.
         attention_levels: levels with EfficientViT blocks (linear attention, multi-scale at 5 x 5).
-            The others have residual blocks.
-        attention_head_dim: must divide the width of those levels.
+            The other levels have residual blocks.
+        attention_head_dim: width of an attention head. It must divide the width of each level with
+            attention.
     """
     levels = range(len(block_out_channels))
     widths: Any = tuple(block_out_channels)
@@ -109,7 +114,7 @@ class DCTrainingWrapper(TrainingWrapper):
 
 
 class DCFamily(TrainableFamily):
-    """`AutoencoderDC`. Its latents have a mean near zero, and SANA multiplies them by 1 / RMS."""
+    """`AutoencoderDC`, whose latents have a mean near zero. SANA multiplies latents by 1 / RMS."""
 
     network = AutoencoderDC
     options = DCModelConfig

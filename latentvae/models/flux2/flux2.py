@@ -1,7 +1,7 @@
 """`AutoencoderKLFlux2`, FLUX.2's autoencoder.
 
-Its pipeline folds 2 x 2 positions into channels and normalises by the statistics of a batch norm
-(diffusers, pipeline_flux2.py).
+FLUX.2's pipeline folds 2 x 2 positions into channels and normalises by the statistics of a batch
+norm (diffusers, pipeline_flux2.py).
 """
 
 from typing import Any

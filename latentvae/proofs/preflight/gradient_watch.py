@@ -1,4 +1,4 @@
-"""Watch which gradients arrive where, and in which precision, by hooks during updates."""
+"""Use hooks to record which gradients reach which network, and in which precision it runs."""
 
 from typing import Any
 
@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-# In each micro-step the discriminator is called first for the model's part, then for its own part
-# (and again for R1). A gradient before its second call comes from the model's part.
+# In each micro-step the discriminator is called first for the model's loss, then for its own loss
+# (and again for R1). A gradient before the discriminator's second call comes from the model's loss.
 OWN_CALL = 2
 
 
 class Watch:
-    """Counts gradients that arrive where they should not, while it is entered.
+    """Counts gradients that reach the wrong network, inside its context.
 
     Attributes:
         discriminator_calls: forward passes of the discriminator.
-        on_discriminator: gradients of the model's part on parameters of the discriminator.
-        on_model: gradients of the discriminator's part on parameters of the model.
+        on_discriminator: number of gradients of the model's loss on parameters of the
+            discriminator.
+        on_model: number of gradients of the discriminator's loss on parameters of the model.
         dtypes: output types of the network's convolutions.
     """
 

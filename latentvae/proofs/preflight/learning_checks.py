@@ -1,4 +1,4 @@
-"""Check what the updates did to weights, averages and the discriminator, and at which rate."""
+"""Check what the updates did to weights, averages and the discriminator, and the learning rate."""
 
 import math
 from collections.abc import Iterator
@@ -55,9 +55,11 @@ def updates(rehearsal: Rehearsal) -> Check:
 def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights move.
 
-    In bf16 (diffusers casts to it) a usual learning rate is rounded away, and weights stand still.
+    If the weights are cast to bf16, as by diffusers, the steps of a usual learning rate are rounded
+    away and the weights do not change.
     """
-    # Take the second update. In the first, a rounding of the initial weights would count as a step.
+    # Take the second update. In the first update, a rounding of the initial weights would count as
+    # a step.
     seen = rehearsal.seen[1]
     moved, steps = [], []
 
@@ -90,7 +92,7 @@ def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
 def optimizer(rehearsal: Rehearsal) -> Check:
     """Check that an optimizer has every trained parameter.
 
-    Without it a parameter, such as an output log-variance, is never learned.
+    A parameter without an optimizer, such as an output log-variance, is never learned.
     """
     missing: list[str] = []
     for learner in rehearsal.task.learners.values():
@@ -126,7 +128,8 @@ def cleared(rehearsal: Rehearsal) -> Check:
 def learning_rate(rehearsal: Rehearsal) -> Check:
     """Check that the learning rate follows the stated schedule.
 
-    It fails when rates are scaled by the batch, or count micro-steps or discriminator updates.
+    The check fails when the rate is scaled by the batch size, or when its schedule counts
+    micro-steps or discriminator updates.
     """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
@@ -175,9 +178,10 @@ def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) ->
 
 
 def precision(rehearsal: Rehearsal) -> Check:
-    """Check that the convolutions run in the precision that was asked.
+    """Check that the convolutions run in the requested precision.
 
-    A network that is called past its wrapper is not cast, so bf16 is asked and never used.
+    If a network is not called through its wrapper, autocast has no effect: bf16 is requested but
+    never used.
     """
     asked = rehearsal.training.accelerator.mixed_precision
     wanted = torch.bfloat16 if asked == "bf16" else torch.float32
@@ -195,7 +199,7 @@ def precision(rehearsal: Rehearsal) -> Check:
 def average(rehearsal: Rehearsal) -> Check:
     """Check that the weight average moves once per update of the model, in float32.
 
-    In bf16 it would stand still.
+    In bf16 the average would not change.
     """
     training, worst = rehearsal.training, 0.0
     for i, seen in enumerate(rehearsal.seen):
@@ -216,7 +220,7 @@ def average(rehearsal: Rehearsal) -> Check:
 def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
     """Return how far the average is from decay * old + (1 - decay) * weights.
 
-    It is a share of the step that the weights made.
+    The distance is a share of the step that the weights made.
     """
     decay = min((1 + update) / (10 + update), ema_decay) if update else 0.0
     worst = 0.0
@@ -232,7 +236,7 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
 
 
 def discriminator_start(rehearsal: Rehearsal) -> Check:
-    """Check that the discriminator learns from its start on, and is not called before."""
+    """Check that the discriminator learns after its start, and is not called before."""
     learned = [_changed(seen, "discriminator/") for seen in rehearsal.seen]
     called = [seen.discriminator_calls > 0 for seen in rehearsal.seen]
     expected = [i >= DISCRIMINATOR_START for i in range(UPDATES)]
@@ -292,7 +296,7 @@ def _changed(seen: Seen, group: str) -> bool:
 def discriminator_untouched(rehearsal: Rehearsal) -> Check:
     """Check that the model's loss leaves no gradient on the discriminator.
 
-    It would train the discriminator to call fakes real.
+    Such a gradient would train the discriminator to classify fakes as real.
     """
     return Check(
         name="discriminator-untouched",
@@ -307,7 +311,7 @@ def discriminator_untouched(rehearsal: Rehearsal) -> Check:
 def model_untouched(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator's own loss sends no gradient to the model.
 
-    Without `detach` it would train the model to be recognised as fake.
+    Without `detach`, the discriminator's loss would train the model to be recognised as fake.
     """
     return Check(
         name="model-untouched",
@@ -321,7 +325,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
 def adaptive_weight(rehearsal: Rehearsal) -> Check:
     """Check that the adaptive weight stays below its cap.
 
-    Without a cap it grows without bound where the discriminator's gradient vanishes.
+    Without a cap the weight grows without bound where the discriminator's gradient vanishes.
     """
     config = rehearsal.task.config
     elements = min(config.data.image_channels * h * w for h, w in config.train_sizes)

@@ -1,4 +1,4 @@
-"""Check the networks beside the model: LPIPS, frozen parts, the discriminator."""
+"""Check the networks other than the model: LPIPS, frozen parts, the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def lpips_weights(rehearsal: Rehearsal) -> Check:
     """Check that LPIPS has its published weights.
 
-    On random or half-loaded weights its numbers mean nothing.
+    With random or partly loaded weights, the values of LPIPS mean nothing.
     """
     found, expected = known_distance(rehearsal.task.metric.lpips)
     return Check(
@@ -48,8 +48,8 @@ def lpips_weights(rehearsal: Rehearsal) -> Check:
 def frozen(rehearsal: Rehearsal) -> Check:
     """Check that frozen networks take no gradients and are in eval mode.
 
-    `module.requires_grad = False` only sets an attribute and freezes nothing. `train()` around
-    LPIPS turns its dropout on.
+    `module.requires_grad = False` only sets an attribute and freezes nothing. Calling `train()` on
+    a module that contains LPIPS turns on the dropout of LPIPS.
     """
     task, faults = rehearsal.task, []
     lpips = task.metric
@@ -88,10 +88,10 @@ def _learns(module: nn.Module) -> bool:
 def discriminator_separates(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator learns to tell images from reconstructions.
 
-    It fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
-    discriminator takes some steps of its own here. Its weights are restored afterwards.
+    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
+    discriminator is trained for some steps here. Afterwards its weights are restored.
     """
-    # what it learns from
+    # the images that the discriminator learns from
     task = rehearsal.task
     assert task.discriminator is not None
     kept = {name: value.clone() for name, value in task.discriminator.state_dict().items()}
@@ -103,7 +103,7 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
         loss=GAN_LOSSES[task.config.discriminator.disc_loss],
     )
 
-    # its own steps
+    # steps of the discriminator
     optimizer = torch.optim.AdamW(task.discriminator.parameters(), lr=WARM_UP_RATE)
     logged = []
     for _ in range(WARM_UP):
@@ -113,7 +113,7 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
             break  # all processes stop together
         optimizer.step()
 
-    # its weights again
+    # restore the discriminator's weights
     optimizer.zero_grad()
     task.discriminator.load_state_dict(kept)
     return _separated(logged)
@@ -122,8 +122,8 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Return images and their reconstructions.
 
-    The reconstructions of a trained model are blurred, because otherwise a few steps cannot tell
-    them apart.
+    The reconstructions of a trained model are blurred, because otherwise a few steps are not enough
+    to tell images from reconstructions.
     """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():

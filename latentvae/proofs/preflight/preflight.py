@@ -1,6 +1,7 @@
-"""The whole of `latentvae preflight` and `--preflight`.
+"""Run `latentvae preflight` and the option `--preflight`.
 
-It makes a few updates of the run, checks what they did, and prints a line for each check.
+The preflight makes a few updates of the run, checks what they did, and prints a line for each
+check.
 """
 
 import contextlib
@@ -46,19 +47,19 @@ GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
 
 
 def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
-    """Check a run before it starts, and print a line for each check. All ranks call it.
+    """Check a run before it starts, and print a line for each check. All ranks call `preflight`.
 
     Nothing is read from or written to the run's own folder.
 
     Args:
         config: the run.
-        json: file for the checks.
+        json: file for the results of the checks.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.
 
     Raises:
-        UserError: a wrong option, path or image folder.
+        UserError: an option, a path or the image folder is wrong.
     """
     check_json_file(json)
     with contextlib.ExitStack() as stack:
@@ -74,7 +75,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
         checks.append(_joined(check))
         show(checks[-1], flush=True)
     code = from_main(conclude(checks, json_file=json) if is_main() else 0)
-    barrier()  # no rank may end its process group while another still waits for the code
+    barrier()  # no rank may end its process group while another rank still waits
     return code
 
 
@@ -100,7 +101,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
 def _temporary(stack: contextlib.ExitStack) -> Path:
     """Return the first process's temporary folder, for all processes.
 
-    It is removed at the end, which all processes reach together.
+    The folder is removed at the end, which all processes reach together.
     """
     name = None
     if is_main():
@@ -146,7 +147,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
 
 
 def _joined(check: Check) -> Check:
-    """Return what all ranks found. The first rank that failed speaks for all."""
+    """Return the check of the first rank that failed, or of the first rank if none failed."""
     found: list[Check] = gather_objects(check)
     failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]
     if not failed:

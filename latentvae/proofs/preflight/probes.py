@@ -1,4 +1,4 @@
-"""Make a micro-step in which only some terms count, and measure which parts get gradients.
+"""Make a micro-step in which only some loss terms count, and measure which parts get gradients.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
 """
@@ -22,11 +22,11 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 @dataclass
 class Probe:
-    """What a micro-step left behind.
+    """The results of a micro-step.
 
     Attributes:
         images: (B, C, H, W), on the CPU.
-        out: what the wrapper returned for them.
+        out: what the wrapper returned for the images.
         logged: what the micro-step logs.
         at_recon: gradient of the loss at the reconstruction.
         latent: the encoder's last output: moments (B, 2 d, h, w) or features.
@@ -50,7 +50,7 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
     Args:
         rehearsal: the rehearsed run.
-        names: the terms that count. Others have no weight.
+        names: the loss terms that count. All other terms have weight 0.
     """
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
@@ -88,9 +88,9 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Use another configuration for a while, and an objective in which only ``names`` count.
+    """Use another configuration in this context, and an objective in which only ``names`` count.
 
-    The discriminator is left out. No gradient is left before or after.
+    The discriminator is left out. All gradients are cleared before and after.
     """
     task = rehearsal.task
     kept = task.config, task.objective

@@ -1,4 +1,4 @@
-"""Check the processes: the same model in all, different images in each."""
+"""Check that all processes have the same model and that each process has different images."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,8 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def equal(rehearsal: Rehearsal) -> Check:
     """Check that all processes have the same weights and states.
 
-    They differ if the model is called past DDP, or if a codebook's counts are not reduced. Then
-    only the model of the first process is saved.
+    Processes differ if the model is not called through DDP, or if a codebook's counts are not
+    summed over processes. Then only the model of the first process is saved.
     """
     ranks = gather_objects(fingerprints(rehearsal.training))
     differ = [name for name in ranks[0] if len({rank[name] for rank in ranks}) > 1]
@@ -35,7 +35,8 @@ def equal(rehearsal: Rehearsal) -> Check:
 def batches(rehearsal: Rehearsal) -> Check:
     """Check that no batch is used twice, in any process.
 
-    Without its own share, each process reads the same images, and the other processes are wasted.
+    If the images are not divided among the processes, all processes read the same images, and all
+    but one are useless.
     """
     ranks = gather_objects([digest for digest, _, _ in rehearsal.batches])
     digests = [digest for rank in ranks for digest in rank]

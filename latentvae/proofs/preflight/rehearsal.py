@@ -1,4 +1,4 @@
-"""Rehearse a run: make a few updates of it while they are watched.
+"""Rehearse a run: make a few updates of the run and watch them.
 
 Model, images, precision and processes are the user's own. The folder is temporary, and the
 discriminator starts at once.
@@ -28,18 +28,19 @@ from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR, MODEL
 
 UPDATES = 4  # two of the model alone, two with the discriminator
 DISCRIMINATOR_START = 2  # counted from 0
-WATCHED_TENSORS = 12  # about so many of each network are copied before and after each update
+WATCHED_TENSORS = 12  # about this number per network is copied before and after each update
 
 
 @dataclass(kw_only=True)
 class Seen:
-    """One update, seen from outside.
+    """What one update changed.
 
     Attributes:
         result: what `Updates.make` returned.
         seconds: time of the update, with its images.
-        rates: learning rates of the optimizers, of the model and the discriminator.
-        before, after: some tensors on the CPU by name, `model/`, `discriminator/` and `ema/`.
+        rates: learning rates of the model's and the discriminator's optimizers.
+        before, after: some tensors on the CPU, by names that start with `model/`, `discriminator/`
+            or `ema/`.
         moments: AdamW's first moments of the same weights, after the update.
         discriminator_calls: forward passes of the discriminator.
     """
@@ -55,22 +56,22 @@ class Seen:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """What the checks look at.
+    """The data that the checks examine.
 
     Attributes:
         asked: the configuration of the user's run.
         task: the task of the rehearsed run.
-        training: what the engine adds to the task. Its folder is temporary.
-        updates: makes updates.
+        training: what the engine adds to the task. The folder is temporary.
+        updates: makes the updates of the run.
         seen: the updates that were made.
-        watch: gradients and types during these updates.
+        watch: the gradients and types that were observed during these updates.
         batches: digest and range of each micro-step's images, of this rank.
         images: two images of the first batch, (2, C, H, W). A single image comes with its mirror
             image.
-        source: the batches after the used ones.
-        peak_memory: bytes.
-        save_seconds, checkpoint_bytes: measured on a checkpoint.
-        validation_seconds: measured on a validation, per image.
+        source: the batches after the used batches.
+        peak_memory: peak memory use in bytes.
+        save_seconds, checkpoint_bytes: measured time and size of a checkpoint.
+        validation_seconds: measured time of a validation, per image.
     """
 
     asked: TrainConfig
@@ -88,7 +89,7 @@ class Rehearsal:
     validation_seconds: float = 0.0
 
     def rehearse(self) -> None:
-        """Make the updates. Stop at one whose gradients are not finite."""
+        """Make the updates. Stop at an update whose gradients are not finite."""
         self.source = iter(self._noted(self.task.batches(start_step=0)))
         _reset_peak(self.training.accelerator.device)
         with Watch(self.task) as self.watch:
@@ -107,7 +108,7 @@ class Rehearsal:
         result = self.updates.make(source)
         _wait(training.accelerator.device)
 
-        # what it did
+        # what the update did
         optimizers = [learner.optimizer for learner in training.task.learners.values()]
         return Seen(
             result=result,
@@ -134,7 +135,7 @@ class Rehearsal:
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
     """Return the user's configuration for a few updates in another folder.
 
-    It has the full learning rate and the discriminator from the start, and no trackers.
+    The short run has the full learning rate and the discriminator from the start, and no trackers.
     """
     copy = config.model_copy(deep=True)
     copy.run.output_dir = str(folder)

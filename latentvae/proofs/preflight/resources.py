@@ -1,4 +1,4 @@
-"""Predict the time, memory and disk space of the whole run from the updates that were made."""
+"""Predict the time, memory and disk space of the complete run from the updates that were made."""
 
 import math
 import shutil
@@ -24,7 +24,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def duration(rehearsal: Rehearsal) -> Check:
-    """Report the time of the whole run. It is not a fault, but good to know beforehand."""
+    """Report the time of the complete run. A long time is good to know, but no fault."""
     # updates
     asked, total = rehearsal.asked, rehearsal.asked.run.max_train_steps
     alone, both = (
@@ -55,7 +55,7 @@ def duration(rehearsal: Rehearsal) -> Check:
 
 
 def _seconds(seen: list[Seen]) -> float:
-    """Return the seconds of an update. The first of a kind is slower, so take the minimum."""
+    """Return the shortest time of an update, because the first update of a kind is slower."""
     return min(update.seconds for update in seen)
 
 
@@ -85,7 +85,8 @@ def disk(rehearsal: Rehearsal) -> Check:
     """
     limit = rehearsal.asked.run.checkpoints_total_limit
     net = sum(value.numel() * 4 for value in rehearsal.task.net.state_dict().values())
-    # One more than is kept, because an old checkpoint is deleted only after a new one is saved.
+    # Count one checkpoint more than is kept, because an old checkpoint is deleted only after a new
+    # one is saved.
     needed = (limit + 1) * rehearsal.checkpoint_bytes + net
     folder = Path(rehearsal.asked.run.output_dir or ".")
     free = shutil.disk_usage(_existing(folder)).free + _kept(folder)

@@ -17,7 +17,7 @@ from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.validate import readable_images, validate
 
 VALIDATION_IMAGES = 8
-GPU_TOLERANCE = 1e-2  # relative, of a loss: sums on GPUs have no fixed order
+GPU_TOLERANCE = 1e-2  # relative error of a loss, because sums on GPUs have no fixed order
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
@@ -67,7 +67,7 @@ def image_range(rehearsal: Rehearsal) -> Check:
     inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
     return Check(
         name="image-range",
-        # A set of bright pictures may lack negative values, but then both sets do.
+        # A set of bright pictures may lack negative values, but then the other set lacks them too.
         passed=inside and (train[0] < 0) == (shown[0] < 0),
         value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
         "validation",
@@ -110,7 +110,8 @@ def validation(rehearsal: Rehearsal) -> Check:
 def checkpoint(rehearsal: Rehearsal) -> Check:
     """Check that a restored checkpoint repeats the next update.
 
-    What is not restored (an optimizer, the average, the order of the images) changes that update.
+    If anything is not restored (an optimizer, the average, the order of the images), that update
+    changes.
     """
     # save, then the next update
     training = rehearsal.training
@@ -179,7 +180,7 @@ def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float
 def _differences(
     expected: dict[str, float], found: dict[str, float], rehearsal: Rehearsal
 ) -> list[str]:
-    """Return the names of values that differ: to the bit, or losses beyond the tolerance."""
+    """Return the names of values that differ in any bit, or of losses beyond the tolerance."""
     if _to_the_bit(rehearsal):
         names = [name for name in expected if found.get(name) != expected[name]]
     else:

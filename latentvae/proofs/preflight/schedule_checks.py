@@ -1,6 +1,7 @@
-"""Checks that everything in the run's schedule happens before its end.
+"""Check that everything in the run's schedule happens before the end of the run.
 
-They ask the trainer itself at updates of the whole run, which the rehearsal does not reach.
+These checks ask the trainer itself about updates of the complete run, which the rehearsal does not
+reach.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def as_asked(rehearsal: Rehearsal) -> Iterator[None]:
-    """Give the task the schedule of the whole run for a while."""
+    """Give the task the schedule of the complete run in this context."""
     task, asked, objective = rehearsal.task, rehearsal.asked, rehearsal.task.objective
     kept = task.config, objective.adversarial, task.progress.discriminator_start
     update = rehearsal.training.progress.update
@@ -75,7 +76,7 @@ def rate_in_run(rehearsal: Rehearsal) -> Check:
 
 
 def discriminator_in_run(rehearsal: Rehearsal) -> Check:
-    """Check that the adversarial weight is full before the run ends."""
+    """Check that the adversarial weight reaches its full value before the run ends."""
     task, asked = rehearsal.task, rehearsal.asked
     total, scale = asked.run.max_train_steps, asked.discriminator.disc_scale
     adversary = task.adversary(total - 1)
@@ -91,7 +92,7 @@ def discriminator_in_run(rehearsal: Rehearsal) -> Check:
 
 
 def kl_in_run(rehearsal: Rehearsal) -> Check:
-    """Check that the KL's weight and its capacity are full before the run ends."""
+    """Check that the KL's weight and its capacity reach their full values before the run ends."""
     objective, last = rehearsal.asked.objective, rehearsal.asked.run.max_train_steps - 1
     held = rehearsal.task.objective.kl_target is not None
     weight = 1.0 if held else rehearsal.task.objective.kl_factor(last)

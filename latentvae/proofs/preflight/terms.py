@@ -13,9 +13,9 @@ from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 
-FLOAT32, BF16 = 1e-3, 3e-2  # relative errors that the precision explains
+FLOAT32, BF16 = 1e-3, 3e-2  # largest relative errors that each precision explains
 # Relative difference of gradients that counts as equal, because a code or two may flip. If two
-# gradients were added and not averaged, it would be 1.
+# gradients were added and not averaged, this difference would be 1.
 SAME = 0.1
 
 
@@ -50,7 +50,8 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def lpips_gradient(found: Probe) -> Check:
     """Check that LPIPS reaches the decoder.
 
-    Under `no_grad` it adds a constant to the loss (as in diffusers' train_autoencoderkl.py).
+    Under `no_grad`, LPIPS only adds a constant to the loss (as in diffusers'
+    train_autoencoderkl.py).
     """
     return Check(
         name="lpips-gradient",
@@ -82,7 +83,8 @@ def latent_gradient(found: Probe) -> Check:
 def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
     """Check that the pixel term is a mean over image elements.
 
-    With a sum, clipping would always be active, and weights would depend on the resolution.
+    With a sum, gradient clipping would always be active, and loss weights would depend on the
+    resolution.
     """
     objective = rehearsal.task.config.objective
     images = found.images.double()
@@ -111,7 +113,8 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
 def kl(rehearsal: Rehearsal, found: Probe) -> Check:
     """Check that the KL is a sum over latent elements divided by the number of image elements.
 
-    As a mean over latent elements or over the batch, its weight would mean something else.
+    If the KL were a mean over latent elements or over the batch, its weight would mean something
+    else.
     """
     assert found.latent is not None
     latent = found.latent.cpu().double().requires_grad_()
@@ -151,7 +154,7 @@ def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
         logs = latent.log_softmax(dim=1)
         return (logs.exp() * (logs + math.log(latent.shape[1]))).sum(dim=(1, 2, 3))
     mean, logvar = latent.chunk(2, dim=1)
-    logvar = logvar.clamp(-30.0, 20.0)  # as diffusers clamps it
+    logvar = logvar.clamp(-30.0, 20.0)  # the limits of diffusers
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
@@ -165,9 +168,9 @@ def _reduction(
     slope: Tensor,
     stated: str,
 ) -> Check:
-    """Check that the logged value and the size of the gradient are those recomputed here.
+    """Check that the logged value and the size of the gradient equal those recomputed here.
 
-    A missing gradient is left to another check.
+    Another check reports a missing gradient.
     """
     # ratios
     allowed = tolerance(rehearsal)
@@ -187,7 +190,7 @@ def _reduction(
 
 
 def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
-    """Yield the checks of commitment and codebook terms that have a weight."""
+    """Yield the checks of commitment and codebook losses that have a weight."""
     if rehearsal.task.config.model.freeze_encoder:
         return
     weighted = {n for n in pixels.out.latent_losses if rehearsal.task.objective.weights[n]}
@@ -198,9 +201,9 @@ def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
 
 
 def commitment(found: Probe) -> Check:
-    """Check that the commitment term moves the features and not the codes.
+    """Check that the commitment loss moves the features and not the codes.
 
-    With beta on the wrong term, it would move the codes.
+    With beta on the wrong term, the commitment loss would move the codes.
     """
     return Check(
         name="commitment",
@@ -212,7 +215,7 @@ def commitment(found: Probe) -> Check:
 
 
 def codebook(found: Probe) -> Check:
-    """Check that the codebook term moves the codes. Codes without a gradient stay random."""
+    """Check that the codebook loss moves the codes. Codes without a gradient stay random."""
     return Check(
         name="codebook",
         passed=found.encoder == 0 and found.codes > 0,

@@ -1,4 +1,4 @@
-"""`latentvae verify-resume`: train straight and with kills, and compare the results."""
+"""`latentvae verify-resume`: train with and without kills, and compare the results."""
 
 from latentvae.proofs.verify_resume.verify_resume import verify_resume
 

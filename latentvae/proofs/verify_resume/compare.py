@@ -1,4 +1,4 @@
-"""Compare what two runs leave behind: one unbroken, one killed and resumed."""
+"""Compare the results of two runs: one uninterrupted, one killed and resumed."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.proofs.checks import Check
 
-NOISE = 10.0  # factor on the difference of two unbroken runs
-LEAST = 1e-3  # share of the norm that is always allowed, for two unbroken runs that agree by chance
+NOISE = 10.0  # allowed multiple of the difference between two uninterrupted runs
+LEAST = 1e-3  # always allowed share of the norm, because two uninterrupted runs may agree by chance
 ADVICE = (
     "Do not rely on resuming this configuration. If images, versions and threads did not change "
     "between the launches, this is a bug of latentvae: report it with both runs."
@@ -25,11 +25,13 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Results:
-    """What a finished run leaves behind.
+    """The results of a finished run.
 
     Attributes:
-        tensors: tensors by group and name, of a checkpoint and of the export. A group is a check.
-        values: plain values: counters, sums since the last row, names of bad images.
+        tensors: tensors by group and name, of a checkpoint and of the export. Each group is one
+            check.
+        values: plain values, such as counters, sums since the last row of the log, and names of bad
+            images.
         rows: rows of the log, without times and memory.
     """
 
@@ -43,8 +45,8 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
 
     Args:
         folder: the run.
-        update: the update of its last checkpoint.
-        parts: name -> prefix of weights that are compared by themselves.
+        update: the update of the run's last checkpoint.
+        parts: maps names to prefixes of weights that are compared separately.
     """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -58,7 +60,7 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
     # export and plain values
     tensors["export"] = _exported(folder / "export")
     scalars = dict(snapshot.values)
-    # Controllers are compared as tensors, because rounding moves them as it moves losses.
+    # Controllers are compared as tensors, because rounding changes them as it changes losses.
     if control := dict(_floats(scalars["task"])):
         tensors["controllers"] = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in control.items()
@@ -111,8 +113,9 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
     Args:
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
-        again: results of a second run that was never killed. Give it if equality to the bit is not
-            promised. `NOISE` times the difference of the two unbroken runs is allowed then.
+        again: results of a second run that was never killed. Give this run if equality to the bit
+            is not promised. Then `NOISE` times the difference between the two uninterrupted runs is
+            allowed.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -159,9 +162,9 @@ def _near(
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Return the norm of the difference over the norm of the first.
+    """Return the norm of the difference divided by the norm of `left`.
 
-    It is infinite if names or shapes differ.
+    The distance is infinite if names or shapes differ.
     """
     if left.keys() != right.keys() or any(left[k].shape != right[k].shape for k in left):
         return math.inf
@@ -171,9 +174,9 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """Check that the counters are equal, and with them position and randomness of the data.
+    """Check that the counters are equal, and thus the position and randomness of the data.
 
-    Randomness is computed from the position, so no generator has a state that could differ.
+    Random numbers are computed from the position, so no generator has a state that could differ.
     """
     unequal = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
     return Check(
@@ -188,7 +191,7 @@ def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
 
 
 def _log(straight: Results, resumed: Results, again: Results | None) -> Check:
-    # near enough
+    # close enough
     if again is not None:
         allowed = max(NOISE * _apart(straight.rows, again.rows), LEAST)
         found = _apart(straight.rows, resumed.rows)

@@ -1,4 +1,4 @@
-"""The short form of a user's run, and its launches: one straight, others killed and resumed."""
+"""The short form of a user's run, and its launches, without kills or with kills and resumes."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
-    """Return the same run with everything that can go wrong in a few updates.
+    """Return a run of a few updates, with everything that can go wrong in the user's run.
 
-    The learning rate warms up, micro-steps accumulate, and checkpoints are written and deleted.
+    The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
     """
     config = config.for_processes(processes)
     early, run = updates // 4, config.run
@@ -64,8 +64,8 @@ class Job:
         work: folder of the runs, of their output, and of their `config.yaml`.
         processes: number of processes of each launch.
         seconds: time after which a launch counts as hung.
-        starts: the updates done when each launch of the killed run began.
-        hits: what each kill hit.
+        starts: the number of updates done when each launch of the killed run began.
+        hits: what the run was doing at each kill.
     """
 
     task: Task
@@ -83,7 +83,7 @@ class Job:
         """Make a run that is not killed, and return its pace.
 
         Raises:
-            UserError: the run does not come to its end.
+            UserError: the run does not finish.
         """
         with self._launch(name, output=name) as launch:
             try:
@@ -140,7 +140,7 @@ class Job:
         """Launch the killed run once.
 
         Returns:
-            "" if it was killed, "done" if it came to its end, or how it failed.
+            "" if the launch was killed, "done" if it finished, or how it failed.
         """
         folder, number = self.work / "killed", len(self.starts) + 1
         checkpoint, _ = newest_usable(folder)

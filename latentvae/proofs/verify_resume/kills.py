@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from latentvae.proofs.verify_resume.launch import Launch, Pace
 
 AFTER_LAST = "the work after the last update"
-# Share of the time after the last update in which the training still works. Then the launcher ends.
+# After the last update, the training still works for this share of the remaining time. Then only
+# the launcher has to end.
 TRAINING_SHARE = 0.5
 
 
@@ -16,10 +17,10 @@ class Kill:
     """A moment of a run.
 
     Attributes:
-        update: the update (from 1) to kill in, or whose save to kill in. The number of updates plus
-            one stands for the work after the last update.
-        save: kill during the save after that update.
-        share: how far into the update or the save, from 0 to 1.
+        update: the update (from 1) during which to kill, or during whose save to kill. The number
+            of updates plus one stands for the work after the last update.
+        save: whether to kill during the save after that update.
+        share: share of the update or the save that passes before the kill, from 0 to 1.
     """
 
     update: int
@@ -28,7 +29,7 @@ class Kill:
 
 
 def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[Kill]:
-    """Return kills spread over a run, in its order. Every second one is in a save."""
+    """Return kills spread over a run, in order of time. Every second kill is in a save."""
     draw = random.Random(seed)
     kills = []
     for i in range(count):
@@ -41,9 +42,10 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
     """Wait for the moment and kill. Return what was hit, or "" if the training had already ended.
 
-    A moment before the checkpoint that the launch resumes from becomes the next update or save.
+    If the moment lies before the checkpoint from which the launch resumes, the next update or save
+    is used.
     """
-    # the moment
+    # find the moment
     update = max(kill.update, resumed_at + 1)
 
     def come() -> bool:
@@ -58,14 +60,14 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
     # wait and kill
     if not launch.wait_for(lambda: launch.updates() is not None):
         return ""
-    family = launch.family()  # finding it takes longer than a save of a small network
+    family = launch.family()  # finding these processes takes longer than a save of a small network
     if not launch.wait_for(come):
         return ""
     time.sleep(kill.share * seconds)
     launch.kill(family)
 
     # what was hit
-    if launch.process.returncode >= 0:  # it had already ended
+    if launch.process.returncode >= 0:  # the training had already ended
         return ""
     done = launch.updates() or 0
     if launch.saving():

@@ -1,6 +1,6 @@
 """Launch a training as users do, watch it through its files, and kill it like a power cut.
 
-It is started by `accelerate launch` with all its processes.
+The training is started by `accelerate launch` with all its processes.
 """
 
 import os
@@ -49,7 +49,7 @@ def training_command(
 
 @dataclass
 class Pace:
-    """Seconds that parts of a run take, measured on an unbroken one."""
+    """Seconds that parts of a run take, measured on an uninterrupted run."""
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
@@ -65,12 +65,12 @@ class Pace:
 
 
 class Launch:
-    """A training that was started, up to its end or its kill.
+    """A started training, until it ends or is killed.
 
     Args:
         command: what to start.
         folder: the run's folder. Files left there by an earlier launch do not count.
-        output: file that takes all that the training prints.
+        output: file to which all output of the training is written.
         on_cpu: train on the CPU even if there is a GPU.
         seconds: time after which the launch counts as hung.
     """
@@ -108,20 +108,20 @@ class Launch:
         return self.process.poll() is None
 
     def updates(self) -> int | None:
-        """Return the updates in its log, or None until it has opened a new log file."""
+        """Return the number of updates in the log, or None until there is a new log file."""
         if _inode(self._log) in (None, self._old_log):
             return None
         return max((row["update"] for row in read_rows(self._log)), default=0)
 
     def saving(self) -> bool:
-        """Return whether it is writing a checkpoint."""
+        """Return whether the training is writing a checkpoint."""
         return bool(self._temporary() - self._old_saves)
 
     def wait_for(self, event: Callable[[], bool]) -> bool:
         """Return whether an event came before the end of the training.
 
         Raises:
-            Hung: neither came in time. The training was killed.
+            Hung: neither the event nor the end came in time. The training was killed.
         """
         while self.running:
             if event():
@@ -143,7 +143,7 @@ class Launch:
         """Send SIGKILL to all processes at once.
 
         Args:
-            known: processes that are stopped before the others are looked for.
+            known: processes that are stopped before the search for others.
         """
         _send(known or [], signal.SIGSTOP)
         family = self.family()
@@ -155,7 +155,7 @@ class Launch:
             time.sleep(POLL_SECONDS)
 
     def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
-        """Watch to the end with a progress bar, and return the exit code and the pace."""
+        """Watch the training to its end with a progress bar. Return the exit code and the pace."""
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
             # one look at the files
@@ -180,7 +180,7 @@ class Launch:
         return self.process.wait(), pace
 
     def last_words(self) -> str:
-        """Return the last line it printed that is not part of the launcher's traceback."""
+        """Return the last printed line that is not part of the launcher's traceback."""
         lines = [line.strip() for line in self.output.read_text(errors="replace").splitlines()]
         errors = [line for line in lines if line.startswith("error:")]
         raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]

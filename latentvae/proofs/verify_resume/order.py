@@ -1,4 +1,4 @@
-"""Check the order of the items after each resume, the one part that leaves no tensor."""
+"""Check the order of the items after each resume, which no saved tensor shows."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from latentvae.proofs.checks import Check
 
 
 def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check | None:
-    """Check that every launch got the items that an unbroken run gets at the same place.
+    """Check that every launch got the same items as an uninterrupted run at the same place.
 
     Args:
         task: what is trained.
         processes: number of processes of each launch.
-        starts: micro-steps done when each launch began.
+        starts: number of micro-steps done when each launch began.
 
     Returns:
         The check, or None if the task does not know the order.

@@ -1,8 +1,9 @@
-"""The whole of `latentvae verify-resume`.
+"""Run `latentvae verify-resume`.
 
-A short form of the user's run is made twice through `accelerate launch`. One run is straight.
-The other, in another folder, gets SIGKILL to all its processes at random moments, each time
-followed by the same command again. Then everything that the two leave behind is compared.
+A short form of the user's run is made twice through `accelerate launch`. One run is not
+interrupted. In the other run, which has its own folder, all processes get SIGKILL at random
+moments. After each kill, the same command is started again. Finally all results of the two runs are
+compared.
 """
 
 import shutil
@@ -22,7 +23,7 @@ from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.order import check_order
 
 LEAST_UPDATES = 4
-EXACT_PROCESSES = 2  # up to so many processes, on the CPU, equality to the bit is promised
+EXACT_PROCESSES = 2  # CPU: equality to the bit is promised for at most this many processes
 
 
 def verify_resume(
@@ -37,26 +38,26 @@ def verify_resume(
     json: Path | None = None,
     launch_timeout: int = 3600,
 ) -> int:
-    """Train straight, and with kills and resumes. Print a line for each check.
+    """Train without kills, and with kills and resumes. Print a line for each check.
 
     Args:
         task: what is trained.
-        config: the run. Its length, its logs, saves and folder are set here. Nothing is written to
-            its `output_dir`.
+        config: the options of the run. This function replaces its length, logs, saves and folder.
+            Nothing is written to the run's `output_dir`.
         updates: number of updates of each of the two runs.
         kills: number of SIGKILLs to all processes of the second run.
         processes: number of processes of each launch.
         kill_seed: seed of the moments of the kills.
         work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
             is kept if a check failed.
-        json: file for the checks.
+        json: file for the results of the checks.
         launch_timeout: seconds after which a launch counts as hung.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.
 
     Raises:
-        UserError: a wrong option, or a run that does not come to its end without kills.
+        UserError: an option is wrong, or the run does not finish even without kills.
     """
     # options
     for name, value, least in (
@@ -122,7 +123,7 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
     print(f"straight: done, {pace.update:.2g} s an update, {pace.save:.2g} s a save", flush=True)
     drawn = draw_kills(kills, updates=updates, save_every=options.checkpointing_steps, seed=seed)
     checks = job.killed(drawn, pace)
-    if not checks[1].passed:  # the run did not come to its end
+    if not checks[1].passed:  # the run did not finish
         return checks
     order = check_order(
         job.task,
@@ -135,7 +136,8 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
 def _compared(job: Job) -> list[Check]:
     """Compare the two runs to the bit.
 
-    Where that is not promised or does not hold, they are compared beside a second unbroken run.
+    If equality to the bit is not promised or does not hold, a second uninterrupted run shows how
+    large a difference is normal.
     """
     # equal to the bit
     update = job.config.run.max_train_steps
@@ -148,7 +150,7 @@ def _compared(job: Job) -> list[Check]:
     if all(check.passed for check in checks):
         return checks
 
-    # beside a second unbroken run
+    # compared with a second uninterrupted run
     job.straight("again", title="straight again")
     again = read_results(job.work / "again", update=update, parts=job.task.parts)
     if not exact:

@@ -1,6 +1,6 @@
 """The backward passes of an update: one through the decoder, then one of the discriminator.
 
-Both use the same images and reconstructions of one forward pass.
+Both backward passes use the images and reconstructions of one forward pass.
 """
 
 import torch
@@ -26,19 +26,20 @@ def backward_model(
 ) -> dict[str, Tensor]:
     """Add the gradient of the whole objective to the model's parameters.
 
-    The losses are functions of a detached reconstruction. Their gradients at it are added and sent
-    back through the decoder once. No gradient reaches the discriminator's parameters.
+    The losses are computed on a detached reconstruction. Their gradients with respect to the
+    reconstruction are summed and sent back through the decoder once. No gradient reaches the
+    discriminator's parameters.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        out: the wrapper's output for the images, with its graph.
+        out: the wrapper's output for the images, with its autograd graph.
         objective: terms and weights of the loss.
-        update: updates done. The objective's schedules depend on it.
+        update: number of updates done. The objective's schedules depend on it.
         last_layer: the decoder's last weight, for the adaptive weight.
-        adversary: the discriminator and its options. None without one.
+        adversary: the discriminator and its options. None without a discriminator.
         background: colour behind alpha for LPIPS and the discriminator, which both see RGB
             (`losses.colors`).
-        divide_by: micro-steps of this update, whose gradients are averaged.
+        divide_by: number of micro-steps of this update, whose gradients are averaged.
 
     Returns:
         Unweighted terms and weights by log name, scalars on the device.
@@ -99,8 +100,8 @@ def backward_discriminator(
         images: (B, C, H, W) in [-1, 1].
         recon: their reconstructions, which are detached here.
         adversary: the discriminator and its options.
-        background: colour behind alpha in both.
-        divide_by: micro-steps of this update, whose gradients are averaged.
+        background: colour behind alpha in images and reconstructions.
+        divide_by: number of micro-steps of this update, whose gradients are averaged.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.

@@ -23,7 +23,7 @@ from latentvae.tasks.autoencoder.images import eval_transform
 
 
 def build_net(config: TrainConfig, base: Base | None) -> Any:
-    """Return the base's network, or a new one."""
+    """Return the pretrained network of a fine-tuning, or a new network."""
     if base is not None:
         return base.net
     return FAMILIES[config.model.architecture].build(
@@ -62,7 +62,7 @@ def build_losses(
 
 
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
-    """Return the network as training calls it, frozen and folded as the options say."""
+    """Return the training wrapper of the network, with upsampling folded, and frozen if asked."""
     family = FAMILIES[config.model.architecture]
     if pretrained:
         keep_batch_statistics(net)
@@ -94,11 +94,11 @@ def start_codebook(
             seed=run.seed,
         )
     quantizer: Any = FAMILIES[config.model.architecture].quantizer(net)
-    send_from_main(quantizer.state_dict().values())  # DDP would leave buffers alone
+    send_from_main(quantizer.state_dict().values())  # DDP would not send buffers
 
 
 def discriminator_of(config: TrainConfig) -> Discriminator | None:
-    """Return a new discriminator. None when its weight is 0."""
+    """Return a new discriminator, or None if its weight is 0."""
     options = config.discriminator
     if options.disc_scale == 0:
         return None
@@ -120,11 +120,11 @@ def compute_faster(
         compile_blocks(net)
     elif _multiplies_less(config, accelerator):
         swap_convolutions(net, trained=True)
-        # With channels innermost every convolution would transpose its input.
+        # With the channels last in memory, every convolution would transpose its input.
         swap_convolutions(metric.to(memory_format=torch.contiguous_format), trained=True)
 
 
 def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Return whether Winograd's convolutions help: float32 on the CPU, channels outermost."""
+    """Return whether Winograd's convolutions are faster: for float32 on the CPU, channels first."""
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     return config.run.winograd and on_cpu and not config.run.channels_last

@@ -1,7 +1,7 @@
-"""Training of a discrete bottleneck beside its loss.
+"""The parts of training a discrete bottleneck that are not part of its loss.
 
-This is the start by k-means, the update of the codes from the vectors of all ranks, and the
-temperature.
+These parts are the initialisation by k-means, the update of the codes from the vectors of all
+ranks, and the temperature.
 
 `N` vectors, `c` feature channels, `K` codes.
 """
@@ -56,9 +56,9 @@ class CodebookUpdate:
         """Update the codes after the optimizer's step, the same on every rank.
 
         Args:
-            update: from 0.
-            optimizer: its moments of restarted codes are set to 0.
-            averages: weight averages. Those of restarted codes are set to the new codes.
+            update: number of the update, from 0.
+            optimizer: the optimizer of the codes. The moments of restarted codes are set to 0.
+            averages: weight averages. The averages of restarted codes are set to the new codes.
 
         Returns:
             Values to log.
@@ -105,9 +105,9 @@ def initialise_codebook(
     Args:
         net: the network, whose codes are changed.
         source: training images.
-        transform: makes tensors of them.
-        images_per_update: decides the batch of k-means.
-        seed: seeds the choice of images and the start.
+        transform: makes tensors of the images.
+        images_per_update: number of images whose vectors form one batch of k-means.
+        seed: seeds the choice of images and k-means.
 
     Raises:
         UserError: no image can be read.
@@ -151,7 +151,7 @@ def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Ite
         try:
             images.append(transform(source.read(i)))
         except UnreadableImage:
-            continue  # the training reports it
+            continue  # the training reports this image
         if len(images) == START_BATCH:
             yield torch.stack(images)
             images = []
@@ -160,10 +160,10 @@ def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Ite
 
 
 def wants_start(config: TrainConfig) -> bool:
-    """Return whether the codes of a new run start by k-means."""
+    """Return whether k-means initialises the codes of a new run."""
     return config.model.bottleneck.starts_by_kmeans
 
 
 def temperature(config: TrainConfig, update: int) -> float:
-    """Return the bottleneck's temperature in an update (from 0). It is 1 without Gumbel-softmax."""
+    """Return the bottleneck's temperature in an update (from 0), or 1 without Gumbel-softmax."""
     return config.model.bottleneck.temperature_at(update)

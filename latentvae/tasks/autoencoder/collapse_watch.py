@@ -1,13 +1,14 @@
 """The collapse watch: warnings from the rows and validations that a run logs.
 
-It warns when the posterior or the codebook collapses, the discriminator wins, or validation LPIPS
-diverges.
+The watch warns in four cases: the posterior collapses, the codebook collapses, the discriminator
+wins, or validation LPIPS diverges.
 
     row or validation -> is the condition there? -> for long enough -> finding (printed once)
 
-Its input is reduced over ranks already, so every rank finds the same. A condition begins or ends
-only after `PATIENCE` observations in a row, over at least `LASTING` updates. So a single odd row
-or a small `log_steps` makes no finding, and a value near its bound is not reported repeatedly.
+The values are already averaged over ranks, so every rank has the same findings. A condition begins
+or ends only after `PATIENCE` observations in a row that span at least `LASTING` updates. So a
+single unusual row or a small `log_steps` causes no finding. A value near its bound is not reported
+repeatedly.
 
 `K` codes, `d` latent channels.
 """
@@ -27,15 +28,15 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
 DISCRIMINATOR, LPIPS = "discriminator_won", "lpips_diverges"
-PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # rows, or validations
-LASTING = 50  # least number of updates from the first to the last of them
-BEGINNING = 100  # updates without a watch: an untrained model looks collapsed
+PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # rows or validations
+LASTING = 50  # smallest number of updates from the first to the last observation
+BEGINNING = 100  # first updates, without a watch because an untrained model looks collapsed
 
 ACTIVE_SHARE = 0.5  # Share of active channels (arXiv:1509.00519).
-USED_SHARE = 0.1  # Share of used codes among those that could be used.
-PERPLEXITY_SHARE = 0.05  # The same for the perplexity, when a few codes take nearly all tokens.
-FALLEN_SHARE = 0.5  # Used codes, as a share of the most that were ever in use.
-WON_SHARE = 0.05  # Loss, as a share of a blind discriminator's (hinge 1, logistic 2 log 2).
+USED_SHARE = 0.1  # Share of used codes among the codes that could be used.
+PERPLEXITY_SHARE = 0.05  # Perplexity / usable codes. Low if a few codes take nearly all tokens.
+FALLEN_SHARE = 0.5  # Used codes, as a share of the largest number ever in use.
+WON_SHARE = 0.05  # Loss, as a share of the loss at logits of 0 (hinge 1, logistic 2 log 2).
 WORSE = 1.1  # Validation LPIPS, as a multiple of the best.
 
 
@@ -44,18 +45,20 @@ class Watched:
     """The conditions to watch in a run.
 
     Attributes:
-        posterior_from: update at which the watch of the posterior starts. None: no watch, because
-            there is no posterior, its encoder is frozen, or the options ask for a collapse.
+        posterior_from: update at which the watch of the posterior starts. None means no watch:
+            there is no posterior, the encoder is frozen, or the options ask for a collapse.
         posterior_remedy: options that help against a collapse.
         num_channels: d (1 with Gumbel-softmax).
-        codes_from: update at which the watch of the codes starts. None: there are no codes.
+        codes_from: update at which the watch of the codes starts. None means that there are no
+            codes.
         num_codes: K.
         codes_remedy: options of this quantizer that help against a collapse.
         validated_on: name of the validation images. Results on other images are not compared.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
-        discriminator_from: update at which the adversarial weight is full. The watch starts
-            there, because the model hardly answers the discriminator before. None: no watch.
-        effective_from: update at which the adversarial weight leaves 0. None: no watch.
+        discriminator_from: update at which the adversarial weight reaches its full value. The watch
+            starts there, because the model hardly reacts to the discriminator before. None means no
+            watch.
+        effective_from: update after which the adversarial weight is above 0. None means no watch.
     """
 
     posterior_from: int | None = None
@@ -85,18 +88,18 @@ class Finding:
 
 @dataclass
 class Condition:
-    """The history of a condition. A checkpoint holds it, and its types are checked when read.
+    """The history of a condition. Checkpoints hold it, and a resume checks its types.
 
     Attributes:
         holds: whether the condition is present.
-        against: observations in a row that say the opposite of `holds`.
-        since: the update of the first of them.
+        against: number of observations in a row that contradict `holds`.
+        since: the update of the first observation that contradicts `holds`.
         times: how often the condition began.
-        first: update at which it began first.
-        last: update at which it began last.
-        ended: update at which it ended last.
+        first: update at which the condition first began.
+        last: update at which the condition last began.
+        ended: update at which the condition last ended.
         sentence: the last message.
-        of_discriminator: whether the discriminator was the cause then.
+        of_discriminator: whether the discriminator may be the cause of the condition.
     """
 
     holds: bool = False
@@ -112,7 +115,7 @@ class Condition:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def turns(self, there: bool, *, update: int, patience: int) -> bool:
-        """Take in an observation. Return whether the condition begins or ends with it."""
+        """Record an observation. Return whether the condition begins or ends with it."""
         if there == self.holds:
             self.against = 0
             return False
@@ -165,7 +168,7 @@ class CollapseWatch:
         return [*self._codes(update, values), *self._lpips(update, values)]
 
     def flags(self) -> dict[str, float]:
-        """Return 1 by log name for each condition that is present."""
+        """Return the value 1, by log name, for each condition that is present."""
         return {f"watch/{name}": 1.0 for name, now in self._conditions.items() if now.holds}
 
     def summary(self) -> str | None:
@@ -182,7 +185,7 @@ class CollapseWatch:
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:
-        """Take in that the discriminator is switched off. Then it has no longer won."""
+        """Record that the discriminator is switched off. End the condition that it has won."""
         self.watched = replace(self.watched, discriminator_from=None, effective_from=None)
         discriminator = self._conditions[DISCRIMINATOR]
         if discriminator.holds:
@@ -222,8 +225,9 @@ class CollapseWatch:
     def _discriminator(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """Check whether the discriminator has won: its loss is near 0.
 
-        The loss alone is enough. With hinge loss the mean logits are then apart by at least twice
-        the margin minus twice the loss. Without a margin Jensen's inequality gives a like bound.
+        A small loss alone proves that the discriminator has won. With the hinge loss, the mean
+        logits of images and reconstructions then differ by at least twice the margin minus twice
+        the loss. For a loss without a margin, Jensen's inequality gives a similar bound.
         """
         start = self.watched.discriminator_from
         if start is None or update <= start or "discriminator/loss" not in values:
@@ -270,7 +274,7 @@ class CollapseWatch:
         if best is None:
             best = math.inf
 
-        # the discriminator may be the cause if it had an effect when LPIPS turned worse
+        # the discriminator may be the cause if it had an effect when LPIPS became worse
         now, effective_from = self._conditions[LPIPS], self.watched.effective_from
         since = now.since if now.against else update
         of_discriminator = effective_from is not None and since > effective_from
@@ -305,7 +309,7 @@ class CollapseWatch:
 
 
 def _validated_on(config: TrainConfig) -> str:
-    """Return a name for the validation images and for the way to count the use of codes."""
+    """Return a name for the validation images and for the way in which used codes are counted."""
     counted = ", levels apart" if config.model.bottleneck.num_codebooks > 1 else ""
     data = config.data
     return f"{data.max_validation_images} all over {data.validation_data_dir}{counted}"
@@ -329,13 +333,14 @@ def what_to_watch(
     Args:
         config: the run's options.
         discriminator_start: update in which the discriminator starts.
-        num_codes: K. None without codes.
-        discriminator_stopped: the watch has switched it off.
+        num_codes: K, or None without codes.
+        discriminator_stopped: whether the watch has switched the discriminator off.
     """
     # posterior
     model, discriminator = config.model, config.discriminator
     beginning = max(BEGINNING, config.optimizer.lr_warmup_steps)
-    # A target for the pixel loss silences channels, and so does a very small target for the KL.
+    # A target for the pixel loss makes channels inactive, and so does a very small target for the
+    # KL.
     objective = config.objective
     asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
     has_posterior = model.has_kl and not model.freeze_encoder and not asked_for

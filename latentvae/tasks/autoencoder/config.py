@@ -1,8 +1,8 @@
-"""The schema of an autoencoder's run: sections of options with ranges, checked before any work.
+"""Options of an autoencoder's run, in sections. All ranges are checked before any work.
 
-A YAML preset is loaded into it, and flags override the preset (see `latentvae.cli.train`). Leaf
-names are unique over the sections, so every option is one flat flag. Flags have the names of
-Hugging Face's training scripts.
+A YAML preset is loaded into it, and flags override the preset (see `latentvae.cli.train`). Option
+names are unique over all sections, so the flag of an option does not name its section. Flags have
+the same names as in Hugging Face's training scripts.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
-BUCKET_MULTIPLE = 8  # pixels, a divisor of the sides of all buckets
+BUCKET_MULTIPLE = 8  # in pixels, divides the sides of all buckets
 
 
 class AutoencoderRunConfig(RunConfig):
@@ -28,58 +28,61 @@ class AutoencoderRunConfig(RunConfig):
 
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in the backward pass. It takes less memory, more time.",
+        description=(
+            "Recompute activations in the backward pass, which saves memory but takes more time."
+        ),
     )
     channels_last: bool = Field(
         default=False,
         description=(
-            "Store images and weights with the channels innermost. Convolutions are faster on GPUs "
-            "with bf16. Backward passes are slower on CPUs."
+            "Store images and weights with the channels innermost. On GPUs with bf16, convolutions "
+            "become faster. On CPUs, backward passes become slower."
         ),
     )
     torch_compile: bool = Field(
         default=False,
         description=(
-            "Compile the network's blocks with torch.compile. It needs a C++ compiler, or a GPU "
-            "with Triton, and takes minutes at the start."
+            "Compile the network's blocks with torch.compile. Compiling needs a C++ compiler, or a "
+            "GPU with Triton, and takes minutes at the start."
         ),
     )
-    # It may change on resume, because it changes only the rounding.
+    # This option may change on resume, because it changes only the rounding.
     winograd: Annotated[bool, MayChange()] = Field(
         default=True,
         description=(
-            "Compute 3 x 3 convolutions and their gradients with fewer multiplications on CPUs in "
-            "float32. The rounding error is about 4e-6 of their size. It has no effect elsewhere."
+            "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
+            "multiplications. The rounding error is about 4e-6 of the size of the values. The "
+            "option has no effect elsewhere."
         ),
     )
     deterministic_posterior: bool = Field(
         default=False, description="Decode the posterior's mode in training instead of a sample."
     )
     num_sample_images: Annotated[Positive, MayChange()] = Field(
-        default=6, description="Validation images shown in each sample grid."
+        default=6, description="Number of validation images in each grid of sample images."
     )
     export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
         default="sd",
         description=(
-            "Pipelines that read the export's scaling and shift. sd works in all, sd3 (also FLUX) "
-            "measures a shift, sdxl writes per-channel statistics."
+            "Diffusion pipelines that the export's scaling and shift are for. sd works in all "
+            "pipelines. sd3 (also for FLUX) measures a shift. sdxl writes per-channel statistics."
         ),
     )
     lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
             "Export a VQModel for aMUSEd, which looks up codes by index and has pixels in [0, 1]. "
-            "Other pipelines need it off."
+            "Leave this option off for other pipelines."
         ),
     )
 
 
 class TrainConfig(JobConfig):
-    """The options of a whole training run."""
+    """All options of a training run."""
 
     config: Annotated[str, MayChange()] = Field(
         default="kl_small",
-        description="YAML file, or the name of a preset. Flags override it.",
+        description="YAML file, or the name of a preset. Flags override its values.",
     )
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
@@ -114,7 +117,7 @@ class TrainConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step. Their crops are its batch."""
+        """Number of images that a process reads for one micro-step. Their crops form the batch."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property
@@ -133,7 +136,7 @@ class TrainConfig(JobConfig):
     def discriminator_start(self) -> int:
         """First update (from 0) in which the discriminator learns.
 
-        With max_train_steps or more it never learns.
+        If this number is max_train_steps or more, the discriminator never learns.
         """
         start = self.discriminator.disc_start
         return round(start * self.run.max_train_steps) if start < 1 else int(start)
@@ -173,7 +176,7 @@ class TrainConfig(JobConfig):
         """Refuse options that have no meaning for the network.
 
         Raises:
-            ValueError: names the option and its value.
+            ValueError: an option has no meaning. The message names the option and its value.
         """
         model, family = self.model, FAMILIES[self.model.architecture]
         without = f"has no meaning for the architecture {model.kind}"
@@ -225,7 +228,7 @@ class TrainConfig(JobConfig):
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """Refuse pixel losses beside a decoder that has its own likelihood."""
+        """Refuse pixel losses in addition to a decoder's own likelihood."""
         if self.objective.learn_logvar:
             raise ValueError(
                 f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "
@@ -244,10 +247,10 @@ class TrainConfig(JobConfig):
 
 
 def load_preset(name_or_path: str) -> TrainConfig:
-    """Return the configuration of a YAML file, or of the preset of that name.
+    """Return the configuration from a YAML file, or from the preset of that name.
 
     Raises:
-        UserError: there is no such file or preset, the YAML cannot be read, or an option is
+        UserError: the file or preset does not exist, the YAML cannot be read, or an option is
             unknown or out of range.
     """
     return presets.load_preset(name_or_path, TrainConfig)
@@ -258,6 +261,6 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
 
     Args:
         values: nested values of the sections.
-        source: where they come from. Errors name it.
+        source: where the values come from. Error messages name this source.
     """
     return presets.parse(values, TrainConfig, source=source)

@@ -1,6 +1,7 @@
-"""The base of a fine-tuning: the network, and the record of it in the run's folder.
+"""The base of a fine-tuning: the pretrained network, and its record in the run's folder.
 
-A resume does not need the base's weights: `base.json` holds its config, the checkpoint the rest.
+A resume does not need the base's weights: `base.json` holds the base's config, and the checkpoint
+holds the weights.
 """
 
 import copy
@@ -73,9 +74,9 @@ class Base:
 
 
 def open_base(config: TrainConfig) -> Base | None:
-    """Return the network that `pretrained_model_name_or_path` names. None without that option.
+    """Return the network that `pretrained_model_name_or_path` names, or None without that option.
 
-    A resume takes its weights from the checkpoint, and the config from the run's record.
+    A resume takes the weights from the checkpoint, and the config from the run's record.
 
     Raises:
         UserError: the network cannot be loaded, or has another architecture.
@@ -109,8 +110,9 @@ def open_base(config: TrainConfig) -> Base | None:
             f"{config.data.image_channels}. Give --image_channels {channels}, or another base."
         )
 
-    # The copy leaves the file's memory map, whose alignment can change sums. A new network is in
-    # train mode, so this one is too: there even dropout of probability 0 draws random numbers.
+    # The copy does not use the file's memory map, whose alignment can change sums. A new network is
+    # in train mode, so this network is put into train mode too. In train mode, even dropout of
+    # probability 0 draws random numbers.
     net = copy.deepcopy(net).train()
     hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
     return Base(
@@ -124,7 +126,7 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base that a run has recorded, with new weights. None when it had no base.
+    """Return the base that a run has recorded, with new weights, or None if it had no base.
 
     Raises:
         UserError: base.json is damaged.

@@ -1,4 +1,4 @@
-"""The images of a run: opened, transformed, and in batches whose order follows from the seed."""
+"""Open and transform the images of a run, and make batches in an order that the seed decides."""
 
 import hashlib
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ from latentvae.data.image_folder import SAMPLES
 from latentvae.distributed import from_main, is_main, rank, world_size
 from latentvae.tasks.autoencoder.config import TrainConfig
 
-STREAM_HELD_OUT = 256  # first images of a stream, to validate on
+STREAM_HELD_OUT = 256  # number of first images of a stream that are kept for validation
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
@@ -106,9 +106,9 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
     """Return facts about the images that must stay the same on resume.
 
-    These are the number and the names (hashed) of the images, which decide their order. Rows
+    These facts are the number of images and the hash of their names, which decide the order. Rows
     without names and streams are identified by their data set, configuration and column. The folder
-    of a local data set is not part of it.
+    of a local data set is not one of these facts.
     """
     # streams
     if isinstance(images, ImageStream):
@@ -137,9 +137,9 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
 def batches(
     config: TrainConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
 ) -> tuple[Iterable[Any], int | None]:
-    """Return endless batches of this rank, and the micro-steps in which every image comes once.
+    """Return endless batches of this rank, and the number of micro-steps in an epoch.
 
-    The second is None for a stream of unknown length.
+    The number is None for a stream of unknown length.
     """
     transform, seed = train_transform(config), config.run.seed
     read, crops = config.images_read, config.data.crops_per_image
@@ -152,7 +152,7 @@ def batches(
         loader = stream_loader(images, transform, batch_size=read, crops=crops, **place, **loading)
         return loader, per_epoch
 
-    # images by number: one rank reads the headers for the buckets
+    # Images that can be read by number: one rank reads the headers for the buckets.
     ratios = None
     if config.data.aspect_ratio_buckets:
         if is_main():
@@ -167,7 +167,7 @@ def batches(
 
 
 def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
-    """Return the bucket of every image by its aspect ratio. None without buckets."""
+    """Return the bucket of every image by its aspect ratio, or None without buckets."""
     if ratios is None:
         return None
     return assign(ratios, config.train_sizes, at_least=config.images_read * processes)
@@ -176,7 +176,7 @@ def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) ->
 def image_sampler(
     config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
 ) -> IndexSampler | BucketSampler:
-    """Return the order of the images from a place (rank, world_size, start_step, seed) on."""
+    """Return the sampler of the images for a place (rank, world_size, start_step, seed)."""
     if buckets is not None:
         return BucketSampler(buckets, config.images_read, **place)
     return IndexSampler(num_images, config.images_read, **place)

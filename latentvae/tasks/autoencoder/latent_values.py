@@ -13,7 +13,7 @@ from latentvae.outputs import AutoencoderOutput
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
     """Return scalars without gradient by log name, over all latents of `out`.
 
-    Values of the KL are there only when the network has one.
+    Values of the KL are included only if the network has a KL.
     """
     elements = sum(latent.z.numel() for latent in out.latents)
     shares = [latent.z.numel() / elements * latent.z.square().mean() for latent in out.latents]

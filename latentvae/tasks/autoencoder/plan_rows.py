@@ -1,4 +1,4 @@
-"""The rows of the plan that say what is trained on what."""
+"""The rows of the plan that describe the model, its images and its losses."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(task: "AutoencoderTask") -> dict[str, str]:
-    """Return what is trained on what, by heading."""
+    """Return a description of the model, its images and its losses, by heading."""
     size = _size(task.config.data.size)
     return {
         "model": _model(task),

@@ -27,7 +27,7 @@ def check_model_learns(config: TrainConfig) -> None:
 
 
 def without_effect(config: TrainConfig) -> list[str]:
-    """Return one line for each part of the schedule that the run ends before."""
+    """Return one line for each part of the schedule that the run does not reach."""
     options, objective = config.discriminator, config.objective
     total = config.run.max_train_steps
     found = []
@@ -74,7 +74,7 @@ def few_validation_images(config: TrainConfig, *, count: int, training: int | No
     Args:
         config: the run's options.
         count: number of validation images.
-        training: number of training images. None if unknown.
+        training: number of training images. None means unknown.
     """
     used = min(count, config.data.max_validation_images)
     if used >= LEAST_VALIDATION_IMAGES:

@@ -11,7 +11,7 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 
 def check_images(config: TrainConfig) -> None:
-    """Refuse images that are not named, or too small for a part of the run."""
+    """Refuse a run that names no images, or whose images are too small for one of its parts."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
@@ -67,7 +67,7 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next resolution of about the same shape whose buckets all have such a side."""
+    """Return the next resolution of similar shape whose buckets all have at least this side."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f

@@ -36,7 +36,7 @@ PROBE_IMAGES = 2
 
 
 def is_whole(out: Path) -> bool:
-    """Return whether a folder holds a whole export."""
+    """Return whether a folder holds a complete export."""
     return is_export(out)
 
 
@@ -66,21 +66,22 @@ def export_folder(
     hub_model_id: str | None = None,
     hub_private_repo: bool = False,
 ) -> None:
-    """Export the newest usable checkpoint of the run in `folder`. Its images must still exist.
+    """Export the newest usable checkpoint of a run. The run's images must still exist.
 
     Args:
         folder: the run's folder.
         out: the export's folder.
         overwrite: replace an existing `out`.
-        lookup_from_codebook: export for aMUSEd, as a run with that option does.
-        push_to_hub: upload the export too, to `hub_model_id` or under the run's name.
+        lookup_from_codebook: export for aMUSEd, as a run with the option `lookup_from_codebook`
+            does.
+        push_to_hub: also upload the export, to `hub_model_id` or by default under the run's name.
         hub_model_id: repository, owner/name.
         hub_private_repo: make a new repository private.
 
     Raises:
         UserError: `folder` is not a run or has no checkpoint, or `out` exists and `overwrite` is
             off.
-        UploadError: it is exported, but the upload failed.
+        UploadError: the export is written, but the upload failed.
     """
     # options
     config = read_config(folder / "config.yaml", TrainConfig)
@@ -150,7 +151,7 @@ def export_of_run(
     device: torch.device,
     base: Base | None,
 ) -> dict[str, Any]:
-    """Measure on all ranks and write on the first.
+    """Measure the latents on all ranks, and write the export on the first rank.
 
     Args:
         net: the network with the weights to export, in eval mode.
@@ -220,7 +221,7 @@ def _sample_size(config: TrainConfig, base: Base | None) -> int:
 
 
 def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
-    """Return the card with the base, and with the proof that a frozen encoder is the base's.
+    """Return the card with the base's name, and a proof that a frozen encoder is unchanged.
 
     Raises:
         RuntimeError: the encoder was frozen, but its weights have changed.
@@ -245,7 +246,7 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
 
 
 def compared_with_base(folder: Path, update: int) -> str:
-    """Return the metrics of a fine-tuning beside its base's, or an empty string without both.
+    """Return a fine-tuning's metrics beside its base's, or an empty string if one is missing.
 
     The base was validated before the first update, on the same images.
     """

@@ -42,10 +42,10 @@ class AutoencoderState(State):
     """The state of the controllers, the same on every rank.
 
     Attributes:
-        discriminator_start: the update (from 0) in which the discriminator starts. It stays when a
-            run is made longer after that update.
-        discriminator_stopped: updates done when the watch switched the discriminator off. None
-            while it is on.
+        discriminator_start: the update (from 0) in which the discriminator starts. The value stays
+            the same when a run is made longer after that update.
+        discriminator_stopped: number of updates done when the watch switched the discriminator off.
+            None while the discriminator is on.
         kl_target: state of the controller of the KL's weight.
         bad_images: name and reason of each unreadable file so far.
         watch: state of the collapse watch, see `CollapseWatch.state_dict`.

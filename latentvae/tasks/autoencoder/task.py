@@ -102,7 +102,7 @@ class AutoencoderTask(LearningAutoencoder):
         if self.base is not None:
             self.base.write(folder)
         else:
-            # A fine-tuning that ended before its first update may have left it.
+            # A fine-tuning that ended before its first update may have left this file.
             (folder / BASE_NAME).unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class AutoencoderTask(LearningAutoencoder):
         """Print each unreadable file once, over all ranks.
 
         Raises:
-            UserError: there are more than max_bad_share allows.
+            UserError: there are more unreadable files than max_bad_share allows.
         """
         for found in gather_objects(self._unnamed):
             for name, reason in self.bad.update(found):
@@ -229,7 +229,7 @@ class AutoencoderTask(LearningAutoencoder):
         return self.watch.summary()
 
     def _tell(self, findings: list[Finding], update: int) -> None:
-        """Print the watch's findings. Stop the discriminator if asked to, on all ranks."""
+        """Print the watch's findings. If the options say so, stop the discriminator."""
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
         disable = self.config.discriminator.disc_watch == "disable"
@@ -269,7 +269,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
         started = state.discriminator_start <= update
-        if not started:  # then the start may move with the options
+        if not started:  # the options may move a start that lies ahead
             state = state.model_copy(
                 update={"discriminator_start": self.config.discriminator_start}
             )

@@ -1,7 +1,7 @@
 """The part of the task that learns: networks, one update, and its controllers.
 
-A micro-step is one forward pass, one backward pass through the decoder, and then the discriminator
-on the same images and the detached reconstruction (`backward`).
+A micro-step is one forward pass and one backward pass through the decoder. Then the discriminator
+learns from the same images and the detached reconstructions (see `backward`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,14 +39,14 @@ MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
 
 
 class LearningAutoencoder(Task):
-    """The learning part. `task.AutoencoderTask` adds images, log, checkpoints and export.
+    """The part that learns. `task.AutoencoderTask` adds images, log, checkpoints and export.
 
     Attributes:
-        base: the pretrained network of a fine-tuning. None without one.
+        base: the pretrained network of a fine-tuning. None without fine-tuning.
         train_images: opened source of training images.
         validation_images: opened source of validation images.
         wrapper: the bare network with parts that only training needs. `net` is the network itself.
-        discriminator: the bare discriminator. None when its weight is 0.
+        discriminator: the bare discriminator, or None if its weight is 0.
         objective: terms and weights of the model's loss.
         metric: LPIPS for the validation, in float32.
         progress: state of the controllers.
@@ -101,7 +101,7 @@ class LearningAutoencoder(Task):
         self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
         self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
         self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
-        self._means: list[Tensor] = []  # of posteriors, of this update
+        self._means: list[Tensor] = []  # posterior means of this update
 
     @property
     def net(self) -> Any:
@@ -165,7 +165,7 @@ class LearningAutoencoder(Task):
             self._means += [mean.detach() for mean in means]
             self.codebook.add(out)
 
-        # the discriminator's
+        # the discriminator's backward
         if adversary is not None:
             logged |= backward_discriminator(
                 images,
@@ -180,7 +180,7 @@ class LearningAutoencoder(Task):
     def adversary(self, update: int) -> Adversary | None:
         """Return the discriminator and its options for an update.
 
-        None before it starts, and after the watch has stopped it.
+        The result is None before the discriminator starts, and after the watch has stopped it.
         """
         options = self.config.discriminator
         factor = self.objective.adversarial.factor(update, start=self.progress.discriminator_start)
@@ -211,7 +211,8 @@ class LearningAutoencoder(Task):
         )
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        # While only the discriminator learns, the KL cannot react to its weight, so it rests.
+        # While only the discriminator learns, the KL cannot react to its weight, so the weight
+        # stays the same.
         target, rests = self.objective.kl_target, self._discriminator_learns_alone(update)
         return torch.empty(0) if target is None else target.measured([] if rests else values)
 
@@ -247,7 +248,7 @@ class LearningAutoencoder(Task):
         self._means = []
 
     def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
-        """Move the KL's weight towards its target. Return the weight that was used, to log."""
+        """Adjust the KL's weight to reach its target. Return the weight that was used, to log."""
         target = self.objective.kl_target
         if target is None:
             return {}

@@ -27,9 +27,9 @@ from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import Network, calls
 from latentvae.pictures import to_pil
 
-DIFFERENCE_GAIN = 4.0  # the grid shows differences this many times as large
+DIFFERENCE_GAIN = 4.0  # factor by which the grid enlarges differences
 GRID_SIDE = 128  # smallest side of a picture in the grid, in pixels
-LABEL_WIDTH = 120  # pixels of the grid left of the pictures
+LABEL_WIDTH = 120  # width of the labels left of the pictures, in pixels
 
 
 @torch.inference_mode()
@@ -46,26 +46,25 @@ def validate(
 ) -> dict[str, float]:
     """Return mean metrics over at most `limit` evenly spread images.
 
-    Each image is measured once over all ranks, at the posterior's mode. Reconstructions are rounded
-    to 8 bits if the image has 8 bits (`metrics.round_alike`).
+    Exactly one rank measures each image, at the posterior's mode. Reconstructions are rounded to 8
+    bits if the image has 8 bits (`metrics.round_alike`).
 
     Args:
         net: the network in eval mode.
         source: validation images.
-        transform: makes tensors of them.
+        transform: makes tensors of the images.
         perceptual: LPIPS.
-        batch_size: images per process.
+        batch_size: number of images per batch of a process.
         limit: largest number of images.
         device: where to compute.
         bad: collects unreadable images.
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips` and
-        `validation/images`.
-        A tokenizer also has `validation/usage` (share of the codes), `validation/perplexity`,
-        `validation/entropy_bits` (per token) and `validation/tokens`, over the whole set. At most
-        `validation/tokens` codes can be used. Where each level has its own codes, these are means
-        over the levels.
+        `validation/images`. A tokenizer also has `validation/usage` (share of the codes),
+        `validation/perplexity`, `validation/entropy_bits` (per token) and `validation/tokens`, over
+        all images. At most `validation/tokens` codes can be used. If each level has its own codes,
+        these values are means over the levels.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -99,7 +98,7 @@ def validate(
 
         count += len(images)
         for name, measure in measures.items():
-            # To the CPU first: Apple GPUs have no float64.
+            # Move to the CPU first, because Apple GPUs have no float64.
             sums[name] += measure(images, recon).cpu().double().sum().item()
 
     # means over all ranks
@@ -180,10 +179,10 @@ def save_grid(
     count: int,
     device: torch.device,
 ) -> None:
-    """Write a PNG with labelled rows: original, reconstruction and difference, one column an image.
+    """Write a PNG with labelled rows (original, reconstruction, difference), one column per image.
 
-    Mid-grey means no difference. Images with alpha are laid over mid-grey. Small images are shown
-    enlarged by a whole factor.
+    Mid-grey means no difference. Images with alpha are composited over mid-grey. Small images are
+    enlarged by an integer factor.
     """
     images = readable_images(source, transform, count=count).to(device)
     images, recon = _visible(images), _visible(reconstruct_mode(net, images))
@@ -198,7 +197,7 @@ def save_grid(
 
 
 def grid_factor(images: Tensor) -> int:
-    """Return by how much images (B, C, H, W) are enlarged in a grid."""
+    """Return the factor by which images (B, C, H, W) are enlarged in a grid."""
     return math.ceil(GRID_SIDE / min(images.shape[2:]))
 
 
