@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from skimage import data
 
 import latentvae
-from latentvae.cli.main import main
+from latentvae.cli.flags import parse_options
+from latentvae.cli.main import Evaluate, main
 from latentvae.engine.resume import write_config
 from tests.tasks.autoencoder.small import small_config
 
@@ -246,3 +247,12 @@ def test_help_of_the_installed_command_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False 0\n")
+
+
+def test_a_model_may_follow_the_resolution() -> None:
+    wanted = parse_options(
+        Evaluate,
+        ["--resolution", "64", "48", "model", "--data", "photos", "--out", "report"],
+        prog="evaluate",
+    )
+    assert wanted.models == ("model",) and wanted.resolution == (64, 48)

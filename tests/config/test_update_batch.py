@@ -1,7 +1,10 @@
 """The global batch: what a process takes at once, and how often, for any number of processes."""
 
+from pathlib import Path
+
 import pytest
 
+from latentvae.cli.train import config_from_arguments
 from latentvae.config.update_batch import split_batch
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder.config import TrainConfig, parse
@@ -87,3 +90,13 @@ def test_warm_ups_may_be_a_share_of_the_run() -> None:
     with pytest.raises(UserError, match=r"lr_warmup_steps is 2.5, but should .* nearest is 2\."):
         parse({"optimizer": {"lr_warmup_steps": 2.5}}, source="test")
     assert shares.model_dump(mode="json")["optimizer"]["lr_warmup_steps"] == 20
+
+
+def test_a_share_in_a_file_follows_the_command_lines_length(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("optimizer: {lr_warmup_steps: 0.1}\nrun: {max_train_steps: 100000}\n")
+    flags = ["--config", str(file), "--train_data_dir", "photos", "--output_dir", "run"]
+    for given, steps in (([], 10_000), (["--max_train_steps", "1000"], 100)):
+        assert config_from_arguments(
+            [*flags, *given], description=""
+        ).optimizer.lr_warmup_steps == (steps)

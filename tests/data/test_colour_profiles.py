@@ -107,6 +107,16 @@ def test_deep_pictures_agree_with_the_library_to_half_a_level(name, make_picture
         assert np.abs((raw.transpose(1, 2, 0) + 1) * 127.5 - values).max() < 0.01
 
 
+def test_a_range_is_for_the_stored_numbers_of_eight_bits_too():
+    """200 is white, so (60, 180, 60) is 0.3 and 0.9 of it, and these are AdobeRGB's numbers."""
+    data = saved(Image.new("RGB", (2, 2), GREEN), "PNG", icc_profile=ADOBE_RGB)
+    found = read_image(data, pixels=PixelFormat(value_range=(0, 200)))
+    full = read_image(saved(Image.new("RGB", (2, 2), (76, 230, 76)), "PNG", icc_profile=ADOBE_RGB))
+    assert isinstance(found, DeepImage)
+    ours = np.asarray(found.to_8bit())[0, 0].astype(int)
+    assert np.abs(ours - np.asarray(full)[0, 0]).max() <= 2
+
+
 def test_sixteen_bits_keep_their_depth_through_a_profile():
     ramp = np.arange(30000, 30256, dtype=np.uint16)
     for profile, values in (

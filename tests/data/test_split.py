@@ -69,6 +69,13 @@ def test_at_least_one_is_held_out_and_one_kept(tmp_path, count, share):
     assert len(held_out(tmp_path, split_share=share)) == (1 if share < 0.5 else count - 1)
 
 
+def test_names_that_look_like_pages_are_images_of_their_own(tmp_path):
+    for book in "ab":
+        for page in range(100):
+            (tmp_path / f"{book}-page{page:04d}.tif").write_bytes(b"x")
+    assert len(held_out(tmp_path, split_share=0.02)) < 20
+
+
 def test_what_cannot_be_split_is_refused(tmp_path):
     fill(tmp_path, 1)
     with pytest.raises(UserError, match="only one image"):

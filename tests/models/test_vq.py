@@ -49,6 +49,15 @@ def test_another_quantiser_takes_the_mode_and_precision_of_the_one_before() -> N
     assert net.quantize.training
 
 
+def test_another_restart_threshold_starts_the_averages_of_use_anew() -> None:
+    """A base trained without restarts has averages of 0, so every code would restart at once."""
+    net = tiny(VQ)
+    assert net.quantize.usage.max() == 0
+    net.requantize({**VQ, "restart_threshold": 0.1})
+    assert torch.equal(net.quantize.usage, torch.full((16,), net.quantize.start_usage))
+    assert net.quantize.start_usage > 0.1
+
+
 @pytest.mark.parametrize(
     ("down", "up", "fits"),
     [("", "", True), ("Attn", "Attn", True), ("Attn", "", False), ("", "Attn", False)],
