@@ -134,6 +134,7 @@ def test_a_tensor_that_seems_to_be_in_0_to_1_is_warned_about(model: Autoencoder)
             model.encode(images)
 
 
+@pytest.mark.slow
 def test_an_exact_model_can_be_compiled(
     net: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
         steps: (d,), at least 1e-30. A channel with an infinite step is decoded as its location.
 
     Raises:
-        ValueError: latents that are not finite, or wrong shapes or steps.
+        ValueError: the latents are not finite, or the shapes or quantisation steps are wrong.
         UserError: the latent is too large, or a step is so fine that symbols exceed 2**19.
     """
     _check_latent(z, prior, steps)

@@ -39,7 +39,7 @@ class Buckets:
         return self.sizes[self.of[index]]
 
     def describe(self) -> str:
-        """Return the size of each bucket with its number of images, as text."""
+        """Return the height and width of each bucket and how many images it holds."""
         counts = np.bincount(self.of, minlength=len(self.sizes))
         return ", ".join(
             f"{h} x {w}: {count:,}" for (h, w), count in zip(self.sizes, counts, strict=True)

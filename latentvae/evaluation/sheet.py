@@ -69,7 +69,7 @@ class Tile:
 def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
     """Write rows of tiles. Each tile shows the centre of its picture.
 
-    Pictures larger than 320 pixels are cropped. Smaller pictures are enlarged by a whole factor,
+    Pictures larger than 320 pixels are cropped. Smaller pictures are enlarged by an integer factor,
     without interpolation. All tiles of a row show the same part.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]

@@ -101,7 +101,7 @@ class ObjectiveConfig(Section):
     rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Target of the pixel loss (loss/rec in the log, for images in [-1, 1]). The weight of "
+            "Value that the pixel loss should reach (see loss/rec in the log). The weight of "
             "the KL loss starts at kl_scale and changes until the pixel loss reaches this target. "
             "0 sets no target."
         ),

@@ -45,6 +45,7 @@ def test_the_computed_peak_is_that_of_the_allocator(script: ModuleType) -> None:
     assert computed == pytest.approx(allocated, rel=0.03)
 
 
+@pytest.mark.slow
 def test_norms_of_a_gpu_take_more_memory_in_bf16(script: ModuleType) -> None:
     config = script.config_of("kl_small", script.Options(resolution=32), 4)
     config = config.with_changes({"run": {"mixed_precision": "bf16"}})

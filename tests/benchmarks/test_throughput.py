@@ -34,6 +34,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> N
     script.main()
 
 
+@pytest.mark.slow
 def test_rows_and_their_equality(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

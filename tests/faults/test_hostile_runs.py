@@ -91,5 +91,5 @@ def test_a_folder_of_bad_files_alone_ends_with_one_sentence_a_process(tmp_path: 
     codes, text = ended_ranks(
         lambda: run_training(arguments, description=""), output=tmp_path / "output.txt"
     )
-    errors = re.findall(r"^error: process \d: cannot read image .*19 others.*$", text, re.M)
+    errors = re.findall(r"^error: process \d: cannot read image .*19 other images.*$", text, re.M)
     assert 0 not in codes and errors, text

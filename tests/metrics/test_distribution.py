@@ -226,6 +226,7 @@ def test_a_failed_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
         load_inception(allow_download=True)
 
 
+@pytest.mark.slow
 def test_features_are_those_of_torch_fidelity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

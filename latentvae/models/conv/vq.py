@@ -43,8 +43,8 @@ class VQModelConfig(AttentionConfig):
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Likelihood of pixels, such as DALL-E's logit-Laplace. The decoder returns its "
-            "parameters, and its negative logarithm replaces rec_loss."
+            "Likelihood of pixels, such as DALL-E's logit-Laplace. The decoder returns the "
+            "parameters of this likelihood. The negative log-likelihood replaces rec_loss."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()

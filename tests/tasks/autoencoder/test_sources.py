@@ -61,6 +61,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_every_form_trains_the_same_and_resumes_another(
     forms: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def test_a_stopped_run_goes_on_to_the_bit(case: str, tmp_path: Path) -> None:
     assert 0 <= rows[0]["latent/active_units"] <= 4
 
 
+@pytest.mark.slow
 def test_each_option_changes_what_is_learned(tmp_path: Path) -> None:
     """In the run's only two updates; the discriminator learns in the first, the model by it in
     both."""

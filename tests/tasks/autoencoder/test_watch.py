@@ -287,6 +287,7 @@ def test_a_codebook_that_stands_still_collapses(
 
 
 @pytest.mark.usefixtures("soon")
+@pytest.mark.slow
 def test_a_discriminator_that_has_won_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
