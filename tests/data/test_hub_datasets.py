@@ -281,7 +281,9 @@ def test_the_advice_for_a_column_of_lists_works(tmp_path, files, monkeypatch):
         with pytest.raises(UserError, match="holds a list of images in each row") as error:
             images(tmp_path / "lists.parquet", **options)
     monkeypatch.chdir(tmp_path)
-    eval(str(error.value).split("`")[1], {"rows": rows})
+    advice = [part for part in str(error.value).split("`") if part.startswith("rows.")]
+    names = {name: getattr(datasets, name) for name in ("List", "Image", "Features")}
+    eval(advice[0], {"rows": rows, **names})
     source = images(tmp_path / "images.parquet")
     assert len(source) == 6
     assert source.read(2).tobytes() == read_image(list(files.values())[1]).tobytes()

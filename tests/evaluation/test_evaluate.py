@@ -210,7 +210,7 @@ def test_an_image_is_encoded_once_per_model(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_bd_rates_are_beside_jpeg(run: Any) -> None:
-    plan = replace(SMALL, qualities=(5, 30, 60, 95))
+    plan = replace(SMALL, qualities=(5, 30, 60, 95), noise_psnr=(18.0, 24.0, 30.0))
     report = run(pixels(), photo(160, 120), photo(160, 120, left=200), plan=plan)
     assert set(report.bd_rate) == {"webp", "avif", "m"}
     assert -80 < report.bd_rate["avif"].psnr < 0
@@ -242,7 +242,7 @@ def test_curves_are_means_over_the_same_images(run: Any, tmp_path: Path) -> None
 
 
 def test_no_bd_rate_between_curves_of_different_images(run: Any) -> None:
-    plan = replace(METRICS, qualities=(5, 60))
+    plan = replace(METRICS, qualities=(5, 30, 60))
     wide = photo().resize((16400, 8))  # more than WebP can hold
     report = run(pixels(), wide, photo(160, 120), plan=plan)
     assert report.codecs["webp"][0].curves["psnr"].images == 1
