@@ -37,7 +37,7 @@ def page_numbers(file: IO[bytes]) -> list[int]:
                 return [0]
             pages: list[Any] = list(tiff.pages)
             found = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
-    except Exception:  # any type, as in `read_image`
+    except Exception:  # tifffile raises any type for a damaged file
         return [0]
     return found or [0]
 

@@ -41,7 +41,7 @@ def _say_again():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_adobe_rgb_becomes_srgb_in_every_mode(kind, mode):
     if kind == "WEBP" and mode == "P":
-        pytest.skip("no such mode")
+        pytest.skip("WebP has no palette mode")
     image = Image.new("RGB", (8, 8), GREEN)
     image = image.quantize(4) if mode == "P" else image.convert(mode)
     options = {"lossless": True} if kind == "WEBP" else {}

@@ -37,7 +37,7 @@ def phone(tmp_path, make_picture):
 
 def test_types_that_are_not_read_are_counted_with_what_reads_them(phone, caplog):
     if formats.installed_plugins():
-        pytest.skip("a plugin is installed")
+        pytest.skip("a plugin that reads these types is installed")
     assert len(ImageFolder(phone)) == 3
     (line,) = caplog.messages
     assert "3 images are used. Not used: 9 .heic, 3 .jxl, 1 .cr2. " in line
@@ -46,7 +46,7 @@ def test_types_that_are_not_read_are_counted_with_what_reads_them(phone, caplog)
 
 def test_a_folder_of_other_types_alone_says_how_to_read_them(tmp_path, monkeypatch):
     if formats.installed_plugins():
-        pytest.skip("a plugin is installed")
+        pytest.skip("a plugin that reads these types is installed")
     (tmp_path / "1.jxl").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no images in .*1 \.jxl.*latentvae\[jxl\]"):
         ImageFolder(tmp_path)

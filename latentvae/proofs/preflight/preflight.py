@@ -142,7 +142,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
         passed=False,
         value=str(error).partition(". ")[0],
         expected=f"{UPDATES} updates of {batch} images a process",
-        advice=f"Give {' or '.join(rehearsal.task.memory_advice())}.",
+        advice=f"Give {' or '.join(rehearsal.task.memory_advice()) or 'a smaller resolution'}.",
     )
 
 

@@ -74,7 +74,7 @@ def memory(rehearsal: Rehearsal) -> Check:
         passed=rehearsal.peak_memory <= FULL * total,
         value=f"{rehearsal.peak_memory / GIB:.2f} GiB of {total / GIB:.2f} GiB on {device}",
         expected=f"at most {FULL:.0%} of what each process has",
-        advice=f"Give {' or '.join(rehearsal.task.memory_advice())}.",
+        advice=f"Give {' or '.join(rehearsal.task.memory_advice()) or 'a smaller resolution'}.",
     )
 
 
