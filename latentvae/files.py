@@ -55,8 +55,10 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), {})
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _check_nodes(node, {})
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a wrong date is a ValueError
         raise UserError(f"'{path}' is not valid YAML: {_reason(error)}") from error
 

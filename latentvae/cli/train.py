@@ -232,7 +232,11 @@ def _read_flags(group: Group, arguments: list[str], *, description: str) -> Any:
         flags_class(group),
         args=arguments,
         description=description,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.AvoidSubcommands,
+            tyro.conf.HelptextFromCommentsOff,  # tyro would parse source files, which takes time
+        ),
         use_underscores=True,
     )
 

@@ -1,6 +1,7 @@
 """Turn YAML and nested values into a checked configuration. Each wrong value gets one sentence."""
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,14 @@ def presets_folder() -> Path:
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
     """Return the names of a task's presets: those that have only sections of the task."""
-    found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
-    return sorted(
-        name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
-    )
+    found = _preset_sections(presets_folder())
+    return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
+
+
+@cache
+def _preset_sections(folder: Path) -> dict[str, frozenset[str]]:
+    """Return the sections in each preset. One process reads the files once, since that is slow."""
+    return {path.stem: frozenset(read_yaml(path) or {}) for path in folder.glob("*.yaml")}
 
 
 def load_preset(

@@ -39,9 +39,8 @@ def script() -> Iterator[ModuleType]:
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize(
-    ("precision", "within"), [("fp32", 1e-4), pytest.param("bf16", 0.2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "within"), [("fp32", 1e-4), ("bf16", 0.2)])
 def test_rows_of_each_script_and_their_equality(
     script: ModuleType,
     tmp_path: Path,

@@ -28,7 +28,10 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize("name", ["kl", "fsq", "tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kl", "fsq"))],
+)
 @torch.inference_mode()
 def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opt, "multiplies_bfloat16", lambda device: False)

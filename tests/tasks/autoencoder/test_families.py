@@ -39,7 +39,8 @@ def load(folder: Path) -> Any:
     return getattr(diffusers, CLASSES[folder.parent.parent.name]).from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("architecture", ["dc", pytest.param("asymmetric", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CLASSES)
 def test_a_run_goes_on_to_the_bit_and_diffusers_loads_it(architecture: str, tmp_path: Path) -> None:
     folder, model = tmp_path / architecture, MODELS[architecture]
     options = {"model": model, "max_train_steps": 3}

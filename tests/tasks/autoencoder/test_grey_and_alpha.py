@@ -46,7 +46,15 @@ def write_images(folder: Path, channels: int, depth: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("channels", "depth"), [(1, "8"), (1, "float"), (3, "16"), (4, "8")])
+@pytest.mark.parametrize(
+    ("channels", "depth"),
+    [
+        (1, "float"),
+        (4, "8"),
+        pytest.param(1, "8", marks=pytest.mark.slow),
+        pytest.param(3, "16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_trains_resumes_to_the_bit_and_exports(
     channels: int, depth: str, tmp_path: Path
 ) -> None:

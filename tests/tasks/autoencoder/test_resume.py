@@ -93,7 +93,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # After the save of update 2: at the next update's start, inside its accumulation, at the
 # discriminator's start, past an epoch's edge.
-@pytest.mark.parametrize(("update", "micro_step"), [(1, 1), (3, 0), (3, 1), (4, 1), (6, 1)])
+@pytest.mark.parametrize(
+    ("update", "micro_step"),
+    [
+        (3, 0),
+        (3, 1),
+        (6, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_anywhere(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int, micro_step: int
 ) -> None:
@@ -102,6 +111,7 @@ def test_killed_anywhere(
     assert_same_run(straight, resumed)
 
 
+@pytest.mark.slow
 def test_with_workers_reading_the_images(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

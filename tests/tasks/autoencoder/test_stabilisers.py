@@ -28,7 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in ("stylegan", "free_bits") else [])
+        for case in CASES
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_bit(case: str, tmp_path: Path) -> None:
     options = CASES[case] | {"max_train_steps": 5, "disc_start": 1, "log_steps": 1}
     whole = train(small_config(tmp_path / "whole", **options))
