@@ -13,7 +13,16 @@ ROOT = PACKAGE.parent
 
 # What each part of the package may import of it. `latentvae` itself is the door: it names what it
 # offers, and loads it when first used.
-BASE = {"errors", "distributed", "outputs", "files", "option_marks", "moments", "text"}
+BASE = {
+    "errors",
+    "distributed",
+    "outputs",
+    "files",
+    "option_marks",
+    "moments",
+    "text",
+    "linear_code",
+}
 ALLOWED = {
     "errors": set[str](),
     "distributed": set[str](),
@@ -21,6 +30,7 @@ ALLOWED = {
     "files": {"errors"},
     "option_marks": {"errors"},
     "moments": {"distributed"},
+    "linear_code": {"moments"},
     "text": {"errors"},
     "bottlenecks": BASE,
     "likelihoods": BASE,

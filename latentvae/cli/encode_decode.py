@@ -9,30 +9,42 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 
-from latentvae.errors import printable
+from latentvae.errors import UserError, printable
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
+from latentvae.latents.encode_buckets import encode_buckets
 from latentvae.latents.formats.shards import Manifest, shard_path
 
 SHOWN_CLASSES = 3
 
 
-def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
+def encode_command(
+    *, model: str, data: str, out: Path, aspect_ratio_buckets: int = 0, **options: Any
+) -> None:
     """Encode images and print a summary.
 
     Args:
         model: folder or Hub id of an autoencoder.
         data: images, see `encode_folder`.
         out: folder for the shards.
+        aspect_ratio_buckets: number of shapes, see `encode_buckets`. 0 makes all images one shape.
         options: the other options of `encode_folder`.
     """
+    if aspect_ratio_buckets < 0:
+        raise UserError(f"aspect_ratio_buckets must be at least 0 (got {aspect_ratio_buckets}).")
     with _stoppable():
-        manifest = encode_folder(model, data, out, **options)
-    if manifest is None:
-        return  # another process is still encoding, and the last one prints the summary
-    for name, reason in manifest.unreadable:
-        _say(printable(f"left out {name}: {reason}"), style="yellow")
-    _say(summary(manifest, out))
+        if aspect_ratio_buckets:
+            options["aspect_ratio_buckets"] = aspect_ratio_buckets
+            manifests = encode_buckets(model, data, out, **options)
+        else:
+            manifests = {out: encode_folder(model, data, out, **options)}
+
+    for folder, manifest in manifests.items():
+        if manifest is None:
+            continue  # another process is still encoding, and the last one prints the summary
+        for name, reason in manifest.unreadable:
+            _say(printable(f"left out {name}: {reason}"), style="yellow")
+        _say(summary(manifest, folder))
 
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:

@@ -238,6 +238,11 @@ class Encode:
     """Pixels per side, or height and width. Each image is resized to cover this size, and the
     centre is cropped. Both sides must be multiples of the model's downsampling factor f."""
 
+    aspect_ratio_buckets: int = 0
+    """Resize and crop each image to the nearest of this many shapes, as training with this
+    option does. Each shape gets its own folder of shards in the folder `out`, such as
+    out/192x320. By default all images get the same shape."""
+
     batch_size: int = 16
     """Number of images per forward pass."""
 

@@ -32,6 +32,7 @@ from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.data.buckets import bucket_sizes
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
+from latentvae.evaluation.linear_baseline import LINEAR, baselines, verdict
 from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
 from latentvae.evaluation.model_evaluation import ModelMeasures
 from latentvae.evaluation.passport import passport
@@ -110,6 +111,11 @@ def _check_options(
             )
     if clash := sorted(models.keys() & CODECS.keys()):
         raise UserError(f"a model cannot be called '{clash[0]}', like a codec. Rename its folder.")
+    if clash := sorted(name for name in models if name.split()[0:1] == [LINEAR]):
+        raise UserError(
+            f"a model cannot be called '{clash[0]}', like the linear code of its size. Rename its "
+            "folder."
+        )
 
 
 class _Evaluation:
@@ -146,6 +152,9 @@ class _Evaluation:
             )
             for name, model in self.models.items()
         }
+        sizes = [(m.f, m.latent_channels) for m in self.models.values() if not m.num_codes]
+        compares = "distortion" in plan.sections
+        self.linear = baselines(sizes if compares else [], judge=self.judge)
         self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
         self.phases = Phases(self._num_phases())
 
@@ -165,6 +174,7 @@ class _Evaluation:
         if progress.values:
             self._restore(progress)
         else:
+            self._fit_linear_codes()
             self._fit_priors()
         if self.plan.measures_images:
             self._keep_for_sheet(sheet_images)
@@ -187,7 +197,15 @@ class _Evaluation:
 
     def _num_phases(self) -> int:
         own = sum(measures.priors is not None for measures in self.measures.values())
+        own += len(self.linear)
         return own + self.plan.measures_images + len(self.models) * len(self._examinations()) + 1
+
+    def _fit_linear_codes(self) -> None:
+        for linear in self.linear.values():
+            self.phases.begin(
+                f"fitting a linear code of {linear.d} numbers per {linear.f} px patch"
+            )
+            linear.fit(self.pictures)
 
     def _fit_priors(self) -> None:
         for name, measures in self.measures.items():
@@ -282,6 +300,8 @@ class _Evaluation:
             if measures.failure is None:
                 with _failing(measures, name):
                     rows += measures.update(original)
+        for linear in self.linear.values():
+            rows += linear.update(original)
 
         # codecs at their own qualities, and at each model's rate
         rates = {name: m.raw_bpp for name, m in self.measures.items() if m.failure is None}
@@ -369,6 +389,7 @@ class _Evaluation:
         parts: dict[str, Accumulator] = {"codecs": self.codec_means, "curves": self.curves}
         for number, measures in enumerate(self.measures.values()):
             parts |= {f"{number}.{name}": part for name, part in measures.parts().items()}
+        parts |= {linear.name: linear for linear in self.linear.values()}
         return parts
 
     def _save(self, progress: Progress, done: int, *, csv_bytes: int | None = None) -> None:
@@ -390,6 +411,7 @@ class _Evaluation:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise progress.damaged(error) from error
         self.phases.skip(sum(m.priors is not None for m in self.measures.values()))
+        self.phases.skip(len(self.linear))
         self.phases.say(f"continuing after {progress.done} images")
 
     def _report(self) -> Report:
@@ -402,6 +424,13 @@ class _Evaluation:
             )
             for name, measures in self.measures.items()
         }
+        for (f, d), linear in self.linear.items():
+            models[linear.name] = own = linear.report()
+            for name, model in self.models.items():
+                if (model.f, model.latent_channels) == (f, d) and (
+                    text := verdict(models[name], own)
+                ):
+                    models[name].warnings.append(text)
         codecs = {
             name: self.curves.points("codec", name, codec.qualities, means=self.codec_means)
             for name, codec in self.codecs.items()

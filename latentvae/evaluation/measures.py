@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -122,10 +122,17 @@ class Judge:
         """Return an original's features by extractor, as in `Compared`."""
         return _features(original.levels, original.inception)
 
-    def compare(self, original: Original, recon: Tensor) -> Compared:
-        """Return every metric of `recon`, (1, 3, H, W) on the 8-bit grid."""
+    def compare(
+        self, original: Original, recon: Tensor, *, nets: Collection[str] | None = None
+    ) -> Compared:
+        """Return every metric of `recon`, (1, 3, H, W) on the 8-bit grid.
+
+        Args:
+            nets: backbones of LPIPS to use. Then there are no Inception features. None uses all.
+        """
         images, size = original.images, min(original.images.shape[2:])
-        levels = {net: self.lpips[net].features(recon) for net in original.levels}
+        chosen = [net for net in original.levels if nets is None or net in nets]
+        levels = {net: self.lpips[net].features(recon) for net in chosen}
         metrics = {
             **{
                 name: _item(metric.measure(images, recon)) if size >= metric.min_size else None
@@ -133,7 +140,8 @@ class Judge:
             },
             **{f"lpips_{net}": self._lpips(original, net, value) for net, value in levels.items()},
         }
-        inception = None if self.inception is None else self.inception.features(recon)
+        skipped = self.inception is None or nets is not None
+        inception = None if skipped else self.inception.features(recon)
         return Compared(metrics, _features(levels, inception))
 
     def compare_points(

@@ -31,7 +31,14 @@ from latentvae.latents.formats.shards import (
     sweep_temporary,
     table_path,
 )
-from latentvae.latents.items import Pictures, data_sha256, find_labels, open_items
+from latentvae.latents.items import (
+    Pictures,
+    SomeItems,
+    data_sha256,
+    find_labels,
+    given_name,
+    open_items,
+)
 from latentvae.latents.opening import open_model
 from latentvae.latents.writing import write_shards
 
@@ -39,7 +46,7 @@ from latentvae.latents.writing import write_shards
 @full_float32()
 def encode_folder(
     model: Autoencoder | str | Path,
-    data: str | os.PathLike[str] | DatasetSpec,
+    data: str | os.PathLike[str] | DatasetSpec | SomeItems,
     out: str | Path,
     *,
     resolution: int | Sequence[int],
@@ -150,8 +157,7 @@ def encode_folder(
         num_workers=num_workers,
         progress=rank == 0,
     )
-    given = data.name if isinstance(data, DatasetSpec) else os.fspath(data)
-    return finish(out, content, model=name, data=given, rank=rank)
+    return finish(out, content, model=name, data=given_name(data), rank=rank)
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:

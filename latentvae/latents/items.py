@@ -21,6 +21,7 @@ from latentvae.data import (
     UnreadableImage,
     open_source,
 )
+from latentvae.data.pixels import Picture as ImagePicture
 from latentvae.errors import UserError
 
 
@@ -30,6 +31,33 @@ class Labels:
 
     values: list[int]
     class_names: list[str] | None
+
+
+@dataclass(frozen=True)
+class SomeItems:
+    """Some images of a source, as a source of their own.
+
+    Attributes:
+        whole: the source of all images.
+        numbers: numbers of the images in `whole`, rising.
+        given: how the user named the data.
+    """
+
+    whole: ImageSource
+    numbers: list[int]
+    given: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int, /) -> str:
+        return self.whole.name(self.numbers[index])
+
+    def read(self, index: int, /, *, at_least: int | None = None) -> ImagePicture:
+        return self.whole.read(self.numbers[index], at_least=at_least)
+
+    def size(self, index: int, /) -> tuple[int, int]:
+        return self.whole.size(self.numbers[index])
 
 
 class Picture(NamedTuple):
@@ -62,12 +90,23 @@ class Pictures(Dataset[Picture]):
         return Picture(index, name, self.transform(image), (height, width), "")
 
 
-def open_items(data: str | os.PathLike[str] | DatasetSpec, *, pixels: PixelFormat) -> ImageSource:
+def open_items(
+    data: str | os.PathLike[str] | DatasetSpec | SomeItems, *, pixels: PixelFormat
+) -> ImageSource:
     """Return all images of `data`, an argument of `open_source` or `owner/name` on the Hub."""
+    if isinstance(data, SomeItems):
+        return data
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
         if not Path(data).exists() and not Path(data).parent.exists():
             return open_source(DatasetSpec(name=data), pixels=pixels)
     return open_source(data, split="train", pixels=pixels)
+
+
+def given_name(data: str | os.PathLike[str] | DatasetSpec | SomeItems) -> str:
+    """Return how the user named the data, for the manifest."""
+    if isinstance(data, SomeItems):
+        return data.given
+    return data.name if isinstance(data, DatasetSpec) else os.fspath(data)
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
@@ -78,6 +117,11 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
     Raises:
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
     """
+    if isinstance(source, SomeItems):
+        labels = find_labels(source.whole, label_column=label_column)
+        if labels is None:
+            return None
+        return Labels([labels.values[number] for number in source.numbers], labels.class_names)
     if isinstance(source, HubImages):
         found = source.labels(label_column)
         return None if found is None else Labels(*found)

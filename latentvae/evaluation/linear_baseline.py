@@ -1,0 +1,145 @@
+"""The linear code of a model's size as one more row of the report.
+
+A network that is worse than a linear code of as many numbers has learned little. The code is fitted
+on other images than those that it is measured on: the images are split into two halves by the
+parity of their position, and each half is coded with the components of the other half.
+
+`f` side of a patch, `d` numbers per patch.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from latentvae.errors import UserError
+from latentvae.evaluation.measures import Judge, Means, Original, Row, row
+from latentvae.evaluation.picture_source import Pictures
+from latentvae.evaluation.protocol import LATENT_BITS
+from latentvae.evaluation.saved_progress import Arrays
+from latentvae.linear_code import LinearCode, PatchMoments
+from latentvae.metrics import to_8bit
+from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
+
+LINEAR = "linear"  # name of the row
+FIT_IMAGES = 256  # at most so many images of each half, evenly spread
+NETS = ("alex",)  # backbones of LPIPS that the row has
+
+
+class LinearBaseline:
+    """Measures the linear code of f and d picture by picture.
+
+    Args:
+        name: name of the row in the report.
+        f: side of a patch in pixels.
+        d: numbers per patch.
+
+    Attributes:
+        own: whether images are coded with the fit of their own half, because the other is empty.
+    """
+
+    def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:
+        self.name, self.f, self.d, self.judge = name, f, d, judge
+        self.halves: list[LinearCode] = []
+        self.own = False
+        self.means = Means()
+
+    def fit(self, pictures: Pictures) -> None:
+        """Fit one code on each half.
+
+        Raises:
+            UserError: no image can be read.
+        """
+        found = [self._fit(pictures, parity) for parity in (0, 1)]
+        usable = [code for code in found if code is not None]
+        if not usable:
+            raise UserError(f"none of the {len(pictures)} images can be read.")
+        self.own = len(usable) == 1
+        self.halves = [code or usable[0] for code in found]
+
+    def _fit(self, pictures: Pictures, parity: int) -> LinearCode | None:
+        positions = range(parity, len(pictures), 2)
+        moments = PatchMoments(self.f)
+        if positions:
+            for _, images in pictures.some(FIT_IMAGES, positions=positions):
+                moments.update(images)
+        return moments.linear_code(self.d) if moments.moments.count > self.d else None
+
+    @torch.no_grad()
+    def update(self, original: Original) -> list[Row]:
+        """Measure one picture and return its row."""
+        code = self.halves[1 - original.position % 2].to(original.images.device)
+        z = code.encode(original.images)
+        size = original.images.shape[2], original.images.shape[3]
+        recon = to_8bit(code.decode(z, size=size))
+
+        metrics = self.judge.compare(original, recon, nets=NETS).metrics
+        bpp = LATENT_BITS * z.numel() / original.pixels
+        rows = [row(original, "model", self.name, bpp=bpp, **metrics)]
+        self.means.update(rows, position=original.position)
+        return rows
+
+    def report(self) -> ModelReport:
+        """Return the row of the report."""
+        metrics = {name: self.means.mean("model", self.name, name) for name in IMAGE_COLUMNS}
+        raw = self.means.mean("model", self.name, "bpp")
+        return ModelReport(
+            metrics=Metrics(**metrics),
+            rate=None if raw is None else Rate(raw_bpp=raw.mean),
+            info={"class": "LinearCode", "f": self.f, "latent_channels": self.d},
+            warnings=[
+                "The linear code was fitted on the images that it codes, because there are no "
+                "others. Its errors are too small."
+            ]
+            if self.own
+            else [],
+        )
+
+    def state_dict(self) -> Arrays:
+        arrays = {f"means.{name}": value for name, value in self.means.state_dict().items()}
+        arrays["own"] = np.array(self.own)
+        for number, code in enumerate(self.halves):
+            arrays |= {f"{number}.{name}": value.numpy() for name, value in vars(code).items()}
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        self.own = bool(state["own"])
+        self.halves = [
+            LinearCode(
+                *(torch.from_numpy(state[f"{n}.{name}"]) for name in ("mean", "basis", "variances"))
+            )
+            for n in range(2)
+        ]
+        prefix = "means."
+        self.means.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+
+
+def baselines(
+    shapes: Sequence[tuple[int, int]], *, judge: Judge
+) -> dict[tuple[int, int], LinearBaseline]:
+    """Return a baseline for each different (f, d). The first is called `linear`."""
+    found: dict[tuple[int, int], LinearBaseline] = {}
+    for f, d in shapes:
+        if (f, d) not in found and d <= 3 * f * f:
+            name = f"{LINEAR} f{f} d{d}" if found else LINEAR
+            found[f, d] = LinearBaseline(name, f=f, d=d, judge=judge)
+    return found
+
+
+def verdict(model: ModelReport, linear: ModelReport) -> str | None:
+    """Return a warning if the model is worse than the linear code, else None."""
+    ours, theirs = model.metrics, linear.metrics
+    if ours.psnr is None or theirs.psnr is None or ours.psnr.mean >= theirs.psnr.mean:
+        return None
+    text = (
+        f"PSNR {ours.psnr.mean:.2f} dB is below the {theirs.psnr.mean:.2f} dB of a linear code of "
+        f"the same size"
+    )
+    if ours.lpips_alex is None or theirs.lpips_alex is None:
+        return f"{text}."
+    lpips = f"LPIPS {ours.lpips_alex.mean:.3f}, linear code {theirs.lpips_alex.mean:.3f}"
+    if ours.lpips_alex.mean >= theirs.lpips_alex.mean:
+        return f"{text}, and it looks no better ({lpips}). The network needs more training."
+    return f"{text}, but it looks better ({lpips})."

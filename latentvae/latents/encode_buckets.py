@@ -1,0 +1,133 @@
+"""Encode every image at the shape nearest to its own (`latentvae encode --aspect_ratio_buckets`).
+
+All items of a folder of shards have one shape. So each bucket gets a folder of its own, such as
+`OUT/192x320`, which all readers of shards take. Class numbers are the same in all folders.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.data import DatasetSpec, ImageSource, PixelFormat, UnreadableImage
+from latentvae.data.buckets import Buckets, assign, bucket_sizes
+from latentvae.distributed import launched_rank
+from latentvae.errors import UserError
+from latentvae.latents.describe import check_resolution
+from latentvae.latents.encode import encode_folder
+from latentvae.latents.formats.shards import MANIFEST, Manifest
+from latentvae.latents.items import SomeItems, given_name, open_items
+from latentvae.latents.opening import open_model
+
+
+def encode_buckets(
+    model: Autoencoder | str | Path,
+    data: str | os.PathLike[str] | DatasetSpec,
+    out: str | Path,
+    *,
+    resolution: int | Sequence[int],
+    aspect_ratio_buckets: int,
+    value_range: tuple[float, float] | None = None,
+    ignore_icc: bool = False,
+    max_pixels: int | None = None,
+    all_pages: bool = False,
+    optimize: Any = None,
+    variant: str | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> dict[Path, Manifest | None]:
+    """Write one folder of shards for each shape into `out`.
+
+    Args:
+        model, data, out, value_range, ignore_icc, max_pixels, all_pages, optimize, variant, device:
+            see `encode_folder`.
+        resolution: side of a square, or (height, width), in pixels. Each shape has about as many
+            pixels.
+        aspect_ratio_buckets: largest number of shapes. Their aspect ratios lie between 1:2 and 2:1.
+            A shape that is nearest to no image is left out.
+        options: other options of `encode_folder`.
+
+    Returns:
+        The manifest of each folder, or None for it while other ranks are still working.
+
+    Raises:
+        UserError: see `encode_folder`. Also: `out` holds folders of other shapes.
+    """
+    # open model and images
+    out = Path(out).expanduser()
+    if not isinstance(model, Autoencoder):
+        model = open_model(model, device=device, optimize=optimize, variant=variant)
+    pixels = PixelFormat(
+        model.image_channels,
+        value_range,
+        ignore_icc=ignore_icc,
+        max_pixels=max_pixels,
+        all_pages=all_pages,
+    )
+    source = open_items(data, pixels=pixels)
+
+    # the shape of each image
+    sides = check_resolution(model, resolution)
+    multiple = model.f * model.normalization.fold
+    area = (sides, sides) if isinstance(sides, int) else sides
+    sizes = bucket_sizes(area, aspect_ratio_buckets, multiple=multiple)
+    buckets = _assign(source, sizes)
+    folders = [out / f"{height}x{width}" for height, width in buckets.sizes]
+    _refuse_other_shapes(out, folders)
+    if launched_rank()[0] == 0:
+        print(f"shapes: {buckets.describe()} images", flush=True)
+
+    # encode shape by shape
+    given = given_name(data)
+    manifests: dict[Path, Manifest | None] = {}
+    for bucket, (size, folder) in enumerate(zip(buckets.sizes, folders, strict=True)):
+        numbers = np.flatnonzero(buckets.of == bucket).tolist()
+        manifests[folder] = encode_folder(
+            model,
+            SomeItems(source, numbers, given),
+            folder,
+            resolution=size,
+            value_range=value_range,
+            ignore_icc=ignore_icc,
+            max_pixels=max_pixels,
+            all_pages=all_pages,
+            **options,
+        )
+    return manifests
+
+
+def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
+    """Return the bucket of every image. Images that cannot be read go where most images are."""
+    ratios = np.full(len(source), np.nan)
+    for i in range(len(source)):
+        try:
+            width, height = source.size(i)
+        except UnreadableImage:
+            continue
+        if min(width, height) > 0:
+            ratios[i] = width / height
+    readable = ~np.isnan(ratios)
+    if not readable.any():
+        return Buckets(sizes[:1], np.zeros(len(source), dtype=int))
+
+    found = assign(ratios[readable], sizes, at_least=1)
+    of = np.full(len(source), np.bincount(found.of).argmax())
+    of[readable] = found.of
+    return Buckets(found.sizes, of)
+
+
+def _refuse_other_shapes(out: Path, folders: list[Path]) -> None:
+    """Refuse a folder that a reader would take for more or fewer shapes than there are."""
+    if (out / MANIFEST).exists() or next(out.glob("shard-*.safetensors"), None) is not None:
+        raise UserError(
+            f"'{out}' holds shards of one shape. Give another folder for {len(folders)} shapes."
+        )
+    for manifest in sorted(out.glob(f"*/{MANIFEST}")):
+        if manifest.parent not in folders:
+            raise UserError(
+                f"'{out}' holds shards of the shape {manifest.parent.name}, which is none of the "
+                f"shapes now ({', '.join(folder.name for folder in folders)}). Give another folder."
+            )

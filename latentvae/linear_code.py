@@ -1,0 +1,113 @@
+"""The best linear code of image patches: principal components of f x f pixels.
+
+Each patch of f x f pixels becomes its d numbers along the principal components, and is built again
+from them. Among all linear codes of this size it has the smallest squared error on the images that
+it was fitted on (Eckart and Young 1936). An autoencoder with the same f and d should do better.
+
+`B` batch, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per patch, `h w`
+patches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from latentvae.moments import RunningMoments
+
+
+@dataclass(frozen=True)
+class LinearCode:
+    """A linear code.
+
+    Attributes:
+        mean: the mean patch, (C, f, f).
+        basis: orthonormal components, the one with the largest variance first, (d, C, f, f).
+        variances: variance of each number, (d,).
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
+
+    @property
+    def f(self) -> int:
+        return self.mean.shape[-1]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the code (B, d, h, w) of images (B, C, H, W). Their sides may be any number.
+
+        Sides that are no multiple of f are filled up by repeating the last row and column.
+        """
+        height, width = images.shape[2:]
+        right, below = -width % self.f, -height % self.f
+        if right or below:
+            images = F.pad(images, (0, right, 0, below), mode="replicate")
+        offset = -(self.basis * self.mean).flatten(1).sum(1)
+        return F.conv2d(images, self.basis, offset, stride=self.f)
+
+    def decode(self, z: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
+        """Return images (B, C, H, W) of a code (B, d, h, w).
+
+        Args:
+            size: height and width to crop to, at the right and below. None keeps f h and f w.
+        """
+        images = F.conv_transpose2d(z, self.basis, stride=self.f)
+        images = images + self.mean.repeat(1, z.shape[2], z.shape[3])
+        return images if size is None else images[:, :, : size[0], : size[1]]
+
+    def to(self, device: torch.device | str) -> "LinearCode":
+        return LinearCode(*(value.to(device) for value in vars(self).values()))
+
+
+class PatchMoments:
+    """Mean and covariance of the patches of any number of images.
+
+    Args:
+        f: side of a patch in pixels.
+
+    Example:
+        moments = PatchMoments(8)
+        moments.update(images)  # any number of times
+        code = moments.linear_code(4)
+    """
+
+    def __init__(self, f: int) -> None:
+        self.f = f
+        self.moments = RunningMoments(covariance=True)
+        self.channels = 0
+
+    def update(self, images: Tensor) -> None:
+        """Add the complete patches of images (B, C, H, W)."""
+        height, width = (side // self.f * self.f for side in images.shape[2:])
+        self.channels = images.shape[1]
+        whole = images[:, :, :height, :width]
+        patches = rearrange(whole, "b c (h y) (w x) -> (b h w) (c y x)", y=self.f, x=self.f)
+        self.moments.update(patches)
+
+    def linear_code(self, d: int) -> LinearCode:
+        """Return the principal components as a code of d numbers, in float32.
+
+        The sign of each component is chosen so that its largest entry is positive.
+
+        Raises:
+            ValueError: d is larger than the number of values in a patch, or there are fewer than
+                two patches.
+        """
+        if d > self.moments.num_features:
+            raise ValueError(
+                f"a patch has {self.moments.num_features} values, so it has no {d} components"
+            )
+        variances, vectors = torch.linalg.eigh(self.moments.covariance())  # rising
+        basis = vectors.T.flip(0)[:d]
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        basis = basis * largest.sign()
+
+        shape = (self.channels, self.f, self.f)
+        return LinearCode(
+            mean=self.moments.mean.float().reshape(shape),
+            basis=basis.float().reshape(d, *shape),
+            variances=variances.flip(0)[:d].clamp_min(0).float(),
+        )
