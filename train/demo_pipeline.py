@@ -2,14 +2,15 @@
 
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
-The other parts of the pipelines are tiny networks with random weights. The script writes three
+The other networks of the pipelines are tiny and have random weights. The script writes three
 pictures side by side.
 
 1. A held-out photo.
 2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, an
     untrained U-Net and `vae.decode`.
-3. Text-to-image with the same parts. This picture is decoded noise. The picture must be equal, bit
-    by bit, to the one that the autoencoder alone decodes from the pipeline's latents.
+3. A text-to-image picture of the same networks. Because of the random weights, it shows decoded
+    noise. The autoencoder alone also decodes the pipeline's latents. Both pictures must be equal,
+    bit by bit.
 """
 
 import sys
@@ -62,7 +63,7 @@ def random_pipeline(vae: AutoencoderKL) -> Any:
 
 
 def call(pipeline: Any, **options: Any) -> Any:
-    """Return one picture or latent, from a fixed seed."""
+    """Run a pipeline with a fixed seed, and return the first result: pictures or latents."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=torch.zeros(1, 4, 32),
@@ -83,7 +84,9 @@ def main(export: Path, out: Path) -> None:
         alone = vae.decode(latents / vae.config.scaling_factor).sample
     alone = (alone / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     if not np.array_equal(picture, alone):
-        raise SystemExit("the pipeline's picture is not what the autoencoder decodes")
+        raise SystemExit(
+            "the pipeline's picture differs from the one that the autoencoder alone decodes"
+        )
 
     # image-to-image
     photo = SamplePhotos("validation").read(0)

@@ -1,6 +1,6 @@
 """Train a discrete tokenizer (VQGAN, FSQ, LFQ, residual VQ, Gumbel-softmax) on your images.
 
-The tokenizer is exported as diffusers' VQModel if that class can compute the same codes.
+If diffusers' class VQModel can compute the same codes, the tokenizer is exported as a VQModel.
 
     accelerate launch train/train_vq.py --config train/configs/vq_f16.yaml \
         --train_data_dir photos --output_dir runs/tokens --max_train_steps 100000
