@@ -1,4 +1,4 @@
-"""The rows of the plan that describe the model, its images and its losses."""
+"""The rows on the model, its images and its losses in the plan that a run prints at the start."""
 
 import math
 from typing import TYPE_CHECKING

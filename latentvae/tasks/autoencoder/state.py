@@ -1,4 +1,4 @@
-"""The plain values of an autoencoder's checkpoint, in addition to those of the engine."""
+"""Plain values in the checkpoints of an autoencoder's run. The engine adds its own values."""
 
 import json
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from latentvae.engine.task import State
 from latentvae.tasks.autoencoder.collapse_watch import Condition
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# A file's name and a reason. Names need not be UTF-8, so pydantic does not take them as strings.
+# A file's name and why it is unreadable. Pydantic's `str` would refuse names that are not UTF-8.
 Named = Annotated[list[InstanceOf[str]], Field(min_length=2, max_length=2)]
 
 
@@ -39,7 +39,7 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """The state of the controllers, the same on every rank.
+    """State of the discriminator's schedule, the KL's weight and the watch. All ranks agree.
 
     Attributes:
         discriminator_start: the update (from 0) in which the discriminator starts. The value stays
