@@ -18,9 +18,9 @@ class ExportReport:
         path: the folder.
         network: the class that loads the export.
         has_posterior: whether the network's encoder returns a distribution.
-        latent_channels: d.
+        latent_channels: number of latent channels d.
         profile: the pipelines that scale and shift are written for.
-        num_images: images that scale and shift were measured on.
+        num_images: number of images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: values in the network's config before the export.
         old_is_default: whether the old scaling factor is the default of the class, which a new
             network has.

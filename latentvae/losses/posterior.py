@@ -39,7 +39,7 @@ class ActiveUnits:
     Sums stay on the device. Only `count` makes a host sync.
 
     Args:
-        num_channels: d.
+        num_channels: number of latent channels d.
         device: where the latents are.
         saved: `state()` of an earlier window of this rank, to continue that window.
     """

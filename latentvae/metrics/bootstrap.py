@@ -1,6 +1,6 @@
 """A mean over images and its confidence interval, in constant memory.
 
-The interval is that of the Poisson bootstrap. A resample does not draw n of n images. Instead, it
+The interval comes from the Poisson bootstrap. A resample does not draw n of n images. Instead, it
 gives each image a weight from Poisson(1), so images can come as a stream of unknown length.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.

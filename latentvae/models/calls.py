@@ -1,4 +1,4 @@
-"""The same calls for every diffusers autoencoder of images, whatever its outputs are named.
+"""The same calls for every image autoencoder of diffusers.
 
     z = encode(net, images)                       # images (B, C, H, W) -> z (B, d, h, w)
     mean, logvar = encode_posterior(net, images)  # logvar is None without a posterior

@@ -42,8 +42,8 @@ class Pretrained(Section):
     def _check_frozen(self) -> "Pretrained":
         if self.freeze_encoder and self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "freeze_encoder needs pretrained_model_name_or_path: a new encoder has learned "
-                "nothing that could be kept"
+                "freeze_encoder needs pretrained_model_name_or_path, because a new encoder has "
+                "learned nothing that could be kept"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The module that training prepares and calls: a network and the parts that only training needs."""
+"""The module that training calls: a network with additions that only training needs."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class TrainingWrapper(nn.Module):
-    """A network with the parts that only training needs.
+    """A network with the additions that only training needs.
 
-    Each architecture adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
+    Each kind of network adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
         net: the autoencoder. The export saves it without the wrapper.

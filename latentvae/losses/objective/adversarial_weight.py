@@ -27,10 +27,10 @@ class AdversarialWeight:
     cap_on_sums: bool = False
 
     def cap_at(self, elements: int) -> float:
-        """Return the largest ratio for images of so many elements (channels x height x width).
+        """Return the largest ratio for images with this number of ``elements`` (C x H x W).
 
-        Our pixel loss is a mean over elements. The ratio of a sum would be ``elements`` times as
-        large.
+        Our pixel loss is a mean over elements. If it were a sum, the ratio would be ``elements``
+        times as large.
         """
         return self.cap / elements if self.cap_on_sums else self.cap
 

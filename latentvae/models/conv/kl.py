@@ -80,7 +80,7 @@ def build_autoencoder_kl(
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
-    widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
+    widths: Any = tuple(block_out_channels)  # diffusers' type hints say one-element tuples
     down, up = block_types(len(widths), attention_levels)
 
     net = AutoencoderKL(

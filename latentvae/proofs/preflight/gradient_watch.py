@@ -1,4 +1,4 @@
-"""Use hooks to record which gradients reach which network, and in which precision it runs."""
+"""Use hooks to record which gradients reach which network, and the precision of convolutions."""
 
 from typing import Any
 

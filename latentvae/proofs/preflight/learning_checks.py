@@ -1,4 +1,4 @@
-"""Check what the updates did to weights, averages and the discriminator, and the learning rate."""
+"""Check the learning rate, and what the updates did to weights, averages and the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -55,11 +55,11 @@ def updates(rehearsal: Rehearsal) -> Check:
 def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights move.
 
-    If the weights are cast to bf16, as by diffusers, the steps of a usual learning rate are rounded
-    away and the weights do not change.
+    If the weights are in bf16, rounding removes the steps of a usual learning rate, so the weights
+    do not change. A training script of diffusers casts the weights to bf16.
     """
-    # Take the second update. In the first update, a rounding of the initial weights would count as
-    # a step.
+    # Examine the second update. In the first update, rounding the initial weights would look like a
+    # step.
     seen = rehearsal.seen[1]
     moved, steps = [], []
 
@@ -165,7 +165,11 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
 
 
 def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) -> float:
-    """Return the learning rate that the options' help texts describe, for a learner that pauses."""
+    """Return the learning rate that the help texts of the options describe.
+
+    Args:
+        pause: updates in which the learner waits.
+    """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)
     own = update - sum(1 for waited in pause if waited < update)

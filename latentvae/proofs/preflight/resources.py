@@ -24,7 +24,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def duration(rehearsal: Rehearsal) -> Check:
-    """Report the time of the complete run. A long time is good to know, but no fault."""
+    """Report the predicted time of the complete run. A long time is not a failure."""
     # updates
     asked, total = rehearsal.asked, rehearsal.asked.run.max_train_steps
     alone, both = (

@@ -67,7 +67,7 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next larger resolution whose buckets all have at least this side."""
+    """Return the next resolution of similar shape whose buckets have sides of at least `side`."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f

@@ -10,7 +10,7 @@ from latentvae.engine.task import State
 from latentvae.tasks.autoencoder.collapse_watch import Condition
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# A file's name and why it is unreadable. Pydantic's `str` would refuse names that are not UTF-8.
+# A file's name and why it is unreadable. Pydantic's `str` rejects names that are not UTF-8.
 Named = Annotated[list[InstanceOf[str]], Field(min_length=2, max_length=2)]
 
 

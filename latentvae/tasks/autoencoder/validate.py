@@ -141,6 +141,7 @@ def readable_images(source: ImageSource, transform: EvalTransform, *, count: int
             images.append(transform(source.read(i)))
         except UnreadableImage as error:
             reasons.append(f"'{source.name(i)}': {error.reason}")
+
     if not images:
         raise UserError(
             f"none of the {len(source):,} validation images can be read. The first error is "
