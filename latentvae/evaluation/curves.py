@@ -105,9 +105,10 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
 
 
 def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -> float | None:
-    """Return the BD-rate. Return None if the curves share no quality or have different images.
+    """Return the BD-rate, or None if the two curves cannot be compared.
 
-    Images differ if some are too wide for WebP, for example.
+    Two curves cannot be compared if their quality ranges do not overlap, or if they are means over
+    different images. For example, WebP cannot store very wide images.
     """
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:

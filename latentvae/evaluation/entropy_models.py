@@ -132,6 +132,6 @@ def _gains(model: Autoencoder, z: Tensor) -> Tensor:
 
 
 def _some_positions(z: Tensor) -> Tensor:
-    """Return positions of (1, d, h, w), evenly spread, as (d, n). n is at most MAX_POSITIONS."""
+    """Return evenly spread positions of a latent (1, d, h, w) as (d, n), n <= MAX_POSITIONS."""
     flat = z[0].flatten(1).float().cpu()
     return flat[:, :: max(1, -(-flat.shape[1] // MAX_POSITIONS))]

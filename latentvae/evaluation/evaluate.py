@@ -465,7 +465,11 @@ def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int
 
 @contextlib.contextmanager
 def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
-    """Stop measuring a model that overflows, and continue with the others."""
+    """Mark a model as failed if its values overflow, so that the evaluation continues without it.
+
+    Args:
+        image: name of the image, for the message.
+    """
     try:
         yield
     except NotFiniteError as error:

@@ -279,7 +279,7 @@ class Means:
 
 
 class PooledError:
-    """PSNR (peak 2) of the mean squared error over the elements of all images together."""
+    """PSNR of the mean squared error over all images together. Values range over [-1, 1]."""
 
     def __init__(self) -> None:
         self.squares, self.elements = 0.0, 0

@@ -375,7 +375,10 @@ class ModelMeasures:
 
 
 def raw_bits(model: Autoencoder, z: Tensor) -> float:
-    """Return the bits of one image's latent (1, d, h, w) or tokens without entropy coding."""
+    """Return the number of bits of one image's latent (1, d, h, w) without entropy coding.
+
+    A tokenizer needs log2(number of codes) bits per token.
+    """
     if model.num_codes is None:
         return LATENT_BITS * z.numel()
     tokens = calls.num_levels(model.net) * z.shape[2] * z.shape[3]

@@ -112,8 +112,11 @@ def _bfloat16_warnings(check: HalfPrecision) -> list[str]:
 
 def _close(check: HalfPrecision) -> str:
     if math.isnan(check.psnr):
-        return "not finite"
-    return f"{check.psnr:.1f} dB from float32's and {check.psnr_cost:.2f} dB worse"
+        return "are not finite"
+    return (
+        f"have {check.psnr:.1f} dB PSNR against those of float32, and {check.psnr_cost:.2f} dB "
+        "less PSNR against the images"
+    )
 
 
 def _tiling_warnings(check: TilingCheck | None) -> list[str]:

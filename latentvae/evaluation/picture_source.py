@@ -149,7 +149,7 @@ def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -
     Pictures smaller than `multiple` are enlarged.
 
     Args:
-        side: side of a square in pixels, or (shorter, longer) side.
+        side: largest side of the result in pixels, or its largest (shorter, longer) side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

@@ -160,7 +160,7 @@ class Progress:
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Check that the table still has all rows of the state. Missing rows would become zeros."""
+    """Check that the table still has all saved rows. Otherwise zero bytes would replace them."""
     if size < 0 or (size and table.stat().st_size < size):
         raise ValueError(f"{table.name} is shorter than it was")
 

@@ -67,7 +67,7 @@ class Plan:
         for section in self.sections:
             if section not in SECTIONS:
                 raise UserError(
-                    f"sections must be of {', '.join(SECTIONS)} (got '{section}')"
+                    f"sections must be some of {', '.join(SECTIONS)} (got '{section}')"
                     f"{nearest(section, SECTIONS)}"
                 )
         if not self.sections:
@@ -98,7 +98,7 @@ class Plan:
         """Return a plan with only these sections and the settings that they need.
 
         Raises:
-            UserError: there is no such section.
+            UserError: a section has an unknown name.
         """
         known = [section for section in SECTIONS if section in sections]
         unknown = [section for section in sections if section not in SECTIONS]

@@ -60,7 +60,7 @@ def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Ti
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet and the one or two lines above it."""
+    """One picture of a sheet, and one or two lines of text above the picture."""
 
     picture: Image.Image
     caption: str

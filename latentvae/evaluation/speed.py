@@ -126,7 +126,7 @@ def _measure_sizes(
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
     """Return a reason if a size would take too much time or memory.
 
-    Both grow at least in proportion to the number of pixels.
+    Time and memory grow at least in proportion to the number of pixels.
     """
     assert last.images_per_second is not None and last.peak_mib is not None
     ratio = (size / last.size) ** 2

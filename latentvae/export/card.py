@@ -169,9 +169,9 @@ def _training(card: ModelCard) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """Return an option as a card may show it.
+    """Return the value of an option in a form that a public card may show.
 
-    Only the last part of a path is kept, because the rest may name the user or the machine.
+    A path is shortened to its last part, because the rest may name the user or the machine.
     """
     if not isinstance(value, str | Path):
         return value

@@ -45,14 +45,15 @@ def export_autoencoder(
     frozen_encoder: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export `net` to the folder `out`. The folder appears only if it equals the trained network.
+    """Export `net` to the folder `out`. The folder appears only if the export equals `net`.
 
     Args:
         net: the trained network of a family without codes (averaged weights, if there are any).
             This function does not change the network.
         statistics: statistics of posterior samples of this network, see `latentvae.latents`.
-        sample_size: longer side of the training images in pixels. The config gets the smallest
-            value from there on whose tiles fit together, because it sets the size of tiles.
+        sample_size: longer side of the training images in pixels. diffusers derives tiles from the
+            config's `sample_size`. So the export writes the smallest value that is at least this
+            side and whose tiles fit together.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check. On the first image, the
             export is compared with `net`, at the image's own size and at an odd size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
@@ -180,7 +181,7 @@ def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> d
         "latents_mean": None,
         "latents_std": None,
     }
-    if family_of(net).scaled_by == "rms":  # AutoencoderDC's, as SANA reads it (arXiv:2410.10733)
+    if family_of(net).scaled_by == "rms":  # AutoencoderDC, for SANA (arXiv:2410.10733)
         return scale | {"scaling_factor": 1.0 / statistics.rms}
     if profile == "sd3":
         return scale | {"shift_factor": statistics.shift_factor}

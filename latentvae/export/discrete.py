@@ -273,7 +273,7 @@ def _check_ties(
 
 @torch.no_grad()
 def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
-    """Check that images of the same indices are equal, up to rounding if not `exact`."""
+    """Check that images of the same indices are equal. Allow rounding errors if not `exact`."""
     for images in probes(trained, probe):
         indices = calls.tokenize(trained, calls.encode(trained, images))
         ours = calls.decode_indices(trained, indices)

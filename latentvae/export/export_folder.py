@@ -82,7 +82,8 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise RuntimeError(f"the export cannot be loaded completely: {problems}")
-    return copy.deepcopy(net)  # a copy, because the alignment of a memory map can change sums
+    # The weights are a memory map of the file, whose alignment can change the rounding of sums.
+    return copy.deepcopy(net)
 
 
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:

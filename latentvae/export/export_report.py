@@ -27,7 +27,8 @@ class ExportReport:
         measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
         scaling_factor, shift_factor: values that were written.
         half_precision: the float16 check.
-        has_force_upcast: whether the class has this option, which is true if float16 is unsafe.
+        has_force_upcast: whether the class has the option `force_upcast`. The export turns the
+            option on if float16 is unsafe.
         identity_post_quant_conv: whether this layer was added for pipelines that read its dtype.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """

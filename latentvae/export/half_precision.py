@@ -227,6 +227,6 @@ def _levels(images: Tensor) -> Tensor:
 
 
 def _mean_square(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the mean square of the differences over the elements of all pairs together."""
+    """Return the mean squared difference over all elements of all pairs of tensors."""
     squares = sum((y - x).cpu().double().square().sum().item() for x, y in zip(a, b, strict=True))
     return squares / sum(x.numel() for x in a)

@@ -97,7 +97,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # the export is complete whatever happens here
         raise UploadError(
-            f"the export in '{folder}' is complete, but the Hub did not take it "
+            f"the export in '{folder}' is complete, but its upload to the Hub failed "
             f"({_reason(error)}). Upload it later with "
             f"`{_command(repo_id, str(folder), private=private)}`."
         ) from error

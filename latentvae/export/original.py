@@ -149,7 +149,7 @@ def _identities(net: Network) -> dict[str, Tensor]:
 def _why_not(net: Network) -> str:
     """Return how every network of the original code differs from this network, or ""."""
     if family_of(net).original_options(net) is None:
-        return f"it has a VQModel and an AutoencoderKL, no {type(net).__name__}"
+        return f"it has only VQModel and AutoencoderKL, no {type(net).__name__}"
 
     # Widths and groups
     config = net.config

@@ -50,7 +50,7 @@ def misfit_of_tiles(net: Network, *, f: int) -> str:
     if tiling is None:
         return ""
 
-    # a strip that is one tile and a half long, and a few positions wide
+    # an image that is one and a half tiles long, and a few latent positions wide
     multiple = max(family_of(net).side_multiple(net), f)
     width = (own_tile(net) * 3 // 2 // multiple + 1) * multiple
     channels = family_of(net).image_channels(net)

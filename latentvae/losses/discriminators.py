@@ -325,5 +325,5 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Return the smallest side of an image, in pixels, that gives at least one logit."""
+    """Return the smallest side of an image, in pixels, with which there is at least one logit."""
     return DISCRIMINATORS[kind].smallest_side(num_layers)

@@ -161,7 +161,7 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged or holds more than tensors"
         raise UserError(
-            f"'{path}' does not hold the weights of the {net} trunk ({reason})."
+            f"'{path}' does not hold the weights of the {net} backbone ({reason})."
         ) from error
 
 

@@ -199,7 +199,7 @@ def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
     if not math.isclose(distance, expected, rel_tol=1e-3):
         raise UserError(
             f"'{path}' has the right shapes, but does not hold the ImageNet weights of the {net} "
-            f"trunk: the distance of a test pair is {distance:.4f} instead of {expected:.4f}."
+            f"backbone: the distance of a test pair is {distance:.4f} instead of {expected:.4f}."
         )
 
 

@@ -64,7 +64,7 @@ class ActiveUnits:
     def count(self) -> int | None:
         """Return the number of active channels over all ranks, and empty the window.
 
-        All ranks must call it.
+        All ranks must call this method.
 
         Returns:
             0 to d. None if nothing was added, or if a value was not finite.

@@ -34,7 +34,7 @@ class Interval(TypedDict):
     infinite: int
 
 
-@lru_cache(maxsize=64)  # 1 MB, so that all metrics share the weights of a batch
+@lru_cache(maxsize=64)  # 1 MB. All metrics of an image use the same weights.
 def resample_weights(index: int) -> NDArray[np.float64]:
     """Return how often each resample drew the image of this index, (2000,), read-only.
 

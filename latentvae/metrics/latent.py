@@ -137,7 +137,7 @@ class LatentHealth:
         if logvar is not None:
             self._add_posterior(rows, self._rows(logvar))
         self._posterior = logvar is not None
-        self._add_higher_moments(rows)  # this reads the lower moments from before the batch
+        self._add_higher_moments(rows)  # first, because it needs the moments without this batch
         self._moments.update(rows)
         self._images += len(mean)
 

@@ -144,7 +144,7 @@ class Family:
 
     @torch.no_grad()
     def latent_shape(self, net: Network) -> LatentShape:
-        """Return f and d, measured by encoding and decoding a grey image.
+        """Return the shape of the latents, measured by encoding and decoding a grey image.
 
         Raises:
             UserError: the network does not encode and decode images.
@@ -241,10 +241,10 @@ class Family:
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
-        """Return the options of the original code's class, other than those of the network's shape.
+        """Return the options of the original code's class, except those of the network's shape.
 
-        The original code is that of arXiv:2012.09841 and arXiv:2112.10752. None if that code has no
-        such class.
+        The original code is the code of arXiv:2012.09841 and arXiv:2112.10752. The result is None
+        if this code has no such class.
         """
         return None
 

@@ -125,7 +125,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Return the network from weights whose names have parts added by a training tool."""
+        """Load weights whose names contain additions of a training tool. Return the network."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -223,7 +223,8 @@ def _near(path: Path) -> str:
 def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
     where = "/".join(filter(None, (repository, subfolder)))
     try:
-        config: Any = AutoencoderKL.load_config(repository, subfolder=subfolder)  # of any class
+        # This method reads the config of any class.
+        config: Any = AutoencoderKL.load_config(repository, subfolder=subfolder)
         return config
     except (OSError, ValueError, TypeError, RecursionError) as error:
         if Path(repository).is_dir():

@@ -134,7 +134,7 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """The option of networks that a single file may hold, as for Stable Diffusion."""
+    """An option of networks that can be loaded from a single file, such as Stable Diffusion's."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """A `ModelMixin` with `ConfigMixin` and diffusers' two calls."""
+    """A `ModelMixin` with `ConfigMixin` and with diffusers' `encode` and `decode`."""
 
     training: bool
 

@@ -41,8 +41,10 @@ _SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "other": {"scaling_factor": 1.0, "shift_factor": 0.0, "sample_size": 256},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-_PREFIXES = ("first_stage_model.", "vae.", "")  # in a complete checkpoint, or only the autoencoder
-_MARKS: dict[str, SingleFileKind] = {  # other parts of a complete checkpoint
+# Prefixes of the autoencoder's tensors. "" is for a file with only the autoencoder.
+_PREFIXES = ("first_stage_model.", "vae.", "")
+# Prefixes of other tensors of a complete checkpoint, which show the model family.
+_MARKS: dict[str, SingleFileKind] = {
     "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
     "model.diffusion_model.joint_blocks.": "sd3",
@@ -317,8 +319,8 @@ def _blocks(name: str, levels: int, attention: set[int]) -> tuple[str, ...]:
 def _check_widths(widths: Sequence[int], path: Path) -> None:
     if any(width % _GROUPS for width in widths):
         raise UserError(
-            f"'{path}' has levels of {', '.join(map(str, widths))} channels, but those of these "
-            f"families are multiples of {_GROUPS}, the groups of their GroupNorm. A single file "
-            "does not say how many groups there are. Give a diffusers folder, whose config.json "
-            "does."
+            f"'{path}' has levels of {', '.join(map(str, widths))} channels. In a single file, "
+            f"they must be multiples of {_GROUPS}, because the file does not say how many groups "
+            f"GroupNorm has, and {_GROUPS} is assumed. Give a diffusers folder, whose config.json "
+            "says it."
         )

@@ -122,7 +122,7 @@ class DiscreteFamily(TrainableFamily):
         return f"diffusers has no class for a {self.network.__name__}"
 
     def to_stock(self, net: Network, *, unit_range: bool = False) -> Any:
-        """Return the same tokenizer as a stock network. `why_not_stock` must be "".
+        """Return the same tokenizer as a network of diffusers. `why_not_stock` must return "".
 
         Args:
             net: float32, on the CPU.

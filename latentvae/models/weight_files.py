@@ -88,9 +88,9 @@ def _why_none(names: Sequence[str]) -> str:
     """Return why none of the files with these names has weights that can be loaded."""
     if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
         return (
-            f"they are only in {pickles[0]}, which is refused because such a file can hold code. "
-            "If you trust it, load it once with diffusers (use_safetensors=False) and save it with "
-            "save_pretrained, which writes safetensors."
+            f"they are only in {pickles[0]}, which is not loaded because such a file can hold "
+            "code. If you trust the file, load it once with diffusers (use_safetensors=False), and "
+            "save it with save_pretrained, which writes safetensors."
         )
     if files := [name for name in names if name.endswith(".safetensors")]:
         return (

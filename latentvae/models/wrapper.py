@@ -34,9 +34,9 @@ class TrainingWrapper(nn.Module):
 
 
 def keep_batch_statistics(net: nn.Module) -> None:
-    """Keep the statistics of a pretrained network's batch norms.
+    """Put the batch norms of a pretrained network in eval mode, so that they keep their statistics.
 
-    Statistics of small batches would differ between ranks.
+    The statistics of small batches would differ between ranks.
     """
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

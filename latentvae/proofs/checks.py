@@ -53,7 +53,7 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check before any work that the report can be written to this path."""
+    """Check that the report can be written to this path."""
     if path is None:
         return
     if path.is_dir():

@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports, given as files or as their folders. Return them by the names to show."""
+    """Read reports, given as files or as their folders. Return the reports by names to show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -90,8 +90,8 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
     unlike = differences(reports)
     if unlike and not force:
         raise UserError(
-            f"these reports were not measured alike ({'; '.join(unlike)}). Measure them again "
-            "with the same options, or compare anyway with --force."
+            f"the protocols or images of these reports differ ({'; '.join(unlike)}). Measure again "
+            "with the same options and images, or compare anyway with --force."
         )
 
     # tables
@@ -234,7 +234,7 @@ def _same_rates(reports: Sequence[Report]) -> bool:
 
 
 def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
-    """Return the heading and the report's key of each column with at least one value."""
+    """Return the columns that have at least one value: heading and key in the report."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
         column.heading: metric

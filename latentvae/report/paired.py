@@ -18,7 +18,7 @@ from latentvae.report.schema import IMAGE_COLUMNS
 from latentvae.text import spreadsheet_text
 
 NUM_RESAMPLES = 2000
-CHUNK = 1000  # images whose bootstrap weights are in memory together
+CHUNK = 1000  # number of images whose bootstrap weights are in memory at the same time
 
 Values = dict[str, float]
 """A metric's values by the names of the images."""

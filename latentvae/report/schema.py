@@ -144,7 +144,7 @@ class ModelReport(_Part):
     `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate.
     The quality is chosen for each image.
 
-    A model that overflows has no metrics, and a warning says so.
+    If the values of a model overflow, there are no metrics, and a warning says so.
     """
 
     metrics: Metrics = Metrics()
@@ -160,10 +160,10 @@ class ModelReport(_Part):
 
 
 class BDRate(_Part):
-    """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer than JPEG.
+    """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer bits than JPEG.
 
     BD-rates are computed from the `curves` of points, see `metrics.rate`. A BD-rate is absent if
-    both curves do not overlap or have different images.
+    the two curves do not overlap, or if they are means over different images.
     """
 
     psnr: float | None = None

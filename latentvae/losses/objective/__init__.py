@@ -18,7 +18,7 @@ Each term has a name and a weight. Its policy says how the weight changes during
     objective.py            `Objective`: the terms, their weights and their sum
     loss_values.py          `Loss`: what the objective returns
     kl_forms.py             forms of the KL and its warm-up
-    kl_target.py            the controller that moves the KL's weight until a target holds
+    kl_target.py            the controller that moves the KL's weight to reach a target
     adversarial_weight.py   ramp and balance of the adversarial term
     build_objective.py      the objective of a configuration
 

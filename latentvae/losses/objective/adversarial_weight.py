@@ -37,9 +37,9 @@ class AdversarialWeight:
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight in update ``update`` (from 0), before the adaptive weight.
 
-        The weight is None before ``start``, when the discriminator is not used at all. From then on
-        the discriminator learns in every update. For `warmup_updates` it learns alone, and the
-        weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
+        The weight is None before ``start``, when the discriminator is not used at all. After
+        ``start``, the discriminator learns in every update. For `warmup_updates` it learns alone,
+        and the weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
         discriminator has little effect on the model.
         """
         if self.scale == 0 or update < start:

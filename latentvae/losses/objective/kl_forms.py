@@ -163,7 +163,8 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
         elements: d * h * w.
 
     Returns:
-        Scalar, nats per image. Its mean over ranks is the value for the joined batch.
+        Scalar, nats per image. The mean of these scalars over ranks is the value for the images of
+        all ranks together.
     """
     target = bits * math.log(2.0) * elements
     local = kl.float().mean()

@@ -129,7 +129,7 @@ class ErrorTarget(KLTarget):
 
 
 def kl_target(options: ObjectiveConfig) -> KLTarget | None:
-    """Return the controller of the options, or None if they have no target."""
+    """Return the controller for the target in the options, or None without a target."""
     for kind, target in ((BitsTarget, options.kl_target), (ErrorTarget, options.rec_target)):
         if target:
             return kind(target, kl_scale=options.kl_scale, rate=options.kl_target_rate)

@@ -291,9 +291,9 @@ class Objective(nn.Module):
         return other
 
     def formula(self, *, rec: str, lpips: str) -> str:
-        """Return the sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
+        """Return the objective in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
 
-        The sum leaves out the adversarial term.
+        The adversarial term is left out.
 
         Args:
             rec, lpips: names of these two terms.

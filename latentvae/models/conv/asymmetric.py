@@ -179,7 +179,7 @@ class AsymmetricFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="Stable Diffusion's pipelines take it as `vae=`. ",
+            pipelines="Stable Diffusion's pipelines take this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",

@@ -157,7 +157,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Return the images of indices. The indices are integers of any type.
+        """Return the images of code indices. The indices are integers of any dtype.
 
         Raises:
             UserError: the indices are not integers in 0..K - 1.

@@ -155,7 +155,7 @@ class KLFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="Any diffusers pipeline takes it as `vae=`. ",
+            pipelines="Any diffusers pipeline takes this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 latents = {latents}

@@ -238,7 +238,7 @@ def _fold_unit_range(weights: dict[str, Tensor]) -> None:
 
 
 def _make_as_wide(weights: dict[str, Tensor]) -> int:
-    """Pad features, codes and the layers around them with zeros to one width, and return it."""
+    """Pad features, codes and the layers around them with zeros to one width. Return the width."""
     width = max(weights["quant_conv.weight"].shape[:2])
     for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]

@@ -147,7 +147,7 @@ class DCFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="SANA's pipelines take it as `vae=`. ",
+            pipelines="SANA's pipelines take this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
 latents = z * vae.config.scaling_factor

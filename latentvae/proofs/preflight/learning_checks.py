@@ -240,7 +240,7 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
 
 
 def discriminator_start(rehearsal: Rehearsal) -> Check:
-    """Check that the discriminator learns after its start, and is not called before."""
+    """Check that the discriminator learns from its start on, and is not called earlier."""
     learned = [_changed(seen, "discriminator/") for seen in rehearsal.seen]
     called = [seen.discriminator_calls > 0 for seen in rehearsal.seen]
     expected = [i >= DISCRIMINATOR_START for i in range(UPDATES)]
@@ -282,8 +282,8 @@ def discriminator_ramp(rehearsal: Rehearsal) -> Check:
         name="discriminator-ramp",
         passed=found == expected,
         value=f"{found[0]}, then {found[1]}",
-        expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
-        "updates",
+        expected=f"the adversarial weight {expected[0]:g} at disc_start, {expected[1]:g} "
+        f"{sum(ramp):,} updates later",
         advice="Let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
         "from disc_start.",
     )
@@ -306,9 +306,9 @@ def discriminator_untouched(rehearsal: Rehearsal) -> Check:
         name="discriminator-untouched",
         passed=rehearsal.watch.on_discriminator == 0,
         value=rehearsal.watch.on_discriminator,
-        expected="0 gradients on the discriminator from the model's part",
+        expected="0 gradients on the discriminator from the model's loss",
         advice="Take the gradient only at the reconstruction (torch.autograd.grad), or freeze the "
-        "discriminator in the model's part.",
+        "discriminator while the model learns.",
     )
 
 
@@ -321,7 +321,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
         name="model-untouched",
         passed=rehearsal.watch.on_model == 0,
         value=rehearsal.watch.on_model,
-        expected="0 gradients on the model from the discriminator's part",
+        expected="0 gradients on the model from the discriminator's loss",
         advice="Detach the reconstructions that the discriminator learns from.",
     )
 

@@ -88,8 +88,8 @@ def _learns(module: nn.Module) -> bool:
 def discriminator_separates(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator learns to tell images from reconstructions.
 
-    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
-    discriminator is trained for some steps here. Afterwards its weights are restored.
+    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The check
+    trains the discriminator for some steps, and then restores its weights.
     """
     # the images that the discriminator learns from
     task = rehearsal.task

@@ -120,7 +120,7 @@ def _heading(rehearsal: Rehearsal) -> str:
 
 
 def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks in their order. After a failed update nothing else can be judged."""
+    """Yield the checks in order. After an update that fails, yield no further checks."""
     try:
         rehearsal.rehearse()
     except torch.cuda.OutOfMemoryError as error:

@@ -88,9 +88,9 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Use another configuration in this context, and an objective in which only ``names`` count.
+    """Use another configuration in this context, and an objective with only the terms ``names``.
 
-    The discriminator is left out. All gradients are cleared before and after.
+    There is no adversarial term. All gradients are cleared before and after.
     """
     task = rehearsal.task
     kept = task.config, task.objective

@@ -237,7 +237,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the peak of memory so far in bytes, of the GPU or of this process."""
+    """Return the peak memory use so far in bytes, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -248,8 +248,8 @@ def accumulation(rehearsal: Rehearsal) -> Check:
         name="accumulation",
         passed=error <= SAME,
         value=error,
-        expected="a relative difference near 0 between two micro-steps of one image and both at "
-        "once",
+        expected="a relative difference near 0 between two micro-steps of one image and one of "
+        "both images",
         advice="Divide each micro-step's loss by gradient_accumulation_steps, and keep no state "
         "between micro-steps.",
     )

@@ -225,7 +225,7 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Return the largest distance between two curves of one loss."""
+    """Return the largest distance between the curves of the same loss in two logs."""
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

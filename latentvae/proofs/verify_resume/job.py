@@ -130,7 +130,8 @@ class Job:
                 name="resumes",
                 passed=done,
                 value=f"launches began after {starts} updates" if done else ended,
-                expected="each resumes from the newest whole checkpoint, the last one to the end",
+                expected="each launch resumes from the newest complete checkpoint, the last one "
+                "finishes the run",
                 advice=f"The output of the launches is in {self.work}.",
             ),
             self._leftovers(),

@@ -65,7 +65,7 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
     time.sleep(kill.share * seconds)
     launch.kill(family)
 
-    # what was hit
+    # what was interrupted
     if launch.process.returncode >= 0:  # the training had already ended
         return ""
     done = launch.updates() or 0

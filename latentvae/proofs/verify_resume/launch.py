@@ -143,7 +143,7 @@ class Launch:
         """Send SIGKILL to all processes at once.
 
         Args:
-            known: processes that are stopped before the search for others.
+            known: processes to stop first, before the search for other processes.
         """
         _send(known or [], signal.SIGSTOP)
         family = self.family()

@@ -158,7 +158,7 @@ def _compared(job: Job) -> list[Check]:
     if all(check.passed for check in compare(straight, again)):
         return checks
     advice = (
-        "Two runs that were not killed differ as well. So the cause is not the resume: this "
-        "machine or configuration does not repeat itself."
+        "Two runs that were not killed differ as well. So the cause is not the resume. On this "
+        "machine, this configuration gives different results each time."
     )
     return [check if check.passed else replace(check, advice=advice) for check in checks]

@@ -98,10 +98,10 @@ def backward_discriminator(
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        recon: their reconstructions, which are detached here.
+        recon: reconstructions of `images`. This function detaches them.
         adversary: the discriminator and its options.
         background: colour behind alpha in images and reconstructions.
-        divide_by: number of micro-steps of this update, whose gradients are averaged.
+        divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.

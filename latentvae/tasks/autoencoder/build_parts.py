@@ -62,7 +62,10 @@ def build_losses(
 
 
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
-    """Return the training wrapper of the network, with upsampling folded, and frozen if asked."""
+    """Return the training wrapper of the network.
+
+    Upsampling is folded into convolutions. The options decide whether the encoder is frozen.
+    """
     family = FAMILIES[config.model.architecture]
     if pretrained:
         keep_batch_statistics(net)

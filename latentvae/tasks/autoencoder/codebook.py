@@ -53,7 +53,7 @@ class CodebookUpdate:
         optimizer: torch.optim.Optimizer,
         averages: Mapping[nn.Parameter, Tensor],
     ) -> dict[str, Tensor]:
-        """Update the codes after the optimizer's step, the same on every rank.
+        """Update the codes after the optimizer's step. All ranks make the same update.
 
         Args:
             update: number of the update, from 0.

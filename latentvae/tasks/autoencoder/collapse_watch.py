@@ -357,7 +357,7 @@ def what_to_watch(
     blind_loss = GAN_LOSSES[discriminator.disc_loss].discriminator(zero, zero)
 
     return Watched(
-        # A capacity that grows from 0 asks for a collapsed posterior at first.
+        # While the KL's capacity grows from 0, a collapsed posterior is intended.
         posterior_from=(
             max(beginning, config.objective.kl_capacity_steps) if has_posterior else None
         ),

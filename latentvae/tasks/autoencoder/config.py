@@ -228,7 +228,7 @@ class TrainConfig(JobConfig):
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """Refuse pixel losses in addition to a decoder's own likelihood."""
+        """Check that no pixel loss is set if the decoder has its own likelihood."""
         if self.objective.learn_logvar:
             raise ValueError(
                 f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "

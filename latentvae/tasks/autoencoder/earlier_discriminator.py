@@ -42,8 +42,8 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
         load_weights(learner.module, tensors["discriminator"])
     except UserError as error:
         raise UserError(
-            f"discriminator_from '{run}' has a discriminator of another shape. Give its disc_type, "
-            f"disc_norm, disc_channels and disc_layers ({error.__cause__})."
+            f"discriminator_from '{run}' has a discriminator of another shape. Use the disc_type, "
+            f"disc_norm, disc_channels and disc_layers of that run ({error.__cause__})."
         ) from error
     saved = tensors.get("discriminator_optimizer", {})
     load_optimizer_tensors(learner.optimizer, learner.module, saved)

@@ -183,7 +183,7 @@ def _sha256(parts: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for name, value in part.state_dict().items():
-            if name.endswith("usage"):  # how often a code was chosen: it makes no latent
+            if name.endswith("usage"):  # how often a code was chosen, which changes no latent
                 continue
             digest.update(name.encode())
             values = value.detach().cpu().float().contiguous()

@@ -104,11 +104,11 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """Return facts about the images that must stay the same on resume.
+    """Return facts about the images. These facts must stay the same on resume.
 
-    These facts are the number of images and the hash of their names, which decide the order. Rows
-    without names and streams are identified by their data set, configuration and column. The folder
-    of a local data set is not one of these facts.
+    The facts are the number of images and the hash of their names, which decide the order. For a
+    stream, and for table rows without names, the facts are data set, configuration and column. The
+    folder of a local data set is not one of the facts.
     """
     # streams
     if isinstance(images, ImageStream):
@@ -176,7 +176,7 @@ def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) ->
 def image_sampler(
     config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
 ) -> IndexSampler | BucketSampler:
-    """Return the sampler of the images for a place (rank, world_size, start_step, seed)."""
+    """Return the sampler of the images. `place` is rank, world_size, start_step and seed."""
     if buckets is not None:
         return BucketSampler(buckets, config.images_read, **place)
     return IndexSampler(num_images, config.images_read, **place)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(task: "AutoencoderTask") -> dict[str, str]:
-    """Return a description of the model, its images and its losses, by heading."""
+    """Return descriptions of the model, its images and its losses by their headings."""
     size = _size(task.config.data.size)
     return {
         "model": _model(task),

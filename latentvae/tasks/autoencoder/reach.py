@@ -92,8 +92,8 @@ def few_validation_images(config: TrainConfig, *, count: int, training: int | No
         advice += "with --validation_data_dir."
     plural = "" if used == 1 else "s"
     return [
-        f"the validation has only {used} image{plural}, and all metrics and the model card rest "
-        f"on them. {advice}"
+        f"the validation has only {used} image{plural}, so its metrics and the model card are not "
+        f"reliable. {advice}"
     ]
 
 

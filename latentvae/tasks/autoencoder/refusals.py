@@ -90,7 +90,7 @@ def memory_advice(config: TrainConfig, general: list[str]) -> list[str]:
 
     Args:
         config: the run's options.
-        general: advice that every task has, the precision last.
+        general: advice that holds for every task.
     """
     own = []
     cannot_checkpoint = FAMILIES[config.model.architecture].why_no_checkpointing

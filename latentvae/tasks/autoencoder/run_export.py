@@ -249,9 +249,9 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
 
 
 def compared_with_base(folder: Path, update: int) -> str:
-    """Return a fine-tuning's metrics beside its base's, or an empty string if one is missing.
+    """Return the metrics before and after a fine-tuning, or an empty string if some are missing.
 
-    The base was validated before the first update, on the same images.
+    The metrics before the fine-tuning come from the validation before the first update.
     """
     rows = [row for row in read_rows(folder / "log.jsonl") if "validation/psnr" in row]
     first = next((row for row in rows if row["update"] == 0), None)

@@ -39,7 +39,7 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """State of the discriminator's schedule, the KL's weight and the watch. All ranks agree.
+    """State of the discriminator's schedule, the KL's weight and the watch, equal on all ranks.
 
     Attributes:
         discriminator_start: the update (from 0) in which the discriminator starts. The value stays
@@ -62,7 +62,7 @@ class RankState(State):
     """Values that a rank gathers between two rows of the log.
 
     Attributes:
-        units: sums from which active units are counted, 3 x d.
+        units: 3 x d sums, from which the number of active units is computed.
     """
 
     units: list[list[Number]] = Field(default_factory=list)

@@ -270,7 +270,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
         started = state.discriminator_start <= update
-        if not started:  # the options may move a start that lies ahead
+        if not started:  # changed options may still move the start of the discriminator
             state = state.model_copy(
                 update={"discriminator_start": self.config.discriminator_start}
             )

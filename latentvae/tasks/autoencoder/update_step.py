@@ -249,7 +249,7 @@ class LearningAutoencoder(Task):
         self._means = []
 
     def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
-        """Adjust the KL's weight to reach its target. Return the weight that was used, to log."""
+        """Adjust the KL's weight for the next update. Return this update's weight for the log."""
         target = self.objective.kl_target
         if target is None:
             return {}
