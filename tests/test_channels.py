@@ -113,9 +113,7 @@ def test_reconstruct_with_an_rgba_model(tmp_path: Path) -> None:
 
 def test_evaluate_measures_rgb_alone(tmp_path: Path) -> None:
     source: Any = None
-    with pytest.raises(
-        UserError, match=r"evaluate needs RGB models.*'grey' takes images of 1 channels"
-    ):
+    with pytest.raises(UserError, match=r"evaluate needs RGB models.*'grey' takes 1 channels"):
         evaluate(
             {"grey": model(1)}, source, tmp_path, data_name="x",
             lpips=dict.fromkeys(QUICK.lpips_nets), plan=QUICK,  # type: ignore[arg-type]

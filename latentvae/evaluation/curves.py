@@ -1,8 +1,9 @@
-"""Rate curves whose rate and quality are means over the same images, and BD-rates between them.
+"""Rate curves of models and codecs (quality over bits per pixel), and BD-rates between them.
 
-An exact copy has an infinite PSNR, and small images have no LPIPS. A mean rate over all images and
-a mean quality over fewer images would not be a point of any curve. So an image counts for a
-metric's curves only if every coder has a finite value of that metric at every setting.
+A point of a curve is the mean rate and the mean quality over the same images. Some images have no
+usable quality: an exact copy has an infinite PSNR, and small images have no LPIPS. So an image
+counts for the curves of a metric only if every coder has a finite value at every setting. A coder
+is a model or a codec.
 """
 
 import json
@@ -23,13 +24,19 @@ Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
 
 
 class Curves:
-    """Sums for every point and metric: the number of images, their bits per pixel and values."""
+    """Sums over images for each point of a curve and each metric.
+
+    The sums are the number of images, their bits per pixel and their values of the metric.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[Key, np.ndarray] = {}
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Add all rows of one image. Rows whose `kind` is model are not points of a curve."""
+        """Add the rows of all coders for one image.
+
+        Rows of kind `"model"` are left out, because they hold raw rates.
+        """
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
             values = [row.value(metric) for row in points]
@@ -43,9 +50,9 @@ class Curves:
     def points(
         self, kind: str, coder: str, settings: Sequence[float | None], *, means: Means
     ) -> list[Point]:
-        """Return the points at `settings`: a codec's qualities, or a bitstream's noise PSNR.
+        """Return one point for each of `settings`: qualities of a codec, or noise PSNRs of a model.
 
-        Each point has its values on the curves and its `means` over all images.
+        A point holds its values on the curves, and the means over all images from `means`.
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
@@ -80,11 +87,14 @@ class Curves:
         self._sums = dict(zip(keys, state["sums"], strict=True))
 
 
-MIN_BD_POINTS = 3  # two points are a straight line, which says nothing about the curve between
+MIN_BD_POINTS = 3  # two points only give a straight line, which may be far from the true curve
 
 
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
-    """Return the BD-rate of every curve relative to JPEG's. Empty if JPEG was not measured."""
+    """Return the BD-rate of every curve relative to the curve of JPEG.
+
+    The result is empty if JPEG was not measured.
+    """
     if not curves.get(ANCHOR):
         return {}
     return {
@@ -95,9 +105,10 @@ def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
 
 
 def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -> float | None:
-    """Return the BD-rate. Return None if the curves share no quality or have different images.
+    """Return the BD-rate, or None if the two curves cannot be compared.
 
-    Images differ if some are too wide for WebP, for example.
+    Two curves cannot be compared if their quality ranges do not overlap, or if they are means over
+    different images. For example, WebP cannot store very wide images.
     """
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:

@@ -1,7 +1,7 @@
-"""Fit entropy models and decoder gains on other images than those that are coded with them.
+"""Fit the entropy models of latents and the gains of decoders.
 
-The images are split into two halves by the parity of their position. Each half is coded with the
-entropy model and the steps that were fitted on the other half.
+The images are split into two halves: even and odd positions. The entropy model and the quantiser
+steps that code one half are fitted on the other half.
 
 `d` latent channels, `h w` latent positions, `n` samples.
 """
@@ -21,30 +21,33 @@ from latentvae.evaluation.saved_progress import Arrays
 from latentvae.evaluation.settings import Plan
 from latentvae.models import calls
 
-MAX_POSITIONS = 4096  # positions of one image's latent that the fit uses
-PROBES = 4  # backward passes per image: enough, because a file rounds steps by 2 percent
-GAIN_PIXELS = 256  # side of the image that is decoded, with gradients, for the decoder's gains
+MAX_POSITIONS = 4096  # largest number of positions that the fit uses of one image's latent
+# Backward passes per image for the gains. More precision is useless: a file rounds steps by 2 %.
+PROBES = 4
+GAIN_PIXELS = 256  # side of the image that is decoded with gradients to measure the gains
 
 
-KEPT_ELEMENTS = 2**20  # of the largest latent that is kept until its image is measured
+# Number of elements of the largest latent that stays in memory from the fit to the measurement.
+KEPT_ELEMENTS = 2**20
 
 Posterior = tuple[Tensor, Tensor | None]
-"""Mean and log-variance of a posterior, or a latent and None."""
+"""Mean and log-variance of a posterior. For a latent without a posterior: the latent and None."""
 
 
 @dataclass(frozen=True)
 class HalfPrior:
-    """Distribution of the latents and gains of the decoder (d,), fitted on half of the images."""
+    """Distribution of the latents, and gains of the decoder (d,), fitted on half of the images."""
 
     prior: LatentPrior
     gains: Tensor
 
 
 class Priors:
-    """The fits of both halves. `other` returns the fit that a picture is coded with.
+    """Entropy models of both halves. `other` returns the entropy model that codes a picture.
 
     Attributes:
-        own: whether images are coded with the fit of their own half, because the other is empty.
+        own: whether images are coded with the entropy model of their own half, because the other
+            half has none.
     """
 
     def __init__(self) -> None:
@@ -61,7 +64,8 @@ class Priors:
         """Fit on at most `plan.prior_images` images of each half, evenly spread.
 
         Args:
-            encoded: is filled with small posteriors by position, so that no image is encoded twice.
+            encoded: receives the small posteriors by position, so that the measurement need not
+                encode these images again.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]
@@ -118,7 +122,7 @@ def _fit(
 
 
 def _gains(model: Autoencoder, z: Tensor) -> Tensor:
-    side = model.fixed_size or GAIN_PIXELS  # a network of fixed size cannot decode a part
+    side = model.fixed_size or GAIN_PIXELS  # a network of fixed size cannot decode a crop
     return channel_gains(
         lambda y: calls.decode(model.net, y),
         z,
@@ -128,6 +132,6 @@ def _gains(model: Autoencoder, z: Tensor) -> Tensor:
 
 
 def _some_positions(z: Tensor) -> Tensor:
-    """Return positions of (1, d, h, w), evenly spread, as (d, n). n is at most MAX_POSITIONS."""
+    """Return evenly spread positions of a latent (1, d, h, w) as (d, n), n <= MAX_POSITIONS."""
     flat = z[0].flatten(1).float().cpu()
     return flat[:, :: max(1, -(-flat.shape[1] // MAX_POSITIONS))]

@@ -5,7 +5,7 @@
 
 Each picture is resized as the protocol says. Every model and codec encodes and decodes it. The
 result is rounded to 8 bits and compared with the original. Only one picture and the sums over all
-pictures are in memory. The same call again continues an evaluation that was stopped.
+pictures are in memory. To continue a stopped evaluation, make the same call again.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from latentvae.report.schema import Report
 
 SAVE_SECONDS = 30.0  # shortest time between two saved states
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
-CIRCUMSTANCES = ("device", "threads")  # a continued evaluation may change these
+CIRCUMSTANCES = ("device", "threads")  # may change when an evaluation continues
 
 
 @full_float32()
@@ -101,25 +101,28 @@ def _check_options(
     if sheet_images < 1:
         raise UserError(f"sheet_images must be at least 1 (got {sheet_images}).")
     if set(lpips) != set(plan.lpips_nets):
-        raise UserError(f"the plan needs LPIPS on {plan.lpips_nets} (got {tuple(lpips)}).")
+        raise UserError(f"lpips needs the backbones {plan.lpips_nets} (got {tuple(lpips)}).")
     for name, model in models.items():
         if model.image_channels != 3:
             raise UserError(
-                f"evaluate needs RGB models, because its codecs code RGB ('{name}' takes images of "
+                f"evaluate needs RGB models, because the codecs need RGB images ('{name}' takes "
                 f"{model.image_channels} channels). `latentvae reconstruct` measures PSNR, SSIM "
                 "and LPIPS of any model."
             )
     if clash := sorted(models.keys() & CODECS.keys()):
-        raise UserError(f"a model cannot be called '{clash[0]}', like a codec. Rename its folder.")
+        raise UserError(
+            f"a model cannot be called '{clash[0]}', because a codec has this name. "
+            "Rename the model's folder."
+        )
     if clash := sorted(name for name in models if name.split()[0:1] == [LINEAR]):
         raise UserError(
-            f"a model cannot be called '{clash[0]}', like the linear code of its size. Rename its "
-            "folder."
+            f"a model cannot be called '{clash[0]}', because the linear code has this name. "
+            "Rename the model's folder."
         )
 
 
 class _Evaluation:
-    """One evaluation: its parts, and the order of the work."""
+    """Holds the models, pictures and metrics of one evaluation, and runs its phases in order."""
 
     def __init__(
         self,
@@ -161,7 +164,7 @@ class _Evaluation:
     def __call__(self, *, sheet_images: int, overwrite: bool) -> Report:
         progress = Progress(self.out, self._task(), overwrite=overwrite)
         if progress.finished:
-            self.phases.say(f"measured already: {self.out / 'report.json'}")
+            self.phases.say(f"measured already, the report is {self.out / 'report.json'}")
             return Report.read(self.out / "report.json")
 
         # check sizes before hours of work
@@ -179,9 +182,9 @@ class _Evaluation:
         if self.plan.measures_images:
             self._keep_for_sheet(sheet_images)
             self._measure(progress)
-            self._report().write(self.out / "report.json")  # in case the next phases do not end
+            self._report().write(self.out / "report.json")  # in case a later phase fails
 
-        # passport and speed of each model
+        # half precision, tiles and speed of each model
         self._examine(progress)
 
         # report
@@ -230,7 +233,7 @@ class _Evaluation:
             )
 
     def _check_sides(self) -> None:
-        """Refuse images that are too small for a model. Only their headers are read.
+        """Raise an error if an image is too small for a model. Read only the images' headers.
 
         A small image cannot be left out for one model only, because the models would then be
         compared on different images.
@@ -244,7 +247,7 @@ class _Evaluation:
             try:
                 width, height = self.pictures.size(position)
             except UnreadableImage:
-                continue  # reported when it is measured
+                continue  # the measurement reports it later
             if min(width, height) < least:
                 raise UserError(
                     f"images must have at least {least} pixels on a side, the f of "
@@ -273,7 +276,7 @@ class _Evaluation:
             self._save(progress, len(self.pictures), csv_bytes=_written(file))
 
     def _open_csv(self, progress: Progress) -> TextIO:
-        """Open per_image.csv, and remove the rows that came after the saved state."""
+        """Open per_image.csv, and remove the rows that were written after the last save."""
         path, rows = self.out / "per_image.csv", progress.values.get("csv_bytes", 0)
         try:
             file = path.open("r+" if rows else "w", newline="", encoding="utf-8")
@@ -314,9 +317,9 @@ class _Evaluation:
         return rows + of_codecs + [entry for found in at_rates.values() for entry in found]
 
     def _examine(self, progress: Progress) -> None:
-        """Measure passports and speeds, and save each when it is complete.
+        """Measure half precision, tiles and speed of each model. Save after each measurement.
 
-        A section that ended the process (out of memory) is not tried again.
+        If a measurement ended the process (out of memory), the next call skips this measurement.
         """
         for (name, model), (section, (examine, pixels)) in itertools.product(
             self.models.items(), self._examinations().items()
@@ -328,7 +331,7 @@ class _Evaluation:
             seconds = self.measures[name].cost.of(pixels)
             self.phases.begin(f"{name}: {PHASES[section]}", seconds=seconds)
 
-            # Save a reason first, in case this section ends the process.
+            # First save a reason, which stays in the report if this measurement ends the process.
             found[section] = {"skipped": "the process ended here"}
             self._save(progress, progress.done)
             try:
@@ -342,9 +345,10 @@ class _Evaluation:
                 self._save(progress, progress.done)
 
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
-        """Return the passport and speed measurements by section, each with a number of pixels.
+        """Return the measurements by section, each with its number of pixels.
 
-        The number is a rough count of pixels to encode and decode, to estimate the time.
+        This is about the number of pixels that a measurement encodes and decodes. The estimate of
+        the time needs it.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels
@@ -444,7 +448,7 @@ class _Evaluation:
         )
 
     def _task(self) -> dict[str, Any]:
-        """Return everything that the numbers depend on. Images are identified by their names."""
+        """Return everything that the results depend on. Images are identified by their names."""
         names = "\n".join(self.pictures.name(i) for i in range(len(self.pictures)))
         return {
             "models": {name: model.info() for name, model in self.models.items()},
@@ -458,7 +462,7 @@ class _Evaluation:
         return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
 
     def _keep_for_sheet(self, count: int) -> None:
-        """Keep reconstructions of the sheet's pictures when they are measured."""
+        """Make every `ModelMeasures` keep its reconstructions of the pictures on the sheet."""
         for measures in self.measures.values():
             measures.shown = dict.fromkeys(spread(len(self.pictures), count))
 
@@ -476,7 +480,10 @@ class _Evaluation:
 
 
 def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int, int]]:
-    """Return the shapes of resized images. Sides of buckets are multiples of every model's f."""
+    """Return the (height, width) of resized images.
+
+    The sides of aspect-ratio buckets are multiples of every model's f.
+    """
     if plan.size is None:
         return ()
     if not plan.buckets:
@@ -487,7 +494,11 @@ def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int
 
 @contextlib.contextmanager
 def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
-    """Stop measuring a model that overflows, and continue with the others."""
+    """Mark a model as failed if its values overflow, so that the evaluation continues without it.
+
+    Args:
+        image: name of the image, for the message.
+    """
     try:
         yield
     except NotFiniteError as error:

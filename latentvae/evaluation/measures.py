@@ -25,7 +25,7 @@ from latentvae.metrics.table import IMAGE_METRICS
 from latentvae.report.schema import IMAGE_COLUMNS, Mean
 from latentvae.text import spreadsheet_text
 
-BATCH_PIXELS = 2**19  # pixels of a forward pass. More would take more memory, but not less time.
+BATCH_PIXELS = 2**19  # pixels in a forward pass. More pixels need more memory but save no time.
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """An original and its features, which all reconstructions are compared with.
+    """An original picture and its features. Reconstructions are compared with them.
 
     Args:
         position: number of the picture in the evaluation.
@@ -108,7 +108,7 @@ class Judge:
 
     @property
     def extractors(self) -> dict[str, int]:
-        """Width of each extractor's features, which the distribution distances compare."""
+        """Number of features of each extractor. The distribution distances compare features."""
         vgg = {"vgg": 512} if "vgg" in self.lpips else {}
         return vgg | ({"inception": 2048} if self.inception is not None else {})
 
@@ -149,7 +149,7 @@ class Judge:
     ) -> list[dict[str, float]]:
         """Return only PSNR and LPIPS (alex) of each picture (1, 3, H, W), for points of curves.
 
-        Small pictures go through LPIPS together.
+        LPIPS processes several small pictures in one batch.
         """
         found = [{"psnr": psnr(original.images, recon).item()} for recon in recons]
         if "alex" not in original.levels:
@@ -211,7 +211,7 @@ def codec_rows(
 def _codec_rows(
     judge: Judge, original: Original, name: str, files: Mapping[int, bytes], codec: Codec
 ) -> dict[int, Row]:
-    """Decode and compare files of one codec, by quality."""
+    """Decode the files of one codec and return their rows by quality."""
     device = original.images.device
     recons = [to_tensor(codec.decode(content))[None].to(device) for content in files.values()]
     metrics = judge.compare_points(original, recons)
@@ -287,7 +287,7 @@ class Means:
 
 
 class PooledError:
-    """PSNR (peak 2) of the mean squared error over the elements of all images together."""
+    """PSNR of the mean squared error over all images together. Values range over [-1, 1]."""
 
     def __init__(self) -> None:
         self.squares, self.elements = 0.0, 0

@@ -40,9 +40,11 @@ from latentvae.report.schema import (
     Rate,
 )
 
-MIN_FRECHET_IMAGES = 2000  # with fewer, the distance is mostly bias: covariances lack rank
-MAX_CORRELATED = 64  # channels whose correlations are listed one by one
-DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}  # Frechet, kernel
+# With fewer images, the covariances lack rank and the Frechet distance is mostly bias.
+MIN_FRECHET_IMAGES = 2000
+MAX_CORRELATED = 64  # most channels for which a report lists the correlations of channels
+# Frechet distance and kernel distance of each feature extractor.
+DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ModelMeasures:
         priors: entropy models of a continuous latent. None if its bitstream is not measured.
         failure: why the model is no longer measured, or None.
         raw_bpp: raw rate of the last picture.
-        shown: reconstructions for the sheet by position, or None for those not yet measured.
+        shown: reconstructions for the sheet by position. None until the picture is measured.
         cost: time of encoding and decoding.
     """
 
@@ -89,7 +91,7 @@ class ModelMeasures:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
         rate = "rate" in plan.sections and plan.noise_psnr
         self.priors = Priors() if rate and not model.num_codes else None
-        self.encoded: dict[int, Posterior] = {}  # kept from the fit until measured
+        self.encoded: dict[int, Posterior] = {}  # from the fit, until the picture is measured
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
@@ -111,7 +113,7 @@ class ModelMeasures:
         self.tokens = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
 
     def parts(self) -> dict[str, Accumulator]:
-        """Return the parts that are saved so that an evaluation can continue."""
+        """Return the sums over pictures by name. A saved evaluation needs them to continue."""
         kept = {
             "means": self.means,
             "codecs": self.codecs,
@@ -128,7 +130,7 @@ class ModelMeasures:
         """Measure one picture and return its rows.
 
         Raises:
-            NotFiniteError: the model overflows in the precision it is measured in.
+            NotFiniteError: latents or reconstructions are not finite in the model's dtype.
         """
         # reconstruct and compare
         start = time.perf_counter()
@@ -157,7 +159,10 @@ class ModelMeasures:
         return rows
 
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
-        """Add one row per codec at this model's rate. The codecs' qualities differ by picture."""
+        """Add one row per codec at this model's rate.
+
+        The quality of the codec is dropped, because it differs between pictures.
+        """
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
 
     def _encode(self, original: Original) -> Posterior:
@@ -230,12 +235,12 @@ class ModelMeasures:
         if self.priors is not None and self.priors.own:
             warnings.append(
                 "The bitstream's entropy model was fitted on the images that it codes, because "
-                "there are no others. Its bits are too few."
+                "there are no others. So the measured bits are too few."
             )
         if self._codes_tokens and (self.model.num_codes or 0) > MAX_CODES:
             warnings.append(
-                f"No bitstream is measured: tokens of at most {MAX_CODES:,} codes can be coded "
-                f"(the model has {self.model.num_codes:,})."
+                f"No bitstream is measured, because the coder of tokens supports at most "
+                f"{MAX_CODES:,} codes (the model has {self.model.num_codes:,})."
             )
         return warnings
 
@@ -266,7 +271,7 @@ class ModelMeasures:
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
         """Code the tokens, decode the bytes, and measure the decoded picture.
 
-        There is no row if the model has more than MAX_CODES codes.
+        The list is empty if the model has more than MAX_CODES codes.
         """
         assert self.model.num_codes is not None
         indices = calls.tokenize(self.model.net, z)
@@ -283,7 +288,7 @@ class ModelMeasures:
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
         """Code the latent at each noise level, decode the bytes, and measure the pictures.
 
-        Small latents are decoded together.
+        Several small latents are decoded in one batch.
         """
         half = priors.other(original.position)
         contents: dict[float | None, bytes] = {}
@@ -370,7 +375,10 @@ class ModelMeasures:
 
 
 def raw_bits(model: Autoencoder, z: Tensor) -> float:
-    """Return the bits of one image's latent (1, d, h, w) or tokens without entropy coding."""
+    """Return the number of bits of one image's latent (1, d, h, w) without entropy coding.
+
+    A tokenizer needs log2(number of codes) bits per token.
+    """
     if model.num_codes is None:
         return LATENT_BITS * z.numel()
     tokens = calls.num_levels(model.net) * z.shape[2] * z.shape[3]

@@ -1,4 +1,4 @@
-"""A network's passport: the precisions it works in, and whether it works in tiles."""
+"""Check whether a network works in half precision and in tiles. The result is its passport."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def passport(
         net: any diffusers autoencoder, float32, in eval mode.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
-        for_tiling: other images for the check of tiling, such as larger ones. None takes `images`.
+        for_tiling: images for the tiling check, such as larger ones. None uses `images`.
 
     Returns:
         `precision` by dtype, `max_activation`, `layers` (those with the largest activations),
@@ -78,7 +78,7 @@ def _verdict(check: HalfPrecision) -> dict[str, Any]:
 def _largest(layers: dict[str, float]) -> dict[str, float]:
     """Return the layers with the largest outputs.
 
-    A block that only returns the output of its last part is left out.
+    A block is left out if its output is the output of its last submodule.
     """
 
     def is_part(name: str, whole: str) -> bool:
@@ -101,19 +101,22 @@ def _float16_warnings(check: HalfPrecision) -> list[str]:
     if check.max_activation * MARGIN > FLOAT16_MAX:
         margin = f"less than a factor {MARGIN:.0f} below its maximum {FLOAT16_MAX:.0f}"
         return [f"float16 is not safe: {peak}, {margin}"]
-    return [f"float16 is not safe: the reconstructions are {_close(check)}"]
+    return [f"float16 is not safe: the reconstructions {_close(check)}"]
 
 
 def _bfloat16_warnings(check: HalfPrecision) -> list[str]:
     if check.safe:
         return []
-    return [f"bfloat16 is costly: the reconstructions are {_close(check)}"]
+    return [f"bfloat16 loses quality: the reconstructions {_close(check)}"]
 
 
 def _close(check: HalfPrecision) -> str:
     if math.isnan(check.psnr):
-        return "not finite"
-    return f"{check.psnr:.1f} dB from float32's and {check.psnr_cost:.2f} dB worse"
+        return "are not finite"
+    return (
+        f"have {check.psnr:.1f} dB PSNR against those of float32, and {check.psnr_cost:.2f} dB "
+        "less PSNR against the images"
+    )
 
 
 def _tiling_warnings(check: TilingCheck | None) -> list[str]:

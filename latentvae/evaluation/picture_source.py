@@ -86,7 +86,7 @@ class Pictures:
 
 
 class Seen:
-    """The images so far: their number, sizes and a hash of all pixels, and the unreadable ones.
+    """Facts about the images so far: number, sizes, a hash of all pixels, and unreadable images.
 
     The hash is the sum of the sha256 of each image, modulo 2 ** 256. So the hash does not depend on
     the order of the images, and it can be continued from a saved state.
@@ -117,7 +117,7 @@ class Seen:
         tqdm.write(f"left out: {error}", file=sys.stderr)
 
     def describe(self) -> dict[str, Any]:
-        """Return the report's part on the data."""
+        """Return the section of the report that describes the images."""
         return {
             "num_images": self.count,
             "pixels_sha256_sum": f"{self._hash:064x}",
@@ -144,12 +144,12 @@ def to_picture(images: Tensor) -> Image.Image:
 
 
 def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -> Tensor:
-    """Return the centre of (1, 3, H, W), with sides of at most `side` that `multiple` divides.
+    """Return the centre of a picture (1, 3, H, W). `multiple` divides the sides of the result.
 
     Pictures smaller than `multiple` are enlarged.
 
     Args:
-        side: side of a square in pixels, or (shorter, longer) side.
+        side: largest side of the result in pixels, or its largest (shorter, longer) side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

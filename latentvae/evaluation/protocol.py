@@ -22,7 +22,7 @@ def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
     """Return JSON values with every condition that can differ between two evaluations."""
-    # choices of the plan
+    # conditions that the plan sets
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.size is not None:
         size = _size(plan.size, plan.buckets)

@@ -3,8 +3,8 @@
     OUT/.progress/state.json    the task, the number of measured images, other values
     OUT/.progress/<n>.npz       sums over images
 
-`state.json` is replaced in one step, and it names its file of sums. So a process that is killed at
-any time leaves a complete state.
+`state.json` is replaced in one step, and names the file of sums that belongs to it. So a process
+that is killed at any time leaves a complete state.
 """
 
 import json
@@ -34,13 +34,13 @@ class Progress:
 
     Args:
         out: the report's folder, which is made if it does not exist.
-        task: JSON values of everything that the numbers depend on. Another task in the same folder
-            is refused, and the error names the keys that differ.
+        task: JSON values of everything that the results depend on. If the folder holds the state of
+            another task, the error names the keys that differ.
         overwrite: delete the saved state.
 
     Attributes:
         done: number of images that were measured.
-        values: JSON values as last saved.
+        values: JSON values of the last save.
         finished: whether the report is complete.
     """
 
@@ -50,13 +50,13 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # number of the next file, so that no state overwrites another's sums
+        self._saves = 0  # a save never overwrites the file of sums of the last one
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder '{out}': {error.strerror}.") from error
 
-        # start, continue, or refuse
+        # start, continue, or raise an error
         if overwrite:
             (out / "report.json").unlink(missing_ok=True)
             self._write({"done": 0})
@@ -151,7 +151,7 @@ class Progress:
             raise self.damaged(error) from error
 
     def damaged(self, error: Exception) -> UserError:
-        """Return the error for a state that no evaluation wrote."""
+        """Return the error to raise for a saved state that is not valid."""
         reason = str(error) or type(error).__name__
         return UserError(
             f"the saved state in '{self.folder}' is damaged ({reason}). Start again with "
@@ -160,7 +160,7 @@ class Progress:
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Check that the table still has all rows of the state. Missing rows would become zeros."""
+    """Check that the table still has all saved rows. Otherwise zero bytes would replace them."""
     if size < 0 or (size and table.stat().st_size < size):
         raise ValueError(f"{table.name} is shorter than it was")
 

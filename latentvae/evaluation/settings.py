@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from latentvae.errors import UserError, nearest
 from latentvae.losses.lpips_weights import Net
 
-KERNEL_IMAGES = 2000  # largest number of images, evenly spread, whose features are kept in memory
+KERNEL_IMAGES = 2000  # largest number of images for a kernel distance, evenly spread
 QUICK_IMAGES = 8  # images that `--quick` measures by default
 
 LatentKind = Literal["mode", "sample"]
@@ -17,23 +17,25 @@ SECTIONS: tuple[Section, ...] = get_args(Section)
 
 @dataclass(frozen=True)
 class Plan:
-    """Sections of an evaluation and their settings. An empty tuple or 0 leaves a section out.
+    """Sections of an evaluation and their settings. An empty tuple or 0 skips a measurement.
 
     Args:
-        sections: names of the parts to measure. The parts are metrics of reconstructions, rates
-            beside those of codecs, statistics of latents or tokens, half precision, tiles, and
-            speed.
+        sections: names of the sections to measure. They are, in this order: metrics of
+            reconstructions, rates of models and codecs, statistics of latents or tokens, half
+            precision, tiles, and speed.
         lpips_nets: backbones of LPIPS. `"vgg"` also serves the distribution distances.
         qualities: settings of each image codec, 1 to 100.
-        noise_psnr: points of a continuous latent's rate curve in dB (see `coding.latent_codec`).
-        prior_images: images that each half's entropy model is fitted on.
+        noise_psnr: noise levels in dB (see `coding.latent_codec`), one for each point of the rate
+            curve of a continuous latent.
+        prior_images: number of images that an entropy model is fitted on. Each half of the images
+            has its own entropy model.
         gain_images: number of these images that the decoder's gains are measured on.
-        passport_images: images of the precision and tiling checks.
+        passport_images: number of images for the checks of half precision and tiles.
         passport_side: pixels on a side that images are cropped to for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.
             Most published networks have tiles of 512 pixels, and a larger side shows their seams.
-        speed_sizes: sides in pixels of the images for the speed.
-        speed_budget: seconds. A size is skipped if one call would take longer.
+        speed_sizes: sides in pixels of the images for the speed measurement.
+        speed_budget: largest time of one call in seconds. Sizes that need more time are skipped.
         latent: which latent is decoded, the posterior's mode or a sample of the posterior.
         resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
@@ -65,7 +67,7 @@ class Plan:
         for section in self.sections:
             if section not in SECTIONS:
                 raise UserError(
-                    f"sections must be of {', '.join(SECTIONS)} (got '{section}')"
+                    f"sections must be some of {', '.join(SECTIONS)} (got '{section}')"
                     f"{nearest(section, SECTIONS)}"
                 )
         if not self.sections:
@@ -93,10 +95,10 @@ class Plan:
         return bool({"distortion", "rate", "latent"} & set(self.sections))
 
     def only(self, sections: Sequence[str]) -> "Plan":
-        """Return the plan of these sections, without the settings that they do not need.
+        """Return a plan with only these sections and the settings that they need.
 
         Raises:
-            UserError: there is no such section.
+            UserError: a section has an unknown name.
         """
         known = [section for section in SECTIONS if section in sections]
         unknown = [section for section in sections if section not in SECTIONS]

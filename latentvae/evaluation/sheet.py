@@ -16,7 +16,7 @@ from latentvae.evaluation.model_evaluation import Shown, raw_bits
 from latentvae.evaluation.picture_source import to_picture
 from latentvae.metrics import psnr, to_8bit
 
-CROP = 320  # pixels on a side of the part of a picture that a sheet shows, unscaled
+CROP = 320  # largest side in pixels of the centre of a picture that a sheet shows
 MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 
 
@@ -29,7 +29,7 @@ def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
 
 
 def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Tile"]:
-    """Return tiles of the original, each model, and JPEG at each model's rate or just above.
+    """Return a tile of the original, each model, and JPEG at each model's rate or just above.
 
     Args:
         shown: the models' reconstructions by the names to show.
@@ -60,7 +60,7 @@ def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Ti
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet and the one or two lines above it."""
+    """One picture of a sheet, and one or two lines of text above the picture."""
 
     picture: Image.Image
     caption: str

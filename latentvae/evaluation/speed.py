@@ -69,7 +69,8 @@ def measure_speed(
         net: in eval mode, on `device`.
         sizes: pixels on a side, rounded to multiples of `f`. A network with a fixed size needs
             exactly that size.
-        budget_s: seconds. A size is skipped if the size before suggests that it takes longer.
+        budget_s: largest time of one call in seconds. The time of a size is predicted from the
+            size before. Sizes that would need more time are skipped.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
@@ -84,7 +85,7 @@ def measure_speed(
     z = encode(net, smallest)
     decode(net, z)  # a first call, so that one-time setup does not count as memory
 
-    # larger inputs are enlarged from these
+    # larger inputs are made by enlarging these inputs
     calls = {"encode": (encode, smallest), "decode": (decode, z)}
     points = [
         point
@@ -104,7 +105,7 @@ def measure_speed(
 def _measure_sizes(
     name: str, call: Callable[[Tensor], Any], smallest: Tensor, sizes: Sequence[int], budget: float
 ) -> Iterator[SpeedPoint]:
-    """Measure the call at all `sizes`. `smallest` is its input at the first of them."""
+    """Measure the call at all `sizes`. `smallest` is the input of the first size."""
     last: SpeedPoint | None = None
     for size in sizes:
         reason = None if last is None else _reason_to_skip(last, size, budget, smallest.device)
@@ -125,7 +126,7 @@ def _measure_sizes(
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
     """Return a reason if a size would take too much time or memory.
 
-    Both grow at least in proportion to the number of pixels.
+    Time and memory grow at least in proportion to the number of pixels.
     """
     assert last.images_per_second is not None and last.peak_mib is not None
     ratio = (size / last.size) ** 2

@@ -8,7 +8,7 @@ the same sign along the border.
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
 
-`B` batch, `C` channels, `H W` pixels, `h w` latent positions, `f` pixels on a side of one of them.
+`B` batch, `C` channels, `H W` pixels, `h w` latent positions, `f` downsampling factor.
 """
 
 import math
@@ -27,7 +27,7 @@ from latentvae.models.calls import decode, encode
 from latentvae.models.tiling import Tiling, tile_settings
 
 SEGMENT = 32  # pixels along a border over which a step is averaged. Noise and texture cancel.
-SIDE = 4  # pixels on each side of a border that are averaged, so that a thin line is no step
+SIDE = 4  # pixels to average on each side of a border, so that a thin line is not a step
 BESIDE = range(SIDE, 16)  # distances in pixels from a border, at which steps have other causes
 
 # Limit in 8-bit levels. One level is 1.7 % of the luminance of mid-grey. This is about the smallest
@@ -48,8 +48,8 @@ class TilingCheck:
             beside the border and the picture's own step.
         num_images: images that were large enough for more than one tile.
         tile: side of the largest tiles, in pixels.
-        as_configured: whether all tiles are those that `enable_tiling()` makes. If not, some image
-            was no larger than such a tile and got smaller tiles.
+        as_configured: whether all tiles are those that `enable_tiling()` makes. False if an image
+            was too small for these tiles, or if these tiles do not fit together.
     """
 
     psnr: float
@@ -69,7 +69,7 @@ class TilingCheck:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Square tiles with sides of `size` latent positions, of which `overlap` are shared."""
+    """Square tiles of `size` x `size` latent positions. Neighbours share `overlap` positions."""
 
     size: int
     overlap: int
@@ -96,7 +96,8 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
     own tiles do not fit together.
 
     Args:
-        net: network in eval mode. The overlap is its own. Its tiling settings are restored.
+        net: network in eval mode. The overlap of the tiles is the network's own. The network's
+            tiling settings are restored at the end.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
 
@@ -152,7 +153,7 @@ class _Difference:
 def _check_one(
     net: Network, images: Tensor, tiling: Tiling, own: _Tiles | None, f: int
 ) -> _Difference | None:
-    """Compare one batch, in the network's `own` tiles if it is larger than one of them."""
+    """Compare one batch. Use the network's `own` tiles if the images are larger than one tile."""
     longer = max(images.shape[2:]) // f
     tiles = own if own and longer > own.size else _choose_tiles(tiling, longer, f)
     if tiles is None:
@@ -182,9 +183,9 @@ def _check_one(
 def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
     """Return the largest seam of (B, H, W), at the columns where tiles begin or blending ends.
 
-    Where tiles change the detail, the difference has a texture of its own with steps everywhere,
-    and the picture's own edges become higher or lower. So a seam is the part of a step that exceeds
-    the steps beside it and the picture's edge at the same place.
+    Where tiles change fine detail, the difference has steps everywhere. The edges of the picture
+    also become higher or lower there. So a seam is only the part of a step that exceeds the steps
+    beside it and the picture's edge at the same place.
     """
     width = whole.shape[2]
     borders = [x for x in tiles.borders(width) if SIDE <= x <= width - SIDE]
@@ -208,7 +209,7 @@ def _steps(pictures: Tensor) -> Tensor:
     sides = F.avg_pool1d(pictures, SIDE, stride=1)
     steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), starting at x = SIDE
     segment = min(SEGMENT, steps.shape[1])
-    # Segments overlap by half, so that one lies inside any stretch of 1.5 segments.
+    # Segments overlap by half, so that every 1.5 segments of the border contain a whole segment.
     return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
 
 

@@ -29,11 +29,11 @@ def export_network(
 ) -> ExportReport | TokenizerReport:
     """Export `net` to the folder `out` with `export_tokenizer` or `export_autoencoder`.
 
-    Networks with codes are tokenizers. The options are those of the two functions.
+    `export_tokenizer` exports networks with codes. Both functions have the same options.
 
     Args:
-        profile: for autoencoders. Tokenizers always have `"sd"`.
-        lookup_from_codebook: for tokenizers.
+        profile: only for autoencoders. Tokenizers always have `"sd"`.
+        lookup_from_codebook: only for tokenizers.
     """
     # a tokenizer
     if calls.codes(net) is not None:

@@ -43,11 +43,11 @@ class ModelCard:
 
     Args:
         name: the model's name.
-        description: a sentence or two on the purpose of its training.
+        description: one or two sentences on the purpose of the training.
         metrics: names and values, in the order of the table.
         protocol: how the metrics were measured, in one sentence.
-        resolution: resolution of the training images, such as "64" or "64 x 96". None takes the
-            config's `sample_size`.
+        resolution: resolution of the training images, such as "64" or "64 x 96". None uses the
+            `sample_size` of the network's config.
         training: options of the run. Access tokens are left out, and paths are shortened.
         sample_grid: a PNG that is copied beside the card.
         license: a Hub licence name, chosen by the user.
@@ -169,9 +169,9 @@ def _training(card: ModelCard) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """Return an option as a card may show it.
+    """Return the value of an option in a form that a public card may show.
 
-    Only the last part of a path is kept, because the rest may name the user or the machine.
+    A path is shortened to its last part, because the rest may name the user or the machine.
     """
     if not isinstance(value, str | Path):
         return value

@@ -1,14 +1,14 @@
-"""Write a trained autoencoder for diffusers, load it back, and compare both.
+"""Write a trained autoencoder for diffusers, load it back, and compare both networks.
 
-    trained net -> temporary folder -> its class's from_pretrained -> equal? -> renamed into place
+    trained net -> temporary folder -> from_pretrained -> equal? -> folder renamed to `out`
 
-The values of the config depend on how the pipelines use them.
+The pipelines use these values of the config before they decode latents:
 
 - Stable Diffusion, SDXL, DiT and LDM divide by `scaling_factor` and ignore `shift_factor`.
-- SD3 and FLUX add `shift_factor`, and fail if it is null.
+- SD3 and FLUX also add `shift_factor`, and fail if it is null.
 - SDXL uses `latents_mean` and `latents_std` if they are set (4 channels only).
-- SANA multiplies by `scaling_factor`, which is 1 / RMS, because AutoencoderDC's latents lie about
-  zero.
+- For SANA, `scaling_factor` is 1 / RMS instead of 1 / std, because the latents of AutoencoderDC lie
+  around zero.
 """
 
 import copy
@@ -45,24 +45,26 @@ def export_autoencoder(
     frozen_encoder: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export `net` to the folder `out`. The folder appears only if it equals the trained network.
+    """Export `net` to the folder `out`. The folder appears only if the export equals `net`.
 
     Args:
         net: the trained network of a family without codes (averaged weights, if there are any).
             This function does not change the network.
         statistics: statistics of posterior samples of this network, see `latentvae.latents`.
-        sample_size: longer side of the training images in pixels. diffusers tiles by the config's
-            `sample_size`, so the next larger size whose tiles fit together is written.
+        sample_size: longer side of the training images in pixels. diffusers derives tiles from the
+            config's `sample_size`. So the export writes the smallest value that is at least this
+            side and whose tiles fit together.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check. On the first image, the
             export is compared with `net`, at the image's own size and at an odd size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
             `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has `"sd3"` and `"sdxl"`.
-        frozen_encoder: the latents are the base model's, so its scale and shift are kept.
+        frozen_encoder: keep the scale and shift of the pretrained network, because a frozen encoder
+            keeps its latents.
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option is impossible, or `out` is another folder.
-        RuntimeError: the network that diffusers loads back differs from the trained one.
+        UserError: an option is impossible, or `out` exists and may not be replaced.
+        RuntimeError: the network that diffusers loads back differs from the trained network.
     """
     # measure
     _check_options(net, out, profile=profile, overwrite=overwrite)
@@ -109,10 +111,9 @@ def export_autoencoder(
 
 
 def _on_cpu(net: Network) -> Any:
-    """Return a float32 copy of `net` that computes as the loaded export will.
+    """Return a float32 copy of `net` that computes exactly like an export loaded by diffusers.
 
-    The copy has contiguous weights, as in a file, and stock layers, and does not tile. So the
-    plain forward pass of the trained weights is compared.
+    The copy has contiguous weights (as in a file), the layers of diffusers, and no tiling.
     """
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     restore_stock_layers(copied)
@@ -149,7 +150,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {
 def _exported_config(
     net: Network, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
 ) -> dict[str, Any]:
-    """Return the network's config with the new scale, without private keys (they hold paths)."""
+    """Return the network's config with the new scale, without private keys, which hold paths."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:
         return config | _known(net, {"shift_factor": config.get("shift_factor") or 0.0})
@@ -157,7 +158,7 @@ def _exported_config(
 
 
 def _known(net: Network, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that the network's class takes as options.
+    """Return only the values that are options of the network's class.
 
     A config may hold other values, which the class sets by itself.
     """
@@ -180,7 +181,7 @@ def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> d
         "latents_mean": None,
         "latents_std": None,
     }
-    if family_of(net).scaled_by == "rms":  # AutoencoderDC's, as SANA reads it (arXiv:2410.10733)
+    if family_of(net).scaled_by == "rms":  # AutoencoderDC, for SANA (arXiv:2410.10733)
         return scale | {"scaling_factor": 1.0 / statistics.rms}
     if profile == "sd3":
         return scale | {"shift_factor": statistics.shift_factor}

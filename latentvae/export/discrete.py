@@ -29,7 +29,8 @@ from latentvae.latents import LatentStatistics
 from latentvae.models import DiscreteFamily, Network, calls, family_of
 
 MIN_EQUAL = 0.999  # share of indices that must be equal
-TIE = 1e-5  # largest difference of squared distances from rounding, as a share of |z|^2 + |c|^2
+# Two codes tie if their squared distances differ by at most this share of |z|^2 + |c|^2.
+TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TokenizerReport:
     Args:
         path: the folder.
         network: the class that loads the export, `"VQModel"` or `"DiscreteAutoencoder"`.
-        reason: why the export is not a VQModel. Empty if it is one.
+        reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         num_codes, num_levels: K and L.
         scaling_factor: 1 / std of the tokenizer's features.
@@ -128,20 +129,22 @@ def export_tokenizer(
 ) -> TokenizerReport:
     """Export `net` to the folder `out`.
 
-    The folder appears only if the exported network has the trained network's tokens and images.
+    The folder appears only if the exported network gives the same tokens and images as `net`.
 
     Args:
-        net: the trained network (averaged weights, if there are any), which is not changed.
+        net: the trained network (averaged weights, if there are any). This function does not
+            change the network.
         statistics: statistics of the network's features.
         resolution: side of the training images in pixels.
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
-        frozen_encoder: the features are the base model's, so they and their scale are kept.
-        lookup_from_codebook: for aMUSEd: look codes up by index, with pixels in [0, 1].
+        frozen_encoder: keep the features of the pretrained network and their scale.
+        lookup_from_codebook: export for aMUSEd, which looks codes up by index and has pixels in
+            [0, 1].
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option is impossible, or `out` is another folder.
-        RuntimeError: the network that is loaded back differs from the trained one.
+        UserError: an option is impossible, or `out` exists and may not be replaced.
+        RuntimeError: the network that is loaded back differs from the trained network.
     """
     # measure
     check_folder(out, overwrite=overwrite)
@@ -149,8 +152,8 @@ def export_tokenizer(
     reason = family.why_not_stock(net.config)
     if reason and lookup_from_codebook:
         raise UserError(
-            f"lookup_from_codebook is an option of VQModel, and this is not one: {reason}. Leave "
-            "it out."
+            f"lookup_from_codebook is an option of VQModel, but this network cannot be one: "
+            f"{reason}. Leave the option out."
         )
     trained: Any = copy.deepcopy(net).cpu().float().eval()
     restore_stock_layers(trained)  # the loaded export has stock layers too
@@ -212,13 +215,13 @@ def discrete_family(net: Network) -> DiscreteFamily:
 
 
 def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
-    """Return why `stock` finds too many other codes by rounding. Empty if it does not."""
+    """Return why rounding lets `stock` find too many different codes, or an empty string."""
     equal, _ = _compare_indices(trained, stock, probe, factor=factor)
     if equal >= MIN_EQUAL:
         return ""
     return (
-        f"only {equal:.2%} of its indices are equal, because its codes are nearer to one another "
-        "than its search can resolve"
+        f"only {equal:.2%} of the indices would be equal, because the codes are nearer to one "
+        "another than its search can resolve"
     )
 
 
@@ -229,7 +232,8 @@ def _compare_indices(
     """Return the share of equal indices, and the number of ties.
 
     Args:
-        factor: scale of `net`'s features. With None, differing indices are not examined.
+        factor: scale of the features of `net`. None does not check whether indices that differ
+            are ties.
 
     Raises:
         RuntimeError: indices differ and are not ties.
@@ -249,7 +253,7 @@ def _compare_indices(
 def _check_ties(
     trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
 ) -> None:
-    """Check that codes of different indices have the same distance, up to rounding."""
+    """Check that indices differ only where both codes are equally far from the feature."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
     where = (ours != theirs).cpu()
@@ -261,12 +265,15 @@ def _check_ties(
     gap = ((far - z).square().sum(1) - (near - z).square().sum(1)).abs()
     worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()
     if worst > TIE:
-        raise RuntimeError(f"the export takes another code, further away by {worst:g}.")
+        raise RuntimeError(
+            f"the export takes another code: the squared distances of both codes differ by "
+            f"{worst:g} of |feature|^2 + |code|^2."
+        )
 
 
 @torch.no_grad()
 def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
-    """Check that images of the same indices are equal, up to rounding if not `exact`."""
+    """Check that images of the same indices are equal. Allow rounding errors if not `exact`."""
     for images in probes(trained, probe):
         indices = calls.tokenize(trained, calls.encode(trained, images))
         ours = calls.decode_indices(trained, indices)

@@ -17,7 +17,7 @@ from latentvae.models import FAMILIES, Network, family_of
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder with other content, and an export that may not be replaced."""
+    """Check that `out` is new or empty, or an export that `overwrite` allows to replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_export(out):
@@ -38,7 +38,7 @@ def is_export(folder: Path) -> bool:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, which is renamed to `out`, or deleted on an error."""
+    """Yield a temporary folder. Rename it to `out` at the end, or delete it on an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +61,7 @@ def _settle(folder: Path) -> None:
 
 
 def _swap(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`. An earlier `out` is deleted only after that."""
+    """Rename `folder` to `out`. Delete an earlier `out` only after the renaming."""
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
     if out.exists():
         out.rename(old)
@@ -82,7 +82,8 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise RuntimeError(f"the export cannot be loaded completely: {problems}")
-    return copy.deepcopy(net)  # a copy, because the alignment of a memory map can change sums
+    # The weights are a memory map of the file, whose alignment can change the rounding of sums.
+    return copy.deepcopy(net)
 
 
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:

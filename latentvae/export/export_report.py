@@ -18,16 +18,17 @@ class ExportReport:
         path: the folder.
         network: the class that loads the export.
         has_posterior: whether the network's encoder returns a distribution.
-        latent_channels: d.
+        latent_channels: number of latent channels d.
         profile: the pipelines that scale and shift are written for.
-        num_images: images that scale and shift were measured on.
+        num_images: number of images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: values in the network's config before the export.
         old_is_default: whether the old scaling factor is the default of the class, which a new
             network has.
         measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
         scaling_factor, shift_factor: values that were written.
         half_precision: the float16 check.
-        has_force_upcast: whether the class has this option, which is true if float16 is unsafe.
+        has_force_upcast: whether the class has the option `force_upcast`. The export turns the
+            option on if float16 is unsafe.
         identity_post_quant_conv: whether this layer was added for pipelines that read its dtype.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """

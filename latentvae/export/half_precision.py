@@ -2,7 +2,7 @@
 
 Stable Diffusion XL's autoencoder overflows in float16 and returns black pictures
 (https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
-precision. Both types are emulated. Weights and the output of every module are rounded, also where
+precision. Both types are emulated: weights and the output of every module are rounded, also where
 the network itself computes in float32. Sums stay in float32, as on GPUs. The emulation takes about
 the time of float32 and has the same result on every machine. Real float16 is a hundred times slower
 on most CPUs.
@@ -27,18 +27,18 @@ from latentvae.models import Network
 from latentvae.models.calls import decode, encode, num_codes, tokenize
 
 FLOAT16_MAX = 65504.0
-MARGIN = 4.0  # other images have larger activations, by up to this factor
+MARGIN = 4.0  # factor by which the activations of other images may be larger
 MIN_PSNR = 40.0  # dB, float16 against float32
 
-# Largest loss of PSNR against the originals by bfloat16, in dB. The rounding error adds to the
-# network's own error, so the ratio of both errors counts, and not the distance to float32. 0.1 dB
-# is 2 % of the error and the last digit of published tables. For a network of 29 dB, the PSNR of
-# bfloat16 against float32 is then 45 dB. The same limit holds for float16 if a tokenizer chooses
-# another code. The picture then changes by the distance of two codes, and is far from the float32
-# picture, but as near to the original.
+# Largest loss of PSNR against the originals that bfloat16 may cause, in dB. The rounding error adds
+# to the network's own error, so the ratio of both errors counts, and not the distance to float32.
+# 0.1 dB is 2 % of the error and the last digit of published tables. For a network of 29 dB, the
+# PSNR of bfloat16 against float32 is then 45 dB. The same limit holds for float16 if rounding makes
+# a tokenizer choose another code. The picture then differs much from the float32 picture, but it is
+# as near to the original.
 MAX_COST = 0.1
 
-LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # names besides those of modules
+LATENTS, RECONSTRUCTION = "latents", "reconstruction"  # names in `layers` that are not modules
 Hook = Callable[[str, Any], Any]  # from (name, output) to the output that replaces it
 
 
@@ -55,7 +55,7 @@ class HalfPrecision:
             minus 16-bit one. NaN if it was not measured or the 16-bit one is not finite.
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order of execution. A
-            block comes after its parts. Latents and reconstruction have entries too.
+            block comes after its submodules. Latents and reconstruction have entries too.
         flipped: share of a tokenizer's indices that differ. None if there are no indices.
     """
 
@@ -68,7 +68,7 @@ class HalfPrecision:
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may use this type. `force_upcast` is the opposite, for float16."""
+        """Whether pipelines may use this type. For float16, `force_upcast` is the opposite."""
         as_good = self.psnr_cost <= MAX_COST
         if self.dtype == torch.bfloat16:
             return as_good
@@ -77,7 +77,7 @@ class HalfPrecision:
 
     @property
     def largest_layer(self) -> str:
-        """Name of the module with the largest output. A block's last part precedes the block."""
+        """Name of the module with the largest output. With equal outputs, the innermost module."""
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ def check_precisions(
     """Compare reconstructions in float32 and in each of `dtypes`, from the posterior's mode.
 
     Args:
-        net: any diffusers autoencoder in float32, which is not changed.
+        net: any diffusers autoencoder in float32. This function does not change the network.
         images: (B, C, H, W) in [-1, 1], float32, on the network's device, or several such tensors
             of different sizes.
 
@@ -144,7 +144,7 @@ def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
 def _reconstruct_rounded(
     copied: Network, net: Network, batches: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Reconstruct with the rounded weights of `net` in `copied`."""
+    """Write the rounded weights of `net` into `copied`, and reconstruct with `copied`."""
     weights = chain(copied.parameters(), copied.buffers())
     originals = chain(net.parameters(), net.buffers())
     for value, original in zip(weights, originals, strict=True):
@@ -160,7 +160,10 @@ def _reconstruct_rounded(
 def _reconstruct(
     net: Network, batches: Sequence[Tensor], hook: Hook
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return images, and a tokenizer's indices. Values outside of modules also pass `hook`."""
+    """Return reconstructions, and the indices of a tokenizer.
+
+    `hook` replaces the latents and the reconstructions, which are not outputs of a module.
+    """
     recons, indices = [], []
     for images in batches:
         z = hook(LATENTS, encode(net, images))
@@ -206,7 +209,7 @@ def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 def _psnr_cost(
     images: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor]
 ) -> float:
-    """Return the difference of two PSNR in dB, from the ratio of both errors. Errors may be 0."""
+    """Return the PSNR of `exact` minus the PSNR of `rounded`, in dB. Either error may be 0."""
     if not all(recon.isfinite().all() for recon in rounded):
         return math.nan
     images, exact, rounded = ([_levels(t) for t in part] for part in (images, exact, rounded))
@@ -224,6 +227,6 @@ def _levels(images: Tensor) -> Tensor:
 
 
 def _mean_square(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the mean square of the differences over the elements of all pairs together."""
+    """Return the mean squared difference over all elements of all pairs of tensors."""
     squares = sum((y - x).cpu().double().square().sum().item() for x, y in zip(a, b, strict=True))
     return squares / sum(x.numel() for x in a)

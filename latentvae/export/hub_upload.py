@@ -33,13 +33,13 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_access(repo_id: str, *, private: bool = False) -> str | None:
-    """Refuse an upload that is sure to fail, before any work. Return a warning or None.
+    """Raise an error if an upload is sure to fail. Otherwise return a warning or None.
 
     Args:
         private: see `upload_export`.
 
     Raises:
-        UserError: offline mode, no login, or a token that is unknown or may only read.
+        UserError: offline mode is on, there is no login, or the token is unknown or may only read.
     """
     # is there a login?
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -51,7 +51,7 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
     if huggingface_hub.get_token() is None:
         raise UserError("push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN.")
 
-    # does the Hub know it?
+    # does the Hub know the token?
     try:
         user = HfApi().whoami()
     except Exception as error:  # the network or the Hub may work again at the end of the run
@@ -65,7 +65,7 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
             "end, if the Hub can be reached then."
         )
 
-    # may it write there?
+    # may the token write to this repository?
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError("the token of push_to_hub may only read. Use a token that may write.")
     owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
@@ -89,7 +89,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
         The repository's URL.
 
     Raises:
-        UploadError: the Hub or the network refuses. The folder is not changed.
+        UploadError: the upload failed. The folder is not changed.
     """
     api = HfApi()
     try:
@@ -97,7 +97,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # the export is complete whatever happens here
         raise UploadError(
-            f"the export in '{folder}' is complete, but the Hub did not take it "
+            f"the export in '{folder}' is complete, but its upload to the Hub failed "
             f"({_reason(error)}). Upload it later with "
             f"`{_command(repo_id, str(folder), private=private)}`."
         ) from error

@@ -1,7 +1,7 @@
 """Write weights with the original names of taming-transformers and latent diffusion (CompVis).
 
-    tensors = to_original(net)             # of a stock VQModel or AutoencoderKL
-    weights = from_original(tensors, net)  # back again (latentvae.models.original_names)
+    tensors = to_original(net)             # net: a stock VQModel or AutoencoderKL
+    weights = from_original(tensors, net)  # the reverse (latentvae.models.original_names)
 
 The original classes always have a quant_conv and a post_quant_conv. These classes load files with
 missing weights, and the missing weights stay random. So for a network without these two layers
@@ -33,7 +33,8 @@ _GROUPS = 32  # groups of the original GroupNorm, a constant in its code
 def to_original(net: Network) -> dict[str, Tensor]:
     """Return the weights of a stock `VQModel` or `AutoencoderKL` by their original names.
 
-    Identities take the place of 1 x 1 convolutions around the latent that the network lacks.
+    If the network lacks a 1 x 1 convolution before or after the latent, the result has an identity
+    convolution there.
 
     Raises:
         UserError: the original code has no such network.
@@ -76,11 +77,12 @@ def convert(
     Args:
         model: argument of `load_network`.
         out: a .safetensors file.
-        overwrite: replace the file that is there.
+        overwrite: replace an existing file.
         variant: variant of the model's weights, such as "fp16".
 
     Raises:
-        UserError: the network has no original class, or `out` exists or is no .safetensors file.
+        UserError: the original code has no such network, or `out` exists, or the name of `out`
+            does not end with .safetensors.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"out must be a .safetensors file (got '{out}')")
@@ -102,7 +104,7 @@ def convert(
 
 
 def _metadata(net: Network, config: dict[str, Any]) -> dict[str, str]:
-    """Return what the original class and `load_network` need beside the tensors."""
+    """Return the metadata that the original class and `load_network` need."""
     scale = family_of(net).normalization(net)
     own = {"_class_name": type(net).__name__} | {
         name: value for name, value in net.config.items() if not name.startswith("_")
@@ -125,8 +127,8 @@ def _scale_text(net: Network) -> str:
     return "\n".join(
         [
             "A diffusion model must subtract shift_factor from the latents and multiply them by",
-            "scaling_factor. The original code has the latter as scale_factor of its diffusion",
-            "model. Both are in the file's metadata, where latentvae reads them:",
+            "scaling_factor. In the original code, this is the option scale_factor of the",
+            "diffusion model. The file's metadata holds both values for latentvae:",
             "",
             *lines,
         ]
@@ -134,7 +136,7 @@ def _scale_text(net: Network) -> str:
 
 
 def _identities(net: Network) -> dict[str, Tensor]:
-    """Return 1 x 1 convolutions of moments (2 d) and latents (d) that change nothing."""
+    """Return identity convolutions (1 x 1) for moments (2 d channels) and latents (d channels)."""
     d, like = net.config["latent_channels"], {"dtype": net.dtype, "device": net.device}
     return {
         "quant_conv.weight": torch.eye(2 * d, **like)[:, :, None, None],
@@ -145,9 +147,9 @@ def _identities(net: Network) -> dict[str, Tensor]:
 
 
 def _why_not(net: Network) -> str:
-    """Return a clause that says what the original code has instead of this network, or ""."""
+    """Return how every network of the original code differs from this network, or ""."""
     if family_of(net).original_options(net) is None:
-        return f"it has a VQModel and an AutoencoderKL, no {type(net).__name__}"
+        return f"it has only VQModel and AutoencoderKL, no {type(net).__name__}"
 
     # Widths and groups
     config = net.config

@@ -5,7 +5,7 @@ and the stride in latent positions separately. So both strides agree only if a t
 are whole numbers of latent positions. Otherwise each tile is placed some pixels off, and the image
 gets another size.
 
-`h w` latent positions, `f` pixels on a side of one of them.
+`h w` latent positions, `f` downsampling factor.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from latentvae.models.tiling import tile_settings
 def fitting_sample_size(net: Network, side: int) -> int:
     """Return the smallest `sample_size` of at least `side` pixels whose tiles fit together.
 
-    A network whose class does not tile by `sample_size` gets `side`.
+    The result is `side` if the network's class does not derive tiles from `sample_size`.
 
     Args:
         side: longer side of the training images in pixels. The result is never smaller, so that a
@@ -37,10 +37,10 @@ def fitting_sample_size(net: Network, side: int) -> int:
 
 @torch.no_grad()
 def misfit_of_tiles(net: Network, *, f: int) -> str:
-    """Return how `enable_tiling()` changes sizes, in one sentence. Empty if tiles fit together.
+    """Return one sentence on how `enable_tiling()` changes sizes, or "" if tiles fit together.
 
-    A strip that is longer than one tile is encoded and decoded in the network's own tiles. A tile
-    in a wrong place moves the following tiles, so sizes are right only if all places are right.
+    The function encodes and decodes an image that is longer than one tile. A tile in a wrong place
+    moves the following tiles, so the sizes are right only if all tiles are in the right places.
 
     Args:
         net: network in eval mode. The network's tiling settings are restored.
@@ -50,7 +50,7 @@ def misfit_of_tiles(net: Network, *, f: int) -> str:
     if tiling is None:
         return ""
 
-    # a strip that is one tile and a half long, and a few positions wide
+    # an image that is one and a half tiles long, and a few latent positions wide
     multiple = max(family_of(net).side_multiple(net), f)
     width = (own_tile(net) * 3 // 2 // multiple + 1) * multiple
     channels = family_of(net).image_channels(net)

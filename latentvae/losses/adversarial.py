@@ -75,9 +75,9 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
     divided by the number of images per update.
 
     Args:
-        discriminator: the network without DDP's wrapper, which would prepare a reduction in its
-            forward pass. Add the penalty to the loss that went through DDP and call `backward`
-            once. Then the hook of each parameter runs once, with the sum of the gradients.
+        discriminator: the network without DDP's wrapper, because DDP would prepare another
+            reduction of gradients in this forward pass. Add the penalty to the loss that went
+            through DDP, and call `backward` once. Then DDP reduces the sum of both gradients.
         images: real images as the discriminator sees them, (B, C, H, W).
 
     Returns:

@@ -2,9 +2,9 @@
 
 Patches: Isola et al. 2017, arXiv:1611.07004. Whole images: Karras et al. 2020, arXiv:1912.04958.
 
-No discriminator has batch statistics. With them, the logits of real images would depend on the
-fakes in the batch and on the number of ranks, and the model's training step would change running
-averages.
+No discriminator has batch statistics. With batch statistics, the logits of real images would depend
+on the fakes in the batch and on the number of ranks. Also, the model's training step would change
+running averages of the discriminator.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from latentvae.errors import UserError, nearest
 
 PATCH_NORMS = ("group", "spectral", "none")
-_PATCH_LAYERS = 3  # patches of 70 pixels
+_PATCH_LAYERS = 3  # one logit per patch of 70 x 70 pixels
 _STYLEGAN_LAST_SIDE = 4  # side of the last feature map, which Karras et al. turn into one vector
 
 
@@ -93,7 +93,7 @@ class PatchGAN(nn.Module):
         layers.append(conv(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
 
-        # Weights are set before spectral norms, which would hide them.
+        # Set the weights before spectral norms are added, because a spectral norm replaces them.
         self.apply(_initialise)
         for layer in self.layers:
             if isinstance(layer, _SpectralConv2d):
@@ -240,12 +240,12 @@ Discriminator = PatchGAN | StyleGANDiscriminator
 
 @dataclass(frozen=True)
 class DiscriminatorKind:
-    """What a run must know about a kind of discriminator.
+    """A kind of discriminator, with its norms and sizes.
 
     Attributes:
-        build: its class, called with `in_channels`, `channels`, `num_layers`, and with `norm` if it
-            has norms.
-        norms: allowed values of `norm`, the default first. Empty if it has no norm.
+        build: the discriminator's class, called with `in_channels`, `channels`, `num_layers`, and
+            with `norm` if there is a choice of norms.
+        norms: allowed values of `norm`, the default first. Empty without a choice of norms.
         default_layers: returns the number of layers that halve the map, given the shorter side of
             the images in pixels.
         smallest_side: returns the smallest side of an image, in pixels, that gives a logit. The
@@ -290,7 +290,7 @@ def build_discriminator(
 
     Args:
         kind: a key of `DISCRIMINATORS`.
-        image_size: height and width of the smallest images it will see, in pixels.
+        image_size: height and width of the smallest images in training, in pixels.
         in_channels: image channels.
         channels: width of the first layer. The width doubles per layer, up to eightfold.
         num_layers: layers or blocks that halve the map. Default: 3 for "patch" (70 pixels), and
@@ -325,5 +325,5 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Return the smallest side of an image, in pixels, that gives at least one logit."""
+    """Return the smallest side of an image, in pixels, with which there is at least one logit."""
     return DISCRIMINATORS[kind].smallest_side(num_layers)

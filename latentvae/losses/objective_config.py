@@ -24,7 +24,7 @@ class PlacesKL(Mark):
 
 @dataclass(frozen=True)
 class KLTarget(Mark):
-    """Marks an option that moves the KL's weight until a target holds, by training an encoder."""
+    """Marks a target that the KL's weight is adjusted to. This works only if the encoder trains."""
 
 
 class ObjectiveConfig(Section):

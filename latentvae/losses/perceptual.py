@@ -1,7 +1,7 @@
 """LPIPS, the learned perceptual distance, with its true weights (https://arxiv.org/abs/1801.03924).
 
-The weights are never random. The network is built without values, every tensor must come from a
-file (see `lpips_weights`), and the distance of two fixed pictures is checked.
+The weights are never random. The network is built without values, and every tensor must come from a
+file (see `lpips_weights`). Then the distance of two fixed pictures must have its known value.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -48,7 +48,7 @@ def load_lpips(
     """
     if net not in MIN_SIZE:
         hint = nearest(net, MIN_SIZE)
-        raise UserError(f"The trunk of LPIPS must be 'vgg' or 'alex' (got '{net}'){hint}")
+        raise UserError(f"The backbone of LPIPS must be 'vgg' or 'alex' (got '{net}'){hint}")
 
     # network and weights
     path = find_trunk(net, weights=weights, allow_download=allow_download)
@@ -56,7 +56,7 @@ def load_lpips(
     try:
         model.load_state_dict(_all_tensors(model, path, net), strict=True, assign=True)
     except RuntimeError as error:
-        raise UserError(f"'{path}' does not fit the {net} trunk of LPIPS ({error}).") from error
+        raise UserError(f"'{path}' does not fit the {net} backbone of LPIPS ({error}).") from error
     _freeze(model.eval())
 
     # Channels are innermost, because the distances are norms over channels, and because bf16
@@ -199,7 +199,7 @@ def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
     if not math.isclose(distance, expected, rel_tol=1e-3):
         raise UserError(
             f"'{path}' has the right shapes, but does not hold the ImageNet weights of the {net} "
-            f"trunk: the distance of a test pair is {distance:.4f} instead of {expected:.4f}."
+            f"backbone: the distance of a test pair is {distance:.4f} instead of {expected:.4f}."
         )
 
 

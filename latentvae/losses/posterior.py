@@ -39,7 +39,7 @@ class ActiveUnits:
     Sums stay on the device. Only `count` makes a host sync.
 
     Args:
-        num_channels: d.
+        num_channels: number of latent channels d.
         device: where the latents are.
         saved: `state()` of an earlier window of this rank, to continue that window.
     """
@@ -64,7 +64,7 @@ class ActiveUnits:
     def count(self) -> int | None:
         """Return the number of active channels over all ranks, and empty the window.
 
-        All ranks must call it.
+        All ranks must call this method.
 
         Returns:
             0 to d. None if nothing was added, or if a value was not finite.

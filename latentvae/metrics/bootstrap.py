@@ -1,6 +1,6 @@
 """A mean over images and its confidence interval, in constant memory.
 
-The interval is that of the Poisson bootstrap. A resample does not draw n of n images. Instead, it
+The interval comes from the Poisson bootstrap. A resample does not draw n of n images. Instead, it
 gives each image a weight from Poisson(1), so images can come as a stream of unknown length.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
@@ -34,7 +34,7 @@ class Interval(TypedDict):
     infinite: int
 
 
-@lru_cache(maxsize=64)  # 1 MB, so that all metrics share the weights of a batch
+@lru_cache(maxsize=64)  # 1 MB. All metrics of an image use the same weights.
 def resample_weights(index: int) -> NDArray[np.float64]:
     """Return how often each resample drew the image of this index, (2000,), read-only.
 

@@ -29,7 +29,7 @@ class FrechetDistance:
         frechet.update(features(images), features(recon))  # (B, D) each
 
     Args:
-        dim: D.
+        dim: number of features D.
     """
 
     def __init__(self, dim: int) -> None:
@@ -55,7 +55,7 @@ class FrechetDistance:
         mean, other_mean = self._real.mean, self._recon.mean
         covariance, other = self._real.covariance(), self._recon.covariance()
         if torch.equal(mean, other_mean) and torch.equal(covariance, other):
-            return 0.0  # The formula would give a rounding error.
+            return 0.0  # The formula would give a small rounding error instead of 0.
         shift = (mean - other_mean).square().sum()
         spread = covariance.trace() + other.trace() - 2 * _trace_of_root(covariance, other)
         return max(0.0, (shift + spread).item())
@@ -119,7 +119,7 @@ class KernelDistance:
             raise ValueError(f"A kernel distance needs at least 2 images (got {n}).")
         x, y = torch.cat(self._real).double(), torch.cat(self._recon).double()
         if torch.equal(x, y):
-            return 0.0  # The formula would give a rounding error.
+            return 0.0  # The formula would give a small rounding error instead of 0.
         cross = _kernel(x, y)
         h = _kernel(x, x) + _kernel(y, y) - cross - cross.T  # (n, n)
         return ((h.sum() - h.trace()) / (n * (n - 1))).item()

@@ -109,7 +109,7 @@ def _contrast(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _halve(images: Tensor) -> Tensor:
-    """Return means of 2 x 2 pixels. Like the original, double the last line of an odd side."""
+    """Return means of 2 x 2 pixels. If a side is odd, repeat its last line, as in the original."""
     height, width = images.shape[2:]
     return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
 

@@ -1,4 +1,4 @@
-"""Health of latents: moments, information, dead and redundant channels, scale.
+"""Measure the health of latents: moments, information, dead and redundant channels, scale.
 
 Sums are in float64 and are combined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
 https://doi.org/10.2172/1028931). Active units are those of Burda et al. 2016
@@ -29,9 +29,9 @@ DEAD_RELATIVE_STD = 1e-3
 CONSTANT_STD = 1e-8
 # Warn if the std of the scaled latents differs from 1 by more than this.
 SCALE_TOLERANCE = 0.2
-# Warn if the mean of the scaled latents is more than so many standard deviations from 0.
+# Warn if the mean of the scaled latents is more than this number of standard deviations from 0.
 SHIFT_TOLERANCE = 0.25
-# Warn if one channel's std is more than so many times another's.
+# Warn if one channel's std is more than this many times the std of another channel.
 STD_RATIO = 4.0
 # Warn if two channels are correlated by more than this.
 HIGH_CORRELATION = 0.9
@@ -68,7 +68,7 @@ class _Information(TypedDict):
 
 
 class LatentReport(_Information):
-    """What `LatentHealth` measures. Lists are by channel.
+    """The results of `LatentHealth`. Lists have one value per channel.
 
     With a posterior, the moments are those of the posterior mean.
     """
@@ -95,7 +95,7 @@ class LatentHealth:
         health.result(scaling_factor=0.18215, shift_factor=None)["warnings"]
 
     Args:
-        num_channels: d.
+        num_channels: number of latent channels d.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -103,7 +103,7 @@ class LatentHealth:
         self._moments = RunningMoments(num_channels, covariance=True)  # over all positions
         zeros = torch.zeros(num_channels, dtype=torch.float64)
         self._sums = {
-            "third": zeros.clone(),  # powers about the mean
+            "third": zeros.clone(),  # sums of powers of the deviations from the mean
             "fourth": zeros.clone(),
             "minimum": zeros + math.inf,
             "maximum": zeros - math.inf,
@@ -137,7 +137,7 @@ class LatentHealth:
         if logvar is not None:
             self._add_posterior(rows, self._rows(logvar))
         self._posterior = logvar is not None
-        self._add_higher_moments(rows)  # this reads the lower moments from before the batch
+        self._add_higher_moments(rows)  # first, because it needs the moments without this batch
         self._moments.update(rows)
         self._images += len(mean)
 
@@ -152,8 +152,8 @@ class LatentHealth:
         """Return the report as plain, finite numbers.
 
         Args:
-            scaling_factor: from the model's config. None if the config has none. Then nothing is
-                compared.
+            scaling_factor: from the model's config. If it is None, the scale of the config is not
+                compared with the measured scale.
             shift_factor: from the config. None counts as 0, as in the pipelines.
             latents_mean: per channel, from the config. With `latents_std` it replaces the shift.
             latents_std: per channel, from the config. Pipelines ignore `latents_mean` or
@@ -223,7 +223,7 @@ class LatentHealth:
         self._sums["kl"] += 0.5 * (mean.square() + variance - 1 - logvar).sum(dim=0)
 
     def _add_higher_moments(self, rows: Tensor) -> None:
-        """Add third and fourth powers and the range. `a` is the past, `b` is the batch."""
+        """Add third and fourth powers and the range. `a` is earlier data, `b` is the batch."""
         sums, n = self._sums, self._moments.count + len(rows)
         a, b = self._moments.count / n, len(rows) / n
         center = rows.mean(dim=0)
@@ -237,7 +237,10 @@ class LatentHealth:
         sums["maximum"] = torch.maximum(sums["maximum"], rows.amax(dim=0))
 
     def _constant(self) -> Tensor:
-        """Return which channels are constant, (d,). Small variances can be rounding noise."""
+        """Return which channels are constant, (d,).
+
+        The variance is no proof, because rounding can make it slightly larger than 0.
+        """
         return self._sums["minimum"] == self._sums["maximum"]
 
     def _kurtosis(self) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""The same calls for every diffusers autoencoder of images, whatever its outputs are named.
+"""The same calls for every image autoencoder of diffusers.
 
     z = encode(net, images)                       # images (B, C, H, W) -> z (B, d, h, w)
     mean, logvar = encode_posterior(net, images)  # logvar is None without a posterior
@@ -105,7 +105,7 @@ def decode_indices(
 
 
 def measure_shape(net: Network) -> LatentShape:
-    """Return f and d, from the config of a known class, otherwise by encoding a grey image.
+    """Return f and d. They come from the config if the class is known, else from a test image.
 
     Raises:
         UserError: the network does not encode and decode images.

@@ -9,7 +9,7 @@ subclass, which overrides the methods that differ. A kind that can be trained is
 `models.trainable.TrainableFamily`.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
-`L` levels of codes, `D` code width, `f` pixels on a side of one latent position.
+`L` levels of codes, `D` code width, `f` downsampling factor.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,9 @@ class LatentShape:
     """The shape of an autoencoder's latents.
 
     Args:
-        f: pixels on a side of one latent position.
-        channels: d.
-        fixed_size: side in pixels of the only images that the network makes. None if the size of
-            its images follows from their latents.
+        f: downsampling factor, the pixels on a side of one latent position.
+        channels: number of latent channels d.
+        fixed_size: side in pixels, if the network can only make images of one size. Otherwise None.
     """
 
     f: int
@@ -53,10 +52,10 @@ class Codes:
 
     Args:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
-        number: K of each level.
-        levels: L, codes per position. A residual quantiser has more than 1.
-        codebooks: number of codebooks: 1 if all levels share one, otherwise L.
-        channels: D.
+        number: number of codes K of each level.
+        levels: number of codes per position L. A residual quantiser has more than 1.
+        codebooks: number of codebooks: 1 if all levels share a codebook, otherwise L.
+        channels: code width D.
     """
 
     kind: str
@@ -71,8 +70,8 @@ class Usage:
     """How to use an exported network, for its model card.
 
     Args:
-        snippet: Python that encodes and decodes with `vae`. A format string of `channels`, `kind`
-            (such as ", grey,") and `latents` (an expression that normalises `z`).
+        snippet: Python code that encodes and decodes with `vae`. It is a format string with the
+            fields `channels`, `kind` (such as ", grey,") and `latents` (code that normalises `z`).
         pipelines: a sentence about the pipelines that accept the network, with a space at its end,
             or empty.
         package: the package from which the network's class is imported.
@@ -87,9 +86,10 @@ class Family:
     """One kind of network. This base class relies only on a network's config and outputs.
 
     Attributes:
-        has_posterior: whether `encode` returns a distribution. None if only its output shows it.
-        scaled_by: the measure of latents whose inverse is the `scaling_factor` of the pipelines,
-            either standard deviation or root mean square.
+        has_posterior: whether `encode` returns a distribution. None if this is not known before a
+            call of `encode`.
+        scaled_by: says how pipelines define `scaling_factor`: as 1 / standard deviation ("std") or
+            1 / root mean square ("rms") of the latents.
     """
 
     has_posterior: ClassVar[bool | None] = None
@@ -144,7 +144,7 @@ class Family:
 
     @torch.no_grad()
     def latent_shape(self, net: Network) -> LatentShape:
-        """Return f and d, measured by encoding and decoding a grey image.
+        """Return the shape of the latents, measured by encoding and decoding a grey image.
 
         Raises:
             UserError: the network does not encode and decode images.
@@ -166,7 +166,7 @@ class Family:
         return LatentShape(f, z.shape[1], recon.shape[3] if fixed else None)
 
     def side_multiple(self, net: Network) -> int:
-        """Return the number of which image sides must be a multiple. 1 means any size."""
+        """Return the number that must divide the sides of images. 1 allows any size."""
         return 1
 
     def normalization(self, net: Network) -> LatentNormalization:
@@ -180,23 +180,23 @@ class Family:
     # Parts of the network.
 
     def latent_side(self, net: Network) -> Iterator[nn.Module]:
-        """Yield the parts that turn images into latents or tokens."""
+        """Yield the modules that turn images into latents or tokens."""
         for name in ("encoder", "quant_conv", "quantize"):
             if (part := getattr(net, name, None)) is not None:
                 yield part
 
     def latent_head(self, net: Network) -> nn.Module:
-        """Return the part whose output is moments (B, 2 d, h, w), latents or features."""
+        """Return the module whose output is moments (B, 2 d, h, w), latents or features."""
         module: Any = net
         return getattr(module, "quant_conv", None) or module.encoder
 
     def decoder(self, net: Network) -> nn.Module:
-        """Return the part that turns latents into images."""
+        """Return the module that turns latents into images."""
         module: Any = net
         return module.decoder
 
     def freeze_encoder(self, net: Network) -> None:
-        """Freeze every part that makes latents."""
+        """Freeze every module that turns images into latents or tokens."""
         for part in self.latent_side(net):
             part.requires_grad_(False)
 
@@ -241,10 +241,10 @@ class Family:
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
-        """Return the options of the original code's class, other than those of the network's shape.
+        """Return the options of the original code's class, except those of the network's shape.
 
-        The original code is that of arXiv:2012.09841 and arXiv:2112.10752. None if that code has no
-        such class.
+        The original code is the code of arXiv:2012.09841 and arXiv:2112.10752. The result is None
+        if this code has no such class.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""diffusers' networks that need their own family, and can be used and measured but not trained."""
+"""Families of diffusers' networks that latentvae can use and measure, but not train."""
 
 from dataclasses import replace
 

@@ -41,8 +41,8 @@ def load_network(
             `owner/name/folder` on the Hub.
         dtype: dtype of the weights. None is float32.
         family: model family of a single file, see `load_single_file`.
-        variant: variant of the weights in a folder, such as "fp16". None takes the plain weights,
-            or the only variant that is there.
+        variant: variant of the weights in a folder, such as "fp16". None loads the plain weights,
+            or the only variant that exists.
 
     Raises:
         UserError: the folder is missing, it holds no autoencoder, or its weights are damaged.
@@ -53,7 +53,7 @@ def load_network(
     if (file := Path(path)).is_file():
         if not _is_of_folder(file):
             single: Any = load_single_file(file, family=family)
-            # Not diffusers' own `to`: it warns of "modules that should be kept in float32: []".
+            # diffusers' own `to` would warn of "modules that should be kept in float32: []".
             nn.Module.to(single, dtype or torch.float32)
             return single
         path, variant = file.parent, variant_of(file.name)
@@ -72,13 +72,13 @@ def load_network(
 
 
 class _Source:
-    """A folder, here or on the Hub, with a network of a known class.
+    """A folder, on the disk or on the Hub, with a network of a known class.
 
     Args:
         cls: the network's class.
-        repository, subfolder: as diffusers takes them.
+        repository, subfolder: arguments of diffusers' `from_pretrained`.
         dtype: dtype of the weights.
-        path: as the user gave it, for messages.
+        path: the path that the user gave, for messages.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class _Source:
         self.dtype, self.path = dtype, path
 
     def load(self, variant: str | None) -> Any:
-        """Return the network with the weights of a variant. Refuse weights of another network."""
+        """Return the network with the weights of a variant. All weights must fit the network."""
         try:
             net, loading = self._from_pretrained(variant)
-        # Every type of error, because each class fails in its own way on a config of another class.
+        # Catch all types of errors, because each class fails in its own way on a wrong config.
         except Exception as error:
             if Path(self.repository).is_dir() or variant is not None:
                 raise self._error(error) from error
@@ -101,7 +101,7 @@ class _Source:
                 raise self._error(error) from error
             return self.load(choose_variant(names, None, path=self.path))
 
-        # Missing weights would stay random, so the network would not be the user's
+        # Missing weights would stay random, so raise an error
         problems = {name: keys for name, keys in loading.items() if keys and name in _PROBLEMS}
         if not problems:
             return net
@@ -125,7 +125,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Return the network from weights whose names have parts added by a training tool."""
+        """Load weights whose names contain additions of a training tool. Return the network."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -223,7 +223,8 @@ def _near(path: Path) -> str:
 def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
     where = "/".join(filter(None, (repository, subfolder)))
     try:
-        config: Any = AutoencoderKL.load_config(repository, subfolder=subfolder)  # of any class
+        # This method reads the config of any class.
+        config: Any = AutoencoderKL.load_config(repository, subfolder=subfolder)
         return config
     except (OSError, ValueError, TypeError, RecursionError) as error:
         if Path(repository).is_dir():

@@ -42,8 +42,8 @@ class Pretrained(Section):
     def _check_frozen(self) -> "Pretrained":
         if self.freeze_encoder and self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "freeze_encoder needs pretrained_model_name_or_path: a new encoder has learned "
-                "nothing that could be kept"
+                "freeze_encoder needs pretrained_model_name_or_path, because a new encoder has "
+                "learned nothing that could be kept"
             )
         return self
 
@@ -134,7 +134,7 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """The option of networks that a single file may hold, as for Stable Diffusion."""
+    """An option of networks that can be loaded from a single file, such as Stable Diffusion's."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,

@@ -1,7 +1,7 @@
 """The attributes and methods that all code may use on a network of any class.
 
-diffusers' autoencoders already have these attributes and methods. A part that only one kind has,
-such as a quantiser, is read by its family (`models.family`).
+diffusers' autoencoders already have these attributes and methods. Only a network's family
+(`models.family`) uses modules that other kinds of networks do not have, such as a quantiser.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """A `ModelMixin` with `ConfigMixin` and diffusers' two calls."""
+    """A `ModelMixin` with `ConfigMixin` and with diffusers' `encode` and `decode`."""
 
     training: bool
 

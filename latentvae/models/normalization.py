@@ -21,7 +21,7 @@ class LatentNormalization:
     """The map (z - mean) * scale, after folding `fold` x `fold` positions into channels.
 
     Args:
-        scaling_factor, shift_factor: as pipelines read them, for a report.
+        scaling_factor, shift_factor: values that pipelines read from the config, for reports.
         mean, scale: (C,) per channel of the folded latents, or (1,) for all channels.
         fold: number of positions on a side that become channels. 1 means no folding.
         applied: whether the network normalises by itself. Then scale is 1 and mean is 0.

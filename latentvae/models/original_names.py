@@ -1,8 +1,8 @@
 """The names that taming-transformers and latent diffusion (CompVis) give to the same networks.
 
-diffusers' networks are those of arXiv:2012.09841 and arXiv:2112.10752 with other names. The
-original code counts the decoder's levels from the other end, and stores the attention's matrices as
-1 x 1 convolutions.
+diffusers has the networks of arXiv:2012.09841 and arXiv:2112.10752, but gives their tensors other
+names. The original code counts the decoder's levels from the other end, and stores the matrices of
+attention layers as 1 x 1 convolutions.
 """
 
 import re

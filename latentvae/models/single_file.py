@@ -1,10 +1,10 @@
-"""One `.safetensors` file with an `AutoencoderKL` or a `VQModel`.
+"""Load an `AutoencoderKL` or a `VQModel` from one `.safetensors` file.
 
 The file is a complete checkpoint of the original code (CompVis, taming-transformers), or only its
 autoencoder. The tensors have CompVis' names, or diffusers' old or new names. The metadata of a file
-that `latentvae convert` wrote has the network's config. For other files, widths, blocks, attention
-and codes are read from the tensors. The tensors do not show two things. The number of groups in
-GroupNorm is assumed to be 32, and the family gives the scale of the latents.
+that `latentvae convert` wrote has the network's config. For other files, the tensors show widths,
+blocks, attention and codes. Two facts are not in the tensors. The number of groups in GroupNorm is
+assumed to be 32, and the model family (such as SDXL) gives the scale of the latents.
 """
 
 import json
@@ -41,8 +41,10 @@ _SCALES: dict[SingleFileKind, dict[str, Any]] = {
     "other": {"scaling_factor": 1.0, "shift_factor": 0.0, "sample_size": 256},
 }
 _CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
-_PREFIXES = ("first_stage_model.", "vae.", "")  # in a complete checkpoint, or only the autoencoder
-_MARKS: dict[str, SingleFileKind] = {  # other parts of a complete checkpoint
+# Prefixes of the autoencoder's tensors. "" is for a file with only the autoencoder.
+_PREFIXES = ("first_stage_model.", "vae.", "")
+# Prefixes of other tensors of a complete checkpoint, which show the model family.
+_MARKS: dict[str, SingleFileKind] = {
     "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
     "model.diffusion_model.joint_blocks.": "sd3",
@@ -106,12 +108,12 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
         else:
             cls, config = _CLASSES[file.config["_class_name"]], file.config
             _compare_scales(file, family)
-        with torch.device("meta"):  # no memory is used before the tensors fit
+        with torch.device("meta"):  # use no memory before it is known that the tensors fit
             net: Any = cls.from_config(config)
         weights = _fitting_weights(file, net)
     except UserError:
         raise
-    # Tensors are missing, unknown or have another shape. Metadata may hold anything.
+    # Tensors may be missing, unknown or of another shape. Metadata may hold anything.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         if isinstance(error, KeyError):
@@ -169,13 +171,15 @@ def _read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | No
         config = None
     if not isinstance(config, dict) or config.get("_class_name") not in _CLASSES:
         kinds = " or ".join(_CLASSES)
-        raise UserError(f"'{path}' has {CONFIG_KEY} in its metadata that is of no {kinds}")
+        raise UserError(
+            f"the {CONFIG_KEY} in the metadata of '{path}' is not the config of an {kinds}"
+        )
     check_depth(config, path)
     return config
 
 
 def _compare_scales(file: _File, family: SingleFileKind | None) -> None:
-    """Print a note if the file's own scale is not that of the family that the user named."""
+    """Print a note if the scale in the file differs from the scale of the user's family."""
     assert file.config is not None
     if family is None or file.config["_class_name"] != "AutoencoderKL":
         return
@@ -195,7 +199,7 @@ def _family(names: Sequence[str]) -> SingleFileKind | None:
 
 
 def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
-    """Return the network's weights. The file must have all of them, and no others."""
+    """Return the network's weights. The file must have all weights, and no other tensors."""
     if file.has_original_names:
         weights = from_original(file.tensors, net)
         levels = len(net.config["block_out_channels"])
@@ -255,8 +259,9 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         )
     if channels != _CHANNELS.get(family, channels):
         raise UserError(
-            f"'{file.path}' has {channels} latent channels, but those of the family '{family}' "
-            f"have {_CHANNELS[family]}. If it has no family, give 'other' (scaling_factor 1.0)."
+            f"'{file.path}' has {channels} latent channels, but autoencoders of the family "
+            f"'{family}' have {_CHANNELS[family]}. If the file belongs to no family, give 'other' "
+            "(scaling_factor 1.0)."
         )
     quantized = {
         "use_quant_conv": "quant_conv.weight" in tensors,
@@ -278,7 +283,9 @@ def _shape(file: _File) -> dict[str, Any]:
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
     if levels * layers > len(found):  # some blocks are missing, or a name has a huge number
-        raise UserError(f"'{path}' holds no autoencoder of this kind: some of its blocks are gone")
+        raise UserError(
+            f"'{path}' holds no autoencoder of this kind: some of its blocks are missing"
+        )
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
     _check_widths(widths, path)
 
@@ -312,8 +319,8 @@ def _blocks(name: str, levels: int, attention: set[int]) -> tuple[str, ...]:
 def _check_widths(widths: Sequence[int], path: Path) -> None:
     if any(width % _GROUPS for width in widths):
         raise UserError(
-            f"'{path}' has levels of {', '.join(map(str, widths))} channels, but those of these "
-            f"families are multiples of {_GROUPS}, the groups of their GroupNorm. A single file "
-            "does not say how many groups there are. Give a diffusers folder, whose config.json "
-            "does."
+            f"'{path}' has levels of {', '.join(map(str, widths))} channels. In a single file, "
+            f"they must be multiples of {_GROUPS}, because the file does not say how many groups "
+            f"GroupNorm has, and {_GROUPS} is assumed. Give a diffusers folder, whose config.json "
+            "says it."
         )

@@ -25,7 +25,7 @@ class Tiling:
 
     @property
     def step(self) -> int:
-        """Number of latent positions of which a tile's side must be a multiple.
+        """Number that must divide the side of a tile, in latent positions.
 
         With a share, diffusers rounds overlap and stride separately. Tiles whose overlap is not a
         whole number of latent positions would not fit together.

@@ -20,13 +20,13 @@ PROFILES = ("sd", "sd3", "sdxl")  # groups of pipelines, which read scale and sh
 
 
 class TrainableFamily(Family, ABC):
-    """A kind of network that `train` takes.
+    """A kind of network that latentvae can train.
 
     Attributes:
         network: class of the network.
-        options: class of the network's options in a run's config. Their `architecture` names the
-            family.
-        wrapper: class of the module that training prepares.
+        options: class of the network's options in a run's config. The option `architecture` names
+            the family.
+        wrapper: class of the module that wraps the network in training.
         profiles: groups of pipelines for which exports can be written.
         why_no_checkpointing: a clause that says why the network has no gradient checkpointing, or
             "".
@@ -53,19 +53,19 @@ class TrainableFamily(Family, ABC):
             image_channels: C.
             sample_size: side of the training images in pixels, from which diffusers takes its tile
                 size.
-            options: as `self.options(...).shape()` returns them.
+            options: the result of `self.options(...).shape()`.
         """
 
     @abstractmethod
     def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that a pretrained network's config decides."""
+        """Return the values of those options that the config of a pretrained network decides."""
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
         """Return a pretrained network as one of this family, or None if it is another kind.
 
         Args:
             net: the pretrained network.
-            options: options of `build`, for the parts that the pretrained network does not have.
+            options: options of `build`, for modules that the pretrained network does not have.
         """
         return net if type(net) is self.network else None
 
@@ -92,8 +92,8 @@ class TrainableFamily(Family, ABC):
 class DiscreteFamily(TrainableFamily):
     """A tokenizer, with its quantiser in `net.quantize`.
 
-    The export has a class of diffusers if one finds the same codes. Otherwise the export has the
-    tokenizer's own class.
+    If a class of diffusers finds the same codes, the export is a network of this class. Otherwise
+    it is a network of the tokenizer's own class.
     """
 
     has_posterior = False
@@ -122,7 +122,7 @@ class DiscreteFamily(TrainableFamily):
         return f"diffusers has no class for a {self.network.__name__}"
 
     def to_stock(self, net: Network, *, unit_range: bool = False) -> Any:
-        """Return the same tokenizer as a stock network. `why_not_stock` must be "".
+        """Return the same tokenizer as a network of diffusers. `why_not_stock` must return "".
 
         Args:
             net: float32, on the CPU.

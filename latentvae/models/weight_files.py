@@ -42,7 +42,7 @@ def names_of(repository: str, subfolder: str | None) -> list[str]:
     inside = f"{subfolder}/" if subfolder else ""
     try:
         files = list_repo_files(repository)
-    except Exception:  # the library has many errors for no connection and no access
+    except Exception:  # the library raises many types of errors without connection or access
         config = try_to_load_from_cache(repository, f"{inside}config.json")
         if not isinstance(config, str):
             return []
@@ -56,7 +56,7 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
 
     Args:
         names: names of the files in the folder.
-        variant: variant that the user asked for. None takes the plain weights, or the only variant.
+        variant: variant that the user asked for. None means plain weights, or the only variant.
         path: path of the folder, for messages.
 
     Raises:
@@ -88,9 +88,9 @@ def _why_none(names: Sequence[str]) -> str:
     """Return why none of the files with these names has weights that can be loaded."""
     if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
         return (
-            f"they are only in {pickles[0]}, which is refused because such a file can hold code. "
-            "If you trust it, load it once with diffusers (use_safetensors=False) and save it with "
-            "save_pretrained, which writes safetensors."
+            f"they are only in {pickles[0]}, which is not loaded because such a file can hold "
+            "code. If you trust the file, load it once with diffusers (use_safetensors=False), and "
+            "save it with save_pretrained, which writes safetensors."
         )
     if files := [name for name in names if name.endswith(".safetensors")]:
         return (

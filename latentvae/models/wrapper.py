@@ -1,4 +1,4 @@
-"""The module that training prepares and calls: a network and the parts that only training needs."""
+"""The module that training calls: a network with additions that only training needs."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class TrainingWrapper(nn.Module):
-    """A network with the parts that only training needs.
+    """A network with the additions that only training needs.
 
-    Each architecture adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
+    Each kind of network adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
         net: the autoencoder. The export saves it without the wrapper.
@@ -34,9 +34,9 @@ class TrainingWrapper(nn.Module):
 
 
 def keep_batch_statistics(net: nn.Module) -> None:
-    """Keep the statistics of a pretrained network's batch norms.
+    """Put the batch norms of a pretrained network in eval mode, so that they keep their statistics.
 
-    Statistics of small batches would differ between ranks.
+    The statistics of small batches would differ between ranks.
     """
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentvae.errors import UserError
 
-# Each key is a part of a name, between two dots or at its start.
+# Each key is a part of a tensor's name, at the start of the name or after a dot.
 _TOOLS = {
     "_orig_mod": "torch.compile",
     "module": "DistributedDataParallel",

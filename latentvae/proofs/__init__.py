@@ -1,1 +1,1 @@
-"""Proofs about a run: `preflight` checks its wiring, `verify_resume` checks its resume."""
+"""Test a user's run: `preflight` checks its first updates, `verify_resume` checks its resume."""

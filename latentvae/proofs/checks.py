@@ -15,7 +15,7 @@ COLUMNS = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that must hold.
+    """A condition that must hold, and what was found.
 
     Attributes:
         name: what is checked, such as `weights`. Names are unique in a report.
@@ -39,7 +39,7 @@ class Check:
 
 
 def wrapped(text: str, *, indent: int = 2) -> str:
-    """Return a text in lines of at most 80 columns. All but the first are indented.
+    """Return a text in lines of at most 80 characters. All lines but the first are indented.
 
     A path or an option that is longer than a line is not broken.
     """
@@ -53,7 +53,7 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check before any work that the report can be written to this path."""
+    """Check that the report can be written to this path."""
     if path is None:
         return
     if path.is_dir():

@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports, given as files or as their folders. Return them by the names to show."""
+    """Read reports, given as files or as their folders. Return the reports by names to show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -51,8 +51,8 @@ def _read(file: Path) -> Report:
 def differences(reports: Mapping[str, Report]) -> list[str]:
     """Return the differences that make the reports incomparable, one phrase for each.
 
-    Parts that one report lacks are ignored, such as VGG after `--quick`. So are versions, devices,
-    threads, sections, and the settings of codecs and bitstreams.
+    Parts that one report lacks are ignored, such as VGG after `--quick`. Differences of versions,
+    devices, threads, sections, codecs and bitstreams are ignored too.
     """
     facts = {name: _facts(report) for name, report in reports.items()}
     found = []
@@ -74,11 +74,12 @@ class _Row:
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
-    """Return a table with one row per model, and a table of paired differences from the first.
+    """Return a table of all models, and a table of paired differences from the first model.
 
     Args:
         paths: report.json files or their folders. One report with several models is enough.
-        force: also compare reports of other protocols or images, without paired differences.
+        force: also compare reports with different protocols or images. Then there are no paired
+            differences.
 
     Raises:
         UserError: there is no report, or protocols or images differ without `force`.
@@ -89,8 +90,8 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
     unlike = differences(reports)
     if unlike and not force:
         raise UserError(
-            f"these reports were not measured alike ({'; '.join(unlike)}). Measure them again "
-            "with the same options, or compare anyway with --force."
+            f"the protocols or images of these reports differ ({'; '.join(unlike)}). Measure again "
+            "with the same options and images, or compare anyway with --force."
         )
 
     # tables
@@ -105,11 +106,14 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
 
 
 def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
-    """Name rows by their models. Models of the same name also get the name of their report."""
+    """Return a row for each model, with the name to show.
+
+    If models of several reports have the same name, the name of the report is added.
+    """
     counts = Counter(model for report in reports.values() for model in report.models)
     rows = []
     for (name, report), path in zip(reports.items(), paths, strict=True):
-        # Beside a report with another file name, the table may be that of another evaluation.
+        # If the report has another file name, the table beside it may belong to another evaluation.
         folder = path if path.is_dir() else path.parent
         own_table = path.is_dir() or path.name == "report.json"
         values = read_values(folder) if own_table else {}
@@ -138,7 +142,7 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
 
 
 def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
-    """Return the rows with the best value. Raw rates and single rows have no best value."""
+    """Return the rows with the best value. There is none for raw rates or a single row."""
     if column == "raw bpp":
         return []
     found = {i: value for i, row in enumerate(rows) if (value := _number(row, part)) is not None}
@@ -180,7 +184,7 @@ def _differences_table(rows: Sequence[_Row]) -> Table | None:
     metrics = [metric for metric in metrics if any(key[1] == metric for key in found)]
     count = max(difference.images for difference in found.values())
     table = Table("model", *(IMAGE_COLUMNS[metric].heading for metric in metrics))
-    # As a `Text`, because brackets in a string would be markup.
+    # Use a `Text`, because rich reads brackets in a string as markup.
     table.title = Text(
         f"Difference from {printable(first.label)} on the same images ({count} images)"
     )
@@ -200,7 +204,7 @@ def _difference_cell(difference: Difference | None, digits: int) -> Text:
 
 
 def markdown(table: Table) -> str:
-    """Return the table in Markdown, numbers aligned to the right."""
+    """Return the table in Markdown. All columns but the first are aligned to the right."""
     headings = [str(column.header) for column in table.columns]
     cells = [[markdown_text(str(cell)) for cell in column.cells] for column in table.columns]
     rule = ["---", *["---:"] * (len(headings) - 1)]
@@ -211,9 +215,9 @@ def markdown(table: Table) -> str:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """Return the parts of a report that must be equal, by name.
+    """Return the parts of a report that must be equal for a comparison, by name.
 
-    Feature extractors are separate parts, because some reports have fewer of them.
+    Each feature extractor is a separate part, because some reports have fewer extractors.
     """
     facts = {key: value for key, value in report.protocol.items() if key not in INCIDENTAL}
     for part in ("lpips", "distribution"):
@@ -230,7 +234,7 @@ def _same_rates(reports: Sequence[Report]) -> bool:
 
 
 def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
-    """Return the heading and the report's key of each column with at least one value."""
+    """Return the columns that have at least one value: heading and key in the report."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
         column.heading: metric

@@ -1,8 +1,8 @@
 """Paired differences of two models on the same images, from per_image.csv.
 
 A metric differs much more between images than between models. So the intervals of two models may
-overlap, although one model is better on almost every image. The difference on each image says more.
-This module returns its mean with a 95 % interval (Poisson bootstrap over images).
+overlap, although one model is better on almost every image. This module computes the difference on
+each image, and returns its mean with a 95 % interval (Poisson bootstrap over images).
 """
 
 import csv
@@ -18,7 +18,7 @@ from latentvae.report.schema import IMAGE_COLUMNS
 from latentvae.text import spreadsheet_text
 
 NUM_RESAMPLES = 2000
-CHUNK = 1000  # images whose bootstrap weights are in memory together
+CHUNK = 1000  # number of images whose bootstrap weights are in memory at the same time
 
 Values = dict[str, float]
 """A metric's values by the names of the images."""

@@ -5,7 +5,7 @@ Means are over images. `bpp` is the size of real files in bits per pixel of the 
 latent. PSNR is in dB. Equal images have an infinite PSNR, which JSON writes as the string
 "Infinity".
 
-`report.schema.json` in this folder is its JSON Schema. `make schema` writes it.
+`report.schema.json` in this folder is the JSON Schema of report.json. `make schema` writes it.
 """
 
 import json
@@ -85,7 +85,8 @@ Metric = Literal["psnr", "lpips_alex"]
 class CurvePoint(_Part):
     """Means of bits per pixel and of a metric over the same `images` images.
 
-    These are the images on which every coder has a finite value of the metric at every setting.
+    An image counts only if every coder has a finite value of the metric at every setting. A coder
+    is a model or an image codec.
     """
 
     images: int = Field(ge=1)
@@ -94,15 +95,15 @@ class CurvePoint(_Part):
 
 
 class Point(_Part):
-    """One setting of a coder, with means over all images on which it could be measured.
+    """One setting of a coder (model or image codec), with means over all images with a value.
 
     `images` is the number of images in each mean. The numbers can differ, because an exact copy has
-    no finite PSNR and a small image has no LPIPS. `curves` has means over the same images for every
-    coder, by metric.
+    no finite PSNR and a small image has no LPIPS. `curves` has means by metric over images that are
+    the same for every coder.
 
-    The setting of a codec is `quality`, and that of a continuous latent is `noise_psnr`. Tokens
-    have no setting. `noise_psnr` is the PSNR in dB that would result if quantising the latent were
-    the only error.
+    The setting of a codec is `quality`. The setting of a continuous latent is `noise_psnr`, the
+    PSNR in dB that would result if quantising the latent were the only error. Tokens have no
+    setting.
     """
 
     bpp: float = Field(ge=0)
@@ -115,7 +116,7 @@ class Point(_Part):
 
 
 class Rate(_Part):
-    """Raw bits per pixel of the latent, and the points measured on real bitstreams, if any."""
+    """Raw bits per pixel of the latent. `points` has measurements of real bitstreams, if any."""
 
     raw_bpp: float = Field(ge=0)
     points: list[Point] = []
@@ -138,12 +139,12 @@ class Distribution(_Part):
 
 
 class ModelReport(_Part):
-    """All measurements of one model. `info` is the model's own description.
+    """All measurements of one model. `info` describes the model.
 
     `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate.
     The quality is chosen for each image.
 
-    A model that overflows has no metrics, and a warning says so.
+    If the values of a model overflow, there are no metrics, and a warning says so.
     """
 
     metrics: Metrics = Metrics()
@@ -159,10 +160,10 @@ class ModelReport(_Part):
 
 
 class BDRate(_Part):
-    """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer than JPEG.
+    """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer bits than JPEG.
 
     BD-rates are computed from the `curves` of points, see `metrics.rate`. A BD-rate is absent if
-    both curves do not overlap or have different images.
+    the two curves do not overlap, or if they are means over different images.
     """
 
     psnr: float | None = None

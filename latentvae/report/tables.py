@@ -30,9 +30,10 @@ def summary(report: Report) -> Group:
 
 
 def models_table(report: Report) -> Table:
-    """Return a table of each model's raw rate, and of its means with half their intervals' width.
+    """Return a table of each model's raw rate and metrics.
 
-    If a mean is over fewer images than the title says, their number is shown.
+    A metric is a mean, with half the width of its interval. If a mean is over fewer images than the
+    title says, the number of images is shown.
     """
     # columns
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
@@ -56,7 +57,7 @@ def models_table(report: Report) -> Table:
 
 
 def codecs_table(report: Report) -> Table:
-    """Return a table of each model's numbers, and below them those of codecs at its raw rate."""
+    """Return a table of each model's metrics, and of the codecs at the model's raw rate."""
     title = (
         "Codecs at each model's raw rate: each image at the lowest quality that reaches it, "
         "else at 100"
@@ -78,7 +79,7 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Return a table of all points of the coded latents, and of their bits relative to JPEG's."""
+    """Return a table of all points of the coded latents, and of their BD-rates."""
     title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
@@ -108,7 +109,7 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return a note in brackets: a mean's number of images, if not all, and of exact copies."""
+    """Return a note in brackets: how many images a mean has (if not all), and exact copies."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []
@@ -155,7 +156,7 @@ def _tiling(check: dict[str, Any] | None) -> str:
     tiles = (
         f"tiles of {check['tile']} px"
         if check["as_configured"]
-        else (f"tiles of {check['tile']} px, smaller than its own")
+        else (f"tiles of {check['tile']} px, smaller than the network's own")
     )
     return "\n".join(
         [

@@ -360,7 +360,7 @@ def test_more_codes_than_a_file_can_hold_have_no_bitstream(run: Any) -> None:
     assert found.rate.points == [] and found.tokens["raw_bits"] == 21
     assert found.rate.raw_bpp == pytest.approx(21 / 4, rel=0.05)
     (warning,) = [text for text in found.warnings if "bitstream" in text]
-    assert "at most 1,048,576 codes can be coded (the model has 2,097,152)" in warning
+    assert "at most 1,048,576 codes (the model has 2,097,152)" in warning
 
 
 def test_an_unreadable_image_is_named_and_left_out(run: Any, capfd: Any) -> None:

@@ -123,7 +123,7 @@ def test_an_overflow_is_named(net, images) -> None:
     ("peak", "warning"),
     [
         (2e4, "float16 is not safe: the output of decoder.first reaches 2e+04, less than a factor"),
-        (1.5e4, "float16 is not safe: the reconstructions are "),
+        (1.5e4, "float16 is not safe: the reconstructions have "),
     ],
 )
 def test_float16_is_unsafe_near_its_maximum_or_where_it_differs(peak, warning, images) -> None:
@@ -139,8 +139,11 @@ def test_a_costly_bfloat16_is_said(images) -> None:
     verdict = result["precision"]["bfloat16"]
     assert result["precision"]["float16"]["safe"]
     assert verdict["finite"] and not verdict["safe"]
-    cost = f"{verdict['psnr']:.1f} dB from float32's and {verdict['psnr_cost']:.2f} dB worse"
-    assert result["warnings"] == [f"bfloat16 is costly: the reconstructions are {cost}"]
+    against = f"have {verdict['psnr']:.1f} dB PSNR against those of float32"
+    cost = f"{verdict['psnr_cost']:.2f} dB less PSNR against the images"
+    assert result["warnings"] == [
+        f"bfloat16 loses quality: the reconstructions {against}, and {cost}"
+    ]
     assert verdict["psnr_cost"] > 0.1
 
 

@@ -134,7 +134,7 @@ def test_a_tie_is_counted_and_a_worse_code_is_refused(monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             take(code, patch)
             if fails:
-                with pytest.raises(RuntimeError, match="takes another code, further away by"):
+                with pytest.raises(RuntimeError, match="takes another code: the squared distances"):
                     compare(net, written, images, factor=1.0)
             else:
                 assert compare(net, written, images, factor=1.0) == (
@@ -197,7 +197,9 @@ def test_lookup_from_codebook(name: str, width: int, tmp_path: Path) -> None:
 
 
 def test_lookup_is_refused_where_there_is_no_vq_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"of VQModel, and this is not one: the quantiser fsq"):
+    with pytest.raises(
+        UserError, match=r"of VQModel, but this network cannot be one: the quantiser fsq"
+    ):
         export(tokenizer("fsq"), tmp_path / "export", lookup_from_codebook=True)
     model = {"architecture": "vq", "quantizer": {"type": "lfq", "num_bits": 18}}
     with pytest.raises(UserError, match=r"is none: its 262,144 codes are too many to list"):

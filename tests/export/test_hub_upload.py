@@ -88,7 +88,9 @@ def test_a_dead_port_is_one_sentence(
     hub: HubStandIn, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(UploadError, match=r"did not take it \(Connect.*hf upload") as refused:
+    with pytest.raises(
+        UploadError, match=r"its upload to the Hub failed \(Connect.*hf upload"
+    ) as refused:
         upload(export)
     assert "\n" not in str(refused.value)
     doubt = check_access("us/photos")

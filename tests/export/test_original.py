@@ -249,8 +249,8 @@ def test_the_scale_is_printed_kept_and_wins_over_the_family(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "metadata that is of no AutoencoderKL or VQModel"),
-        ('{"_class_name": "UNet2DModel"}', "of no AutoencoderKL or VQModel"),
+        ("{", "not the config of an AutoencoderKL or VQModel"),
+        ('{"_class_name": "UNet2DModel"}', "not the config of an AutoencoderKL or VQModel"),
         ('{"_class_name": "AutoencoderKL", "layers_per_block": 5000}', r"at most 1000 \(got 5000"),
         ('{"_class_name": "AutoencoderKL", "block_out_channels": [64]}', "has the shape"),
         ('{"_class_name": "VQModel", "block_out_channels": [32]}', "has the shape"),

@@ -119,5 +119,5 @@ def test_the_state_is_taken_over_whole_or_not_at_all() -> None:
     other.load_state_dict(target.state_dict())
     assert moved(other, 1.5) == moved(target, 1.5)
     for state in ({}, {"log_factor": 1.0}, {"log_factor": 1.0, "error": 0.0, "more": 0.0}):
-        with pytest.raises(ValueError, match="has log_factor and error"):
+        with pytest.raises(ValueError, match="must have log_factor and error"):
             other.load_state_dict(state)

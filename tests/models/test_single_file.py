@@ -211,7 +211,7 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     wrong = [
         (file_of(tmp_path / "headless.safetensors", headless), "sd", "encoder.conv_in.weight"),
         (alone, None, "sd, sdxl, sd3, flux"),
-        (alone, "flux", "4 latent channels, but those of the family 'flux' have 16"),
+        (alone, "flux", "4 latent channels, but autoencoders of the family 'flux' have 16"),
         (alone, "sdx", "did you mean 'sdxl'"),
         (file_of(tmp_path / "cut.safetensors", cut), "sd", "decoder.conv_out.bias"),
         (file_of(tmp_path / "unet.safetensors", {"a": torch.zeros(1)}), "sd", "no autoencoder"),

@@ -1,11 +1,11 @@
-"""The objective: everything that answers "what is my loss?".
+"""The objective: the model's loss as a weighted sum of named terms.
 
 The source is Rombach et al. 2022, arXiv:2112.10752, appendix G.
 
     nll = mean(rec + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
     loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
 
-Each term has a name, a weight and a policy:
+Each term has a name and a weight. Its policy says how the weight changes during training:
 
     term            weight                                  policy
     rec             1                                       constant
@@ -18,7 +18,7 @@ Each term has a name, a weight and a policy:
     objective.py            `Objective`: the terms, their weights and their sum
     loss_values.py          `Loss`: what the objective returns
     kl_forms.py             forms of the KL and its warm-up
-    kl_target.py            the controller that moves the KL's weight until a target holds
+    kl_target.py            the controller that moves the KL's weight to reach a target
     adversarial_weight.py   ramp and balance of the adversarial term
     build_objective.py      the objective of a configuration
 

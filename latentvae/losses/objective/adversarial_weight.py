@@ -27,19 +27,19 @@ class AdversarialWeight:
     cap_on_sums: bool = False
 
     def cap_at(self, elements: int) -> float:
-        """Return the largest ratio for images of so many elements (channels x height x width).
+        """Return the largest ratio for images with this number of ``elements`` (C x H x W).
 
-        Our pixel loss is a mean over elements. The ratio of a sum would be ``elements`` times as
-        large.
+        Our pixel loss is a mean over elements. If it were a sum, the ratio would be ``elements``
+        times as large.
         """
         return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight in update ``update`` (from 0), before the adaptive weight.
 
-        The weight is None before ``start``, when the discriminator is not used at all. From then on
-        the discriminator learns in every update. For `warmup_updates` it learns alone, and the
-        weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
+        The weight is None before ``start``, when the discriminator is not used at all. After
+        ``start``, the discriminator learns in every update. For `warmup_updates` it learns alone,
+        and the weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
         discriminator has little effect on the model.
         """
         if self.scale == 0 or update < start:

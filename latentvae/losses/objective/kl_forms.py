@@ -1,9 +1,9 @@
 """Forms of the KL in the loss (plain, free bits, capacity) and the warm-up of its weight.
 
-A form returns nats per image. A factor on the weight is a function of the update. Bits are per
-latent element, like the log's `latent/kl_bits_per_element`, so they do not depend on the
-resolution. Free bits and capacity are piecewise linear in the KL. The mean over all ranks decides
-which piece applies, so that two ranks give the result of one rank with the joined batch.
+A form returns nats per image. Options are in bits per latent element, like the logged value
+`latent/kl_bits_per_element`, so they do not depend on the resolution. Free bits and capacity are
+piecewise linear in the KL. The mean KL over all ranks decides which piece applies. So several ranks
+give the same result as one rank with the images of all ranks.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -35,7 +35,7 @@ class KLForm(Protocol):
 
 
 class KLFactor(Protocol):
-    """A factor on the KL's weight, as a function of the update."""
+    """A factor that multiplies the KL's weight, as a function of the update."""
 
     def __call__(self, update: int) -> float: ...
 
@@ -96,10 +96,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A weight that grows linearly from 0. With 0 updates it is constant.
+    """A weight that grows linearly from 0 to its full value.
 
     Args:
-        updates: updates until the full weight.
+        updates: number of updates until the full weight. With 0, the weight is constant.
     """
 
     updates: int = 0
@@ -109,7 +109,7 @@ class WarmUp:
 
 
 def kl_form(options: ObjectiveConfig) -> KLForm:
-    """Return the form that the options choose. They allow at most one of free bits and capacity."""
+    """Return the form that the options choose. Free bits and capacity exclude each other."""
     if options.free_bits:
         return FreeBits(options.free_bits)
     if options.kl_capacity:
@@ -159,11 +159,12 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
 
     Args:
         kl: (B,), nats per image.
-        bits: C now, in bits per latent element.
+        bits: capacity C in this update, in bits per latent element.
         elements: d * h * w.
 
     Returns:
-        Scalar, nats per image. Its mean over ranks is the value for the joined batch.
+        Scalar, nats per image. The mean of these scalars over ranks is the value for the images of
+        all ranks together.
     """
     target = bits * math.log(2.0) * elements
     local = kl.float().mean()

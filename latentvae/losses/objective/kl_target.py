@@ -1,14 +1,15 @@
-"""The controller that moves the KL's weight until a target holds.
+"""The controller that moves the KL's weight until the KL or the pixel loss reaches a target.
 
 Sources: GECO (Rezende and Viola 2018, arXiv:1810.00597) and ControlVAE (Shao et al. 2020,
 arXiv:2004.05988).
 
-    e = clip(log(bits / target), -1, 1)       log w += rate * e + damping * (e - last e)
-    e = clip(4 * log(target / error), -1, 1)  log w += rate * e
+    bits:   e = clip(log(bits / target), -1, 1)       log w += rate * e + damping * (e - last e)
+    error:  e = clip(4 * log(target / error), -1, 1)  log w += rate * e
 
-The weight is `kl_scale` times a factor w, which starts at 1. The bits per latent element, or the
-error of the reconstruction, are means over micro-steps and ranks. The units of both depend neither
-on the resolution nor on the channels. The error e is relative, so one rate fits all targets.
+The weight is `kl_scale` times a factor w, which starts at 1. The `bits` of the KL per latent
+element and the reconstruction `error` are means over micro-steps and ranks. Their units depend
+neither on the resolution nor on the channels. The error e is relative, so one rate fits all
+targets.
 
 A network reacts late to the weight, so the first term alone would make the bits oscillate around
 their target. The second term damps these oscillations. This is ControlVAE's proportional term,
@@ -30,7 +31,7 @@ from latentvae.losses.objective_config import KL_WEIGHTS, ObjectiveConfig
 
 
 class KLTarget:
-    """A factor on `kl_scale` that moves once per update.
+    """A factor on `kl_scale` that changes once per update.
 
     Args:
         target: the value to hold, in the unit of the value logged as `target_name`.
@@ -104,7 +105,7 @@ class KLTarget:
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
-                f"The state of a KL target has log_factor and error (got {sorted(state)})."
+                f"The state of a KL target must have log_factor and error (got {sorted(state)})."
             )
         self.log_factor, self.error = float(state["log_factor"]), float(state["error"])
 
@@ -128,7 +129,7 @@ class ErrorTarget(KLTarget):
 
 
 def kl_target(options: ObjectiveConfig) -> KLTarget | None:
-    """Return the controller of the options, or None if they have no target."""
+    """Return the controller for the target in the options, or None without a target."""
     for kind, target in ((BitsTarget, options.kl_target), (ErrorTarget, options.rec_target)):
         if target:
             return kind(target, kl_scale=options.kl_scale, rate=options.kl_target_rate)

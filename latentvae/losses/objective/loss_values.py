@@ -13,8 +13,8 @@ class Loss:
         total: sum of weight times value over the terms, a scalar with its graph.
         values: unweighted value of each term by log name, scalars with their graph.
         weights: weight of each term in this update, by the same names.
-        log: values for the log by log name, scalars without graph. Whatever form of the KL is in
-            the loss, the log has the plain KL.
+        log: values for the log by log name, scalars without graph. The log always has the plain
+            KL, also if the loss has another form of the KL.
     """
 
     total: Tensor

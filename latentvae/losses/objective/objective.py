@@ -38,10 +38,10 @@ class Objective(nn.Module):
         loss = objective(images, out, update=update)
         loss.total.backward()
 
-    The call returns the complete loss. A training step with a single pass through the decoder calls
-    the parts one by one. It calls `reconstruction` and `adversarial_value` on a detached
-    reconstruction. Then it calls `adversarial_part` for the current weight, and `latent` with its
-    graph.
+    The call returns the complete loss. A training step calls the parts one by one instead, so that
+    it needs only one backward pass through the decoder. It calls `reconstruction` and
+    `adversarial_value` on a detached reconstruction. Then it calls `adversarial_part` for the
+    current weight, and `latent`, whose result has a graph.
 
     Args:
         rec_loss: "l1" or "l2".
@@ -58,7 +58,7 @@ class Objective(nn.Module):
             float32.
 
     Attributes:
-        weights: constant weights by name of the term, before any policy.
+        weights: constant weights by name of the term, without schedules and targets.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Objective(nn.Module):
     ) -> Loss:
         """Return the complete loss with its graph, for one plain `.backward()`.
 
-        With an adversary, that backward pass also leaves gradients on the discriminator.
+        With an adversary, this backward pass also leaves gradients on the discriminator.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
-            out: the network's output for them.
-            update: number of updates done, which policies depend on.
-            adversary: adds the adversarial term.
+            out: the network's output for the images.
+            update: number of updates done. Schedules depend on this number.
+            adversary: the discriminator. None leaves out the adversarial term.
             last_layer: weight of the decoder's last layer. Only an adaptive adversarial weight
                 needs it.
             background: what LPIPS and the discriminator see behind transparent pixels. Both see RGB
@@ -219,13 +219,13 @@ class Objective(nn.Module):
 
         Args:
             value: the result of `adversarial_value`.
-            factor: weight by the ramp, see `AdversarialWeight.factor`.
+            factor: weight before the adaptive weight, see `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
             last_layer: weight of the layer that made ``recon``. The gradients are compared there.
             nll_grad, adversarial_grad: gradients of both losses at ``recon``.
 
         Raises:
-            ValueError: the weight is adaptive and there is no ``last_layer``.
+            ValueError: the weight is adaptive, but ``last_layer`` is None.
         """
         # adaptive weight
         balance = torch.ones((), device=recon.device)
@@ -253,7 +253,7 @@ class Objective(nn.Module):
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
         """Return the bottleneck's losses and the KL.
 
-        If there are none, the total is 0 and has no graph.
+        If the network has neither, the total is 0 and has no graph.
         """
         elements = images[0].numel()
         values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
@@ -283,8 +283,7 @@ class Objective(nn.Module):
     def only(self, *names: str) -> "Objective":
         """Return a copy in which only the terms ``names`` have a weight.
 
-        The copy has the weights before any policy, and the plain KL. It shares LPIPS with this
-        objective.
+        The copy has constant weights and the plain KL. It shares LPIPS with this objective.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
@@ -292,9 +291,9 @@ class Objective(nn.Module):
         return other
 
     def formula(self, *, rec: str, lpips: str) -> str:
-        """Return the sum in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
+        """Return the objective in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
 
-        The sum leaves out the adversarial term.
+        The adversarial term is left out.
 
         Args:
             rec, lpips: names of these two terms.

@@ -125,16 +125,16 @@ class AsymmetricTrainingWrapper(KLTrainingWrapper):
     """
 
     def decode(self, z: Tensor, images: Tensor) -> Tensor:
-        # A mask of ones hides the whole picture, as if no picture were given. But the pass then
-        # uses every weight, which DDP needs.
+        # DDP needs a forward pass that uses every weight. So the picture is always given, and a
+        # mask of ones hides it completely.
         return self.net.decode(z, image=images, mask=random_masks(images)).sample
 
 
 def random_masks(images: Tensor) -> Tensor:
     """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
 
-    About half of them are 1 everywhere. The others are 1 in a box, whose sides are between a
-    quarter and all of the image's sides. The masks are drawn from the global generator.
+    About half of the masks are 1 everywhere. The others are 1 in a box, whose sides are from a
+    quarter to the whole of the image's sides. The random numbers come from the global generator.
     """
     B, _, H, W = images.shape
     whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
@@ -147,13 +147,13 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(TrainableFamily):
-    """`AsymmetricAutoencoderKL`, new or with a pretrained `AutoencoderKL`'s encoder."""
+    """`AsymmetricAutoencoderKL`, either new or with the encoder of a pretrained `AutoencoderKL`."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig
     wrapper = AsymmetricTrainingWrapper
     has_posterior = True
-    why_no_checkpointing = "is not there for diffusers' AsymmetricAutoencoderKL"
+    why_no_checkpointing = "does not exist for diffusers' AsymmetricAutoencoderKL"
 
     def build(self, **options: Any) -> AsymmetricAutoencoderKL:
         return build_asymmetric_kl(**options)
@@ -179,7 +179,7 @@ class AsymmetricFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="Stable Diffusion's pipelines take it as `vae=`. ",
+            pipelines="Stable Diffusion's pipelines take this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",

@@ -5,8 +5,8 @@ The source is Esser et al. 2020, arXiv:2012.09841.
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
 H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 
-The parts have the names of those in diffusers' `VQModel`. `conv.stock_vq` converts each class into
-the other.
+The modules have the same names as in diffusers' `VQModel`. `conv.stock_vq` converts each of the two
+classes into the other.
 
 `B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
 """
@@ -59,9 +59,10 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         latent_channels: width between the encoder and `quant_conv`.
         attention_levels: levels (0 = full resolution) with self-attention.
         quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
-        likelihood: None or "logit_laplace", whose parameters (2 C maps) the decoder then returns.
+        likelihood: None, or "logit_laplace". Then the decoder returns the parameters of this
+            likelihood (2 C maps) instead of images.
         sample_size: side of the training images in pixels.
-        scaling_factor: 1 / std of the features, for diffusion models of these features.
+        scaling_factor: 1 / std of the features, for diffusion models that train on these features.
     """
 
     _supports_gradient_checkpointing = True
@@ -121,7 +122,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
             averages = getattr(part, "embed_sum", None)
             if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
                 averages.copy_(part.weight)  # each code counts as one vector
-            # The old averages of use belong to another window of `restart_threshold`.
+            # Start the averages of use anew, because they depend on `restart_threshold`.
             if (start_usage := getattr(part, "start_usage", None)) is not None:
                 part.usage.fill_(start_usage)
         self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
@@ -151,12 +152,12 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> TokenOutput:
-        """Return the indices of images (B, C, H, W) in [-1, 1]."""
+        """Return the code indices of images (B, C, H, W) in [-1, 1]."""
         return TokenOutput(indices=self.quantize(self.encode(images).latents).indices)
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Return the images of indices. The indices are integers of any type.
+        """Return the images of code indices. The indices are integers of any dtype.
 
         Raises:
             UserError: the indices are not integers in 0..K - 1.

@@ -80,7 +80,7 @@ def build_autoencoder_kl(
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
-    widths: Any = tuple(block_out_channels)  # diffusers types these as one-element tuples
+    widths: Any = tuple(block_out_channels)  # diffusers' type hints say one-element tuples
     down, up = block_types(len(widths), attention_levels)
 
     net = AutoencoderKL(
@@ -155,7 +155,7 @@ class KLFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="Any diffusers pipeline takes it as `vae=`. ",
+            pipelines="Any diffusers pipeline takes this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
 latents = {latents}

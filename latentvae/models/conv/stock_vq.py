@@ -1,6 +1,6 @@
 """diffusers' tokenizer `VQModel`, which MoVQ and aMUSEd also use.
 
-`VQModel` is converted to and from `DiscreteAutoencoder`, whose parts have the same names.
+This module converts `VQModel` to and from `DiscreteAutoencoder`, whose modules have the same names.
 
 `B` batch, `h w` latent positions, `K` codes, `D` code width.
 """
@@ -28,7 +28,7 @@ _SHARED = (
 
 
 class StockVQFamily(Family):
-    """`VQModel`, which takes the nearest code of a list.
+    """`VQModel`, whose quantiser chooses the nearest code from a list of codes.
 
     aMUSEd's model looks codes up by index (`lookup_from_codebook`). The pixels of that model are in
     [0, 1], because aMUSEd's pipeline does not normalise images (diffusers,
@@ -78,14 +78,14 @@ class StockVQFamily(Family):
 
 
 _PLAIN = Usage(
-    pipelines="LDMPipeline takes it as `vqvae=`. ",
+    pipelines="LDMPipeline takes this model as `vqvae=`. ",
     snippet="""\
 features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [-1, 1]
 z, _, (_, _, indices) = vae.quantize(features)  # row by row from the top left
 recon = vae.decode(z, force_not_quantize=True).sample""",
 )
 _AMUSED = Usage(
-    pipelines="aMUSEd's pipelines (AmusedPipeline and its kin) take it as `vqvae=`. ",
+    pipelines="aMUSEd's pipelines (such as AmusedPipeline) take this model as `vqvae=`. ",
     snippet="""\
 features = vae.encode(images).latents  # images (B, {channels}, H, W){kind} in [0, 1]
 indices = vae.quantize(features)[2][2].view(len(features), *features.shape[2:])
@@ -99,16 +99,16 @@ def _code_channels(net: Network) -> int:
 
 
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
-    """Return codes (B, D, h, w) of indices (B, h, w). `decode` would find the same codes."""
+    """Return codes (B, D, h, w) of indices (B, h, w). If quantised again, they do not change."""
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 
 
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
-    """Return a stock `VQModel` as the same network with this package's quantiser.
+    """Convert a stock `VQModel` to a `DiscreteAutoencoder`, which has this package's quantiser.
 
     Weights, codes and indices are the same. The quantiser adds its commitment and codebook losses.
-    Codes of length 1, as exports of l2-normalised quantisers have, stay on the unit sphere.
+    If all codes have length 1 (exports of l2-normalised quantisers), training keeps this length.
 
     Returns:
         None if `DiscreteAutoencoder` has no such blocks (spatial norms, another activation,
@@ -152,7 +152,7 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
     """Return a clause that says why no stock `VQModel` can be the same tokenizer, or "".
 
     Args:
-        quantizer, likelihood: as `DiscreteAutoencoder` takes them.
+        quantizer, likelihood: arguments of `DiscreteAutoencoder`.
     """
     if likelihood is not None:
         return f"its decoder gives the parameters of a {likelihood} likelihood"
@@ -164,8 +164,8 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Return the same tokenizer as a stock `VQModel`, with the same indices.
 
-    `why_no_vq_model` must be "". Codes on the unit sphere stay there: the nearest such code by
-    Euclidean distance is also the nearest by cosine, for features of any length.
+    `why_no_vq_model` must return "". Codes of length 1 keep this length. For such codes, the
+    nearest code by Euclidean distance is also the nearest by cosine, for features of any length.
 
     Args:
         net: float32, on the CPU.
@@ -200,7 +200,9 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 
 @torch.no_grad()
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
-    """Scale `stock`'s features in place to about the length of its codes, if all have one length.
+    """Scale the features of `stock` in place to about the length of its codes.
+
+    This is possible only if all codes have the same length. Otherwise the factor is 1.
 
     If the features are much longer than the codes, float32 distances lose the digits that
     distinguish codes. Scaling by a power of two causes no rounding.
@@ -208,7 +210,7 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     Args:
         net: the trained network.
         stock: the same network as a `VQModel`.
-        images: (B, C, H, W) in [-1, 1], to measure the features' length.
+        images: (B, C, H, W) in [-1, 1], to measure the length of the features.
 
     Returns:
         The factor, a power of two.
@@ -216,6 +218,7 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     lengths = stock.quantize.embedding.weight.norm(dim=1)
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
         return 1.0
+
     features = net.encode(images).latents
     length = features.norm(dim=1).mean().clamp(min=1e-6)  # 0 for a dead encoder
     factor = 2.0 ** round(math.log2(lengths[0] / length))
@@ -235,7 +238,7 @@ def _fold_unit_range(weights: dict[str, Tensor]) -> None:
 
 
 def _make_as_wide(weights: dict[str, Tensor]) -> int:
-    """Pad features, codes and the layers around them with zeros to one width, and return it."""
+    """Pad features, codes and the layers around them with zeros to one width. Return the width."""
     width = max(weights["quant_conv.weight"].shape[:2])
     for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]

@@ -121,10 +121,10 @@ class DCFamily(TrainableFamily):
     wrapper = DCTrainingWrapper
     has_posterior = False
     scaled_by = "rms"
-    why_no_checkpointing = "is not there for diffusers' AutoencoderDC"
+    why_no_checkpointing = "does not exist for diffusers' AutoencoderDC"
 
     def build(self, *, sample_size: int = 256, **options: Any) -> AutoencoderDC:
-        return build_autoencoder_dc(**options)  # its tiles do not depend on sample_size
+        return build_autoencoder_dc(**options)  # AutoencoderDC has no sample_size
 
     def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
         widths, blocks = config["encoder_block_out_channels"], config["encoder_block_types"]
@@ -147,7 +147,7 @@ class DCFamily(TrainableFamily):
 
     def usage(self, net: Network) -> Usage:
         return Usage(
-            pipelines="SANA's pipelines take it as `vae=`. ",
+            pipelines="SANA's pipelines take this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
 latents = z * vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""Check the wiring before a run, on the first updates of the user's own run."""
+"""Check a run before its start. The checks examine the first updates of the user's own run."""
 
 from latentvae.proofs.preflight.preflight import preflight
 

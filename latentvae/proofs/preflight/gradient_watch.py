@@ -1,4 +1,4 @@
-"""Use hooks to record which gradients reach which network, and in which precision it runs."""
+"""Use hooks to record which gradients reach which network, and the precision of convolutions."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ OWN_CALL = 2
 
 
 class Watch:
-    """Counts gradients that reach the wrong network, inside its context.
+    """A context manager that counts gradients that reach the wrong network.
 
     Attributes:
         discriminator_calls: forward passes of the discriminator.

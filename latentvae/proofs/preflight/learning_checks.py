@@ -1,4 +1,4 @@
-"""Check what the updates did to weights, averages and the discriminator, and the learning rate."""
+"""Check the learning rate, and what the updates did to weights, averages and the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -55,11 +55,11 @@ def updates(rehearsal: Rehearsal) -> Check:
 def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights move.
 
-    If the weights are cast to bf16, as by diffusers, the steps of a usual learning rate are rounded
-    away and the weights do not change.
+    If the weights are in bf16, rounding removes the steps of a usual learning rate, so the weights
+    do not change. A training script of diffusers casts the weights to bf16.
     """
-    # Take the second update. In the first update, a rounding of the initial weights would count as
-    # a step.
+    # Examine the second update. In the first update, rounding the initial weights would look like a
+    # step.
     seen = rehearsal.seen[1]
     moved, steps = [], []
 
@@ -165,7 +165,11 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
 
 
 def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) -> float:
-    """Return the learning rate that the options' help texts describe, for a learner that pauses."""
+    """Return the learning rate that the help texts of the options describe.
+
+    Args:
+        pause: updates in which the learner waits.
+    """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)
     own = update - sum(1 for waited in pause if waited < update)
@@ -236,7 +240,7 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
 
 
 def discriminator_start(rehearsal: Rehearsal) -> Check:
-    """Check that the discriminator learns after its start, and is not called before."""
+    """Check that the discriminator learns from its start on, and is not called earlier."""
     learned = [_changed(seen, "discriminator/") for seen in rehearsal.seen]
     called = [seen.discriminator_calls > 0 for seen in rehearsal.seen]
     expected = [i >= DISCRIMINATOR_START for i in range(UPDATES)]
@@ -278,8 +282,8 @@ def discriminator_ramp(rehearsal: Rehearsal) -> Check:
         name="discriminator-ramp",
         passed=found == expected,
         value=f"{found[0]}, then {found[1]}",
-        expected=f"its weight {expected[0]:g} at its start, {expected[1]:g} after {sum(ramp):,} "
-        "updates",
+        expected=f"the adversarial weight {expected[0]:g} at disc_start, {expected[1]:g} "
+        f"{sum(ramp):,} updates later",
         advice="Let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
         "from disc_start.",
     )
@@ -302,9 +306,9 @@ def discriminator_untouched(rehearsal: Rehearsal) -> Check:
         name="discriminator-untouched",
         passed=rehearsal.watch.on_discriminator == 0,
         value=rehearsal.watch.on_discriminator,
-        expected="0 gradients on the discriminator from the model's part",
+        expected="0 gradients on the discriminator from the model's loss",
         advice="Take the gradient only at the reconstruction (torch.autograd.grad), or freeze the "
-        "discriminator in the model's part.",
+        "discriminator while the model learns.",
     )
 
 
@@ -317,7 +321,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
         name="model-untouched",
         passed=rehearsal.watch.on_model == 0,
         value=rehearsal.watch.on_model,
-        expected="0 gradients on the model from the discriminator's part",
+        expected="0 gradients on the model from the discriminator's loss",
         advice="Detach the reconstructions that the discriminator learns from.",
     )
 

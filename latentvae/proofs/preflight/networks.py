@@ -1,4 +1,4 @@
-"""Check the networks other than the model: LPIPS, frozen parts, the discriminator."""
+"""Check LPIPS, a frozen encoder, and the discriminator."""
 
 import math
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def frozen(rehearsal: Rehearsal) -> Check:
         if any(_learns(part) for part in parts):
             faults.append("the encoder takes gradients")
         if task.base is not None and encoder_sha256(task.net) != task.base.encoder_sha256:
-            faults.append("the encoder is no longer the base's")
+            faults.append("the encoder differs from the pretrained encoder")
 
     # verdict
     kept = "LPIPS and the encoder" if task.config.model.freeze_encoder else "LPIPS"
@@ -88,8 +88,8 @@ def _learns(module: nn.Module) -> bool:
 def discriminator_separates(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator learns to tell images from reconstructions.
 
-    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The
-    discriminator is trained for some steps here. Afterwards its weights are restored.
+    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The check
+    trains the discriminator for some steps, and then restores its weights.
     """
     # the images that the discriminator learns from
     task = rehearsal.task

@@ -47,12 +47,12 @@ GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
 
 
 def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
-    """Check a run before it starts, and print a line for each check. All ranks call `preflight`.
+    """Check a run before it starts, and print a line for each check. All ranks must call this.
 
-    Nothing is read from or written to the run's own folder.
+    The preflight does not read or change the run's own folder.
 
     Args:
-        config: the run.
+        config: options of the run.
         json: file for the results of the checks.
 
     Returns:
@@ -67,7 +67,7 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 
 
 def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
-    """Make the checks and print them. Return the exit code on all ranks."""
+    """Make the checks and print their results. Return the exit code on all ranks."""
     show, checks = rehearsal.training.accelerator.print, []
     show(wrapped(_heading(rehearsal)), flush=True)
     show(f"  making {UPDATES} updates, then checking what they did", flush=True)
@@ -80,7 +80,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
 
 
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
-    """Build the run of the rehearsal. ``stack`` later removes its folder and ends its processes."""
+    """Build the short run that the checks examine. ``stack`` later removes its temporary folder."""
     config = checked(config)
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # there is no run at this path
     check_model_learns(config)
@@ -92,16 +92,16 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
     config = config.for_processes(accelerator.num_processes)
-    keep_freed_memory(accelerator.device)  # as `train` does, because time and memory are predicted
+    keep_freed_memory(accelerator.device)  # like `train`, so that time and memory are the same
     folder = _temporary(stack)
     training = build_training(task, folder=folder, accelerator=accelerator)
     return Rehearsal(asked=config, task=task, training=training, updates=Updates(training))
 
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
-    """Return the first process's temporary folder, for all processes.
+    """Return one temporary folder, which the first process makes and all processes use.
 
-    The folder is removed at the end, which all processes reach together.
+    The first process removes the folder when all processes have finished.
     """
     name = None
     if is_main():
@@ -120,7 +120,7 @@ def _heading(rehearsal: Rehearsal) -> str:
 
 
 def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks in their order. After a failed update nothing else can be judged."""
+    """Yield the checks in order. After an update that fails, yield no further checks."""
     try:
         rehearsal.rehearse()
     except torch.cuda.OutOfMemoryError as error:

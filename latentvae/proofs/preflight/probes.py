@@ -1,4 +1,4 @@
-"""Make a micro-step in which only some loss terms count, and measure which parts get gradients.
+"""Make a micro-step in which only some loss terms have a weight, and measure the gradients.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
 """
@@ -26,12 +26,12 @@ class Probe:
 
     Attributes:
         images: (B, C, H, W), on the CPU.
-        out: what the wrapper returned for the images.
-        logged: what the micro-step logs.
+        out: the training wrapper's output for the images.
+        logged: values that the micro-step logs.
         at_recon: gradient of the loss at the reconstruction.
         latent: the encoder's last output: moments (B, 2 d, h, w) or features.
         at_latent: gradient at `latent`, or None if there was none.
-        encoder, decoder, codes: norms of the gradients of these parts' parameters.
+        encoder, decoder, codes: norms of the gradients of the parameters in these modules.
     """
 
     images: Tensor
@@ -50,7 +50,7 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
     Args:
         rehearsal: the rehearsed run.
-        names: the loss terms that count. All other terms have weight 0.
+        names: loss terms that keep their weight. All other terms have weight 0.
     """
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
@@ -63,7 +63,7 @@ def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tens
     Args:
         rehearsal: the rehearsed run.
         parts: the images of each micro-step.
-        names: the terms that count.
+        names: loss terms that keep their weight. All other terms have weight 0.
     """
     config = rehearsal.task.config.model_copy(deep=True)
     config.run.deterministic_posterior = True
@@ -88,9 +88,9 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Use another configuration in this context, and an objective in which only ``names`` count.
+    """Use another configuration in this context, and an objective with only the terms ``names``.
 
-    The discriminator is left out. All gradients are cleared before and after.
+    There is no adversarial term. All gradients are cleared before and after.
     """
     task = rehearsal.task
     kept = task.config, task.objective

@@ -35,8 +35,8 @@ def equal(rehearsal: Rehearsal) -> Check:
 def batches(rehearsal: Rehearsal) -> Check:
     """Check that no batch is used twice, in any process.
 
-    If the images are not divided among the processes, all processes read the same images, and all
-    but one are useless.
+    If the images are not divided among the processes, all processes read the same images. Then only
+    one process does useful work.
     """
     ranks = gather_objects([digest for digest, _, _ in rehearsal.batches])
     digests = [digest for rank in ranks for digest in rank]

@@ -1,7 +1,7 @@
-"""Rehearse a run: make a few updates of the run and watch them.
+"""Rehearse a run: make its first updates, and record what they do.
 
-Model, images, precision and processes are the user's own. The folder is temporary, and the
-discriminator starts at once.
+The model, images, precision and number of processes are those of the user's run. The folder is
+temporary, and the discriminator starts after two updates.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR, MODEL
 
-UPDATES = 4  # two of the model alone, two with the discriminator
+UPDATES = 4  # two without the discriminator, two with it
 DISCRIMINATOR_START = 2  # counted from 0
 WATCHED_TENSORS = 12  # about this number per network is copied before and after each update
 
@@ -37,10 +37,10 @@ class Seen:
 
     Attributes:
         result: what `Updates.make` returned.
-        seconds: time of the update, with its images.
+        seconds: time of the update, with the loading of its images.
         rates: learning rates of the model's and the discriminator's optimizers.
-        before, after: some tensors on the CPU, by names that start with `model/`, `discriminator/`
-            or `ema/`.
+        before, after: some tensors before and after the update, on the CPU. Their names start with
+            `model/`, `discriminator/` or `ema/`.
         moments: AdamW's first moments of the same weights, after the update.
         discriminator_calls: forward passes of the discriminator.
     """
@@ -56,19 +56,19 @@ class Seen:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """The data that the checks examine.
+    """A rehearsed run, with everything that the checks examine.
 
     Attributes:
         asked: the configuration of the user's run.
         task: the task of the rehearsed run.
-        training: what the engine adds to the task. The folder is temporary.
+        training: the state of the training (see `engine`). The run's folder is temporary.
         updates: makes the updates of the run.
         seen: the updates that were made.
         watch: the gradients and types that were observed during these updates.
-        batches: digest and range of each micro-step's images, of this rank.
+        batches: sha256, minimum and maximum of the images of each micro-step on this rank.
         images: two images of the first batch, (2, C, H, W). A single image comes with its mirror
             image.
-        source: the batches after the used batches.
+        source: the batches that follow the batches used so far.
         peak_memory: peak memory use in bytes.
         save_seconds, checkpoint_bytes: measured time and size of a checkpoint.
         validation_seconds: measured time of a validation, per image.
@@ -135,7 +135,7 @@ class Rehearsal:
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
     """Return the user's configuration for a few updates in another folder.
 
-    The short run has the full learning rate and the discriminator from the start, and no trackers.
+    The short run has the full learning rate from the start, an early discriminator and no trackers.
     """
     copy = config.model_copy(deep=True)
     copy.run.output_dir = str(folder)
@@ -148,7 +148,7 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def watched_tensors(training: Training) -> dict[str, Tensor]:
-    """Return copies of some weights of each kind, evenly spread, on the CPU."""
+    """Return copies of some weights of model, discriminator and average, on the CPU."""
     found: dict[str, Tensor] = {}
     for kind, learner in training.task.learners.items():
         some = _some(trained(learner.module))
@@ -167,9 +167,10 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return some tensors: split them in the network's order and take the largest of each part.
+    """Return about `WATCHED_TENSORS` of the tensors, spread over the network.
 
-    Codes are left out, because restarted codes jump.
+    The tensors are split into groups in the network's order. The result has the largest tensor of
+    each group. Codes are left out, because a restarted code changes completely.
     """
     items = [item for item in tensors.items() if not item[0].startswith("net.quantize.")]
     step = max(len(items) // WATCHED_TENSORS, 1)
@@ -196,7 +197,7 @@ def fingerprints(training: Training) -> dict[str, str]:
 
 
 def align(training: Training) -> None:
-    """Give all ranks the state of the first one. Another check reports whether they differ."""
+    """Give all ranks the state of the first rank. Another check reports whether ranks differ."""
     device = training.accelerator.device.type
     tensors = [value for group in _state(training).values() for value in group.values()]
     send_from_main(value for value in tensors if value.device.type == device)
@@ -236,7 +237,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the peak of memory so far in bytes, of the GPU or of this process."""
+    """Return the peak memory use so far in bytes, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -24,7 +24,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def duration(rehearsal: Rehearsal) -> Check:
-    """Report the time of the complete run. A long time is good to know, but no fault."""
+    """Report the predicted time of the complete run. A long time is not a failure."""
     # updates
     asked, total = rehearsal.asked, rehearsal.asked.run.max_train_steps
     alone, both = (
@@ -60,9 +60,9 @@ def _seconds(seen: list[Seen]) -> float:
 
 
 def memory(rehearsal: Rehearsal) -> Check:
-    """Check that the batch fits with room to spare.
+    """Check that the batch fits into memory with a margin.
 
-    A batch that only just fits fails when another process or a larger bucket needs more.
+    Without a margin, the run fails when another process or a larger bucket needs more memory.
     """
     device = rehearsal.training.accelerator.device
     if device.type == "cuda":

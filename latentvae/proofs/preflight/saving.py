@@ -1,4 +1,4 @@
-"""Check what happens between updates: a checkpoint saved and restored, and a validation."""
+"""Check the work between updates: validation, and saving and restoring a checkpoint."""
 
 import math
 import time
@@ -67,7 +67,7 @@ def image_range(rehearsal: Rehearsal) -> Check:
     inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
     return Check(
         name="image-range",
-        # A set of bright pictures may lack negative values, but then the other set lacks them too.
+        # Bright pictures may have no negative values, but then both sets have none.
         passed=inside and (train[0] < 0) == (shown[0] < 0),
         value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
         "validation",
@@ -108,10 +108,9 @@ def validation(rehearsal: Rehearsal) -> Check:
 
 
 def checkpoint(rehearsal: Rehearsal) -> Check:
-    """Check that a restored checkpoint repeats the next update.
+    """Check that the next update is the same after a checkpoint is restored.
 
-    If anything is not restored (an optimizer, the average, the order of the images), that update
-    changes.
+    The update differs if anything is not restored, such as an optimizer or the order of the images.
     """
     # save, then the next update
     training = rehearsal.training
@@ -168,7 +167,7 @@ def _save(rehearsal: Rehearsal) -> Path:
 def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float]:
     """Make one more update and return what it logs."""
     for learner in training.task.learners.values():
-        learner.module.zero_grad()  # left-over gradients have their own check
+        learner.module.zero_grad()  # another check reports left-over gradients
     result = Updates(training).make(source)
     return {
         f"{name} {i}": value.float().item()
@@ -180,7 +179,7 @@ def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float
 def _differences(
     expected: dict[str, float], found: dict[str, float], rehearsal: Rehearsal
 ) -> list[str]:
-    """Return the names of values that differ in any bit, or of losses beyond the tolerance."""
+    """Return the names of values that differ. On GPUs, only losses beyond the tolerance count."""
     if _to_the_bit(rehearsal):
         names = [name for name in expected if found.get(name) != expected[name]]
     else:

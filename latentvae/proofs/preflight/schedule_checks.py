@@ -1,7 +1,7 @@
 """Check that everything in the run's schedule happens before the end of the run.
 
-These checks ask the trainer itself about updates of the complete run, which the rehearsal does not
-reach.
+The rehearsal does not reach the late updates of the run. So these checks ask the trainer's own code
+for the schedule of the complete run.
 """
 
 import contextlib

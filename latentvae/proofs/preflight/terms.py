@@ -1,4 +1,4 @@
-"""Check the loss: each term has its documented size and trains the parts that it should.
+"""Check that each loss term has its documented size and trains the right modules.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes.
 """
@@ -14,8 +14,8 @@ from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 
 FLOAT32, BF16 = 1e-3, 3e-2  # largest relative errors that each precision explains
-# Relative difference of gradients that counts as equal, because a code or two may flip. If two
-# gradients were added and not averaged, this difference would be 1.
+# Largest relative difference of gradients that counts as equal, because rounding may change one or
+# two codes. If two gradients were added and not averaged, the difference would be 1.
 SAME = 0.1
 
 
@@ -168,7 +168,7 @@ def _reduction(
     slope: Tensor,
     stated: str,
 ) -> Check:
-    """Check that the logged value and the size of the gradient equal those recomputed here.
+    """Check the logged value and the size of the gradient against values recomputed here.
 
     Another check reports a missing gradient.
     """
@@ -203,7 +203,7 @@ def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
 def commitment(found: Probe) -> Check:
     """Check that the commitment loss moves the features and not the codes.
 
-    With beta on the wrong term, the commitment loss would move the codes.
+    If commitment_weight multiplied the wrong term, the commitment loss would move the codes.
     """
     return Check(
         name="commitment",
@@ -237,8 +237,8 @@ def accumulation(rehearsal: Rehearsal) -> Check:
 
     Without the division the effective learning rate would change.
     """
-    # Leave out LPIPS, because rounding changes which pixel its maxima take. Leave out the entropy
-    # of a batch, because it is not a mean over its images.
+    # Leave out LPIPS, because rounding changes which pixel its max-pooling chooses. Leave out the
+    # entropy of a batch, because it is not a mean over the images.
     terms = rehearsal.task.objective.weights.keys() - {"lpips", "batch_entropy"}
     images = rehearsal.images
     joined = gradients_of(rehearsal, [images], *terms)
@@ -248,8 +248,8 @@ def accumulation(rehearsal: Rehearsal) -> Check:
         name="accumulation",
         passed=error <= SAME,
         value=error,
-        expected="a relative difference near 0 between two micro-steps of one image and both at "
-        "once",
+        expected="a relative difference near 0 between two micro-steps of one image and one of "
+        "both images",
         advice="Divide each micro-step's loss by gradient_accumulation_steps, and keep no state "
         "between micro-steps.",
     )

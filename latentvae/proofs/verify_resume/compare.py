@@ -16,7 +16,8 @@ from latentvae.engine.log import read_rows
 from latentvae.proofs.checks import Check
 
 NOISE = 10.0  # allowed multiple of the difference between two uninterrupted runs
-LEAST = 1e-3  # always allowed share of the norm, because two uninterrupted runs may agree by chance
+# Share of the norm that may always differ, because two uninterrupted runs may be equal by chance.
+LEAST = 1e-3
 ADVICE = (
     "Do not rely on resuming this configuration. If images, versions and threads did not change "
     "between the launches, this is a bug of latentvae: report it with both runs."
@@ -28,8 +29,8 @@ class Results:
     """The results of a finished run.
 
     Attributes:
-        tensors: tensors by group and name, of a checkpoint and of the export. Each group is one
-            check.
+        tensors: tensors of the last checkpoint and of the export, by group and name. Each group has
+            its own check.
         values: plain values, such as counters, sums since the last row of the log, and names of bad
             images.
         rows: rows of the log, without times and memory.
@@ -44,9 +45,9 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
     """Read the last checkpoint, the log and the export of a run.
 
     Args:
-        folder: the run.
+        folder: the run's folder.
         update: the update of the run's last checkpoint.
-        parts: maps names to prefixes of weights that are compared separately.
+        parts: groups of weights with a check of their own: name of the group and prefix of weights.
     """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -60,7 +61,7 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
     # export and plain values
     tensors["export"] = _exported(folder / "export")
     scalars = dict(snapshot.values)
-    # Controllers are compared as tensors, because rounding changes them as it changes losses.
+    # Compare floats (such as a KL weight) as tensors, because rounding changes them like losses.
     if control := dict(_floats(scalars["task"])):
         tensors["controllers"] = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in control.items()
@@ -113,9 +114,9 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
     Args:
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
-        again: results of a second run that was never killed. Give this run if equality to the bit
-            is not promised. Then `NOISE` times the difference between the two uninterrupted runs is
-            allowed.
+        again: results of a second run that was never killed. Needed if bitwise equality is not
+            promised. Then the killed run may differ by `NOISE` times the difference between the
+            two uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -174,9 +175,9 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """Check that the counters are equal, and thus the position and randomness of the data.
+    """Check that the counters are equal.
 
-    Random numbers are computed from the position, so no generator has a state that could differ.
+    Equal counters mean equal data and equal random numbers, because both follow from the counters.
     """
     unequal = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
     return Check(
@@ -224,7 +225,7 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Return the largest distance between two curves of one loss."""
+    """Return the largest distance between the curves of the same loss in two logs."""
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

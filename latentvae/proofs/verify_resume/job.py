@@ -1,4 +1,4 @@
-"""The short form of a user's run, and its launches, without kills or with kills and resumes."""
+"""Shorten a user's run, and launch the short run with or without kills."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
-    """Return a run of a few updates, with everything that can go wrong in the user's run.
+    """Return the options of a run of a few updates, with everything that a resume may break.
 
     The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
     """
@@ -50,7 +50,7 @@ def shortened(task: type[Task], config: Any, *, updates: int, processes: int) ->
 
 
 def on_cpu() -> bool:
-    """Return whether launches train on the CPU, by the rules of Accelerate."""
+    """Return whether Accelerate will train on the CPU."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return forced or not torch.accelerator.is_available()
 
@@ -60,12 +60,12 @@ class Job:
     """The short run and what its launches did.
 
     Attributes:
-        task: the short run, opened.
-        work: folder of the runs, of their output, and of their `config.yaml`.
+        task: the task of the short run. Its `open` has been called.
+        work: folder that holds the runs, their output and their `config.yaml`.
         processes: number of processes of each launch.
         seconds: time after which a launch counts as hung.
-        starts: the number of updates done when each launch of the killed run began.
-        hits: what the run was doing at each kill.
+        starts: for each launch of the killed run, the number of updates done at its start.
+        hits: for each kill, what the run was doing.
     """
 
     task: Task
@@ -109,7 +109,7 @@ class Job:
             for kill in kills:
                 ended = self._once(kill, pace)
                 if ended or is_exported(self.task, self.work / "killed", update=total):
-                    break  # after the export nothing is left to kill
+                    break  # the run has ended, so no further kill is possible
             ended = ended or self._once(None, pace)
         except Hung:
             ended = f"launch {len(self.starts)} did not end within {self.seconds:g} s"
@@ -130,7 +130,8 @@ class Job:
                 name="resumes",
                 passed=done,
                 value=f"launches began after {starts} updates" if done else ended,
-                expected="each resumes from the newest whole checkpoint, the last one to the end",
+                expected="each launch resumes from the newest complete checkpoint, the last one "
+                "finishes the run",
                 advice=f"The output of the launches is in {self.work}.",
             ),
             self._leftovers(),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from latentvae.proofs.verify_resume.launch import Launch, Pace
 
 AFTER_LAST = "the work after the last update"
-# After the last update, the training still works for this share of the remaining time. Then only
-# the launcher has to end.
+# Share of the time after the last update in which the training still works. In the rest of this
+# time, only the launcher is still running.
 TRAINING_SHARE = 0.5
 
 
@@ -19,7 +19,7 @@ class Kill:
     Attributes:
         update: the update (from 1) during which to kill, or during whose save to kill. The number
             of updates plus one stands for the work after the last update.
-        save: whether to kill during the save after that update.
+        save: whether to kill during the save after the update.
         share: share of the update or the save that passes before the kill, from 0 to 1.
     """
 
@@ -29,7 +29,7 @@ class Kill:
 
 
 def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[Kill]:
-    """Return kills spread over a run, in order of time. Every second kill is in a save."""
+    """Return kills spread over a run, in order of time. Every second kill is during a save."""
     draw = random.Random(seed)
     kills = []
     for i in range(count):
@@ -40,10 +40,9 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 
 
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
-    """Wait for the moment and kill. Return what was hit, or "" if the training had already ended.
+    """Kill a launch at the planned moment. Return what was interrupted, or "" if it had ended.
 
-    If the moment lies before the checkpoint from which the launch resumes, the next update or save
-    is used.
+    If the launch resumes from a later checkpoint, the kill is in its first update or save.
     """
     # find the moment
     update = max(kill.update, resumed_at + 1)
@@ -66,7 +65,7 @@ def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace
     time.sleep(kill.share * seconds)
     launch.kill(family)
 
-    # what was hit
+    # what was interrupted
     if launch.process.returncode >= 0:  # the training had already ended
         return ""
     done = launch.updates() or 0

@@ -91,7 +91,7 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | cpu,
-                start_new_session=True,  # Ctrl-C reaches only this command, which then kills
+                start_new_session=True,  # Ctrl-C reaches only this command, which kills the launch
             )
         self._deadline = time.monotonic() + seconds
 
@@ -99,7 +99,7 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill all processes of a training that still runs, whatever happened."""
+        """Kill all processes if the training still runs, also after an exception."""
         if self.running:
             self.kill()
 
@@ -118,10 +118,10 @@ class Launch:
         return bool(self._temporary() - self._old_saves)
 
     def wait_for(self, event: Callable[[], bool]) -> bool:
-        """Return whether an event came before the end of the training.
+        """Wait for an event. Return False if the training ends before the event.
 
         Raises:
-            Hung: neither the event nor the end came in time. The training was killed.
+            Hung: the time is over before the event and before the end. The training was killed.
         """
         while self.running:
             if event():
@@ -143,7 +143,7 @@ class Launch:
         """Send SIGKILL to all processes at once.
 
         Args:
-            known: processes that are stopped before the search for others.
+            known: processes to stop first, before the search for other processes.
         """
         _send(known or [], signal.SIGSTOP)
         family = self.family()

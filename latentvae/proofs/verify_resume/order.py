@@ -1,4 +1,4 @@
-"""Check the order of the items after each resume, which no saved tensor shows."""
+"""Check the order of the data after each resume. No saved tensor shows this order."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from latentvae.proofs.checks import Check
 
 
 def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check | None:
-    """Check that every launch got the same items as an uninterrupted run at the same place.
+    """Check that every launch got the same data as an uninterrupted run at the same micro-step.
 
     Args:
-        task: what is trained.
+        task: the task of the run.
         processes: number of processes of each launch.
-        starts: number of micro-steps done when each launch began.
+        starts: for each launch, the number of micro-steps done at its start.
 
     Returns:
-        The check, or None if the task does not know the order.
+        The check, or None if the task cannot tell the order.
     """
     options, unit = task.config.run, task.unit
     total = options.max_train_steps * options.gradient_accumulation_steps
@@ -35,6 +35,6 @@ def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check |
         name="data order",
         passed=not wrong and bool(starts),
         value=f"differs from micro-step {wrong[0]}" if wrong else f"equal from micro-steps {shown}",
-        expected=f"the same {unit} in each of {total} micro-steps, in whichever launch",
+        expected=f"the same {unit} in each of {total} micro-steps, in every launch",
         advice=f"Report it as a bug of latentvae, with the number of {unit} and the options.",
     )

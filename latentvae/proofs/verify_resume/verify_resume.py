@@ -1,9 +1,9 @@
 """Run `latentvae verify-resume`.
 
-A short form of the user's run is made twice through `accelerate launch`. One run is not
+The command makes a short form of the user's run twice through `accelerate launch`. One run is not
 interrupted. In the other run, which has its own folder, all processes get SIGKILL at random
-moments. After each kill, the same command is started again. Finally all results of the two runs are
-compared.
+moments. After each kill, the same command is started again. Finally, the results of the two runs
+are compared.
 """
 
 import shutil
@@ -41,9 +41,9 @@ def verify_resume(
     """Train without kills, and with kills and resumes. Print a line for each check.
 
     Args:
-        task: what is trained.
+        task: class of the run's task.
         config: the options of the run. This function replaces its length, logs, saves and folder.
-            Nothing is written to the run's `output_dir`.
+            It writes nothing to the run's `output_dir`.
         updates: number of updates of each of the two runs.
         kills: number of SIGKILLs to all processes of the second run.
         processes: number of processes of each launch.
@@ -113,7 +113,7 @@ def _plan(job: Job, *, kills: int) -> str:
     return (
         f"verify-resume: {run.max_train_steps} updates of {run.gradient_accumulation_steps} "
         f"micro-steps, checkpoints every {run.checkpointing_steps}, processes: {job.processes} "
-        f"({device}), once straight and once with {kills} kills, in {job.work}"
+        f"({device}), once without kills and once with {kills} kills, in {job.work}"
     )
 
 
@@ -158,7 +158,7 @@ def _compared(job: Job) -> list[Check]:
     if all(check.passed for check in compare(straight, again)):
         return checks
     advice = (
-        "Two runs that were not killed differ as well. So the cause is not the resume: this "
-        "machine or configuration does not repeat itself."
+        "Two runs that were not killed differ as well. So the cause is not the resume. On this "
+        "machine, this configuration gives different results each time."
     )
     return [check if check.passed else replace(check, advice=advice) for check in checks]

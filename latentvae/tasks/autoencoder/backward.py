@@ -35,11 +35,11 @@ def backward_model(
         out: the wrapper's output for the images, with its autograd graph.
         objective: terms and weights of the loss.
         update: number of updates done. The objective's schedules depend on it.
-        last_layer: the decoder's last weight, for the adaptive weight.
+        last_layer: weight of the decoder's last layer. The adaptive adversarial weight needs it.
         adversary: the discriminator and its options. None without a discriminator.
         background: colour behind alpha for LPIPS and the discriminator, which both see RGB
             (`losses.colors`).
-        divide_by: number of micro-steps of this update, whose gradients are averaged.
+        divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
         Unweighted terms and weights by log name, scalars on the device.
@@ -67,7 +67,7 @@ def backward_model(
         recon_grad = nll_grad + part.weights[ADVERSARIAL] * adversarial_grad
         log |= part.log
 
-    # one pass back through the decoder, with the latents' terms
+    # one backward pass through the decoder, and through the terms of the latents
     latent = objective.latent(images, out, update=update)
     # With a frozen encoder the latents' terms have no gradient.
     of_latents = [latent.total / divide_by] if latent.total.requires_grad else []
@@ -98,10 +98,10 @@ def backward_discriminator(
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        recon: their reconstructions, which are detached here.
+        recon: reconstructions of `images`. This function detaches them.
         adversary: the discriminator and its options.
         background: colour behind alpha in images and reconstructions.
-        divide_by: number of micro-steps of this update, whose gradients are averaged.
+        divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
         Unweighted terms and mean logits by log name, scalars on the device.

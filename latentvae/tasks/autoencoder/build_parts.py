@@ -1,4 +1,4 @@
-"""The networks and losses of an autoencoder's run, the same on every rank."""
+"""Build the networks and losses of an autoencoder's run. All ranks build the same."""
 
 from typing import Any
 
@@ -36,9 +36,9 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
 def build_losses(
     config: TrainConfig, net: Any, accelerator: Accelerator
 ) -> tuple[PerceptualLoss, Objective]:
-    """Return LPIPS for the validation, always in float32, and the objective.
+    """Return LPIPS for the validation (always in float32), and the objective.
 
-    The objective may use the same LPIPS network.
+    The objective may use the same LPIPS network as the validation.
     """
     options = config.objective
     metric = PerceptualLoss(
@@ -62,7 +62,10 @@ def build_losses(
 
 
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
-    """Return the training wrapper of the network, with upsampling folded, and frozen if asked."""
+    """Return the training wrapper of the network.
+
+    Upsampling is folded into convolutions. The options decide whether the encoder is frozen.
+    """
     family = FAMILIES[config.model.architecture]
     if pretrained:
         keep_batch_statistics(net)

@@ -1,7 +1,7 @@
-"""The parts of training a discrete bottleneck that are not part of its loss.
+"""Train a discrete bottleneck: everything that is not part of its loss.
 
-These parts are the initialisation by k-means, the update of the codes from the vectors of all
-ranks, and the temperature.
+This is the initialisation by k-means, the update of the codes from the vectors of all ranks, and
+the temperature.
 
 `N` vectors, `c` feature channels, `K` codes.
 """
@@ -25,10 +25,10 @@ START_VECTORS = 32  # largest number of vectors for each code in k-means
 
 
 class CodebookUpdate:
-    """Gathers statistics for the codes over the micro-steps of an update, then over ranks.
+    """Gathers statistics over the micro-steps and ranks of an update, then updates the codes.
 
     Args:
-        quantizer: the bare bottleneck.
+        quantizer: the bottleneck, not wrapped by DDP.
         seed: seeds the choice of vectors at which unused codes restart.
     """
 
@@ -53,7 +53,7 @@ class CodebookUpdate:
         optimizer: torch.optim.Optimizer,
         averages: Mapping[nn.Parameter, Tensor],
     ) -> dict[str, Tensor]:
-        """Update the codes after the optimizer's step, the same on every rank.
+        """Update the codes after the optimizer's step. All ranks make the same update.
 
         Args:
             update: number of the update, from 0.

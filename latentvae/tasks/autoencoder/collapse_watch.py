@@ -1,14 +1,14 @@
-"""The collapse watch: warnings from the rows and validations that a run logs.
+"""The collapse watch: reads the values that a run logs, and warns when training goes wrong.
 
-The watch warns in four cases: the posterior collapses, the codebook collapses, the discriminator
-wins, or validation LPIPS diverges.
+The watch warns of four conditions: the posterior collapses, the codebook collapses, the
+discriminator wins, or validation LPIPS diverges.
 
-    row or validation -> is the condition there? -> for long enough -> finding (printed once)
+    logged values -> is the condition present? -> for long enough? -> finding (printed once)
 
-The values are already averaged over ranks, so every rank has the same findings. A condition begins
-or ends only after `PATIENCE` observations in a row that span at least `LASTING` updates. So a
-single unusual row or a small `log_steps` causes no finding. A value near its bound is not reported
-repeatedly.
+The values are already averaged over ranks, so every rank has the same findings. An observation is a
+row of the log, or a validation. A condition begins or ends only after `PATIENCE` consecutive
+observations over at least `LASTING` updates. So a single unusual row or a small `log_steps` causes
+no finding. A value that moves around its bound does not cause many findings.
 
 `K` codes, `d` latent channels.
 """
@@ -28,15 +28,16 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
 DISCRIMINATOR, LPIPS = "discriminator_won", "lpips_diverges"
-PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # rows or validations
+PATIENCE = {POSTERIOR: 3, CODEBOOK: 2, DISCRIMINATOR: 3, LPIPS: 3}  # number of observations
 LASTING = 50  # smallest number of updates from the first to the last observation
-BEGINNING = 100  # first updates, without a watch because an untrained model looks collapsed
+BEGINNING = 100  # updates before the watch starts, because an untrained model looks collapsed
 
 ACTIVE_SHARE = 0.5  # Share of active channels (arXiv:1509.00519).
 USED_SHARE = 0.1  # Share of used codes among the codes that could be used.
 PERPLEXITY_SHARE = 0.05  # Perplexity / usable codes. Low if a few codes take nearly all tokens.
 FALLEN_SHARE = 0.5  # Used codes, as a share of the largest number ever in use.
-WON_SHARE = 0.05  # Loss, as a share of the loss at logits of 0 (hinge 1, logistic 2 log 2).
+# Discriminator's loss, as a share of the loss at logits of 0 (hinge 1, logistic 2 log 2).
+WON_SHARE = 0.05
 WORSE = 1.1  # Validation LPIPS, as a multiple of the best.
 
 
@@ -48,10 +49,10 @@ class Watched:
         posterior_from: update at which the watch of the posterior starts. None means no watch:
             there is no posterior, the encoder is frozen, or the options ask for a collapse.
         posterior_remedy: options that help against a collapse.
-        num_channels: d (1 with Gumbel-softmax).
+        num_channels: number of latent channels d, or 1 with Gumbel-softmax.
         codes_from: update at which the watch of the codes starts. None means that there are no
             codes.
-        num_codes: K.
+        num_codes: number of codes K.
         codes_remedy: options of this quantizer that help against a collapse.
         validated_on: name of the validation images. Results on other images are not compared.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
@@ -75,7 +76,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Finding:
-    """A condition that has begun.
+    """The message that a condition has begun.
 
     Attributes:
         name: name of the condition.
@@ -115,7 +116,7 @@ class Condition:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def turns(self, there: bool, *, update: int, patience: int) -> bool:
-        """Record an observation. Return whether the condition begins or ends with it."""
+        """Record an observation. Return whether this observation begins or ends the condition."""
         if there == self.holds:
             self.against = 0
             return False
@@ -127,7 +128,7 @@ class Condition:
         if self.against < patience or update - self.since < LASTING:
             return False
 
-        # it begins or ends
+        # the condition begins or ends
         self.holds, self.against = there, 0
         if there:
             self.times += 1
@@ -143,7 +144,7 @@ class CollapseWatch:
 
     Args:
         watched: the conditions to watch.
-        saved: `state_dict()` of an earlier part of the run.
+        saved: `state_dict()` from a checkpoint of the run, if the run is resumed.
     """
 
     def __init__(self, watched: Watched, *, saved: Mapping[str, Any] | None = None) -> None:
@@ -154,17 +155,18 @@ class CollapseWatch:
         self._best_lpips: float | None = saved.get("best_lpips")
         self._best_update: int = saved.get("best_update", 0)
         self._most_used: int = saved.get("most_used", 0)
-        if saved and saved.get("validated_on") != watched.validated_on:  # other images
+        # Values of other validation images cannot be compared.
+        if saved and saved.get("validated_on") != watched.validated_on:
             self._best_lpips, self._best_update, self._most_used = None, 0, 0
         if watched.discriminator_from is None:
             self._conditions[DISCRIMINATOR].holds = False
 
     def row(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Return the findings that begin with a row of training values, after `update` updates."""
+        """Return the new findings from a row of training values, after `update` updates."""
         return [*self._posterior(update, values), *self._discriminator(update, values)]
 
     def validation(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Return the findings that begin with a validation, after `update` updates."""
+        """Return the new findings from a validation, after `update` updates."""
         return [*self._codes(update, values), *self._lpips(update, values)]
 
     def flags(self) -> dict[str, float]:
@@ -181,11 +183,11 @@ class CollapseWatch:
         return "\n".join(["findings of the collapse watch in this run:", *shown]) if shown else None
 
     def blames_discriminator(self) -> bool:
-        """Return whether there is a condition against which stopping the discriminator may help."""
+        """Return whether switching off the discriminator may end a condition that is present."""
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:
-        """Record that the discriminator is switched off. End the condition that it has won."""
+        """Record that the discriminator is off. So the condition `discriminator_won` ends."""
         self.watched = replace(self.watched, discriminator_from=None, effective_from=None)
         discriminator = self._conditions[DISCRIMINATOR]
         if discriminator.holds:
@@ -237,11 +239,11 @@ class CollapseWatch:
             DISCRIMINATOR,
             update,
             loss < WON_SHARE * blind,
-            f"the discriminator has won: its loss is {loss:.2g} (a blind one has {blind:.2g}), its "
-            f"logits are {values['discriminator/logits_real']:.2g} for images and "
+            f"the discriminator has won: its loss is {loss:.2g} ({blind:.2g} for pure guessing), "
+            f"its logits are {values['discriminator/logits_real']:.2g} for images and "
             f"{values['discriminator/logits_fake']:.2g} for reconstructions",
             "Try a lower --disc_learning_rate, --disc_augment, --disc_r1_weight or "
-            "--disc_lecam_weight. Or switch it off with --disc_watch disable.",
+            "--disc_lecam_weight. Or switch the discriminator off with --disc_watch disable.",
             of_discriminator=True,
         )
 
@@ -339,8 +341,7 @@ def what_to_watch(
     # posterior
     model, discriminator = config.model, config.discriminator
     beginning = max(BEGINNING, config.optimizer.lr_warmup_steps)
-    # A target for the pixel loss makes channels inactive, and so does a very small target for the
-    # KL.
+    # A target for the pixel loss makes channels inactive. So does a very small target for the KL.
     objective = config.objective
     asked_for = objective.rec_target > 0 or 0 < objective.kl_target * math.log(2) < SILENT_KL
     has_posterior = model.has_kl and not model.freeze_encoder and not asked_for
@@ -356,7 +357,7 @@ def what_to_watch(
     blind_loss = GAN_LOSSES[discriminator.disc_loss].discriminator(zero, zero)
 
     return Watched(
-        # A capacity that grows from 0 asks for a collapsed posterior at first.
+        # While the KL's capacity grows from 0, a collapsed posterior is intended.
         posterior_from=(
             max(beginning, config.objective.kl_capacity_steps) if has_posterior else None
         ),

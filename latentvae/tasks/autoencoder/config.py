@@ -1,6 +1,6 @@
-"""Options of an autoencoder's run, in sections. All ranges are checked before any work.
+"""Options of an autoencoder's run, in sections. All ranges are checked before the run starts.
 
-A YAML preset is loaded into it, and flags override the preset (see `latentvae.cli.train`). Option
+A YAML preset sets the options, and flags override the preset (see `latentvae.cli.train`). Option
 names are unique over all sections, so the flag of an option does not name its section. Flags have
 the same names as in Hugging Face's training scripts.
 """
@@ -173,7 +173,7 @@ class TrainConfig(JobConfig):
         return self
 
     def _check_architecture(self) -> None:
-        """Refuse options that have no meaning for the network.
+        """Check that every option that is set has a meaning for the network.
 
         Raises:
             ValueError: an option has no meaning. The message names the option and its value.
@@ -203,7 +203,7 @@ class TrainConfig(JobConfig):
             raise ValueError(f"lookup_from_codebook {without}, which has no codes")
         if self.run.lookup_from_codebook and (reason := family.why_not_stock(model.shape())):
             raise ValueError(
-                f"lookup_from_codebook needs a VQModel, and this network is none: {reason}"
+                f"lookup_from_codebook needs a VQModel, but this network cannot be one: {reason}"
             )
         if self.run.export_profile not in family.profiles:
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
@@ -219,16 +219,16 @@ class TrainConfig(JobConfig):
         if self.run.torch_compile and self.run.channels_last:
             raise ValueError(
                 "torch_compile and channels_last exclude each other: the compiler fails in the "
-                "backward pass of such weights. Leave one of them out."
+                "backward pass of channels_last weights. Leave one of them out."
             )
         if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
             raise ValueError(
-                f"torch_compile does not work with aspect_ratio_buckets {buckets}: every size is "
-                "compiled separately, and torch gives up after eight. Leave one of them out."
+                f"torch_compile does not work with aspect_ratio_buckets {buckets}: torch compiles "
+                "every image size separately, but at most eight. Leave one of them out."
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """Refuse pixel losses in addition to a decoder's own likelihood."""
+        """Check that no pixel loss is set if the decoder has its own likelihood."""
         if self.objective.learn_logvar:
             raise ValueError(
                 f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "

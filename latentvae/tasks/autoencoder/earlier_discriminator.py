@@ -1,4 +1,4 @@
-"""A new run that starts with the discriminator of an earlier one."""
+"""Start a new run with the discriminator of an earlier run."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from latentvae.losses.adversarial import LeCam
 
 
 def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None:
-    """Load the weights and the optimizer's state of a run's newest discriminator.
+    """Load the discriminator and its optimizer's state from a run's newest usable checkpoint.
 
     Args:
         learner: the new discriminator.
         run: folder of the earlier run.
-        lecam: averages of logits, loaded too if both runs have them.
+        lecam: averages of logits. They are loaded if both runs have them.
 
     Raises:
-        UserError: the folder has no discriminator, or one of another shape.
+        UserError: the folder has no discriminator, or its discriminator has another shape.
     """
     run = run.expanduser()
     checkpoint, faults = newest_usable(run) if run.is_dir() else (None, [])
@@ -35,15 +35,15 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
     tensors = load_checkpoint(checkpoint).tensors
     if "discriminator" not in tensors:
         raise UserError(
-            f"discriminator_from '{run}' was trained without a discriminator. Leave it out."
+            f"the run in discriminator_from '{run}' has no discriminator. Leave this option out."
         )
 
     try:
         load_weights(learner.module, tensors["discriminator"])
     except UserError as error:
         raise UserError(
-            f"discriminator_from '{run}' has a discriminator of another shape. Give its disc_type, "
-            f"disc_norm, disc_channels and disc_layers ({error.__cause__})."
+            f"discriminator_from '{run}' has a discriminator of another shape. Use the disc_type, "
+            f"disc_norm, disc_channels and disc_layers of that run ({error.__cause__})."
         ) from error
     saved = tensors.get("discriminator_optimizer", {})
     load_optimizer_tensors(learner.optimizer, learner.module, saved)

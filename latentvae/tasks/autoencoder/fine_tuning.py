@@ -46,8 +46,8 @@ class Base:
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
-        whole: whether all weights are the base's. An asymmetric decoder is new.
-        hub_id: owner/name on the Hub, if it came from there.
+        whole: whether all weights are pretrained. False if the decoder is a new asymmetric one.
+        hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Base:
 def open_base(config: TrainConfig) -> Base | None:
     """Return the network that `pretrained_model_name_or_path` names, or None without that option.
 
-    A resume takes the weights from the checkpoint, and the config from the run's record.
+    A resume takes the weights from the checkpoint, and the network's config from `base.json`.
 
     Raises:
         UserError: the network cannot be loaded, or has another architecture.
@@ -85,7 +85,7 @@ def open_base(config: TrainConfig) -> Base | None:
     if name is None:
         return None
 
-    # resume: the base's weights are needed only as long as there is no checkpoint
+    # resume: as soon as the run has a checkpoint, it does not need the base's weights
     if folder is not None and not config.run.overwrite_output_dir:
         begun = read_base(Path(folder), config.model.architecture)
         checkpoint = None if begun is None else newest_usable(Path(folder))[0]
@@ -107,12 +107,13 @@ def open_base(config: TrainConfig) -> Base | None:
     if channels != config.data.image_channels:
         raise UserError(
             f"'{name}' takes {channels}-channel images, but image_channels is "
-            f"{config.data.image_channels}. Give --image_channels {channels}, or another base."
+            f"{config.data.image_channels}. Give --image_channels {channels}, or another "
+            "pretrained network."
         )
 
-    # The copy does not use the file's memory map, whose alignment can change sums. A new network is
-    # in train mode, so this network is put into train mode too. In train mode, even dropout of
-    # probability 0 draws random numbers.
+    # The loaded weights are a memory map of the file. Its alignment can change the rounding of
+    # sums, so the weights are copied. A new network is in train mode, so this network is put into
+    # train mode too. In train mode, even dropout of probability 0 draws random numbers.
     net = copy.deepcopy(net).train()
     hub_id = None if Path(name).exists() else "/".join(name.split("/")[:2])
     return Base(
@@ -126,7 +127,7 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base that a run has recorded, with new weights, or None if it had no base.
+    """Return the base that a run has recorded, with random weights. None if it had no base.
 
     Raises:
         UserError: base.json is damaged.
@@ -144,7 +145,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
     except Exception as error:  # a network's class may raise anything for a foreign config
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[:3])
-        raise UserError(f"'{path}' is not what a fine-tuning wrote: {reason}") from error
+        raise UserError(f"'{path}' is damaged: {reason}") from error
 
     return Base(
         saved.name,
@@ -157,7 +158,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
-    """Return the configuration with the base's shape instead of the preset's, checked again."""
+    """Return the options with the base's shape instead of the preset's, and check them again."""
     if base is None:
         return config
     family, values = FAMILIES[config.model.architecture], config.model_dump()
@@ -182,7 +183,7 @@ def _sha256(parts: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for name, value in part.state_dict().items():
-            if name.endswith("usage"):  # how often a code was chosen: it makes no latent
+            if name.endswith("usage"):  # how often a code was chosen, which changes no latent
                 continue
             digest.update(name.encode())
             values = value.detach().cpu().float().contiguous()

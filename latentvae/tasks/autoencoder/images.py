@@ -30,13 +30,13 @@ from latentvae.data.image_folder import SAMPLES
 from latentvae.distributed import from_main, is_main, rank, world_size
 from latentvae.tasks.autoencoder.config import TrainConfig
 
-STREAM_HELD_OUT = 256  # number of first images of a stream that are kept for validation
+STREAM_HELD_OUT = 256  # number of images at a stream's start that are kept for validation
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
-    # The sizes for aspect-ratio buckets are read in this process.
+    # This process reads the image sizes for the aspect-ratio buckets, so it needs the limit.
     set_pixel_limit(data.max_pixels)
     pixels = PixelFormat(
         data.image_channels,
@@ -57,7 +57,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
             return stream, stream.held_out
         return stream, open_source(validation, pixels=pixels)
 
-    # a set that is indexed
+    # images that can be read by number
     return open_images(
         spec,
         validation_data_dir=data.validation_data_dir,
@@ -69,7 +69,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
 
 
 def _spec(config: TrainConfig) -> str | DatasetSpec:
-    """Return a path, or a data set's name with the options of `datasets`."""
+    """Return a path, or the name of a data set with the options for the package `datasets`."""
     data = config.data
     name = data.dataset_name or data.train_data_dir
     assert name is not None
@@ -104,11 +104,11 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """Return facts about the images that must stay the same on resume.
+    """Return facts about the images. These facts must stay the same on resume.
 
-    These facts are the number of images and the hash of their names, which decide the order. Rows
-    without names and streams are identified by their data set, configuration and column. The folder
-    of a local data set is not one of these facts.
+    The facts are the number of images and the hash of their names, which decide the order. For a
+    stream, and for table rows without names, the facts are data set, configuration and column. The
+    folder of a local data set is not one of the facts.
     """
     # streams
     if isinstance(images, ImageStream):
@@ -152,7 +152,7 @@ def batches(
         loader = stream_loader(images, transform, batch_size=read, crops=crops, **place, **loading)
         return loader, per_epoch
 
-    # Images that can be read by number: one rank reads the headers for the buckets.
+    # Images that can be read by number. One rank reads their sizes for the buckets.
     ratios = None
     if config.data.aspect_ratio_buckets:
         if is_main():
@@ -176,7 +176,7 @@ def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) ->
 def image_sampler(
     config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
 ) -> IndexSampler | BucketSampler:
-    """Return the sampler of the images for a place (rank, world_size, start_step, seed)."""
+    """Return the sampler of the images. `place` is rank, world_size, start_step and seed."""
     if buckets is not None:
         return BucketSampler(buckets, config.images_read, **place)
     return IndexSampler(num_images, config.images_read, **place)

@@ -1,4 +1,4 @@
-"""The rows of the plan that describe the model, its images and its losses."""
+"""The rows on the model, its images and its losses in the plan that a run prints at the start."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(task: "AutoencoderTask") -> dict[str, str]:
-    """Return a description of the model, its images and its losses, by heading."""
+    """Return descriptions of the model, its images and its losses by their headings."""
     size = _size(task.config.data.size)
     return {
         "model": _model(task),

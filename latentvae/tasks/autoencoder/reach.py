@@ -1,4 +1,4 @@
-"""Options with less effect than they seem to have: schedules past the run's end, few images."""
+"""Find schedules that end after the run, and validations with too few images."""
 
 import math
 
@@ -10,7 +10,7 @@ LEAST_VALIDATION_IMAGES = 8
 
 
 def check_model_learns(config: TrainConfig) -> None:
-    """Refuse a run in which only the discriminator would learn.
+    """Check that the model itself learns, not only the discriminator.
 
     Raises:
         UserError: the discriminator's warm-up takes all updates.
@@ -27,7 +27,7 @@ def check_model_learns(config: TrainConfig) -> None:
 
 
 def without_effect(config: TrainConfig) -> list[str]:
-    """Return one line for each part of the schedule that the run does not reach."""
+    """Return one warning for each schedule whose end the run does not reach."""
     options, objective = config.discriminator, config.objective
     total = config.run.max_train_steps
     found = []
@@ -69,7 +69,7 @@ def without_effect(config: TrainConfig) -> list[str]:
 
 
 def few_validation_images(config: TrainConfig, *, count: int, training: int | None) -> list[str]:
-    """Return a line if the validation has too few images for its metrics to mean much.
+    """Return a warning if the validation has too few images for reliable metrics.
 
     Args:
         config: the run's options.
@@ -92,8 +92,8 @@ def few_validation_images(config: TrainConfig, *, count: int, training: int | No
         advice += "with --validation_data_dir."
     plural = "" if used == 1 else "s"
     return [
-        f"the validation has only {used} image{plural}, and all metrics and the model card rest "
-        f"on them. {advice}"
+        f"the validation has only {used} image{plural}, so its metrics and the model card are not "
+        f"reliable. {advice}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Checks that refuse a run before any work, without touching a file."""
+"""Check options before a run starts. No check changes a file."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 
 def check_images(config: TrainConfig) -> None:
-    """Refuse a run that names no images, or whose images are too small for one of its parts."""
+    """Check that the run has images, and that they are large enough for metrics and networks."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
@@ -21,8 +21,8 @@ def check_images(config: TrainConfig) -> None:
 
 
 def _check_resolution(config: TrainConfig) -> None:
-    """Refuse images that are too small for a part of the run."""
-    # the part that needs the largest images
+    """Check that images are large enough for SSIM, LPIPS and the discriminator."""
+    # the metric or network that needs the largest images
     net, discriminator = config.objective.lpips_net, config.discriminator
     needs = {
         "SSIM": SSIM_MIN_SIZE,
@@ -35,7 +35,7 @@ def _check_resolution(config: TrainConfig) -> None:
     }
     part, least = max(needs.items(), key=lambda need: need[1])
 
-    # the images, and their narrowest bucket
+    # the resolution, and the narrowest aspect-ratio bucket
     height, width = config.data.size
     own = str(height) if height == width else f"{height} {width}"
     if min(height, width) < least:
@@ -53,7 +53,7 @@ def _check_resolution(config: TrainConfig) -> None:
 
 
 def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
-    """Return what to do about a part that needs larger images."""
+    """Return advice for a metric or network `part` that needs images with a larger `side`."""
     f = config.model.f
     least = -(-SSIM_MIN_SIZE // f) * f
     if part.startswith("LPIPS"):
@@ -67,7 +67,7 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next resolution of similar shape whose buckets all have at least this side."""
+    """Return the next resolution of similar shape whose buckets have sides of at least `side`."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f
@@ -77,11 +77,11 @@ def _least(config: TrainConfig, side: int) -> str:
 
 
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Refuse torch_compile with several processes, where the compiler fails."""
+    """Check that torch_compile is used with one process only. Else the compiler fails."""
     if config.run.torch_compile and processes > 1:
         raise UserError(
-            f"torch_compile works with one process only, and {processes} were started: with more "
-            "the compiler fails in the backward pass. Leave --torch_compile out."
+            f"torch_compile works with one process only, and {processes} were started. With "
+            "several processes, the compiler fails in the backward pass. Leave --torch_compile out."
         )
 
 
@@ -90,7 +90,7 @@ def memory_advice(config: TrainConfig, general: list[str]) -> list[str]:
 
     Args:
         config: the run's options.
-        general: advice that every task has, the precision last.
+        general: advice that holds for every task.
     """
     own = []
     cannot_checkpoint = FAMILIES[config.model.architecture].why_no_checkpointing

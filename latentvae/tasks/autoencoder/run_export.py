@@ -1,4 +1,4 @@
-"""The export of a run: latent statistics, the model card, and a check that diffusers loads it."""
+"""Export a run: measure its latents, write the model card, and check that diffusers loads it."""
 
 import json
 from dataclasses import replace
@@ -81,7 +81,7 @@ def export_folder(
     Raises:
         UserError: `folder` is not a run or has no checkpoint, or `out` exists and `overwrite` is
             off.
-        UploadError: the export is written, but the upload failed.
+        UploadError: the upload failed. The export itself is complete.
     """
     # options
     config = read_config(folder / "config.yaml", TrainConfig)
@@ -161,7 +161,7 @@ def export_of_run(
         folder: the run's folder.
         out: the export's folder.
         device: where to measure.
-        base: the base of a fine-tuning.
+        base: the pretrained network of a fine-tuning, or None.
 
     Returns:
         Values to log on the first rank.
@@ -215,13 +215,16 @@ def export_of_run(
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
-    """Return the config's sample_size, which tiling uses. A base's larger value is kept."""
+    """Return the sample_size for the export's config, where it sets the size of tiles.
+
+    A larger value of the pretrained network is kept.
+    """
     own = 0 if base is None else base.net.config.get("sample_size", 0)
     return max(*config.data.size, own if isinstance(own, int) else max(own))
 
 
 def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
-    """Return the card with the base's name, and a proof that a frozen encoder is unchanged.
+    """Return the card with the name of the base. Check that a frozen encoder is unchanged.
 
     Raises:
         RuntimeError: the encoder was frozen, but its weights have changed.
@@ -236,7 +239,7 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
     if not config.model.freeze_encoder:
         return replace(card, description=f"Fine-tuned from {name}.")
     if encoder_sha256(net) != base.encoder_sha256:
-        raise RuntimeError(f"the encoder was frozen, but is no longer that of {base.name}")
+        raise RuntimeError(f"the encoder was frozen, but differs from the encoder of {base.name}")
     description = (
         f"The decoder of {name}, fine-tuned. The encoder is bit for bit that of the base "
         f"(sha256 of its weights {base.encoder_sha256}). Scaling and shift are kept. Latents and "
@@ -246,9 +249,9 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
 
 
 def compared_with_base(folder: Path, update: int) -> str:
-    """Return a fine-tuning's metrics beside its base's, or an empty string if one is missing.
+    """Return the metrics before and after a fine-tuning, or an empty string if some are missing.
 
-    The base was validated before the first update, on the same images.
+    The metrics before the fine-tuning come from the validation before the first update.
     """
     rows = [row for row in read_rows(folder / "log.jsonl") if "validation/psnr" in row]
     first = next((row for row in rows if row["update"] == 0), None)

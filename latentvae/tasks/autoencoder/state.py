@@ -1,4 +1,4 @@
-"""The plain values of an autoencoder's checkpoint, in addition to those of the engine."""
+"""Plain values in the checkpoints of an autoencoder's run. The engine adds its own values."""
 
 import json
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from latentvae.engine.task import State
 from latentvae.tasks.autoencoder.collapse_watch import Condition
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# A file's name and a reason. Names need not be UTF-8, so pydantic does not take them as strings.
+# A file's name and why it is unreadable. Pydantic's `str` rejects names that are not UTF-8.
 Named = Annotated[list[InstanceOf[str]], Field(min_length=2, max_length=2)]
 
 
@@ -39,7 +39,7 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """The state of the controllers, the same on every rank.
+    """State of the discriminator's schedule, the KL's weight and the watch, equal on all ranks.
 
     Attributes:
         discriminator_start: the update (from 0) in which the discriminator starts. The value stays
@@ -62,7 +62,7 @@ class RankState(State):
     """Values that a rank gathers between two rows of the log.
 
     Attributes:
-        units: sums from which active units are counted, 3 x d.
+        units: 3 x d sums, from which the number of active units is computed.
     """
 
     units: list[list[Number]] = Field(default_factory=list)

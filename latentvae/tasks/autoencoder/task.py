@@ -72,7 +72,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def check_processes(self, processes: int) -> None:
         if not isinstance(self.train_images, ImageStream):
-            # The sampler refuses more ranks than batches.
+            # The sampler raises an error if there are more ranks than batches.
             place = {"rank": 0, "world_size": processes, "start_step": 0, "seed": 0}
             image_sampler(self.config, len(self.train_images), None, **place)
         refusals.check_compilation(self.config, processes=processes)
@@ -141,7 +141,8 @@ class AutoencoderTask(LearningAutoencoder):
             self.say(
                 f"the discriminator is off since update {self.progress.discriminator_stopped:,}"
             )
-        self._tell([], update)  # a run that resumes with `--disc_watch disable` acts now
+        # A resume with a new `--disc_watch disable` may switch the discriminator off now.
+        self._tell([], update)
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         self._unnamed += batch.bad
@@ -229,7 +230,7 @@ class AutoencoderTask(LearningAutoencoder):
         return self.watch.summary()
 
     def _tell(self, findings: list[Finding], update: int) -> None:
-        """Print the watch's findings. If the options say so, stop the discriminator."""
+        """Print the watch's findings. With `--disc_watch disable`, stop the discriminator."""
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
         disable = self.config.discriminator.disc_watch == "disable"
@@ -238,7 +239,7 @@ class AutoencoderTask(LearningAutoencoder):
             and self.progress.discriminator_stopped is None
             and self.watch.blames_discriminator()
         ):
-            # all ranks decide the same
+            # All ranks have the same findings, so they decide the same.
             self.progress.discriminator_stopped = update
             self.watch.discriminator_stops(update)
             self.say(
@@ -269,7 +270,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
         started = state.discriminator_start <= update
-        if not started:  # the options may move a start that lies ahead
+        if not started:  # changed options may still move the start of the discriminator
             state = state.model_copy(
                 update={"discriminator_start": self.config.discriminator_start}
             )

@@ -1,4 +1,4 @@
-"""The part of the task that learns: networks, one update, and its controllers.
+"""The learning part of the task "autoencoder": networks, one update, and schedules.
 
 A micro-step is one forward pass and one backward pass through the decoder. Then the discriminator
 learns from the same images and the detached reconstructions (see `backward`).
@@ -39,7 +39,7 @@ MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
 
 
 class LearningAutoencoder(Task):
-    """The part that learns. `task.AutoencoderTask` adds images, log, checkpoints and export.
+    """Builds and trains networks. `task.AutoencoderTask` adds images, log, checkpoints, export.
 
     Attributes:
         base: the pretrained network of a fine-tuning. None without fine-tuning.
@@ -49,7 +49,7 @@ class LearningAutoencoder(Task):
         discriminator: the bare discriminator, or None if its weight is 0.
         objective: terms and weights of the model's loss.
         metric: LPIPS for the validation, in float32.
-        progress: state of the controllers.
+        progress: state of the discriminator's schedule, the KL's weight and the watch.
     """
 
     config: TrainConfig
@@ -97,7 +97,7 @@ class LearningAutoencoder(Task):
                 self.lecam,
             )
 
-        # controllers
+        # state, codes and active units
         self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
         self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
         self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
@@ -113,7 +113,7 @@ class LearningAutoencoder(Task):
 
     @property
     def statistics_images(self) -> ImageSource:
-        """Images that can be read by number, for measurements: training images if possible."""
+        """Images for measurements: the training images, or the validation images for a stream."""
         images = self.train_images
         return self.validation_images if isinstance(images, ImageStream) else images
 
@@ -180,7 +180,8 @@ class LearningAutoencoder(Task):
     def adversary(self, update: int) -> Adversary | None:
         """Return the discriminator and its options for an update.
 
-        The result is None before the discriminator starts, and after the watch has stopped it.
+        The result is None before the discriminator starts, and after the collapse watch has
+        switched it off.
         """
         options = self.config.discriminator
         factor = self.objective.adversarial.factor(update, start=self.progress.discriminator_start)
@@ -248,7 +249,7 @@ class LearningAutoencoder(Task):
         self._means = []
 
     def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
-        """Adjust the KL's weight to reach its target. Return the weight that was used, to log."""
+        """Adjust the KL's weight for the next update. Return this update's weight for the log."""
         target = self.objective.kl_target
         if target is None:
             return {}

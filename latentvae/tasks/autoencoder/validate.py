@@ -125,7 +125,7 @@ def _token_measures(usage: TokenUsage) -> dict[str, float]:
 def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
     """Return at most `count` evenly spread images, (n, C, R, R).
 
-    Other images take the place of those that cannot be read.
+    Other images replace those that cannot be read.
 
     Raises:
         UserError: no image can be read.
@@ -141,9 +141,11 @@ def readable_images(source: ImageSource, transform: EvalTransform, *, count: int
             images.append(transform(source.read(i)))
         except UnreadableImage as error:
             reasons.append(f"'{source.name(i)}': {error.reason}")
+
     if not images:
         raise UserError(
-            f"none of the {len(source):,} validation images can be read. The first is {reasons[0]}"
+            f"none of the {len(source):,} validation images can be read. The first error is "
+            f"{reasons[0]}"
         )
     return torch.stack(images)
 

@@ -88,7 +88,7 @@ def test_a_base_of_another_kind_is_named(tmp_path: Path) -> None:
     [
         ({"free_bits": 0.1}, "free_bits 0.1 has no meaning for the architecture dc"),
         ({"deterministic_posterior": True}, "deterministic_posterior has no meaning"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing is not there"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing does not exist"),
         ({"export_profile": "sd3"}, "export_profile sd3 has no meaning"),
     ],
 )

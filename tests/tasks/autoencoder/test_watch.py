@@ -70,7 +70,7 @@ CONDITIONS: dict[str, tuple[Observe, float, float, int, str]] = {
         0.06,
         0.04,
         3,
-        r"its loss is 0.04 \(a blind one .* 3 for images and -2",
+        r"its loss is 0.04 \(1 for pure guessing.* 3 for images and -2",
     ),
     "codebook_collapse": (codes, 0.12, 0.09, 2, "90 of 1,000 codes are used by 4,096 tokens"),
     "lpips_diverges": (lpips, 0.2, 0.23, 3, "it is 0.230, and was 0.200 at update 150"),
