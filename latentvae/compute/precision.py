@@ -14,10 +14,10 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch TF32 off inside the context, or in a function that this decorates.
+    """Switch TF32 off in a `with` block, or in a decorated function.
 
     torch's flags apply to all threads of the process. Afterwards the flags have their earlier
-    values. A network in bfloat16 or float16 is not affected.
+    values again. A network in bfloat16 or float16 is not affected.
     """
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
