@@ -22,7 +22,7 @@ def plan(training: Training) -> str:
 
 
 def warnings(training: Training) -> list[str]:
-    """Return one line for each option that has less effect than it seems to have."""
+    """Return a warning for each option that has less effect than a user may expect."""
     found, total = [], training.config.run.max_train_steps
     name = next(iter(training.task.learners))
     pause, warmup = training.task.pause(name), training.config.optimizer.lr_warmup_steps

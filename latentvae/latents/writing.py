@@ -72,7 +72,7 @@ def _read(
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=list,
-            generator=torch.Generator(),  # else iter() draws from the global generator
+            generator=torch.Generator(),  # by default, iter() draws from the global generator
         )
         return iter(loader)
 
@@ -143,5 +143,5 @@ def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str,
 
 
 def _printable(name: str) -> str:
-    """Return a name that JSON can hold: file names may be any bytes, not only UTF-8."""
+    """Return a name that JSON can hold. File names may have any bytes, not only UTF-8."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

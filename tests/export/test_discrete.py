@@ -249,7 +249,7 @@ def test_a_config_of_another_k_is_one_sentence(name: str, tmp_path: Path) -> Non
 
 def test_images_smaller_than_f_and_foreign_indices_are_refused(tmp_path: Path) -> None:
     net = tokenizer("lfq")
-    with pytest.raises(UserError, match="images of 3 x 40 pixels are too small"):
+    with pytest.raises(UserError, match="images of 3 x 40 pixels are smaller than f = 4"):
         net.tokenize(torch.zeros(1, 3, 3, 40))
     for low, high in ((-1, 0), (0, 1024)):
         with pytest.raises(UserError, match=rf"in 0..1023 \(got {low}..{high}"):
