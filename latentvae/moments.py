@@ -24,7 +24,7 @@ class RunningMoments:
     moments.covariance()
 
     Args:
-        num_features: D. None takes it from the first batch.
+        num_features: number of features D. None takes the number from the first batch.
         covariance: whether to keep the products of all pairs of features. Otherwise only the
             squares of features are kept.
         device: device of the sums.

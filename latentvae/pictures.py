@@ -32,8 +32,8 @@ class Kind:
     Attributes:
         output_type: `"pt"` for a tensor, `"np"` for an array, `"pil"` for PIL images.
         single: whether the user gave one picture without a batch axis.
-        tensor_dtype: dtype of the tensor, if the user gave one.
-        array_dtype: dtype of the array, if the user gave one.
+        tensor_dtype: dtype of the tensor, if the user gave a tensor.
+        array_dtype: dtype of the array, if the user gave an array.
     """
 
     output_type: OutputType

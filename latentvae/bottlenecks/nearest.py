@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 32  # number of codes in a block
+BLOCK = 32  # Number of codes in a block.
 # Largest number of codes in a tile: the scores of 256 vectors x 4096 codes take 4 MiB, which fits
 # into caches.
 CODES = 4096

@@ -67,14 +67,14 @@ class Quantizer(nn.Module):
             features: (B, C, h, w).
             temperature: above 0. Only Gumbel-softmax uses it, in training.
         """
-        raise NotImplementedError  # every bottleneck defines its own
+        raise NotImplementedError  # Every bottleneck defines its own `forward`.
 
     def codes(self, indices: Tensor) -> Tensor:
         """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), as `forward` returns it.
 
         The exception is Gumbel-softmax in training, whose `z` is a mixture of codes.
         """
-        raise NotImplementedError  # every bottleneck defines its own
+        raise NotImplementedError  # Every bottleneck defines its own `codes`.
 
     def initialise(
         self,

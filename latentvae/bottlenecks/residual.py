@@ -147,7 +147,7 @@ class ResidualQuantizer(Quantizer):
 
         A shared codebook is set twice. The first time, k-means of the features sets the codebook,
         which gives residuals of all levels. The second time, k-means of the features and these
-        residuals sets it again.
+        residuals sets the codebook again.
         """
         features = features.detach().float()
         size = batch_vectors or len(features)

@@ -38,8 +38,8 @@ class SimVQConfig(CodebookConfig):
 class SimVQ(Quantizer):
     """A `Quantizer` with one code per position, from a codebook whose codes all move together.
 
-    The losses are those of VQ. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
-    The gradient of `codebook` reaches only W.
+    The losses are the losses of VQ-VAE. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) -
+    code|^2. The gradient of `codebook` reaches only W.
 
     Args:
         num_codes: number of codes K.

@@ -75,7 +75,7 @@ class VectorQuantizer(Quantizer):
         restart_threshold: a code restarts when its use falls below this share of the mean use. 0
             never restarts a code. Use is a moving average over a window of at least
             `SMALLEST_WINDOW` updates. The window is so long that a code at the threshold is chosen
-            about once in it.
+            about once in a window.
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
             `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
             losses out.

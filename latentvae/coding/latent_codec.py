@@ -33,8 +33,8 @@ from torch import Tensor
 from latentvae.coding.bitstream import Integers, decode_symbols, pack, require, unpack
 from latentvae.errors import UserError
 
-LATENT_MAGIC = b"LVZ\x01"  # the last byte is the format's version
-MAX_ELEMENTS = 2**26  # largest number of elements of one latent: 256 MB in float32
+LATENT_MAGIC = b"LVZ\x01"  # The last byte is the format's version.
+MAX_ELEMENTS = 2**26  # Largest number of elements of one latent: 256 MB in float32.
 MAX_CHANNELS = 2**16
 MIN_STEP = 1e-30
 # Number of steps per factor of 2 that a file can store. A stored step is at most 2.2 percent off.

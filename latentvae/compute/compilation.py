@@ -4,7 +4,7 @@ Each block is compiled separately, for three reasons:
 
 - The adaptive weight of the adversarial loss needs only the gradient of the decoder's last
   convolution. A decoder compiled as a whole would compute all gradients.
-- A posterior sampled inside a compiled part would draw other random numbers.
+- A posterior that is sampled inside compiled code would draw other random numbers.
 - Separate blocks compile in a fraction of the time
   (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """

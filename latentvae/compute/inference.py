@@ -110,7 +110,7 @@ def _make_fast(half: Any) -> None:
     _swap_blocks(half)
     _freeze_upsampling(half)
 
-    # bfloat16, except for wide parts
+    # convert to bfloat16, except for wide parts
     wide = list(_wide_parts(half))
     kept = [(parameter, parameter.data) for part in wide for parameter in part.parameters()]
     half.to(torch.bfloat16, memory_format=torch.channels_last)

@@ -26,12 +26,14 @@ def keep_freed_memory(device: torch.device) -> bool:
         device: device of the tensors. The function has an effect only for the CPU.
 
     Returns:
-        Whether memory is kept. False if the C library is not glibc, or if an environment variable
-        sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if it is empty).
+        Whether the process keeps freed memory. The result is False if the C library is not glibc,
+        or if an environment variable sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if
+        it is empty).
     """
     configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or configured:
         return False
+
     mallopt = _c_function("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 

@@ -23,9 +23,9 @@ from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
 Optimize = Literal["exact", "fast", "openvino"]
-MIN_PSNR = 45.0  # smallest PSNR in dB against "exact" with which "fast" is used
-MIN_PSNR_OPENVINO = 40.0  # the same limit for OpenVINO, which keeps no part in float32
-PROBE = 128  # side in pixels of the image for this measurement
+MIN_PSNR = 45.0  # Smallest PSNR in dB against "exact" with which "fast" is used.
+MIN_PSNR_OPENVINO = 40.0  # The same limit for OpenVINO, which keeps no part in float32.
+PROBE = 128  # Side in pixels of the test image of this measurement.
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Optimized:
     Attributes:
         net: the optimized network, for inference only, with the same methods. It shares the storage
             of the original's weights, except for weights that it converts (`inference`). So later
-            changes of the original's weights may not reach it.
+            changes of the original's weights may have no effect on this network.
         mode: how `net` computes: `"stock"` (unchanged) or one of `Optimize`.
         psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
             None in the modes `"stock"` and `"exact"`.

@@ -10,7 +10,7 @@ convolution at full size, and no upsampled map is in memory. At the border, both
 same result, because the upsampled zeros around x are zeros.
 
 The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
-and exports are those of the plain layer. The results differ only by rounding.
+and exports are the same as with the plain layer. The results differ only by rounding.
 
 `B` batch, `I` and `O` channels in and out, `H W` space.
 """

@@ -18,7 +18,7 @@ from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
 from latentvae.data.workers import explained_workers, leave_signals_to_the_trainer
 
-MAX_ATTEMPTS = 20  # largest number of images that are tried for one place in a batch
+MAX_ATTEMPTS = 20  # Largest number of images that are tried for one place in a batch.
 # Number of batches that each worker prepares ahead, to bridge a series of large files.
 PREFETCHED = 4
 

@@ -70,7 +70,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow has, including those of plugins."""
+    """Return the formats that this build of Pillow supports, including the formats of plugins."""
     plugins = installed_plugins()
     Image.init()
     formats = (*FORMATS, *(name for plugin in plugins for name in plugin.formats))

@@ -288,8 +288,8 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
         raise UserError(
             f"column '{wanted}' holds {columns[wanted]}, not images"
             + (
-                f". Columns of images: {', '.join(usable)}"
-                if (usable := images + bytes_like)
+                f". Columns of images: {', '.join(images + bytes_like)}"
+                if images + bytes_like
                 else ""
             )
         )

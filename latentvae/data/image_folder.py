@@ -223,7 +223,7 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     with os.scandir(root / below) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
-        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also works for a link to itself
+        if os.path.isdir(entry.path):  # works for a link to itself too, unlike entry.is_dir()
             yield from _walk(root, below / entry.name, seen=seen)
-        else:  # also dead links and pipes, which are reported when they are read
+        else:  # dead links and pipes too, which are reported when they are read
             yield below / entry.name

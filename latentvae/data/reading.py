@@ -88,7 +88,7 @@ def read_image(
     pixels: PixelFormat | None = None,
     page: int = 0,
 ) -> Picture:
-    """Return the upright image. Without ``pixels`` it is 8-bit RGB without transparency.
+    """Return the upright image. Without ``pixels`` the image is 8-bit RGB without transparency.
 
     Args:
         source: a path, or the bytes of a file.

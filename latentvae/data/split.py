@@ -137,8 +137,8 @@ def open_images(
         spec: the images, as for ``open_source``. From sample photos and tables, the training split
             is used.
         validation_data_dir: the validation images, in the same forms as ``spec``. If a file of a
-            folder, or a tar file, is in both, it is left out of training. If two tables share a
-            file, UserError is raised.
+            folder, or a tar file, belongs to both data sets, it is left out of training. If two
+            tables share a file, UserError is raised.
         split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
             ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
             held out. So adding images does not move other images between the two sets. At least one

@@ -1,7 +1,8 @@
 """Training images from a data set too large to download, read row by row.
 
 Streams have no access by number. So the order is only as random as the shuffle buffer makes it, and
-a run resumes only approximately. If the images fit on disk, ``open_images`` has neither limitation.
+a run resumes only approximately. If the images fit on disk, ``open_images`` avoids both
+limitations.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ class ImageStream:
         held_out: number of first rows that are kept in memory for validation, in the attribute
             ``held_out``. Files with the same bytes as one of these rows are never trained on.
         shuffle_buffer: number of undecoded images kept in memory in each worker. The next image is
-            drawn from them at random.
+            a random one of these images.
         pixels: the format of every image. None means 8-bit RGB.
     """
 

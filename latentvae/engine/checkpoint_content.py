@@ -68,8 +68,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     # checks, before anything changes
     if "update" in snapshot.values:
         raise UserError(
-            "the checkpoint was written by another version of latentvae, which this one cannot "
-            "resume. Resume with that version, or start a new run in another output_dir."
+            "the checkpoint was written by another version of latentvae, and this version cannot "
+            "resume it. Resume with the other version, or start a new run in another output_dir."
         )
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors

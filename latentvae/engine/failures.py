@@ -31,7 +31,7 @@ _PEERS = (
 
 @contextlib.contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Turn a fault of the machine into a `RunError`. Other errors pass unchanged."""
+    """Turn a fault of the machine into a `RunError`. Other errors are raised unchanged."""
     try:
         yield
     except (UserError, RunError):
@@ -57,8 +57,8 @@ def explanation(error: Exception, task: Task) -> str | None:
     ):
         return (
             "another process of this run has ended, or has hung for longer than ddp_timeout "
-            f"{task.config.run.ddp_timeout} s ({_first_line(text)}). Its own message is above. "
-            "The same command resumes from the newest checkpoint."
+            f"{task.config.run.ddp_timeout} s ({_first_line(text)}). The message of that process "
+            "is above. The same command resumes from the newest checkpoint."
         )
     return _disk(error, text, task)
 

@@ -17,8 +17,8 @@ LOCK_NAME = "run.lock"
 def locked(folder: Path) -> Iterator[None]:
     """Lock `folder`, so that no other run can use it. A missing folder is created.
 
-    Rank 0 holds the lock for all ranks. The lock is a POSIX record lock: the operating system
-    releases it however the process ends. Processes that load data do not inherit the lock. On
+    Rank 0 holds the lock for all ranks. The lock is a POSIX record lock, which the operating system
+    releases when the process ends in any way. Processes that load data do not inherit the lock. On
     network file systems the lock holds for other machines too.
 
     Raises:

@@ -19,8 +19,8 @@ from latentvae.distributed import all_reduce_mean
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
-BAR_WIDTH = 80  # largest width in columns
-Window = dict[str, list[float]]  # sum and count of logged values since the last row, by name
+BAR_WIDTH = 80  # Largest width of the progress bar in columns.
+Window = dict[str, list[float]]  # Sum and count of logged values since the last row, by name.
 
 
 class MeanWindow:

@@ -104,7 +104,7 @@ def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator
     """Start or resume the run in `folder`. Return the number of updates done.
 
     Args:
-        task: what to train. The task's options are those for this number of processes.
+        task: what to train. Its options are already converted for this number of processes.
         asked: the options as the user gave them. These options are saved in the folder.
         folder: the run's folder.
         accelerator: knows the processes.
@@ -219,8 +219,8 @@ class _Loop:
 
         The first validation comes before the first update.
 
-        A checkpoint is saved before the validation of the same update. So a validation that is
-        already in the log is passed to the task again.
+        A checkpoint is saved before the validation of the same update. So if the log already has
+        the validation of this update, the task gets its results again.
         """
         validation = from_main(self.log.validation)
         if validation is not None:

@@ -78,7 +78,7 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Return the number of threads of a process, as text. Launchers set only one by default."""
+    """Return the number of threads of a process, as text. By default launchers set one thread."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:

@@ -70,7 +70,7 @@ def write_config(config: JobConfig, path: Path) -> None:
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
-    """Return the configuration that a run was started with.
+    """Return the configuration with which a run was started.
 
     Raises:
         UserError: the folder or the file does not belong to a run.

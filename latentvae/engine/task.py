@@ -127,8 +127,9 @@ class Task(ABC):
     files: ClassVar[Sequence[str]] = ()  # names of files that `write_files` may write
     parts: ClassVar[Mapping[str, str]] = {}  # prefix of weights to compare separately, by name
 
-    data_advice: ClassVar[str] = "make the data faster to read"  # if all cores already read data
-    non_finite_advice: ClassVar[str] = ""  # more remedies, such as ", or a later disc_start"
+    # The advice if all cores already read data.
+    data_advice: ClassVar[str] = "make the data faster to read"
+    non_finite_advice: ClassVar[str] = ""  # More remedies, such as ", or a later disc_start".
 
     launch: ClassVar[Sequence[str]]  # arguments of `accelerate launch` before --config
 

@@ -116,7 +116,7 @@ class Updates:
                 )
 
     def step(self, learning: Sequence[str]) -> None:
-        """Step the optimizers and the weight averages of the learners that take part."""
+        """Step the optimizers and the weight averages of the learners in this update."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()

@@ -82,7 +82,7 @@ def encode_folder(
         ignore_icc: use the stored numbers of files with an embedded colour profile. By default
             these files are converted to sRGB.
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
-        all_pages: make every page of a TIFF an item of its own. By default the first page is used.
+        all_pages: make every page of a TIFF a separate item. By default the first page is used.
         label_column: column of a table with the labels. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.

@@ -107,8 +107,8 @@ def _write_shard(
         values = [labels.values[p.number] for p in read]
         tensors["labels"] = torch.tensor(values, dtype=torch.int64)
 
-    # files, the shard last
-    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows
+    # Write the files, the shard last.
+    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows.
         table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
         write_file(table_path(out, shard), table, owner=shard)
     header = ShardHeader(content=content, shard=shard, unreadable=unreadable)

@@ -26,8 +26,8 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.moments import RunningMoments
 
-CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes. A GPU gets more, for fewer kernel launches
-SMALL_MAP = 16 * 2**20  # maps of up to so many bytes stay in memory
+CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # Bytes of a strip. A GPU gets more.
+SMALL_MAP = 16 * 2**20  # Feature maps of at most so many bytes stay in memory.
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class FeatureMap(ABC):
         self.statistics = RunningMoments(channels)
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change them."""
+        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change these rows."""
         return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
@@ -94,7 +94,7 @@ class FeatureMap(ABC):
         strips computed from itself, if each strip reads at most one row above its own rows.
 
         Args:
-            strips: pairs of the first row and the strip (1, C, rows, W).
+            strips: pairs of a strip (1, C, rows, W) and, before it, the number of its first row.
             measure: also compute the statistics of the strips.
         """
         statistics, last = RunningMoments(self.channels), None
@@ -160,7 +160,7 @@ class FileMap(FeatureMap):
         rows = torch.empty(shape, dtype=self._like.dtype)
         self._file.seek(top * self._row)
         read = self._file.readinto(_bytes(rows))
-        assert read == len(rows) * self._row, "rows are written before they are read"
+        assert read == len(rows) * self._row, "rows must be written before they are read"
         return rows.to(self._like.device)
 
     def _store(self, top: int, rows: Tensor) -> None:

@@ -56,7 +56,7 @@ def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None =
 def convolved(
     x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield strips of a 3 x 3 convolution of `x`, each with its first row."""
+    """Yield strips of a 3 x 3 convolution of `x`, each after the number of its first row."""
     for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
         strip = _with_halo(x, top, bottom, prepare)
         yield top, F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))

@@ -124,7 +124,7 @@ def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
     Names, parameters and hooks do not change.
 
     Args:
-        part: a module.
+        part: a module that contains convolutions.
         trained: use convolutions with gradients. By default they are for inference only.
 
     Returns:

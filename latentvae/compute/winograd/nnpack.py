@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 6  # rows and columns that are computed together
-WORKSPACE = 256 << 20  # bytes for the tiles of one call. Each call copies its input and output
+TILE = 6  # Rows and columns of outputs that are computed together.
+WORKSPACE = 256 << 20  # Bytes for the tiles of one call. Each call copies its input and output.
 
 
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

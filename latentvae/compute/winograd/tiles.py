@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-SIDE = 4  # side of an output tile in positions. An input tile is larger by 2
-CHUNK_BYTES = 8 << 20  # size of the tiles that are computed at once, to stay in the cache
+SIDE = 4  # Side of an output tile in positions. An input tile is larger by 2.
+CHUNK_BYTES = 8 << 20  # Bytes of the tiles that are computed at once. They fit into the cache.
 
 
 def _square(rows: list[list[float]], *, divide_by: int = 1) -> Tensor:

@@ -13,9 +13,10 @@ A shard has these tensors:
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
 
-Shard s holds `shard_items` items, from item s * shard_items on, except those that cannot be read.
-Every file is written under a temporary name, synced and renamed, so a file that exists is complete.
-A shard's header says which encoding it belongs to. The bytes depend only on the content.
+Shard s holds the `shard_items` items from item s * shard_items on. Items that cannot be read are
+left out. Every file is written under a temporary name, synced and renamed, so a file that exists is
+complete. A shard's header says to which encoding the shard belongs. The bytes depend only on the
+content.
 
 `n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions, `K`
 codes.
