@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a part when it is first used, so that `import latentvae` alone does not load torch."""
+    """Import a public name at its first use, so that `import latentvae` does not load torch."""
     from importlib import import_module
 
     homes = {"Autoencoder": "autoencoder", "load": "autoencoder"}

@@ -37,13 +37,14 @@ AnyImages = TypeVar("AnyImages", bound=Images)
 # A model in a folder with one of these names gets the name of the parent folder.
 _GENERIC_NAMES = ("export", "vae", "vqvae", "movq")
 
-# The time of a call in strips is estimated for images of at least the first number of pixels. The
-# estimate is printed if it is longer than the second number of seconds.
+# A call that computes in strips can take long. Its time is estimated if an image has at least
+# PIXELS_WORTH_PRICING pixels. The estimate is printed if it is longer than PRICE_WORTH_TELLING
+# seconds.
 PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0
 
 
 class NotFiniteError(UserError, RuntimeError):
-    """An error: the network computed values that are not finite."""
+    """The network computed infinite values or NaN."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -53,38 +54,39 @@ class NotFiniteError(UserError, RuntimeError):
 class Autoencoder:
     """An autoencoder in eval mode with frozen weights, whose methods take pictures.
 
-    Images are padded at the right and at the bottom to a multiple of f (for FLUX.2, of 2 f).
-    Reconstructions are cropped back to the image size. The padding reflects the image, or
-    replicates its border if the image is too small. A tokenizer does not take images with a side
-    below f, because their tokens would describe padding. Returned tensors are ordinary tensors, so
-    a generator can be trained on them.
+    Images are padded at the right and at the bottom to a multiple of the downsampling factor f (of
+    2 f for FLUX.2). Reconstructions are cropped back to the image size. The padding reflects the
+    image, or replicates its border if the image is too small. A tokenizer raises an error for
+    images with a side below f pixels, because their tokens would describe padding. Returned tensors
+    are no inference-mode tensors, so a diffusion model can be trained on them.
 
     Args:
-        net: a diffusers autoencoder of images, on the device and in the dtype to work in. The
-            network is not copied. The network is put in eval mode, and its parameters no longer
+        net: a diffusers autoencoder of images, on the device and in the dtype of the computation.
+            The network is not copied. The network is put in eval mode, and its parameters no longer
             require gradients. Pass a `copy.deepcopy` if you want to train the network further.
         name: name of the model in reports.
         path: the folder, file or Hub id that the network was loaded from.
         optimize: method that makes the computation faster, see `compute.optimization`. None
             computes with `net` itself.
-        strips: compute large images strip by strip. The results are exact and need little memory. A
-            call that takes longer than ten seconds first prints its estimated time on stderr, once
-            per size. Only `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
+        strips: compute large images strip by strip. The results are exact, and the computation
+            needs little memory. Before a call of more than ten seconds, the estimated time is
+            printed on stderr, once per image size. Only `AutoencoderKL` and tokenizers (`VQModel`)
+            can compute in strips.
 
     Attributes:
-        optimization: the network that computes. `str(optimization)` says how close the results are
-            to those of `net`. The weights of `net` do not change.
+        optimization: the network that computes the results. `str(optimization)` says how close they
+            are to the results of `net`. The weights of `net` do not change.
         f: downsampling factor.
-        image_channels: C, which is 1 (grey), 3 (RGB) or 4 (RGBA).
-        fixed_size: side of the images if the network makes only one size (AutoencoderRAE), else
-            None.
-        num_codes: K of a tokenizer. None for other networks.
+        image_channels: number of image channels C: 1 (grey), 3 (RGB) or 4 (RGBA).
+        fixed_size: side of the images in pixels if the network supports only one size
+            (AutoencoderRAE), else None.
+        num_codes: number of codes K of a tokenizer. None for other networks.
         smallest_side: smallest side of an image in pixels: f for a tokenizer, else 1.
-        normalization: how `scaled` latents are shifted and scaled.
+        normalization: shift and scale of the latents that the option `scaled` asks for.
 
     Raises:
-        UserError: `strips` is set, but is not possible for this network or together with
-            `optimize`.
+        UserError: `strips` is set, but the network does not support strips, or `optimize` is set
+            too.
     """
 
     def __init__(
@@ -141,10 +143,11 @@ class Autoencoder:
                 W, C) or (H, W, C), as uint8, uint16 or float in [0, 1]. Tensors are (B, C, H, W) in
                 [-1, 1].
             sample: draw from the posterior, instead of taking its mode.
-            generator: random generator for these draws. None is the global generator.
+            generator: random generator that draws from the posterior. None uses torch's global
+                generator.
             scaled: return latents as a diffusion model sees them, shifted and scaled to about unit
-                variance. FLUX.2's latents are also folded to (B, 4 d, h / 2, w / 2), as in FLUX.2's
-                pipeline.
+                variance. For FLUX.2, the latents are also folded to (B, 4 d, h / 2, w / 2), as in
+                its pipeline.
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
@@ -167,7 +170,7 @@ class Autoencoder:
 
         Raises:
             UserError: the network is not a tokenizer.
-            NotFiniteError: its features overflow, so there is no nearest code.
+            NotFiniteError: the network's features overflow, so there is no nearest code.
         """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
@@ -187,12 +190,12 @@ class Autoencoder:
         """Return the images of latents.
 
         Args:
-            z: (B, d, h, w).
+            z: the latents, (B, d, h, w).
             size: (H, W) of the result, which is cropped from the top left. None keeps the decoded
                 size, f * h by f * w.
             scaled: whether the latents come from `encode(..., scaled=True)`.
-            output_type: `"pt"` (B, C, H, W) float32 in [-1, 1], `"np"` (B, H, W, C) float32 in
-                [0, 1], or `"pil"`, a list.
+            output_type: `"pt"` for (B, C, H, W) float32 in [-1, 1], `"np"` for (B, H, W, C) float32
+                in [0, 1], or `"pil"` for a list of PIL images.
 
         Raises:
             UserError: the shape of `z` is wrong, or `size` is larger than the decoded images.
@@ -215,7 +218,7 @@ class Autoencoder:
         """Return the images of a tokenizer's indices.
 
         Args:
-            indices: as `encode_tokens` returns them.
+            indices: indices in the form that `encode_tokens` returns.
             size: as in `decode`.
             output_type: as in `decode`.
 
@@ -277,7 +280,10 @@ class Autoencoder:
             raise UserError(f"'{self.name}' takes {only} x {only} images only, not {given}")
         if min(images.shape[2:]) < self.smallest_side:
             given = f"{images.shape[2]} x {images.shape[3]} pixels"
-            raise UserError(f"images of {given} are smaller than f = {self.f} of '{self.name}'")
+            raise UserError(
+                f"images of {given} are too small for '{self.name}': each side needs at least "
+                f"{self.f} pixels (its downsampling factor f)"
+            )
         multiple = self.f * self.normalization.fold
         return pad_to_multiple(images.to(self.net.device), multiple).to(self.net.dtype)
 
@@ -365,17 +371,19 @@ def load(
     Args:
         path: a folder, a single `.safetensors` file, or a Hub id, see
             `latentvae.models.load_network`.
-        device: None is the CPU, as in diffusers.
-        dtype: None is float32. float16 may overflow unless the config's `force_upcast` is false.
+        device: device of the network. None is the CPU, as in diffusers.
+        dtype: dtype of the weights. None is float32. float16 may overflow unless the config's
+            `force_upcast` is false.
         family: model family of a single file, if the file does not say how its latents are scaled:
             `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
         variant: variant of the weights in a folder, such as `"fp16"`.
         optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
-            latentvae[openvino]`). The attribute `optimization` says which of them is used, and its
-            PSNR against exact computation. With this option on the CPU, the process keeps the
-            memory that a call frees, see `latentvae.compute.memory`.
-        strips: True or a `Strips`, for images that do not fit into memory. See `Autoencoder`.
+            latentvae[openvino]`). The attribute `optimization` says which mode is used, and its
+            PSNR against `"exact"`. If this option is set, a process on the CPU keeps the memory
+            that a call frees, see `latentvae.compute.memory`.
+        strips: compute strip by strip, for images that do not fit into memory. True, or a `Strips`
+            object with options. See `Autoencoder`.
 
     Raises:
         UserError: `path` does not exist or is no autoencoder of images, its weights are damaged, or
@@ -393,7 +401,7 @@ def load(
         )
     except UserError:
         raise
-    # A config may hold wrong numbers, and each of them fails in its own way.
+    # A model's config may hold wrong numbers. Different numbers raise different exceptions.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"'{path}' cannot be used: {error}") from error
 
@@ -407,14 +415,14 @@ def _warn_if_unit_range(images: Tensor) -> None:
     # Images that come from this package are in [-1, 1], even if they are bright.
     frame, level = sys._getframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(
-        ("torch.", "contextlib", __name__)  # what decorates the methods
+        ("torch.", "contextlib", __name__)  # the methods' decorators
     ):
         frame, level = frame.f_back, level + 1
     if frame is None or frame.f_globals.get("__name__", "").startswith("latentvae."):
         return
     warnings.warn(
         f"this tensor of images has no negative value: it is in [{low:.3g}, {high:.3g}]. Tensors "
-        "are read as [-1, 1], so black is -1. If yours is in [0, 1], give 2 * images - 1.",
+        "are read as [-1, 1], so black is -1. If your tensor is in [0, 1], give 2 * images - 1.",
         stacklevel=level,
     )
 

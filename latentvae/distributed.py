@@ -72,7 +72,7 @@ def gather_cat(tensor: Tensor) -> Tensor:
 
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of rank 0, in the given order."""
+    """Overwrite each tensor with the tensor of rank 0, in the given order."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
@@ -99,7 +99,7 @@ def from_main(value: Any) -> Any:
 def launched_rank() -> tuple[int, int]:
     """Return rank and number of ranks from the launcher's environment.
 
-    This function also works for processes that do not communicate.
+    This function also works without an initialised process group.
     """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

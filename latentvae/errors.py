@@ -12,7 +12,7 @@ _IN_A_WORKER = "Original Traceback (most recent call last):"
 
 
 class UserError(ValueError):
-    """An error in what the user gave. Commands print it in one line and exit with code 2."""
+    """An error in the user's input. Commands print it in one line and exit with code 2."""
 
     def __init__(self, sentence: str = "") -> None:
         # DataLoader raises the exception of a worker again, with the whole traceback as its text.
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     """Return the text as one line that every terminal and file can show.
 
     File names may hold line breaks, escape codes, and bytes that are not UTF-8 (surrogates in
-    Python). These become ``\\n``, ``\\x1b`` and ``\\udcff``.
+    Python). The result shows them as ``\\n``, ``\\x1b`` and ``\\udcff``.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -58,6 +58,6 @@ def check_no_password(value: str) -> None:
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` if none is."""
+    """Return ``"; did you mean 'x'?"`` for the closest of ``allowed``, or ``""``."""
     matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""

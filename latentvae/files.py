@@ -14,7 +14,7 @@ import yaml
 from latentvae.errors import UserError
 
 MAX_NODES = 100_000
-SHOWN = 300  # characters of a parser's message that our message shows
+SHOWN = 300  # number of characters of a parser's message that our message shows
 
 
 def read_text(path: Path) -> str:
@@ -64,14 +64,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Return the number of nodes after expanding all aliases. A few aliases can make billions.
+    """Return the number of YAML nodes after expanding all aliases.
+
+    A few nested aliases can expand to billions of nodes.
 
     Raises:
         ValueError: there are too many nodes, or a key occurs twice.
     """
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = MAX_NODES  # a node that is found again below itself contains itself
+    sizes[id(node)] = MAX_NODES  # a node that contains itself counts as too many nodes
 
     below: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
@@ -84,7 +86,7 @@ def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
 
     sizes[id(node)] = 1 + sum(_check_nodes(part, sizes) for part in below)
     if sizes[id(node)] > MAX_NODES:
-        raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")
+        raise ValueError(f"its aliases expand to more than {MAX_NODES:,} values")
     return sizes[id(node)]
 
 

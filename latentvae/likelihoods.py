@@ -1,4 +1,4 @@
-"""Likelihoods of images: a decoder's output is the distribution of every pixel.
+"""Likelihoods of images: a decoder returns the parameters of a distribution for every pixel.
 
 `B` batch, `C` image channels, `H W` image size. Images are in [-1, 1].
 """
@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-# The largest |ln b|. A scale of e^-7 logits is at most a tenth of an 8-bit step.
+# The largest |ln b| of a scale b. The smallest scale, e^-7 logits, is at most a tenth of the step
+# between two 8-bit values.
 MAX_LOG_SCALE = 7.0
 
 
@@ -21,7 +22,8 @@ class LogitLaplace:
         f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
     The decoder returns 2 C maps: first C maps of mu, then C maps of ln b. ln b is clamped to [-7,
-    7], because the density of a flat area could become infinite. Everything is float32.
+    7], because otherwise the density of a flat area could become infinite. All computations are in
+    float32.
 
         likelihood = LogitLaplace()
         loss = likelihood.nll(images, decoder(z)).mean()
@@ -49,7 +51,7 @@ class LogitLaplace:
         return self.unmap_pixels(torch.sigmoid(_location_and_log_scale(parameters)[0]))
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images in [-1, 1], (B, C, H, W). Values outside are clamped.
+        """Draw images (B, C, H, W). Values outside of [-1, 1] are clamped.
 
         Args:
             parameters: mu and ln b, (B, 2 C, H, W).

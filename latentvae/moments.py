@@ -1,8 +1,8 @@
 """Running mean, variance and covariance over batches and processes.
 
-The moments of two parts are joined by the pairwise rule of Chan, Golub and LeVeque 1979
-(http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Batches and processes may
-come in any number and order. Values far from zero lose no digits.
+The pairwise rule of Chan, Golub and LeVeque 1979 joins the moments of two sets of observations
+(http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Any number of batches and
+processes can be joined, in any order. A mean far from zero costs no precision.
 
 `N` observations, `D` features, `G` groups of features.
 """
@@ -24,17 +24,17 @@ class RunningMoments:
     moments.covariance()
 
     Args:
-        num_features: D. None takes it from the first batch.
+        num_features: number of features D. None takes the number from the first batch.
         covariance: whether to keep the products of all pairs of features. Otherwise only the
             squares of features are kept.
-        device: where the sums are kept.
+        device: device of the sums.
 
     Attributes:
         count: number of observations per feature. The count is a Python number, so updates never
             wait for a GPU.
-        mean: (D,).
-        scatter: with `covariance`, the sum of products about the mean, (D, D). Otherwise the sum of
-            squares about the mean, (D,).
+        mean: mean of each feature, (D,).
+        scatter: with `covariance`, the sum over observations x of (x - mean)(x - mean)^T, (D, D).
+            Otherwise the sum of (x - mean)^2, (D,).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RunningMoments:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, scatter: Tensor) -> "RunningMoments":
-        """Return moments that were summed elsewhere. The arguments are the class's attributes."""
+        """Return moments with given values. The arguments are the attributes of the class."""
         result = cls(len(mean), covariance=scatter.ndim == 2, device=mean.device)
         result.count, result.mean, result.scatter = count, mean, scatter
         return result
@@ -62,10 +62,10 @@ class RunningMoments:
         return len(self.mean)
 
     def update(self, values: Tensor, *, axis: int = -1) -> None:
-        """Add a batch, without gradient and in the precision of the sums.
+        """Add a batch of observations, detached and converted to the dtype of the sums.
 
         Args:
-            values: of any shape and precision.
+            values: a tensor of any shape and dtype.
             axis: the axis of the features. All other axes are observations.
         """
         rows = values.detach().to(self._device, self._dtype).movedim(axis, -1).flatten(0, -2)
@@ -77,7 +77,8 @@ class RunningMoments:
         delta = center - self.mean
 
         if self.has_covariance:
-            # The difference of the two means is one more row of the product.
+            # The means of the batch and of the earlier observations differ. One more row of the
+            # product accounts for this difference.
             step = delta * math.sqrt(self.count * batch / total)
             centered = torch.cat([rows - center, step[None]])
             self.scatter.addmm_(centered.T, centered)
@@ -89,7 +90,7 @@ class RunningMoments:
         self.count = total
 
     def join(self, other: "RunningMoments") -> None:
-        """Add everything that ``other`` has seen. ``other`` does not change."""
+        """Add all observations of ``other``, which does not change."""
         if other.count == 0:
             return
         self._fit(other.num_features)
@@ -100,7 +101,7 @@ class RunningMoments:
         self.count = total
 
     def joined(self) -> "RunningMoments":
-        """Return the moments of all ranks together, on the CPU. All ranks must call it."""
+        """Return the moments over all ranks, on the CPU. All ranks must call this method."""
         result = RunningMoments(covariance=self.has_covariance)
         for state in gather_objects(self.state_dict()):
             part = RunningMoments(covariance=self.has_covariance)
@@ -158,7 +159,8 @@ class RunningMoments:
             self._start(num_features)
         if num_features != self.num_features:
             raise ValueError(
-                f"moments of {self.num_features} features cannot take in {num_features} features"
+                f"moments of {self.num_features} features cannot add observations of "
+                f"{num_features} features"
             )
 
     def _squares(self) -> Tensor:

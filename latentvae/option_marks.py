@@ -54,9 +54,9 @@ class MayChange(Mark):
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """The option decides when `disc_watch disable` acts.
+    """The option decides when `disc_watch disable` switches the discriminator off.
 
-    With `disc_watch disable`, the option must not change on resume.
+    With `disc_watch disable`, this option must not change on resume.
     """
 
 
@@ -67,38 +67,39 @@ class Private(Mark):
 
 @dataclass(frozen=True)
 class ChosenByPreset(Mark):
-    """The option decides which other options exist, so it has no flag. Only the config sets it."""
+    """The option decides which other options exist. Only the config sets it, not a flag."""
 
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The run reads the option. The object that the section builds does not take the option."""
+    """The training reads the option. The object built from the section does not take the option."""
 
 
 @dataclass(frozen=True)
 class Elsewhere(Mark):
-    """Names of the option in other trainers, separated by spaces."""
+    """Names of the option in other training programs, separated by spaces."""
 
     names: str
 
 
 @dataclass(frozen=True)
 class ShareOfRun(Mark):
-    """A value below 1 is a share of max_train_steps, which becomes a number of updates."""
+    """A value below 1 is a share of max_train_steps. It is converted to a number of updates."""
 
 
 def _whole(value: float) -> float:
     if value >= 1 and value % 1:
         raise PydanticCustomError(
             "updates",
-            "should be a whole number of updates, or a share of the run below 1. The nearest is "
-            "{near}.",
+            "should be a whole number of updates, or a share of the training below 1. The nearest "
+            "whole number is {near}.",
             {"near": round(value)},
         )
     return value if 0 < value < 1 else int(value)
 
 
-# The check of the options replaces each share by a number of updates, so that code can rely on it.
+# The validation of options replaces each share by a number of updates. So the type for type
+# checkers is int.
 if TYPE_CHECKING:
     UpdatesOrShare = int
 else:
@@ -120,7 +121,7 @@ def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
 
 
 def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
-    """Return every mark of that kind by the name of its option.
+    """Return the marks of one kind, by the names of their options.
 
     Options of nested sections and of all members of a union of sections are included. A mark in a
     base class also holds for a subclass's field of the same name.
@@ -136,7 +137,7 @@ def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the classes of options in a field's type: one, or the members of a union."""
+    """Yield the section classes in a field's type: one class, or all members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -29,7 +29,8 @@ class Latent(BaseOutput):
         mean: mean of the posterior, (B, d, h, w), float32. Without a posterior, the mean is z.
         indices: the codes, (B, h, w) or (B, L, h, w), int64.
         features: the features before quantisation, (B, c, h, w).
-        losses: scalars by name, without weights, see `bottlenecks.Quantized.losses`.
+        losses: the bottleneck's losses by name, unweighted scalars, see
+            `bottlenecks.Quantized.losses`.
         statistics: the tensors that a codebook learns from, see `bottlenecks.Quantized.statistics`.
     """
 
@@ -49,7 +50,7 @@ class Latent(BaseOutput):
 
     @property
     def kl_elements(self) -> int:
-        """Number of elements of an image that the KL is a sum over.
+        """Number of latent elements of an image over which the KL is summed.
 
         This number is d * h * w, or h * w for a KL over tokens.
         """
@@ -83,7 +84,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def kl_elements(self) -> int:
-        """Number of elements of an image that `kl` is a sum over."""
+        """Number of latent elements of an image over which `kl` is summed."""
         return sum(latent.kl_elements for latent in self.latents if latent.kl is not None)
 
     @property

@@ -30,10 +30,10 @@ class Kind:
     """The form in which a user gave images, so that results have the same form.
 
     Attributes:
-        output_type: tensor, array or PIL images.
+        output_type: `"pt"` for a tensor, `"np"` for an array, `"pil"` for PIL images.
         single: whether the user gave one picture without a batch axis.
-        tensor_dtype: dtype of the tensor, if the user gave one.
-        array_dtype: dtype of the array, if the user gave one.
+        tensor_dtype: dtype of the tensor, if the user gave a tensor.
+        array_dtype: dtype of the array, if the user gave an array.
     """
 
     output_type: OutputType
@@ -42,7 +42,7 @@ class Kind:
     array_dtype: np.dtype | None = None
 
     def restore(self, images: Tensor) -> Images:
-        """Return images (B, C, H, W) in this form."""
+        """Convert images (B, C, H, W) to the form in which the user gave images."""
         if self.output_type == "pt":
             return images.to(self.tensor_dtype)
         if self.output_type == "pil":
@@ -63,7 +63,8 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
 
     Args:
         images: images in one of the forms that the module's docstring lists.
-        channels: C. PIL images are converted to it. Arrays must have it.
+        channels: number of channels C. PIL images are converted to C channels. Arrays must have C
+            channels.
 
     Raises:
         UserError: `images` are not images, or their shape or range is wrong.
@@ -86,7 +87,7 @@ def convert(images: Tensor, output_type: OutputType) -> Images:
     """Return images (B, C, H, W) in [-1, 1] as they are, as arrays in [0, 1], or as PIL images.
 
     Raises:
-        UserError: there is no such output type.
+        UserError: `output_type` is unknown.
     """
     if output_type not in OUTPUT_TYPES:
         hint = nearest(output_type, OUTPUT_TYPES)
@@ -110,13 +111,13 @@ def to_unit_array(images: Tensor) -> np.ndarray:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..255, rounded to the nearest."""
+    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..255, rounded to nearest."""
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_uint16(images: Tensor) -> np.ndarray:
-    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to the nearest."""
+    """Convert (B, C, H, W) in [-1, 1] to (B, H, W, C) in 0..65535, rounded to nearest."""
     levels = (images.cpu().double().clamp(-1, 1) + 1).mul(32767.5).round()
     return levels.permute(0, 2, 3, 1).numpy().astype(np.uint16)
 
@@ -165,7 +166,9 @@ def _from_pil(images: Sequence[Image.Image], channels: int) -> Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
-        raise UserError(f"the images of one batch have one size, not {shown}: give them one by one")
+        raise UserError(
+            f"all images of a batch must have one size, not {shown}: give them one by one"
+        )
     pixels = PixelFormat(channels, keep_depth=channels != 3)
     try:
         return torch.stack([to_tensor(in_format(image, pixels)) for image in images])

@@ -4,8 +4,8 @@
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
 Each picture is measured at its own size, after rounding to 8 bits. Two kinds of pictures are not
-rounded: pictures of more than 8 bits with a grey or RGBA model, and pictures with a given value
-range.
+rounded: pictures of more than 8 bits with a grey or RGBA model, and pictures that are read with a
+`value_range`.
 """
 
 import csv
@@ -47,13 +47,13 @@ from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.pictures import to_pil, to_uint16
 from latentvae.text import spreadsheet_text
 
-DIFFERENCE_GAIN = 4.0  # multiplies the differences in the third picture
-GAP = 8  # white pixels between the pictures
+DIFFERENCE_GAIN = 4.0  # factor on the differences that a PNG shows
+GAP = 8  # width in pixels of the white gaps in a PNG
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture in the table. A metric that needs a larger picture is None."""
+    """One picture of the table. A metric is None if the picture is too small for it."""
 
     image: str
     width: int
@@ -86,29 +86,31 @@ def reconstruct(
     optimize: Optimize | None = None,
     variant: str | None = None,
 ) -> Reconstructions:
-    """Write a PNG per picture (original, reconstruction, difference) and table.csv, and print it.
+    """Write a PNG per picture (original, reconstruction, difference), and a table of metrics.
 
-    The PNG has the model's channels and 8 bits, or 16 bits for deep pictures of a grey model.
+    The table is printed and written to table.csv. A PNG has as many channels as the model's images.
+    It has 8 bits, or 16 bits if the model is grey and the picture has more than 8 bits.
 
     Args:
-        model: an autoencoder, or the folder or Hub id of one. A model that is loaded here runs on
-            the GPU if there is a GPU.
+        model: an `Autoencoder`, or the folder or Hub id of a model. A model that this function
+            loads runs on the GPU if there is a GPU.
         inputs: image files and folders. Folders are searched with all their subfolders.
-        out: a folder. Pictures of the same name in it are replaced.
+        out: folder of the results. Existing files of the same name are overwritten.
         max_side: shrink pictures whose longer side has more pixels than this. None keeps every
             size.
-        strips: compute strip by strip, see `Autoencoder`. Ignored unless `model` is a folder or Hub
-            id.
-        value_range: stored numbers that become black and white, as in training. Float files need
-            this argument with a grey or RGBA model.
+        strips: compute strip by strip, see `Autoencoder`. It has an effect only if `model` is a
+            folder or Hub id.
+        value_range: the stored numbers of black and white, as in training. Float files need this
+            argument with a grey or RGBA model.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             such files are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
-        optimize: faster computation, see `load`. Ignored unless `model` is a folder or Hub id.
+        optimize: mode of faster computation, see `load`. It has an effect only if `model` is a
+            folder or Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
 
     Raises:
-        UserError: a path does not exist, an input would be overwritten, or no picture can be
+        UserError: a path does not exist, a PNG would overwrite an input, or no picture can be
             reconstructed.
     """
     # Files are checked before the weights are read.
@@ -151,7 +153,7 @@ def reconstruct(
 
 
 def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
-    """Return one picture's reconstruction. A failure is an error that skips only this picture.
+    """Return one picture's reconstruction. An `UnreadableImage` error skips only this picture.
 
     Raises:
         UnreadableImage: the picture is too small or too large for the network or the memory.
@@ -159,14 +161,15 @@ def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
     height, width = images.shape[2:]
     if min(height, width) < model.smallest_side:
         given = f"{width} x {height} pixels"
-        raise UnreadableImage(str(path), f"{given} are smaller than f = {model.f}")
+        needed = f"each side needs at least {model.f} pixels"
+        raise UnreadableImage(str(path), f"{given} are too small: {needed}")
     try:
         return model.reconstruct(images)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = f"no memory for {width} x {height} pixels: give max_side or strips"
         raise UnreadableImage(str(path), reason) from error
-    # torch has no error class for inputs that a network cannot compute, such as a group norm of one
-    # value.
+    # torch has no error class of its own for inputs that a network cannot compute, such as a group
+    # norm of a single value.
     except (ValueError, RuntimeError) as error:
         reason = f"{width} x {height} pixels cannot be reconstructed: {str(error).splitlines()[0]}"
         raise UnreadableImage(str(path), reason) from error
@@ -177,7 +180,7 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield every image file, and its path relative to the input that contains it.
+    """Yield each image file, and its path relative to the given folder.
 
     Files in `out` are left out, because an earlier call may have written them.
     """
@@ -191,7 +194,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
                 if not (given / name).resolve().is_relative_to(written)
             )
         elif given.exists():
-            if is_tiff(given.name):  # says so if the file has several pages
+            if is_tiff(given.name):  # prints a line if the file has several pages
                 opened = partial(_open_file, given)
                 find_pages([given.name], opened, all_pages=False, place=str(given.parent))
             yield given, Path(given.name)
@@ -202,7 +205,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
 
 
 def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
-    """Yield each file with the name of its PNG. Equal names get a number."""
+    """Yield each file and the name of its PNG. A number keeps equal names apart."""
     taken: set[str] = set()
     for path, below in files:
         name, number = below.with_suffix(".png"), 1
@@ -218,13 +221,16 @@ def _keep_inputs(targets: Sequence[tuple[Path, str]], out: Path) -> None:
     for _, picture in targets:
         if _identity(out / picture) in given:
             raise UserError(
-                f"'{out / picture}' is an input, and would be written over: give another folder "
-                "for out"
+                f"'{out / picture}' is an input file and would be overwritten: give another "
+                "folder for out"
             )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what identifies a file. A name does not: some file systems treat .PNG as .png."""
+    """Return the numbers that identify a file, or None if the file does not exist.
+
+    Names do not identify files, because some file systems treat .PNG as .png.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -243,7 +249,7 @@ def _shrink(image: Picture, max_side: int | None) -> Picture:
 def _save(path: Path, images: Tensor, recon: Tensor, *, deep: bool) -> None:
     """Write original, reconstruction and difference side by side. Mid-grey means no difference."""
     visible = recon - images
-    if images.shape[1] == 4:  # difference of both pictures on a mid-grey background, opaque
+    if images.shape[1] == 4:  # the difference on a mid-grey background, without transparency
         opaque = torch.full_like(images[:, 3:], 2 / DIFFERENCE_GAIN)
         visible = torch.cat([to_rgb(recon) - to_rgb(images), opaque], dim=1)
     difference = (DIFFERENCE_GAIN / 2 * visible).clamp(-1.0, 1.0)
@@ -290,7 +296,7 @@ def _finish(
         text = printable(f"left out {path}: {reason}")
         console.print(text, style="yellow", markup=False, soft_wrap=True)
     if not rows:
-        raise UserError(f"not one of {len(left_out)} pictures can be reconstructed")
+        raise UserError(f"none of the {len(left_out)} pictures could be reconstructed")
 
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
@@ -326,7 +332,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: Iterable[float | None], digits: str) -> str:
-    """Return the mean of the known values. One infinite PSNR makes the mean infinite."""
+    """Return the mean of all values except None. One infinite PSNR makes the mean infinite."""
     known = [value for value in values if value is not None]
     if not known:
         return "n/a"

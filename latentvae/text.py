@@ -6,7 +6,7 @@ from latentvae.errors import printable
 
 
 def markdown_text(text: str) -> str:
-    """Return a name as plain text in Markdown, without table cells, code, links or HTML."""
+    """Return Markdown that shows a name as plain text, not as table cells, code, links or HTML."""
     return re.sub(r"([\\`|<>\[\]])", r"\\\1", printable(text))
 
 

@@ -449,7 +449,7 @@ def test_tokens_are_the_nearest_codes_and_decode_as_the_latents_do() -> None:
 def test_a_tokenizer_refuses_images_smaller_than_f(size: tuple[int, int]) -> None:
     model = Autoencoder(VQModel(**VQ), name="vq")
     assert model.encode_tokens(tensor(model.f, model.f)).shape == (1, 1, 1)
-    said = f"images of {size[0]} x {size[1]} pixels are smaller than f = {model.f} of 'vq'"
+    said = f"images of {size[0]} x {size[1]} pixels are too small for 'vq': .* {model.f} pixels"
     for call in (model.encode, model.encode_tokens, model.encode_posterior, model.reconstruct):
         with pytest.raises(UserError, match=said):
             call(tensor(*size))

@@ -105,7 +105,7 @@ def test_too_few_rows_and_wrong_features_are_errors(rows: Tensor) -> None:
     assert collect(rows[:1]).variance(correction=0).tolist() == [0.0] * 6
     with pytest.raises(ValueError, match=r"at least 1 observations \(got 0\)"):
         collect(rows[:0]).variance(correction=0)
-    with pytest.raises(ValueError, match="of 6 features cannot take in 5"):
+    with pytest.raises(ValueError, match="of 6 features cannot add observations of 5"):
         collect(rows, rows[:, :5])
     with pytest.raises(ValueError, match="covariance=True"):
         collect(rows).covariance()

@@ -85,7 +85,7 @@ def test_a_picture_smaller_than_f_of_a_tokenizer_is_told_and_left_out(
     result = reconstruct(Autoencoder(net, name="vq"), [photos], out=tmp_path / "out")
     assert set(rows(tmp_path / "out")) == {"a.png", "a-2.png"}
     reasons = {Path(path).name: reason for path, reason in result.left_out}
-    assert reasons["small.png"] == "9 x 8 pixels are smaller than f = 16"
+    assert reasons["small.png"] == "9 x 8 pixels are too small: each side needs at least 16 pixels"
 
 
 def test_a_picture_that_a_network_cannot_compute_does_not_lose_the_others(
@@ -155,7 +155,7 @@ def test_an_input_is_not_written_over(
 ) -> None:
     monkeypatch.chdir(photos)
     before = {path: path.read_bytes() for path in photos.rglob("*.*")}
-    with pytest.raises(UserError, match="is an input, and would be written over"):
+    with pytest.raises(UserError, match="is an input file and would be overwritten"):
         reconstruct(model, inputs, out=".")
     assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
 
@@ -168,7 +168,7 @@ def test_an_input_by_another_name_is_not_written_over(
     out.mkdir()
     (photos / "a.png").rename(photos / "A.PNG")
     (out / "A.png").hardlink_to(photos / "A.PNG")
-    with pytest.raises(UserError, match="is an input, and would be written over"):
+    with pytest.raises(UserError, match="is an input file and would be overwritten"):
         reconstruct(model, [photos / "A.PNG"], out=out)
 
 
@@ -178,7 +178,7 @@ def test_wrong_inputs_are_refused(model: Autoencoder, photos: Path, tmp_path: Pa
         reconstruct(model, [tmp_path / "fotos"], out=out)
     with pytest.raises(UserError, match="no images: give image files or folders"):
         reconstruct(model, [], out=out)
-    with pytest.raises(UserError, match="not one of 1 pictures"):
+    with pytest.raises(UserError, match="none of the 1 pictures"):
         reconstruct(model, [photos / "bad.jpg"], out=out)
     with pytest.raises(UserError, match="no such model folder"):
         reconstruct(tmp_path / "nothing", [photos], out=out)

@@ -1,6 +1,6 @@
 """Options that several bottlenecks share. Each bottleneck's own Config is beside its class.
 
-A Config also has the properties that a run must know before it builds the module. The base class
+A Config also has the properties that a training needs before it builds the module. The base class
 `BottleneckConfig` defines these properties, with values that fit most bottlenecks.
 
 `K` codes, `D` code width.
@@ -24,17 +24,17 @@ from latentvae.option_marks import (
     marks,
 )
 
-MAX_CODES = 2**24  # a limit, because the counter of each code takes memory
+MAX_CODES = 2**24  # an upper limit, because the use counter of each code takes memory
 
 
 @dataclass(frozen=True)
 class Shape(Mark):
-    """Marks an option that fine-tuning takes from the pretrained bottleneck, not from the run."""
+    """Marks an option whose value fine-tuning takes from the pretrained bottleneck."""
 
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """Marks the weight of a loss in `Quantized.losses`. It is not an argument of the module."""
+    """Marks the weight of a loss in `Quantized.losses`. The module does not take it as argument."""
 
     term: str
 
@@ -51,7 +51,7 @@ class KeepsCodesInUse(Mark):
     """Marks an option that can keep more codes in use. The value 0 turns the option off.
 
     Attributes:
-        rank: place in the order in which to try these options, from 1.
+        rank: position of the option in the order in which users should try them, from 1.
         flag: command-line flag with a recommended value.
     """
 
@@ -74,7 +74,7 @@ GradientName = Annotated[Literal["straight_through", "rotation"], Elsewhere("rot
 
 
 class BottleneckConfig(Section):
-    """Base class of all bottleneck options, with the properties that a run reads.
+    """Base class of all bottleneck options, with the properties that a training reads.
 
     Attributes:
         type: name of the bottleneck in a preset. The name chooses the class of the options.
@@ -120,15 +120,15 @@ class BottleneckConfig(Section):
         }
 
     def shape_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the options that a pretrained module of this type decides.
+        """Return the options whose values come from a pretrained module of this type.
 
         Args:
-            arguments: arguments that the pretrained module was built with.
+            arguments: arguments with which the pretrained module was built.
         """
         return {name: arguments[name] for name in marked(type(self), Shape) if name in arguments}
 
     def remedies(self) -> list[str]:
-        """Return the flags that keep more codes in use and are not set, in the order to try."""
+        """Return the unset flags that can keep more codes in use, the recommended ones first."""
         found = marks(type(self), KeepsCodesInUse)
         idle = [mark for name, mark in found.items() if getattr(self, name) == 0]
         return [mark.flag for mark in sorted(idle, key=lambda mark: mark.rank)]

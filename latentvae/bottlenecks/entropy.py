@@ -1,10 +1,11 @@
-"""Entropy of the choice of codes (MAGVIT-v2, arXiv:2310.05737, section 3.1, and LlamaGen).
+"""Entropies of the soft choice of codes (MAGVIT-v2, arXiv:2310.05737, section 3.1, and LlamaGen).
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
-The entropy of each vector should be low, and the entropy of the batch high. The N x K probabilities
-are never in memory at once. The probabilities are computed in parts, and recomputed in the backward
-pass.
+Training makes the entropy of each vector's p low, so that its choice is clear. Training makes the
+entropy of the mean p over the batch high, so that all codes are used. The N x K probabilities are
+never in memory at once. They are computed for a few vectors at a time, and computed again in the
+backward pass.
 
 `N` vectors, `K` codes, `D` code width.
 """
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentvae.distributed import all_reduce_mean
 
-# Number of probabilities in memory at a time. Larger parts mean fewer kernel launches on a GPU.
+# Number of probabilities in memory at a time. A larger number means fewer kernel launches on a GPU.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**24
 SMALLEST = 1e-30  # smallest probability in a logarithm, so that its gradient stays finite
 
@@ -31,12 +32,13 @@ def code_entropies(
     """Return the mean entropy of p(k | v) over vectors, and the entropy of the mean p, in nats.
 
     Args:
-        vectors: (N, D), float32.
-        codebook: (K, D), float32.
-        temperature: above 0, in squared units of the vectors.
-        over_ranks: take the mean over the vectors of all ranks (equally many on each). When DDP
-            averages the gradients over ranks, the result is the gradient of the joined batch.
-        chunk: how many probabilities are in memory at a time. Default: 2^21 on the CPU and 2^24
+        vectors: the encoder's vectors, (N, D), float32.
+        codebook: the codes, (K, D), float32.
+        temperature: temperature of the softmax, above 0, in squared units of the vectors.
+        over_ranks: take the mean over the vectors of all ranks. Every rank must have the same
+            number of vectors. The mean of the ranks' gradients, which DDP computes, is then the
+            gradient of one batch of all these vectors.
+        chunk: number of probabilities in memory at a time. Default: 2^21 on the CPU and 2^24
             elsewhere.
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
@@ -60,7 +62,7 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return two sums over the vectors of a part: entropies, and probabilities (K,)."""
+    """Return two sums over vectors (n, D): of the entropies, and of the probabilities (K,)."""
     # |v|^2 is the same for all codes, so the softmax does not need it.
     logits = torch.addmm(-codebook.square().sum(1), part, codebook.t(), alpha=2.0) / temperature
     log_p = logits.log_softmax(1)  # (n, K)

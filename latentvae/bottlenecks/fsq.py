@@ -1,6 +1,6 @@
 """Finite scalar quantisation (FSQ, arXiv:2309.15505).
 
-Each channel is rounded to one of a few levels, and the levels of all channels are the code.
+Each channel is rounded to one of a few levels. The levels of all channels together are the code.
 
 features h (B, D, h, w) -> bounded by tanh -> rounded -> z (B, D, h, w) in [-1, 1]
 
@@ -19,7 +19,7 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # share of half the range: with it, a finite h can reach the outermost levels
+MARGIN = 1e-3  # widens the range by this share, so that a finite h reaches the outermost levels
 MAX_LEVELS = 1000  # with more levels the margin would round to a level that does not exist
 
 
@@ -51,22 +51,23 @@ class FSQConfig(BottleneckConfig):
 class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` without a codebook, losses or parameters.
 
-    The bound is tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o is 1/2 for even L and 0 for
-    odd L, and s is chosen so that h = 0 gives level 0. This bound follows the paper's text. The
-    paper's listing differs: it has tan instead of artanh, and 1 - margin instead of 1 + margin.
-    Cosmos and vector-quantize-pytorch use the same formula as this class, so their indices agree
-    with ours. The rounded value in -floor(L / 2)..ceil(L / 2) - 1 is divided by floor(L / 2).
+    A channel h with L levels is bounded to tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o
+    is 1/2 for even L and 0 for odd L. The shift s is chosen so that h = 0 gives the level 0. This
+    bound follows the text of the paper. The code in the paper differs: it has tan instead of
+    artanh, and 1 - margin instead of 1 + margin. Cosmos and vector-quantize-pytorch use the same
+    formula as this class, so they compute the same indices. The rounded value lies in -floor(L /
+    2)..ceil(L / 2) - 1. This value divided by floor(L / 2) is z.
 
     The index is sum_i d_i prod_{j < i} L_j, where the digit d_i in 0..L_i - 1 counts from the
     lowest level. The digit of the first channel changes fastest.
 
     Args:
-        levels: L_i per channel, each in 3..1000. The paper uses (8, 6, 5) for K = 240 and (8, 5, 5,
-            5) for K = 1000. The paper uses (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for
-            K = 64000.
+        levels: number of levels L_i of each channel, 3 to 1000. The paper uses (8, 6, 5) for K =
+            240 and (8, 5, 5, 5) for K = 1000. The paper uses (7, 5, 5, 5, 5) for K = 4375 and (8,
+            8, 8, 5, 5, 5) for K = 64000.
 
     Raises:
-        UserError: there are no levels, or a channel has fewer than 3 or more than 1000.
+        UserError: there are no levels, or a channel has fewer than 3 or more than 1000 levels.
     """
 
     kind = "fsq"

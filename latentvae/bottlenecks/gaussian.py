@@ -47,7 +47,8 @@ class GaussianBottleneck(nn.Module):
     """A bottleneck that samples from the encoder's posterior and computes its KL.
 
     Args:
-        latent_channels: d. The features have 2 d channels, the mean and the log-variance.
+        latent_channels: number of latent channels d. The features have 2 d channels: the mean and
+            the log-variance.
     """
 
     kind: ClassVar[str] = "gaussian"

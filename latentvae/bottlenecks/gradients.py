@@ -1,6 +1,7 @@
 """How the decoder's gradient passes through a quantiser.
 
-Each function returns the values of the codes, and passes their gradient to the vectors.
+Each function returns the values of the codes, and passes the gradient of the codes to the encoder's
+vectors.
 
 `N` vectors, `D` code width.
 """
@@ -38,7 +39,7 @@ def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
     def along(a: Tensor, b: Tensor) -> Tensor:
         return b * (moved * a).sum(1, keepdim=True)
 
-    moved = vectors - vector  # zero, with a gradient
+    moved = vectors - vector  # the value is zero, with a gradient to `vectors`
     return quantised + scale * (moved - 2 * along(r, r) + 2 * along(e, q))
 
 

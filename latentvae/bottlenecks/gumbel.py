@@ -81,18 +81,18 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the positions of the largest logits without noise, also in training, because
-    encoding uses them too (arXiv:2102.12092, section 2.2). Only in evaluation is `z` equal to
+    `indices` are the positions of the largest logits without noise, also in training. Encoding an
+    image uses these indices too (arXiv:2102.12092, section 2.2). Only in evaluation is `z` equal to
     `codes(indices)`.
 
     The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
     The KL is between 0 and log K nats per token.
 
     Args:
-        num_codes: K, also the number of feature channels.
-        code_channels: D.
-        straight_through: in training, use the single code of the largest weight as `z`, with the
-            gradient of the weights. By default `z` is a mixture of codes.
+        num_codes: number of codes K, also the number of feature channels.
+        code_channels: code width D.
+        straight_through: in training, `z` is the single code of the largest weight, with the
+            gradient of the mixture. By default `z` is the mixture of codes itself.
 
     Raises:
         UserError: there are fewer than 2 codes, or no channel.
@@ -118,8 +118,8 @@ class GumbelQuantizer(Quantizer):
         """Quantise logits (B, K, h, w).
 
         Args:
-            temperature: above 0. The caller computes its schedule. The temperature has no effect in
-                evaluation.
+            temperature: temperature of the softmax, above 0. The caller computes this value by a
+                schedule. The temperature has no effect in evaluation.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):

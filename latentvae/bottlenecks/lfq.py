@@ -2,8 +2,8 @@
 
 features h (B, D, h, w) [-> h / |h|] -> sign -> z (B, D, h, w), each element -s or s
 
-LFQ has s = 1. BSQ puts h on the unit sphere and has s = 1 / sqrt(D). The entropies are those of a
-softmax over all K codes:
+LFQ has s = 1. BSQ puts h on the unit sphere and has s = 1 / sqrt(D). The entropies are computed
+from a softmax over all K codes:
 
     p(c | h) = softmax_c(-|h - c|^2 / t) = prod_i sigmoid(4 s h_i b_i / t),  c = s b, b_i = -1 or 1
 
@@ -61,15 +61,16 @@ class LookupFreeQuantizer(Quantizer):
     The index is sum_i 2^i [h_i >= 0], so the first channel is the lowest bit (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
-    In training, the batch is one micro-step of all ranks, with equally many tokens on each rank.
-    When DDP averages the gradients over ranks, the result is the gradient of the joined batch. In
-    evaluation each rank takes its own batch, because ranks may have different numbers of batches.
+    In training, `batch_entropy` covers one micro-step of all ranks. Every rank must have the same
+    number of tokens. The mean of the ranks' gradients, which DDP computes, is then the gradient of
+    one batch of all these tokens. In evaluation each rank uses only its own batch, because ranks
+    may have different numbers of batches.
 
     Args:
-        num_bits: D = log2 K, also the number of feature channels.
+        num_bits: number of bits D = log2 K, also the number of feature channels.
         spherical: use BSQ instead of LFQ.
-        entropy_temperature: t, in squared units of h. Default: 0.01 for LFQ and 1 for BSQ, the
-            usual values.
+        entropy_temperature: temperature t of the softmax, in squared units of h. Default: 0.01 for
+            LFQ and 1 for BSQ, the usual values.
         group_bits: number of bits in each group of the batch entropy. A group needs a table of
             2^group_bits numbers. The batch entropy is exact if `group_bits` is at least `num_bits`.
 
@@ -117,7 +118,7 @@ class LookupFreeQuantizer(Quantizer):
         return self._code(indices.unsqueeze(1) >> self._places(indices) & 1 == 1)
 
     def why_not_listed(self) -> str:
-        """Return a reason if there are too many codes to list."""
+        """Return a reason if there are too many codes to list, else ""."""
         if self.num_codes <= 2**MAX_LISTED_BITS:
             return ""
         most = 2**MAX_LISTED_BITS
@@ -134,7 +135,7 @@ class LookupFreeQuantizer(Quantizer):
         return torch.arange(self.in_channels, device=like.device).view(1, -1, 1, 1)
 
     def _entropies(self, h: Tensor) -> dict[str, Tensor]:
-        logits = h * (4.0 * self.scale / self.entropy_temperature)  # log-odds of bit 1
+        logits = h * (4.0 * self.scale / self.entropy_temperature)  # log-odds that a bit is 1
         logits = rearrange(logits, "B D h w -> (B h w) D")
         groups = logits.split(self.group_bits, dim=1)
         batch = [_batch_entropy(group, over_ranks=self.training) for group in groups]
@@ -157,13 +158,12 @@ def _bit_entropy(logits: Tensor) -> Tensor:
 def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
     """Return the entropy, in nats, of the mean over tokens of the joint distribution of bits.
 
-    The bits are the bits of one group.
-
     Args:
-        logits: (N, g).
+        logits: log-odds of the g bits of one group, for each of N tokens, (N, g).
         over_ranks: take the mean over the tokens of all ranks.
     """
-    # A sum of outer products over tokens is one matrix product. So N x 2^g numbers are never held.
+    # A sum of outer products over tokens is one matrix product. So the N x 2^g probabilities are
+    # never in memory.
     middle = logits.shape[1] // 2
     low, high = _joint(logits[:, :middle]), _joint(logits[:, middle:])
     p = low.t() @ high / len(logits)  # (2^middle, 2^(g - middle))

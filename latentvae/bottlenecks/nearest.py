@@ -2,8 +2,8 @@
 
 argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product
 with a bias. The search first finds the largest score of each block of 32 codes, then the position
-within the best block. The search is then faster, because a maximum over rows runs at memory speed
-and an argmax is many times slower.
+within the best block. This is faster than one argmax over all codes: a maximum over rows runs at
+memory speed, and an argmax is many times slower.
 
 `N` vectors, `K` codes, `D` code width, `n` vectors of a tile.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 32  # codes of a block
+BLOCK = 32  # Number of codes in a block.
 # Largest number of codes in a tile: the scores of 256 vectors x 4096 codes take 4 MiB, which fits
 # into caches.
 CODES = 4096
@@ -22,19 +22,20 @@ CPU_CHUNK, GPU_CHUNK = 2**20, 2**23
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Return the index of the code at the smallest Euclidean distance. Ties take the lowest index.
+    """Return the index of each vector's nearest code (Euclidean). Ties take the lowest index.
 
     The search runs in float32, also under autocast. The codebook's mean is first subtracted from
     vectors and codes, so that a common offset costs no precision.
 
     Args:
-        vectors: (N, D), any float dtype. A vector that is not finite gets an arbitrary index.
-        codebook: (K, D).
-        chunk: how many scores are in memory at a time, at least 32. Default: 2^20 on the CPU
-            (4 MiB) and 2^23 elsewhere.
+        vectors: the vectors, (N, D), of any float dtype. A vector that is not finite gets an
+            arbitrary index.
+        codebook: the codes, (K, D).
+        chunk: number of scores in memory at a time, at least 32. Default: 2^20 on the CPU (4 MiB)
+            and 2^23 elsewhere.
 
     Returns:
-        (N,), int64.
+        The indices, (N,), int64.
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
     with torch.autocast(vectors.device.type, enabled=False):
@@ -65,7 +66,7 @@ def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tens
         blocks = scores.view(len(some) // BLOCK, BLOCK, n)
         score, block = blocks.amax(1).max(0)
         found = first + block * BLOCK + blocks[block, :, columns].argmax(1)
-        # `>` and not `>=` keeps the lowest index among equals.
+        # `>` instead of `>=` keeps the lowest index among equal scores.
         indices = torch.where(score > best, found, indices)
         best = torch.maximum(best, score)
     return indices

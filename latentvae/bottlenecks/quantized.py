@@ -17,13 +17,13 @@ class Quantized(NamedTuple):
 
     Attributes:
         z: the input of the decoder, (B, D, h, w). The gradient of `z` passes to the features.
-        indices: (B, h, w), int64 in 0..K - 1. With L levels (B, L, h, w).
-        losses: unweighted losses by name. Each is a scalar, a mean over vectors. `commitment` and
-            `codebook` are also means over D. `sample_entropy`, `batch_entropy` and `kl` are in nats
-            per token. A loss that the bottleneck does not have is absent.
+        indices: the codes, (B, h, w), int64 in 0..K - 1. With L levels the shape is (B, L, h, w).
+        losses: unweighted losses by name. Each loss is a scalar, a mean over vectors. `commitment`
+            and `codebook` are also means over the D channels. `sample_entropy`, `batch_entropy` and
+            `kl` are in nats per token. A loss that the bottleneck does not have is absent.
         statistics: the inputs of `update`, by name. The statistics are sums over the vectors of
-            this rank. So the statistics of several micro-steps and ranks can be added. Empty if
-            `update` learns nothing.
+            this rank. So the statistics of several micro-steps and ranks can be added. The dict is
+            empty if `update` learns nothing.
     """
 
     z: Tensor
@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A discrete bottleneck. It does not count updates: the caller passes the values of schedules.
+    """A discrete bottleneck. The caller computes scheduled values such as the temperature.
 
     A subclass sets the sizes and defines `forward` and `codes`. The other methods have defaults for
     a bottleneck that learns only by gradient, or has nothing to learn.
@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
         in_channels: C, channels of the features.
         code_channels: D, channels of `z`.
         restart_threshold: `update` restarts a code whose use is below this share of the mean use.
-            With 0 it never restarts a code.
+            With 0, `update` never restarts a code.
     """
 
     kind: ClassVar[str]
@@ -67,14 +67,14 @@ class Quantizer(nn.Module):
             features: (B, C, h, w).
             temperature: above 0. Only Gumbel-softmax uses it, in training.
         """
-        raise NotImplementedError  # every bottleneck defines its own
+        raise NotImplementedError  # Every bottleneck defines its own `forward`.
 
     def codes(self, indices: Tensor) -> Tensor:
         """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), as `forward` returns it.
 
         The exception is Gumbel-softmax in training, whose `z` is a mixture of codes.
         """
-        raise NotImplementedError  # every bottleneck defines its own
+        raise NotImplementedError  # Every bottleneck defines its own `codes`.
 
     def initialise(
         self,
@@ -83,28 +83,28 @@ class Quantizer(nn.Module):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codebook by k-means before training. By default there is nothing to set.
+        """Set the codebook by k-means before training. By default this method does nothing.
 
         The result is the same on every rank for the same features and generator.
 
         Args:
             features: (N, C).
             generator: random generator on the CPU.
-            batch_vectors: number of vectors in one update over all ranks. The counts of moving
-                averages start at the scale of this number. Default: N.
+            batch_vectors: number of vectors in one update over all ranks. The first counts of the
+                moving averages are scaled to this number. Default: N.
         """
 
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Learn from statistics: moving averages and the restart of unused codes.
+        """Move the codes' moving averages, and restart unused codes.
 
-        Call it once per update, after the optimiser's step. By default there is nothing to learn.
+        Call this method once per update, after the optimiser's step. By default it changes nothing.
 
         Args:
             statistics: statistics of the complete update, summed over micro-steps and ranks.
-            features: vectors of the last micro-step, (N, C), joined over ranks. Unused codes
-                restart at some of them.
+            features: vectors of the last micro-step on all ranks, (N, C). Unused codes restart at
+                some of these vectors.
             generator: random generator on the CPU that chooses these vectors. Its state must be the
                 same on every rank.
 
@@ -114,17 +114,17 @@ class Quantizer(nn.Module):
         return torch.zeros((), dtype=torch.int64, device=features.device)
 
     def why_not_listed(self) -> str:
-        """Return why a search for the nearest code in a list would find other codes, or "".
+        """Return why the nearest codes in a list would be other codes than `forward` finds, or "".
 
-        A stock `VQModel` makes such a search. The list is that of `listed_codes`, and the reason is
-        a clause of a sentence.
+        The stock `VQModel` of diffusers searches for the nearest code in a list. The method
+        `listed_codes` returns this list. The reason is a clause of a sentence.
         """
         return f"the quantiser {self.kind} does not search for the nearest code in a list"
 
     def listed_codes(self) -> Tensor:
         """Return a new list of all codes, (K, D), float32, in the order of their indices.
 
-        The quantiser takes the nearest of these codes by Euclidean distance. Call it only if
-        `why_not_listed` is empty.
+        The quantiser takes the nearest of these codes by Euclidean distance. Call this method only
+        if `why_not_listed` returns "".
         """
         raise NotImplementedError(self.why_not_listed())

@@ -45,13 +45,13 @@ class ResidualQuantizer(Quantizer):
 
     The losses are means over levels. `commitment` is |h - sg(sum of the codes so far)|^2, as in
     RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. The gradient passes from z to h in one step,
-    not level by level. Separate codebooks have their own statistics and buffers for each level. For
+    not level by level. With separate codebooks, each level has its own statistics and buffers. With
     a shared codebook, statistics are sums over levels.
 
     Args:
-        num_levels: L.
+        num_levels: number of levels L.
         num_codes: K, the number of codes of each level.
-        code_channels: D, also the number of feature channels.
+        code_channels: code width D, also the number of feature channels.
         shared_codebook: use one codebook for all levels, as RQ-VAE does. Otherwise each level has
             its own codebook.
         ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. Unused
@@ -147,7 +147,7 @@ class ResidualQuantizer(Quantizer):
 
         A shared codebook is set twice. The first time, k-means of the features sets the codebook,
         which gives residuals of all levels. The second time, k-means of the features and these
-        residuals sets it again.
+        residuals sets the codebook again.
         """
         features = features.detach().float()
         size = batch_vectors or len(features)
@@ -190,14 +190,14 @@ class ResidualQuantizer(Quantizer):
         return restarted
 
     def _with_gradient(self, features: Tensor, z: Tensor) -> Tensor:
-        """Return the values of ``z``, with their gradient passed to the features."""
+        """Return the values of ``z``, and pass their gradient to the features."""
         B, _, h, w = features.shape
         vectors, quantised = (rearrange(t, "B D h w -> (B h w) D") for t in (features, z))
         passed = self.gradient(vectors, quantised)
         return rearrange(passed, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Join the statistics of all levels on a first axis. For a shared codebook, add them."""
+        """Stack the statistics of all levels on a first axis. Add them for a shared codebook."""
         joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
         if self.shared_codebook:
             return {name: values.sum(0) for name, values in joined.items()}

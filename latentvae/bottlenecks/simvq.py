@@ -3,8 +3,8 @@
 features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
 
 C (K, D) is frozen, and W (D, D) is learned. A gradient at one code moves all codes, so every code
-stays near the vectors and none needs a restart. C is drawn from a normal distribution with variance
-1 / D, and W has the default initialisation of a linear layer. The authors' code and
+stays near the vectors and no code needs a restart. C is drawn from a normal distribution with
+variance 1 / D, and W has the default initialisation of a linear layer. The authors' code and
 vector-quantize-pytorch do the same.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
@@ -38,12 +38,12 @@ class SimVQConfig(CodebookConfig):
 class SimVQ(Quantizer):
     """A `Quantizer` with one code per position, from a codebook whose codes all move together.
 
-    The losses are those of VQ. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
-    The gradient of `codebook` reaches only W.
+    The losses are the losses of VQ-VAE. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) -
+    code|^2. The gradient of `codebook` reaches only W.
 
     Args:
-        num_codes: K.
-        code_channels: D, also the number of feature channels.
+        num_codes: number of codes K.
+        code_channels: code width D, also the number of feature channels.
         gradient: `"straight_through"` (as in the paper) or `"rotation"`.
 
     Raises:

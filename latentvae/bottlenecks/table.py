@@ -27,7 +27,7 @@ class Bottleneck:
 
     Attributes:
         module: turns encoder features into a latent. It is built from `config.arguments()`.
-        config: class of its options, with the properties that a run reads.
+        config: class of the module's options, with the properties that a training reads.
     """
 
     module: type[nn.Module]
@@ -39,7 +39,7 @@ class Bottleneck:
         return issubclass(self.module, Quantizer)
 
     def build(self, arguments: dict[str, Any]) -> Any:
-        """Return a freshly initialised module. `type` among the arguments has no effect."""
+        """Return a newly initialised module. An argument named `type` has no effect."""
         return self.module(**{name: v for name, v in arguments.items() if name != "type"})
 
 
@@ -56,7 +56,7 @@ QUANTIZERS = {name: entry for name, entry in BOTTLENECKS.items() if entry.discre
 
 if TYPE_CHECKING:
     AnyQuantizerConfig = BottleneckConfig
-else:  # the union of all Configs in the table, from which the preset's `type` chooses one
+else:  # the union of all Configs in the table, of which the preset's `type` chooses one
     AnyQuantizerConfig = Annotated[
         reduce(
             operator.or_, (Annotated[entry.config, Tag(name)] for name, entry in QUANTIZERS.items())
@@ -66,7 +66,7 @@ else:  # the union of all Configs in the table, from which the preset's `type` c
 
 
 def build_quantizer(type: str, **arguments: Any) -> Quantizer:
-    """Return a freshly initialised quantiser.
+    """Return a newly initialised quantiser.
 
     Args:
         type: a key of `QUANTIZERS`.

@@ -35,7 +35,7 @@ from latentvae.option_marks import Elsewhere
 
 SMALLEST_SIZE = 1e-3  # A code with a smaller average number of vectors does not move.
 LAPLACE = 1e-5  # Added to each count of the moving average (appendix A.1).
-SMALLEST_WINDOW = 5.0  # In updates. Counts over fewer updates say little about a code's use.
+SMALLEST_WINDOW = 5.0  # Number of updates. Counts over fewer updates say little about a code's use.
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
@@ -56,7 +56,7 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments. The module computes entropies only if they have a weight."""
+        """Return the module's arguments, without entropy temperature if `entropy_weight` is 0."""
         temperature = (self.entropy_temperature or 0.01) if self.entropy_weight else None
         return super().arguments() | {"entropy_temperature": temperature}
 
@@ -65,8 +65,8 @@ class VectorQuantizer(Quantizer):
     """A `Quantizer` with one code per position.
 
     Args:
-        num_codes: K.
-        code_channels: D, also the number of feature channels.
+        num_codes: number of codes K.
+        code_channels: code width D, also the number of feature channels.
         ema_decay: decay per update, in (0, 1), if the codebook consists of moving averages. With
             None, the codebook is a parameter and learns from the loss `codebook`.
         l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is the one
@@ -75,7 +75,7 @@ class VectorQuantizer(Quantizer):
         restart_threshold: a code restarts when its use falls below this share of the mean use. 0
             never restarts a code. Use is a moving average over a window of at least
             `SMALLEST_WINDOW` updates. The window is so long that a code at the threshold is chosen
-            about once in it.
+            about once in a window.
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
             `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
             losses out.
@@ -132,7 +132,8 @@ class VectorQuantizer(Quantizer):
             weight.uniform_(-1 / num_codes, 1 / num_codes)
 
         # the codebook and its averages
-        # A use of 1 is the mean use. A code that no vector chooses restarts after one window.
+        # A usage of 1 means that a code is used as often as the average code. A code that no vector
+        # chooses restarts after one window.
         self.start_usage = min(math.e * restart_threshold, 1.0)
         self.register_buffer("usage", torch.full((num_codes,), self.start_usage))
         if ema_decay is None:
@@ -217,7 +218,7 @@ class VectorQuantizer(Quantizer):
         """Update averages and restart unused codes, see `Quantizer.update`.
 
         Each unused code restarts at a different vector of the features. If there are more unused
-        codes than features, the others wait for a later update.
+        codes than vectors, the remaining codes wait for a later update.
         """
         # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold is
         # used once in this window. With a shorter window, codes of larger use would restart by
@@ -242,8 +243,8 @@ class VectorQuantizer(Quantizer):
     def why_not_listed(self) -> str:
         """Return "", because the codebook is a list of codes.
 
-        With codes on the unit sphere, the nearest code by Euclidean distance is the nearest by
-        cosine for vectors of any length.
+        If the codes lie on the unit sphere, the nearest code by Euclidean distance is also the
+        nearest by cosine similarity. This holds for vectors of any length.
         """
         return ""
 
@@ -264,7 +265,7 @@ class VectorQuantizer(Quantizer):
                 vectors,
                 codebook,
                 temperature=self.entropy_temperature,
-                over_ranks=self.training,  # validation ranks may have different numbers of batches
+                over_ranks=self.training,  # in validation, ranks may have other numbers of batches
             )
             losses |= {"sample_entropy": sample, "batch_entropy": batch}
         return losses
@@ -286,12 +287,12 @@ class VectorQuantizer(Quantizer):
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
         means = self._normalised(self.embed_sum / smoothed[:, None])
-        # For an unchosen code, smoothing would pull the code to the origin, off the sphere.
+        # Smoothing would pull a code that no vector chooses to the origin, off the unit sphere.
         in_use = self.cluster_size[:, None] > SMALLEST_SIZE
         self.weight.copy_(torch.where(in_use, means, self.weight))
 
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
-        """Set ``codes`` (K, D) where ``mask`` (K,) is true, with an average of ``size`` vectors."""
+        """Set ``codes`` (K, D) where ``mask`` (K,) is true, with averages of ``size`` vectors."""
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
         self.usage.masked_fill_(mask, self.start_usage)
         if self.ema_decay is not None:
@@ -307,8 +308,8 @@ def _counts(indices: Tensor, num_codes: int) -> Tensor:
 
 def _sums(vectors: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     """Return the sum of the vectors (N, D) of each code, (K, D)."""
-    # This is the gradient of F.embedding, which sorts first on a GPU. There `index_add_` adds in
-    # random order, so ranks would differ in the last digits.
+    # This is the gradient of F.embedding, which sorts the indices first on a GPU. `index_add_` adds
+    # in random order on a GPU, so ranks would differ in the last digits.
     return torch.ops.aten.embedding_dense_backward(vectors, indices, num_codes, -1, False)
 
 
@@ -318,8 +319,8 @@ def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tup
     No vector is drawn twice.
 
     Returns:
-        Vectors (K, D), and a mask (K,) of the codes that got one. If there are too few vectors,
-        some wanted codes get none.
+        Vectors (K, D), and a mask (K,) of the codes that got a vector. If there are too few
+        vectors, some wanted codes get no vector.
     """
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     place = wanted.cumsum(0) - 1

@@ -1,8 +1,8 @@
-"""The container of coded latents and tokens: a header of numbers and a range coder's words.
+"""The file format of coded latents and tokens: a header of numbers, then a range coder's words.
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | that many varints | 32-bit words
 
-The range coder is that of the package constriction (Bamler 2022, https://arxiv.org/abs/2201.01741).
+The range coder comes from the package constriction (Bamler 2022, https://arxiv.org/abs/2201.01741).
 """
 
 import zlib
@@ -29,7 +29,7 @@ def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
     """Return the header numbers and the range decoder of a file that `pack` wrote.
 
     Raises:
-        UserError: another kind of file, another version of the format, or damaged bytes.
+        UserError: the bytes are another kind of file, have another format version, or are damaged.
     """
     if content[:3] != magic[:3]:
         raise UserError(f"the file must start with {magic[:3]!r} (got {content[:3]!r}).")
@@ -58,7 +58,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(body: bytes, start: int) -> tuple[int, int]:
-    """Return the number at `start` (below 2**35) and the position of the next one."""
+    """Return the number at `start` (below 2**35) and the position of the next number."""
     number = 0
     for i, byte in enumerate(body[start : start + 5]):
         number |= (byte & 127) << 7 * i
@@ -71,7 +71,7 @@ def decode_symbols(coder: Any, model: Any, count: int) -> Integers:
     """Return the next `count` symbols. Raise UserError for words that no encoder writes."""
     try:
         return coder.decode(model, count).astype(np.int64)
-    except AssertionError as error:  # constriction raises this for impossible words
+    except AssertionError as error:  # constriction raises AssertionError for impossible words
         raise damaged() from error
 
 

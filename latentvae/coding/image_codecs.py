@@ -1,4 +1,4 @@
-"""Pillow's image codecs as a reference for the models. Their rates are those of real files."""
+"""Pillow's image codecs as a reference for the models. A rate is the size of a complete file."""
 
 import bisect
 import io
@@ -15,8 +15,8 @@ class Codec:
 
     Args:
         format: Pillow's name of the file format.
-        qualities: Pillow's `quality` (1 to 100) for each point of the curve, rising.
-        options: All other options of the encoder.
+        qualities: Pillow's `quality` (1 to 100) for each point of the rate curve, in rising order.
+        options: all other options of the encoder.
         max_side: Largest width or height that the format can hold, in pixels.
     """
 
@@ -36,7 +36,7 @@ class Codec:
             return image.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
-        """Return what the protocol records: encoder library, options, qualities."""
+        """Return the facts for the record of a measurement: encoder library, options, qualities."""
         library = _LIBRARIES[self.format]
         return {
             "library": f"{library} {features.version(library)}",
@@ -73,7 +73,7 @@ def bits_per_pixel(content: bytes, image: Image.Image) -> float:
 def encode_at_rate(
     codec: Codec, image: Image.Image, *, bpp: float, files: dict[int, bytes] | None = None
 ) -> tuple[bytes, int]:
-    """Return the file of the lowest quality that reaches `bpp`, and that quality.
+    """Return the file of the lowest quality that reaches `bpp` bits per pixel, and this quality.
 
     The quality is 100 if no quality reaches `bpp`. Rates are assumed to rise with quality.
 
@@ -91,7 +91,7 @@ def encode_at_rate(
     def enough(quality: int) -> bool:
         return bits_per_pixel(file(quality), image) >= bpp
 
-    # between the known qualities on both sides of `bpp`
+    # search between the two known qualities that are nearest to `bpp`
     low = max((quality for quality in files if not enough(quality)), default=0)
     high = min((quality for quality in files if quality > low), default=100)
     quality = low + 1 + bisect.bisect_left(range(low + 1, high), True, key=enough)

@@ -1,4 +1,4 @@
-"""Code a continuous latent to a file: quantise each channel by its own step, then range-code.
+"""Write a continuous latent to a file: quantise each channel by its own step, then range-code.
 
     prior = LatentPrior.fit(samples)                      # (d, n): latents of other images
     gains = channel_gains(decode, z)                      # (d,)
@@ -6,10 +6,11 @@
     content = encode_latent(z[0], prior=prior, steps=steps)
     z_hat = decode_latent(content)                        # from the bytes alone
 
-Each channel of a latent is quantised uniformly about its location. A range coder codes the symbols
-under a Laplace or Gaussian with the prior's scale (constriction, Bamler 2022,
-https://arxiv.org/abs/2201.01741). The steps spread the error over the channels as reverse
-water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the decoder's Jacobian.
+Each channel of a latent is quantised uniformly about its location, the median or mean of the prior.
+A range coder codes the symbols with a Laplace or Gaussian distribution of the prior's scale
+(constriction, Bamler 2022, https://arxiv.org/abs/2201.01741). The steps spread the error over the
+channels as reverse water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the
+decoder's Jacobian.
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | varints: d, h, w, smallest step,
            and lowest value and span of six fields of integers | words of the range coder:
@@ -32,21 +33,23 @@ from torch import Tensor
 from latentvae.coding.bitstream import Integers, decode_symbols, pack, require, unpack
 from latentvae.errors import UserError
 
-LATENT_MAGIC = b"LVZ\x01"  # the last byte is the format's version
-MAX_ELEMENTS = 2**26  # of one latent: 256 MB in float32
+LATENT_MAGIC = b"LVZ\x01"  # The last byte is the format's version.
+MAX_ELEMENTS = 2**26  # Largest number of elements of one latent: 256 MB in float32.
 MAX_CHANNELS = 2**16
 MIN_STEP = 1e-30
-STEP_RESOLUTION = 16  # codes per octave: a stored step is at most 2.2 percent off
-# Codes per octave. A scale that is 4.4 percent off costs at most 0.003 bits per symbol.
+# Number of steps per factor of 2 that a file can store. A stored step is at most 2.2 percent off.
+STEP_RESOLUTION = 16
+# Number of scales per factor of 2. A scale that is 4.4 percent off costs at most 0.003 bits per
+# symbol.
 SCALE_RESOLUTION = 8
-OCTAVES = 60  # range of steps and scales, relative to the smallest step
+OCTAVES = 60  # range of steps and scales above the smallest step, in factors of 2
 
-# A narrower model saves no bits for zeros and costs up to 24 bits for every other symbol.
-MIN_MODEL_SCALE = (1 / 16, 1 / 8)  # in steps: Laplace, Gaussian
+# A narrower distribution saves no bits for zeros and costs up to 24 bits for every other symbol.
+MIN_MODEL_SCALE = (1 / 16, 1 / 8)  # in quantiser steps, for Laplace and Gaussian
 FAMILIES = (stream.model.QuantizedLaplace, stream.model.QuantizedGaussian)
 
 # Lowest and highest value of each field: step, scale, family, location, lowest symbol, and highest
-# minus lowest symbol. constriction divides 2**24 among the symbols, with at least 1 for each.
+# minus lowest symbol. constriction gives each symbol at least 1 of 2**24 units of probability.
 MAX_SYMBOL = 2**19
 LIMITS = (
     (0, STEP_RESOLUTION * OCTAVES + 1),
@@ -62,7 +65,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LatentPrior:
-    """The distribution of the latents of each channel. All tensors are (d,).
+    """The distribution of the latents of each channel. All tensors have shape (d,).
 
     Args:
         location: median of a Laplace, mean of a Gaussian. Float64.
@@ -76,7 +79,7 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Fit latents (d, n) by maximum likelihood. Each channel gets the likelier family."""
+        """Fit a Laplace or a Gaussian, the likelier one, to each channel of latents (d, n)."""
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
                 f"samples must be latents of shape (d, n) (got {tuple(samples.shape)})."
@@ -107,15 +110,16 @@ def channel_gains(
 ) -> Tensor:
     """Return the squared error of an image per squared error of one latent element, as (d,).
 
-    The result is the diagonal of J^T J of the decoder at `z`, averaged over positions. For random
-    signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson 1989). Float64 on the
-    CPU.
+    The result is the diagonal of J^T J, averaged over positions, where J is the decoder's Jacobian
+    at `z`. For random signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson
+    1989). The result is float64 on the CPU.
 
     Args:
-        decode: differentiable, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Weights may be frozen.
-        z: (B, d, h, w). B = 1 is enough.
+        decode: a differentiable decoder, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Its weights may
+            be frozen.
+        z: latents, (B, d, h, w). B = 1 is enough.
         probes: number of random v. Each v costs one backward pass.
-        max_side: longest side in positions. A larger latent is cropped to its centre.
+        max_side: longest side of a latent in positions. A larger latent is cropped to its centre.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():
@@ -134,15 +138,15 @@ def channel_gains(
 def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
     """Return the quantiser steps (d,), float64, whose error alone gives a PSNR of `noise_psnr` dB.
 
-    A step D makes an error of D^2 / 12 per element. Over the 3 f^2 outputs of a position,
-    MSE = sum_c g_c D_c^2 / 12 / (3 f^2). Bits are fewest where g_c D_c^2 is the same in every
-    channel. This is high-rate theory. A step that is wide for its channel makes a smaller error
-    than the theory says, so the PSNR is higher.
+    A step D makes a squared error of D^2 / 12 per latent element. With gains g_c, the error over
+    the 3 f^2 outputs of a position is MSE = sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest
+    bits if g_c D_c^2 is the same in every channel. These formulas hold for small steps (high-rate
+    theory). A step that is wide for its channel makes a smaller error, so the PSNR is higher.
 
     Args:
-        gains: (d,) of `channel_gains`. A channel of gain 0 gets an infinite step.
-        noise_psnr: dB, peak 2 (images in [-1, 1]).
-        f: pixels on a side of one latent position.
+        gains: the result of `channel_gains`, (d,). A channel of gain 0 gets an infinite step.
+        noise_psnr: PSNR of the quantisation error in dB, with peak 2 (images in [-1, 1]).
+        f: downsampling factor, the side of one latent position in pixels.
     """
     gains = gains.detach().cpu().double()
     if not (gains.isfinite() & (gains >= 0)).all():
@@ -156,9 +160,10 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
     """Return one image's latent as a complete file. The number of bits is 8 * len().
 
     Args:
-        z: (d, h, w).
-        prior: fitted on other images. A fit on this image would give too few bits.
-        steps: (d,), at least 1e-30. A channel with an infinite step is decoded as its location.
+        z: the latent, (d, h, w).
+        prior: a prior that was fitted on other images. A fit on this image would give too few bits.
+        steps: quantiser steps, (d,), at least 1e-30. A channel with an infinite step is decoded as
+            its location.
 
     Raises:
         ValueError: the latents are not finite, or the shapes or quantisation steps are wrong.
@@ -191,7 +196,7 @@ def decode_latent(content: bytes) -> Tensor:
     """Return the quantised latent (d, h, w), float32, of a file that `encode_latent` wrote.
 
     Raises:
-        UserError: the bytes are damaged, incomplete or of another kind of file.
+        UserError: the bytes are damaged, incomplete or another kind of file.
     """
     # header
     numbers, coder = unpack(LATENT_MAGIC, content)
@@ -214,7 +219,7 @@ def decode_latent(content: bytes) -> Tensor:
         values[:] = _decode(coder, h * w, model)
     require(coder.maybe_exhausted())
 
-    # A channel whose symbols are all equal has no model. Every symbol is then its lowest one.
+    # A channel whose symbols are all equal has no model. All its symbols are the lowest symbol.
     z = grid.dequantize(np.where(fields[5][:, None] == 0, fields[4][:, None], symbols))
     require(bool((np.abs(z) <= np.finfo(np.float32).max).all()))
     return torch.from_numpy(z.astype(np.float32)).view(d, h, w)
@@ -236,20 +241,20 @@ def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """Quantiser and entropy model of each channel, from the integers that a file holds, (d,) each.
+    """Quantiser and entropy model of each channel, from integers (d,) that a file holds.
 
     All floats are computed from these integers, so decoder and encoder have the same floats.
     """
 
     base: float  # the smallest finite step, a float32
-    steps: Integers  # 0 is infinite, else 1 + 16 log2(step / base)
+    steps: Integers  # 0 for an infinite step, else 1 + 16 log2(step / base)
     scales: Integers  # 8 log2(scale / base)
     families: Integers  # 0 Laplace, 1 Gaussian
     locations: Integers  # in units of `unit`
 
     @classmethod
     def of(cls, prior: LatentPrior, steps: Floats) -> "_Grid":
-        """Return the grid nearest to these values that a file can hold."""
+        """Return the grid nearest to `prior` and `steps` that a file can hold."""
         if not (steps >= MIN_STEP).all():
             raise ValueError(f"steps must be at least {MIN_STEP:g} (got {steps.tolist()}).")
         finite = np.isfinite(steps)
@@ -264,7 +269,7 @@ class _Grid:
         scale_codes, families = np.rint(SCALE_RESOLUTION * octaves), prior.gaussian.numpy()
         step, scale, family = (x.astype(np.int64) for x in (step_codes, scale_codes, families))
 
-        # locations, in a unit that follows from the codes
+        # locations, in a unit that is computed from the codes of steps and scales
         grid = cls(base, step, scale, family, np.zeros_like(step))
         locations = np.rint(prior.location.numpy() / grid.unit)
         _require_coarse(locations, LIMITS[3][1])
@@ -286,7 +291,7 @@ class _Grid:
 
     @property
     def unit(self) -> Floats:
-        """Unit of locations: far below the scale, or far below the error of the quantiser."""
+        """Unit of locations, much smaller than the scale or than the quantiser's error."""
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 
     @property
@@ -304,7 +309,7 @@ class _Grid:
         return symbols * self.step[:, None] + self.location[:, None]
 
     def models(self, lows: Integers, spans: Integers) -> list[Any | None]:
-        """Return each channel's model over its range of symbols, or None for a single symbol."""
+        """Return each channel's distribution of symbols, or None if there is only one symbol."""
         result: list[Any | None] = []
         scales = self.scale / np.where(self.steps > 0, self.step, np.inf)
         for low, span, family, scale in zip(lows, spans, self.families, scales, strict=True):
@@ -342,11 +347,12 @@ def _require_finite(z: Tensor) -> None:
 
 
 def _require_coarse(codes: Floats, limit: int) -> None:
-    """Refuse steps that a file cannot hold."""
+    """Check that a file can hold these codes. Raise UserError if a step is too fine."""
     peaks = np.abs(codes).reshape(len(codes), -1).max(axis=1)
     if peaks.max() > limit:
         channel = int(peaks.argmax())
         raise UserError(
-            f"the step of channel {channel} is too fine: a value is {peaks[channel]:.3g} units "
-            f"away, and a file holds at most {limit}. Use coarser steps (a lower noise_psnr)."
+            f"the step of channel {channel} is too fine: a value has the code "
+            f"{peaks[channel]:.3g}, but a file holds codes up to {limit}. Use coarser steps (a "
+            "lower noise_psnr)."
         )

@@ -1,14 +1,15 @@
-"""Code a tokenizer's indices to a file: adaptive arithmetic coding without prior knowledge.
+"""Write a tokenizer's indices to a file: adaptive arithmetic coding without prior knowledge.
 
     content = encode_tokens(indices, num_codes=16384)  # int (h, w)
     indices = decode_tokens(content)                   # int64 (h, w), from the bytes alone
 
-The probability model is of order 0. Encoder and decoder both count the codes seen so far. A code's
-probability is (count + a) / (n + a K). This is the mean under a symmetric Dirichlet prior
-(Krichevsky and Trofimov 1981 for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). From a short
-list, the encoder takes the `a` with the fewest bits for this image. With few tokens and many codes,
-the uniform code may be the cheapest choice. Counts are updated after each block. A block has an
-eighth of the tokens before it, so the work is K log n instead of K n.
+The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
+codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K). This is the mean
+under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
+https://doi.org/10.1109/TIT.1981.1056331). From a short list, the encoder takes the `a` with the
+fewest bits for this image. With few tokens and many codes, a uniform distribution may need the
+fewest bits. Counts are updated after each block of tokens. A block is an eighth as long as the
+tokens before it, so the work is K log n instead of K n.
 
 `K` codes, `n` tokens.
 """
@@ -27,7 +28,8 @@ from latentvae.errors import UserError
 TOKEN_MAGIC = b"LVT\x01"  # the last byte is the format's version
 MAX_CODES = 2**20
 MAX_TOKENS = 2**24
-CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))  # `a`. Choice 0 in a file is uniform.
+# The values of `a`. A file holds the number of the value, from 1, or 0 for a uniform distribution.
+CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))
 
 
 def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
@@ -38,8 +40,8 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
         num_codes: K, at most 2**20.
 
     Raises:
-        ValueError: wrong shape or type, or indices out of range.
-        UserError: too many codes or tokens.
+        ValueError: the indices have a wrong shape or type, or are out of range.
+        UserError: there are too many codes or tokens.
     """
     _check_tokens(indices, num_codes)
     tokens = indices.reshape(-1).astype(np.int64)
@@ -59,7 +61,7 @@ def decode_tokens(content: bytes) -> Integers:
     """Return the tokens of a file that `encode_tokens` wrote, as int64 in their original shape.
 
     Raises:
-        UserError: the bytes are damaged, incomplete or of another kind of file.
+        UserError: the bytes are damaged, incomplete or another kind of file.
     """
     # header
     numbers, coder = unpack(TOKEN_MAGIC, content)
@@ -119,7 +121,7 @@ class _Model:
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    """Yield blocks of an eighth of the tokens before them. The first block is one token."""
+    """Yield blocks, each an eighth as long as the tokens before it but at least one token long."""
     start = 0
     while start < count:
         stop = min(count, start + max(1, start // 8))
@@ -128,7 +130,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """Return the choice of concentration with the fewest bits, or 0 for the uniform code."""
+    """Return the number of the `a` that needs the fewest bits, or 0 for a uniform distribution."""
     # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)
     seen, total = np.empty(len(tokens)), np.empty(len(tokens))
@@ -140,7 +142,7 @@ def _cheapest(tokens: Integers, num_codes: int) -> int:
     costs = [len(tokens) * math.log2(num_codes)]
     for a in CONCENTRATIONS:
         probability = (seen + a) / (total + a * num_codes)
-        # In constriction, each code has a probability of at least 2**-24.
+        # constriction gives each code a probability of at least 2**-24.
         probability = probability * (1 - num_codes / 2**24) + 2**-24
         costs.append(-np.log2(probability).sum())
     return int(np.argmin(costs))

@@ -2,9 +2,9 @@
 
 Each block is compiled separately, for three reasons:
 
-- The adaptive weight needs only the gradient of the decoder's last convolution. A decoder compiled
-  as a whole would compute all gradients.
-- A posterior sampled inside a compiled part would draw other random numbers.
+- The adaptive weight of the adversarial loss needs only the gradient of the decoder's last
+  convolution. A decoder compiled as a whole would compute all gradients.
+- A posterior that is sampled inside compiled code would draw other random numbers.
 - Separate blocks compile in a fraction of the time
   (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """
@@ -31,7 +31,7 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Call blocks without compilation, for rare image sizes in validation and export."""
+    """Run compiled blocks in eager mode, for rare image sizes in validation and export."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,20 +1,21 @@
-"""Copies of networks for inference: faster with the same numbers, or faster still in bfloat16.
+"""Copies of networks for inference: fast with the same results, or faster still in bfloat16.
 
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
 The copy shares the storage of unchanged parameters. Two kinds of tensors belong only to the copy:
 parameters that it converts (to bfloat16, or to channels-last order on a GPU or outside float32) and
-folded kernels. So build another copy after a change of `net`'s weights.
+folded kernels. So build a new copy after a change of `net`'s weights.
 
-The exact copy computes in float32. Its 3 x 3 convolutions need fewer multiplications (`winograd`).
-Where Winograd is not available, upsampling is folded into these convolutions (`upsampling`).
-Activations and residual sums are computed in place.
+The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
+Winograd's algorithm, which needs fewer multiplications (`winograd`). Where Winograd is not
+available, upsampling is folded into these convolutions (`upsampling`). Activations and residual
+sums are computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
-units (AMX) computes only twice as many products in bfloat16 as in float32. On such a CPU, wide
-blocks stay in float32, because Winograd's algorithm saves more time and rounds less. The encoder of
-a tokenizer stays exact, because rounding changes codes.
+units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
+channels stay in float32, because Winograd's algorithm saves more time and rounds less. The encoder
+of a tokenizer stays exact, because rounding changes codes.
 """
 
 import copy
@@ -39,12 +40,13 @@ from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.models import calls
 
-# In blocks of at least this width, Winograd in float32 is faster than plain bfloat16 convolutions.
+# In blocks of at least so many channels, Winograd in float32 is faster than plain bfloat16
+# convolutions.
 WIDE = 256
 
 
 def build_exact(net: Any) -> Any:
-    """Return a copy of a network that computes the same up to rounding, in the same precision."""
+    """Return a copy of a network with the same results up to rounding, in the same precision."""
     copied = sharing_copy(net)
     for half in (copied.encoder, copied.decoder):
         _make_exact(half)
@@ -66,7 +68,7 @@ def build_fast(net: Any) -> Any:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies in bfloat16, faster than in float32."""
+    """Return whether the hardware multiplies faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _has_instructions("avx512_bf16", "amx_bf16")
@@ -81,9 +83,10 @@ def _has_instructions(*names: str) -> bool:
 
 
 def sharing_copy(net: Any) -> Any:
-    """Return a copy of the modules with the same storage.
+    """Return a copy of a network that shares the storage of all tensors.
 
-    Each parameter is a new object, because `Module.to` changes the object.
+    Each parameter of the copy is a new object, because `Module.to` would change the original's
+    object.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
     memo |= {id(tensor): tensor.detach() for tensor in net.buffers()}
@@ -98,16 +101,16 @@ def _make_exact(half: Any) -> None:
         _freeze_upsampling(half)
         half.to(memory_format=torch.channels_last)
         return
-    unfold_upsampling(half)  # Winograd on the upsampled map multiplies less than a folded kernel
+    unfold_upsampling(half)  # Winograd on the upsampled map needs fewer products
     swap_convolutions(half)
-    _freeze_upsampling(half)  # for layers where Winograd does not fit
+    _freeze_upsampling(half)  # for layers that Winograd does not support
 
 
 def _make_fast(half: Any) -> None:
     _swap_blocks(half)
     _freeze_upsampling(half)
 
-    # bfloat16, except for wide parts
+    # convert to bfloat16, except for wide parts
     wide = list(_wide_parts(half))
     kept = [(parameter, parameter.data) for part in wide for parameter in part.parameters()]
     half.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -116,7 +119,7 @@ def _make_fast(half: Any) -> None:
     for part in wide:
         swap_convolutions(part)
 
-    # Casts where precisions meet
+    # casts between bfloat16 and float32 parts
     half.register_forward_pre_hook(_cast_inputs)
     half.register_forward_hook(lambda _half, _inputs, output: output.float())
     if wide:
@@ -187,7 +190,7 @@ def _cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 class InPlaceResnetBlock2D(ResnetBlock2D):
-    """A residual block without a time embedding. Its input may have another precision."""
+    """A residual block without a time embedding. It casts its input to the dtype of its weights."""
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = _cast(input_tensor, self.conv1.weight)

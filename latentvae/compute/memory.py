@@ -13,31 +13,33 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 def keep_freed_memory(device: torch.device) -> bool:
     """Let the C library keep freed memory for the next tensors of this process, from now on.
 
-    By default glibc gives every tensor of more than 32 MiB back to the system, and much of the
-    rest. The next tensor then causes a page fault for every 4 KiB. In a virtual machine, page
-    faults take about a tenth of the time of an update or a decode on the CPU.
+    By default glibc gives the memory of every tensor of more than 32 MiB back to the system, and
+    also much of the other memory. The next tensor then causes a page fault for every 4 KiB. In a
+    virtual machine, page faults take about a tenth of the time of an update or a decode on the CPU.
 
     The process then keeps about its peak memory. For large images it keeps 1.5 times the peak or
     more, because of fragmentation. Tensors of more than 64 MiB are kept only in the main thread.
-    After a fork, the pages that both processes write are copied. So start worker processes before
-    the work, or keep them alive.
+    After a fork, the system copies each page that one of the two processes writes. So start worker
+    processes before the work, or keep them alive.
 
     Args:
-        device: where the tensors are. The function has an effect only for the CPU.
+        device: device of the tensors. The function has an effect only for the CPU.
 
     Returns:
-        Whether memory is kept. False if the C library is not glibc, or if an environment variable
-        sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if it is empty).
+        Whether the process keeps freed memory. The result is False if the C library is not glibc,
+        or if an environment variable sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if
+        it is empty).
     """
     configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or configured:
         return False
+
     mallopt = _c_function("mallopt")
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def release_freed_memory() -> None:
-    """Give freed memory that the C library keeps back to the system. This needs glibc."""
+    """Give the freed memory that the C library keeps back to the system. This needs glibc."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 

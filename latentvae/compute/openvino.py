@@ -21,12 +21,12 @@ SMALL = 64  # side in pixels of the image for tracing. Later images may have any
 
 
 class CompiledHalf(nn.Module):
-    """A compiled encoder or decoder, from one tensor to one tensor.
+    """A compiled encoder or decoder, which takes one tensor and returns one tensor.
 
     Args:
         half: the encoder or the decoder, in float32 on the CPU.
-        example: a small input.
-        precision: precision of products, `"f32"` or `"bf16"`. Sums are float32.
+        example: a small input for tracing.
+        precision: dtype of products, `"f32"` or `"bf16"`. Sums are float32.
     """
 
     def __init__(self, half: nn.Module, example: Tensor, *, precision: str) -> None:
@@ -58,13 +58,13 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 
     Args:
         net: the network, which is not changed.
-        precision: precision of products, `"f32"` or `"bf16"`.
+        precision: dtype of products, `"f32"` or `"bf16"`.
 
     Raises:
         UserError: OpenVINO is not installed or cannot convert the network, or the network is not
             on the CPU.
     """
-    # Networks that OpenVINO cannot take
+    # Networks that OpenVINO cannot convert
     openvino = _import_openvino()
     if net.device.type != "cpu":
         raise UserError(f"optimize='openvino' needs a network on the CPU (got '{net.device}')")

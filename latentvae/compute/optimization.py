@@ -5,8 +5,8 @@
     print(optimized)  # fast, 52.3 dB against exact
 
 `"exact"` gives the same numbers up to rounding. `"fast"` computes in bfloat16 where that is faster.
-Both are in `inference`. `"openvino"` runs the network in OpenVINO. The given network does not
-change.
+Both modes are in the module `inference`. `"openvino"` runs the network in OpenVINO. The given
+network does not change.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,24 @@ from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
 Optimize = Literal["exact", "fast", "openvino"]
-MIN_PSNR = 45.0  # PSNR in dB against "exact". Below this, "fast" is not used
-MIN_PSNR_OPENVINO = 40.0  # the same limit for OpenVINO, which keeps no part in float32
-PROBE = 128  # side in pixels of the image for this measurement
+MIN_PSNR = 45.0  # Smallest PSNR in dB against "exact" with which "fast" is used.
+MIN_PSNR_OPENVINO = 40.0  # The same limit for OpenVINO, which keeps no part in float32.
+PROBE = 128  # Side in pixels of the test image of this measurement.
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """A network that computes the same as another one.
+    """A network that computes the results of another network faster.
 
     Attributes:
         net: the optimized network, for inference only, with the same methods. It shares the storage
             of the original's weights, except for weights that it converts (`inference`). So later
-            changes of the original's weights may not reach it.
-        mode: how it computes, `"stock"` or one of `Optimize`.
-        psnr: PSNR in dB between its reconstruction of a probe image and that of `exact`. None for
-            stock and exact.
+            changes of the original's weights may have no effect on this network.
+        mode: how `net` computes: `"stock"` (unchanged) or one of `Optimize`.
+        psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
+            None in the modes `"stock"` and `"exact"`.
         why: a clause that says why `mode` is not the requested mode, or "".
-        bfloat16: whether it multiplies in bfloat16 in some parts or all.
+        bfloat16: whether `net` multiplies in bfloat16, in some parts or all.
     """
 
     net: Any
@@ -55,7 +55,7 @@ class Optimized:
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """Return a network that computes the same as `net`, in `mode` if this machine allows it.
+    """Return a network with the results of `net`, in `mode` if this machine supports it.
 
     On the CPU, the process then keeps memory that a call frees (`latentvae.compute.memory`).
 
@@ -64,8 +64,9 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         mode: how to compute.
 
     Raises:
-        UserError: the mode is unknown. Or the mode chooses the precision, and `net` is not float32.
-            Or OpenVINO is missing, does not support the device, or returns other images.
+        UserError: the mode is unknown, or the mode chooses the precision and `net` is not float32.
+            The error also occurs if OpenVINO is missing, does not support the device, or returns
+            different images.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:
@@ -74,6 +75,7 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
             f"optimize='{mode}' chooses the precision by itself (got dtype {given}). "
             "Leave out dtype."
         )
+
     if not _has_halves(net):
         return Optimized(net, "stock", why=f"{type(net).__name__} is not optimised")
     keep_freed_memory(net.device)
@@ -96,7 +98,7 @@ def check_mode(mode: str) -> None:
 @full_float32()
 @torch.inference_mode()
 def measure_psnr(net: Any, exact: Any) -> float:
-    """Return the PSNR in dB of `net`'s reconstruction of a probe against `exact`'s."""
+    """Return the PSNR in dB between the reconstructions of a test image by `net` and `exact`."""
     images = probe(exact, side=PROBE)
     ours, theirs = (calls.decode(n, calls.encode(n, images)).float() for n in (net, exact))
     error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).cpu().double().square().mean()
@@ -104,7 +106,7 @@ def measure_psnr(net: Any, exact: Any) -> float:
 
 
 def probe(net: Any, *, side: int) -> Tensor:
-    """Return a picture (1, C, side, side) with slopes, edges and noise, always the same."""
+    """Return a fixed test image (1, C, side, side) with slopes, edges and noise."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
     rings = torch.sin(20 * (x**2 + y**2))
@@ -115,7 +117,7 @@ def probe(net: Any, *, side: int) -> Tensor:
 
 
 def _has_halves(net: Any) -> bool:
-    """Return whether `net` has an encoder and a decoder that are modules from tensor to tensor."""
+    """Return whether encoder and decoder of `net` are modules that map a tensor to a tensor."""
     halves = (getattr(net, "encoder", None), getattr(net, "decoder", None))
     return type(net).__name__ != "AutoencoderRAE" and all(isinstance(h, nn.Module) for h in halves)
 
@@ -131,7 +133,7 @@ def _fast(net: Any) -> Optimized:
     fast = build_fast(net)
     psnr = measure_psnr(fast, exact)
     if not psnr >= MIN_PSNR:
-        why = f"bfloat16 gives {psnr:.1f} dB against it, less than {MIN_PSNR:.0f}"
+        why = f"bfloat16 gives {psnr:.1f} dB against exact, less than {MIN_PSNR:.0f}"
         return Optimized(exact, "exact", why=why)
     return Optimized(fast, "fast", psnr, bfloat16=True)
 

@@ -1,9 +1,9 @@
 """Compute float32 as float32 on GPUs, not as TensorFloat-32 (TF32).
 
 By default torch computes the convolutions of float32 networks in TF32 on NVIDIA GPUs since Ampere.
-TF32 has 10 mantissa bits instead of 23. Latents then differ by about 0.2% from those of a CPU, and
-tokens near a boundary between two codes change. Training keeps torch's default, because it is
-faster and noise of this size does not matter there.
+TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about 0.2% from latents on
+a CPU, and tokens near a boundary between two codes change. Training keeps torch's default, because
+TF32 is faster and errors of this size do not matter in training.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch TF32 off inside the context, or in a function that this decorates.
+    """Switch TF32 off in a `with` block, or in a decorated function.
 
     torch's flags apply to all threads of the process. Afterwards the flags have their earlier
-    values. A network in bfloat16 or float16 is not affected.
+    values again. A network in bfloat16 or float16 is not affected.
     """
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()

@@ -3,14 +3,14 @@
     y[2i + p] = sum_k w[k] x[(2i + p + k) // 2],  k in -1, 0, 1,  p in 0, 1
 
 Along each axis, an even output multiplies x[i - 1] by w[-1] and x[i] by w[0] + w[1]. An odd output
-multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. Together, both are a transposed convolution of
-stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]). The four 2 x 2
-phases of this convolution need 2.25 times fewer multiply-adds than a 3 x 3 convolution at full
-size, and no upsampled map is in memory. At the border, both methods leave out the same products,
-because upsampled zeros around x are zeros.
+multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. Together, even and odd outputs are a
+transposed convolution of stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0],
+w[-1]). The four 2 x 2 phases of this convolution need 2.25 times fewer multiply-adds than a 3 x 3
+convolution at full size, and no upsampled map is in memory. At the border, both methods give the
+same result, because the upsampled zeros around x are zeros.
 
 The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
-and exports are those of the plain layer. The results differ only by rounding.
+and exports are the same as with the plain layer. The results differ only by rounding.
 
 `B` batch, `I` and `O` channels in and out, `H W` space.
 """
@@ -28,9 +28,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`.
 
     Args:
-        x: (B, I, H, W).
-        weight: (O, I, 3, 3).
-        bias: (O,).
+        x: input of the upsampling, (B, I, H, W).
+        weight: weight of the convolution, (O, I, 3, 3).
+        bias: bias of the convolution, (O,).
 
     Returns:
         (B, O, 2 H, 2 W).
@@ -52,7 +52,7 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` with a folded kernel. It is the plain layer unless the size doubles."""
+    """An `Upsample2D` with a folded kernel. If the size does not double, it is the plain layer."""
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -85,8 +85,9 @@ _FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 def fold_upsampling(net: nn.Module) -> int:
     """Fold every nearest x2 upsampling of `net` with the 3 x 3 convolution after it.
 
-    Only the class of these modules changes. Names, parameters and hooks do not change, and copies
-    are folded too. The convolution is no longer called as a module, so its own hooks do not run.
+    Only the class of these modules changes. Names, parameters and hooks do not change, and a copy
+    of a folded module is folded too. The convolution is no longer called as a module, so its own
+    hooks do not run.
 
     Returns:
         The number of folded modules.

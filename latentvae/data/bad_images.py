@@ -22,7 +22,7 @@ class BadImages:
         return len(self.reasons)
 
     def update(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Add (name, reason) pairs and return those whose name is new."""
+        """Add (name, reason) pairs and return the pairs whose name is new."""
         fresh: dict[str, str] = {}
         for name, reason in bad:
             if name not in self.reasons:

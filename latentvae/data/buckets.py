@@ -19,7 +19,7 @@ from latentvae.data.random_draws import Stream, counter_rng
 from latentvae.data.reading import UnreadableImage
 from latentvae.data.sampler import IndexSampler
 
-WIDEST = 2.0  # aspect ratio of the last bucket. That of the first bucket is 1 / WIDEST.
+WIDEST = 2.0  # width / height of the widest bucket. The tallest bucket has 1 / WIDEST.
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Buckets:
 
     Attributes:
         sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
-        of: (N,), the bucket of each image.
+        of: number of the bucket of each image, (N,).
     """
 
     sizes: tuple[tuple[int, int], ...]
     of: np.ndarray
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return the height and width that an image is trained at."""
+        """Return the height and width at which an image is used in training."""
         return self.sizes[self.of[index]]
 
     def describe(self) -> str:
@@ -56,7 +56,7 @@ def bucket_sizes(
     Args:
         resolution: height and width. The area of each size is close to the area of this resolution.
         count: number of sizes to ask for, 1 or more. Equal sizes are merged.
-        multiple: number of pixels that divides every side.
+        multiple: every side is a multiple of this number of pixels.
     """
     area = resolution[0] * resolution[1]
     ratios = np.geomspace(1 / WIDEST, WIDEST, count) if count > 1 else np.ones(1)
@@ -78,7 +78,7 @@ def _aspect(size: tuple[int, int]) -> float:
 def aspect_ratios(source: ImageSource) -> np.ndarray:
     """Return width divided by height of every image, (N,), read from the headers.
 
-    An unreadable image counts as 1. The image is reported later, when it is read for a batch.
+    An unreadable image gets the ratio 1. It is reported later, when it is read for a batch.
     """
     ratios = np.ones(len(source))
     for i in range(len(source)):
@@ -97,9 +97,9 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
     Args:
         ratios: width divided by height, (N,).
         sizes: (height, width) of each bucket.
-        at_least: smallest number of images in a bucket (one joint batch, B W). While a bucket has
-            fewer images, the smallest bucket is removed and its images go to the next nearest
-            bucket.
+        at_least: smallest number of images in a bucket: the B W images that all ranks use in one
+            micro-step. While a bucket has fewer images, the smallest bucket is removed and its
+            images go to the next nearest bucket.
     """
     assert len(ratios) >= at_least
     while True:
@@ -115,11 +115,11 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
 class BucketSampler(IndexSampler):
     """An `IndexSampler` whose micro-steps take all images of all ranks from one bucket.
 
-    No image is used twice in an epoch. Each bucket leaves out fewer images than one joint batch.
-    Each epoch leaves out different images.
+    No image is used twice in an epoch. In each epoch, a bucket leaves out fewer images than one
+    joint batch, which has the B W images of all ranks. Each epoch leaves out different images.
 
     Args:
-        buckets: the bucket of every image.
+        buckets: the sizes of the buckets, and the bucket of every image.
         batch_size, seed, rank, world_size, start_step: see `IndexSampler`.
     """
 
@@ -146,7 +146,7 @@ class BucketSampler(IndexSampler):
         self.steps_per_epoch = int((counts // (batch_size * world_size)).sum())
 
     def order(self, epoch: int) -> list[int]:
-        """Return the images of an epoch, one joint batch after the other."""
+        """Return the image numbers of an epoch, one joint batch of all ranks after the other."""
         rng, joint = counter_rng(Stream.ORDER, self.seed, epoch), self.batch_size * self.world_size
         shuffled = rng.permutation(self.num_items)
         batches: list[np.ndarray] = []

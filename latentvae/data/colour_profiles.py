@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageCms
 
-ICC_TAG = 34675  # the TIFF tag of a profile
-# Maps the colour space of a profile to the mode in which its pictures are converted.
+ICC_TAG = 34675  # the TIFF tag of a colour profile
+# Maps the colour space of a profile to the Pillow mode in which its pictures are converted.
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-# sRGB to XYZ (D50), IEC 61966-2-1 with Bradford's adaptation, as in profiles.
+# The matrix from linear sRGB to XYZ (D50): IEC 61966-2-1 with Bradford's adaptation, as in
+# profiles.
 SRGB_TO_XYZ = np.array(
     [
         [0.4360747, 0.3850649, 0.1430804],
@@ -42,12 +43,12 @@ def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: a loaded picture.
-        icc: the picture's profile. None returns the picture as it is.
+        icc: the picture's colour profile. None returns the picture as it is.
     """
     if not icc or image.mode in ("1", "LAB", "HSV", "F") or image.mode.startswith("I"):
         return image
 
-    # a colour key or a palette's alpha becomes a channel
+    # a transparent colour or a palette's alpha becomes an alpha channel
     given = image
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if image.mode in ("L", "La") else "RGBA")
@@ -74,7 +75,7 @@ def _converted(image: Image.Image, icc: bytes) -> Image.Image | None:
     """Return RGB of a picture of mode "L", "RGB" or "CMYK", or None if it is sRGB already."""
     space = profile_space(icc)
     if image.mode == "L" and space == "RGB":
-        image = image.convert("RGB")  # a grey picture with a profile for colour
+        image = image.convert("RGB")  # a grey picture with a profile for RGB
     if space is None or MODES[space] != image.mode:
         if space is not None:
             _say_mismatch(space, image.mode)
@@ -167,7 +168,7 @@ def _srgb_encoded(linear: np.ndarray) -> np.ndarray:
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-# The tags of a profile: (name, offset, size) from byte 132 on, all numbers big-endian.
+# A profile lists its tags as (name, offset, size), from byte 132 on. All numbers are big-endian.
 
 
 def _tags(icc: bytes) -> dict[str, bytes]:
@@ -187,7 +188,7 @@ def _curves(icc: bytes, space: str) -> "list[Curve] | None":
     """Return the curves to linear light, or None if the profile is a table or damaged."""
     try:
         tags = _tags(icc)
-        if "A2B0" in tags:  # a table, which has precedence
+        if "A2B0" in tags:  # a table, which has precedence over curves
             return None
         names = ("kTRC",) if space == "GRAY" else ("rTRC", "gTRC", "bTRC")
         if space == "RGB":
@@ -198,10 +199,10 @@ def _curves(icc: bytes, space: str) -> "list[Curve] | None":
 
 
 class Curve:
-    """A curve of a profile, from stored numbers to linear light, both in [0, 1].
+    """A curve of a profile. It maps stored numbers to linear light, both in [0, 1].
 
     Args:
-        data: a tag of type `curv` or `para`.
+        data: the bytes of a tag of type `curv` or `para`.
 
     Raises:
         ValueError, struct.error: the tag is damaged or of another type.
@@ -239,11 +240,11 @@ def _parametric(x: np.ndarray, g: float, *rest: float) -> np.ndarray:
     if not rest:
         return x**g
     a, b = rest[:2]
-    if len(rest) == 2:  # (a x + b)^g from -b / a on, else 0
+    if len(rest) == 2:  # (a x + b)^g for x >= -b / a, else 0
         return np.where(x >= -b / a, np.maximum(a * x + b, 0) ** g, 0.0)
-    if len(rest) == 3:  # the same plus c
+    if len(rest) == 3:  # the same curve plus c
         return np.where(x >= -b / a, np.maximum(a * x + b, 0) ** g, 0.0) + rest[2]
-    c, d, e, f = (*rest[2:], 0.0, 0.0)[:4]  # (a x + b)^g + e from d on, else c x + f
+    c, d, e, f = (*rest[2:], 0.0, 0.0)[:4]  # (a x + b)^g + e for x >= d, else c x + f
     return np.where(x >= d, np.maximum(a * x + b, 0) ** g + e, c * x + f)
 
 

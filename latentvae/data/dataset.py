@@ -18,14 +18,15 @@ from latentvae.data.sampler import IndexSampler
 from latentvae.data.transforms import EvalTransform, TrainTransform
 from latentvae.data.workers import explained_workers, leave_signals_to_the_trainer
 
-MAX_ATTEMPTS = 20  # largest number of images that are tried for one place in a batch
-PREFETCHED = 4  # batches that each worker prepares ahead, to bridge a series of large files
+MAX_ATTEMPTS = 20  # Largest number of images that are tried for one place in a batch.
+# Number of batches that each worker prepares ahead, to bridge a series of large files.
+PREFETCHED = 4
 
 logger = logging.getLogger(__name__)
 
 
 class TrainItem(TypedDict):
-    """The crops of one image and the unreadable files met before it.
+    """The crops of one image, and the unreadable files that were tried before this image.
 
     Attributes:
         crops: (N, C, H, W), uint8 or float32 (see `Batch`).
@@ -39,14 +40,14 @@ class TrainItem(TypedDict):
 
 
 class Batch(NamedTuple):
-    """One micro-step of one rank.
+    """The images of one micro-step on one rank.
 
     Attributes:
-        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. With
-            uint8 only a quarter of the bytes go from the workers to the device.
+        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. The
+            transfer from the workers to the device needs four times fewer bytes for uint8.
         indices: (B,), int64, the numbers of the images in the batch. A replaced image has the
             number of its replacement.
-        bad: (name, reason) of each unreadable file that was met.
+        bad: (name, reason) of each unreadable file that was tried.
     """
 
     images: Tensor
@@ -61,7 +62,8 @@ class Batch(NamedTuple):
 class TrainImages(Dataset[TrainItem]):
     """Augmented images by (epoch, index). An image depends only on epoch, index and seed.
 
-    An unreadable file is replaced by another image, drawn from (seed, epoch, index, attempt).
+    An unreadable file is replaced by a random image, which depends only on (seed, epoch, index,
+    attempt).
 
     Args:
         source: the images.
@@ -117,7 +119,7 @@ class TrainImages(Dataset[TrainItem]):
 
 
 def collate(items: list[TrainItem]) -> Batch:
-    """Join the items of one micro-step."""
+    """Join the items of one micro-step into a batch."""
     crops = [item["crops"] for item in items]
     if len({pixels.dtype for pixels in crops}) > 1:
         crops = [normalised(pixels) for pixels in crops]
@@ -167,7 +169,7 @@ def loading(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         "persistent_workers": num_workers > 0,
         "prefetch_factor": PREFETCHED if num_workers > 0 else None,
         "worker_init_fn": leave_signals_to_the_trainer,
-        "generator": torch.Generator(),  # else every iter() would draw from the global generator
+        "generator": torch.Generator(),  # by default, iter() draws from the global generator
     }
 
 
@@ -187,9 +189,9 @@ def validation_batches(
 
     Args:
         source: the images.
-        transform: brings an image to one size.
+        transform: converts every image to a tensor of the same size.
         batch_size: largest number b of images in a batch.
-        rank: this process.
+        rank: number of this process.
         world_size: W, number of processes.
         bad: collects the unreadable files, which are left out. Without this argument, unreadable
             files are logged as warnings.

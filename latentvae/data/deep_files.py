@@ -43,7 +43,7 @@ _NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _DAMAGED = "a damaged TIFF"
-_DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # Pillow's raw modes
+_DEEP_PNG = ("RGB;16", "RGBA;16", "LA;16")  # Pillow's raw modes of PNGs with 16-bit colours
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,7 +96,7 @@ def read_npy(source: File, *, channels: int) -> np.ndarray:
         check_shape(shape, channels)
         check_size(shape[1], shape[0])
         if not isinstance(source, bytes):
-            array = np.lib.format.open_memmap(source, mode="r")  # refuses Python objects
+            array = np.lib.format.open_memmap(source, mode="r")  # rejects Python objects
         else:
             file.seek(0)
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -112,7 +112,7 @@ def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the number of pixels against Pillow's limit. The error has Pillow's message."""
+    """Check the number of pixels against Pillow's limit. Raise BadPixels above the limit."""
     limit, count = Image.MAX_IMAGE_PIXELS, width * height
     if limit is not None and count > limit:
         raise BadPixels(too_many_pixels(count))
@@ -161,7 +161,7 @@ def check_shape(shape: tuple[int, ...], channels: int) -> None:
 def is_cut_to_8bit(image: Image.Image) -> bool:
     """Return whether an opened file has colours of 16 bits that Pillow cuts to 8."""
     if isinstance(image, TiffImageFile):
-        # The raw modes are not enough: for separate planes they describe only one channel.
+        # Pillow's raw mode is not enough here: with separate planes it describes only one channel.
         tags = image.tag_v2
         return _bits(image) > 8 and tags.get(SAMPLES, 1) > 1 and tags.get(PHOTOMETRIC) in (0, 1, 2)
     if image.format != "PNG" or not (tiles := getattr(image, "tile", None)):
@@ -172,7 +172,7 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Return whether Pillow silently decodes an opened TIFF to another picture.
+    """Return whether Pillow silently decodes an opened TIFF to a wrong picture.
 
     Pillow does so for separate planes of 16 bits and for signed 8-bit numbers.
     """
@@ -199,7 +199,7 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
         source: the file.
         image: the same file, already decoded by Pillow, so that it is known to be undamaged.
     """
-    from torchvision.io import decode_png  # imported here, because it takes seconds
+    from torchvision.io import decode_png  # imported here, because the import takes seconds
 
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     tensor = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8))  # (C, H, W), uint16
@@ -231,7 +231,7 @@ def tiff_page(file: str | os.PathLike[str] | IO[bytes], page: int) -> Iterator[t
 
 
 def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
-    """Return a page of a TIFF.
+    """Return one page of a TIFF.
 
     Colours that were multiplied by alpha are divided by alpha. An extra channel that is not marked
     as alpha, such as infrared, is left out.
@@ -243,7 +243,7 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
     with tiff_page(file, page) as found:
         samples, extra = found.samplesperpixel, _extra_channel(found)
 
-        # what is not a picture
+        # errors for pages that are no pictures
         if not found.axes:
             raise BadPixels(_DAMAGED)
         if found.photometric not in (0, 1, 2) or found.axes not in ("YX", "YXS", "SYX"):
@@ -256,7 +256,7 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
 
         # stored numbers
         values = found.asarray()
-        if values.ndim != len(found.axes):  # what tifffile returns if the file has no pixels
+        if values.ndim != len(found.axes):  # tifffile returned no pixels
             raise BadPixels(_DAMAGED)
         photometric, turn = found.tags.get(PHOTOMETRIC), found.tags.get(ORIENTATION)
         icc = found.tags.get(ICC_TAG)
@@ -278,7 +278,7 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
 
 
 def _extra_channel(page: tifffile.TiffPage) -> int | None:
-    """Return the kind of the extra channel of a grey or RGB picture, or None without one."""
+    """Return the kind of a grey or RGB picture's extra channel, or None if there is none."""
     if page.samplesperpixel not in (2, 4):
         return None
     kind = int(page.extrasamples[-1]) if page.extrasamples else 0
@@ -286,7 +286,7 @@ def _extra_channel(page: tifffile.TiffPage) -> int | None:
 
 
 def _unassociated(values: np.ndarray) -> np.ndarray:
-    """Return the colours as they were before the multiplication with alpha."""
+    """Return the values with their colours divided by alpha."""
     alpha = values[..., -1:] / type_top(values.dtype)
     colour = np.divide(
         values[..., :-1], alpha, out=np.zeros(values[..., :-1].shape), where=alpha > 0

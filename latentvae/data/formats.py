@@ -54,7 +54,7 @@ def installed_plugins() -> tuple[Plugin, ...]:
             continue
         try:
             module = importlib.import_module(plugin.module)
-        except ImportError:  # its libraries are missing
+        except ImportError:  # the plugin's libraries are missing
             continue
         if plugin.register is not None:
             getattr(module, plugin.register)()
@@ -70,7 +70,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow has, including those of plugins."""
+    """Return the formats that this build of Pillow supports, including the formats of plugins."""
     plugins = installed_plugins()
     Image.init()
     formats = (*FORMATS, *(name for plugin in plugins for name in plugin.formats))
@@ -78,7 +78,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def how_to_read(suffixes: Iterable[str]) -> str:
-    """Return a sentence for each of these types on how to read it, or ""."""
+    """Return sentences that say how to read files of these types, or "" without advice."""
     suffixes = set(suffixes) - set(readable_suffixes())
     missing = [plugin for plugin in PLUGINS if suffixes.intersection(plugin.suffixes)]
     convert = sorted(suffixes.intersection(TO_CONVERT))

@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # importing datasets takes a second, so functions import it w
     from datasets import Features
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
-PLACES = ("", "file", "https", "http", "hf", "zip")  # where files that are named in cells may be
-KINDS_OF_FSSPEC = frozenset(available_protocols())  # parts of a chained URL may have these names
+PLACES = ("", "file", "https", "http", "hf", "zip")  # protocols that a file path in a cell may have
+# The protocols of fsspec. Parts of a chained URL may have these names.
+KINDS_OF_FSSPEC = frozenset(available_protocols())
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a folder
 
 
@@ -36,10 +37,10 @@ class DatasetSpec:
     Attributes:
         name: a Hub id such as ``"user/photos"``, or an existing path.
         config_name: the configuration. It is needed if the data set has several configurations.
-        split: the split. A data set with only one split is also opened by `train`.
+        split: name of the split. If a data set has only one split, `train` opens this split too.
         image_column: the column of images. It is needed if several columns hold images.
         cache_dir: where ``datasets`` keeps what it downloads and prepares.
-        any_split: open a data set that has only one split, whatever ``split`` is.
+        any_split: if a data set has only one split, open this split and ignore ``split``.
     """
 
     name: str
@@ -86,7 +87,7 @@ class HubImages:
         column = f"{self.column}.path"
         try:
             paths = list(self.rows.flatten().select_columns(column)[column])
-        except Exception as error:  # pyarrow and datasets raise their own for damaged tables
+        except Exception as error:  # pyarrow and datasets raise their own types for damaged tables
             raise UserError(
                 f"data set '{spec.name}' cannot be read: {_first_line(error)}"
             ) from error
@@ -175,7 +176,7 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
             name = str(path) if path.exists() else spec.name
             options["data_files"] = _literal_patterns(path, spec.config_name)
             found = load_dataset(name, spec.config_name, **options)
-    # Any type: the network, the Hub's client, pyarrow and datasets raise their own.
+    # Catch any type: the network, the Hub's client, pyarrow and datasets raise their own types.
     except Exception as error:
         raise UserError(f"data set '{spec.name}' cannot be opened: {_first_line(error)}") from error
 
@@ -203,7 +204,8 @@ def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[s
     ``datasets`` chooses the files.
 
     Raises:
-        UserError: such a folder is given with a configuration, whose files only ``datasets`` knows.
+        UserError: such a folder is given with a configuration. Only ``datasets`` knows the files of
+            a configuration.
     """
     from datasets.data_files import get_data_patterns
 
@@ -222,7 +224,7 @@ def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[s
 
 
 def _check_files(path: Path) -> None:
-    """Reject a pipe or a device in a folder of tables, because reading it would hang."""
+    """Check that a folder of tables has no pipe or device, because reading it would hang."""
     for file in path.rglob("*") if path.is_dir() else ():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"'{file}' is not a regular file")
@@ -260,7 +262,7 @@ def split_names(folder: Path) -> list[str]:
 
 
 def image_column(features: "Features | None", *, wanted: str | None) -> str:
-    """Return the column of images: ``wanted``, or the only one there is.
+    """Return the column of images: ``wanted``, or the only column of images.
 
     Raises:
         UserError: there is no column of images, or more than one, or ``wanted`` is another kind of
@@ -273,7 +275,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
         near = nearest(wanted, columns)
         raise UserError(f"there is no column '{wanted}', only {', '.join(columns)}{near}")
 
-    # by kind
+    # columns by their kind
     images = [name for name, kind in columns.items() if isinstance(kind, ImageFeature)]
     bytes_like = [name for name, kind in columns.items() if _holds_files(kind)]
     paths = [name for name, kind in columns.items() if _holds_paths(kind)]
@@ -285,7 +287,11 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     if wanted is not None and wanted not in images + bytes_like + paths:
         raise UserError(
             f"column '{wanted}' holds {columns[wanted]}, not images"
-            + (f". {', '.join(images + bytes_like)} may" if images + bytes_like else "")
+            + (
+                f". Columns of images: {', '.join(images + bytes_like)}"
+                if images + bytes_like
+                else ""
+            )
         )
     found = [wanted] if wanted is not None else images or bytes_like
     if len(found) == 1:
@@ -297,7 +303,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
     several = f"several columns of images ({', '.join(found)})" if found else "no image column"
     choice = f"one of {', '.join(found)}" if found else "a column of paths or files"
     texts = f" Columns of text, which may be paths: {', '.join(paths)}." if paths else ""
-    advice = f"Name {choice} by image_column.{texts}" if found or paths else "Give other data."
+    advice = f"Set image_column to {choice}.{texts}" if found or paths else "Give other data."
     raise UserError(f"the data set has {several}. Its columns are {', '.join(columns)}. {advice}")
 
 
@@ -341,7 +347,7 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
     try:
         if os.path.isfile(path):  # fsspec would interpret some characters
             return Path(path).read_bytes()
-        with fsspec.open(path, "rb") as file:  # on the Hub, if streamed
+        with fsspec.open(path, "rb") as file:  # the file is on the Hub if the data set is streamed
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # the file system's client raises its own errors
         raise UnreadableImage(name, _first_line(error)) from error

@@ -36,10 +36,10 @@ SAMPLE_PHOTOS = {
 
 
 class ImageSource(Protocol):
-    """Images by number.
+    """A source of images, which are read by number.
 
-    ``read`` raises UnreadableImage. For ``at_least`` see ``read_image``. ``size`` returns width and
-    height, read only from the header.
+    ``read`` raises UnreadableImage for a damaged file. Its argument ``at_least`` is that of
+    ``read_image``. ``size`` returns width and height, and reads only the file's header.
     """
 
     def __len__(self) -> int: ...
@@ -55,7 +55,7 @@ class ImageFolder:
     """The image files below a folder, sorted by relative path.
 
     Hidden files and folders are left out, and so are arrays that belong to an image
-    (``side_cars``). Links are followed. A folder that is reached twice counts once.
+    (``side_cars``). Links are followed. A folder that links reach twice counts once.
 
     Args:
         root: the folder (``~`` allowed).
@@ -134,7 +134,7 @@ class SamplePhotos:
         return self.names[index]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
-        """Return the photo at full size, whatever ``at_least`` allows."""
+        """Return the photo at full size. ``at_least`` has no effect."""
         if index not in self._decoded:
             self._decoded[index] = read_image(self.root / self.names[index], pixels=self.pixels)
         return self._decoded[index]
@@ -144,7 +144,7 @@ class SamplePhotos:
 
 
 def inner_name(name: str) -> str:
-    """Return the name of an image in a container as a relative path.
+    """Return the name of an image in a tar file or table as a relative path.
 
     A leading ``/`` and ``..`` are dropped.
     """
@@ -223,7 +223,7 @@ def _walk(root: Path, below: PurePosixPath, *, seen: set[str]) -> Iterator[PureP
     with os.scandir(root / below) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in visible:
-        if os.path.isdir(entry.path):  # unlike entry.is_dir(), also works for a link to itself
+        if os.path.isdir(entry.path):  # works for a link to itself too, unlike entry.is_dir()
             yield from _walk(root, below / entry.name, seen=seen)
-        else:  # also dead links and pipes, which are reported when they are read
+        else:  # dead links and pipes too, which are reported when they are read
             yield below / entry.name

@@ -12,7 +12,7 @@ from latentvae.errors import printable
 TEXT_SUFFIXES = (
     ".caption .cls .cls2 .csv .html .id .index .json .jsonl .md .toml .tsv .txt .xml .yaml .yml"
 ).split()
-SHOWN = 6  # largest number of kinds of files that are named
+SHOWN = 6  # largest number of file kinds that the line names
 
 logger = logging.getLogger(__name__)
 

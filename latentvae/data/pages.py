@@ -12,7 +12,7 @@ import tifffile
 from latentvae.distributed import launched_rank
 from latentvae.errors import printable
 
-LOOKED_AT = 1000  # largest number of TIFF files whose pages are counted, if only the first is used
+LOOKED_AT = 1000  # largest number of TIFF files whose pages are counted
 _PAGE = re.compile(r"-page\d{4,}(?=\.[^./]*$)")
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def page_name(name: str, page: int) -> str:
 
 
 def file_of_page(name: str) -> str:
-    """Return the name without its page, the same for all pages of a file."""
+    """Return a page's name without its number, which is the same for all pages of a file."""
     return _PAGE.sub("", name) if is_tiff(name) else name
 
 
@@ -58,13 +58,13 @@ def find_pages(
 ) -> list[tuple[int, int | None]]:
     """Return (file, page) of each image: one entry for each page, or one for each file.
 
-    If only first pages are used, one line says how many files have more pages.
+    If only first pages are used, a warning says how many files have more pages.
 
     Args:
         names: the files.
         open_file: opens a file by its number.
         all_pages: whether every page is a separate image.
-        place: where the files are stored, for this line.
+        place: where the files are stored, for the warning.
     """
     tiffs = [i for i, name in enumerate(names) if is_tiff(name)]
     step = 1 if all_pages else -(-len(tiffs) // LOOKED_AT) or 1
@@ -80,11 +80,11 @@ def find_pages(
 
     if several and not all_pages and launched_rank()[0] == 0:
         first = next(iter(several))
-        of = f"of {len(tiffs[::step]):,} that were looked at " if step > 1 else ""
+        of = f"of {len(tiffs[::step]):,} checked files " if step > 1 else ""
         text = (
             f"'{place}': {len(several):,} TIFF files {of}have several pages, such as "
             f"'{names[first]}' with {len(several[first])}. Only their first page is used. "
-            "Training, encode and evaluate use all of them with --all_pages."
+            "Training, encode and evaluate use all pages with --all_pages."
         )
         logger.warning("%s", printable(text))
     if not all_pages:

@@ -22,12 +22,12 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode "L"
 
 
 class BadPixels(ValueError):
-    """Numbers that make no picture. The message says why, in a few words."""
+    """The stored numbers are not a picture. The message says why, in a few words."""
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """The format that every image file is brought to.
+    """The format to which every image file is converted.
 
     Attributes:
         channels: 1 (grey, the luma of colours), 3 (RGB, grey is repeated) or 4 (RGBA, opaque if
@@ -35,8 +35,8 @@ class PixelFormat:
         value_range: the stored numbers that become -1 and 1. Numbers outside this range are
             clipped. None uses the range of the type: 0..255 for 8 bits, 0..65535 for wider
             integers. Signed 8-bit numbers and floats need a stated range. With 3 channels, floats
-            go from 0 to 1 if no value exceeds 1, else from 0 to 255. Alpha is always scaled by its
-            type, floats from 0 to 1.
+            go from 0 to 1 if no value exceeds 1, else from 0 to 255. Alpha always uses the range of
+            its type, which is 0 to 1 for floats.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             these numbers are converted to sRGB.
         keep_depth: return files of more than 8 bits as a `DeepImage`. Otherwise every picture is
@@ -45,7 +45,7 @@ class PixelFormat:
         all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 
     Raises:
-        UserError: the range is not finite, or not rising.
+        UserError: the range is not finite, or its first number is not the smaller one.
     """
 
     channels: int = 3
@@ -150,7 +150,7 @@ def deep_image(
     Raises:
         BadPixels: the numbers are not finite, or their range is unknown.
     """
-    # what is not a picture
+    # errors for numbers that are no picture
     kind, count = values.dtype.kind, values.shape[2] - alpha
     if values.size == 0:
         raise BadPixels("it has no pixels")
@@ -172,11 +172,16 @@ def deep_image(
 
 def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
     if colour.dtype == np.int8:
-        raise BadPixels("its integers are signed 8-bit: value_range must say black and white")
+        raise BadPixels(
+            "its integers are signed 8-bit: value_range must say what is black and white"
+        )
     if colour.dtype.kind != "f":
         top = type_top(colour.dtype)
         if top == INTEGER_TOP and (colour.min() < 0 or colour.max() > top):
-            raise BadPixels("its integer values lie outside 0..65535: value_range must say theirs")
+            raise BadPixels(
+                "its integer values lie outside 0..65535: value_range must say what is black and "
+                "white"
+            )
         return 0, top
     if pixels.channels != 3:
         raise BadPixels("its values are floats: value_range must say what is black and white")
@@ -184,7 +189,7 @@ def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
 
 
 def type_top(dtype: np.dtype) -> int:
-    """Return the number that means white, or opaque, in a type."""
+    """Return the number that means white, or opaque, in a data type."""
     if dtype.kind in "bf":
         return 1
     return np.iinfo(dtype).max if dtype.itemsize == 1 else INTEGER_TOP
@@ -202,7 +207,7 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _arranged(
     colour: list[np.ndarray], alpha: np.ndarray | None, channels: int
 ) -> list[np.ndarray]:
-    """Make the planes of the wanted channels from one or three planes and perhaps alpha."""
+    """Return the planes of the wanted channels, from one or three planes and perhaps alpha."""
     if channels < 4 and alpha is not None:
         colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # composited over white
     if channels == 1 and len(colour) == 3:

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a draw depends on its purpose, never on earlier draws.
+"""Counter-based random numbers: a draw depends on its purpose and counters, not on earlier draws.
 
 So augmentation and order are the same in any worker, on any rank and after a resume. The global
 random generators are not used.

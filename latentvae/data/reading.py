@@ -1,4 +1,4 @@
-"""Read any image file to a picture, with one exception for every file that cannot be read.
+"""Read any image file to a picture. All files that cannot be read raise the same exception.
 
 Each kind of file is treated as follows.
 
@@ -22,9 +22,9 @@ Files deeper than 8 bits keep their depth (``DeepImage``). An 8-bit RGB file giv
 with and without a ``PixelFormat``.
 
 Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
-reads what is too deep for Pillow. Some damage cannot be detected, because the file can still be
-decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that ends too early but with a
-well-formed end. The missing part of such a picture is grey or black.
+reads pictures that are too deep for Pillow. Some damage cannot be detected, because the file can
+still be decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that ends too early but
+with a well-formed end. The missing part of such a picture is grey or black.
 """
 
 import io
@@ -88,7 +88,7 @@ def read_image(
     pixels: PixelFormat | None = None,
     page: int = 0,
 ) -> Picture:
-    """Return the upright image. Without ``pixels`` it is 8-bit RGB without transparency.
+    """Return the upright image. Without ``pixels`` the image is 8-bit RGB without transparency.
 
     Args:
         source: a path, or the bytes of a file.
@@ -99,13 +99,13 @@ def read_image(
         page: the page of a TIFF, from 0.
 
     Raises:
-        UnreadableImage: the file cannot be read, whatever the reason.
+        UnreadableImage: the file cannot be read, for any reason.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on metadata that we do not use
+            warnings.simplefilter("ignore")  # Pillow's warnings about metadata that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if pixels is not None:
                 deep_files.set_pixel_limit(pixels.max_pixels)  # each worker has its own limit
@@ -114,8 +114,9 @@ def read_image(
             return _decode(source, at_least, pixels or EIGHT_BIT, page)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
-    # Any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError,
-    # Libraries raise struct.error, KeyError, DecompressionBombError (a plain Exception) and more.
+    # Catch any type: on damaged files Pillow's plugins raise OSError, SyntaxError, ValueError or
+    # EOFError. Libraries raise struct.error, KeyError, DecompressionBombError (a plain Exception)
+    # and more.
     except Exception as error:
         raise UnreadableImage(name, _reason(error, source)) from error
 
@@ -181,7 +182,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -> DeepImage:
-    """Return the deep picture of a loaded image with one band of numbers, or of 8 bits."""
+    """Return a loaded image with one band of numbers, or of 8 bits, as a `DeepImage`."""
     negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
@@ -270,7 +271,7 @@ def _reason(error: Exception, source: deep_files.File) -> str:
 
 
 def _num_pixels(error: Exception) -> int | None:
-    """Return the number of pixels of a file that Pillow refuses as a decompression bomb."""
+    """Return the number of pixels of a file that Pillow rejects as a decompression bomb."""
     if not isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return None
     found = re.search(r"\((\d+) pixels\)", str(error))

@@ -148,7 +148,7 @@ def _torch_has(interpolation: str) -> bool:
 
 
 def pixels_of(image: Picture) -> Tensor:
-    """Return an image as (C, H, W): uint8 as it is, or float32 in [-1, 1] if it is deeper.
+    """Return an image as (C, H, W): uint8 for 8 bits, float32 in [-1, 1] for a deeper image.
 
     Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
     """

@@ -1,4 +1,4 @@
-"""The order of the images by (seed, step, rank), so a resumed run needs only the step."""
+"""The order of the images: a function of seed, step and rank, so a resume needs only the step."""
 
 from collections.abc import Iterator
 
@@ -11,18 +11,18 @@ from latentvae.errors import UserError
 class IndexSampler(Sampler[list[tuple[int, int]]]):
     """Endless micro-steps, each a list of (epoch, index) for this rank.
 
-    No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch.
-    Each epoch has its own order. At step s of an epoch the joint batch of all W ranks is
-    ``order[s*B*W : (s+1)*B*W]``, and rank r takes its r-th part. So two ranks see the same images
-    as one process with twice the batch size.
+    No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch,
+    which has the B W images of all W ranks. Each epoch has its own order. At step s of an epoch the
+    joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of its W parts. So two
+    ranks see the same images as one process with twice the batch size.
 
     Args:
         num_items: number of images.
         batch_size: B, images per rank and micro-step.
         seed: seed of the order, 0 or above.
-        rank: this process, 0 to ``world_size - 1``.
+        rank: number of this process, 0 to ``world_size - 1``.
         world_size: W, number of processes.
-        start_step: micro-steps already done, over all epochs.
+        start_step: number of micro-steps already done, over all epochs.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def spread(total: int, at_most: int | None) -> list[int]:
 def some_of(source: ImageSource, at_most: int) -> Subset:
     """Return up to ``at_most`` images, evenly spread over the source.
 
-    If the first images by name were taken, they would often be of one class.
+    The first images by name would often belong to one class.
     """
     return Subset(source, spread(len(source), at_most))
 
@@ -90,13 +90,13 @@ def open_source(
     folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
     a folder of images.
 
-    A ``DatasetSpec`` names any of these with options or, if there is no such path, a data set of
-    the Hub. With a ``DatasetSpec``, a folder of images is a table with the splits that ``datasets``
-    finds in the folder.
+    A ``DatasetSpec`` names one of these forms with options or, if there is no such path, a data set
+    of the Hub. With a ``DatasetSpec``, a folder of images is a table with the splits that
+    ``datasets`` finds in the folder.
 
     Args:
-        spec: names the images.
-        split: the split of the sample photos or of a local table. Of other forms, all images are
+        spec: the images, in one of these forms.
+        split: the split of the sample photos or of a local table. All images of other forms are
             used. A ``DatasetSpec`` has its own split.
         pixels: the format of every image. None means 8-bit RGB.
     """
@@ -134,15 +134,15 @@ def open_images(
     """Open the images for training and for validation. No file is in both.
 
     Args:
-        spec: the images, as for ``open_source``. Of sample photos and tables, the training split is
-            used.
-        validation_data_dir: the validation images, in the same forms as ``spec``. Files of a
-            folder, or tar files, that are in both are left out of training. If two tables share a
-            file, UserError is raised.
+        spec: the images, as for ``open_source``. From sample photos and tables, the training split
+            is used.
+        validation_data_dir: the validation images, in the same forms as ``spec``. If a file of a
+            folder, or a tar file, belongs to both data sets, it is left out of training. If two
+            tables share a file, UserError is raised.
         split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
             ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
             held out. So adding images does not move other images between the two sets. At least one
-            image is held out and at least one is kept.
+            image is held out, and at least one image is kept for training.
         seed: seed of the hash. Another seed holds out other images.
         max_train_samples: largest number of training images. The images with the smallest hashes of
             name and ``seed`` are used. So a smaller set is a subset of a larger set, and both are
@@ -201,14 +201,14 @@ def _check_tar_options(spec: DatasetSpec) -> None:
     for option, value in given.items():
         if value is not None:
             raise UserError(
-                f"{option} is '{value}', but '{spec.name}' is tar files, which are taken whole. "
-                "Give the ones you want by their folder or a pattern."
+                f"{option} is '{value}', but '{spec.name}' names tar files, whose images are all "
+                "used. Leave the option out, or give other tar files by their folder or a pattern."
             )
     folder = Path(spec.name).expanduser()
     if folder.is_dir() and len(splits := split_names(folder)) > 1:
         raise UserError(
-            f"'{spec.name}' has tar files of the splits {', '.join(splits)}. Give those of one "
-            "split, by their folder or a pattern."
+            f"'{spec.name}' has tar files of the splits {', '.join(splits)}. Give the tar "
+            "files of one split, by their folder or a pattern."
         )
 
 
@@ -223,7 +223,7 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
                 return "folder"
     except OSError:
         return "folder"  # the error is reported when the folder is opened
-    if ".tar" in found:  # arrays beside shards and tables are not the images
+    if ".tar" in found:  # .npy files beside shards and tables are no images
         return "tar"
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"
 
@@ -240,8 +240,8 @@ def _hold_out(
             "be held out for validation."
         )
 
-    # Pages of one file have one draw. A few files are split by their pages, because one of them
-    # would be more than the share.
+    # All pages of a file get the same draw, so that they stay together. If this would hold out far
+    # more than the share, because there are few files, each page gets its own draw.
     draws = _draws(source, seed)
     if by_file:
         shared = [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]

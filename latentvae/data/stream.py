@@ -1,7 +1,8 @@
 """Training images from a data set too large to download, read row by row.
 
 Streams have no access by number. So the order is only as random as the shuffle buffer makes it, and
-a run resumes only approximately. If the images fit on disk, ``open_images`` has neither limitation.
+a run resumes only approximately. If the images fit on disk, ``open_images`` avoids both
+limitations.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ class ImageStream:
         held_out: number of first rows that are kept in memory for validation, in the attribute
             ``held_out``. Files with the same bytes as one of these rows are never trained on.
         shuffle_buffer: number of undecoded images kept in memory in each worker. The next image is
-            drawn from them at random.
+            a random one of these images.
         pixels: the format of every image. None means 8-bit RGB.
     """
 
@@ -105,7 +106,7 @@ class ImageStream:
         return splits[self.split].num_examples if self.split in splits else None
 
     def part(self, epoch: int, *, seed: int, rank: int, world_size: int) -> Any:
-        """Return the rows of one rank in one pass, shuffled by (seed, epoch)."""
+        """Return one rank's rows of one epoch, shuffled by (seed, epoch)."""
         from datasets.distributed import split_dataset_by_node
 
         order = int(counter_rng(Stream.ORDER, seed, epoch).integers(2**31))
@@ -142,10 +143,10 @@ def stream_loader(
         crops: N, the number of crops of each image. B is N times ``batch_size``.
         num_workers: number of additional processes that read and decode images.
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
-        rank: this process.
+        rank: number of this process.
         world_size: number of processes.
-        start_step: number of micro-steps already done. About as many images are skipped, but not
-            exactly those that were already used.
+        start_step: number of micro-steps already done. As many images are skipped, but they are not
+            exactly the images that were already used.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)
@@ -202,11 +203,11 @@ class _TrainStream(IterableDataset[TrainItem]):
             (done * workers + worker) * world_size + rank, workers * world_size
         )
 
-        # full passes already done, and the number of images to skip in the next pass
+        # epochs already done, and the number of images to skip in the next epoch
         share = (self.stream.num_images or 0) // (world_size * workers)
         first, skip = divmod(done, share) if share else (0, done)
 
-        # passes
+        # epochs
         for epoch in itertools.count(first):
             rows = iter(self.stream.part(epoch, seed=self.seed, rank=rank, world_size=world_size))
             skipped = sum(1 for _ in itertools.islice(rows, skip))
@@ -218,7 +219,8 @@ class _TrainStream(IterableDataset[TrainItem]):
             if not skipped and not shown:
                 raise UserError(
                     f"nothing of '{self.stream.name}' is left to train on for one of {world_size} "
-                    f"processes with {workers} workers. Use fewer, or hold out fewer images."
+                    f"processes with {workers} workers. Use fewer processes or "
+                    "workers, or hold out fewer images."
                 )
 
     def _items(self, rows: Iterable[Any], numbers: Iterator[int]) -> Iterator[TrainItem]:

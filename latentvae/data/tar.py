@@ -27,7 +27,7 @@ from latentvae.data.sizes import read_size
 from latentvae.data.tar_index import shard_index
 from latentvae.errors import UserError, nearest, printable
 
-MAX_BYTES = 1 << 30  # limit for an image file, because a sparse shard may claim any size
+MAX_BYTES = 1 << 30  # largest size of an image file, because a sparse shard may claim any size
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class TarShards:
 
 
 class _Member(ContainerIO[bytes]):
-    """A member of a tar file as a file object. The name is there for tifffile."""
+    """A member of a tar file as a file object. tifffile needs the attribute `name`."""
 
     @property
     def name(self) -> str:
@@ -182,7 +182,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _split_pattern(path: Path) -> tuple[Path, str]:
-    """Return the folders of a path that exist by their literal names, and the pattern below.
+    """Return the existing folder at the start of a path, and the pattern of names below it.
 
     So a folder that is named ``run [1]`` or ``{a,b}`` is taken literally.
     """

@@ -36,10 +36,10 @@ class ShardIndex:
     """The images of one tar file.
 
     Attributes:
-        names: (N,), cleaned names. Of several members with the same name, the last one counts, as
-            in unpacking.
-        offsets: (N,), int64, bytes from the start of the file to the image's first byte.
-        sizes: (N,), int64, bytes.
+        names: cleaned names, (N,). If several members have the same name, the last member counts,
+            as in unpacking.
+        offsets: number of bytes from the start of the file to each image's first byte, (N,), int64.
+        sizes: sizes of the images in bytes, (N,), int64.
         fault: what is wrong with the tar file, or "".
         left_out: number of members of each kind that are not used.
     """
@@ -77,7 +77,7 @@ def shard_index(path: Path) -> ShardIndex:
     # keep the index beside the shard, or in the user's cache
     content = _content(index, key)
     for place in places:
-        with contextlib.suppress(OSError):  # read-only or full: try the next place
+        with contextlib.suppress(OSError):  # if this place is read-only or full, try the next place
             _replace(place, content, mode=stat.st_mode & 0o666)
             break
     return index
@@ -189,13 +189,13 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
 
 
 def _replace(place: Path, content: bytes, *, mode: int) -> None:
-    """Write a temporary file and rename it: one of two writers wins, readers never see a part."""
+    """Write a temporary file and rename it, so that readers never see an incomplete file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     file, aside = tempfile.mkstemp(dir=place.parent, prefix=".index-")
     try:
         with open(file, "wb") as writer:
             writer.write(content)
-        os.chmod(aside, mode)  # who may read the shard may read its index
+        os.chmod(aside, mode)  # everybody who may read the shard may read its index
         os.replace(aside, place)
     except OSError:
         Path(aside).unlink(missing_ok=True)

@@ -34,7 +34,8 @@ class Window:
     """The place of a window, for an image of any size.
 
     Attributes:
-        share: side as a share of the largest window of that shape in the image, in (0, 1].
+        share: side of the window divided by the side of the image's largest window of this shape,
+            in (0, 1].
         x, y: position of the window, from 0 (at the left or top edge) to 1 (right or bottom edge).
         flip: whether to mirror left and right.
     """
@@ -75,8 +76,7 @@ class TrainTransform:
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
-        jpeg_draft: allow JPEGs to be decoded at reduced size, down to twice the side that a window
-            needs.
+        jpeg_draft: decode large JPEGs at reduced size, down to twice the side that a window needs.
 
     Example:
         transform = TrainTransform(256, crop="random")
@@ -115,7 +115,7 @@ class TrainTransform:
     def draw(self, rng: np.random.Generator) -> Window:
         """Draw a window.
 
-        The method always draws four numbers from ``rng``, whatever the options are.
+        The method draws four numbers from ``rng`` with all options.
         """
         share, x, y, flip = rng.random(4).tolist()
         low, high = self.crop_scale
@@ -125,12 +125,14 @@ class TrainTransform:
     def needed_side(
         self, windows: Sequence[Window], size: tuple[int, int] | None = None
     ) -> int | None:
-        """Return the shorter side in pixels down to which a JPEG may be decoded. None forbids it.
+        """Return the smallest shorter side, in pixels, at which a JPEG may be decoded.
 
-        The side is twice what the narrowest window needs, because JPEG decoders shrink an image
-        blockwise. Compared with decoding at full size, the results have a PSNR of 47 dB. The PSNR
-        would be 43 dB with 1.5 times the needed side, and 38 dB with the needed side (means over
-        photos of BSDS500 at JPEG quality 90).
+        None means that JPEGs are decoded at full size.
+
+        The side is twice the side that the narrowest window needs, because JPEG decoders shrink an
+        image blockwise. Compared with decoding at full size, the results have a PSNR of 47 dB. The
+        PSNR would be 43 dB with 1.5 times the needed side, and 38 dB with the needed side (means
+        over photos of BSDS500 at JPEG quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -138,7 +140,7 @@ class TrainTransform:
         return math.ceil(REDUCING_GAP * max(size or self.size) / share)
 
     def apply(self, image: Picture, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """Return a window of the image, (C, H, W): uint8, or float32 in [-1, 1] of deep images.
+        """Return a window of the image, (C, H, W): uint8, or float32 in [-1, 1] for deep images.
 
         Args:
             image: the picture.

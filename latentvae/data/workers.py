@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explained_workers(num_workers: int) -> Iterator[None]:
-    """Warn once if there are more workers than cores, in place of torch's own warning.
+    """Warn once if there are more workers than cores, instead of torch's own warning.
 
-    Enter this context before a ``DataLoader`` and its iterator are created, because both warn.
+    Enter this context before creating a ``DataLoader`` and its iterator, because torch warns in
+    both.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -62,14 +62,14 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     """Load a snapshot into a freshly built training. Return this rank's sums of logged values.
 
     Raises:
-        UserError: no run has written the snapshot. Or its run used another number of processes,
+        UserError: no run has written the snapshot, or its run used another number of processes,
             another precision, other data or another network.
     """
     # checks, before anything changes
     if "update" in snapshot.values:
         raise UserError(
-            "the checkpoint was written by another version of latentvae, which this one cannot "
-            "resume. Resume with that version, or start a new run in another output_dir."
+            "the checkpoint was written by another version of latentvae, and this version cannot "
+            "resume it. Resume with the other version, or start a new run in another output_dir."
         )
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors
@@ -89,8 +89,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
             shadow.copy_(tensors[f"{name}_average"][key])
         average.optimization_step = values.average_steps[name]
 
-    # The task's own values. Each rank first loads the states of all ranks, so that all ranks refuse
-    # a state that one of them must refuse.
+    # The task's own values. Each rank first loads the states of all ranks, so that a wrong state of
+    # one rank is an error on all ranks.
     task.load_tensors({name: tensors[name] for name in task.tensors()})
     task.load_state(state, update=values.progress.update)
     for own in (*rank_states, rank_states[rank()]):
@@ -128,7 +128,7 @@ def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
 def _check_tensors(
     training: Training, tensors: Mapping[str, Mapping[str, Tensor]], values: SavedValues
 ) -> None:
-    """Refuse missing files, and tensors whose names or shapes differ from the run's.
+    """Raise UserError for missing files, and for tensors of other names or shapes than the run's.
 
     The names and shapes of weights are checked later, when the weights are loaded.
     """
@@ -139,13 +139,15 @@ def _check_tensors(
     expected |= training.task.tensors()
     for file, wanted in expected.items():
         if file not in tensors:
-            raise UserError(f"the checkpoint is not of this configuration: no {file}.safetensors")
+            raise UserError(
+                f"the checkpoint is not of this configuration: {file}.safetensors is missing"
+            )
         for name, value in wanted.items():
             _check_shape(tensors[file].get(name), value, name=name, file=file)
     for name in training.averages:
         if name not in values.average_steps:
             raise UserError(
-                f"the checkpoint is not of this configuration: no average_steps of {name}"
+                f"the checkpoint is not of this configuration: average_steps of {name} is missing"
             )
 
 
@@ -159,7 +161,7 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
-    """Refuse another number of processes, another precision or other data than at the start.
+    """Raise UserError if processes, precision or data differ from those at the start of the run.
 
     The options alone do not show these differences.
     """
@@ -185,6 +187,6 @@ def _check_same_circumstances(training: Training, values: SavedValues) -> None:
         listed = listed or f"{first} with other names"
         unit = training.task.unit
         raise UserError(
-            f"the training {unit} are not those the run was started with ({listed}). Restore "
-            "them, or start a new run in another output_dir."
+            f"the training {unit} are not the same as at the start of the run ({listed}). "
+            "Restore them, or start a new run in another output_dir."
         )

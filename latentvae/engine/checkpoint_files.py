@@ -47,8 +47,9 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     """Write `checkpoint-<update>` into the folder `run`. Return the checkpoint's folder.
 
     Afterwards all checkpoints except the newest `keep` are deleted. No checkpoint is overwritten.
-    Otherwise a kill between the deletion of the old one and the rename of the new one would leave
-    neither. If writing fails, for example on a full disk, the incomplete checkpoint is deleted.
+    Otherwise a kill between the deletion of the old checkpoint and the rename of the new checkpoint
+    would leave no checkpoint. If writing fails, for example on a full disk, the incomplete
+    checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
@@ -120,7 +121,7 @@ def update_of(checkpoint: Path) -> int:
 
 
 def set_aside(run: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints later than `after`, where the run resumes. Return the new paths."""
+    """Rename the checkpoints of updates later than `after`. Return the new paths."""
     renamed = []
     for path in checkpoints(run):
         if update_of(path) > after:
@@ -131,7 +132,7 @@ def set_aside(run: Path, *, after: int) -> list[Path]:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint, and a message for each newer one that is not valid."""
+    """Return the newest valid checkpoint, and a message for each newer, invalid checkpoint."""
     faults = []
     for folder in reversed(checkpoints(run)):
         fault = _fault(folder)
@@ -156,7 +157,7 @@ def sweep_temporary(run: Path) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Return an optimizer's state as tensors named `<parameter name>|<key>`.
 
-    Settings and learning rates are left out, because the options decide them.
+    The optimizer's settings and learning rates are left out, because the run's options set them.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     state = {}
@@ -180,8 +181,8 @@ def load_optimizer_tensors(
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise UserError(f"the checkpoint is not of this configuration: '{joined}'")
-        # A moment needs its parameter's memory format, because the fused update relies on it. Files
-        # do not store the memory format.
+        # A moment of AdamW needs its parameter's memory format, because the fused update relies on
+        # it. Files do not store the memory format.
         like = (
             torch.empty_like(parameter)
             if value.shape == parameter.shape

@@ -19,7 +19,7 @@ class DataWait(Iterator[Any]):
         loader: returns the batches. Its iterator is created when the first batch is needed.
         num_workers: number of this rank's processes that read data.
         num_processes: number of ranks on this machine, which share the cores.
-        unit: name of a batch's items.
+        unit: name of a batch's items, such as images.
         advice: what to try when no core is left for more workers.
     """
 
@@ -72,11 +72,12 @@ class DataWait(Iterator[Any]):
         )
 
     def _remedy(self, waited: float, elapsed: float) -> str:
-        """Advise as many workers as the update needs, if there are cores for them."""
+        """Return advice: as many workers as the update needs, if there are cores for them."""
         computing = max(elapsed - waited, 1e-9)
         # The work of the workers (or of this process in `waited`) must fit into the computing time.
         needed = math.ceil(self._num_workers * elapsed / computing or waited / computing)
         spare = (os.cpu_count() or 1) // self._num_processes
         if min(needed, spare) > self._num_workers:
             return f"try --dataloader_num_workers {min(needed, spare)}"
-        return f"{self._num_workers} workers have no more cores. Better {self._advice}"
+        number = self._num_workers
+        return f"there are no cores for more than {number} workers. Better {self._advice}"

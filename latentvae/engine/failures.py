@@ -19,7 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"os error (\d+)")
 _CPU_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-SHOWN = 200  # characters shown of another library's message
+SHOWN = 200  # number of characters shown of another library's message
 _PEERS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -31,7 +31,7 @@ _PEERS = (
 
 @contextlib.contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Turn a fault of the machine into a `RunError`. Other errors pass unchanged."""
+    """Turn a fault of the machine into a `RunError`. Other errors are raised unchanged."""
     try:
         yield
     except (UserError, RunError):
@@ -57,8 +57,8 @@ def explanation(error: Exception, task: Task) -> str | None:
     ):
         return (
             "another process of this run has ended, or has hung for longer than ddp_timeout "
-            f"{task.config.run.ddp_timeout} s ({_first_line(text)}). Its own message is above. "
-            "The same command resumes from the newest checkpoint."
+            f"{task.config.run.ddp_timeout} s ({_first_line(text)}). The message of that process "
+            "is above. The same command resumes from the newest checkpoint."
         )
     return _disk(error, text, task)
 
@@ -86,7 +86,7 @@ def _disk(error: Exception, text: str, task: Task) -> str | None:
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return (
         f"'{name}' cannot be written: the disk is full ({free / 2**20:,.0f} MiB free). The older "
-        "checkpoints are whole. Free some space, or keep fewer checkpoints with "
+        "checkpoints are complete. Free some space, or keep fewer checkpoints with "
         "--checkpoints_total_limit 1. Then the same command resumes."
     )
 
@@ -112,4 +112,4 @@ def _memory() -> str:
     if not torch.cuda.is_available():
         return ""
     peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-    return f" ({peak / 2**30:.1f} GiB were in use of {total / 2**30:.1f})"
+    return f" (at most {peak / 2**30:.1f} of {total / 2**30:.1f} GiB were in use)"

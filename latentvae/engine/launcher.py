@@ -65,7 +65,7 @@ PRECISION = Setting(
 
 
 def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse settings of the launcher that would crash the run later.
+    """Check that training supports the settings of the launcher, which could crash the run later.
 
     Args:
         precision: the option mixed_precision, which overrides the launcher's precision.
@@ -87,7 +87,7 @@ def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os
 
 
 def _origin(key: str, value: str) -> str:
-    """Name the file that holds a setting, or else the other places where it may be set."""
+    """Return text that names the file of a setting, or the other places where it may be set."""
     for path in (_named_by_launcher(), Path(default_config_file)):
         if path is not None and path.is_file():
             with contextlib.suppress(UserError):

@@ -15,14 +15,15 @@ LOCK_NAME = "run.lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other run out of `folder`. A missing folder is created.
+    """Lock `folder`, so that no other run can use it. A missing folder is created.
 
-    Rank 0 holds the lock for all ranks. The lock is a POSIX record lock: the operating system
-    releases it however the process ends. Processes that load data do not inherit the lock. On
+    Rank 0 holds the lock for all ranks. The lock is a POSIX record lock, which the operating system
+    releases when the process ends in any way. Processes that load data do not inherit the lock. On
     network file systems the lock holds for other machines too.
 
     Raises:
-        UserError: another run holds the lock, or the folder cannot be written. Every rank raises.
+        UserError: another run holds the lock, or the folder cannot be written. Every rank raises
+            the error.
     """
     # take the lock on rank 0, and send the result to all ranks
     descriptor, fault, is_new = None, None, not folder.exists()
@@ -43,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
             _release(descriptor, folder)
             if is_new:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # works only when nothing was written
+                    folder.rmdir()  # fails if the folder is not empty
 
 
 def _release(descriptor: int, folder: Path) -> None:

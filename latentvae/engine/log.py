@@ -19,8 +19,8 @@ from latentvae.distributed import all_reduce_mean
 from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
-BAR_WIDTH = 80  # largest width in columns
-Window = dict[str, list[float]]  # sum and count of logged values since the last row, by name
+BAR_WIDTH = 80  # Largest width of the progress bar in columns.
+Window = dict[str, list[float]]  # Sum and count of logged values since the last row, by name.
 
 
 class MeanWindow:
@@ -61,7 +61,7 @@ class RunLog:
         total: number of updates of the complete run.
         items_per_update: effective batch size.
         unit: name of the items.
-        shown: log names on the progress line.
+        shown: names of the logged values on the progress line.
         waiting: measures how long updates wait for batches, for `time/data_wait_share` and a
             warning.
     """
@@ -123,7 +123,8 @@ class RunLog:
                 self.say(advice)
         self.write(update, {**items, **values, **times})
 
-        # a line above the progress bar, so that a terminal keeps the same rows as a pipe
+        # print a line above the progress bar, so that a terminal shows the same rows as a
+        # redirected output
         shown = {
             name.rpartition("/")[2]: f"{values[name]:.3g}" for name in self.shown if name in values
         } | {f"{self.unit}/s": f"{speed:.1f}"}
@@ -145,8 +146,8 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
-            # Nobody reads a pipe whose other end a closed terminal has ended. The run goes on to
-            # its checkpoint.
+            # A closed terminal may have ended the process that reads our output through a pipe. The
+            # run continues to its next checkpoint.
             with contextlib.suppress(BrokenPipeError):
                 self.bar.write(text)
                 sys.stdout.flush()

@@ -38,7 +38,7 @@ from latentvae.engine.training import Training, build_training
 from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.errors import RunError
 
-SILENT_SECONDS = 10.0  # a longer phase is announced
+SILENT_SECONDS = 10.0  # a line announces a validation if the last validation took longer
 
 
 class Stopped(Exception):
@@ -101,10 +101,10 @@ def train(task: Task) -> Path:
 
 
 def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator) -> int:
-    """Make or resume the run in `folder`. Return the number of updates done.
+    """Start or resume the run in `folder`. Return the number of updates done.
 
     Args:
-        task: what to train. The task's options are those for this number of processes.
+        task: what to train. Its options are already converted for this number of processes.
         asked: the options as the user gave them. These options are saved in the folder.
         folder: the run's folder.
         accelerator: knows the processes.
@@ -193,7 +193,7 @@ class _Loop:
         self.log = log
         self.updates = Updates(training, requested=lambda: interrupt.requested)
         self.window = MeanWindow(training.accelerator.device, saved=window)
-        self._validation_seconds = math.inf  # time of the last validation, to announce a long one
+        self._validation_seconds = math.inf  # duration of the last validation
         self.task.say = log.say
         self.task.begin(training.progress.update)
 
@@ -215,10 +215,12 @@ class _Loop:
                 self._validate()
 
     def catch_up(self) -> None:
-        """Make the validation before the first update, or one that a kill or a signal prevented.
+        """Make the first validation, or a validation that a kill or a signal prevented.
 
-        A checkpoint is saved before the validation of the same update. So a validation that is
-        already in the log is passed to the task again.
+        The first validation comes before the first update.
+
+        A checkpoint is saved before the validation of the same update. So if the log already has
+        the validation of this update, the task gets its results again.
         """
         validation = from_main(self.log.validation)
         if validation is not None:

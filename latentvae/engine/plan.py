@@ -22,7 +22,7 @@ def plan(training: Training) -> str:
 
 
 def warnings(training: Training) -> list[str]:
-    """Return one line for each option that has less effect than it seems to have."""
+    """Return a warning for each option that has less effect than a user may expect."""
     found, total = [], training.config.run.max_train_steps
     name = next(iter(training.task.learners))
     pause, warmup = training.task.pause(name), training.config.optimizer.lr_warmup_steps
@@ -78,7 +78,7 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Return the number of threads of a process, as text. Launchers set only one by default."""
+    """Return the number of threads of a process, as text. By default launchers set one thread."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:

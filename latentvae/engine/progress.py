@@ -1,7 +1,7 @@
 """The progress of a run, and the plain values of a checkpoint (`state.json`).
 
 A hash in the manifest proves that a file has not changed. The hash does not prove that this program
-wrote the file. So the values are checked, and a copied or edited file is refused.
+wrote the file. So the values are checked, and a copied or edited file is an error.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -22,8 +22,8 @@ class Progress(BaseModel):
     Attributes:
         update: number of updates done.
         micro_step: number of micro-steps done, which is also the data position.
-        skipped: non-finite updates that were skipped so far.
-        skipped_in_a_row: skipped updates since the last finite update.
+        skipped: number of non-finite updates that were skipped so far.
+        skipped_in_a_row: number of skipped updates since the last finite update.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -40,11 +40,11 @@ class SavedValues(BaseModel):
     Attributes:
         progress: numbers of updates and micro-steps done.
         windows: sums of logged values since the last row, for each rank.
-        task: `Task.state`.
-        ranks: `Task.rank_state` of each rank.
+        task: the values of `Task.state`.
+        ranks: the values of `Task.rank_state`, for each rank.
         world_size: number of processes.
         mixed_precision: precision of the run.
-        identity: `Task.identity`.
+        identity: the values of `Task.identity`.
         average_steps: number of updates in each weight average, by learner.
         versions: versions of the libraries that wrote the checkpoint, only for information.
     """
@@ -104,5 +104,5 @@ def not_of_a_run(fault: str) -> UserError:
     """Return the error for a `state.json` that no run has written."""
     return UserError(
         f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}). Delete that "
-        "checkpoint, and the same command resumes from the one before."
+        "checkpoint, and the same command resumes from the checkpoint before it."
     )

@@ -27,7 +27,8 @@ from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
 
 CONFIG_NAME = "config.yaml"
-RUN_FILES = (  # without config.yaml, which marks the folder as that of a run until it is replaced
+# config.yaml is not in this list, because it marks the folder as a run until it is replaced.
+RUN_FILES = (
     "log.jsonl",
     "samples",
     "logs",
@@ -54,8 +55,9 @@ def find_start(asked: JobConfig, folder: Path) -> Path | None:
 def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
     """Prepare the folder for this run, after all checks except the start of the tracker.
 
-    An earlier run is deleted if `overwrite_output_dir` is set. Checkpoints later than the one to
-    resume from are renamed. The options are saved as the user gave them.
+    An earlier run is deleted if `overwrite_output_dir` is set. Checkpoints that are later than
+    `checkpoint`, from which the run resumes, are renamed. The options are saved as the user gave
+    them.
     """
     _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 
@@ -68,7 +70,7 @@ def write_config(config: JobConfig, path: Path) -> None:
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
-    """Return the configuration that a run was started with.
+    """Return the configuration with which a run was started.
 
     Raises:
         UserError: the folder or the file does not belong to a run.
@@ -82,7 +84,7 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:
-    """Refuse to resume with options that change the result. The message names them."""
+    """Raise UserError if options differ that change the result. The message names them."""
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
@@ -91,7 +93,7 @@ def check_same_config(now: JobConfig, then: JobConfig) -> None:
         folder = now.run.output_dir or then.run.output_dir or ""
         raise UserError(
             f"the run in '{folder}' was started with other options: {listed}. "
-            "Give the old ones, or another output_dir. Or give --overwrite_output_dir to delete "
+            "Give the old options, or another output_dir. Or give --overwrite_output_dir to delete "
             f"the run and start from scratch.{now.how_to_branch(then, folder=folder)}"
         )
 
@@ -126,7 +128,7 @@ def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path
     if asked.run.overwrite_output_dir:
         _delete_run(folder, (*task.files, *RUN_FILES))
     for aside in set_aside(folder, after=update_of(checkpoint) if checkpoint else -1):
-        print(f"{aside.name.removeprefix('aside-')} is not used and is now {aside.name}")
+        print(f"{aside.name.removeprefix('aside-')} is not used and was renamed to {aside.name}")
     print(f"resuming from {checkpoint}" if checkpoint else f"starting a new run in {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
     """Return the requested checkpoint. For `latest`, return None if there is no checkpoint.
 
     Raises:
-        UserError: a named checkpoint is not one of this run, or is damaged.
+        UserError: a named checkpoint is not a checkpoint of this run, or is damaged.
     """
     if wanted == "latest":
         if found := checkpoints(folder):
@@ -162,7 +164,7 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
 
 
 def _check_run(folder: Path, schema: type[JobConfig]) -> None:
-    """Refuse a folder that has other files in it, but no run."""
+    """Raise UserError if a folder has files in it, but no run."""
     if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         read_config(folder / CONFIG_NAME, schema)
 

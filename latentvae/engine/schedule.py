@@ -1,4 +1,4 @@
-"""Schedules as functions of the update. No schedule counts steps."""
+"""Schedules as functions of the update's number. No schedule has a state."""
 
 import math
 
@@ -28,7 +28,7 @@ def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range =
 
 
 def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
-    """Return the value of `update` on half a cosine from `start` to `end`.
+    """Return the value at `update` of a half cosine from `start` to `end`.
 
     The value is `start` in update 0 and `end` from update `steps` on. DALL-E's dVAE lowers its
     temperature in this way (Ramesh et al. 2021, arXiv:2102.12092, appendix A.2).

@@ -28,8 +28,8 @@ class Interrupt:
     launcher counts as SIGTERM too.
 
     Args:
-        next_update: returns the number of the update that is finished before the run saves. With
-            None, no signal is acknowledged, as on ranks after the first.
+        next_update: returns the number of the update that the run finishes before it saves. With
+            None, as on ranks after the first, no message is printed.
     """
 
     def __init__(self, next_update: Callable[[], int] | None = None) -> None:
@@ -63,12 +63,13 @@ class Interrupt:
             sys.exit(128 + number)
 
     def _acknowledge(self) -> None:
-        """Say at once what happens. Do not use `print`, which the signal may have interrupted."""
+        """Print at once what happens, without `print`, which the signal may have interrupted."""
         if self.next_update is None:
             return
-        text = f"\nfinishing update {self.next_update():,}, then saving; again to stop now"
+        text = f"\nfinishing update {self.next_update():,}, then saving. "
+        text += "To stop at once, send the signal again"
         if self._launcher is not None:  # the launcher ends at once on Ctrl-C and frees the terminal
-            text += f" (`kill {os.getpid()}` once the launcher has ended)"
+            text += f" (with `kill {os.getpid()}` after the launcher has ended)"
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
 

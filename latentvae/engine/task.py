@@ -1,4 +1,4 @@
-"""The contract between the engine and a task, which is what a run trains.
+"""The contract between the engine and a task. A task is what a run trains.
 
     class Regression(Task): ...         # modules, batches, micro_step, validate, export
 
@@ -127,8 +127,9 @@ class Task(ABC):
     files: ClassVar[Sequence[str]] = ()  # names of files that `write_files` may write
     parts: ClassVar[Mapping[str, str]] = {}  # prefix of weights to compare separately, by name
 
-    data_advice: ClassVar[str] = "make the data faster to read"  # if all cores already read data
-    non_finite_advice: ClassVar[str] = ""  # more remedies, such as ", or a later disc_start"
+    # The advice if all cores already read data.
+    data_advice: ClassVar[str] = "make the data faster to read"
+    non_finite_advice: ClassVar[str] = ""  # More remedies, such as ", or a later disc_start".
 
     launch: ClassVar[Sequence[str]]  # arguments of `accelerate launch` before --config
 
@@ -146,7 +147,7 @@ class Task(ABC):
     # before the run
 
     def check(self) -> None:
-        """Refuse wrong options without touching a file.
+        """Check the options without touching a file.
 
         Raises:
             UserError: an option is wrong. The message names the option, its value and what is
@@ -154,14 +155,14 @@ class Task(ABC):
         """
 
     def open(self) -> None:
-        """Open the data and everything that the options depend on. Write nothing.
+        """Open the data and everything else that the options name. Write nothing.
 
         Raises:
             UserError: something is missing or cannot be used.
         """
 
     def check_processes(self, processes: int) -> None:
-        """Refuse a number of processes that cannot work, such as more processes than batches."""
+        """Raise UserError for a number of processes that cannot work, such as more than batches."""
 
     @abstractmethod
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
@@ -184,7 +185,7 @@ class Task(ABC):
         """
 
     def check_ready(self) -> None:
-        """Refuse what would end the run later. Then the engine prepares the run's folder."""
+        """Raise UserError for what would end the run later. The engine then prepares the folder."""
 
     def write_files(self, folder: Path) -> None:
         """Write the files named in `files` into the run's folder, on the first rank only."""
@@ -204,11 +205,11 @@ class Task(ABC):
         return self.config.run.train_batch_size
 
     def plan(self) -> dict[str, str]:
-        """Return rows of the plan by heading: what is trained, and on which data."""
+        """Return rows of the printed plan by heading: what is trained, and on which data."""
         return {}
 
     def warnings(self) -> list[str]:
-        """Return one line for each option that has less effect than it seems to have."""
+        """Return a warning for each option that has less effect than a user may expect."""
         return []
 
     def step_size(self) -> str:
@@ -237,7 +238,7 @@ class Task(ABC):
         """Prepare for the first update of this process, when `update` updates are done."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Return the names of the learners, at least one, that take part in an update (from 0)."""
+        """Return the names of the learners, at least one, that learn in an update (from 0)."""
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
@@ -269,7 +270,7 @@ class Task(ABC):
 
         Args:
             values: logged values of each micro-step of this rank.
-            update: updates done.
+            update: number of updates done.
         """
         return Tensor()
 
@@ -288,7 +289,7 @@ class Task(ABC):
         Args:
             update: number of the update, from 0.
             values: logged values of the update's micro-steps.
-            means: `measured`, averaged over all ranks.
+            means: the values of `measured`, averaged over all ranks.
             averages: the average of each averaged weight. The task may change it in place.
 
         Returns:
@@ -297,7 +298,7 @@ class Task(ABC):
         return {}
 
     def end_update(self) -> None:
-        """Discard what was gathered for an update, whether its gradients were finite or not."""
+        """Discard what was gathered for an update, also if its gradients were not finite."""
 
     # between updates
 
@@ -305,7 +306,7 @@ class Task(ABC):
         """Return more values for the next row of the log. All ranks call this method.
 
         Args:
-            update: updates done.
+            update: number of updates done.
             means: means over ranks of the values logged since the last row.
         """
         return {}
@@ -340,8 +341,8 @@ class Task(ABC):
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the checkpoint's tensors that belong to no learner, by file and name.
 
-        The tensors in use are returned, not copies. A file's name must not be a learner's name, nor
-        that name followed by `_optimizer` or `_average`.
+        The method returns the tensors in use, not copies. A file's name must not be a learner's
+        name, nor a learner's name followed by `_optimizer` or `_average`.
         """
         return {}
 
@@ -373,8 +374,8 @@ class Task(ABC):
         """Export the averaged weights. All ranks call this method, and the first rank writes.
 
         Args:
-            out: the export's folder. An existing one is replaced.
-            update: updates done.
+            out: the export's folder. An existing folder is replaced.
+            update: number of updates done.
             folder: the run's folder.
 
         Returns:
@@ -401,7 +402,7 @@ class Task(ABC):
         return config
 
     def check_repeatable(self) -> None:
-        """Refuse a run that does not resume exactly. Call `open` first."""
+        """Raise UserError if the run would not resume exactly. Call `open` first."""
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
         """Return the items of a rank's micro-steps `start` to `stop`. None means unknown.

@@ -24,7 +24,7 @@ _OFFLINE = {
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that is not installed. Accelerate would silently continue without it."""
+    """Raise UserError if a tracker is not installed. Accelerate would silently run without it."""
     packages = _PACKAGES.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise UserError(
@@ -46,7 +46,8 @@ def start_tracker(
         options: the run's options. Values other than numbers and text are passed as text.
 
     Raises:
-        UserError: the tracker cannot start, such as wandb without a login. Every rank raises.
+        UserError: the tracker cannot start, such as wandb without a login. Every rank raises the
+            error.
     """
     if name == "none":
         return
@@ -77,7 +78,7 @@ class Tracker:
 
     Args:
         accelerator: holds the tracker.
-        say: prints the one warning.
+        say: prints a warning when the tracker fails for the first time.
     """
 
     def __init__(self, accelerator: Accelerator, *, say: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ class Training:
         task: what is trained.
         folder: the run's folder.
         accelerator: knows the processes and the device.
-        averages: weight averages by the name of their learner. A learner may have none.
+        averages: weight averages by the name of their learner. A learner may have no average.
         progress: updates and micro-steps done.
     """
 
@@ -62,7 +62,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put every learner in eval mode in this context, with averaged weights if it has them."""
+        """Put every learner in eval mode in this context, with its averaged weights if any."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged

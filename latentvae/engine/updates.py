@@ -1,6 +1,6 @@
 """One update of a run: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
-The caller logs and saves. The preflight uses this module for its updates too.
+The caller logs and saves. The command `preflight` uses this module for its updates too.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Updates:
         return self.training.progress
 
     def make(self, batches: Iterator[Any]) -> UpdateResult:
-        """Make one update of the learners that take part in it. All ranks call it.
+        """Make one update of the learners that take part in it. All ranks call this method.
 
         Raises:
             ValueError: the task names no learner for this update.
@@ -100,7 +100,7 @@ class Updates:
         return result
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
-        """Add the gradients of one batch. Random numbers depend on the batch's place in the run."""
+        """Add the gradients of one batch. Random numbers depend on seed, micro-step and rank."""
         seed, progress = self.training.config.run.seed, self.training.progress
         seed_everything(Stream.MICRO_STEP, seed, progress.micro_step, rank())
         return self.training.task.micro_step(batch, progress.update)
@@ -116,7 +116,7 @@ class Updates:
                 )
 
     def step(self, learning: Sequence[str]) -> None:
-        """Step the optimizers and the weight averages of the learners that take part."""
+        """Step the optimizers and the weight averages of the learners in this update."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()
@@ -143,7 +143,7 @@ class Updates:
         }
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
-        """Find out whether the update is finite on all ranks, in its only host synchronisation.
+        """Find out whether the update is finite on all ranks, with one host synchronisation.
 
         Returns:
             Three values: whether all gradients on all ranks are finite, the signal that a rank has
@@ -159,7 +159,7 @@ class Updates:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the joint gradient norm in place. Return the norm before clipping, as a scalar.
+    """Clip the norm of all gradients together, in place. Return the norm before, as a scalar.
 
     The norm is not finite if any gradient is not finite.
     """

@@ -32,7 +32,7 @@ def averaged_weights(net: nn.Module, average: EMAModel | None) -> Iterator[None]
 
     Buffers are not replaced, because the buffers of a codebook are already moving averages.
     """
-    # into eval mode
+    # to eval mode and averaged weights
     training = [module for module in net.modules() if module.training]
     parameters = list(net.parameters())
     net.eval()

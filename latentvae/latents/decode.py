@@ -30,11 +30,11 @@ from latentvae.latents.shard_dataset import ShardReader
 from latentvae.pictures import to_pil
 
 RECORD = "decoded.json"
-MAX_PART = 200  # bytes of a name, so that temporary files can add to it
+MAX_PART = 200  # largest number of bytes in a name, so that temporary files can add a suffix
 
 
 class Decoded(BaseModel):
-    """Content of decoded.json: the shards and the settings that the pictures came from."""
+    """Content of decoded.json: the shards and the settings from which pictures were decoded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,15 +65,15 @@ def decode_folder(
         batch_size: images per forward pass.
         optimize: option of `load`, for a folder or Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        device: None takes the GPU of this rank, if there is one.
+        device: device of the model. None takes the GPU of this rank, if there is one.
 
     Returns:
         The pictures of this rank, in the order of the items.
 
     Raises:
-        UserError: before anything is decoded. Shards are damaged, indices are out of range, or
-            `model` is another model. Or `out` holds pictures of other shards, or other files with
-            these names.
+        UserError: shards are damaged, indices are out of range, or `model` is another model. The
+            error also occurs if `out` holds pictures of other shards, or other files with these
+            names. It occurs before anything is decoded.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -117,13 +117,13 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 
 def _on_disk(name: str) -> str:
-    """Return a name for every file system, without control characters and long parts."""
+    """Return a name that every file system supports: no control characters and no long parts."""
     escaped = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
     return "/".join(map(_short, escaped.replace("\\", "_").split("/")))
 
 
 def _short(part: str) -> str:
-    """Shorten a part, because file names hold 255 bytes. A hash keeps long names different."""
+    """Shorten a name, because file systems allow 255 bytes. A hash keeps long names different."""
     data = os.fsencode(part)
     if len(data) <= MAX_PART:
         return part
@@ -139,7 +139,7 @@ def _fitting_model(
     optimize: Optimize | None,
     variant: str | None,
 ) -> Autoencoder:
-    """Return the model that made the shards. Raise UserError if `model` is another one."""
+    """Return the model that made the shards. Raise UserError if `model` is another model."""
     content = reader.content
     if not isinstance(model, Autoencoder):
         try:
@@ -173,7 +173,7 @@ def _fitting_model(
 def _prepare(
     out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
 ) -> None:
-    """Make the folder, and record which shards its pictures come from."""
+    """Create the folder, and record which shards its pictures come from."""
     record = Decoded(
         shards=str(reader.folder),
         manifest_sha256=sha256_of(reader.folder / MANIFEST),

@@ -96,7 +96,7 @@ def _check_options(
 
 
 def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int | tuple[int, int]:
-    """Return the resolution to encode at: one side of a square, or (height, width).
+    """Return the resolution of the encoded images: one side of a square, or (height, width).
 
     An image of another size would be padded, and its latent would partly describe padding.
 

@@ -78,30 +78,33 @@ def encode_folder(
         data: argument of `data.open_source`, or `owner/name` of a data set on the Hub. The training
             split of a table is encoded.
         resolution: pixels on a side, or (height, width), in multiples of f (FLUX.2: 2 f).
-        batch_size: images per forward pass. Another size may change the last digits of latents.
+        batch_size: images per forward pass. Another batch size may change the last digits of
+            latents.
         num_workers: extra processes that decode images.
         shard_items: images per shard.
         dtype: data type of stored latents. None is float16.
         moments: also store the standard deviations of the posteriors, for sampling.
-        value_range: stored numbers that become black and white, as in training. Float files for a
-            grey or RGBA model need it.
+        value_range: the stored numbers of black and white, as in training. Float files need this
+            argument with a grey or RGBA model.
         ignore_icc: use the stored numbers of files with an embedded colour profile. By default
             these files are converted to sRGB.
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
-        all_pages: make every page of a TIFF an item of its own. By default the first page is used.
+        all_pages: make every page of a TIFF a separate item. By default the first page is used.
         label_column: column of a table with the labels. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
-        optimize: option of `load`, for a folder or Hub id. The manifest records what was used.
+        optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
+            used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        device: None takes the GPU of this rank, if there is one.
+        device: device of the model. None takes the GPU of this rank, if there is one.
 
     Returns:
         The manifest, or None if other ranks are still working.
 
     Raises:
-        UserError: before any image is read: an option is wrong, or `out` holds shards of another
-            encoding. Afterwards: no image can be read, or latents overflow `dtype`.
+        UserError: an option is wrong, or `out` holds shards of another encoding. This is checked
+            before any image is read. The error also occurs if no image can be read, or if latents
+            overflow `dtype`.
     """
     # open model and images
     out = Path(out).expanduser()
@@ -161,7 +164,7 @@ def encode_folder(
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
-    """Make the folder. Refuse or remove other content, and remove damaged shards."""
+    """Create the folder. Reject or remove other content, and remove damaged shards."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -179,7 +182,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
             "are kept, also with overwrite. Delete the folder if the images have changed."
         )
 
-    # remove what does not belong, and this rank's damaged shards
+    # remove files of other encodings, and this rank's damaged shards
     if manifest is not None and manifest.content != content:
         (out / MANIFEST).unlink(missing_ok=True)
         manifest = None
@@ -189,7 +192,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
             continue
         fits = header is not None and header.content == content and header.shard == int(number)
         if not (fits and _as_listed(out, int(number), manifest)):
-            path.unlink(missing_ok=True)  # first: without it, the other files are incomplete
+            path.unlink(missing_ok=True)  # first, because it marks the other files as complete
             path.with_suffix(".parquet").unlink(missing_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
     sweep_temporary(out, rank=rank, world_size=world_size)
@@ -198,7 +201,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Refuse shards of another encoding. A damaged shard is ours only if the manifest lists it."""
+    """Raise UserError for shards of another encoding, and for damaged shards without manifest."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:
@@ -215,7 +218,7 @@ def _refuse_others(
 
 
 def _as_listed(out: Path, shard: int, manifest: Manifest | None) -> bool:
-    """Return whether a shard's files are those of the manifest. True without a manifest."""
+    """Return whether a shard's files match the manifest, or True if there is no manifest."""
     if manifest is None:
         return True
     if shard >= len(manifest.shards):

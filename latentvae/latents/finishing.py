@@ -98,7 +98,7 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return the use of the codes, and the images' bits per pixel: with log2 K, and coded."""
+    """Return the use of the codes, and bits per pixel: with log2 K bits per token, and coded."""
     assert content.num_codes is not None
 
     # pass over all shards

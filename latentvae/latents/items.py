@@ -1,4 +1,4 @@
-"""The items of an encoding: images in sorted order, labels, and the hash of the set."""
+"""The items that `encode` encodes: images in sorted order, labels, and the hash of both."""
 
 import hashlib
 import os
@@ -74,7 +74,7 @@ class Picture(NamedTuple):
 
 
 class Pictures(Dataset[Picture]):
-    """Items by number. An item that cannot be read holds the reason, and nothing is raised."""
+    """Items by number. An item that cannot be read has the reason instead of an image."""
 
     def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
         self.source = source
@@ -110,9 +110,10 @@ def given_name(data: str | os.PathLike[str] | DatasetSpec | SomeItems) -> str:
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
-    """Return the classes of a table's label column, or those of the first folders in names.
+    """Return the classes from a table's label column, or from the first folders in names.
 
-    None means that there are no labels: no such column, or fewer than two folders.
+    None means that there are no labels, because the column is missing or there are fewer than two
+    folders.
 
     Raises:
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
@@ -127,8 +128,8 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
         return None if found is None else Labels(*found)
     if label_column is not None:
         raise UserError(
-            f"label_column '{label_column}' needs a table, and the data is not one. Leave it out: "
-            "classes of folders and tar files are the first folders in the names."
+            f"label_column '{label_column}' needs a table, but the data is not a table. Leave the "
+            "option out: the classes of folders and tar files are the first folders in the names."
         )
     if not isinstance(source, ImageFolder | TarShards):
         return None
@@ -143,7 +144,7 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
 
 
 def data_sha256(source: ImageSource, labels: Labels | None) -> str:
-    """Return the hash of the names in their order, and the labels."""
+    """Return the sha256 of all names, in their order, and of all labels."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         label = "" if labels is None else str(labels.values[index])

@@ -1,4 +1,4 @@
-"""Load the autoencoder of an encoding or a decoding on the device of this process."""
+"""Load the autoencoder for `encode` or `decode` on the device of this process."""
 
 from pathlib import Path
 

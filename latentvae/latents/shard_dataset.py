@@ -29,7 +29,7 @@ from latentvae.latents.formats.shards import (
 )
 from latentvae.models.normalization import LatentNormalization
 
-MAX_OPEN = 64  # shards that a process keeps memory-mapped
+MAX_OPEN = 64  # largest number of shards that a process keeps memory-mapped
 
 
 class ShardReader:
@@ -47,7 +47,7 @@ class ShardReader:
         self.manifest = read_manifest(self.folder)
         self.content = self.manifest.content
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
-        self._open: dict[tuple[int, int], Any] = {}  # by process and shard
+        self._open: dict[tuple[int, int], Any] = {}  # open files by process and shard
         for number in range(len(self.manifest.shards)):
             if not shard_path(self.folder, number).is_file():
                 raise UserError(
@@ -65,7 +65,7 @@ class ShardReader:
         """Return one item's row of a tensor, as it is stored.
 
         Raises:
-            IndexError: no such item.
+            IndexError: there is no such item.
             UserError: the shard is damaged.
         """
         shard, row = self._locate(index)
@@ -106,7 +106,7 @@ class ShardReader:
         """Check every item as `payload` does.
 
         Raises:
-            UserError: an item or shard is wrong. The error names the first one.
+            UserError: an item or shard is wrong. The error names the first wrong item or shard.
         """
         for shard, end in enumerate(self._ends):
             rows = self._slice(shard, self.content.payload)
@@ -121,7 +121,7 @@ class ShardReader:
         """Compare every file with the sha256 in the manifest.
 
         Raises:
-            UserError: a file differs. The error names the first one.
+            UserError: a file differs. The error names the first such file.
         """
         for number, shard in enumerate(self.manifest.shards):
             files = {shard_path(self.folder, number): shard.sha256}
@@ -130,7 +130,7 @@ class ShardReader:
             for path, digest in files.items():
                 if not path.is_file() or sha256_of(path) != digest:
                     raise UserError(
-                        f"'{path}' is not what {path.parent / 'manifest.json'} says: it is damaged "
+                        f"'{path}' does not match '{path.parent / 'manifest.json'}': it is damaged "
                         "or changed. Run the same `latentvae encode` command again to repair it."
                     )
 
@@ -236,8 +236,9 @@ class LatentDataset(_Cached):
 
     Args:
         folder: a folder that `latentvae encode` wrote for continuous latents.
-        scaled: shift and scale to about unit variance, as a diffusion model sees latents.
-        sample: sample the posterior with PyTorch's global generator. The shards need `--moments`.
+        scaled: shift and scale latents to about unit variance, for a diffusion model.
+        sample: sample the posterior with PyTorch's global generator. The shards must have been
+            encoded with `--moments`.
     """
 
     kind = "latents"

@@ -54,7 +54,7 @@ class LatentStatistics:
         self.num_images += other.num_images
 
     def joined(self) -> "LatentStatistics":
-        """Return the statistics of all ranks together. Every rank gets the same."""
+        """Return the statistics of all ranks together, the same on every rank."""
         result = LatentStatistics()
         for part in gather_objects(self):
             result.merge(part)
@@ -139,7 +139,7 @@ def latent_statistics(
     For a network without a posterior, its latents are used instead of samples.
 
     Args:
-        net: in eval mode, on the device of the batches.
+        net: the network, in eval mode and on the device of the batches.
         batches: images (B, C, H, W) in [-1, 1], without augmentation.
         max_images: at most this many images of this process are used.
         generator: generator of the samples. None takes PyTorch's global generator.

@@ -72,7 +72,7 @@ def _read(
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=list,
-            generator=torch.Generator(),  # else iter() draws from the global generator
+            generator=torch.Generator(),  # by default, iter() draws from the global generator
         )
         return iter(loader)
 
@@ -107,8 +107,8 @@ def _write_shard(
         values = [labels.values[p.number] for p in read]
         tensors["labels"] = torch.tensor(values, dtype=torch.int64)
 
-    # files, the shard last
-    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows
+    # Write the files, the shard last.
+    if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows.
         table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
         write_file(table_path(out, shard), table, owner=shard)
     header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
@@ -143,5 +143,5 @@ def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str,
 
 
 def _printable(name: str) -> str:
-    """Return a name that JSON can hold: file names may be any bytes, not only UTF-8."""
+    """Return a name that JSON can hold. File names may have any bytes, not only UTF-8."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -143,7 +143,8 @@ def test_the_column_of_images(tmp_path, files, make_parquet):
     with pytest.raises(UserError, match=r"no column 'rigth', .*did you mean 'right'"):
         images(path, image_column="rigth")
     with pytest.raises(
-        UserError, match=r"column 'label' holds .*int64.*, not images\. left, right"
+        UserError,
+        match=r"column 'label' holds .*int64.*, not images\. Columns of images: left, right",
     ):
         images(path, image_column="label")
 

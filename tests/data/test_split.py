@@ -206,12 +206,14 @@ def test_tar_files_have_no_splits_or_columns(forms):
     shards = forms[1]
     for name in (shards, shards / "1.tar", shards / "{0..2}.tar"):
         for option in ({"split": "validation"}, {"image_column": "jpg"}, {"config_name": "big"}):
-            with pytest.raises(UserError, match="is tar files, which are taken whole"):
+            with pytest.raises(UserError, match="names tar files, whose images are all used"):
                 open_source(DatasetSpec(name=str(name), **option))
     for folder, number in (("train", 0), ("validation", 1)):
         (shards / folder).mkdir()
         (shards / f"{number}.tar").rename(shards / folder / "x.tar")
-    with pytest.raises(UserError, match=r"tar files of the splits train, validation\. Give those"):
+    with pytest.raises(
+        UserError, match=r"tar files of the splits train, validation\. Give the tar"
+    ):
         open_source(DatasetSpec(name=str(shards)))
     assert len(open_source(DatasetSpec(name=str(shards / "train")))) == 4
 

@@ -59,7 +59,7 @@ def test_the_clock_runs_while_a_batch_is_waited_for_but_the_first(clock: Clock) 
             2,
             4,
             5.0,
-            "2 workers have no more cores. Better store the images smaller, or try --crops",
+            "no cores for more than 2 workers. Better store the images smaller, or try --crops",
         ),
     ],
 )

@@ -258,6 +258,6 @@ def test_images_smaller_than_f_and_foreign_indices_are_refused(tmp_path: Path) -
             net.decode_indices(torch.tensor([[[low, high]]]))
     export(net, tmp_path / "export")
     model = latentvae.load(tmp_path / "export")
-    with pytest.raises(UserError, match="images of 3 x 40 pixels are smaller than f = 4"):
+    with pytest.raises(UserError, match="images of 3 x 40 pixels are too small"):
         model.encode_tokens(torch.zeros(1, 3, 3, 40))
     assert model.encode_tokens(torch.zeros(1, 3, 4, 41)).shape == (1, 1, 11)

@@ -252,7 +252,7 @@ def _wrong(name: str) -> list[Any]:
         ),
         (lambda v: v["task"]["kl_target"].update(error=float("inf")), "kl_target.error"),
         (lambda v: v["progress"].update(update=3), "its state.json is of update 3"),
-        (lambda v: v.update(average_steps={}), "no average_steps of model"),
+        (lambda v: v.update(average_steps={}), "average_steps of model is missing"),
         (lambda v: v.update(update=4), "written by another version of latentvae"),
     ],
 )

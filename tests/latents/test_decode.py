@@ -144,7 +144,7 @@ def test_a_changed_byte_is_found(name: str, tokens: Path, tmp_path: Path) -> Non
     data = bytearray((tokens / name).read_bytes())
     data[len(data) // 2] ^= 4
     (tokens / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name}' is not what .*manifest\.json says"):
+    with pytest.raises(UserError, match=rf"{name}' does not match .*manifest\.json'"):
         decode_folder(tokens, tmp_path / "out")
 
 

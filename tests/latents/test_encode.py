@@ -413,7 +413,7 @@ def test_wrong_options_are_refused_before_a_file_is_written(
         (tokenizer, {"dtype": "float16"}, "is a tokenizer"),
         (tokenizer, {"batch_size": 0}, "batch_size 0"),
         (tokenizer, {"shard_items": 0}, "shard_items must be at least 1 .*got 0"),
-        (tokenizer, {"label_column": "label"}, "needs a table, and the data is not"),
+        (tokenizer, {"label_column": "label"}, "needs a table, but the data is not"),
         (tokenizer, {"interpolation": "bicubc"}, "did you mean 'bicubic'"),
         (kl, {"dtype": "float61"}, "did you mean 'float16'"),
     ]

@@ -1,6 +1,6 @@
 """Compute large images in exact strips.
 
-`strip_network` encodes and decodes. `price` predicts the time and memory that this takes.
+`strip_network` encodes and decodes. `price` predicts the time and memory of these calls.
 """
 
 from latentvae.compute.strips.maps import Strips

@@ -1,9 +1,9 @@
-"""Feature maps that are written and read in strips of rows, in memory or in a file.
+"""Feature maps that are written and read in strips (several rows), in memory or in a file.
 
     strips -> fill -> rows (H, W, C) and the statistics of every channel
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
-Rows are stored one after the other with channels last, so a strip is one contiguous piece of memory
+Rows are stored one after the other with channels last. So a strip is one contiguous piece of memory
 or of a file. Variances are computed about each strip's own mean, so a large mean costs no
 precision.
 
@@ -26,22 +26,23 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.moments import RunningMoments
 
-CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # bytes. Larger on a GPU, for fewer kernel launches
-SMALL_MAP = 16 * 2**20  # bytes of a map that stays in memory
+CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # Bytes of a strip. A GPU gets more.
+SMALL_MAP = 16 * 2**20  # Feature maps of at most so many bytes stay in memory.
 
 
 @dataclass(frozen=True)
 class Strips:
-    """Options of strips. The result is that of the whole image, up to rounding.
+    """Options of strips. Up to rounding, the result is the same as without strips.
 
     Args:
-        rows: number of rows of a feature map that are computed at a time. None takes as many rows
-            as fit into 4 MiB (64 MiB on a GPU).
-        storage: where maps above 16 MiB are kept. With `"memory"`, two maps are in memory at a
-            time. With `"disk"`, memory use stays nearly constant. None means the disk for a network
-            on the CPU, and memory on other devices.
-        folder: folder of the maps' files, which have no name and vanish with the process. None is
-            the folder of temporary files (TMPDIR). It should be on a disk, not in memory.
+        rows: number of rows of a feature map in a strip. None takes as many rows as fit into 4 MiB
+            (64 MiB on a GPU).
+        storage: where feature maps above 16 MiB are kept. With `"memory"`, two maps are in memory
+            at a time. With `"disk"`, memory use stays nearly constant. None means the disk for a
+            network on the CPU, and memory on other devices.
+        folder: folder of the feature maps' files. These files have no name and vanish with the
+            process. None is the folder of temporary files (TMPDIR). The folder should be on a disk,
+            not in memory.
     """
 
     rows: int | None = None
@@ -58,15 +59,15 @@ class Strips:
 def moments_of_rows(rows: Tensor) -> RunningMoments:
     """Return the moments of each channel over rows (n, W, C).
 
-    The moments are exact enough for float32 rows whose mean is thousands of times their deviation.
-    The computation needs no copy of the rows in float64.
+    The moments stay accurate for float32 rows whose mean is thousands of times their standard
+    deviation. The computation needs no copy of the rows in float64.
     """
     values = rows.flatten(0, 1)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     near = values.mean(0)
     deviations = values - near
-    rest = deviations.mean(0).cpu().double()  # the rounding of `near`
+    rest = deviations.mean(0).cpu().double()  # corrects the rounding of `near`
     squares = deviations.square_().sum(0).cpu().double() - len(values) * rest.square()
     return RunningMoments.known(len(values), near.cpu().double() + rest, squares)
 
@@ -75,7 +76,7 @@ class FeatureMap(ABC):
     """A feature map (C, H, W) of one image.
 
     Attributes:
-        statistics: statistics of each channel, over the rows that the last `fill` wrote.
+        statistics: mean and variance of each channel, over the rows that the last `fill` wrote.
     """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
@@ -83,18 +84,18 @@ class FeatureMap(ABC):
         self.statistics = RunningMoments(channels)
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change them."""
+        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change these rows."""
         return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
         """Write strips from top to bottom.
 
-        A strip is written only after the next has been computed. So a map may be filled with strips
-        computed from itself, if each strip reads at most one row above its own rows.
+        A strip is written only after the next strip has been computed. So a map may be filled with
+        strips computed from itself, if each strip reads at most one row above its own rows.
 
         Args:
-            strips: pairs of the first row and the strip (1, C, rows, W).
-            measure: also compute statistics.
+            strips: pairs of a strip (1, C, rows, W) and, before it, the number of its first row.
+            measure: also compute the statistics of the strips.
         """
         statistics, last = RunningMoments(self.channels), None
         for strip in strips:
@@ -134,7 +135,7 @@ class MemoryMap(FeatureMap):
 
 
 class FileMap(FeatureMap):
-    """A map in a temporary file without a name, which the kernel writes out if memory is short.
+    """A map in a temporary file without a name. The kernel writes it to disk if memory is short.
 
     Raises:
         UserError: the folder's disk has not enough room.
@@ -151,7 +152,7 @@ class FileMap(FeatureMap):
                 f"'{where}' has {free / 2**30:.1f} GiB free, and a feature map takes "
                 f"{size / 2**30:.1f} GiB. Give a folder on another disk (TMPDIR)."
             )
-        self._file = tempfile.TemporaryFile(dir=where)  # closed with the map
+        self._file = tempfile.TemporaryFile(dir=where)  # closed when the map is freed
         weakref.finalize(self, self._file.close)
 
     def _load(self, top: int, bottom: int) -> Tensor:
@@ -159,7 +160,7 @@ class FileMap(FeatureMap):
         rows = torch.empty(shape, dtype=self._like.dtype)
         self._file.seek(top * self._row)
         read = self._file.readinto(_bytes(rows))
-        assert read == len(rows) * self._row, "rows are written before they are read"
+        assert read == len(rows) * self._row, "rows must be written before they are read"
         return rows.to(self._like.device)
 
     def _store(self, top: int, rows: Tensor) -> None:
@@ -189,12 +190,12 @@ class Workspace:
         if self.on_disk and size > SMALL_MAP:
             folder = self._strips.folder
             return FileMap(channels, height, width, like=self._like, folder=folder)
-        # Channels last, because `MemoryMap` needs each row in one piece.
+        # The order is channels last, because `MemoryMap` needs each row in one contiguous piece.
         rows = self._like.new_empty(height, width, channels)
         return MemoryMap(rearrange(rows, "h w c -> c h w"))
 
     def slices(self, height: int, row_elements: int) -> Iterator[tuple[int, int]]:
-        """Yield the first row and the end of strips whose rows have `row_elements` elements."""
+        """Yield first row and end of each strip, for rows of `row_elements` elements."""
         fitting = self.strip_bytes // (row_elements * self._like.element_size())
         rows = self._strips.rows or max(fitting, 1)
         for top in range(0, height, rows):

@@ -1,10 +1,10 @@
 """Predict the time and memory of computing an image in strips.
 
-To predict the time, a band is computed in strips. The band is as wide as the image and four latent
-positions high. At f = 8 this is 3 % of 1,024 pixels. The prediction is the band's time, multiplied
-by the work of the whole image and divided by the work of the band. torch counts the work on tensors
-without storage. The count includes attention, which grows with the square of the number of
-positions.
+To predict the time, a band of the image is computed in strips. The band is as wide as the image and
+four latent positions high. For f = 8 and an image of 1,024 x 1,024 pixels, the band is 3 % of the
+image. The prediction is the band's time, multiplied by the work of the whole image and divided by
+the work of the band. torch counts the work on tensors without storage. The count includes
+attention, which grows with the square of the number of positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -24,16 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentvae.compute.strips.maps import Strips, Workspace
 from latentvae.compute.strips.strip_network import decode_in_strips, encode_in_strips
 
-BAND = 4  # latent rows
+BAND = 4  # height of the band in latent rows
 
 
 @dataclass(frozen=True)
 class Price:
-    """The price of one call.
+    """The predicted time and memory of one call.
 
     Args:
-        seconds: estimated time. On the CPU, other work on the machine makes it longer.
-        map_bytes: size of the two largest feature maps that exist at the same time.
+        seconds: estimated time in seconds. On the CPU, other work on the machine makes it longer.
+        map_bytes: largest total size in bytes of the two feature maps that exist at the same time.
         on_disk: whether these maps are on the disk.
     """
 
@@ -59,16 +59,16 @@ def price_in_strips(
     *,
     batch: int = 1,
 ) -> Price:
-    """Return the price of `encode_in_strips` or `decode_in_strips`.
+    """Return the time and memory of `encode_in_strips` or `decode_in_strips`.
 
     The time is measured with a band of zeros on the network's device.
 
     Args:
         net: the network.
-        call: the function whose price is returned.
+        call: the function whose time and memory are returned.
         size: (H, W) of the images, in pixels.
         strips: options of the strips.
-        batch: B.
+        batch: number of images B.
 
     Raises:
         ValueError: the network has a block that strips cannot compute.
@@ -106,7 +106,7 @@ def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[in
 
 
 def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Return operations of a forward pass, and bytes of the two maps in its largest step."""
+    """Return FLOPs of a forward pass, and bytes of the input and output of its largest step."""
     largest = 0
 
     def record(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:

@@ -1,12 +1,13 @@
 """Compute diffusers' blocks strip by strip, on feature maps that are never whole in memory.
 
-A 3 x 3 convolution needs one row above and one below its strip. A group norm needs the statistics
-of the whole map, which were summed while the map was written. So a residual block has two passes:
+A 3 x 3 convolution needs one row above and one row below its strip. A group norm needs the
+statistics of the whole map, which are summed while the map is written. So a residual block has two
+passes:
 
     norm1 -> activation -> conv1 -> h       reads x
     norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if widths differ)
 
-Two maps are enough, however deep the block is.
+At most two maps, x and h, exist at a time.
 
 `C` channels, `H W` space, `N` positions, `n` positions of a strip.
 """
@@ -28,7 +29,7 @@ Prepare = Callable[[Tensor], Tensor]
 def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
     """Return a function that applies the norm and the activation to strips of `x`.
 
-    The norm uses the statistics of `x` at the time of this call.
+    The norm uses the statistics that `x` has when `normalizer` is called.
     """
     groups = x.statistics.pooled(norm.num_groups)
     mean, variance = groups.mean, groups.variance(correction=0)
@@ -55,7 +56,7 @@ def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None =
 def convolved(
     x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield strips of a 3 x 3 convolution of `x`, each with its first row."""
+    """Yield strips of a 3 x 3 convolution of `x`, each after the number of its first row."""
     for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
         strip = _with_halo(x, top, bottom, prepare)
         yield top, F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
@@ -71,7 +72,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute a `ResnetBlock2D`. Afterwards the map `x` is overwritten or no longer needed."""
+    """Compute a `ResnetBlock2D`. The caller must not use `x` afterwards, because it may change."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))
@@ -121,7 +122,8 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
     kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
         strip = _with_halo(x, top, bottom)
-        # Padding 1 as in `upsample_conv`, and 2 more to drop the output of each extra row.
+        # The padding is 1, as in `upsample_conv`, and 2 more, which drop the output of each extra
+        # row.
         yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
@@ -152,7 +154,8 @@ def _keys_and_values(
 def _attended(
     block: Any, x: FeatureMap, prepare: Prepare, keys: Tensor, values: Tensor, space: Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    scores = x.width * block.heads * keys.shape[2]  # of one row, which some kernels keep
+    # Some kernels keep all attention scores of a strip of queries in memory.
+    scores = x.width * block.heads * keys.shape[2]  # for one row of queries
     for top, bottom in space.slices(x.height, max(scores, x.channels * x.width)):
         strip = x.read(top, bottom)
         queries = _heads(block.to_q(_tokens(prepare(strip))), block)

@@ -1,7 +1,7 @@
 """Compute diffusers' convolutional encoder and decoder strip by strip, on images of any size.
 
-The classes are `AutoencoderKL`, `VQModel` and similar ones. The result is that of the whole image,
-up to rounding.
+Supported classes are `AutoencoderKL`, `VQModel` and similar ones. Up to rounding, the result is the
+same as without strips.
 
     posterior = encode_in_strips(net, images).latent_dist    # as net.encode(images)
     recon = decode_in_strips(net, posterior.mean).sample     # as net.decode(z)
@@ -51,12 +51,12 @@ from latentvae.compute.strips.strip_layers import (
 from latentvae.compute.upsampling import FoldedUpsample2D
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 
-CPU_SCORES = 2**24  # distances to a stock VQModel's codes that are in memory at a time
+CPU_SCORES = 2**24  # number of distances to a stock VQModel's codes in memory at a time
 
 
 @torch.no_grad()
 def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> Any:
-    """Return what `net.encode(images)` returns, of images (B, C, H, W) in the network's range.
+    """Return the output of `net.encode(images)`, for images (B, C, H, W) in the network's range.
 
     Raises:
         ValueError: the network has an unknown block, see `check_supported`.
@@ -74,7 +74,7 @@ def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> 
 def decode_in_strips(
     net: Any, z: Tensor, strips: Strips | None = None, *, force_not_quantize: bool = False
 ) -> DecoderOutput:
-    """Return what `net.decode(z)` returns, of latents (B, d, h, w).
+    """Return the output of `net.decode(z)`, for latents (B, d, h, w).
 
     Args:
         net: the network.
@@ -97,7 +97,10 @@ def decode_in_strips(
 
 
 def _quantize(net: Any, z: Tensor) -> Tensor:
-    """Return the codes of features, in parts. A stock `VQModel` keeps all distances at once."""
+    """Return the codes of features, a few rows at a time to save memory.
+
+    A stock `VQModel` would keep the distances of all positions in memory at once.
+    """
     if isinstance(net, DiscreteAutoencoder):
         return net.quantize(z).z.to(net.dtype)
     rows = max(CPU_SCORES // (len(z) * z.shape[3] * net.config["num_vq_embeddings"]), 1)
@@ -106,10 +109,10 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StripComputation:
-    """Encodes and decodes in strips. This is a `computation` for `models.calls`.
+    """Encodes and decodes in strips. The functions of `models.calls` take it as `computation`.
 
     Args:
-        strips: height of the strips, and where maps are kept.
+        strips: height of the strips, and where feature maps are kept.
     """
 
     strips: Strips
@@ -125,7 +128,7 @@ Step = tuple[Callable[[Any, FeatureMap, Workspace], FeatureMap], Any]  # a funct
 
 
 def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Tensor:
-    """Compute the encoder or decoder on each image. Its last convolution writes the output."""
+    """Return the outputs of the encoder or decoder, computed image by image."""
     space = Workspace(strips, like=inputs)
     outputs: Tensor | None = None
     for i, image in enumerate(inputs):
@@ -134,7 +137,7 @@ def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Te
         for (
             step,
             block,
-        ) in steps:  # one flat loop, so that no caller keeps an unneeded map alive
+        ) in steps:  # a flat loop, so that no caller keeps a used map in memory
             x = step(block, x, space)
         if outputs is None:
             shape = (len(inputs), part.conv_out.out_channels, x.height, x.width)

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.compute.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-# Training uses NNPACK for maps with at least so many positions. NNPACK computes one image at a
-# time, while a plain convolution computes the whole batch.
+# Training uses NNPACK for feature maps with at least so many positions. NNPACK computes one image
+# at a time, while a plain convolution computes the whole batch.
 TRAINING_POSITIONS = 64 * 64
 
 
@@ -25,10 +25,10 @@ class Limits:
     """Sizes from which Winograd's algorithms are faster than plain convolutions.
 
     Attributes:
-        channels: number of channels of the input or the output, whichever has fewer.
-        positions: number of positions of a map, for NNPACK at inference.
-        tiled: number of channels for the algorithm in `tiles`. `one` is for y or dx, `both` for dx
-            and dw together.
+        channels: smallest number of channels of the input and of the output.
+        positions: smallest number of positions of a feature map, for NNPACK at inference.
+        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` is for the
+            output or the gradient of x, `both` for the gradients of x and of the weight together.
     """
 
     channels: int
@@ -47,7 +47,7 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution for inference. It is the plain layer for small maps and if `_is_plain`."""
+    """A convolution for inference. Small maps, and cases of `_is_plain`, use the plain layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
@@ -56,7 +56,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A convolution with gradients. It is the plain layer if `_is_plain`."""
+    """A convolution with gradients. Cases of `_is_plain` use the plain layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input):
@@ -67,7 +67,7 @@ class TrainedWinogradConv2d(nn.Conv2d):
 def _is_plain(x: Tensor) -> bool:
     """Return whether to use the plain layer: `x` is not float32 on the CPU, or autocast is on."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
-    # torch.compile does not support NNPACK. It has its own kernels for plain convolutions.
+    # torch.compile does not support NNPACK, and has its own kernels for plain convolutions.
     return not known or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
@@ -112,7 +112,7 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Return whether there are so many channels and tiles that transforming the kernel pays off."""
+    """Return whether there are enough channels and tiles for tiles to be faster."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
@@ -124,7 +124,7 @@ def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
     Names, parameters and hooks do not change.
 
     Args:
-        part: a module.
+        part: a module that contains convolutions.
         trained: use convolutions with gradients. By default they are for inference only.
 
     Returns:

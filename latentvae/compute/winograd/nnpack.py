@@ -2,7 +2,7 @@
 
 NNPACK computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and
 Gray 2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation
-(root mean square, up to 7e-5 for single values). The error is ten times that of a plain
+(root mean square, up to 7e-5 for single values). The error is ten times the error of a plain
 convolution, and a thousandth of the error of bfloat16.
 
 `B` batch, `C` channels, `H W` space.
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 6  # rows and columns that are computed together
-WORKSPACE = 256 << 20  # bytes for the tiles of one call. More calls cost copies of input and output
+TILE = 6  # Rows and columns of outputs that are computed together.
+WORKSPACE = 256 << 20  # Bytes for the tiles of one call. Each call copies its input and output.
 
 
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `conv2d(x, weight, bias, padding=1)` for a 3 x 3 kernel.
 
-    Each image is computed by itself. For a batch NNPACK uses another algorithm, so an image's
-    result would depend on the others. Large maps are computed in parts of rows, because NNPACK
+    Each image is computed alone. For a batch, NNPACK uses another algorithm, so an image's result
+    would depend on the number of images. A large map is computed in several calls, because NNPACK
     keeps all tiles of a call in memory. The tiles take almost twice the memory of the input and
     output.
     """
@@ -33,7 +33,7 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor, *, outputs: int) -> int:
-    """Return the rows of (B, C, H, W) per call, so that parts fit and have about equal sizes."""
+    """Return the number of rows per call, so that tiles fit and all calls are about equal."""
     height, width = x.shape[2:]
     tiles = -(-height // TILE)
     bytes_of_a_row = 4 * (TILE + 2) ** 2 * (x.shape[1] + outputs) * -(-width // TILE)
@@ -42,7 +42,7 @@ def _rows(x: Tensor, *, outputs: int) -> int:
 
 
 def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
-    """Convolve one image (1, C, H, W). The tiles and numbers do not depend on `rows`."""
+    """Convolve one image (1, C, H, W). The result does not depend on `rows`."""
     height = x.shape[2]
     if height <= rows:
         return torch._nnpack_spatial_convolution(x.contiguous(), weight, bias, [1, 1])
@@ -59,8 +59,9 @@ def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Ten
 
 @lru_cache(maxsize=1)
 def has_winograd() -> bool:
-    """Return whether torch has NNPACK, which supports this processor and computes correctly."""
-    # `_nnpack_available` also initialises NNPACK. Without it, every other call of NNPACK fails.
+    """Return whether torch has an NNPACK that supports this processor and computes correctly."""
+    # `_nnpack_available` also initialises NNPACK. Without this initialisation, all other calls of
+    # NNPACK fail.
     if not (hasattr(torch, "_nnpack_available") and torch._nnpack_available()):
         return False
 

@@ -5,13 +5,13 @@ arXiv:1509.09308):
 
     Y = A [sum_i (G w G') * (B X B')] A'    for a tile Y of 4 x 4, which reads X of 6 x 6
 
-The sums over channels are 36 matrix products. Rows and columns are transformed at once, by one more
-matrix product with a Kronecker square (`A2`, `B2`, `G2`). The gradients follow from the formula:
+The sums over channels are 36 matrix products. One more matrix product transforms rows and columns
+at once, with a Kronecker square (`A2`, `B2`, `G2`). The gradients follow from the formula:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
-Where tiles of X overlap, their dX are added. The rounding error in float32 is 2e-6 to 4e-6 of the
-result's standard deviation, ten times the error of a plain convolution.
+Where tiles of X overlap, their gradients dX are added. The rounding error in float32 is 2e-6 to
+4e-6 of the result's standard deviation, ten times the error of a plain convolution.
 
 Functions that are called for every part of the tiles use view and permute, because einops costs
 10 us per call.
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-SIDE = 4  # side of an output tile. The side of an input tile is larger by 2
-CHUNK_BYTES = 8 << 20  # size of the tiles that are computed at once, to stay in the cache
+SIDE = 4  # Side of an output tile in positions. An input tile is larger by 2.
+CHUNK_BYTES = 8 << 20  # Bytes of the tiles that are computed at once. They fit into the cache.
 
 
 def _square(rows: list[list[float]], *, divide_by: int = 1) -> Tensor:
@@ -87,7 +87,7 @@ def tiled_gradients(
     of_kernel = weight.new_zeros(36, outputs, inputs)
     of_seen = x.new_zeros(tiling.images, *(SIDE * n + 2 for n in tiling.size), inputs)
 
-    # Sums over the parts of all tiles
+    # sums over all tiles, a few tiles at a time
     for part in tiling.parts(channels=2 * inputs + outputs):
         products = _transform(A2.t(), tiles[part])
         if seen is not None:
@@ -134,7 +134,7 @@ def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of maps.
+    """The division of feature maps into tiles.
 
     Attributes:
         images: number of maps.
@@ -152,10 +152,11 @@ class Tiling:
         return cls(len(x), (-(-height // SIDE), -(-width // SIDE)), (height, width))
 
     def split(self, x: Tensor, *, side: int, before: int) -> Tensor:
-        """Return tiles (N, h, w, C, side, side) of (N, C, H, W) with zeros around it.
+        """Return tiles (N, h, w, C, side, side) of (N, C, H, W), padded with zeros.
 
-        There are `before` zeros before each row and column, and at least one after it. Without the
-        zero after it, the copy would read and write at multiples of a page, which is slow.
+        Each row and column gets `before` zeros at its start, and at least one zero at its end.
+        Without the zero at the end, the copy would read and write at multiples of a memory page,
+        which is slow.
         """
         rows, columns = (SIDE * n - m + 1 for n, m in zip(self.size, self.map_size, strict=True))
         padded = F.pad(x, (before, columns, before, rows))
@@ -163,7 +164,7 @@ class Tiling:
         return _tiles(innermost.view(len(x), *padded.shape[2:], -1), side)
 
     def parts(self, *, channels: int) -> Iterator[tuple[slice, slice]]:
-        """Yield images and rows of tiles to compute at once: some images, or rows of one image."""
+        """Yield images and tile rows to compute at once: some images, or some rows of one image."""
         rows = max(1, CHUNK_BYTES // (36 * 4 * channels * self.size[1]))
         images, rows = max(1, rows // self.size[0]), min(rows, self.size[0])
         for i in range(0, self.images, images):

@@ -13,9 +13,10 @@ A shard has these tensors:
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
 
-Shard s holds `shard_items` items, from item s * shard_items on, except those that cannot be read.
-Every file is written under a temporary name, synced and renamed, so a file that exists is complete.
-A shard's header says which encoding it belongs to. The bytes depend only on the content.
+Shard s holds the `shard_items` items from item s * shard_items on. Items that cannot be read are
+left out. Every file is written under a temporary name, synced and renamed, so a file that exists is
+complete. A shard's header says to which encoding the shard belongs. The bytes depend only on the
+content.
 
 `n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions, `K`
 codes.
@@ -37,7 +38,7 @@ from latentvae.errors import UserError
 from latentvae.files import read_text
 
 MANIFEST = "manifest.json"
-HEADER_KEY = "latentvae"  # only one key, because safetensors writes several in no fixed order
+HEADER_KEY = "latentvae"  # only one key, because safetensors writes several keys in no fixed order
 DTYPES = {
     "uint8": torch.uint8,
     "uint16": torch.uint16,
@@ -46,7 +47,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# Shards are compared by these words, so a change of them makes old shards count as different.
+# Shards are compared by these two texts. If a text changes, old shards count as different.
 TOKEN_ORDER = (
     "row-major: indices[y, x] is the code of row y (top first) and column x (left first); "
     "of L levels indices[level, y, x], coarsest level first"
@@ -75,14 +76,14 @@ class Content(_Strict):
     Attributes:
         item_shape: (h, w) or (L, h, w) of tokens, (d, h, w) of latents.
         order: the meaning of the dimensions, in words.
-        num_codes: K, for tokens.
-        moments: latents come with the posterior's standard deviations.
+        num_codes: number of codes K, for tokens.
+        moments: whether the shards also hold the posterior's standard deviations.
         image_channels, value_range, ignore_icc, max_pixels: format of every image,
             see `data.PixelFormat`.
         resolution: side of a square, or (height, width), in pixels.
         data_sha256: hash of the sorted names and the labels, not of the pictures.
         shard_items: items of the source per shard.
-        optimize: optimisation that computed instead of the stock model, see `compute.optimization`.
+        optimize: mode of faster computation that encoded the images, see `compute.optimization`.
     """
 
     format_version: Literal[1] = 1
@@ -126,7 +127,7 @@ class Content(_Strict):
         return "indices" if self.kind == "tokens" else "latents"
 
     def items_of(self, shard: int) -> range:
-        """Return the items of the source that a shard is made from."""
+        """Return the numbers of the source's items from which a shard is made."""
         start = shard * self.shard_items
         return range(start, min(start + self.shard_items, self.num_source_items))
 
@@ -159,7 +160,8 @@ class Manifest(_Strict):
     """The content of manifest.json.
 
     Attributes:
-        model, data: as they were given to encode. `decode` opens this model by default.
+        model, data: the model and the data as they were given to `encode`. `decode` opens this
+            model by default.
         statistics: usage, perplexity and bits of tokens, or mean and deviation of latents.
     """
 
@@ -209,9 +211,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a complete folder.
 
     Raises:
-        UserError: no shards, an encoding that is not complete, or a manifest of something else.
+        UserError: there are no shards, the encoding is not complete, or `latentvae encode` did not
+            write the manifest.
     """
-    # a folder without one is not complete
+    # a folder without a manifest is not complete
     path = folder / MANIFEST
     if not path.exists():
         found = len(list(folder.glob("shard-*.safetensors")))
@@ -260,8 +263,9 @@ def write_file(path: Path, data: bytes, *, owner: int) -> None:
 def sweep_temporary(folder: Path, *, rank: int, world_size: int) -> None:
     """Delete temporary files that a killed process of this rank left.
 
-    A shard's temporary file carries the shard's number, any other file the rank. So rank r owns the
-    numbers r, r + W, r + 2W and so on, and the files of working ranks are not touched.
+    The name of a shard's temporary file ends with the shard's number, other names end with the
+    rank. So rank r of W deletes the files with numbers r, r + W, r + 2W and so on. The files of
+    other ranks, which may still work, are not touched.
     """
     for path in folder.glob("*.part-*"):
         owner = path.name.rpartition("-")[2]
