@@ -45,7 +45,7 @@ from latentvae.evaluation.sheet import reconstruct_for_sheet, sheet, sheet_row
 from latentvae.evaluation.speed import MIN_REPEATS, measure_speed
 from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.report.figures import rate_figure
-from latentvae.report.schema import Report
+from latentvae.report.schema import ModelReport, Report
 
 SAVE_SECONDS = 30.0  # shortest time between two saved states
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
@@ -98,10 +98,13 @@ def _check_options(
     plan: Plan,
     sheet_images: int,
 ) -> None:
+    # the plan
     if sheet_images < 1:
         raise UserError(f"sheet_images must be at least 1 (got {sheet_images}).")
     if set(lpips) != set(plan.lpips_nets):
         raise UserError(f"lpips needs the backbones {plan.lpips_nets} (got {tuple(lpips)}).")
+
+    # the models
     for name, model in models.items():
         if model.image_channels != 3:
             raise UserError(
@@ -109,6 +112,8 @@ def _check_options(
                 f"{model.image_channels} channels). `latentvae reconstruct` measures PSNR, SSIM "
                 "and LPIPS of any model."
             )
+
+    # their names
     if clash := sorted(models.keys() & CODECS.keys()):
         raise UserError(
             f"a model cannot be called '{clash[0]}', because a codec has this name. "
@@ -428,13 +433,8 @@ class _Evaluation:
             )
             for name, measures in self.measures.items()
         }
-        for (f, d), linear in self.linear.items():
-            models[linear.name] = own = linear.report()
-            for name, model in self.models.items():
-                if (model.f, model.latent_channels) == (f, d) and (
-                    text := verdict(models[name], own)
-                ):
-                    models[name].warnings.append(text)
+        self._compare_with_linear(models)
+
         codecs = {
             name: self.curves.points("codec", name, codec.qualities, means=self.codec_means)
             for name, codec in self.codecs.items()
@@ -446,6 +446,15 @@ class _Evaluation:
             codecs=codecs,
             bd_rate=bd_rates(codecs | {n: m.rate.points for n, m in models.items() if m.rate}),
         )
+
+    def _compare_with_linear(self, models: dict[str, ModelReport]) -> None:
+        """Add the rows of the linear codes, and a warning to each model that is worse."""
+        for size, linear in self.linear.items():
+            models[linear.name] = own = linear.report()
+            for name, model in self.models.items():
+                if (model.f, model.latent_channels) == size:
+                    text = verdict(models[name], own)
+                    models[name].warnings += [] if text is None else [text]
 
     def _task(self) -> dict[str, Any]:
         """Return everything that the results depend on. Images are identified by their names."""

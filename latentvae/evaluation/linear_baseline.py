@@ -119,10 +119,13 @@ class LinearBaseline:
 def baselines(
     shapes: Sequence[tuple[int, int]], *, judge: Judge
 ) -> dict[tuple[int, int], LinearBaseline]:
-    """Return a baseline for each different (f, d). The first is called `linear`."""
+    """Return a baseline for each different (f, d). The first is called `linear`.
+
+    There is none for models with as many numbers as pixels, where a linear code is exact.
+    """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:
-        if (f, d) not in found and d <= 3 * f * f:
+        if (f, d) not in found and d < 3 * f * f:
             name = f"{LINEAR} f{f} d{d}" if found else LINEAR
             found[f, d] = LinearBaseline(name, f=f, d=d, judge=judge)
     return found
