@@ -29,7 +29,7 @@ def encode_command(*, model: str, data: str, out: Path, **options: Any) -> None:
     with _stoppable():
         manifest = encode_folder(model, data, out, **options)
     if manifest is None:
-        return  # another process is still encoding, and the last one prints the summary
+        return  # other processes still encode, and the last process prints the summary
     for name, reason in manifest.unreadable:
         _say(printable(f"left out {name}: {reason}"), style="yellow")
     _say(summary(manifest, out))
@@ -43,7 +43,7 @@ def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """Return a summary of what was encoded, in a few lines."""
+    """Return a summary of the encoded images, in a few lines."""
     content, facts = manifest.content, manifest.statistics
     shape = " x ".join(map(str, content.item_shape))
     lines = [
@@ -63,8 +63,9 @@ def summary(manifest: Manifest, out: Path) -> str:
         ]
         if coded and coded > facts["raw_bpp"]:
             lines.append(
-                "coded exceeds raw: each image is coded alone, with a header and code frequencies "
-                "of its own. For few tokens of many codes that costs more than it saves"
+                "The coded size exceeds the raw size, because each image is coded alone, with its "
+                "own header and code frequencies. With few tokens and many codes, these take more "
+                "bits than the coding saves."
             )
     else:
         lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
