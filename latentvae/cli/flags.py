@@ -169,9 +169,8 @@ def settled_output() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(
-                sys, name, open(os.devnull, "w", encoding="utf-8")
-            )  # stays open until the process ends
+            # This file stays open until the process ends.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

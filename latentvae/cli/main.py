@@ -258,7 +258,7 @@ class Encode:
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Data type of stored latents. The default is float16. Tokens are always stored in the smallest
-    integer type that holds K codes."""
+    integer type that is large enough for the number of codes."""
 
     moments: bool = False
     """Store the mean and the standard deviation of the posterior. You can then draw samples from

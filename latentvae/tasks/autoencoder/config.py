@@ -136,9 +136,8 @@ class TrainConfig(JobConfig):
         """Return the image sizes of training (`train_sizes`) at the resolution `size` (pixels)."""
         if not self.data.aspect_ratio_buckets:
             return (size,)
-        multiple = max(
-            self.model.f, BUCKET_MULTIPLE
-        )  # powers of 2, so the larger is a multiple of the smaller
+        # Both are powers of 2, so the larger number is a multiple of the smaller one.
+        multiple = max(self.model.f, BUCKET_MULTIPLE)
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
 
     @property
