@@ -167,8 +167,8 @@ class EntropyConfig(CommitmentConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Weight of the loss that lowers the entropy of each vector's soft assignment to codes. "
-            "0 turns all entropy losses off."
+            "Weight of the loss that lowers the entropy of each vector's soft assignment (a "
+            "softmax over codes). 0 turns all entropy losses off."
         ),
     )
     batch_entropy_gamma: Annotated[Weight, OfTheRun()] = Field(
@@ -248,8 +248,8 @@ class LearnedCodebookConfig(CodebookConfig):
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "straight_through passes it unchanged. rotation rotates and scales it like the vector "
-            "(rotation trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
+            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
         ),
     )
     restart_threshold: Annotated[
@@ -259,9 +259,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Replace a code that is rarely used by a vector of the batch. A code is replaced if "
-            "its use falls below this share of the mean use of codes. For a smaller share, the use "
-            "is measured over more updates. With 0, no code is replaced."
+            "If a code is rarely used, set it to a vector of the batch. A code is rarely used if "
+            "its use is below this share of the mean use of codes. For a smaller share, the use is "
+            "measured over more updates. With 0, no code is replaced."
         ),
     )
     kmeans_iterations: Annotated[

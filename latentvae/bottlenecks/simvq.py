@@ -36,8 +36,8 @@ class SimVQConfig(CodebookConfig):
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "straight_through passes it unchanged. rotation rotates and scales it like the vector "
-            "(rotation trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
+            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
         ),
     )
 

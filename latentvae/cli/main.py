@@ -52,8 +52,8 @@ class Reconstruct:
     only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. exact gives the same numbers up to rounding. fast computes in bfloat16 where
-    that is faster. openvino runs the network in OpenVINO on the CPU."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
@@ -293,9 +293,9 @@ class Encode:
     pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. exact gives the same numbers up to rounding. fast computes in bfloat16 where
-    that is faster. openvino runs the network in OpenVINO on the CPU. manifest.json records this
-    option."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU. manifest.json records
+    this option."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -336,8 +336,8 @@ class Decode:
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. exact gives the same numbers up to rounding. fast computes in bfloat16 where
-    that is faster. openvino runs the network in OpenVINO on the CPU."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""

@@ -46,8 +46,8 @@ class OptimizerConfig(Section):
     ] = Field(
         default="constant",
         description=(
-            "Schedule of the learning rate after the warm-up. constant keeps the peak learning "
-            "rate. cosine lowers the learning rate to 0 at max_train_steps."
+            "Schedule of the learning rate after the warm-up. `constant` keeps the peak learning "
+            "rate. `cosine` lowers the learning rate to 0 at max_train_steps."
         ),
     )
     lr_warmup_steps: Annotated[
@@ -131,8 +131,8 @@ class RunConfig(Section):
     ] = Field(
         default=12,
         description=(
-            "Number of images per process and micro-step. If global_batch_size is set, this is the "
-            "maximum."
+            "Number of images per process and micro-step. If global_batch_size is set, this number "
+            "is the maximum."
         ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
@@ -153,9 +153,9 @@ class RunConfig(Section):
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
-            "Precision of training. bf16 computes in bfloat16 autocast and keeps the weights in "
-            "float32. no computes in float32. The default is the precision that you give to "
-            "`accelerate launch`. fp16 is not supported."
+            "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
+            "float32. `no` computes in float32. The default is the precision that you give to "
+            "`accelerate launch`. `fp16` is not supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")

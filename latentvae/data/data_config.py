@@ -51,21 +51,21 @@ class DataConfig(Section):
     dataset_config_name: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Name of the configuration of the data set that dataset_name gives. This option is "
-            "needed if the data set has several configurations."
+            "Name of the data set's configuration (see dataset_name). This option is needed if the "
+            "data set has several configurations."
         ),
     )
     dataset_split: Annotated[str, MayChange()] = Field(
         default="train",
         description=(
-            "Split to train on, of the data set that dataset_name gives. If the data set has only "
-            "one split, `train` also selects this split."
+            "Split of the data set that the model is trained on (see dataset_name). If the data "
+            "set has only one split, `train` also selects this split."
         ),
     )
     image_column: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Column that holds the images, in the data set that dataset_name gives. This option is "
+            "Column of the data set that holds the images (see dataset_name). This option is "
             "needed if several columns hold images."
         ),
     )
@@ -78,8 +78,8 @@ class DataConfig(Section):
     streaming: bool = Field(
         default=False,
         description=(
-            "Read the data set that dataset_name gives row by row, without downloading all of it "
-            "first. A resumed run with streaming reads only approximately the same images as a run "
+            "Read the data set (see dataset_name) row by row, without downloading all of it first. "
+            "A resumed run with streaming reads only approximately the same images as a run "
             "without interruption."
         ),
     )
@@ -116,8 +116,8 @@ class DataConfig(Section):
     max_validation_images: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
         default=1000,
         description=(
-            "Largest number of images in a validation. If there are more validation images, a part "
-            "of them is used, spread evenly."
+            "Largest number of images in a validation. If there are more validation images, this "
+            "many are chosen at equal distances in the list of all validation images."
         ),
     )
     image_channels: int = Field(
@@ -193,8 +193,8 @@ class DataConfig(Section):
     resize_with: Literal["torch", "pillow"] = Field(
         default="torch",
         description=(
-            "Library that resizes training crops of 8-bit images. torch is several times as fast "
-            "as pillow. The results differ only by rounding: one pixel value in 200 differs by 1 "
+            "Library that resizes training crops of 8-bit images. `torch` is several times as fast "
+            "as `pillow`. The results differ only by rounding: one pixel value in 200 differs by 1 "
             "(of 255)."
         ),
     )

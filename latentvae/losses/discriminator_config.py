@@ -14,14 +14,14 @@ class DiscriminatorConfig(Section):
     disc_type: Literal["patch", "stylegan"] = Field(
         default="patch",
         description=(
-            "Kind of discriminator. patch returns one logit per image patch (PatchGAN). stylegan "
-            "returns one logit per image (StyleGAN2)."
+            "Kind of discriminator. `patch` returns one logit per image patch (PatchGAN). "
+            "`stylegan` returns one logit per image (StyleGAN2)."
         ),
     )
     disc_norm: Literal["group", "spectral", "none"] | None = Field(
         default=None,
         description=(
-            "Normalisation layers of the patch discriminator. The default is group. The stylegan "
+            "Normalisation layers of the patch discriminator. The default is `group`. The stylegan "
             "discriminator has no such layers."
         ),
     )
@@ -46,8 +46,8 @@ class DiscriminatorConfig(Section):
     disc_r1_interval: Positive = Field(
         default=1,
         description=(
-            "Compute the R1 penalty once in this many updates. Its weight is then multiplied by "
-            "this number."
+            "Compute the R1 penalty once in this many updates. The weight of the penalty is then "
+            "multiplied by this number."
         ),
     )
     disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
@@ -82,7 +82,7 @@ class DiscriminatorConfig(Section):
         description=(
             "Number of updates over which the weight of the adversarial loss grows from 0 to "
             "disc_scale. These updates follow those of disc_warmup_steps. The discriminator also "
-            "learns in them."
+            "learns during these updates."
         ),
     )
     disc_adaptive_weight: bool = Field(
@@ -123,8 +123,8 @@ class DiscriminatorConfig(Section):
         default=None,
         description=(
             "Number of discriminator layers that halve the height and width of the feature map. "
-            "The default for patch is 3, which makes patches of 70 x 70 pixels. By default, "
-            "stylegan has so many of these layers that 4 pixels are left on the shorter side."
+            "The default for `patch` is 3, which makes patches of 70 x 70 pixels. By default, "
+            "`stylegan` has so many of these layers that 4 pixels are left on the shorter side."
         ),
     )
 
@@ -141,9 +141,9 @@ class DiscriminatorConfig(Section):
         default="warn",
         description=(
             "Check whether the discriminator's loss is near 0, and whether validation LPIPS gets "
-            "steadily worse while the discriminator is active. In both cases, warn prints a "
-            "warning. disable also switches the discriminator off for the rest of the run. off "
-            "does not check."
+            "steadily worse while the discriminator is active. In both cases, `warn` prints a "
+            "warning. `disable` also switches the discriminator off for the rest of the run. `off` "
+            "turns this check off."
         ),
     )
 

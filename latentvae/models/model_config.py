@@ -35,7 +35,8 @@ class Pretrained(Section):
         default=False,
         description=(
             "Train only the decoder. The latents, their scaling and their shift stay those of the "
-            "pretrained network. So generators that were trained on these latents keep working."
+            "pretrained network. So generators (such as diffusion models) that were trained on "
+            "these latents keep working."
         ),
     )
 

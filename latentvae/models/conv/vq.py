@@ -49,7 +49,7 @@ class VQModelConfig(AttentionConfig):
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Likelihood of the pixels. logit_laplace is the likelihood of DALL-E's dVAE. The "
+            "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. The "
             "decoder then returns the parameters of this likelihood, and the negative "
             "log-likelihood replaces rec_loss."
         ),

@@ -42,9 +42,8 @@ class AutoencoderRunConfig(RunConfig):
     torch_compile: bool = Field(
         default=False,
         description=(
-            "Compile the blocks of the network with torch.compile. The compiler needs a C++ "
-            "compiler, or a GPU with Triton. The compilation takes minutes at the start of the "
-            "run."
+            "Compile the blocks of the network with torch.compile, which needs a C++ compiler, or "
+            "a GPU with Triton. The compilation takes minutes at the start of the run."
         ),
     )
     # This option may change on resume, because it changes only the rounding.
@@ -52,8 +51,8 @@ class AutoencoderRunConfig(RunConfig):
         default=True,
         description=(
             "Compute 3 x 3 convolutions and their gradients with fewer multiplications (Winograd's "
-            "method). This applies only to CPUs in float32. The rounding error is about 4e-6 of "
-            "the size of the values."
+            "method). This option applies only to CPUs in float32. The rounding error is about "
+            "4e-6 of the size of the values."
         ),
     )
     deterministic_posterior: bool = Field(
@@ -67,8 +66,8 @@ class AutoencoderRunConfig(RunConfig):
         default="sd",
         description=(
             "Diffusion pipelines that the export is for. The profile decides how the export "
-            "describes the scale of the latents. sd writes a scaling factor, which all pipelines "
-            "can use. sd3 (also for FLUX) adds a shift. sdxl writes the mean and the standard "
+            "describes the scale of the latents. `sd` writes a scaling factor, which all pipelines "
+            "can use. `sd3` (also for FLUX) adds a shift. `sdxl` writes the mean and the standard "
             "deviation of each channel."
         ),
     )
