@@ -3,7 +3,7 @@
     python benchmarks/compression.py --model runs/NAME/export --data photos --out report
 
 The script prints tables and writes report.json, per_image.csv, rate.png (rate against PSNR and
-LPIPS) and sheet.png (a few images side by side). The JSON Schema of the report is
+LPIPS) and sheet.png (original and decoded images side by side). The JSON Schema of the report is
 latentvae/report/report.schema.json.
 """
 
@@ -20,34 +20,35 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, on which images, and where to write it."""
+    """What to measure, on which images, and where to write the results."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
     """Folder or Hub id of an autoencoder. Repeat the option for more models."""
 
     data: str
-    """Folder of images that the models were not trained on. `samples` means the two photos that
-    training on `samples` leaves out."""
+    """Folder of images that the models were not trained on. `samples` means two photos from
+    scikit-image. Training on `samples` holds these two photos out."""
 
     out: Path
-    """Folder for the report, which is made if it does not exist."""
+    """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Measure only 8 images and fewer points, without the parts that are slow on a CPU."""
+    """Measure only 8 images and fewer points on the rate curves, without the measurements that are
+    slow on a CPU."""
 
     max_images: int | None = None
-    """Number of images to measure, evenly spread over the folder in the order of their names.
-    Default: all."""
+    """Largest number of images to measure, chosen at equal distances in the sorted list of names.
+    Default: all images."""
 
     resolution: int | None = None
-    """Resize the shorter side to this many pixels and crop the centre. Default: each image keeps
-    its size."""
+    """Resize the shorter side of each image to this many pixels and crop the centre. Default: each
+    image keeps its own size."""
 
     sheet_images: int = 4
-    """Number of images in sheet.png."""
+    """Number of images that sheet.png shows."""
 
     overwrite: bool = False
-    """Delete the evaluation in `out` and start again."""
+    """Delete the evaluation that is in the folder `out` and start again."""
 
     device: str | None = None
     """Torch device of the models and metrics. Default: the GPU if there is one, else the CPU."""

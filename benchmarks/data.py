@@ -1,24 +1,25 @@
-"""Compare the loader's speed with a plain Pillow image folder.
+"""Compare the speed of this project's data loader with that of a plain Pillow image folder.
 
     python benchmarks/data.py --json data.json
 
-The script prints a table and writes JSON. Ratios are reference / ours.
+The script prints a table and writes JSON. Each ratio is the time of the plain folder divided by the
+time of our loader.
 
 The images are JPEGs of quality 90 with a shorter side of 1,000 pixels, made from resized photos.
-The JPEGs are in a temporary folder and also in tar shards. Crops have 256 pixels on a side. Every
+The JPEGs are in a temporary folder and also in tar files. Crops have 256 pixels on a side. Every
 file is read once before the timing, so that the time of the disk does not count. torch has one
 thread, so a row without workers shows the speed of one core.
 
 The plain folder does what training scripts do. Pillow opens a file and converts it to RGB. A random
 square is cropped, resized and mirrored. torchvision converts the crop to a tensor and normalises
-it. torch's DataLoader joins the batch. Our loader also returns floats in [-1, 1]. Both loaders draw
-squares of 0.5 to 1 of the shorter side in the same way. Both resize with the kernel in the row's
-name. Only the last row compares different kernels: our default, Lanczos, and torchvision's default,
-bilinear.
+it. torch's DataLoader makes the batch. Our loader also returns floats in [-1, 1]. Both loaders draw
+random squares in the same way, with sides of 0.5 to 1 of the image's shorter side. The name of a
+row gives the resize kernel of both loaders. Only the last row compares different kernels: our
+default, Lanczos, and torchvision's default, bilinear.
 
-`equal within` is the largest difference between both loaders' results of the same crop, in [-1, 1].
-The outer three pixels are left out. There, the results differ: a resize after a crop does not see
-the pixels around it.
+`equal within` is the largest difference between the pixels of both loaders for the same crop. The
+range of pixels is [-1, 1]. The outer three pixels of a crop are not compared. They differ, because
+the plain folder resizes after cropping and does not use the pixels around the crop.
 """
 
 import itertools
@@ -52,11 +53,11 @@ from latentvae.data.transforms import Window
 from latentvae.errors import UserError
 
 SIDE, RESOLUTION, QUALITY = 1000, 256, 90
-SHARES = (0.5, 1.0)  # sides of a crop, as shares of the image's shorter side
+SHARES = (0.5, 1.0)  # smallest and largest side of a crop, as shares of the image's shorter side
 BATCH = 8
 SHARDS = 4
-EDGE = 3  # pixels: half of Lanczos' kernel
-KERNELS = ("lanczos", "bilinear")  # our default and torchvision's
+EDGE = 3  # pixels: half the width of the Lanczos kernel
+KERNELS = ("lanczos", "bilinear")  # our default, and torchvision's default
 TRANSFORMS = {
     name: TrainTransform(RESOLUTION, crop_scale=SHARES, random_flip=True, interpolation=name)
     for name in KERNELS
@@ -65,29 +66,30 @@ TRANSFORMS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to read and where to write the numbers."""
+    """Which images to read, how to measure, and where to write the results."""
 
     data: str = "samples"
     """Folder of photos to make the JPEGs from, or `samples`."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
     images: int = 128
-    """Number of JPEGs, a multiple of 16. Every run reads all of them."""
+    """Number of JPEGs, a multiple of 16. Every timed run reads all of them."""
 
     runs: int = 7
-    """Timed runs of each loader, after one untimed run. The loaders take turns."""
+    """Number of timed runs of each loader, after one untimed run. The runs of both loaders
+    alternate."""
 
     workers: tuple[int, ...] = (0, 2)
-    """Numbers of worker processes to measure both loaders with."""
+    """Numbers of worker processes. Both loaders are measured with each of these numbers."""
 
     quick: bool = False
-    """Measure with 32 images, three runs and no workers."""
+    """Make a short measurement with 32 images, three runs and no workers."""
 
 
 class PlainFolder(Dataset[Tensor]):
-    """A folder of JPEGs as training scripts read it: (C, R, R) in [-1, 1]."""
+    """A folder of JPEGs that is read as training scripts do. Items are (C, R, R) in [-1, 1]."""
 
     def __init__(self, root: Path, interpolation: str) -> None:
         self.paths = sorted(root.iterdir())
@@ -112,7 +114,10 @@ class PlainFolder(Dataset[Tensor]):
 
 
 def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
-    """Write ``count`` JPEGs, taking the photos in turn, to ``root/jpegs`` and ``root/shards``."""
+    """Write ``count`` JPEGs to ``root/jpegs``, and the same files in tars to ``root/shards``.
+
+    If there are fewer photos than ``count``, photos are repeated.
+    """
     folder, shards = root / "jpegs", root / "shards"
     folder.mkdir()
     shards.mkdir()
@@ -138,7 +143,7 @@ def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
 
 
 def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
-    """Return a call that reads every image once."""
+    """Return a function that reads every image once with the plain loader."""
 
     def call() -> None:
         for images in DataLoader(folder, BATCH, shuffle=True, num_workers=workers):
@@ -150,7 +155,7 @@ def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
 def ours(
     source: ImageSource, interpolation: str, *, workers: int, crops: int = 1
 ) -> Callable[[], object]:
-    """Return a call that reads as many crops as there are images."""
+    """Return a function that reads as many crops as there are images with our loader."""
 
     def call() -> None:
         dataset = TrainImages(source, TRANSFORMS[interpolation], seed=0, crops=crops)
@@ -163,7 +168,7 @@ def ours(
 
 
 def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
-    """Return the largest difference between both loaders' crops, without their edges."""
+    """Return the largest difference between the crops of both loaders, without their edges."""
     transform, largest = TRANSFORMS[interpolation], 0.0
     for i in range(min(len(source), 16)):
         window = transform.draw(np.random.default_rng(i))
@@ -174,7 +179,7 @@ def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> 
 
 
 def compare(root: Path, options: Options) -> Iterator[Row]:
-    """Yield the rows of each number of workers, then those of the stages of one image."""
+    """Yield the rows of each number of workers, then rows for decoding and cropping one image."""
     folders = {name: PlainFolder(root / "jpegs", name) for name in KERNELS}
     sources = {
         "folder": open_source(root / "jpegs"),
@@ -199,9 +204,9 @@ def with_workers(
     """Yield the rows of one number of workers.
 
     Args:
-        folders: plain folders by kernel.
-        sources: our sources by form (folder or tar shards).
-        equal: largest difference by form and kernel.
+        folders: plain folders, by kernel.
+        sources: the images for our loader, by form (folder or tar shards).
+        equal: largest difference between both loaders, by form and kernel.
     """
     # calls
     calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
@@ -224,7 +229,7 @@ def with_workers(
 
 
 def stages(root: Path, options: Options) -> Iterator[Row]:
-    """Yield the time of decoding one image, which is equal for both loaders, and of cropping it."""
+    """Yield the time of decoding one image (the same for both loaders) and of cropping it."""
     path = sorted((root / "jpegs").iterdir())[0]
     with Image.open(path) as opened:
         image = opened.convert("RGB")

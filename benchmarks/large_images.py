@@ -1,14 +1,16 @@
-"""Compare ways to encode and decode large images: whole, in diffusers' tiles, in exact strips.
+"""Compare encoding and decoding of large images: whole, in diffusers' tiles, in exact strips.
 
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
 Each value is measured in a new process. Memory is the rise of the process's resident memory during
-the call. In every row, `ours` is the result with strips. `reference` is the result with tiles or
-with the whole image. `equal within` is the largest difference from the result with the whole image,
-for strips or (in rows of tiles) for tiles.
+the call. In every row, `ours` is the cost (time or memory) with strips, and `reference` is the cost
+with tiles or with the whole image. `equal within` is the largest difference from the output for the
+whole image. In rows that compare with the whole image, it is the difference of strips. In rows that
+compare with tiles, it is the difference of tiles.
 
-The script also prints the seams of diffusers' tiles, in 8-bit levels. A seam above 2 is visible
-(latentvae/evaluation/tiling_check.py). An image that is not larger than a tile has no row of tiles.
+The script also prints the seams of diffusers' tiles, in 8-bit levels. A seam above 2 levels is
+visible (latentvae/evaluation/tiling_check.py). diffusers does not tile images that are no larger
+than a tile, so there is no comparison with tiles at such sizes.
 """
 
 import json
@@ -50,22 +52,23 @@ WAYS = ("stock", "tiles", "strips")
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """What to measure, and where to write the results."""
 
     model: str = "sd"
-    """Folder of an AutoencoderKL. `sd` and `kl_small` take random weights."""
+    """Folder of an AutoencoderKL. `sd` and `kl_small` mean networks of these shapes with random
+    weights."""
 
     sizes: tuple[int, ...] = (512, 1024)
     """Sides of the images in pixels."""
 
     storage: Literal["memory", "disk"] = "disk"
-    """Where strips keep their feature maps."""
+    """Where the computation in strips keeps its feature maps."""
 
     folder: Path | None = None
-    """Folder for temporary files. Default: the system's."""
+    """Folder for temporary files. Default: the system's folder for temporary files."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
 
 def run(options: Options) -> None:
@@ -75,7 +78,7 @@ def run(options: Options) -> None:
 
 
 def measured(options: Options) -> Iterator[Row]:
-    """Yield the rows of each size and call, and print the seams of the tiles."""
+    """Yield the rows for each size and call, and print the seams of the tiles."""
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:
@@ -88,7 +91,10 @@ def measured(options: Options) -> Iterator[Row]:
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
-    """Return the ways that apply at this size. diffusers tiles only images larger than a tile."""
+    """Return the ways that can be measured at this size.
+
+    diffusers tiles only images that are larger than a tile.
+    """
     return tuple(way for way in WAYS if way != "tiles" or size > tile)
 
 
@@ -97,7 +103,7 @@ def _in_a_process(
 ) -> dict[str, float]:
     arguments = [options.model, call, way, str(size), folder, options.storage]
     command = [sys.executable, __file__, "--measure", *arguments]
-    # The command runs this file with this Python. A list is not read by a shell.
+    # The command runs this file with this Python. The arguments are a list, so no shell reads them.
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -134,7 +140,7 @@ def _build(model: str) -> Any:
 
 @torch.inference_mode()
 def measure(model: str, call: str, way: str, size: str, folder: str, storage: Any) -> None:
-    """Measure one call in this process: print MiB and seconds as JSON, save the result."""
+    """Measure one call in this process. Print MiB and seconds as JSON, and save the output."""
     # network
     net = _build(model)
     strips = Strips(storage=storage, folder=Path(folder)) if way == "strips" else None
@@ -161,7 +167,7 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
 
 
 def _inputs(net: Any, call: str, size: int) -> Tensor:
-    """Return images in [-1, 1], or latents of unit variance: noise, smooth over 8 positions."""
+    """Return noise that is smooth over 8 positions: images in [-1, 1], or latents."""
     f = downsampling_factor(net)
     channels, side = (
         (calls.image_channels(net), size)

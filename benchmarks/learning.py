@@ -4,14 +4,15 @@
 
 The script prints a table and writes learning.json.
 
-The two trainings are called arms. Both have the same network (`kl_small`), loss weights, batch,
-peak learning rate and schedule. First, the speeds of both arms are measured in turns on an idle
-machine. The speed of an arm gives the number of updates that fit into the time. So the machine may
-do other work during the training itself. Then the networks are measured on unseen images at twice
-the training resolution.
+The two trainings are called arms. Both arms have the same network (`kl_small`), loss weights, batch
+size, peak learning rate and schedule. First, the script measures the speeds of both arms in turns,
+on an idle machine. From the speed of an arm it computes how many updates fit into the given time.
+So the machine may do other work during the trainings. Finally, the networks are measured on unseen
+images at twice the training resolution.
 
-The same command again keeps the existing speeds and networks and trains the missing networks. So
-several commands can train different arms and seeds at the same time (`--arms`, `--seeds`).
+If you run the same command again, it keeps the existing speeds and networks and trains only the
+missing networks. So several commands can train different arms and seeds at the same time (`--arms`,
+`--seeds`).
 """
 
 import json
@@ -41,7 +42,7 @@ PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
 Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
-UNTIMED = 10  # first updates, which are not timed. train_kl.py logs a row after them.
+UNTIMED = 10  # number of first updates, which are not timed. train_kl.py then logs a row.
 
 
 @dataclass(frozen=True)
@@ -58,30 +59,30 @@ class Options:
     """Folder for the runs and learning.json."""
 
     minutes: float = 45.0
-    """Minutes for the updates of each arm and seed."""
+    """Minutes of training for each arm and seed."""
 
     seeds: tuple[int, ...] = (0, 1)
     """Seeds. Each arm is trained once for each seed."""
 
     threads: int = 2
-    """CPU threads for the measurement of speed, and by default for the trainings."""
+    """Number of CPU threads in the measurement of speed, and by default also in the trainings."""
 
     mixed_precision: str = "bf16"
-    """Precision of train_kl.py. The reference uses float32, as the scripts do on a CPU."""
+    """Precision of train_kl.py. The plain script uses float32, as such scripts do on a CPU."""
 
     speed_updates: int = 30
-    """Updates in each measurement of speed. The first 10 updates do not count. Each arm is
-    measured twice, and the arms take turns."""
+    """Number of updates in each measurement of speed. The first 10 updates are not timed. Each arm
+    is measured twice, and the measurements of both arms alternate."""
 
     arms: tuple[Arm, ...] = ("latentvae", "reference")
-    """Arms to train in this command. A seed is measured when both of its networks exist."""
+    """Arms that this command trains. The networks of a seed are measured when all of them exist."""
 
     run_threads: int | None = None
-    """CPU threads for the trainings. Default: as for the measurement of speed."""
+    """Number of CPU threads in the trainings. Default: the value of threads."""
 
 
 class Arms:
-    """The two arms, with the same images and the same options."""
+    """The two trainings (arms), with the same images and the same options."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -89,7 +90,7 @@ class Arms:
         self.perceptual = PerceptualLoss(load_lpips("vgg"))
 
     def speed(self, arm: Arm) -> float:
-        """Return the mean seconds per update, without the first updates."""
+        """Return the mean seconds per update of an arm, without its first updates."""
         n, threads = self.options.speed_updates, self.options.threads
         if arm == "reference":
             return mean(self._reference(n, seed=0, threads=threads).seconds[UNTIMED:])
@@ -100,7 +101,10 @@ class Arms:
         return mean(BATCH / speed for speed in speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
-        """Train one network if it does not exist. An unfinished run of train_kl.py is resumed."""
+        """Train the network of an arm if it does not exist.
+
+        An unfinished run of train_kl.py is resumed.
+        """
         out, threads = self.options.out / f"seed{seed}", self.options.run_threads
         threads = threads or self.options.threads
         if arm == "latentvae":
@@ -111,7 +115,7 @@ class Arms:
             trained.averaged.save_pretrained(out / "reference, averaged")
 
     def networks(self, seed: int) -> dict[str, Autoencoder]:
-        """Return the networks of a seed, or none if one of them does not exist."""
+        """Return the networks of a seed by name. Return an empty dict if one of them is missing."""
         out = self.options.out / f"seed{seed}"
         paths = {
             "latentvae": out / "latentvae/export",
@@ -123,7 +127,7 @@ class Arms:
         return {name: load(path) for name, path in paths.items()}
 
     def _train(self, updates: int, *, seed: int, out: Path, overwrite: bool, threads: int) -> None:
-        """Train by `train`, as train_kl.py does."""
+        """Train with `latentvae.tasks.autoencoder.train`, as train_kl.py does."""
         torch.set_num_threads(threads)
 
         # options that differ from the preset
@@ -177,7 +181,10 @@ class Arms:
 def measured(
     models: dict[str, Autoencoder], options: Options, *, out: Path
 ) -> dict[str, dict[str, float]]:
-    """Return each model's mean PSNR, SSIM and LPIPS on unseen images at twice the resolution."""
+    """Return each model's mean PSNR, SSIM and LPIPS at twice the training resolution.
+
+    The images are those of `options.validation_data`.
+    """
     report = evaluate(
         models,
         open_source(options.validation_data),
@@ -194,11 +201,11 @@ def measured(
 
 
 def run(options: Options) -> None:
-    """Measure speeds, train the arms and measure their networks."""
+    """Measure the speeds, train both arms and measure their networks."""
     if options.speed_updates < 2 * UNTIMED:
         raise UserError(
-            f"speed_updates must be at least {2 * UNTIMED}, because the first {UNTIMED} do not "
-            f"count (got {options.speed_updates})."
+            f"speed_updates must be at least {2 * UNTIMED}, because the first {UNTIMED} are not "
+            f"timed (got {options.speed_updates})."
         )
 
     # speeds and networks
@@ -221,7 +228,7 @@ def run(options: Options) -> None:
     }
     for seed in options.seeds:
         if not (networks := arms.networks(seed)):
-            print(f"seed {seed}: not measured yet, because its other arm is not trained yet")
+            print(f"seed {seed}: not measured yet, because not all of its networks are trained")
             continue
         result["seeds"][seed] = measured(
             networks, options, out=options.out / f"seed{seed}" / "report"
@@ -233,8 +240,8 @@ def run(options: Options) -> None:
 def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
     """Return the seconds per update of both arms, measured twice in turns.
 
-    If an earlier command has written a file of the speeds, it is read instead. Both arms run in one
-    process, so the reference has the same memory allocator settings, which `train` makes.
+    If an earlier command has saved the speeds, they are read from its file instead. Both arms run
+    in one process. So the memory allocator settings of `train` also hold for the plain script.
     """
     path = options.out / "speed.json"
     if path.exists():

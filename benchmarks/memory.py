@@ -1,18 +1,19 @@
-"""Compute the peak memory of each preset's update, on a machine without a GPU or much memory.
+"""Compute the peak memory of an update of each preset. No GPU or large memory is needed.
 
-    python benchmarks/memory.py --json memory.json                  # every preset, at its batch
+    python benchmarks/memory.py --json memory.json                  # every preset, its batch size
     python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
 
-The updates are those of a real run in the preset's precision, and include the model, LPIPS, the
-discriminator, both optimizers and the averaged weights. The updates run on torch's fake tensors,
-which have shapes, dtypes and lifetimes but no numbers. A tracker adds up the sizes of all storages
-in use, and keeps the largest sum. Two updates are made, because the optimizers have their state
-only after the first update. The discriminator is on from the start.
+The script makes the same updates as a real run, in the precision of the preset. The updates include
+the model, LPIPS, the discriminator, both optimizers and the moving average of the weights. All
+tensors are torch's fake tensors, which have shapes, dtypes and lifetimes but no values. A tracker
+adds up the sizes of all tensor storages in use, and records the largest sum. The script makes two
+updates, because the optimizers have their state only after the first update. The discriminator
+learns from the start.
 
-Autocast on a GPU runs norms in float32, but autocast on a CPU does not. So `--device cuda`, the
-default, casts the inputs of norms. Only tensors count. A GPU also needs memory for the CUDA context
-(about 0.5 GiB), the workspaces of convolutions and unused parts of blocks. So leave a tenth of its
-memory free.
+Autocast on a GPU computes normalisation layers in float32, but autocast on a CPU does not. So
+`--device cuda`, the default, casts the inputs of these layers to float32. Only tensors are counted.
+A GPU also needs memory for the CUDA context (about 0.5 GiB), for the workspaces of convolutions and
+for unused parts of allocated blocks. So keep a tenth of the GPU's memory free.
 """
 
 import json
@@ -57,28 +58,30 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute and where to write it."""
+    """What to compute, and where to write the results."""
 
     presets: tuple[str, ...] = ()
-    """Names of presets. Default: all."""
+    """Names of presets. Default: all presets."""
 
     batch_sizes: tuple[int, ...] = ()
-    """Images per process and micro-step. Default: the preset's train_batch_size."""
+    """Numbers of images per process and micro-step. Default: the train_batch_size of each
+    preset."""
 
     resolution: int | None = None
-    """Side of the images in pixels. Default: the preset's."""
+    """Side of the images in pixels. Default: the resolution of each preset."""
 
     accumulate: bool = False
-    """Make two micro-steps per update. The gradients of the first are kept during the second."""
+    """Compute two micro-steps per update. The gradients of the first micro-step are in memory
+    during the second."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, which takes less memory and more time."""
+    """Recompute activations in the backward pass. This needs less memory and more time."""
 
     device: Device = "cuda"
-    """Device whose autocast is emulated."""
+    """Device whose behaviour in autocast is imitated."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Peak:
     Attributes:
         batch_size: images per process and micro-step.
         gib: peak in GiB.
-        fixed_gib: GiB before the forward pass: weights, averages and the optimizers' state.
+        fixed_gib: GiB in use before the forward pass: weights, their average and the optimizers'
+            state.
     """
 
     preset: str
@@ -99,17 +103,17 @@ class Peak:
 
 
 def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> tuple[int, int]:
-    """Return the peak bytes of `UPDATES` updates, and the bytes that stay between updates.
+    """Return the peak memory of `UPDATES` updates and the memory in use between updates, in bytes.
 
     Args:
         config: options of the run. `train_batch_size` is the number of images of a micro-step.
-        device: device whose autocast is emulated.
-        fake: False runs on real tensors of the CPU, to check the computation.
+        device: device whose behaviour in autocast is imitated.
+        fake: use fake tensors. False uses real tensors on the CPU, to check this computation.
     """
     with ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            # All tensors are on the CPU, and fake parameters cannot be replaced in a module.
+            # `Module.to` fails with fake parameters. No move is needed: all tensors are on the CPU.
             stays = mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)
             stack.enter_context(stays)
         if device == "cuda":
@@ -131,10 +135,10 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
 
 
 class _LivingStorages(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations make, as long as the storages exist.
+    """Adds up the bytes of all tensor storages that exist now, and records the largest sum.
 
-    `torch.distributed._tools.mem_tracker` does the same, but its hooks on parameters do not allow
-    the `torch.autograd.grad` of the adaptive weight.
+    `torch.distributed._tools.mem_tracker` does the same. But its hooks on parameters fail in the
+    `torch.autograd.grad` that computes the adaptive weight.
     """
 
     def __init__(self) -> None:
@@ -148,7 +152,7 @@ class _LivingStorages(TorchDispatchMode):
         return out
 
     def add(self, tensors: Any) -> None:
-        """Count the storages of tensors that are new."""
+        """Count the storages of these tensors that were not counted before."""
         for leaf in tree_leaves(tensors):
             if not isinstance(leaf, Tensor):
                 continue
@@ -165,14 +169,14 @@ class _LivingStorages(TorchDispatchMode):
 
 
 class _WithoutSync(Updates):
-    """Updates whose gradients count as finite, because fake tensors have no numbers."""
+    """Updates without a check for finite gradients, because fake tensors have no values."""
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
         return True, 0, [1.0] * len(measured)
 
 
 class _LearningTask(AutoencoderTask):
-    """The part of the task that learns, without images and without monitoring of values."""
+    """The autoencoder task without its images and without its monitoring of values."""
 
     build = LearningAutoencoder.build
     micro_step = LearningAutoencoder.micro_step
@@ -180,7 +184,7 @@ class _LearningTask(AutoencoderTask):
 
 @contextmanager
 def _training(config: TrainConfig) -> Iterator[Training]:
-    """Yield the training of a run, whose LPIPS weights have no numbers."""
+    """Yield the training of a run. The weights of its LPIPS network are zeros."""
 
     def empty_lpips(net: Any, **_: Any) -> Any:
         model = _build_empty(net).eval()
@@ -199,12 +203,12 @@ def _training(config: TrainConfig) -> Iterator[Training]:
         task = _LearningTask(config)
         task.base = _base(config)
         accelerator = start_accelerator(config.run, Path(folder))
-        # A resumed run skips k-means, which needs images.
+        # k-means needs images. A resumed run does not run k-means.
         yield build_training(task, folder=Path(folder), accelerator=accelerator, resumed=True)
 
 
 def _base(config: TrainConfig) -> Base | None:
-    """Return a network of the shape that the preset fine-tunes."""
+    """Return a network of the same shape as the pretrained network of the preset, if it has one."""
     if config.model.pretrained_model_name_or_path is None:
         return None
     net = build_parts.build_net(config, None)
@@ -241,10 +245,10 @@ def _norms_in_float32() -> Iterator[None]:
 
 
 def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
-    """Return a preset with the discriminator on from the start."""
+    """Return the options of a preset, with a discriminator that learns from the start."""
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}
-    run["global_batch_size"] = None  # `batch_size` is that of one process, not of an update
+    run["global_batch_size"] = None  # because `batch_size` is the number of images of one process
     run["gradient_checkpointing"] = options.gradient_checkpointing
     run["train_batch_size"] = batch_size or preset.run.train_batch_size
     sections: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
-"""Pairs of quantisers of this package and of vector-quantize-pytorch with the same settings.
+"""Pairs of quantisers with the same settings: one of this package, one of vector-quantize-pytorch.
 
-Both quantisers of a pair have the same calls. tokenizer_quality.py trains with them.
+Both quantisers of a pair have the same methods. tokenizer_quality.py trains networks with them.
 
 `B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
 """
@@ -17,8 +17,8 @@ from latentvae.bottlenecks import Quantized, Quantizer
 
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights of losses
 DECAY = 0.8  # default of vector-quantize-pytorch
-DEAD = 0.02  # theirs: a code restarts below this share of the mean use
-RESTART = 0.06  # ours: an unused code then waits as long as theirs, 17 updates of K vectors
+DEAD = 0.02  # limit for theirs: a code restarts if its use is below this share of the mean use
+RESTART = 0.06  # limit for ours: unused codes restart after 17 updates of K vectors, as in theirs
 Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 
@@ -27,11 +27,12 @@ class Kind:
     """A kind of quantiser that both packages have.
 
     Attributes:
-        ours: type and arguments of `build_quantizer`.
-        weights: weights of the quantiser's losses.
-        theirs: function that builds the quantiser of vector-quantize-pytorch. Its argument is the
-            least average use of a code, in vectors per update.
-        start_alike: copies the weights of ours to theirs, if k-means does not set them.
+        ours: type and arguments of our quantiser, for `build_quantizer`.
+        weights: weights of the losses of our quantiser, by the name of the loss.
+        theirs: function that builds the quantiser of vector-quantize-pytorch. Its argument is a
+            number of vectors per update. A code with a lower average use restarts.
+        start_alike: function that copies the codes of our quantiser to theirs. It does nothing if
+            k-means sets the codes.
     """
 
     ours: dict[str, Any]
@@ -93,14 +94,17 @@ KINDS: dict[Name, Kind] = {
     "simvq": Kind(
         {"type": "simvq", "num_codes": 1024, "code_channels": 64},
         {"commitment": COMMITMENT, "codebook": 1.0},
-        lambda _: SimVQ(64, 1024, rotation_trick=False),  # its default weights are the same
+        lambda _: SimVQ(64, 1024, rotation_trick=False),  # has the same loss weights by default
         _same_codes,
     ),
 }
 
 
 class Theirs(Quantizer):
-    """A module of vector-quantize-pytorch with our calls. Its forward pass updates its codes."""
+    """A quantiser of vector-quantize-pytorch, with the methods of our quantisers.
+
+    Its forward pass also updates its codes.
+    """
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:
         super().__init__()
@@ -127,4 +131,4 @@ class Theirs(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        self.module(features[None])  # In training mode, the first call runs k-means.
+        self.module(features[None])  # In training mode, the first forward pass runs k-means.

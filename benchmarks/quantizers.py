@@ -1,19 +1,21 @@
-"""Compare time and peak memory of quantising 16,384 vectors with those of other packages.
+"""Compare this package with others in the time and peak memory of quantising 16,384 vectors.
 
     python benchmarks/quantizers.py --json quantizers.json
 
-The script prints a table and writes JSON. Ratios are reference / ours. There are three codebooks:
-16384 codes of 256 channels, 8192 codes of 32 channels on the unit sphere, and 65536 codes of 8
-channels. These quantisers are compared with the same codebook:
+The script prints a table and writes JSON. Each ratio is the cost of another package divided by the
+cost of this package. There are three codebooks: 16384 codes of 256 channels, 8192 codes of 32
+channels on the unit sphere, and 65536 codes of 8 channels. With each codebook, these quantisers are
+compared:
 
-- this package's `VectorQuantizer`, with its losses and without gradients
+- this package's `VectorQuantizer`, with the computation of its losses but without gradients
 - diffusers' `VectorQuantizer`, which uses torch.cdist and argmin
-- the computation of taming-transformers' VectorQuantizer2, which expands the square
+- the computation of taming-transformers' VectorQuantizer2, which expands the squared distance
 - vector-quantize-pytorch's `VectorQuantize`
 
-First, the equal indices are counted. All other indices must be ties: the distances of both codes in
-float64 differ by less than 1e-5 of the distance. Then the quantisers are timed in turns. The peak
-memory is the rise of the resident memory of a new process during the call.
+First, the script counts the vectors for which two quantisers choose the same code. For all other
+vectors, both codes must be almost equally near: their distances in float64 differ by less than 1e-5
+of the distance. Then the quantisers are timed in turns. The peak memory is the rise of the resident
+memory of a new process during the call.
 """
 
 import json
@@ -43,29 +45,30 @@ from latentvae.errors import UserError
 
 MIB = 2**20
 VECTORS = 16_384
-SIZES = {  # number of codes, channels, whether on the unit sphere
+SIZES = {  # number of codes, number of channels, whether the codes lie on the unit sphere
     "16384 x 256": (16_384, 256, False),
     "8192 x 32 normalised": (8192, 32, True),
     "65536 x 8": (65_536, 8, False),
 }
-# Peak memory as a multiple of a complete distance matrix. A quantiser that does not fit into memory
-# is left out, because the system would kill the process.
+# Peak memory, as a multiple of the size of a matrix of all distances. A quantiser that needs more
+# memory than there is gets no measurement, because the system would kill the process.
 MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
 Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure and where to write it."""
+    """How to measure, and where to write the results."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
     runs: int = 5
-    """Timed runs of each quantiser, after one untimed run. The quantisers take turns."""
+    """Number of timed runs of each quantiser, after one untimed run. The runs of the quantisers
+    alternate."""
 
     threads: int = 2
-    """CPU threads."""
+    """Number of CPU threads."""
 
 
 def ours(codebook: Tensor, l2: bool) -> Quantise:
@@ -121,7 +124,7 @@ def placed(features: Tensor, l2: bool) -> Tensor:
 
 
 def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
-    """Return features (1, D, 128, 128), codebook (K, D), and whether both are on the sphere."""
+    """Return features (1, D, 128, 128), codebook (K, D), and whether to use the unit sphere."""
     K, D, l2 = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(K, D, generator=generator)
@@ -131,7 +134,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
 
 @torch.no_grad()
 def peak(size: str, name: str) -> int:
-    """Return the bytes that one call needs besides those that the process already used."""
+    """Return the bytes that one call needs in addition to those that the process already uses."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
     quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count
@@ -150,7 +153,7 @@ def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
-    """Return the seconds of each run by quantiser. The quantisers take turns."""
+    """Return the seconds of all runs, by quantiser. The runs of the quantisers alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in quantisers}
     for run in range(runs + 1):
         for name, quantise in quantisers.items():
@@ -162,7 +165,10 @@ def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[
 
 
 def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]:
-    """Return the share of equal indices, and whether the others are ties."""
+    """Return the share of equal indices, and whether all other indices are ties.
+
+    Two indices are a tie if their codes are almost equally near to the vector.
+    """
     features, codebook, l2 = inputs(size)
     differs = found != reference
     vectors = placed(features, l2).flatten(2)[0].T[differs].double()
@@ -172,7 +178,7 @@ def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]
 
 
 def measure(size: str, options: Options) -> Iterator[dict[str, Any]]:
-    """Yield a row of time and a row of peak memory for each other quantiser."""
+    """Yield two rows for each quantiser of another package: one of time, one of peak memory."""
     # quantisers that fit into memory
     features, codebook, l2 = inputs(size)
     full = 4 * VECTORS * len(codebook)

@@ -1,20 +1,21 @@
-"""Train a KL autoencoder the plain way, as widely copied scripts do, without their faults.
+"""Train a KL autoencoder as a widely copied script does, but without its faults.
 
-Mathematics, defaults and order of work are those of huggingface/diffusers at 58eb52c,
-examples/research_projects/autoencoderkl/train_autoencoderkl.py:
+The script is examples/research_projects/autoencoderkl/train_autoencoderkl.py of
+huggingface/diffusers at 58eb52c. Losses, defaults and order of computation are the same here:
 
-- the squared error summed over pixels, 0.5 LPIPS (VGG), 1e-6 KL
-- gradients clipped at 1, AdamW with weight decay 0.01, float32
-- centre-cropped images without augmentation
-- values read for the progress bar in every update
+- The loss is the squared error summed over pixels, plus 0.5 LPIPS (VGG) and 1e-6 times the KL.
+- Gradients are clipped to norm 1. AdamW has weight decay 0.01. All computation is in float32.
+- Images are centre-cropped, without augmentation.
+- In every update, values for the progress bar are read from the device.
 
-The script's discriminator starts at update 50,001 and is left out here. These faults are corrected:
+The script's discriminator starts at update 50,001 and is left out here. These faults of the script
+are corrected:
 
-- LPIPS has true weights, and its gradient reaches the model.
-- The weights are not cast after the optimiser is built.
-- The schedule counts the model's updates.
-- Nothing is computed for a discriminator before its start.
-- Both raw and averaged weights are kept.
+- LPIPS has the true pretrained weights, and its gradient reaches the model.
+- The weights of the model are not cast after the optimiser is built.
+- The learning-rate schedule counts the updates of the model.
+- There is no computation for a discriminator before it starts.
+- Both the raw and the averaged weights are kept.
 """
 
 import copy
@@ -42,7 +43,10 @@ EMA_DECAY = 0.999
 
 
 class CentreCrops(Dataset[Tensor]):
-    """Images, resized by the shorter side (bilinear, torchvision's default) and centre-cropped."""
+    """Centre crops of images, whose shorter side is first resized to the resolution.
+
+    The filter is bilinear, which is torchvision's default.
+    """
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
         self.source = source
@@ -64,7 +68,7 @@ class CentreCrops(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """Raw weights, averaged weights, and the seconds of each update."""
+    """A network with the raw weights, one with averaged weights, and the seconds of each update."""
 
     raw: AutoencoderKL
     averaged: AutoencoderKL
@@ -83,7 +87,7 @@ def train_reference(
     warmup: int,
     seed: int,
 ) -> Trained:
-    """Train ``net`` in place with a cosine schedule over ``updates``."""
+    """Train ``net`` in place, with a cosine learning-rate schedule over ``updates`` updates."""
     # data, optimiser, schedule and average
     torch.manual_seed(seed)
     loader = DataLoader(CentreCrops(source, resolution), batch_size, shuffle=True, drop_last=True)
@@ -121,7 +125,7 @@ def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLos
     nll_loss = (rec_loss + PERCEPTUAL_SCALE * p_loss).sum() / len(images)
     kl_loss = posterior.kl().sum() / len(images)
     loss = nll_loss + KL_SCALE * kl_loss
-    # The script reads these for its progress bar and tracker in every update.
+    # The script reads these values in every update, for its progress bar and tracker.
     _ = [value.detach().mean().item() for value in (loss, nll_loss, rec_loss, p_loss, kl_loss)]
     return loss
 

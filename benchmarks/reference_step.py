@@ -1,36 +1,40 @@
 """Make one update of model and discriminator as widely copied scripts do.
 
-The mathematics are those of this project's update. The order of work is that of the scripts:
+The losses and gradients are the same as in this project's update. The order of computation is that
+of these scripts:
 
 - huggingface/diffusers at 58eb52c,
   examples/research_projects/autoencoderkl/train_autoencoderkl.py
 - CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
   taming/modules/losses/vqperceptual.py
 
-No line of these scripts is copied. Each of the three references does this in one update:
+The code here is written anew, not copied from the scripts. There are three references. In one
+update, they do the following:
 
-1. "diffusers as-is" starts with the model's step: a forward pass, LPIPS, and the discriminator,
-   which collects gradients too. The adaptive weight takes two backward passes down to the last
-   layer, one through LPIPS and one through the discriminator. One backward pass of the summed loss
-   goes through both networks again. Then comes the discriminator's step: a forward pass of the
-   model with its graph, and the discriminator on images and reconstructions. The reconstructions
-   are not detached, so the discriminator's loss goes back through the whole model. The model's
-   gradients are then deleted.
-2. "diffusers mended" is the same with two corrections. The discriminator is frozen in the model's
-   step, and the model has no graph in the discriminator's step.
-3. "taming" is like "diffusers mended", with two optimisers of Lightning. In each step, Lightning
-   freezes the parameters of the other network. LPIPS is computed in the discriminator's step too.
+1. "diffusers as-is" starts with the model's step: a forward pass of the model, of LPIPS and of the
+   discriminator. In this step, the discriminator also collects gradients. The adaptive weight takes
+   two backward passes down to the decoder's last layer, one through LPIPS and one through the
+   discriminator. Then one backward pass of the summed loss goes through both networks again. The
+   discriminator's step has another forward pass of the model with its autograd graph. Then the
+   discriminator sees images and reconstructions. The reconstructions are not detached, so the
+   backward pass of the discriminator's loss goes through the whole model. The gradients of the
+   model are then deleted.
+2. "diffusers mended" corrects two faults of "diffusers as-is". The discriminator is frozen in the
+   model's step, and the model has no autograd graph in the discriminator's step.
+3. "taming" is like "diffusers mended", but with two optimisers of Lightning. In each step,
+   Lightning freezes the parameters of the other network. LPIPS is also computed in the
+   discriminator's step.
 
-In diffusers' script, LPIPS has no gradient. Here LPIPS has a gradient in all references, because
-otherwise the mathematics would differ. All references have the following in common:
+In diffusers' script, LPIPS has no gradient. Here LPIPS has a gradient in all references, so that
+all of them compute the same gradient. All references have the following in common:
 
-- LPIPS, computed by the forward pass of the `lpips` package
-- the same discriminator (GroupNorm instead of BatchNorm), and no dropout
-- torch's default AdamW, diffusers' default `EMAModel`, clipping at 1, and float32
+- LPIPS, computed by the forward pass of the package `lpips`
+- the same discriminator (with GroupNorm instead of BatchNorm), and no dropout
+- torch's default AdamW, diffusers' default `EMAModel`, clipping to norm 1, and float32
 
-Each reference reads as many values for the log as its script. Losses are sums over pixels in
-diffusers' script and means in taming's. `ReferenceStep.scale` is the factor to this project's
-losses.
+Each reference reads as many values for the log as its script does. Losses are sums over pixels in
+diffusers' script and means in taming's. `ReferenceStep.scale` is the ratio of a script's losses to
+this project's losses.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -68,13 +72,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Script:
-    """The differences between the scripts. The module's docstring explains them.
+    """The properties in which the scripts differ (see the docstring of the module).
 
     Attributes:
         summed: the script's losses are sums over pixels instead of means.
         freezes_discriminator: the discriminator has no gradients in the model's step.
-        detaches: the model has no graph in the discriminator's step.
-        lpips_in_discriminator_step: LPIPS is computed in the discriminator's step too.
+        detaches: the model has no autograd graph in the discriminator's step.
+        lpips_in_discriminator_step: LPIPS is also computed in the discriminator's step.
     """
 
     summed: bool
@@ -91,15 +95,17 @@ SCRIPTS = {
 
 
 class ReferenceStep:
-    """Model, discriminator, optimisers and weight average of a script.
+    """Model, discriminator, optimisers and moving average of the weights of a script.
 
     Args:
         script: an entry of `SCRIPTS`.
-        net, discriminator: are copied, so that all references start from the same weights.
+        net, discriminator: the networks. They are copied, so that all references start from the
+            same weights.
         lpips: the frozen LPIPS network.
         weights: weights of the loss terms.
         autocast: run both steps in bfloat16 autocast. None of the scripts does this correctly.
-        stock: use stock layers, as the scripts do. False keeps the layers of `net`.
+        stock: use the layers of torch and diffusers, as the scripts do. False keeps the layers of
+            `net`.
     """
 
     def __init__(
@@ -117,7 +123,7 @@ class ReferenceStep:
         self.script, self.weights = script, weights
         self.net: Any = copy.deepcopy(net)
         self.lpips = copy.deepcopy(lpips)
-        if stock:  # a run replaces some layers by faster ones
+        if stock:  # this project's runs replace some layers by faster ones
             restore_stock_layers(self.net)
             restore_stock_layers(self.lpips.to(memory_format=torch.contiguous_format))
         self.discriminator = copy.deepcopy(discriminator)
@@ -139,7 +145,7 @@ class ReferenceStep:
         self.optimizer.zero_grad(set_to_none=False)
         self.ema.step(self.net.parameters())
 
-        # discriminator. The "as-is" script leaves gradients on the other side in both steps.
+        # discriminator. In each step, "diffusers as-is" also leaves gradients in the other network.
         recon = self.reconstruct_for_discriminator(images)
         self.discriminator_optimizer.zero_grad(set_to_none=False)
         self.backward_discriminator(images, recon)
@@ -152,10 +158,10 @@ class ReferenceStep:
         return float(images[0].numel()) if self.script.summed else 1.0
 
     def backward_model(self, images: Tensor) -> dict[str, float]:
-        """Add the model's gradient, which is `scale` times this project's.
+        """Add the model's gradient, which is `scale` times the gradient of this project.
 
         Returns:
-            The losses in this project's units, as the script logs them.
+            The losses that the script logs, divided by `scale`.
         """
         scale = self.scale(images)
         with (
@@ -181,7 +187,7 @@ class ReferenceStep:
             loss = loss + self.weights.adversarial * adaptive * adversarial
 
         loss.backward()
-        return {  # Each value costs a host sync, as in the script.
+        return {  # Reading each value makes the host wait for the device, as in the script.
             "nll": nll.item() / scale,
             "rec": rec.mean().item(),
             "lpips": perceptual.mean().item(),
@@ -229,7 +235,7 @@ class ReferenceStep:
 
 
 class TamingStep(ReferenceStep):
-    """taming's own loss module, with the same network, LPIPS and discriminator.
+    """An update with taming's own loss module, and the same network, LPIPS and discriminator.
 
     Args:
         folder: a clone of CompVis/taming-transformers.
@@ -254,7 +260,7 @@ class TamingStep(ReferenceStep):
         )
         super().__init__(own, net, discriminator, lpips, weights=weights, stock=stock)
 
-        # Use the given LPIPS, which taming would download, and the given discriminator.
+        # Use the given LPIPS and discriminator. taming would build its own, and download LPIPS.
         module = _imported(folder, "taming.modules.losses.vqperceptual")
         module.LPIPS = lambda: self.lpips
         module.NLayerDiscriminator = lambda **_: self.discriminator
@@ -294,7 +300,7 @@ class TamingStep(ReferenceStep):
 
 
 def _imported(folder: Path, name: str) -> Any:
-    """Return a module of a clone that is not installed."""
+    """Import a module of a git clone that is not installed."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
@@ -308,11 +314,11 @@ def _imported(folder: Path, name: str) -> Any:
 
 
 def gradient(module: nn.Module, *, scale: float = 1.0) -> Tensor:
-    """Return all gradients as one vector, float64, divided by `scale`."""
+    """Return all gradients as one float64 vector, divided by `scale`."""
     grads = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
     return torch.cat(grads) / scale
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Return the length of the difference, divided by the length of the expected vector."""
+    """Return the norm of the difference, divided by the norm of the expected vector."""
     return ((found - expected).norm() / expected.norm()).item()

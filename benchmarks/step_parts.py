@@ -1,12 +1,12 @@
-"""Measure the time of each part of an update, and how near it is to the machine's peak speed.
+"""Measure the time of each part of an update, and compare its speed with the machine's peak.
 
     python benchmarks/step_parts.py --resolution 64 --precision fp32 bf16
 
 Each part of an update is timed alone. `torch.utils.flop_counter` counts the floating-point
-operations of the part's convolutions, matrix products and attention. Norms and activations do not
-count. The machine's peak speed is that of the faster of two operations in the same precision: a
-product of 4096 x 4096 matrices, and a 3 x 3 convolution of 256 channels. If a part is near the
-peak, only fewer operations can save time.
+operations of the part's convolutions, matrix products and attention. It does not count the
+operations of normalisation and activation layers. The machine's peak speed is the higher speed of
+two operations in the same precision: a product of 4096 x 4096 matrices, and a 3 x 3 convolution of
+256 channels. If the speed of a part is near the peak, only fewer operations can save time.
 """
 
 import sys
@@ -40,18 +40,19 @@ class Options:
     """Sides of the images in pixels."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Precisions of autocast."""
+    """Precisions to measure. bf16 means bfloat16 autocast."""
 
     runs: int = 3
-    """Timed runs of each part, after one untimed run that counts operations."""
+    """Number of timed runs of each part, after one untimed run in which the operations are
+    counted."""
 
     threads: int | None = None
-    """CPU threads. Default: all cores."""
+    """Number of CPU threads. Default: all cores."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the update with its seconds (median) and operations."""
+    """A part of the update, with its median time in seconds and its number of operations."""
 
     name: str
     seconds: float
@@ -59,7 +60,7 @@ class Part:
 
 
 class Parts:
-    """The parts of one update. Each is called alone with the results of the earlier ones."""
+    """The parts of one update. Each part is called alone, with the results of earlier parts."""
 
     def __init__(self, images: Tensor, precision: Precision, runs: int) -> None:
         self.images, self.precision, self.runs = images, precision, runs
@@ -125,7 +126,7 @@ def _backward(output: Tensor) -> None:
 
 
 def peak(precision: Precision, runs: int) -> float:
-    """Return the machine's largest number of operations per second."""
+    """Return the machine's peak speed, in floating-point operations per second."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     matrix = torch.randn(4096, 4096, dtype=dtype)
     maps, kernel = torch.randn(8, 256, 32, 32, dtype=dtype), torch.randn(256, 256, 3, 3).to(dtype)

@@ -1,16 +1,17 @@
-"""Compare encode, decode and round trip with plain diffusers: time per image and peak memory.
+"""Compare time and peak memory of encode, decode and round trip with plain diffusers.
 
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
 Without `--model`, the script trains a network of Stable Diffusion's shape for some updates. The
-reference runs the network in float32 on the whole image, without compilation. Other ways to run the
-network are those of `latentvae.load` (`exact`, `fast`, `openvino`, `strips`) and of diffusers
-(`tiled`, `cast` to bfloat16, `compiled` by torch). The calls of each way alternate with those of
-the reference. Both run in separate processes, because the use of freed memory is a setting of a
-whole process (`latentvae.compute.memory`).
+reference runs the network in float32 on the whole image, without compilation. The script compares
+the reference with other ways to run the network. Ways of `latentvae.load` are `exact`, `fast`,
+`openvino` and `strips`. Ways of diffusers are `tiled`, `cast` (to bfloat16) and `compiled` (by
+torch). The calls of each way alternate with those of the reference. Whether a process keeps memory
+that it frees is a setting of the whole process (`latentvae.compute.memory`). So each way and the
+reference run in processes of their own.
 
-`equal_within` is the largest difference from the reference, in latents or in pixels (range 2). Peak
-memory is the memory of a call without the network's weights.
+`equal_within` is the largest difference from the output of the reference: of latents, or of pixels
+in [-1, 1]. Peak memory is the memory of a call, without the memory of the network's weights.
 """
 
 import sys
@@ -38,52 +39,55 @@ from latentvae.models.calls import image_channels, measure_shape
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure and where to write it."""
+    """What to measure, and where to write the results."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
     model: str | None = None
-    """Folder or Hub id of an autoencoder. Default: a network of Stable Diffusion's shape, trained
-    for `updates`."""
+    """Folder or Hub id of an autoencoder. By default, the script trains a network of Stable
+    Diffusion's shape for `updates` updates."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Widths of the network that is trained."""
+    """Number of channels of each level of the network that the script trains."""
 
     updates: int = 30
-    """Updates of the network that is trained, on two sample photos at 64 px. With random weights
-    (0 updates) bfloat16 is too inexact, so that `fast` falls back to float32."""
+    """Number of updates of the network that the script trains, on two sample photos at 64 px.
+    Without updates (0), the weights are random. bfloat16 is then too inexact, and `fast` falls back
+    to float32."""
 
     sizes: tuple[int, ...] = (256, 512, 1024)
     """Sides of the images in pixels."""
 
     batch_size: int = 1
-    """Images per call."""
+    """Number of images per call."""
 
     ways: tuple[str, ...] = ()
     """Ways to compare with the reference. Default: all ways whose packages are installed."""
 
     runs: int = 5
-    """Timed calls of each way, in turns with the reference, after two untimed calls."""
+    """Number of timed calls of each way, after two untimed calls. These calls alternate with those
+    of the reference."""
 
     memory: bool = True
-    """Measure peak memory too."""
+    """Also measure peak memory."""
 
     threads: int | None = None
-    """CPU threads. Default: all cores."""
+    """Number of CPU threads. Default: all cores."""
 
     device: str = "cpu"
     """Device to run on: cpu or cuda."""
 
     quick: bool = False
-    """Measure only `exact` and `fast`, at 256 px, with three runs and without memory."""
+    """Make a short measurement: only `exact` and `fast`, at the first size (256 px), with three
+    runs and without memory."""
 
 
 def checked(options: Options) -> Options:
-    """Return the options with their defaults filled in.
+    """Return the options, with the defaults of `quick` and `ways` filled in.
 
     Raises:
-        UserError: there is no such way.
+        UserError: there is no way of that name.
     """
     if options.quick:
         ways = options.ways or ("exact", "fast")
@@ -97,7 +101,7 @@ def checked(options: Options) -> Options:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Yield the rows by size: times, then peak memory."""
+    """Yield the rows of each size: first those of time, then those of peak memory."""
     compared = compare(options)
     release_freed_memory()  # so that the new processes can use it
     times: dict[tuple[int, str, str], Row] = {}
@@ -117,14 +121,14 @@ def measure(options: Options) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of a way's call, compared with those of the stock network.
+    """The difference of a way's output from the output of the stock network.
 
     Attributes:
-        way: name of the way, and of its fallback if it has one.
+        way: name of the way. If the way falls back to another one, also the name of that way.
         precision: `"fp32"` or `"bf16"`.
         side: side of the images in pixels.
-        largest: largest difference of the results.
-        mse: mean squared difference of the results.
+        largest: largest difference of the outputs.
+        mse: mean squared difference of the outputs.
     """
 
     way: str
@@ -135,9 +139,9 @@ class Compared:
 
 
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
-    """Return the differences by size, call and way, in the order of the rows.
+    """Return the differences by (size, call, way), in the order of the rows.
 
-    This function also prints what each way does on this machine.
+    The function also prints what each way does on this machine.
     """
     # ways
     net = network(_model(options), options.device)
@@ -172,7 +176,10 @@ def _model(options: Options) -> str:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """Return a function of call and side that makes a way's call. For a process of its own."""
+    """Return a function that makes a call of a way, for a process of its own.
+
+    The arguments of the returned function are the name of the call and the side of the images.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     way = build(name, network(_model(options), options.device))
@@ -182,13 +189,13 @@ def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
 
 
 def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
-    """Return the input of each call: images, or their latents."""
+    """Return the input of each call, by its name: images, or latents of these images."""
     images = noise((options.batch_size, image_channels(way.net), side, side)).to(options.device)
     return {"encode": images, "decode": way.encode(images), "round trip": images}
 
 
 def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, options: Options) -> Row:
-    """Time one call of a way and of the stock network in turns, print the speed, return the row."""
+    """Time one call of a way and of the stock network in turns. Print the speed, return the row."""
     _, call, name = key
     seconds = alternate(
         {"stock": partial(stock, call, found.side), name: partial(way, call, found.side)},
@@ -215,7 +222,7 @@ def speed(seconds: list[float]) -> str:
 
 
 def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> dict[int, list[Row]]:
-    """Return the rows of peak memory by size."""
+    """Return the rows of peak memory, by size."""
     ways = {name: (found.way, found.precision) for (*_, name), found in compared.items()}
     sides = {size: found.side for (size, *_), found in compared.items()}
     rows: dict[int, list[Row]] = {}
@@ -232,7 +239,7 @@ def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> d
 
 
 def peak_of(name: str, side: int, options: Options) -> dict[str, float]:
-    """Return the MiB of encode and decode of a batch of images, measured in a new process."""
+    """Return the peak MiB of encode and decode of a batch of images, measured in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         given = (_model(options), options.device, options.threads)
         return executor.submit(peak, name, options.batch_size, side, *given).result()

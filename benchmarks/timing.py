@@ -1,8 +1,8 @@
-"""Time calls in turns, and print and write the rows. All benchmarks share this module.
+"""Time calls in turns, and print and save the results. All benchmarks share this module.
 
-Absolute times depend on the load of the machine. Two calls that run one after the other are slowed
-alike. So each round gives a ratio of both times. The median, minimum and maximum of the ratios are
-reported. A benchmark never asserts a time.
+Absolute times depend on the load of the machine. But the load slows two calls about equally if they
+run one after the other. So each round of calls gives a ratio of their times. The median, minimum
+and maximum of these ratios are reported. No benchmark checks that a time is below a limit.
 
     seconds = alternate({"ours": ours, "diffusers": plain}, runs=5)
     rows = [row("decode, fp32", "s", seconds["ours"], seconds["diffusers"], equal_within=2e-6)]
@@ -31,17 +31,17 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison. All numbers are costs (seconds, bytes), so less is better.
+    """One comparison of a cost (time or memory). A lower cost is better.
 
     Attributes:
-        name: what was measured, with `fp32` or `bf16` if it depends on the precision.
+        name: name of what was measured, with `fp32` or `bf16` if the precision matters.
         unit: unit of `ours` and `reference`.
-        ours, reference: medians over the rounds.
-        ratio_median, ratio_min, ratio_max: over the ratios reference / ours of all rounds. A ratio
-            above 1 means that ours is better.
+        ours, reference: the costs, as medians over the rounds.
+        ratio_median, ratio_min, ratio_max: median, minimum and maximum over the rounds of the ratio
+            reference / ours. A ratio above 1 means that ours is better.
         runs: number of rounds.
-        equal_within: the largest difference of the two results, as defined by the benchmark. None
-            if the results are not meant to be equal.
+        equal_within: the largest difference between the outputs of both calls, as the benchmark
+            defines it. None if the outputs are not meant to be equal.
     """
 
     name: str
@@ -63,7 +63,7 @@ def row(
     *,
     equal_within: float | None,
 ) -> Row:
-    """Return the row of two series, whose i-th values were measured in the same round."""
+    """Return the row for two series of costs, whose i-th values come from the same round."""
     ratios = [b / a for a, b in zip(ours, reference, strict=True)]
     return Row(
         name=name,
@@ -86,21 +86,21 @@ def alternate(
     per: float = 1.0,
     clock: Callable[[Any], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call in each round. A round makes every call once.
+    """Return the seconds of each call in each round. In a round, every call is made once.
 
     Args:
         calls: functions by name.
         runs: number of timed rounds.
-        warmup: number of untimed rounds before them.
-        per: seconds are divided by this, for example the number of images of a call.
-        clock: returns the seconds of a call. Default: `timed`. A call of `own_process` returns its
-            own seconds, so it needs `lambda call: call()`.
+        warmup: number of untimed rounds before the timed rounds.
+        per: number that the seconds are divided by, for example the number of images per call.
+        clock: function that returns the seconds of a call. Default: `timed`. Functions of
+            `own_process` return their own seconds, so they need `lambda call: call()`.
     """
     clock = clock or timed
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
     for i in range(warmup + runs):
-        # Every second round has the reverse order, so that a drift in speed favours no side.
+        # Every second round has the reverse order, so that a drift in speed favours no call.
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             elapsed = clock(calls[name])
             if i >= warmup:
@@ -109,8 +109,8 @@ def alternate(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds of one call, until the device has finished it."""
-    gc.collect()  # so that it does not run during the call
+    """Return the seconds of one call, until the device has finished the work."""
+    gc.collect()  # so that no garbage collection runs during the call
     _wait()
     start = time.perf_counter()
     call()
@@ -122,14 +122,14 @@ def timed(call: Callable[[], object]) -> float:
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
     """Yield a function that runs `build(*args)(*given)` in a new process and returns its seconds.
 
-    Use this for calls that change something in the whole process, such as the allocator.
+    Use this for calls that change a setting of the whole process, such as its allocator.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
             alternate({"ours": ours, "stock": plain}, runs=5, clock=lambda call: call())
 
     Args:
         build: a function at the top level of a module.
-        args: its arguments, which must be picklable.
+        args: the arguments of `build`, which must be picklable.
     """
     # process
     context = get_context("spawn")
@@ -172,7 +172,7 @@ def _wait() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return a description of the machine for the JSON."""
+    """Return a description of the machine, for the JSON file."""
     described = {
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),
@@ -188,7 +188,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name. On Linux only /proc/cpuinfo has it."""
+    """Return the processor's name. On Linux, only /proc/cpuinfo contains this name."""
     listed = Path("/proc/cpuinfo")
     if listed.exists():
         for line in listed.read_text(encoding="utf-8").splitlines():
@@ -198,7 +198,7 @@ def _processor() -> str:
 
 
 def collected(rows: Iterable[Row]) -> list[Row]:
-    """Return all rows, and print each one as soon as it is measured."""
+    """Return all rows as a list, and print each row as soon as it is measured."""
     kept: list[Row] = []
     for row in rows:
         kept.append(row)
@@ -214,7 +214,7 @@ def line(row: Row) -> str:
 
 
 def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
-    """Print the table, and write {"machine": ..., "rows": [...]} to the file if one is given."""
+    """Print the table. If a file is given, write {"machine": ..., "rows": [...]} to it."""
     console = Console()
     if not console.is_terminal:  # the width of a terminal does not apply to files and pipes
         console = Console(width=120)

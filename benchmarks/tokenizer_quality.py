@@ -2,33 +2,37 @@
 
     python benchmarks/tokenizer_quality.py --data photos --validation_data unseen --json out.json
 
-The script prints a table of metrics on unseen images and writes JSON. The same command again keeps
-the trained arms, so you can add quantisers and seeds later.
+The script prints a table of metrics on unseen images and writes JSON. For each quantiser and seed,
+there are two trainings, called arms. One arm trains the network of `vq_small` with our quantiser.
+The other arm uses the quantiser of vector-quantize-pytorch ("theirs"). If you run the command
+again, it keeps the trained arms, so you can add quantisers and seeds later.
 
-Each quantiser and seed has two trainings, called arms. One arm trains the network of `vq_small`
-with our quantiser, the other with that of vector-quantize-pytorch ("theirs"). Both arms have the
-following in common:
+Both arms have the following in common:
 
-- the initial weights of encoder and decoder, and the images in their order
+- the initial weights of encoder and decoder, and the images and their order
 - the objective (L2 and 0.1 LPIPS-alex, no discriminator) and the weights of all losses
 - the optimiser, its schedule, and the straight-through gradient
 - the decay of moving averages, and the features that k-means starts from
 - the initial codes of SimVQ, which has no k-means
 
-These things differ, because the packages define them differently:
+The following differs, because the packages define it differently:
 
 - A code counts as unused if the moving average of its use is too low. Our limit is 6% of the mean
-  use, with an average over the time in which such a code is used once. Their limit is 2%, with an
-  average of decay 0.8. In both, an unused code waits for 17 updates of K vectors.
-- Their learned codebook has one weight for commitment loss and codebook loss. Ours uses this weight
-  for both losses.
-- With cosine distance, theirs only has moving averages of codes. So ours uses moving averages too.
-- Their residual levels pass the decoder's gradient to the features once per level. Ours pass it
-  once.
-- Moving averages start with the counts of k-means. Ours scales these counts to those of an update.
+  use. Our average covers the time in which a code at this limit is used once. Their limit is 2%,
+  and their average has a decay of 0.8. In both packages, an unused code restarts after 17 updates
+  of K vectors.
+- Their learned codebook has one weight for both the commitment loss and the codebook loss. Our
+  quantiser gets this weight for each of these losses.
+- With cosine distance, their codes can only be moving averages. So our codes are moving averages
+  too.
+- In their residual quantiser, each level passes the decoder's gradient to the features. Ours passes
+  this gradient to the features only once.
+- The moving averages start with the counts of k-means. Our quantiser scales these counts to the
+  number of vectors in an update.
 
-Each arm makes `--updates` updates, or as many as fit into `--minutes` at the arm's speed. Speeds
-are measured in turns. All times are CPU times, which other work on the machine hardly changes.
+Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. The
+speeds of both arms are measured in turns. All times are CPU times, so other work on the machine
+hardly changes them.
 """
 
 import json
@@ -64,8 +68,8 @@ from latentvae.tasks.autoencoder.codebook import CodebookUpdate
 from latentvae.tasks.autoencoder.config import parse
 
 PRESET = load_preset("vq_small")
-START_VECTORS = 8  # vectors per code for k-means
-WARM_UP = 2  # first updates, which are not timed
+START_VECTORS = 8  # number of vectors per code for k-means
+WARM_UP = 2  # number of first updates, which are not timed
 HIGHER_IS_BETTER = {"psnr": True, "lpips_alex": False, "usage": True, "perplexity": True}
 Arm = Literal["ours", "theirs"]
 ARMS: tuple[Arm, ...] = ("ours", "theirs")
@@ -82,43 +86,45 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """File for the numbers. Arms in this file are not trained again."""
+    """JSON file for the results. Arms whose results are in this file are not trained again."""
 
     quantizers: tuple[Name, ...] = tuple(KINDS)
     """Quantisers to compare."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each quantiser has one pair of arms per seed."""
+    """Seeds. Both arms of each quantiser are trained with each seed."""
 
     updates: int = 300
-    """Updates of each arm."""
+    """Number of updates of each arm."""
 
     minutes: float | None = None
-    """CPU minutes for the updates of each arm. They replace the number of updates."""
+    """CPU minutes of training for each arm. This option replaces updates."""
 
     resolution: int = 64
     """Side of the images in pixels."""
 
     batch_size: int = 16
-    """Images per update."""
+    """Number of images per update."""
 
     channels: int = PRESET.model.block_out_channels[0]
-    """Width of the first level. The other widths keep the preset's ratios to it."""
+    """Number of channels of the network's first level. The ratios between the levels are those of
+    the preset."""
 
     speed_updates: int = 10
-    """Updates of each arm to measure its speed. The arms take turns."""
+    """Number of updates of each arm in the measurement of speed. The updates of both arms
+    alternate."""
 
     threads: int = 1
-    """CPU threads."""
+    """Number of CPU threads."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that all arms in one file have in common."""
+        """Return the options that must be equal for all arms in one JSON file."""
         names = "data validation_data updates minutes resolution batch_size channels threads"
         return {name: getattr(self, name) for name in names.split()}
 
 
 class Training:
-    """One arm: a network and its updates."""
+    """The training of one arm: a network and its updates."""
 
     def __init__(
         self, name: Name, arm: Arm, *, seed: int, images: Tensor, options: Options, updates: int
@@ -177,11 +183,11 @@ class Training:
 def _network(
     kind: Kind, arm: Arm, *, seed: int, vectors: int, channels: int
 ) -> DiscreteAutoencoder:
-    """Return the preset's network with the arm's quantiser.
+    """Return the network of the preset with the quantiser of the arm.
 
     Args:
-        vectors: number of vectors of an update.
-        channels: width of the first level.
+        vectors: number of vectors in an update.
+        channels: number of channels of the first level.
     """
     widths = PRESET.model.block_out_channels
     shape: dict[str, Any] = PRESET.model.shape() | {
@@ -199,7 +205,7 @@ def _network(
 
 @torch.no_grad()
 def _initialise(net: DiscreteAutoencoder, images: Tensor, *, seed: int, batch_vectors: int) -> None:
-    """Set the initial codes by k-means of the untrained encoder's features."""
+    """Set the initial codes by k-means on features of the untrained encoder."""
     wanted, vectors = START_VECTORS * net.quantize.num_codes, []
     for part in images.split(16):
         vectors.append(net.encode(part).latents.movedim(1, -1).flatten(0, -2))
@@ -218,7 +224,7 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 
 def _schedule(updates: int) -> Any:
-    """Return the preset with its cosine schedule over ``updates``."""
+    """Return the preset, with its cosine learning-rate schedule over ``updates`` updates."""
     preset = PRESET.model_dump()
     warmup = min(preset["optimizer"]["lr_warmup_steps"], updates // 10)
     preset["optimizer"]["lr_warmup_steps"] = warmup
@@ -228,9 +234,9 @@ def _schedule(updates: int) -> Any:
 
 @torch.no_grad()
 def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
-    """Return mean PSNR and LPIPS of unseen images, and use and perplexity of all their tokens.
+    """Return mean PSNR and LPIPS on unseen images, and usage and perplexity of their tokens.
 
-    Use and perplexity are means over levels.
+    Usage and perplexity are means over the levels of the quantiser.
     """
     net.eval()
     lpips = PerceptualLoss(load_lpips("alex"))
@@ -250,7 +256,7 @@ def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
 
 
 class Comparison:
-    """All arms, and the file that keeps them."""
+    """All arms, and the JSON file that stores their results."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -264,14 +270,14 @@ class Comparison:
             self.result = json.loads(options.json.read_text())
             if self.result["settings"] != options.settings():
                 raise UserError(
-                    f"'{options.json}' has arms with other settings ({self.result['settings']}). "
+                    f"'{options.json}' has results of other settings ({self.result['settings']}). "
                     "Give another file."
                 )
         self.images = _loaded(options.data, "train", options.resolution)
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
-        """Measure speeds and train all arms that are missing in the file."""
+        """Measure speeds, and train all arms whose results are missing in the file."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:
@@ -327,16 +333,16 @@ class Comparison:
 
 
 def _loaded(spec: str, split: str, resolution: int) -> Tensor:
-    """Return the centre crops of all images of a source, (N, 3, R, R)."""
+    """Return centre crops (N, 3, R, R) of all images of a source."""
     source = open_source(spec, split=split)
     batches = validation_batches(source, EvalTransform(resolution), batch_size=16)
     return torch.cat([images for images, _ in batches])
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per quantiser and metric: means over the seeds that both arms have.
+    """Return a row per quantiser and metric, with means over the seeds that both arms have.
 
-    `spread` is the range over seeds, for the arm with the larger range.
+    `spread` is the range of values over seeds, of the arm with the larger range.
     """
     found: list[dict[str, Any]] = []
     for name in KINDS:

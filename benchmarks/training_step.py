@@ -1,21 +1,23 @@
-"""Compare the time of an update of model and discriminator with that of known scripts.
+"""Compare the time of an update of model and discriminator with that of well-known scripts.
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
 The network is an AutoencoderKL. The losses are LPIPS on VGG16, KL, and a PatchGAN with adaptive
-weight. The images are the sample photos. The scripts are those of reference_step.py, which have the
-same mathematics.
+weight. The images are the sample photos. The scripts are those of reference_step.py. They compute
+the same losses and gradients, and are called references.
 
-First, losses and gradients are shown to be equal. All sides start from equal weights with equal
-posterior noise. The discriminator's gradient is compared on the same reconstruction.
-`equal_within` is the largest relative difference. For gradients, it is the length of the difference
-between the vectors of all gradients. For the adversarial loss, it is the absolute difference,
-because this loss is a mean of logits near 0.
+First, losses and gradients are compared, to show that they are equal. This project and the
+references start with equal weights and equal posterior noise. The gradients of the discriminator
+are compared on the same reconstruction. `equal_within` is the largest relative difference. For
+gradients, it is the norm of the difference between the vectors of all gradients, divided by the
+norm of the expected vector. For the adversarial loss, it is the absolute difference, because this
+loss is a mean of logits near 0.
 
-Then both sides of a row make updates in turns, each in its own process, as in real training. Our
-side calls the functions that `train` calls, with all logging, and keeps freed memory as `train`
-does. In rows named bf16, our side has bf16 autocast and the references have float32, because the
-scripts do not use bf16 correctly. In rows named `bf16 both`, the references have bf16 autocast too.
+Then this project and a reference make updates in turns, each in its own process, as in real
+training. This project's updates are the functions that `train` calls, with all logging and with the
+memory settings of `train`. In rows named bf16, this project uses bf16 autocast and the references
+use float32, because the scripts do not use bf16 correctly. In rows named `bf16 both`, the
+references use bf16 autocast too.
 """
 
 import itertools
@@ -44,7 +46,8 @@ from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.config import parse
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-BATCH_SIZES = {64: 8, 128: 4, 256: 2}  # by resolution, so that a laptop's memory is enough
+# by resolution, small enough for the memory of a laptop
+BATCH_SIZES = {64: 8, 128: 4, 256: 2}
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
 Precision = Literal["fp32", "bf16"]
 OURS, BOTH, PEER = "ours", ", bf16 both", "taming's own loss"
@@ -52,50 +55,52 @@ OURS, BOTH, PEER = "ours", ", bf16 both", "taming's own loss"
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure and where to write it."""
+    """What to measure, and where to write the results."""
 
     json: Path | None = None
-    """File for the numbers."""
+    """JSON file to write the results to."""
 
     resolution: tuple[int, ...] = (64, 128, 256)
     """Sides of the images in pixels."""
 
     batch_size: int | None = None
-    """Images per update. Default: 8 at 64 px, 4 at 128 px and 2 at 256 px."""
+    """Number of images per update. Default: 8 at 64 px, 4 at 128 px and 2 at 256 px."""
 
     channels: tuple[int, ...] = (64, 128, 256, 256)
-    """Widths of the autoencoder."""
+    """Number of channels of each level of the autoencoder."""
 
     disc_channels: int = 64
-    """Width of the discriminator."""
+    """Number of channels of the discriminator's first layer."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Precisions of this project's update."""
+    """Precisions of this project's update. bf16 means bfloat16 autocast."""
 
     runs: int = 5
-    """Timed updates of each side, in turns, after three untimed updates."""
+    """Number of timed updates of this project and of each script, after three untimed updates. The
+    updates of both alternate."""
 
     threads: int | None = None
-    """CPU threads. Default: all cores."""
+    """Number of CPU threads. Default: all cores."""
 
     device: str = "cpu"
     """Device to run on: cpu or cuda."""
 
     bf16_references: bool = False
-    """Add rows in which the references have bf16 autocast too."""
+    """Add rows in which the scripts also run in bf16 autocast."""
 
     peer_script: Path | None = None
-    """Folder of a clone of CompVis/taming-transformers. The clone's own loss is then timed too."""
+    """Folder of a clone of CompVis/taming-transformers. The script then also measures an update
+    with the loss module of this clone."""
 
     quick: bool = False
-    """Measure only 64 px, with half the widths and three runs."""
+    """Make a short measurement at 64 px only, with half the channels and three runs."""
 
 
 class OurStep:
-    """This project's updates on one batch, as a run makes them.
+    """This project's updates on one batch, as in a real run.
 
     Args:
-        options: what to measure.
+        options: the options of the benchmark.
         images: (B, 3, R, R).
         precision: precision of autocast.
     """
@@ -117,11 +122,11 @@ class OurStep:
         return self.updates.make(iter([self.batch]))
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of the model and return the logged losses."""
+        """Add the gradients of the model, and return the losses that the log gets."""
         return self.updates.micro_step(self.batch)
 
     def backward_discriminator(self, recon: Tensor) -> Tensor:
-        """Add the gradients of the discriminator and return its loss."""
+        """Add the gradients of the discriminator, and return its loss."""
         adversary = self.task.adversary(0)
         assert adversary is not None
         return backward_discriminator(self.batch.images, recon, adversary=adversary)[
@@ -173,7 +178,7 @@ def photos(resolution: int, count: int) -> Tensor:
 
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
-    """Return the largest relative difference of losses and gradients, from equal weights."""
+    """Return the largest relative difference of losses and gradients, for equal weights."""
     # losses of the model, with equal noise
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
     logged = ours.backward()
@@ -233,7 +238,10 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
 def build_side(
     name: str, options: Options, resolution: int, precision: Precision
 ) -> Callable[[], object]:
-    """Return the update of one side. Each side calls this in its own process."""
+    """Return a function that makes an update of this project or of a reference.
+
+    `own_process` calls this function in the process of its own that each of them has.
+    """
     _set_threads(options)
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
@@ -245,7 +253,7 @@ def build_side(
 
 
 def _equality(options: Options, resolution: int, precision: Precision) -> dict[str, float]:
-    """Return the largest relative difference from ours, by the name of the reference."""
+    """Return the largest relative difference of each reference from this project, by name."""
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
     names = list(SCRIPTS)
@@ -261,11 +269,11 @@ def _equality(options: Options, resolution: int, precision: Precision) -> dict[s
 
 
 def layers_difference(ours: OurStep, images: Tensor) -> float:
-    """Return the largest relative difference between our layers and stock layers.
+    """Return the largest relative difference between our layers and layers of torch and diffusers.
 
     Three results are compared: the reconstruction, the gradient of a linear function of the
-    reconstruction, and LPIPS of one pair of images. The update's gradient is not compared, because
-    rounding in float32 alone turns LPIPS' gradient by 1e-3.
+    reconstruction, and LPIPS for one pair of batches. The gradient of the update is not compared,
+    because float32 rounding alone changes the direction of the LPIPS gradient by 1e-3.
     """
     stock = _reference("diffusers mended", ours, Options())
     mix = torch.linspace(-1, 1, images.numel(), device=images.device).view_as(images)
@@ -282,7 +290,7 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 
 
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
-    """Return a reference with the weights of ours, and with stock layers or those of ours."""
+    """Return a reference with our weights, and with our layers or those of torch and diffusers."""
     task = ours.task
     assert task.discriminator is not None
     parts: Any = (task.net, task.discriminator, task.metric.lpips)

@@ -1,6 +1,6 @@
-"""The ways to encode and decode that throughput.py compares. Each way works on float32 images.
+"""The ways to encode and decode that throughput.py compares. Their inputs and outputs are float32.
 
-`stock` is the reference: the network's own calls in float32, on the whole image.
+The way `stock` is the reference: the network's own methods in float32, on the whole image.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from latentvae.evaluation.speed import MIB, peak_memory
 from latentvae.models import build_autoencoder_kl, calls, load_network
 
 CALLS = ("encode", "decode", "round trip")
-SMALL = 64  # pixels on a side of the first image, whose one-time allocations do not count
+SMALL = 64  # side in pixels of a first image. Allocations for it are not measured.
 
 
 class Way:
@@ -29,11 +29,12 @@ class Way:
 
     Args:
         net: the network.
-        precision: `"fp32"` or `"bf16"`, the precision of matrix products, for the row's name.
-        strips: how to compute in strips, if at all.
+        precision: `"fp32"` or `"bf16"`, the precision of matrix products. The name of a row
+            contains it.
+        strips: how to compute in strips. None computes the whole image at once.
         note: what the way does on this machine.
-        fallback: name of the way that is computed instead, because this way is too inexact or of no
-            use on the machine.
+        fallback: name of the way that is used instead, if this way is too inexact or not useful on
+            this machine. Otherwise "".
     """
 
     def __init__(
@@ -72,18 +73,21 @@ class CastWay(Way):
 
 
 def network(model: str, device: str) -> Any:
-    """Return a network from a folder or the Hub."""
+    """Load a network from a folder or from the Hub."""
     return load_network(model).to(device).eval().requires_grad_(False)
 
 
 def trained(channels: tuple[int, ...], *, updates: int, images: Tensor, device: str) -> Any:
     """Return a network of Stable Diffusion's shape, trained on images for some updates.
 
-    The weights must not be random. Random networks amplify rounding, so that bfloat16 would be too
-    inexact for them and `fast` would fall back to float32.
+    Random weights would not do. They amplify rounding errors, so that bfloat16 would be too inexact
+    and `fast` would fall back to float32.
 
     Args:
+        channels: number of channels of each level.
+        updates: number of updates.
         images: (B, 3, R, R), the batch of every update.
+        device: device of the network.
     """
     torch.manual_seed(0)
     net: Any = build_autoencoder_kl(block_out_channels=channels)
@@ -161,10 +165,10 @@ def peak(
     device: str,
     threads: int | None,
 ) -> dict[str, float]:
-    """Return the MiB of encode and decode on a batch of images, without the network's weights.
+    """Return the peak MiB of encode and decode for a batch, without the network's weights.
 
-    Call this function in a new process, because memory that was used before would hide the memory
-    that this call uses.
+    Call this function in a new process. Otherwise, memory that the process has used before would
+    hide the memory that this call uses.
 
     Args:
         name: a key of `WAYS`.

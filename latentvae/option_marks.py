@@ -1,10 +1,11 @@
-"""The building blocks of options: sections, ranges and marks.
+"""The types that option classes are made of: sections, ranges and marks.
 
-A mark is a fact about one option. The annotation of the option's field contains the mark:
+A mark is an object that states a fact about one option. It is part of the type annotation of the
+option:
 
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
 
-`marked` and `marks` also read the marks of nested sections and of all members of a union.
+`marked` and `marks` find the marks of a section, also in nested sections and in union types.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,62 +45,64 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Mark:
-    """Base class of marks. A mark is a fact about an option."""
+    """Base class of marks. A mark states a fact about one option."""
 
 
 @dataclass(frozen=True)
 class MayChange(Mark):
-    """The option may have another value on resume. All other options change the result."""
+    """On resume, the option may have another value. Options without this mark must not change."""
 
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """The option decides when `disc_watch disable` switches the discriminator off.
+    """The option affects when `disc_watch disable` switches the discriminator off.
 
-    With `disc_watch disable`, this option must not change on resume.
+    With `disc_watch disable`, the option must therefore have the same value on resume.
     """
 
 
 @dataclass(frozen=True)
 class Private(Mark):
-    """The option is a path or an account, not a setting of training. Model cards leave it out."""
+    """The option concerns files or accounts, not the training. Model cards do not show it."""
 
 
 @dataclass(frozen=True)
 class ChosenByPreset(Mark):
-    """The option decides which other options exist. Only the config sets it, not a flag."""
+    """The option decides which other options exist. It has no flag, so only a config can set it."""
 
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The training reads the option. The object built from the section does not take the option."""
+    """The run uses the option. It is no argument of the object that is built from the section."""
 
 
 @dataclass(frozen=True)
 class Elsewhere(Mark):
-    """Names of the option in other training programs, separated by spaces."""
+    """Names that other training programs have for the option, separated by spaces."""
 
     names: str
 
 
 @dataclass(frozen=True)
 class ShareOfRun(Mark):
-    """A value below 1 is a share of max_train_steps. It is converted to a number of updates."""
+    """A value below 1 is a share of max_train_steps.
+
+    `JobConfig` replaces such a value by a number of updates.
+    """
 
 
 def _whole(value: float) -> float:
     if value >= 1 and value % 1:
         raise PydanticCustomError(
             "updates",
-            "should be a whole number of updates, or a share of the training below 1. The nearest "
-            "whole number is {near}.",
+            "should be a whole number of updates, or a share of max_train_steps below 1. The "
+            "nearest is {near}.",
             {"near": round(value)},
         )
     return value if 0 < value < 1 else int(value)
 
 
-# The validation of options replaces each share by a number of updates. So the type for type
-# checkers is int.
+# `JobConfig` replaces each share by a number of updates, so other code sees only whole numbers.
 if TYPE_CHECKING:
     UpdatesOrShare = int
 else:
@@ -116,15 +119,15 @@ M = TypeVar("M", bound=Mark)
 
 
 def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
-    """Return the names of the options that have a mark of that kind, in order. See `marks`."""
+    """Return the names of the options with a mark of this kind, in the order of the fields."""
     return list(marks(section, kind))
 
 
 def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
-    """Return the marks of one kind, by the names of their options.
+    """Return every mark of this kind, by the name of its option.
 
-    Options of nested sections and of all members of a union of sections are included. A mark in a
-    base class also holds for a subclass's field of the same name.
+    Options of nested sections are included, also if a section is one member of a union type. A mark
+    in a base class also holds for the field of the same name in a subclass.
     """
     found: dict[str, M] = {}
     for name, field in section.model_fields.items():
@@ -137,7 +140,7 @@ def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the section classes in a field's type: one class, or all members of a union."""
+    """Yield the option classes in a field's type. A union type may contain several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
@@ -151,11 +154,11 @@ def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
 
 
 def tag_in(name: str, default: str) -> Callable[[Any], str]:
-    """Return a function that chooses a class of options by the value of the option `name`."""
+    """Return a function that returns the value of the option `name`, to choose an option class."""
 
     def tag(values: Any) -> str:
         if isinstance(values, dict):
             return str(values.get(name, default))
-        return str(getattr(values, name, default))  # pydantic reports values that are no section
+        return str(getattr(values, name, default))  # if `values` is no section, pydantic reports it
 
     return tag

@@ -3,10 +3,10 @@
     accelerate launch train/train_kl.py --config train/configs/kl_f8.yaml \
         --train_data_dir photos --output_dir runs/first --max_train_steps 100000
 
-`--config` takes a YAML file or the name of any preset. Every flag below overrides a value of the
-config. If the run was stopped, the same command continues it. `--preflight` trains a few updates to
-check the run, and exits. `--train_data_dir samples` trains on the photos that come with
-scikit-image.
+`--config` takes a YAML file or the name of a preset. Every flag below overrides a value of this
+config. To resume a run that was interrupted, run the same command again. `--preflight` trains a few
+updates to check the run, and then exits. `--train_data_dir samples` trains on the photos that come
+with scikit-image.
 """
 
 import sys

@@ -5,10 +5,10 @@ If diffusers' class VQModel can compute the same codes, the tokenizer is exporte
     accelerate launch train/train_vq.py --config train/configs/vq_f16.yaml \
         --train_data_dir photos --output_dir runs/tokens --max_train_steps 100000
 
-`--config` takes a YAML file or the name of any preset, which chooses the quantiser. Every flag
-below overrides a value of the config. If the run was stopped, the same command continues it.
-`--preflight` trains a few updates to check the run, and exits. `--train_data_dir samples` trains on
-the photos that come with scikit-image.
+`--config` takes a YAML file or the name of a preset, which chooses the quantiser. Every flag below
+overrides a value of this config. To resume a run that was interrupted, run the same command again.
+`--preflight` trains a few updates to check the run, and then exits. `--train_data_dir samples`
+trains on the photos that come with scikit-image.
 """
 
 import sys

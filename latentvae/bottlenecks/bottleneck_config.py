@@ -1,7 +1,7 @@
-"""Options that several bottlenecks share. Each bottleneck's own Config is beside its class.
+"""Options that several bottlenecks share. Each bottleneck's own options are beside its class.
 
-A Config also has the properties that a training needs before it builds the module. The base class
-`BottleneckConfig` defines these properties, with values that fit most bottlenecks.
+A class of options also has properties that a training run reads before it builds the bottleneck.
+The base class `BottleneckConfig` defines these properties, with values that fit most bottlenecks.
 
 `K` codes, `D` code width.
 """
@@ -24,7 +24,7 @@ from latentvae.option_marks import (
     marks,
 )
 
-MAX_CODES = 2**24  # an upper limit, because the use counter of each code takes memory
+MAX_CODES = 2**24  # limit on K, because a counter for each code takes memory
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Shape(Mark):
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """Marks the weight of a loss in `Quantized.losses`. The module does not take it as argument."""
+    """Marks the weight of a loss in `Quantized.losses`. The module has no such argument."""
 
     term: str
 
 
 @dataclass(frozen=True)
 class Argument(Mark):
-    """Marks an option that has another name as an argument of the module."""
+    """Marks an option for which the argument of the module has another name."""
 
     name: str
 
@@ -94,16 +94,16 @@ class BottleneckConfig(Section):
 
     @property
     def starts_by_kmeans(self) -> bool:
-        """Whether the codes of a new run start at features of training images."""
+        """Whether k-means on features of training images gives the initial codes of a new run."""
         return False
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one that all levels share, or one for each level."""
+        """Number of codebooks: one if all levels share a codebook, else one for each level."""
         return 1
 
     def temperature_at(self, update: int) -> float:
-        """Return the temperature of an update, counted from 0."""
+        """Return the temperature of the Gumbel-softmax in an update (from 0). Others ignore it."""
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class BottleneckConfig(Section):
         }
 
     def shape_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the options whose values come from a pretrained module of this type.
+        """Return the options that fine-tuning takes from a pretrained module of this type.
 
         Args:
             arguments: arguments with which the pretrained module was built.
@@ -128,14 +128,17 @@ class BottleneckConfig(Section):
         return {name: arguments[name] for name in marked(type(self), Shape) if name in arguments}
 
     def remedies(self) -> list[str]:
-        """Return the unset flags that can keep more codes in use, the recommended ones first."""
+        """Return flags that can keep more codes in use, in the order to try them.
+
+        Flags of options that are set already are not included.
+        """
         found = marks(type(self), KeepsCodesInUse)
         idle = [mark for name, mark in found.items() if getattr(self, name) == 0]
         return [mark.flag for mark in sorted(idle, key=lambda mark: mark.rank)]
 
 
 class CommitmentConfig(BottleneckConfig):
-    """A loss that pulls the encoder's vectors towards their codes."""
+    """Options of the commitment loss, which pulls the encoder's vectors towards their codes."""
 
     commitment_weight: Annotated[
         Weight,
@@ -144,14 +147,17 @@ class CommitmentConfig(BottleneckConfig):
     ] = Field(
         default=0.25,
         description=(
-            "Weight of the commitment loss (beta), the distance of the encoder's vectors to their "
-            "codes."
+            "Weight of the commitment loss (beta). This loss is the distance of the encoder's "
+            "vectors to their codes."
         ),
     )
 
 
 class EntropyConfig(CommitmentConfig):
-    """Entropy losses: they make each vector's code certain, and make the batch use all codes."""
+    """Options of the entropy losses.
+
+    These losses make the code of each vector certain, and make the batch use all codes.
+    """
 
     entropy_weight: Annotated[
         Weight,
@@ -161,22 +167,23 @@ class EntropyConfig(CommitmentConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Weight of the loss that lowers the entropy of each vector's soft assignment to codes. "
-            "0 leaves out all entropy losses."
+            "Weight of the loss that lowers the entropy of each vector's soft assignment (a "
+            "softmax over codes). 0 turns all entropy losses off."
         ),
     )
     batch_entropy_gamma: Annotated[Weight, OfTheRun()] = Field(
         default=1.0,
         description=(
-            "Weight of the entropy of the soft assignments' mean over the batch, as a multiple of "
-            "entropy_weight. Training maximises this entropy, so that all codes are used."
+            "Weight of the batch entropy, as a multiple of entropy_weight. The batch entropy is "
+            "the entropy of the mean of the soft assignments over the batch. Training maximises "
+            "the batch entropy, so that all codes are used."
         ),
     )
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description=(
-            "Temperature of the soft assignments to codes in the entropy losses. Default: 0.01, "
-            "and 1 for BSQ."
+            "Temperature of the soft assignments to codes in the entropy losses. The default is 1 "
+            "for BSQ and 0.01 for other quantisers."
         ),
     )
 
@@ -192,13 +199,16 @@ class EntropyConfig(CommitmentConfig):
         return self
 
     def weights(self) -> dict[str, float]:
-        """Return the weights. The batch entropy has a negative weight, so that it is maximised."""
+        """Return the weight of each loss, by the name of the loss.
+
+        The weight of the batch entropy is negative, because training maximises this entropy.
+        """
         batch = {"batch_entropy": -self.entropy_weight * self.batch_entropy_gamma}
         return super().weights() | batch
 
 
 class CodebookConfig(CommitmentConfig):
-    """A list of codes, and a loss that pulls the codes towards the encoder's vectors."""
+    """Options of a codebook, and of a loss that pulls its codes towards the encoder's vectors."""
 
     num_codes: NumCodes = Field(
         default=1024,
@@ -206,17 +216,20 @@ class CodebookConfig(CommitmentConfig):
             "Number of codes K. If the quantiser has several levels, each level has K codes."
         ),
     )
-    code_channels: CodeChannels = Field(default=256, description="Width D of a code.")
+    code_channels: CodeChannels = Field(
+        default=256, description="Number of channels D of each code."
+    )
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
         default=1.0,
         description=(
-            "Weight of the codebook loss, the distance of the codes to the encoder's vectors."
+            "Weight of the codebook loss. This loss is the distance of the codes to the encoder's "
+            "vectors."
         ),
     )
 
 
 class LearnedCodebookConfig(CodebookConfig):
-    """A codebook whose codes learn separately, so that some codes may fall out of use."""
+    """Options of a codebook whose codes learn separately, so that some may become unused."""
 
     codebook_decay: Annotated[
         # In a preset, the name `ema_decay` belongs to the moving average of the model's weights.
@@ -226,13 +239,18 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=None,
         description=(
-            "Make each code a moving average of the vectors that choose it, with this decay per "
-            "update. By default the codes learn by gradient."
+            "Decay per update, for codes that are moving averages. With this option, each code is "
+            "the moving average of the vectors that choose it. By default, the codes learn by "
+            "gradient."
         ),
     )
     gradient: GradientName = Field(
         default="straight_through",
-        description="How the decoder's gradient passes through the quantiser to the encoder.",
+        description=(
+            "How the gradient passes from the decoder through the quantiser to the encoder. "
+            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
+            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
+        ),
     )
     restart_threshold: Annotated[
         Share,
@@ -241,9 +259,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Restart a code at a vector of the batch when the code's use falls below this share of "
-            "the mean use of codes. A smaller share is measured over more updates. 0 never "
-            "restarts a code."
+            "If a code is rarely used, set it to a vector of the batch. A code is rarely used if "
+            "its use is below this share of the mean use of codes. For a smaller share, the use is "
+            "measured over more updates. With 0, no code is replaced."
         ),
     )
     kmeans_iterations: Annotated[
@@ -254,8 +272,8 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0,
         description=(
-            "Number of k-means iterations on training images that set the first codes. With 0 the "
-            "first codes are random."
+            "Number of k-means iterations on features of training images, which give the initial "
+            "codes. With 0, the initial codes are random."
         ),
     )
 
@@ -272,5 +290,5 @@ class LearnedCodebookConfig(CodebookConfig):
 
     @property
     def starts_by_kmeans(self) -> bool:
-        """Whether the codes of a new run start at features of training images."""
+        """Whether k-means on features of training images gives the initial codes of a new run."""
         return self.kmeans_iterations > 0

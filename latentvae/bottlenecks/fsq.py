@@ -24,12 +24,15 @@ MAX_LEVELS = 1000  # with more levels the margin would round to a level that doe
 
 
 class FSQConfig(BottleneckConfig):
-    """The quantiser: it rounds each channel to a few levels (FSQ)."""
+    """Options of the quantiser FSQ, which rounds each channel to a few levels."""
 
     type: Literal["fsq"] = "fsq"
     levels: Annotated[tuple[int, ...], Shape()] = Field(
         default=(8, 5, 5, 5),
-        description="Number of levels of each channel. The number of codes K is their product.",
+        description=(
+            "Number of levels that each channel is rounded to. The number of codes K is the "
+            "product of these numbers."
+        ),
     )
 
     @model_validator(mode="after")

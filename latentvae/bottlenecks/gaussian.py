@@ -32,7 +32,7 @@ class GaussianLatent(NamedTuple):
 
 
 class GaussianConfig(BottleneckConfig):
-    """The bottleneck: a diagonal Gaussian posterior, with a KL to N(0, I)."""
+    """Options of the bottleneck: a diagonal Gaussian posterior, with a KL to N(0, I)."""
 
     type: Literal["gaussian"] = "gaussian"
     latent_channels: Positive = Field(default=4, description="Number of latent channels d.")

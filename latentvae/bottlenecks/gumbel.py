@@ -27,16 +27,21 @@ Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 
 
 class GumbelConfig(BottleneckConfig):
-    """The quantiser: a relaxed sample of K logits (Gumbel-softmax). kl_scale weights the KL."""
+    """Options of the quantiser Gumbel-softmax, which draws a relaxed sample from K logits.
+
+    The weight of its KL is kl_scale.
+    """
 
     type: Literal["gumbel"] = "gumbel"
     num_codes: NumCodes = Field(default=8192, description="Number of codes K.")
-    code_channels: CodeChannels = Field(default=128, description="Width D of a code.")
+    code_channels: CodeChannels = Field(
+        default=128, description="Number of channels D of each code."
+    )
     straight_through: bool = Field(
         default=False,
         description=(
-            "In training, give the decoder one code instead of a mixture of codes. The gradient "
-            "stays that of the mixture."
+            "In training, give the decoder one code instead of a mixture of codes. The gradient is "
+            "still the gradient of the mixture."
         ),
     )
     temperature: Temperature = Field(
@@ -45,8 +50,8 @@ class GumbelConfig(BottleneckConfig):
     final_temperature: Temperature = Field(
         default=0.0625,
         description=(
-            "Temperature of the Gumbel-softmax at the end. The temperature falls from its first "
-            "value to this one along half a cosine."
+            "Temperature of the Gumbel-softmax after temperature_steps updates. The temperature "
+            "falls to this value along half a cosine."
         ),
     )
     temperature_steps: Annotated[Positive, OfTheRun()] = Field(
@@ -69,7 +74,7 @@ class GumbelConfig(BottleneckConfig):
         return True
 
     def temperature_at(self, update: int) -> float:
-        """Return the temperature of an update, counted from 0.
+        """Return the temperature of the Gumbel-softmax in an update, counted from 0.
 
         The temperature falls along half a cosine (arXiv:2102.12092, appendix A.2).
         """

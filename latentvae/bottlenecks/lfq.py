@@ -44,14 +44,19 @@ SMALLEST_SHARE = 1e-5
 
 
 class LFQConfig(EntropyConfig):
-    """The quantiser: signs of the channels (LFQ, or BSQ on the unit sphere). K = 2 ** num_bits."""
+    """Options of the quantisers LFQ and BSQ, which take the sign of each channel."""
 
     type: Literal["lfq"] = "lfq"
     num_bits: Annotated[int, Field(ge=1, le=24), Shape()] = Field(
-        default=16, description="Number of channels. The number of codes K is 2 to this power."
+        default=16,
+        description=(
+            "Number of channels. Each channel gives one bit, so the number of codes K is 2 ** "
+            "num_bits."
+        ),
     )
     spherical: Annotated[bool, Shape()] = Field(
-        default=False, description="Use BSQ: vectors and codes lie on the unit sphere."
+        default=False,
+        description="Use BSQ instead of LFQ. In BSQ, vectors and codes lie on the unit sphere.",
     )
 
 

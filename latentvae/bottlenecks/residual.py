@@ -24,19 +24,26 @@ from latentvae.option_marks import Elsewhere, Positive
 
 
 class ResidualConfig(LearnedCodebookConfig):
-    """The quantiser: L codes per position, each for the residual of the codes before it (RQ)."""
+    """Options of the residual quantiser (RQ), which gives each position L codes.
+
+    Each code approximates the residual that the codes before it leave.
+    """
 
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
-        default=4, description="Number of levels, which is the number of codes for each position."
+        default=4, description="Number of levels L. Each position has one code per level."
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
-        default=True, description="Use one codebook for all levels instead of one for each level."
+        default=True,
+        description=(
+            "Use one codebook for all levels. If this option is off, each level has its own "
+            "codebook."
+        ),
     )
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one that all levels share, or one for each level."""
+        """Number of codebooks: one if all levels share a codebook, else one for each level."""
         return 1 if self.shared_codebook else self.num_levels
 
 

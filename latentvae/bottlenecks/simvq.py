@@ -26,12 +26,19 @@ from latentvae.errors import UserError
 
 
 class SimVQConfig(CodebookConfig):
-    """The quantiser: nearest of K random codes, which one learned matrix moves together (SimVQ)."""
+    """Options of the quantiser SimVQ, which takes the nearest of K codes.
+
+    The codes are fixed random vectors, multiplied by one learned matrix.
+    """
 
     type: Literal["simvq"] = "simvq"
     gradient: GradientName = Field(
         default="straight_through",
-        description="How the decoder's gradient passes through the quantiser to the encoder.",
+        description=(
+            "How the gradient passes from the decoder through the quantiser to the encoder. "
+            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
+            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
+        ),
     )
 
 

@@ -39,7 +39,7 @@ SMALLEST_WINDOW = 5.0  # Number of updates. Counts over fewer updates say little
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
-    """The quantiser: each vector takes the nearest of K learned codes (VQ)."""
+    """Options of the quantiser VQ, which replaces each vector by the nearest of K learned codes."""
 
     type: Literal["vq"] = "vq"
     l2_normalize: Annotated[
@@ -50,13 +50,16 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
     ] = Field(
         default=False,
         description=(
-            "Put vectors and codes on the unit sphere, so that the nearest code has the largest "
-            "cosine similarity."
+            "Scale vectors and codes to length 1 (the unit sphere). The nearest code is then the "
+            "code with the largest cosine similarity."
         ),
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the module's arguments, without entropy temperature if `entropy_weight` is 0."""
+        """Return the arguments of the module.
+
+        The module computes entropies only if `entropy_weight` is above 0.
+        """
         temperature = (self.entropy_temperature or 0.01) if self.entropy_weight else None
         return super().arguments() | {"entropy_temperature": temperature}
 

@@ -33,18 +33,12 @@ def encode_command(
     if aspect_ratio_buckets < 0:
         raise UserError(f"aspect_ratio_buckets must be at least 0 (got {aspect_ratio_buckets}).")
     with _stoppable():
-        if aspect_ratio_buckets:
-            options["aspect_ratio_buckets"] = aspect_ratio_buckets
-            manifests = encode_buckets(model, data, out, **options)
-        else:
-            manifests = {out: encode_folder(model, data, out, **options)}
-
-    for folder, manifest in manifests.items():
-        if manifest is None:
-            continue  # another process is still encoding, and the last one prints the summary
-        for name, reason in manifest.unreadable:
-            _say(printable(f"left out {name}: {reason}"), style="yellow")
-        _say(summary(manifest, folder))
+        manifest = encode_folder(model, data, out, **options)
+    if manifest is None:
+        return  # other processes still encode, and the last process prints the summary
+    for name, reason in manifest.unreadable:
+        _say(printable(f"left out {name}: {reason}"), style="yellow")
+    _say(summary(manifest, out))
 
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
@@ -55,7 +49,7 @@ def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """Return a summary of what was encoded, in a few lines."""
+    """Return a summary of the encoded images, in a few lines."""
     content, facts = manifest.content, manifest.statistics
     shape = " x ".join(map(str, content.item_shape))
     lines = [
@@ -75,8 +69,9 @@ def summary(manifest: Manifest, out: Path) -> str:
         ]
         if coded and coded > facts["raw_bpp"]:
             lines.append(
-                "coded exceeds raw: each image is coded alone, with a header and code frequencies "
-                "of its own. For few tokens of many codes that costs more than it saves"
+                "The coded size exceeds the raw size, because each image is coded alone, with its "
+                "own header and code frequencies. With few tokens and many codes, these take more "
+                "bits than the coding saves."
             )
     else:
         lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")

@@ -1,4 +1,4 @@
-"""Make a report from options, for `latentvae evaluate` and benchmarks/compression.py."""
+"""Run an evaluation with the options of `latentvae evaluate` or benchmarks/compression.py."""
 
 import sys
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def evaluate_command(
         models: folders or Hub ids of autoencoders.
         data: folder of images, or `samples`.
         out: folder for the report.
-        quick: measure fewer images and fewer points, see `QUICK`.
+        quick: make a short evaluation with the settings of `QUICK`.
         max_images: measure at most this many images.
         resolution: resize images to cover this side, or this height and width, and crop the centre.
             None keeps the size of each image.
@@ -60,15 +60,17 @@ def evaluate_command(
         allow_download: download weights that this machine does not have.
         sheet_images: number of images in sheet.png.
         overwrite: replace the evaluation in `out`.
-        device: torch device. None is the GPU if there is one.
+        device: torch device. None means the GPU if there is one.
 
     Raises:
         UserError: no model is given, or a path, device or option cannot be used.
     """
     if not models:
-        raise UserError("no model to measure: give the folder or the Hub id of at least one")
+        raise UserError(
+            "there is no model to measure. Give the folder or the Hub id of at least one model."
+        )
 
-    # Options and images are checked before the weights are read.
+    # Check options and images before the weights are read.
     plan = replace(
         QUICK if quick else FULL,
         latent=latent,
@@ -143,7 +145,7 @@ def load_models(
     variant: str | None = None,
     optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
-    """Load models. Keys are the models' names, or parts of their paths if two names are equal."""
+    """Load models. The keys are the models' names, or parts of their paths if names are equal."""
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]
@@ -152,7 +154,7 @@ def load_models(
 
 
 def usable_device(device: str | None) -> torch.device:
-    """Return a torch device that works here. None is the GPU if there is one.
+    """Return a torch device that works on this machine. None means the GPU if there is one.
 
     Raises:
         UserError: the device does not exist or does not work.

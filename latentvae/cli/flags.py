@@ -1,4 +1,4 @@
-"""Command lines, parsed by tyro. Every wrong argument prints one sentence and exits with 2."""
+"""Parse command lines with tyro. A wrong argument prints one sentence and exits with code 2."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ _SWITCH_VALUES |= {"false": False, "no": False, "off": False, "0": False, "none"
 
 
 def _sides_last(arguments: list[str]) -> list[str]:
-    """Move `--resolution` and its one or two numbers to the end.
+    """Move `--resolution` and its one or two numbers to the end of the arguments.
 
-    The flag takes any number of values, so it would also take a model's name that follows.
+    tyro would otherwise take a model's name after these numbers as another value of the flag.
     """
     flag = "--resolution"
     if arguments.count(flag) != 1:
@@ -36,7 +36,7 @@ def _sides_last(arguments: list[str]) -> list[str]:
     while end < min(len(arguments), start + 3) and arguments[end].isdecimal():
         end += 1
     if end == start + 1:
-        return arguments  # a wrong value, which is reported as such
+        return arguments  # a wrong value, which is reported later
     return arguments[:start] + arguments[end:] + arguments[start:end]
 
 
@@ -55,7 +55,7 @@ def parse_options(
         UserError: an option is unknown, missing or wrong. The message is one sentence.
         SystemExit: after `--help`.
     """
-    # tyro prints the help unchanged. Errors of tyro become one sentence.
+    # The help is what tyro prints. Errors of tyro are shortened to one sentence.
     arguments = list(arguments)
     if "-h" in arguments or "--help" in arguments:
         arguments, context = ["--help"], contextlib.nullcontext()
@@ -75,9 +75,9 @@ def parse_options(
 def parse_known(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> tuple[Options, list[str]]:
-    """Read the flags of a dataclass. Return them, and the flags that the dataclass does not have.
+    """Read flags into a dataclass, and return it with the list of all other flags.
 
-    The arguments are those of `parse_options`.
+    The arguments of this function are those of `parse_options`.
 
     Raises:
         UserError: an option is missing or wrong. The message is one sentence.
@@ -94,14 +94,14 @@ def parse_known(
 
 
 def check_switches(arguments: Sequence[str], names: Iterable[str]) -> None:
-    """Check that no switch has a value, as in `--use_ema false`.
+    """Check that no on-off flag has a value. `--use_ema false` is an example of this error.
 
     Args:
         arguments: arguments of the command line.
         names: names of on-off options, written with underscores.
 
     Raises:
-        UserError: a switch has a value. The message names the flag to give instead.
+        UserError: an on-off flag has a value. The message names the flag to give instead.
     """
     names = set(names)
     for argument, after in itertools.pairwise([*arguments, ""]):
@@ -134,7 +134,7 @@ def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
 
 
 def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield a pair for each unknown flag: the flag as it was written, and an option's name."""
+    """Yield each unknown flag in two forms: as the user wrote it, and as the name of an option."""
     names = set(names)
     for argument in arguments:
         flag = argument.split("=")[0]
@@ -158,10 +158,10 @@ def one_sentence_errors() -> Iterator[None]:
 def settled_output() -> Iterator[None]:
     """Make stdout and stderr safe for the duration of a command.
 
-    - A letter that the locale cannot show is printed like ``\\xe9``.
-    - Output to a closed stream is dropped.
-    - If no program reads the output pipe any more, the command ends with 141 (SIGPIPE).
-    - Help is at least ``MIN_COLUMNS`` wide. The layout of a very narrow help would take minutes.
+    - A character that the locale cannot show is printed as an escape such as ``\\xe9``.
+    - Output is dropped if stdout or stderr is closed.
+    - If no program reads the output pipe any more, the exit code is 141 (SIGPIPE).
+    - Help is at least ``MIN_COLUMNS`` characters wide. tyro would take minutes for a narrower help.
     """
     # before the command
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
@@ -169,7 +169,8 @@ def settled_output() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # open until the end
+            # This file stays open until the process ends.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -191,7 +192,7 @@ def forget_output() -> bool:
     Python flushes stdout once more when it exits. Without a reader, this would raise an error.
 
     Returns:
-        False if a program still reads stdout. Then another pipe is broken.
+        False if a program still reads stdout. In this case another pipe is broken.
     """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()
@@ -205,7 +206,7 @@ def forget_output() -> bool:
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Print the error in one line and exit with 2."""
+    """Print the error in one line and exit with code 2."""
     say_once(f"error: {error}")
     raise SystemExit(2)
 

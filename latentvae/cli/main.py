@@ -25,37 +25,39 @@ class Reconstruct:
     """Folder or Hub id of a diffusers autoencoder, such as a run's export."""
 
     inputs: Annotated[tuple[str, ...], Positional]
-    """Images and folders of images. The sizes may differ."""
+    """Image files, and folders of images. The images may have different sizes."""
 
     out: Path
-    """Folder for the pictures (original, reconstruction, difference) and table.csv."""
+    """Folder for table.csv and the pictures. Each picture shows an original, its reconstruction and
+    their difference."""
 
     max_side: int | None = None
     """Shrink images whose longer side has more pixels than this, to save memory."""
 
     strips: bool = False
-    """Compute each image strip by strip. The result is exact and needs little memory, but takes
-    longer. The command prints how much longer."""
+    """Compute each image strip by strip. The result is exact and needs little memory, but the
+    computation takes longer. For large images, the command prints an estimate of the time."""
 
     value_range: tuple[float, float] | None = None
-    """The stored number that becomes black and the one that becomes white, as in training. Float
-    files may need this option."""
+    """The two stored pixel values that become black and white, as in training. Files with
+    floating-point values may need this option."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default such files
-    are converted to sRGB."""
+    """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
+    default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
-    million. Small files can fill the memory, so raise the limit only for files that you trust."""
+    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
+    limit, 89 million. Even a small file can fill the memory when it is decoded, so raise the limit
+    only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Faster computation. exact: the same numbers up to rounding. fast: bfloat16 where it is
-    faster. openvino: OpenVINO on the CPU."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
-    or the only variant that exists."""
+    """Variant of the model's weights, such as fp16. By default, weights without a variant name are
+    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
         """Write the pictures and the table."""
@@ -68,57 +70,61 @@ class Reconstruct:
 class Evaluate:
     """Measure autoencoders on images: distortion, perception, bit rate, latents, precision, speed.
 
-    The command takes any autoencoder of images that diffusers knows. JPEG, WebP and AVIF are
-    measured on the same images too. The results are report.json, per_image.csv, rate.png, sheet.png
-    and the printed tables. If the command was stopped, start it again to continue.
+    The command measures any image autoencoder of diffusers. For comparison, it also measures JPEG,
+    WebP and AVIF on the same images. It writes report.json, per_image.csv, rate.png and sheet.png,
+    and prints tables. After an interruption, run the same command again to continue.
     """
 
     models: Annotated[tuple[str, ...], Positional]
-    """Folders of autoencoders, such as runs' exports, or Hub ids (owner/name/folder)."""
+    """Autoencoders to measure: folders, such as exports of runs, or Hub ids (owner/name/folder)."""
 
     data: str
-    """Folder of images that no model was trained on. `samples` means the two photos that training
-    on `samples` holds out."""
+    """Folder of images that no model was trained on. `samples` means two photos from scikit-image.
+    Training on `samples` holds these two photos out."""
 
     out: Path
     """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Take a first look: measure 8 images and fewer points. Speed is measured at 256 px only.
-    Metrics that use VGG (LPIPS with VGG, distribution metrics) are left out."""
+    """Make a short evaluation of 8 images, with fewer points on the rate curves. Speed is measured
+    at 256 px only. Metrics that use VGG (LPIPS with VGG, distribution metrics) are not measured."""
 
     max_images: int | None = None
-    """Measure at most this many images, spread evenly over the sorted names."""
+    """Largest number of images to measure. If there are more, they are chosen at equal distances in
+    the sorted list of names."""
 
     resolution: tuple[int, ...] | None = None
-    """Resize images to cover this side, or this height and width, and crop the centre. By
-    default each image keeps its own size."""
+    """Size in pixels: one number for a square, or height and width. Each image is resized to cover
+    this size, and the centre is cropped. By default, each image keeps its own size."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many shapes, as training with this
-    option does. Each shape has about as many pixels as the option resolution gives. By default
-    all images get the same shape."""
+    """Resize and crop each image to the nearest of this many aspect ratios, as training does with
+    the same option. Images of each aspect ratio have about as many pixels as the option resolution
+    gives. 0 turns this off."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default such files
-    are converted to sRGB."""
+    """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
+    default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
-    million."""
+    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
+    limit, 89 million."""
 
     sections: str = "distortion,rate,latent,passport,tiling,speed"
-    """Measure only these sections, separated by commas. By default all sections are measured."""
+    """Sections of the report to measure, separated by commas. By default, all sections are
+    measured. The section passport measures the effect of half precision."""
 
     all_pages: bool = False
-    """Use every page of a TIFF as an image of its own. By default only the first page is used."""
+    """Use every page of a TIFF file as a separate image. By default, only the first page is
+    used."""
 
     latent: Literal["mode", "sample"] = "mode"
-    """Decode the mode of the posterior, or a sample of the posterior. Bitstreams always hold the
-    mode."""
+    """Latent that is decoded: the mode of the posterior, or a sample of the posterior. Bitstreams
+    always contain the mode."""
 
     rfid: bool = False
-    """Measure rFID and KID with the original Inception weights (`pip install latentvae[fid]`)."""
+    """Measure rFID and KID with the original Inception weights. This needs the package
+    torch-fidelity (`pip install latentvae[fid]`)."""
 
     inception_weights: Path | None = None
     """File with the Inception weights for rFID and KID:
@@ -134,11 +140,11 @@ class Evaluate:
     """Delete the evaluation that is in the folder `out` and start again."""
 
     device: str | None = None
-    """Torch device of models and metrics. Default: the GPU if there is one."""
+    """Torch device of models and metrics. The default is the GPU if there is one."""
 
     variant: str | None = None
-    """Variant of the models' weights, such as fp16. Default: the weights without a variant name,
-    or the only variant that exists."""
+    """Variant of the models' weights, such as fp16. By default, weights without a variant name are
+    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
         """Write the report and print its tables."""
@@ -150,19 +156,20 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare the models of one or more reports: values, best values and paired differences."""
+    """Compare the models of one or more reports: print their values and paired differences."""
 
     reports: Annotated[tuple[Path, ...], Positional]
     """report.json files, or the folders that contain them."""
 
     force: bool = False
-    """Compare reports that were not measured alike. The table then shows what differs."""
+    """Compare reports even if they were measured on different images or with different settings.
+    There is then no table of paired differences."""
 
     markdown: bool = False
-    """Print the table as Markdown, for a model card."""
+    """Print the tables as Markdown, for a model card."""
 
     def run(self) -> None:
-        """Print the table."""
+        """Print the tables."""
         from rich.console import Console
 
         from latentvae.report import compare, markdown
@@ -176,31 +183,31 @@ class Compare:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's newest checkpoint as a diffusers folder, and measure scaling and shift."""
+    """Write a run's newest checkpoint as a diffusers folder, with measured scaling and shift."""
 
     folder: Annotated[Path, Positional]
     """Folder of a training run."""
 
     out: Path
-    """Folder to write. `from_pretrained` of the model's class loads it."""
+    """Folder to write to. `from_pretrained` of the model's class loads this folder."""
 
     overwrite: bool = False
     """Replace the export that is in the folder `out`."""
 
     lookup_from_codebook: bool = False
-    """Write a tokenizer as a VQModel for aMUSEd, which looks up codes by index and has pixels in
-    [0, 1]."""
+    """Write a tokenizer as a VQModel for aMUSEd. Such a VQModel looks up codes by index, and its
+    pixels are in [0, 1]."""
 
     push_to_hub: bool = False
-    """Upload the export to the Hugging Face Hub, with the account of `hf auth login` or of the
-    token in HF_TOKEN."""
+    """Upload the export to the Hugging Face Hub. The upload uses the account of `hf auth login` or
+    of the token in HF_TOKEN."""
 
     hub_model_id: str | None = None
-    """Hub repository to upload the export to, as owner/name. Default: the run's name in your own
-    account."""
+    """Name of the Hub repository for the export, as owner/name. By default, the repository is in
+    your account and has the name of the run."""
 
     hub_private_repo: bool = False
-    """Make the Hub repository of the export private if the repository is new."""
+    """If the upload creates a new Hub repository, make this repository private."""
 
     def run(self) -> None:
         """Write the folder, and upload it if `push_to_hub` is set."""
@@ -216,10 +223,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode images once, into shards of tokens or latents to train a generator on.
+    """Encode images into shards (files) of tokens or latents, to train a generator on them.
 
-    A tokenizer makes tokens. Any other autoencoder that diffusers knows makes latents. If the
-    command was stopped, start it again to continue. Several processes share the work:
+    A tokenizer gives tokens. Any other image autoencoder of diffusers gives latents. After an
+    interruption, run the same command again to continue. Several processes can share the work:
 
         accelerate launch --num_processes 4 -m latentvae.cli encode MODEL --data photos ...
     """
@@ -228,15 +235,16 @@ class Encode:
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     data: str
-    """Images: a folder of images, of tar files or of tables, or one such file. Also `samples`,
-    or owner/name of a data set on the Hub."""
+    """Images to encode: a folder of images, of tar files or of tables, or a single tar file or
+    table. You may also give `samples`, or owner/name of a data set on the Hub."""
 
     out: Path
     """Folder for the shards and manifest.json. The folder is created if it does not exist."""
 
     resolution: Annotated[tuple[int, ...], arg(metavar="PIXELS|HEIGHT WIDTH")]
-    """Pixels per side, or height and width. Each image is resized to cover this size, and the
-    centre is cropped. Both sides must be multiples of the model's downsampling factor f."""
+    """Size in pixels: one number for a square, or height and width. Each image is resized to cover
+    this size, and the centre is cropped. Height and width must be multiples of the model's
+    downsampling factor f."""
 
     aspect_ratio_buckets: int = 0
     """Resize and crop each image to the nearest of this many shapes, as training with this
@@ -250,53 +258,56 @@ class Encode:
     """Number of extra processes that read images."""
 
     shard_items: int = 4096
-    """Number of images per shard. A killed process loses at most one shard. Each process writes
-    complete shards."""
+    """Number of images per shard. Each process writes complete shards, so a killed process loses at
+    most one shard."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Data type of the latents. Default: float16. Tokens get the smallest integer type that
-    holds K codes."""
+    """Data type of stored latents. The default is float16. Tokens are always stored in the smallest
+    integer type that is large enough for the number of codes."""
 
     moments: bool = False
-    """Store the mean and the standard deviation of the posterior, so that latents can be
-    sampled."""
+    """Store the mean and the standard deviation of the posterior. You can then draw samples from
+    the posterior later."""
 
     interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
-    """Filter that resizes images."""
+    """Filter for resizing images."""
 
     value_range: tuple[float, float] | None = None
-    """The stored number that becomes black and the one that becomes white, as in training. Float
-    files may need this option."""
+    """The two stored pixel values that become black and white, as in training. Files with
+    floating-point values may need this option."""
 
     ignore_icc: bool = False
-    """Keep the stored numbers of files with an embedded colour profile. By default such files
-    are converted to sRGB."""
+    """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
+    default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Read images of up to this many pixels (width times height). Default: Pillow's limit, 89
-    million."""
+    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
+    limit, 89 million."""
 
     all_pages: bool = False
-    """Use every page of a TIFF as an image of its own. By default only the first page is used."""
+    """Use every page of a TIFF file as a separate image. By default, only the first page is
+    used."""
 
     label_column: str | None = None
-    """Column of a table that holds the classes. Default: `label`. For other data, each
-    first-level folder is a class."""
+    """Column of a table that holds the class of each image. The default is `label`. For folders and
+    tar files, the first-level folder of an image is its class."""
 
     overwrite: bool = False
     """Replace shards in the folder `out` that were made with another model, other data or other
-    options. Data is compared by names and labels, not by the content of the images."""
+    options. The command compares data by the names and labels of the images, not by their
+    pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Faster computation. `exact` differs only by rounding. The manifest records this option.
-    Default: off."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU. manifest.json records
+    this option."""
 
     device: str | None = None
-    """Torch device that computes. Default: the GPU of this process if there is one."""
+    """Torch device for the computation. The default is the GPU of this process if there is one."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
-    or the only variant that exists."""
+    """Variant of the model's weights, such as fp16. By default, weights without a variant name are
+    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
         """Write the shards."""
@@ -307,10 +318,11 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Turn shards of tokens or latents back into pictures, one 8-bit PNG per image name.
+    """Decode shards of tokens or latents into pictures, one 8-bit PNG per image name.
 
-    The command checks three things first. Each file must have the sha256 that was recorded. Indices
-    must be below the number of codes. The model must be the one that encoded.
+    Before decoding, the command checks three things. Each file must have the sha256 that the
+    manifest records. Indices of tokens must be below the number of codes. The model must be the one
+    that encoded the images.
     """
 
     shards: Annotated[Path, Positional]
@@ -329,15 +341,15 @@ class Decode:
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Faster computation. exact: the same numbers up to rounding. fast: bfloat16 where it is
-    faster. openvino: OpenVINO on the CPU."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
 
     device: str | None = None
-    """Torch device that computes. Default: the GPU of this process if there is one."""
+    """Torch device for the computation. The default is the GPU of this process if there is one."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
-    or the only variant that exists."""
+    """Variant of the model's weights, such as fp16. By default, weights without a variant name are
+    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
         """Write the pictures."""
@@ -350,10 +362,11 @@ class Decode:
 class Convert:
     """Write an AutoencoderKL or a VQModel with the weight names of CompVis and taming.
 
-    The command prints the matching `ddconfig` of the original code and stores it in the file's
-    metadata. Other programs load the result as a single file. `latentvae.load` reads it back if it
-    is an AutoencoderKL with the shape of Stable Diffusion (4 latent channels), SD3 or FLUX (16),
-    without attention in its levels. For other networks, `latentvae.load` needs the folder.
+    Programs that use the original code can load the result, a single .safetensors file. The command
+    prints the `ddconfig` (the network's options in the original code) and stores it in the file's
+    metadata. `latentvae.load` also reads such a file, but only for some networks. The network must
+    be an AutoencoderKL without attention in its levels, and with the shape of Stable Diffusion (4
+    latent channels), SD3 or FLUX (16). Load other networks from their diffusers folder.
 
     The original classes always have the layers quant_conv and post_quant_conv. If the network does
     not have these layers, as in SD3 and FLUX, identity layers are written.
@@ -369,8 +382,8 @@ class Convert:
     """Replace the file if it exists."""
 
     variant: str | None = None
-    """Variant of the model's weights, such as fp16. Default: the weights without a variant name,
-    or the only variant that exists."""
+    """Variant of the model's weights, such as fp16. By default, weights without a variant name are
+    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
         """Write the file and print the `ddconfig`."""
@@ -383,19 +396,18 @@ class Convert:
 class VerifyResume:
     """Check that a killed run resumes exactly: train a little, kill, resume and compare.
 
-    A short version of your run (your model, images, precision and processes) is trained twice with
-    `accelerate launch`. The first training runs without interruption. In the second training, all
-    processes get SIGKILL at random moments of updates and saves, and the same command starts them
-    again.
+    The command trains a short version of your run twice with `accelerate launch`. Your model,
+    images, precision and number of processes are used. The first training is not interrupted. In
+    the second training, SIGKILL ends all processes at random moments of updates and saves, and the
+    same command starts them again.
 
-    The results of both trainings must be equal, bit by bit on the CPU. The results are weights,
-    optimizers, averages, discriminator, counters, log rows and export.
+    Both trainings must then have equal weights, optimizer states, moving averages, discriminators,
+    counters, log rows and exports. On the CPU, these must be equal bit by bit.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
-    The command also takes all flags of training (latentvae train --config CONFIG --help lists
-    them). The exit code is 0 if all checks pass, 1 if a check failed, and 2 if the command was used
-    wrongly.
+    The command also takes all flags of training. `latentvae train --config CONFIG --help` lists
+    them. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is wrong.
     """
 
     config: Positional[str]
@@ -405,31 +417,32 @@ class VerifyResume:
     """Number of updates of each of the two trainings."""
 
     kills: int = 3
-    """Number of kills. Every second kill happens during a save."""
+    """Number of times that the second training is killed. Every second kill happens while a
+    checkpoint is saved."""
 
     processes: int = 1
-    """Number of processes of each launch, as in `accelerate launch --num_processes`."""
+    """Number of processes of each training, as in `accelerate launch --num_processes`."""
 
     kill_seed: int = 0
     """Seed of the random moments at which processes are killed."""
 
     work_dir: Path | None = None
-    """New folder for both trainings, which is kept. Default: a temporary folder that is deleted
-    if all checks pass."""
+    """New folder for the files of both trainings, which is kept afterwards. By default, a temporary
+    folder is used and deleted if all checks pass."""
 
     json: Path | None = None
     """JSON file to write the results of the checks to."""
 
     launch_timeout: int = 3600
-    """Number of seconds after which a launch counts as hung."""
+    """Number of seconds after which `accelerate launch` counts as hung if it has not ended."""
 
     def run(self, flags: Sequence[str]) -> None:
-        """Check the run that the training scripts' `flags` describe, and exit."""
+        """Check the run that the flags of training describe, and exit."""
         from latentvae.proofs.verify_resume import verify_resume
         from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-        # SIGTERM does not reach the launches, because they have their own sessions. An exception
-        # ends them.
+        # The launched trainings have process sessions of their own, so SIGTERM does not reach them.
+        # The exception that sys.exit raises ends them.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))
@@ -440,22 +453,21 @@ class VerifyResume:
 class Preflight:
     """Check a run before it starts: train a few updates and print a line per check.
 
-    The command uses your own model, images, precision and processes. The checks are that
+    The command uses the model, images, precision and processes of your run. It checks that
 
-    - every loss reaches the weights that it should train, and no others,
-    - the weights and the average of the weights change,
-    - all processes have the same model, and each reads different images,
-    - a run that resumes from a checkpoint repeats the next update.
+    - the gradient of every loss reaches the weights that this loss should train, and no others,
+    - the weights and their moving average change,
+    - all processes have the same model, and each process reads different images,
+    - a run that resumes from a checkpoint computes exactly the same next update.
 
-    The command estimates the time, memory and disk space of the complete run. The folder of the run
-    is neither read nor written.
+    The command also estimates the time, memory and disk space of the complete run. It neither reads
+    nor writes the output folder of the run.
 
         latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
 
-    The command also takes all flags of training (latentvae train --config CONFIG --help lists
-    them). The exit code is 0 if all checks pass, 1 if a check failed, and 2 if the command was used
-    wrongly.
+    The command also takes all flags of training. `latentvae train --config CONFIG --help` lists
+    them. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is wrong.
     """
 
     config: Positional[str]
@@ -465,7 +477,7 @@ class Preflight:
     """JSON file to write the results of the checks to."""
 
     def run(self, flags: Sequence[str]) -> None:
-        """Check the run that the training scripts' `flags` describe, and exit."""
+        """Check the run that the flags of training describe, and exit."""
         from latentvae.proofs.preflight import preflight
 
         config = training_config(self.config, flags, also=["json"])
@@ -473,18 +485,18 @@ class Preflight:
 
 
 def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "TrainConfig":
-    """Return the options of a run, for a command that also takes the training scripts' flags.
+    """Return the options of a run, for a command that also takes the flags of training.
 
     Args:
         config: preset or YAML file.
-        flags: flags of the training scripts.
+        flags: flags of training.
         also: names of the command's own options. The error about a wrong flag may suggest one of
             them.
     """
     from latentvae.cli.train import config_from_arguments
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
-        raise UserError(f"--config is not allowed here: '{config}' is the config already")
+        raise UserError(f"--config is not allowed here, because '{config}' is already the config")
     return config_from_arguments(["--config", config, *flags], description="", also=also)
 
 
@@ -513,10 +525,10 @@ TRAIN = "train"
 SCRIPTS = """\
 Scripts of the repository:
   train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
-  train/train_vq.py        The same for tokenizers: its preset without --config is vq_small.
+  train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
-Several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
+To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
 # These commands also take the flags of training.
 COMMANDS_OF_RUNS: dict[str, type[Preflight] | type[VerifyResume]] = {
     "preflight": Preflight,
@@ -530,10 +542,10 @@ def train_command(arguments: Sequence[str]) -> None:
         latentvae train --config kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli train --config kl_f8 ...
 
-    A single process needs no launcher. `--config` takes a YAML file or the name of any preset.
-    Every flag below overrides a value of the config. If the run was stopped, the same command
-    continues it. `--preflight` trains a few updates to check the run, and exits. `--train_data_dir
-    samples` trains on the photos that come with scikit-image.
+    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
+    a preset. Every flag below overrides a value of this config. To resume a run that was
+    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
+    and then exits. `--train_data_dir samples` trains on the photos that come with scikit-image.
     """
     from latentvae.cli.train import run_training
 
@@ -543,7 +555,7 @@ def train_command(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. A wrong argument prints one sentence and exits with 2."""
+    """Run a command. After a wrong argument, print one sentence and exit with code 2."""
     with settled_output():
         _run(sys.argv[1:] if arguments is None else arguments)
 
@@ -570,7 +582,8 @@ def _name(arguments: Sequence[str]) -> str:
     known = [TRAIN, *COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
-            f"a command is missing. `latentvae --help` explains them: {', '.join(known)}"
+            f"a command is missing. Give one of {', '.join(known)}. `latentvae --help` explains "
+            "the commands."
         )
     if arguments[0] not in known:
         close = nearest(arguments[0], known)

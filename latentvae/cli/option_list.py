@@ -1,10 +1,10 @@
 """The options of a preset as plain data. Flags and help are made from this data.
 
 Importing the classes of the options imports torch and diffusers, which takes seconds. For the
-presets of autoencoders, options.json therefore holds the same data. With it, help and messages
-about wrong flags need no import. If a file that defines options has changed since, options.json is
-ignored. Help is then slow, but not wrong. `python -m latentvae.cli.option_list` writes options.json
-again.
+presets of autoencoders, options.json therefore holds the same data. With this
+file, help and messages about wrong flags need no import. If a file that defines options has
+changed, options.json is out of date and is ignored. Help is then slow, but correct. `python -m
+latentvae.cli.option_list` writes options.json again.
 """
 
 import dataclasses
@@ -62,7 +62,14 @@ class Option(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A section of options: its name in the config, its class's name and docstring, its members."""
+    """A section of options.
+
+    Attributes:
+        name: name of the section in the config.
+        title: name of the section's class.
+        doc: docstring of that class.
+        members: the options of the section, and the sections in it.
+    """
 
     name: str
     title: str
@@ -81,7 +88,7 @@ class OptionList:
 
     Attributes:
         presets: the options of each preset, by the preset's name.
-        elsewhere: our name of an option, by the name that another trainer uses for it.
+        elsewhere: our name of an option, by each name that other training programs have for it.
     """
 
     presets: dict[str, Group]
@@ -116,7 +123,7 @@ def describe_presets(schema: "type[JobConfig]") -> dict[str, Group]:
 
 
 def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
-    """Return our name of an option by each name that other trainers have for it."""
+    """Return our name of an option, by each name that other training programs have for it."""
     from latentvae.option_marks import Elsewhere, marks
 
     found = marks(schema, Elsewhere).items()
@@ -126,8 +133,8 @@ def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
 def flags_class(group: Group) -> type:
     """Return a dataclass for tyro whose fields are the options of a group.
 
-    Choices are strings that tyro does not check, because pydantic reports wrong ones. The help
-    lists the choices.
+    tyro does not check the values of options with choices, because pydantic reports wrong values.
+    The help lists the choices.
     """
     fields: list[Any] = []
     for member in group.members:
@@ -145,7 +152,7 @@ def flags_class(group: Group) -> type:
 
 
 def read_list() -> OptionList | None:
-    """Return the content of options.json, or None if it is missing or older than the package."""
+    """Return the content of options.json, or None if the file is missing or out of date."""
     try:
         content = json.loads(FILE.read_text(encoding="utf-8"))
         fresh = content["sources"] == _hashes(content["sources"])

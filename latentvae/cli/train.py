@@ -63,21 +63,21 @@ def config_from_arguments(
         schema: class of the task's options. None is `TrainConfig`, the options of autoencoders.
         default_config: preset to use without `--config`. If it is empty, the defaults of the schema
             are used.
-        also: names of other options of the command, which were read before. The error about a wrong
-            flag may suggest one of them.
+        also: names of other options of the command, which are not in `arguments`. The error about a
+            wrong flag may suggest one of them.
 
     Raises:
         UserError: a flag is unknown, or a value is not allowed.
         SystemExit: after `--help`.
     """
-    # Wrong flags of autoencoders' presets are reported before their slow import.
+    # For autoencoders, wrong flags are reported before the slow import of the option classes.
     if schema is None:
         check_early(arguments, description=description, default_config=default_config, also=also)
         from latentvae.tasks.autoencoder.config import TrainConfig
 
         schema = cast("type[Config]", TrainConfig)
 
-    # the preset: its values are the defaults of the flags
+    # the preset, whose values are the defaults of the flags
     from latentvae.config.presets import load_preset, parse
 
     arguments = list(arguments)
@@ -107,8 +107,8 @@ def check_early(
 ) -> None:
     """Print the help or report wrong flags, before anything slow is imported.
 
-    The function does nothing if the config is no preset, or if options.json is older than the
-    package. `config_from_arguments` has the same arguments and checks them again.
+    The function does nothing if the config is no preset, or if options.json is out of date.
+    `config_from_arguments` takes the same arguments and checks them again.
     """
     # the preset, by its name or its file
     arguments, listed = list(arguments), read_list()
@@ -250,7 +250,7 @@ def _config_flag(arguments: list[str]) -> str | None:
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:
-    """Return the length of the run on the command line, which shares of the run refer to."""
+    """Return the value of --max_train_steps. Options that are a share of the run refer to it."""
     flag = "--max_train_steps"
     given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == flag]
@@ -263,7 +263,7 @@ def run_training(
 ) -> None:
     """Run the training script of an autoencoder, see `run_task`.
 
-    With `--preflight`, the script only checks the run, see `proofs.preflight`.
+    With `--preflight`, the script only checks the run (see `proofs.preflight`).
     """
     with settled_output():
         try:
@@ -356,9 +356,9 @@ def _faults_as_exit_codes() -> Iterator[None]:
         if not forget_output():
             raise
         say_once(
-            "error: nothing reads the output of this run any more. Run the same command again to "
-            "continue from the newest checkpoint (with `> log.txt 2>&1` instead of a pipe, the run "
-            "does not depend on a reader)"
+            "error: nothing reads the output of this run any more, so the run has stopped. Run the "
+            "same command again to continue from the newest checkpoint. With `> log.txt 2>&1` "
+            "instead of a pipe, the run does not depend on another program."
         )
         raise SystemExit(1) from None
     except UploadError as error:

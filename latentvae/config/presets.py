@@ -1,4 +1,4 @@
-"""Turn YAML and nested values into a checked configuration. Each wrong value gets one sentence."""
+"""Turn YAML files and nested dicts into checked options. Each wrong value gives one sentence."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -15,21 +15,17 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def presets_folder() -> Path:
-    """Return the folder of presets: in an installed package, or `train/configs` of a checkout."""
+    """Return the folder of presets: `presets` of an installed package, or `train/configs`."""
     installed = Path(__file__).parents[1] / "presets"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Return the names of a task's presets: those that have only sections of the task."""
-    found = _preset_sections(presets_folder())
-    return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
-
-
-@cache
-def _preset_sections(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the sections in each preset. One process reads the files once, since that is slow."""
-    return {path.stem: frozenset(read_yaml(path) or {}) for path in folder.glob("*.yaml")}
+    """Return the names of the presets whose sections all belong to this task, sorted."""
+    found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
+    return sorted(
+        name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
+    )
 
 
 def load_preset(
@@ -40,14 +36,14 @@ def load_preset(
     Args:
         name_or_path: name of the preset, or path of the file.
         schema: class of the options of the task.
-        max_train_steps: length of the run that replaces the file's. Warm-ups that are given as a
-            share of the run follow this length.
+        max_train_steps: length of the run in updates, instead of the length in the file. Options
+            that are a share of the run then refer to this length.
 
     Raises:
         UserError: the file or preset does not exist, the YAML is unreadable, or an option is
             unknown or out of range.
     """
-    # A file comes before a preset of the same name.
+    # If there is a file and a preset of this name, the file is used.
     path = Path(name_or_path)
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.yaml"
@@ -79,7 +75,7 @@ def sections(schema: type[JobConfig]) -> list[str]:
 
 
 def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Config:
-    """Return checked options.
+    """Return the options after a check of all names and values.
 
     Args:
         values: the options by section.
@@ -87,7 +83,8 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
         source: the file or command line that the options come from, for error messages.
 
     Raises:
-        UserError: options are unknown or have wrong values. The message has one sentence for each.
+        UserError: an option is unknown or has a wrong value. The message has one sentence for each
+            such option.
     """
     try:
         return schema.model_validate(values)
@@ -98,7 +95,9 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
 
 
 def checked(config: Config) -> Config:
-    """Return the same options after a check. Assigning an option does not check its value.
+    """Return the same options after a check of their values.
+
+    The check is needed because an assignment to an option does not check the value.
 
     Raises:
         UserError: an option has a value that is not allowed.
@@ -107,8 +106,8 @@ def checked(config: Config) -> Config:
 
 
 def _sentence(fault: Any, schema: type[JobConfig]) -> str:
-    """Return one of pydantic's errors as our own sentence."""
-    # Name the place as the user wrote it. pydantic adds the kind of a section that a preset chose.
+    """Return a sentence for the user that reports one of pydantic's errors."""
+    # Name the option as the user wrote it. pydantic adds the tag of the chosen option class.
     chosen = [part for part in fault["loc"] if part in kinds(schema)]
     loc = [part for part in fault["loc"] if part not in chosen]
     where = ".".join(str(part) for part in loc)
@@ -124,7 +123,7 @@ def _sentence(fault: Any, schema: type[JobConfig]) -> str:
         return f"{where} must be one of {choices} (got '{fault['ctx']['tag']}'){hint}"
     if fault["type"] == "model_type":
         given = _shown(fault["input"])
-        return f"{where} is {given}, but should be a section: options with their values"
+        return f"{where} is {given}, but should be a section (options with their values)"
 
     # values
     if fault["type"] == "value_error":
@@ -142,7 +141,9 @@ def _sentence(fault: Any, schema: type[JobConfig]) -> str:
 def _unknown_option(loc: list[Any], schema: type[JobConfig], *, section: str) -> str:
     where = ".".join(str(part) for part in loc)
     if loc[-1] == "quantizer":
-        return f"'{where}' has no meaning here. It goes under model, with architecture: vq"
+        return (
+            f"'{where}' has no meaning here. This section goes under model, with architecture: vq"
+        )
     names = option_names(schema)
     if loc[-1] in names:
         return f"'{where}' is no option of {section}"
@@ -150,6 +151,6 @@ def _unknown_option(loc: list[Any], schema: type[JobConfig], *, section: str) ->
 
 
 def _shown(value: Any) -> str:
-    """Return the beginning of a value. The value may be the text of an entire file."""
+    """Return a value as text. Long text is cut, because a value may be a whole file."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

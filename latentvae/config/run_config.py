@@ -1,6 +1,6 @@
-"""The options that every run has: its optimizer, length, files and logs.
+"""Options that every training run has, such as the optimizer, the length, the files and the logs.
 
-The options of a task are a `JobConfig` with more sections.
+Each task (such as training an autoencoder) has a subclass of `JobConfig` with more sections.
 """
 
 import os
@@ -23,7 +23,7 @@ from latentvae.option_marks import (
     marked,
 )
 
-# None becomes a number in `JobConfig.for_processes`, before anything computes with it.
+# `JobConfig.for_processes` replaces None by a number before other code reads the option.
 _FOLLOWS: Any = None
 if TYPE_CHECKING:
     FollowsGlobalBatch = int
@@ -32,18 +32,22 @@ else:
 
 
 class OptimizerConfig(Section):
-    """AdamW, the learning rate's schedule, gradient clipping and the average of the weights."""
+    """Options of AdamW, learning rate, gradient clipping and moving average of the weights."""
 
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
-        description="Peak learning rate. The learning rate is not scaled by the batch size.",
+        description=(
+            "Peak learning rate of the model. The program does not scale the learning rate by the "
+            "batch size."
+        ),
     )
     lr_scheduler: Annotated[
         Literal["constant", "cosine"], Elsewhere("lr_scheduler_type scheduler lr_schedule")
     ] = Field(
         default="constant",
         description=(
-            "Learning rate after the warm-up: constant, or cosine decay to 0 at max_train_steps."
+            "Schedule of the learning rate after the warm-up. `constant` keeps the peak learning "
+            "rate. `cosine` lowers the learning rate to 0 at max_train_steps."
         ),
     )
     lr_warmup_steps: Annotated[
@@ -51,71 +55,75 @@ class OptimizerConfig(Section):
     ] = Field(
         default=1000,
         description=(
-            "Number of updates over which the learning rate grows linearly, counted from the "
-            "model's first update. A value below 1 is a share of max_train_steps."
+            "Number of updates over which the learning rate grows linearly to its peak. The count "
+            "starts at the model's first update. A value below 1 is a share of max_train_steps."
         ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(
-        default=0.9, description="AdamW's first beta."
+        default=0.9, description="Beta 1 of AdamW."
     )
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta2")] = Field(
-        default=0.999, description="AdamW's second beta."
+        default=0.999, description="Beta 2 of AdamW."
     )
     adam_weight_decay: Annotated[float, Field(ge=0.0), Elsewhere("weight_decay wd")] = Field(
-        default=0.0, description="AdamW's weight decay."
+        default=0.0, description="Weight decay of AdamW."
     )
     adam_epsilon: Annotated[float, Field(gt=0.0), Elsewhere("adam_eps eps epsilon")] = Field(
-        default=1e-8, description="AdamW's epsilon."
+        default=1e-8, description="Epsilon of AdamW."
     )
     max_grad_norm: Annotated[
         float, Field(gt=0.0), Elsewhere("clip_grad_norm gradient_clip_val grad_clip clip_grad")
     ] = Field(
         default=1.0,
         description=(
-            "Largest gradient norm. The gradients of the model and of the discriminator are "
-            "clipped to it separately."
+            "Clip gradients to this norm. The gradient of the model and the gradient of the "
+            "discriminator are clipped separately."
         ),
     )
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop after this many updates in a row whose loss or gradient is not finite. Fewer "
-            "such updates are skipped and counted."
+            "Stop the run after this many updates in a row with a gradient that is not finite. If "
+            "there are fewer in a row, the run skips these updates and continues."
         ),
     )
     use_ema: bool = Field(
         default=True,
-        description="Keep a moving average of the weights. The average is validated and exported.",
+        description="Keep a moving average of the weights. Validation and export use this average.",
     )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.999,
         description=(
-            "Decay per update of the average of the weights. The decay starts lower and rises to "
-            "this value."
+            "Decay per update of the moving average of the weights (use_ema). In the first updates "
+            "the decay is smaller."
         ),
     )
 
 
 class RunConfig(Section):
-    """Length, batch, precision, files and logs of the run."""
+    """Options of the run: its length, batch size, precision, files and logs."""
 
     output_dir: Annotated[
         str | None, MayChange(), Private(), Elsewhere("out out_dir output outdir save_dir logdir")
     ] = Field(
         default=None,
-        description="Output folder of the run, for checkpoints, log, sample images and export.",
+        description=(
+            "Folder for the checkpoints, the log, the sample images and the export of the run."
+        ),
     )
     max_train_steps: Annotated[
         Positive,
         MayChange(),
         Elsewhere("steps max_steps num_steps train_steps iterations max_iterations updates"),
-    ] = Field(default=100_000, description="Number of updates of the model.")
+    ] = Field(
+        default=100_000, description="Length of the run: number of updates (optimizer steps)."
+    )
     global_batch_size: Positive | None = Field(
         default=None,
         description=(
-            "Number of images per update over all processes and micro-steps. With this option, "
-            "train_batch_size is the most that a process takes at once, and "
-            "gradient_accumulation_steps is computed."
+            "Number of images per update, summed over all processes and micro-steps. With this "
+            "option, train_batch_size is the maximum for each micro-step of a process. The program "
+            "then computes gradient_accumulation_steps if you do not set it."
         ),
     )
     train_batch_size: Annotated[
@@ -123,28 +131,31 @@ class RunConfig(Section):
     ] = Field(
         default=12,
         description=(
-            "Images per process and micro-step. With global_batch_size, this is the maximum."
+            "Number of images per process and micro-step. If global_batch_size is set, this number "
+            "is the maximum."
         ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
-        default=8, description="Batch size of each process in validation."
+        default=8, description="Number of images that each process takes at once in validation."
     )
     gradient_accumulation_steps: Annotated[
         FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
     ] = Field(
         default=_FOLLOWS,
         description=(
-            "Number of micro-steps per update, whose gradients are averaged. The default is "
-            "computed from global_batch_size, or is 1 without global_batch_size."
+            "Number of micro-steps (forward and backward passes) per update. The update uses the "
+            "average of their gradients. The default is computed from global_batch_size, or is 1 "
+            "without global_batch_size."
         ),
     )
-    # The precision may change on resume, because the launcher may set it. The engine compares it
-    # separately.
+    # The launcher may set the precision, so this option may change on resume. The engine checks
+    # separately that the precision itself is the same as before.
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
-            "Precision of training. bf16: autocast over float32 weights. no: float32. Default: the "
-            "precision given to `accelerate launch`. fp16 is an error."
+            "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
+            "float32. `no` computes in float32. The default is the precision that you give to "
+            "`accelerate launch`. `fp16` is not supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
@@ -185,32 +196,37 @@ class RunConfig(Section):
     ] = Field(
         default="none",
         description=(
-            "Tracker that also gets the logs, through Accelerate. log.jsonl is always written."
+            "Experiment tracker that receives the log values through Accelerate. The file "
+            "log.jsonl is always written too."
         ),
     )
     tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
-        default="latentvae", description="Project name given to the tracker."
+        default="latentvae", description="Project name in the experiment tracker."
     )
     push_to_hub: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Upload the export to the Hugging Face Hub, with the account of `hf auth login` or of "
-            "the token in HF_TOKEN."
+            "Upload the export to the Hugging Face Hub. The upload uses the account of `hf auth "
+            "login` or of the token in HF_TOKEN."
         ),
     )
     hub_model_id: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Hub repository to upload the export to, as owner/name. Default: the name of "
-            "output_dir in your account."
+            "Name of the Hub repository for the export, as owner/name. By default, the repository "
+            "is in your account and has the name of output_dir."
         ),
     )
     hub_private_repo: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
-        description="Make the Hub repository of the export private if the repository is new.",
+        description="If the upload creates a new Hub repository, make this repository private.",
     )
     ddp_timeout: Annotated[Positive, MayChange()] = Field(
-        default=1800, description="Number of seconds after which a process that hangs ends the run."
+        default=1800,
+        description=(
+            "Number of seconds that processes wait for each other. If one process hangs for "
+            "longer, the run ends."
+        ),
     )
 
     @model_validator(mode="after")
@@ -222,14 +238,15 @@ class RunConfig(Section):
     @field_validator("output_dir")
     @classmethod
     def _from_home(cls, value: str | None) -> str | None:
-        """Expand the ~ of --output_dir=~/runs, which the shell does not."""
+        """Expand the ~ in --output_dir=~/runs, because the shell does not expand it."""
         return None if value is None else os.path.expanduser(value)
 
 
 class JobConfig(Section):
-    """Options of a run of any task, with the sections `optimizer` and `run`.
+    """Base class of the options of a run, with the sections `optimizer` and `run`.
 
-    The class of a task declares these fields and its own sections, in the order of `--help`:
+    Each task has a subclass. The subclass declares these fields and its own sections in the order
+    in which `--help` shows the sections:
 
         class RegressionConfig(JobConfig):
             config: Annotated[str, MayChange()] = ""  # YAML file or preset of these options
@@ -245,7 +262,7 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _shares_to_updates(self) -> Self:
-        """Replace shares of the run by numbers of updates."""
+        """Replace each value that is a share of max_train_steps by a number of updates."""
         for name in type(self).model_fields:
             section = getattr(self, name)
             if isinstance(section, BaseModel):
@@ -260,14 +277,14 @@ class JobConfig(Section):
 
     @property
     def batch_multiple(self) -> int:
-        """The batch of a process and micro-step must be a multiple of this number."""
+        """Number that must divide the batch size of a process and micro-step."""
         return 1
 
     def for_processes(self, processes: int) -> Self:
-        """Return the options with batch and micro-steps set for this number of processes.
+        """Return a copy with the batch size and the micro-steps for this number of processes.
 
         Raises:
-            UserError: the global batch cannot be divided as the options require.
+            UserError: the global batch size cannot be divided as the options require.
         """
         batch = split_batch(self.run, processes, multiple=self.batch_multiple)
         changed = {
@@ -285,10 +302,10 @@ class JobConfig(Section):
         return frozenset(marked(type(self), MayChange))
 
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
-        """Return how a new run with these options can start from the result of an earlier one.
+        """Return a sentence that says how a new run can continue an earlier run with these options.
 
-        The result is a sentence for the error about options that a resumed run cannot change. The
-        result is empty if no such run is possible.
+        A resumed run cannot change some options. The error about such an option ends with this
+        sentence. The sentence is empty if a new run cannot start from the earlier run.
 
         Args:
             then: the options of the earlier run.
@@ -296,9 +313,12 @@ class JobConfig(Section):
         return ""
 
     def with_changes(self, sections: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Return a copy with other values of some options, by section and name.
+        """Return a copy in which some options have other values.
 
         The values are not checked.
+
+        Args:
+            sections: for each section, the new values by the name of the option.
         """
         changed = {
             name: getattr(self, name).model_copy(update=dict(values))
@@ -308,9 +328,9 @@ class JobConfig(Section):
 
 
 def kinds(schema: Any) -> dict[str, type[Section]]:
-    """Return the classes of options that a preset chooses from, by the tag that chooses them.
+    """Return the option classes that a preset can choose, by the pydantic tag of each class.
 
-    Classes in nested sections are included.
+    Option classes in nested sections are included.
     """
     found: dict[str, type[Section]] = {}
     for annotation in _annotations(schema):
@@ -325,7 +345,7 @@ def kinds(schema: Any) -> dict[str, type[Section]]:
 
 
 def option_names(schema: Any) -> list[str]:
-    """Return the leaf names of all options of every class that a preset can choose."""
+    """Return the names, without section, of all options of all classes that a preset can choose."""
     names: dict[str, None] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         for name, info in schema.model_fields.items():
@@ -337,14 +357,14 @@ def option_names(schema: Any) -> list[str]:
 
 
 def _annotations(schema: Any) -> list[Any]:
-    """Return the types of a section's fields. For any other type, return the type."""
+    """Return the types of a section's fields. If `schema` is no section, return `schema` itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return [info.annotation for info in schema.model_fields.values()]
     return [schema]
 
 
 def flat(config: BaseModel) -> dict[str, Any]:
-    """Return the value of every option by its leaf name."""
+    """Return the value of every option by the name of the option, without its section."""
     values: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)

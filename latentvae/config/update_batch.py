@@ -1,4 +1,4 @@
-"""How the images of an update are shared among processes and micro-steps."""
+"""Divide the images of an update among processes and micro-steps."""
 
 from typing import NamedTuple, Protocol
 
@@ -14,39 +14,40 @@ class BatchOptions(Protocol):
 
 
 class UpdateBatch(NamedTuple):
-    """Images per process and micro-step, and micro-steps per update."""
+    """Number of images per process and micro-step, and number of micro-steps per update."""
 
     per_process: int
     micro_steps: int
 
 
 def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> UpdateBatch:
-    """Return the batch of a process and its micro-steps.
+    """Return the number of images per process and micro-step, and the number of micro-steps.
 
-    Without `global_batch_size`, both are the values of the options. With `global_batch_size`, each
-    process takes an equal share of it. A process divides its share into as few equal micro-steps as
-    `train_batch_size` allows, or into `gradient_accumulation_steps` if that option is set.
+    Without `global_batch_size`, these are `train_batch_size` and `gradient_accumulation_steps`.
+    With `global_batch_size`, each process takes an equal part of the images of an update. If
+    `gradient_accumulation_steps` is set, a process divides its part into that many micro-steps.
+    Otherwise it makes as few equal micro-steps as `train_batch_size` allows.
 
     Args:
-        options: the three options of the batch.
+        options: the three options that decide the batch.
         processes: number of processes.
-        multiple: the batch of a micro-step must be a multiple of this number.
+        multiple: number that must divide the number of images per micro-step.
 
     Raises:
-        UserError: the global batch cannot be divided like this. The message names the nearest
-            possible batch.
+        UserError: `global_batch_size` cannot be divided in this way. The message names values that
+            are possible.
     """
     total, most = options.global_batch_size, options.train_batch_size
     given = options.gradient_accumulation_steps
     if total is None:
         return UpdateBatch(most, given or 1)
 
-    # the share of a process
+    # images of a process
     share, rest = divmod(total, processes)
     if rest or share % multiple or not share:
         raise UserError(_not_shared(total, processes, multiple))
 
-    # its micro-steps
+    # micro-steps of a process
     possible = [n for n in range(1, share + 1) if share % n == 0 and share // n % multiple == 0]
     fitting = [n for n in possible if share // n <= most]
     if given is None:
@@ -61,8 +62,8 @@ def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> 
         raise UserError(
             f"gradient_accumulation_steps {given} does not give global_batch_size {total} with "
             f"{processes} process{'es' if processes > 1 else ''} and at most train_batch_size "
-            f"{most}. {allowed}Leave it out and it follows, or give --global_batch_size "
-            f"{most * given * processes}."
+            f"{most}. {allowed}Leave gradient_accumulation_steps out to have it computed, or give "
+            f"--global_batch_size {most * given * processes}."
         )
     return UpdateBatch(share // given, given)
 

@@ -9,118 +9,122 @@ from latentvae.option_marks import MayChange, Positive, Private, Section, Update
 
 
 class DiscriminatorConfig(Section):
-    """The discriminator, its loss and its regularisation."""
+    """Options of the discriminator, of its loss and of its regularisation."""
 
     disc_type: Literal["patch", "stylegan"] = Field(
         default="patch",
         description=(
-            "Kind of discriminator. patch: one logit per image patch (PatchGAN). stylegan: one "
-            "logit per image (StyleGAN2)."
+            "Kind of discriminator. `patch` returns one logit per image patch (PatchGAN). "
+            "`stylegan` returns one logit per image (StyleGAN2)."
         ),
     )
     disc_norm: Literal["group", "spectral", "none"] | None = Field(
         default=None,
         description=(
-            "Norm of the patch discriminator. Default: group. The stylegan discriminator has no "
-            "norm."
+            "Normalisation layers of the patch discriminator. The default is `group`. The stylegan "
+            "discriminator has no such layers."
         ),
     )
     disc_loss: Literal["hinge", "non_saturating"] = Field(
-        default="hinge", description="GAN loss of the model and of the discriminator."
+        default="hinge", description="GAN loss that trains the model and the discriminator."
     )
     disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
         default=(),
         description=(
-            "DiffAugment operations on all images that the discriminator sees. These operations "
-            "help when there are few training images."
+            "DiffAugment operations that are applied to all images before the discriminator sees "
+            "them. They help when there are few training images."
         ),
     )
     disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description=(
-            "Weight of the R1 gradient penalty on real images. The penalty takes the gradient of "
-            "an image's mean logit. StyleGAN2's rule for the weight is 0.0002 * resolution^2 / "
-            "images per update."
+            "Weight of the R1 gradient penalty on real images. The penalty uses the gradient of "
+            "the mean logit of an image. StyleGAN2 chooses the weight 0.0002 * resolution^2 / "
+            "(number of images per update)."
         ),
     )
     disc_r1_interval: Positive = Field(
         default=1,
         description=(
-            "Compute the R1 penalty only once in this many updates, and multiply its weight by "
-            "this number."
+            "Compute the R1 penalty once in this many updates. The weight of the penalty is then "
+            "multiplied by this number."
         ),
     )
     disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description=(
-            "Weight of the discriminator's LeCam regularisation, which helps when there are few "
-            "training images. 0 turns it off."
+            "Weight of the LeCam regularisation of the discriminator. This regularisation helps "
+            "when there are few training images. 0 turns it off."
         ),
     )
 
     disc_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5,
-        description="Weight of the adversarial loss. 0 trains without a discriminator.",
+        description="Weight of the adversarial loss. 0 trains the model without a discriminator.",
     )
     disc_start: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5,
         description=(
-            "Update at which the discriminator starts. A value below 1 is a share of "
+            "Update at which the discriminator starts to learn. A value below 1 is a share of "
             "max_train_steps."
         ),
     )
     disc_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "Number of updates after disc_start in which only the discriminator learns. Set this "
-            "option for a pretrained model, because its discriminator starts untrained."
+            "Number of updates in which only the discriminator learns, starting at disc_start. Set "
+            "this option when you fine-tune a pretrained model with a new, untrained "
+            "discriminator."
         ),
     )
     disc_ramp_steps: UpdatesOrShare = Field(
         default=1000,
         description=(
-            "Number of updates after disc_warmup_steps over which the weight of the adversarial "
-            "loss grows from 0. The discriminator learns in each of these updates."
+            "Number of updates over which the weight of the adversarial loss grows from 0 to "
+            "disc_scale. These updates follow those of disc_warmup_steps. The discriminator also "
+            "learns during these updates."
         ),
     )
     disc_adaptive_weight: bool = Field(
         default=True,
         description=(
-            "Multiply the weight of the adversarial loss by a ratio of gradient norms at the "
-            "decoder's last layer: reconstruction loss divided by adversarial loss (VQGAN)."
+            "Use the adaptive weight of VQGAN as a factor on disc_scale. This factor is the "
+            "gradient norm of the reconstruction loss divided by the gradient norm of the "
+            "adversarial loss. Both gradients are those of the decoder's last layer."
         ),
     )
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
         description=(
-            "Largest adaptive weight. VQGAN's code uses 1e4 with losses that are means over image "
-            "elements, like the losses here. Stable Diffusion's code uses 1e4 with sums, see "
-            "disc_cap_on_sums."
+            "Largest value of the adaptive weight (see disc_adaptive_weight). VQGAN's code uses "
+            "1e4 with losses that are means over image elements, as they are here. Stable "
+            "Diffusion's code uses 1e4 with losses that are sums (see disc_cap_on_sums)."
         ),
     )
     disc_cap_on_sums: bool = Field(
         default=False,
         description=(
-            "Interpret disc_weight_cap for losses that are sums over image elements: the cap is "
-            "divided by channels * height * width. A cap of 1e4 is then 0.05 at 256 px and 0.013 "
-            "at 512 px."
+            "Take disc_weight_cap as a limit for losses that are sums over image elements. Because "
+            "the losses here are means, the limit is divided by channels * height * width. For RGB "
+            "images, a limit of 1e4 becomes 0.05 at 256 px and 0.013 at 512 px."
         ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,
         description=(
-            "Peak learning rate of the discriminator, which has the same schedule as the model."
+            "Peak learning rate of the discriminator. The schedule of the discriminator's learning "
+            "rate is the same as that of the model."
         ),
     )
     disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
-        default=64, description="Width of the discriminator's first layer."
+        default=64, description="Number of channels of the discriminator's first layer."
     )
     disc_layers: Positive | None = Field(
         default=None,
         description=(
-            "Number of discriminator layers that halve the feature map. Default for patch: 3, "
-            "which makes patches of 70 x 70 pixels. Default for stylegan: enough to leave 4 pixels "
-            "on the shorter side."
+            "Number of discriminator layers that halve the height and width of the feature map. "
+            "The default for `patch` is 3, which makes patches of 70 x 70 pixels. By default, "
+            "`stylegan` has so many of these layers that 4 pixels are left on the shorter side."
         ),
     )
 
@@ -128,17 +132,18 @@ class DiscriminatorConfig(Section):
     discriminator_from: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Folder of an earlier run whose discriminator a new run starts with. Use it together "
-            "with pretrained_model_name_or_path, which loads only the autoencoder."
+            "Folder of an earlier run. The new run starts with the discriminator of that run. Use "
+            "this option together with pretrained_model_name_or_path, which loads only the "
+            "autoencoder."
         ),
     )
     disc_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
-            "What to do when the discriminator has won (its loss is near 0), or when validation "
-            "LPIPS gets steadily worse while the discriminator is active. warn: print a warning. "
-            "disable: also switch the discriminator off for the rest of the run. off: do not "
-            "check."
+            "Check whether the discriminator's loss is near 0, and whether validation LPIPS gets "
+            "steadily worse while the discriminator is active. In both cases, `warn` prints a "
+            "warning. `disable` also switches the discriminator off for the rest of the run. `off` "
+            "turns this check off."
         ),
     )
 

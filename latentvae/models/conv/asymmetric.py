@@ -26,18 +26,18 @@ from latentvae.option_marks import Positive
 
 
 class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
-    """The network: diffusers' AsymmetricAutoencoderKL.
+    """Options of the network: diffusers' AsymmetricAutoencoderKL.
 
     The network has Stable Diffusion's encoder and a decoder of another size. Fine-tuning starts
-    from such a network, or from an AutoencoderKL, whose encoder it keeps.
+    from such a network, or from the encoder of an AutoencoderKL.
     """
 
     architecture: Literal["asymmetric"] = "asymmetric"
     up_block_out_channels: Widths = Field(
         default=(192, 384, 768, 768),
         description=(
-            "Width of each decoder level, from full resolution down. The widths must be w, 2 w, 4 "
-            "w, 4 w."
+            "Number of channels of each decoder level, from full resolution down. For a number w, "
+            "the levels must have w, 2 w, 4 w and 4 w channels."
         ),
     )
     layers_per_up_block: Positive = Field(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from latentvae.models.model_config import ModelConfig
 from latentvae.option_marks import Count, Positive
 
-# Options that have the same name in the config of the diffusers network.
+# Options that have the same name in the config of the network in diffusers.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
 
@@ -19,13 +19,14 @@ class ConvolutionalConfig(ModelConfig):
         default=2,
         description=(
             "Number of residual blocks per level of the encoder. Each level of the decoder has one "
-            "more."
+            "block more."
         ),
     )
     norm_num_groups: Positive = Field(
         default=32,
         description=(
-            "Number of groups of each GroupNorm, which must divide the width of every level."
+            "Number of groups of each GroupNorm layer. This number must divide the number of "
+            "channels of every level."
         ),
     )
 
@@ -46,12 +47,13 @@ class AttentionConfig(ConvolutionalConfig):
     attention_levels: tuple[Count, ...] = Field(
         default=(),
         description=(
-            "Levels of the network (0 = full resolution) with self-attention after each residual "
-            "block."
+            "Levels of the network that have self-attention after each residual block. Level 0 has "
+            "the full resolution."
         ),
     )
     mid_block_add_attention: bool = Field(
-        default=True, description="Add self-attention to the middle block."
+        default=True,
+        description="Add self-attention to the middle block, at the lowest resolution.",
     )
 
     @model_validator(mode="after")

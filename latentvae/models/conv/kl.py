@@ -26,21 +26,24 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class KLModelConfig(AttentionConfig, SingleFile):
-    """The network: diffusers' AutoencoderKL, with downsampling factor f = 2 ** (levels - 1)."""
+    """Options of the network: diffusers' AutoencoderKL.
+
+    The downsampling factor f is 2 ** (number of levels - 1).
+    """
 
     architecture: Literal["kl"] = "kl"
     use_quant_conv: bool = Field(
         default=True,
         description=(
-            "Add 1x1 convolutions on both sides of the latent. Stable Diffusion has these layers, "
-            "SD3 and FLUX do not."
+            "Add a 1x1 convolution before the latent and another one after it. Stable Diffusion "
+            "has these layers, SD3 and FLUX do not."
         ),
     )
     initial_posterior_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance of the posterior at the start of training. Below 0 the decoder sees less "
-            "noise at first and learns sooner."
+            "Log-variance of the posterior at the start of training. With a value below 0, the "
+            "decoder sees less noise at first and learns sooner."
         ),
     )
 

@@ -33,18 +33,25 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class VQModelConfig(AttentionConfig):
-    """The network: VQGAN with a quantiser. f = 2 ** (levels - 1)."""
+    """Options of the network: VQGAN with a quantiser of your choice.
+
+    The downsampling factor f is 2 ** (number of levels - 1).
+    """
 
     architecture: Literal["vq"] = "vq"
     latent_channels: Positive = Field(
         default=256,
-        description="Number of channels between the encoder and the quantiser's projection.",
+        description=(
+            "Number of channels of the encoder's output, before a projection to the channels of "
+            "the quantiser."
+        ),
     )
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Likelihood of pixels, such as DALL-E's logit-Laplace. The decoder returns the "
-            "parameters of this likelihood. The negative log-likelihood replaces rec_loss."
+            "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. The "
+            "decoder then returns the parameters of this likelihood, and the negative "
+            "log-likelihood replaces rec_loss."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()

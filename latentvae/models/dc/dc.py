@@ -22,23 +22,29 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class DCModelConfig(ModelConfig):
-    """The network: diffusers' AutoencoderDC, without a posterior. f is 2 ** (levels - 1)."""
+    """Options of the network: diffusers' AutoencoderDC, which has no posterior.
+
+    The downsampling factor f is 2 ** (number of levels - 1).
+    """
 
     architecture: Literal["dc"] = "dc"
     encoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(2, 2, 2, 3), description="Number of blocks of each level of the encoder."
+        default=(2, 2, 2, 3), description="Number of blocks in each level of the encoder."
     )
     decoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(3, 3, 3, 3), description="Number of blocks of each level of the decoder."
+        default=(3, 3, 3, 3), description="Number of blocks in each level of the decoder."
     )
     attention_levels: tuple[Count, ...] = Field(
         default=(),
-        description="Levels of the network (0 = full resolution) with EfficientViT blocks.",
+        description=(
+            "Levels of the network that have EfficientViT blocks. Level 0 has the full resolution."
+        ),
     )
     attention_head_dim: Positive = Field(
         default=32,
         description=(
-            "Width of an attention head, which must divide the widths of levels with attention."
+            "Number of channels of an attention head. This number must divide the number of "
+            "channels of each level with attention."
         ),
     )
 

@@ -1,8 +1,8 @@
-"""Options of an autoencoder's run, in sections. All ranges are checked before the run starts.
+"""Options of a run that trains an autoencoder. All values are checked before the run starts.
 
-A YAML preset sets the options, and flags override the preset (see `latentvae.cli.train`). Option
-names are unique over all sections, so the flag of an option does not name its section. Flags have
-the same names as in Hugging Face's training scripts.
+`TrainConfig` holds the values of a YAML preset, and flags override them (see
+`latentvae.cli.train`). Options of two sections never have the same name, so a flag does not contain
+the name of a section. Flags have the same names as in Hugging Face's training scripts.
 """
 
 from pathlib import Path
@@ -20,43 +20,44 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
-BUCKET_MULTIPLE = 8  # in pixels, divides the sides of all buckets
+BUCKET_MULTIPLE = 8  # pixels: divides the height and the width of every bucket
 
 
 class AutoencoderRunConfig(RunConfig):
-    """Length, batch, precision, files and logs of the run."""
+    """Options of the run: its length, batch size, precision, files and logs."""
 
     gradient_checkpointing: bool = Field(
         default=False,
         description=(
-            "Recompute activations in the backward pass, which saves memory but takes more time."
+            "Recompute activations in the backward pass. This saves memory but takes more time."
         ),
     )
     channels_last: bool = Field(
         default=False,
         description=(
-            "Store images and weights with the channels innermost. On GPUs with bf16, convolutions "
-            "become faster. On CPUs, backward passes become slower."
+            "Use torch's memory format channels_last for images and weights. On GPUs with bf16, "
+            "convolutions become faster. On CPUs, backward passes become slower."
         ),
     )
     torch_compile: bool = Field(
         default=False,
         description=(
-            "Compile the network's blocks with torch.compile. Compiling needs a C++ compiler, or a "
-            "GPU with Triton, and takes minutes at the start."
+            "Compile the blocks of the network with torch.compile, which needs a C++ compiler, or "
+            "a GPU with Triton. The compilation takes minutes at the start of the run."
         ),
     )
     # This option may change on resume, because it changes only the rounding.
     winograd: Annotated[bool, MayChange()] = Field(
         default=True,
         description=(
-            "On CPUs in float32, compute 3 x 3 convolutions and their gradients with fewer "
-            "multiplications. The rounding error is about 4e-6 of the size of the values. The "
-            "option has no effect elsewhere."
+            "Compute 3 x 3 convolutions and their gradients with fewer multiplications (Winograd's "
+            "method). This option applies only to CPUs in float32. The rounding error is about "
+            "4e-6 of the size of the values."
         ),
     )
     deterministic_posterior: bool = Field(
-        default=False, description="Decode the posterior's mode in training instead of a sample."
+        default=False,
+        description="In training, decode the mode of the posterior instead of a sample.",
     )
     num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=6, description="Number of validation images in each grid of sample images."
@@ -64,15 +65,17 @@ class AutoencoderRunConfig(RunConfig):
     export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
         default="sd",
         description=(
-            "Diffusion pipelines that the export's scaling and shift are for. sd works in all "
-            "pipelines. sd3 (also for FLUX) measures a shift. sdxl writes per-channel statistics."
+            "Diffusion pipelines that the export is for. The profile decides how the export "
+            "describes the scale of the latents. `sd` writes a scaling factor, which all pipelines "
+            "can use. `sd3` (also for FLUX) adds a shift. `sdxl` writes the mean and the standard "
+            "deviation of each channel."
         ),
     )
     lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
-            "Export a VQModel for aMUSEd, which looks up codes by index and has pixels in [0, 1]. "
-            "Leave this option off for other pipelines."
+            "Export the tokenizer as a VQModel for aMUSEd. Such a VQModel looks up codes by index, "
+            "and its pixels are in [0, 1]. Leave this option off for other pipelines."
         ),
     )
 
@@ -82,7 +85,10 @@ class TrainConfig(JobConfig):
 
     config: Annotated[str, MayChange()] = Field(
         default="kl_small",
-        description="YAML file, or the name of a preset. Flags override its values.",
+        description=(
+            "YAML file with options, or the name of a preset. Flags override the values in the "
+            "file or preset."
+        ),
     )
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
@@ -117,19 +123,20 @@ class TrainConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step. Their crops form the batch."""
+        """Number of images that a process reads for one micro-step. The crops form the batch."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
-        """All heights and widths that occur in training, in pixels."""
+        """All image sizes (height, width) that occur in training, in pixels."""
         return self.sizes_at(self.data.size)
 
     def sizes_at(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Return `train_sizes` for another resolution."""
+        """Return the image sizes of training (`train_sizes`) at the resolution `size` (pixels)."""
         if not self.data.aspect_ratio_buckets:
             return (size,)
-        multiple = max(self.model.f, BUCKET_MULTIPLE)  # both are powers of 2
+        # Both are powers of 2, so the larger number is a multiple of the smaller one.
+        multiple = max(self.model.f, BUCKET_MULTIPLE)
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
 
     @property
@@ -162,8 +169,8 @@ class TrainConfig(JobConfig):
         # the run
         if self.run.mixed_precision == "fp16":
             raise ValueError(
-                "mixed_precision fp16 fails with two optimizers on one gradient scaler. Allowed "
-                "are bf16 and no."
+                "mixed_precision fp16 fails with two optimizers on one gradient scaler. Use bf16 "
+                "or no instead."
             )
         if self.run.export_profile == "sdxl" and self.model.latent_channels != 4:
             raise ValueError(
@@ -173,7 +180,7 @@ class TrainConfig(JobConfig):
         return self
 
     def _check_architecture(self) -> None:
-        """Check that every option that is set has a meaning for the network.
+        """Check that all options have a meaning for the network.
 
         Raises:
             ValueError: an option has no meaning. The message names the option and its value.
@@ -203,7 +210,7 @@ class TrainConfig(JobConfig):
             raise ValueError(f"lookup_from_codebook {without}, which has no codes")
         if self.run.lookup_from_codebook and (reason := family.why_not_stock(model.shape())):
             raise ValueError(
-                f"lookup_from_codebook needs a VQModel, but this network cannot be one: {reason}"
+                f"lookup_from_codebook needs a network that can be a VQModel, but {reason}"
             )
         if self.run.export_profile not in family.profiles:
             raise ValueError(f"export_profile {self.run.export_profile} {without}")
@@ -213,22 +220,23 @@ class TrainConfig(JobConfig):
         # options that exclude torch_compile
         if self.run.torch_compile and self.run.gradient_checkpointing:
             raise ValueError(
-                "torch_compile and gradient_checkpointing exclude each other: the compiler decides "
-                "itself what the backward pass recomputes. Leave one of them out."
+                "torch_compile and gradient_checkpointing exclude each other, because the compiler "
+                "itself decides what the backward pass recomputes. Leave one of them out."
             )
         if self.run.torch_compile and self.run.channels_last:
             raise ValueError(
-                "torch_compile and channels_last exclude each other: the compiler fails in the "
-                "backward pass of channels_last weights. Leave one of them out."
+                "torch_compile and channels_last exclude each other, because the compiler fails in "
+                "the backward pass of channels_last weights. Leave one of them out."
             )
         if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
             raise ValueError(
-                f"torch_compile does not work with aspect_ratio_buckets {buckets}: torch compiles "
-                "every image size separately, but at most eight. Leave one of them out."
+                f"torch_compile does not work with aspect_ratio_buckets {buckets}, because every "
+                "size is compiled separately and torch stops compiling after eight sizes. Leave "
+                "one of them out."
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """Check that no pixel loss is set if the decoder has its own likelihood."""
+        """Check that no pixel loss is set, because the decoder has a likelihood of its own."""
         if self.objective.learn_logvar:
             raise ValueError(
                 f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "
@@ -257,10 +265,10 @@ def load_preset(name_or_path: str) -> TrainConfig:
 
 
 def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
-    """Return validated options.
+    """Return the options after a check of all names and values.
 
     Args:
-        values: nested values of the sections.
-        source: where the values come from. Error messages name this source.
+        values: the options by section.
+        source: the file or command line that the options come from, for error messages.
     """
     return presets.parse(values, TrainConfig, source=source)
