@@ -33,12 +33,18 @@ def encode_command(
     if aspect_ratio_buckets < 0:
         raise UserError(f"aspect_ratio_buckets must be at least 0 (got {aspect_ratio_buckets}).")
     with _stoppable():
-        manifest = encode_folder(model, data, out, **options)
-    if manifest is None:
-        return  # other processes still encode, and the last process prints the summary
-    for name, reason in manifest.unreadable:
-        _say(printable(f"left out {name}: {reason}"), style="yellow")
-    _say(summary(manifest, out))
+        if aspect_ratio_buckets:
+            options["aspect_ratio_buckets"] = aspect_ratio_buckets
+            manifests = encode_buckets(model, data, out, **options)
+        else:
+            manifests = {out: encode_folder(model, data, out, **options)}
+
+    for folder, manifest in manifests.items():
+        if manifest is None:
+            continue  # other processes still encode, and the last process prints the summary
+        for name, reason in manifest.unreadable:
+            _say(printable(f"left out {name}: {reason}"), style="yellow")
+        _say(summary(manifest, folder))
 
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:

@@ -22,10 +22,14 @@ def presets_folder() -> Path:
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
     """Return the names of the presets whose sections all belong to this task, sorted."""
-    found = {path.stem: read_yaml(path) or {} for path in presets_folder().glob("*.yaml")}
-    return sorted(
-        name for name, values in found.items() if values.keys() <= schema.model_fields.keys()
-    )
+    found = _preset_sections(presets_folder())
+    return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
+
+
+@cache
+def _preset_sections(folder: Path) -> dict[str, frozenset[str]]:
+    """Return the sections in each preset. One process reads the files once, since that is slow."""
+    return {path.stem: frozenset(read_yaml(path) or {}) for path in folder.glob("*.yaml")}
 
 
 def load_preset(

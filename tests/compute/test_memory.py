@@ -31,6 +31,7 @@ print(faults(), keep_freed_memory(torch.device("cpu")), faults())
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the setting")
 def test_a_tensor_takes_the_pages_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:

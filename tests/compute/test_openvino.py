@@ -47,6 +47,7 @@ def test_in_float32_it_equals_the_network(name: str, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 @needs_openvino
 @torch.inference_mode()
 def test_tokens_do_not_turn_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

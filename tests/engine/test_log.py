@@ -115,6 +115,7 @@ def tensorboard_events(folder: Path) -> Any:
     ).Reload()
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_number_and_the_grids_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

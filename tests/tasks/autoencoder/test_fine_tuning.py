@@ -87,6 +87,7 @@ def test_the_decoder_learns_and_the_encoder_stays(pretrained: Path, tmp_path: Pa
     assert measured[0]["update"] == 0 and f"({gain:+.2f} dB)" in card
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_bit_without_the_base(pretrained: Path, tmp_path: Path) -> None:
     base, broken, constant = tmp_path / "base", tmp_path / "broken", {"lr_scheduler": "constant"}
     shutil.copytree(pretrained, base)

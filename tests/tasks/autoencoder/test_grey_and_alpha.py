@@ -49,7 +49,7 @@ def write_images(folder: Path, channels: int, depth: str) -> Path:
 @pytest.mark.parametrize(
     ("channels", "depth"),
     [
-        (1, "float"),
+        pytest.param(1, "float", marks=pytest.mark.slow),
         (4, "8"),
         pytest.param(1, "8", marks=pytest.mark.slow),
         pytest.param(3, "16", marks=pytest.mark.slow),

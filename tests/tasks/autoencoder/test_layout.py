@@ -118,6 +118,7 @@ def test_channels_last_is_not_compiled(tmp_path: Path) -> None:
         small_config(tmp_path, torch_compile=True, channels_last=True)
 
 
+@pytest.mark.slow
 def test_blocks_are_called_as_they_are_inside_not_compiled() -> None:
     torch.compiler.reset()
     calls: list[int] = []

@@ -97,8 +97,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("update", "micro_step"),
     [
         (3, 0),
-        (3, 1),
         (6, 1),
+        pytest.param(3, 1, marks=pytest.mark.slow),
         pytest.param(1, 1, marks=pytest.mark.slow),
         pytest.param(4, 1, marks=pytest.mark.slow),
     ],
@@ -134,7 +134,9 @@ def test_with_gradient_checkpointing(
         )
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "signal_name", ["SIGTERM", "SIGINT", pytest.param("SIGUSR1", marks=pytest.mark.slow)]
+)
 def test_a_signal_finishes_the_update_and_saves(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str
 ) -> None:

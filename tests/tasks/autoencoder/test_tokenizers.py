@@ -175,7 +175,7 @@ def test_a_vq_model_of_other_blocks_is_refused(other: dict[str, Any], tmp_path: 
         open_base(small_config(tmp_path / "run", model=model, learn_logvar=False))
 
 
-@pytest.mark.parametrize(("name", "lookup"), [("vq", False), ("vq", True), ("fsq", False)])
+@pytest.mark.parametrize(("name", "lookup"), [("vq", True), ("fsq", False)])
 def test_the_lines_of_the_card_run(name: str, lookup: bool, tmp_path: Path) -> None:
     export = run(tmp_path / "run", name, max_train_steps=1, lookup_from_codebook=lookup)
     card = (export / "README.md").read_text().replace("path/to/this/folder", str(export))
