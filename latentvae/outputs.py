@@ -89,7 +89,7 @@ class AutoencoderOutput(BaseOutput):
 
     @property
     def latent_losses(self) -> dict[str, Tensor]:
-        """Losses of all latents by name, scalars. Each loss is summed over latents."""
+        """Return a dict from the name of each loss on latents to its sum over all latents."""
         total: dict[str, Tensor] = {}
         for latent in self.latents:
             for name, value in (latent.losses or {}).items():

@@ -21,9 +21,9 @@ class Quantized(NamedTuple):
         losses: unweighted losses by name. Each loss is a scalar, a mean over vectors. `commitment`
             and `codebook` are also means over the D channels. `sample_entropy`, `batch_entropy` and
             `kl` are in nats per token. A loss that the bottleneck does not have is absent.
-        statistics: the inputs of `update`, by name. The statistics are sums over the vectors of
-            this rank. So the statistics of several micro-steps and ranks can be added. The dict is
-            empty if `update` learns nothing.
+        statistics: a dict of the tensors that `update` needs. The statistics are sums over the
+            vectors of this rank. So the statistics of several micro-steps and ranks can be added.
+            The dict is empty if `update` learns nothing.
     """
 
     z: Tensor

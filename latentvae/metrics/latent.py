@@ -49,7 +49,7 @@ class LatentScale(TypedDict):
 
     `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
     together. With a posterior, both belong to samples from it. `scaled_mean` and `scaled_std` are
-    mean and std of latents normalised by the config.
+    mean and std of the latents after shift and scaling with the factors of the network's config.
     """
 
     config_scaling_factor: float | None

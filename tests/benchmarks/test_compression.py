@@ -73,7 +73,11 @@ def test_measures_two_models_and_writes_the_report(
     models = ["--model", runs / "a" / "export", "--model", runs / "b" / "export"]
     assert command(script, monkeypatch, *models, *options) == 0
     report = Report.read(tmp_path / "report" / "report.json")
-    assert len(report.models) == 2 and set(report.codecs) == {"jpeg", "webp", "avif"}
+    assert list(report.models) == ["a", "b", "linear"] and set(report.codecs) == {
+        "jpeg",
+        "webp",
+        "avif",
+    }
     for model in report.models.values():  # 33 x 35 is padded to 34 x 36, latents 17 x 18
         assert model.rate.raw_bpp == pytest.approx(4 * 17 * 18 * 16 / (33 * 35))
         assert model.metrics.lpips_alex is not None and model.metrics.ms_ssim is None

@@ -88,14 +88,16 @@ def test_evaluate_and_compare(
         command = ["evaluate", str(run / "export"), "--data", str(photos), "--quick"]
         main([*command, "--out", str(tmp_path / name), "--device", "cpu"])
     said = capsys.readouterr()
-    assert "PSNR (dB)" in said.out and "[1/5] run: fitting" in said.err
+    assert "PSNR (dB)" in said.out and "[2/6] run: fitting" in said.err
     assert "left out: cannot read image" in said.err and "broken.jpg'" in said.err
     names = {path.name for path in (tmp_path / "a").iterdir() if path.name[0] != "."}
     assert names == {"report.json", "per_image.csv", "rate.png", "sheet.png"}
     main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| model | raw bpp | PSNR (dB) |")
-    assert lines[2].removeprefix("| a: run ") == lines[3].removeprefix("| b: run ")
+    rows = dict(line.removeprefix("| ").split(" | ", 1) for line in lines[2:6])
+    assert rows.keys() == {"a: run", "a: linear", "b: run", "b: linear"}
+    assert rows["a: run"] == rows["b: run"] != rows["a: linear"] == rows["b: linear"]
     main([*command, "--out", str(tmp_path / "a"), "--device", "cpu"])
     assert "measured already" in capsys.readouterr().err
 
@@ -204,7 +206,7 @@ def test_wrong_commands_and_paths_are_one_sentence(
         (["verify-resume", "kl_small", "--kills", "x"], "--kills"),
         (["verify-resume", "kl_small", "--kills", "0"], "kills must be at least 1 (got 0)"),
         (["verify-resume", "kl_small", "--num_codes", "8"], "no meaning for config kl_small"),
-        (["verify-resume", "kl_small", "--config", "kl_f8"], "the config already"),
+        (["verify-resume", "kl_small", "--config", "kl_f8"], "is already the config"),
         (["verify-resume", "kl_small", "--json", "/"], "'/' is a folder"),
         (
             ["verify-resume", "kl_small", "--train_data_dir", "samples", "--work_dir", "/"],

@@ -423,7 +423,7 @@ def test_a_sixteen_bit_model_is_measured_too(run: Any) -> None:
 
 
 def test_what_does_not_fit_together_is_told(run: Any, tmp_path: Path, lpips: Any) -> None:
-    with pytest.raises(UserError, match="LPIPS on"):
+    with pytest.raises(UserError, match="lpips needs the backbones"):
         run(pixels(), plan=replace(METRICS, lpips_nets=("alex", "vgg")))
     options = {"data_name": "photos", "lpips": lpips, "plan": METRICS}
     with pytest.raises(UserError, match="cannot be called 'webp'"):

@@ -26,7 +26,8 @@ class Limits:
 
     Attributes:
         channels: smallest number of channels of the input and of the output.
-        positions: smallest number of positions of a feature map, for NNPACK at inference.
+        positions: at inference, NNPACK computes only feature maps with at least this many
+            positions (height times width).
         tiled: smallest number of channels for the algorithm in `tiles`. The key `one` is for the
             output or the gradient of x, `both` for the gradients of x and of the weight together.
     """

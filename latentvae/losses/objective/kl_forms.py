@@ -53,7 +53,7 @@ class PlainKL:
 
 @dataclass(frozen=True)
 class FreeBits:
-    """A KL whose channels are not pushed below a floor, see `free_bits_kl`.
+    """A KL loss that does not push the KL of a channel below a floor, see `free_bits_kl`.
 
     A latent without a KL per channel counts as one channel.
 

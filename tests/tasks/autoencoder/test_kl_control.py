@@ -102,7 +102,7 @@ def test_the_weight_rests_while_only_the_discriminator_learns(tmp_path: Path) ->
         ({"kl_target": 1.0, "rec_target": 0.1}, "kl_target 1 and rec_target 0.1 both decide"),
         ({"kl_target": 1.0, "free_bits": 0.5}, r"free_bits 0.5 and kl_target 1 .* one of them"),
         ({"rec_target": 0.1, "kl_capacity": 2.0}, "kl_capacity 2 and rec_target 0.1"),
-        ({"kl_target": 1.0, "kl_warmup_steps": 5}, "kl_warmup_steps 5 and kl_target 1 both move"),
+        ({"kl_target": 1.0, "kl_warmup_steps": 5}, "kl_warmup_steps 5 and kl_target 1 both change"),
         ({"kl_target": 1.0, "kl_scale": 0.0}, "kl_scale must be from 1e-08 to 10000"),
         ({"kl_target": -1.0}, "kl_target"),
         ({"kl_target": 1.0, "kl_target_rate": 0.0}, "kl_target_rate"),
