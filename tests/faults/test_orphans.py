@@ -32,8 +32,12 @@ def options() -> dict[str, object]:
 
 
 def below(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
-    """All that a launch has started, once it trains."""
-    wait_for(process, folder / "log.jsonl")
+    """All that a launch has started, once it trains. The first row is of the untrained network."""
+    log, deadline = folder / "log.jsonl", time.monotonic() + PATIENCE
+    wait_for(process, log)
+    while "loss/rec" not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
     return psutil.Process(process.pid).children(recursive=True)
 
 
@@ -71,7 +75,7 @@ def test_trainers_save_and_end_with_a_launcher_that_was_killed(
 ) -> None:
     process = launch(train_flags(tmp_path, **options), processes=processes)
     family = below(process, tmp_path)
-    assert len(family) >= processes * (1 + WORKERS)
     process.kill()
     ended(family, seconds=TRAINERS_END)
+    assert len(family) >= processes * (1 + WORKERS)
     assert newest_usable(tmp_path)[0] is not None
