@@ -1,5 +1,7 @@
 """Settings of the launcher that training does not support are refused with their origin."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,19 @@ def test_what_training_supports_passes() -> None:
     usual = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "bf16"}
     check_launcher(precision=None, environment=usual)
     check_launcher(precision="bf16", environment={"ACCELERATE_MIXED_PRECISION": "fp8"})
+
+
+@pytest.mark.slow
+def test_the_file_of_a_real_launch_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "other project.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\n"
+        "num_machines: 1\nmixed_precision: 'no'\nuse_cpu: true\n"
+        "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    )
+    launched = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    script = Path(__file__).parents[2] / "train" / "train_kl.py"
+    trained = [str(script), "--train_data_dir", "samples", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run([*launched, *trained], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert f"asks for dynamo_backend inductor (dynamo_backend in '{file}')" in done.stderr
