@@ -140,8 +140,8 @@ class Judge:
             },
             **{f"lpips_{net}": self._lpips(original, net, value) for net, value in levels.items()},
         }
-        skipped = self.inception is None or nets is not None
-        inception = None if skipped else self.inception.features(recon)
+        extractor = self.inception if nets is None else None
+        inception = None if extractor is None else extractor.features(recon)
         return Compared(metrics, _features(levels, inception))
 
     def compare_points(
