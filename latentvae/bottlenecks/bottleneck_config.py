@@ -98,6 +98,16 @@ class BottleneckConfig(Section):
         return False
 
     @property
+    def why_no_linear_start(self) -> str:
+        """Why the features cannot start as a linear code of the images, and what to do, or ""."""
+        return ""
+
+    @property
+    def whitened_start(self) -> bool:
+        """Whether all numbers of the linear code start with the variance 1."""
+        return True
+
+    @property
     def num_codebooks(self) -> int:
         """Number of codebooks: one if all levels share a codebook, else one for each level."""
         return 1
@@ -292,3 +302,13 @@ class LearnedCodebookConfig(CodebookConfig):
     def starts_by_kmeans(self) -> bool:
         """Whether k-means on features of training images gives the initial codes of a new run."""
         return self.kmeans_iterations > 0
+
+    @property
+    def why_no_linear_start(self) -> str:
+        # The decoder is fitted to the first codes.
+        return "" if self.starts_by_kmeans else "its codes are random. Give --kmeans_iterations 10."
+
+    @property
+    def whitened_start(self) -> bool:
+        # A nearest code should be nearest in pixels too.
+        return False

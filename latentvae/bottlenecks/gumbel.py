@@ -73,6 +73,10 @@ class GumbelConfig(BottleneckConfig):
         """Whether the latent has a KL divergence to a prior. Always true: the prior is uniform."""
         return True
 
+    @property
+    def why_no_linear_start(self) -> str:
+        return "its features are logits. Give --init random."
+
     def temperature_at(self, update: int) -> float:
         """Return the temperature of the Gumbel-softmax in an update, counted from 0.
 

@@ -41,6 +41,10 @@ class SimVQConfig(CodebookConfig):
         ),
     )
 
+    @property
+    def why_no_linear_start(self) -> str:
+        return "its codes are random. Give --init random."
+
 
 class SimVQ(Quantizer):
     """A `Quantizer` with one code per position, from a codebook whose codes all move together.

@@ -32,8 +32,22 @@ else:
 
 
 class OptimizerConfig(Section):
-    """Options of AdamW, learning rate, gradient clipping and moving average of the weights."""
+    """Options of optimizer, learning rate, gradient clipping and moving average of the weights."""
 
+    optimizer: Annotated[Literal["adamw", "muon"], Elsewhere("optim optimizer_type")] = Field(
+        default="adamw",
+        description=(
+            "Optimizer of the model. `muon` trains the weights of convolutions and attention by "
+            "Muon, and all other parameters by AdamW. The discriminator always has AdamW."
+        ),
+    )
+    muon_learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("muon_lr")] = Field(
+        default=1e-3,
+        description=(
+            "Peak learning rate of the weights that Muon trains (see optimizer). The learning rate "
+            "of all other parameters is learning_rate."
+        ),
+    )
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
         description=(

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn, optim
 
 from latentvae.config.run_config import JobConfig, OptimizerConfig
+from latentvae.engine.muon import MuonWithAdamW
 from latentvae.engine.processes import prepare
 
 Averages = Mapping[nn.Parameter, Tensor]
@@ -65,7 +66,7 @@ class Learner:
     averaged: nn.Module | None = None
 
     @classmethod
-    def with_adamw(
+    def with_optimizer(
         cls,
         module: nn.Module,
         accelerator: Accelerator,
@@ -73,28 +74,40 @@ class Learner:
         *,
         rate: float | None = None,
         averaged: nn.Module | None = None,
+        matrices: Sequence[nn.Parameter] = (),
     ) -> "Learner":
-        """Return a learner with the module prepared for all processes, and with AdamW.
+        """Return a learner with the module prepared for all processes, and with an optimizer.
 
-        AdamW trains the parameters that require a gradient.
+        The optimizer trains the parameters that require a gradient.
 
         Args:
             module: the bare module.
             accelerator: wraps the module.
-            options: settings of AdamW.
+            options: settings of the optimizer.
             rate: peak learning rate, by default that of the options.
             averaged: the part of the module whose weights are averaged.
+            matrices: weights that Muon trains if the options ask for it.
         """
         rate = options.learning_rate if rate is None else rate
+        adamw: dict[str, Any] = {
+            "lr": rate,
+            "betas": (options.adam_beta1, options.adam_beta2),
+            "weight_decay": options.adam_weight_decay,
+            "eps": options.adam_epsilon,
+            "fused": True,
+        }
 
-        optimizer = optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
-            lr=rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.adam_weight_decay,
-            eps=options.adam_epsilon,
-            fused=True,
-        )
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if matrices and options.optimizer == "muon":
+            chosen = {id(weight) for weight in matrices}
+            optimizer = MuonWithAdamW(
+                [p for p in parameters if id(p) in chosen],
+                [p for p in parameters if id(p) not in chosen],
+                muon_lr=options.muon_learning_rate,
+                **adamw,
+            )
+        else:
+            optimizer = optim.AdamW(parameters, **adamw)
 
         return cls(
             module=module,

@@ -32,7 +32,7 @@ from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.data.buckets import bucket_sizes
 from latentvae.errors import UserError
 from latentvae.evaluation.curves import Curves, bd_rates
-from latentvae.evaluation.linear_baseline import LINEAR, baselines, verdict
+from latentvae.evaluation.linear_baseline import baselines, verdict
 from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
 from latentvae.evaluation.model_evaluation import ModelMeasures
 from latentvae.evaluation.passport import passport
@@ -119,11 +119,6 @@ def _check_options(
             f"a model cannot be called '{clash[0]}', because a codec has this name. "
             "Rename the model's folder."
         )
-    if clash := sorted(name for name in models if name.split()[0:1] == [LINEAR]):
-        raise UserError(
-            f"a model cannot be called '{clash[0]}', because the linear code has this name. "
-            "Rename the model's folder."
-        )
 
 
 class _Evaluation:
@@ -163,6 +158,12 @@ class _Evaluation:
         sizes = [(m.f, m.latent_channels) for m in self.models.values() if not m.num_codes]
         compares = "distortion" in plan.sections
         self.linear = baselines(sizes if compares else [], judge=self.judge)
+        for row in self.linear.values():
+            if row.name in self.models:
+                raise UserError(
+                    f"a model cannot be called '{row.name}', because the linear code has this "
+                    "name. Rename the model's folder."
+                )
         self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
         self.phases = Phases(self._num_phases())
 
@@ -210,10 +211,10 @@ class _Evaluation:
 
     def _fit_linear_codes(self) -> None:
         for linear in self.linear.values():
-            self.phases.begin(
-                f"fitting a linear code of {linear.d} numbers per {linear.f} px patch"
-            )
-            linear.fit(self.pictures)
+            patch = f"{linear.f} px patch"
+            self.phases.begin(f"fitting a linear code of {linear.d} numbers per {patch}")
+            if not linear.fit(self.pictures):
+                self.phases.say("the images have too few patches for a linear code")
 
     def _fit_priors(self) -> None:
         for name, measures in self.measures.items():
@@ -450,9 +451,11 @@ class _Evaluation:
     def _compare_with_linear(self, models: dict[str, ModelReport]) -> None:
         """Add the rows of the linear codes, and a warning to each model that is worse."""
         for size, linear in self.linear.items():
+            if not linear.halves:
+                continue
             models[linear.name] = own = linear.report()
             for name, model in self.models.items():
-                if (model.f, model.latent_channels) == size:
+                if (model.f, model.latent_channels) == size and not model.num_codes:
                     text = verdict(models[name], own)
                     models[name].warnings += [] if text is None else [text]
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from latentvae.errors import UserError
 from latentvae.evaluation.measures import Judge, Means, Original, Row, row
 from latentvae.evaluation.picture_source import Pictures
 from latentvae.evaluation.protocol import LATENT_BITS
@@ -23,6 +22,7 @@ from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
 
 LINEAR = "linear"  # name of the row
 FIT_IMAGES = 256  # at most so many images of each half, evenly spread
+MAX_VALUES = 3 * 32 * 32  # of a patch
 NETS = ("alex",)  # backbones of LPIPS that the row has
 
 
@@ -35,7 +35,9 @@ class LinearBaseline:
         d: numbers per patch.
 
     Attributes:
-        own: whether images are coded with the fit of their own half, because the other is empty.
+        halves: the code of each half, or nothing if the images have too few patches.
+        own: whether images are coded with the fit of their own half, because the other has too few
+            patches.
     """
 
     def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:
@@ -44,18 +46,16 @@ class LinearBaseline:
         self.own = False
         self.means = Means()
 
-    def fit(self, pictures: Pictures) -> None:
-        """Fit one code on each half.
+    def fit(self, pictures: Pictures) -> bool:
+        """Fit one code on each half. Return whether there are enough patches.
 
-        Raises:
-            UserError: no image can be read.
+        If one half has too few patches, both halves have the code of the other one.
         """
         found = [self._fit(pictures, parity) for parity in (0, 1)]
         usable = [code for code in found if code is not None]
-        if not usable:
-            raise UserError(f"none of the {len(pictures)} images can be read.")
         self.own = len(usable) == 1
-        self.halves = [code or usable[0] for code in found]
+        self.halves = [code or usable[0] for code in found] if usable else []
+        return bool(usable)
 
     def _fit(self, pictures: Pictures, parity: int) -> LinearCode | None:
         positions = range(parity, len(pictures), 2)
@@ -67,7 +67,9 @@ class LinearBaseline:
 
     @torch.no_grad()
     def update(self, original: Original) -> list[Row]:
-        """Measure one picture and return its row."""
+        """Measure one picture and return its row. There is none without a code."""
+        if not self.halves:
+            return []
         code = self.halves[1 - original.position % 2].to(original.images.device)
         z = code.encode(original.images)
         size = original.images.shape[2], original.images.shape[3]
@@ -88,8 +90,8 @@ class LinearBaseline:
             rate=None if raw is None else Rate(raw_bpp=raw.mean),
             info={"class": "LinearCode", "f": self.f, "latent_channels": self.d},
             warnings=[
-                "The linear code was fitted on the images that it codes, because there are no "
-                "others. Its errors are too small."
+                "The linear code was fitted on the images that it codes, because the others have "
+                "too few patches. Its errors are too small."
             ]
             if self.own
             else [],
@@ -108,7 +110,7 @@ class LinearBaseline:
             LinearCode(
                 *(torch.from_numpy(state[f"{n}.{name}"]) for name in ("mean", "basis", "variances"))
             )
-            for n in range(2)
+            for n in range(2 * ("0.mean" in state))
         ]
         prefix = "means."
         self.means.load_state_dict(
@@ -121,11 +123,12 @@ def baselines(
 ) -> dict[tuple[int, int], LinearBaseline]:
     """Return a baseline for each different (f, d). The first is called `linear`.
 
-    There is none for models with as many numbers as pixels, where a linear code is exact.
+    There is none for models with as many numbers as pixels, where a linear code is exact. There is
+    none for patches of more than `MAX_VALUES` values either, because the fit would take too long.
     """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:
-        if (f, d) not in found and d < 3 * f * f:
+        if (f, d) not in found and d < 3 * f * f <= MAX_VALUES:
             name = f"{LINEAR} f{f} d{d}" if found else LINEAR
             found[f, d] = LinearBaseline(name, f=f, d=d, judge=judge)
     return found

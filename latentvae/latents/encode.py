@@ -65,6 +65,7 @@ def encode_folder(
     optimize: Optimize | None = None,
     variant: str | None = None,
     device: str | None = None,
+    model_name: str | None = None,
 ) -> Manifest | None:
     """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
 
@@ -96,6 +97,8 @@ def encode_folder(
         optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
             used.
         variant: variant of the weights in a folder, such as `"fp16"`.
+        model_name: path or Hub id that the manifest records for a loaded model. None takes its
+            name.
         device: device of the model. None takes the GPU of this rank, if there is one.
 
     Returns:
@@ -114,7 +117,7 @@ def encode_folder(
             "batch_size must be at least 1 and num_workers at least 0 (got batch_size "
             f"{batch_size} and num_workers {num_workers})."
         )
-    name = str(model.name if isinstance(model, Autoencoder) else model)
+    name = model_name or str(model.name if isinstance(model, Autoencoder) else model)
     if not isinstance(model, Autoencoder):
         model = open_model(model, device=device, optimize=optimize, variant=variant)
     pixels = PixelFormat(

@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 
 from latentvae.autoencoder import Autoencoder
-from latentvae.data import DatasetSpec, ImageSource, PixelFormat, UnreadableImage
+from latentvae.data import (
+    DatasetSpec,
+    ImageSource,
+    PixelFormat,
+    UnreadableImage,
+    set_pixel_limit,
+)
 from latentvae.data.buckets import Buckets, assign, bucket_sizes
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.describe import check_resolution
 from latentvae.latents.encode import encode_folder
+from latentvae.latents.finishing import NothingReadable
 from latentvae.latents.formats.shards import MANIFEST, Manifest
 from latentvae.latents.items import SomeItems, given_name, open_items
 from latentvae.latents.opening import open_model
@@ -51,13 +58,15 @@ def encode_buckets(
         options: other options of `encode_folder`.
 
     Returns:
-        The manifest of each folder, or None for it while other ranks are still working.
+        The manifest of each folder, or None for it while other ranks are still working. A shape of
+        which no image can be read is left out.
 
     Raises:
         UserError: see `encode_folder`. Also: `out` holds folders of other shapes.
     """
     # open model and images
-    out = Path(out).expanduser()
+    out, name = Path(out).expanduser(), str(model.name if isinstance(model, Autoencoder) else model)
+    set_pixel_limit(max_pixels)
     if not isinstance(model, Autoencoder):
         model = open_model(model, device=device, optimize=optimize, variant=variant)
     pixels = PixelFormat(
@@ -81,21 +90,28 @@ def encode_buckets(
         print(f"shapes: {buckets.describe()} images", flush=True)
 
     # encode shape by shape
-    given = given_name(data)
     manifests: dict[Path, Manifest | None] = {}
+    failures: list[NothingReadable] = []
     for bucket, (size, folder) in enumerate(zip(buckets.sizes, folders, strict=True)):
         numbers = np.flatnonzero(buckets.of == bucket).tolist()
-        manifests[folder] = encode_folder(
-            model,
-            SomeItems(source, numbers, given),
-            folder,
-            resolution=size,
-            value_range=value_range,
-            ignore_icc=ignore_icc,
-            max_pixels=max_pixels,
-            all_pages=all_pages,
-            **options,
-        )
+        try:
+            manifests[folder] = encode_folder(
+                model,
+                SomeItems(source, numbers, given_name(data)),
+                folder,
+                resolution=size,
+                value_range=value_range,
+                ignore_icc=ignore_icc,
+                max_pixels=max_pixels,
+                all_pages=all_pages,
+                model_name=name,
+                **options,
+            )
+        except NothingReadable as error:
+            failures.append(error)
+            print(f"{folder.name}: {error}", flush=True)
+    if not manifests:
+        raise failures[0]
     return manifests
 
 

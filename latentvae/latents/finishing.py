@@ -36,6 +36,10 @@ from latentvae.metrics.tokens import TokenUsage
 CODED_IMAGES = 64  # number of images, evenly spread, whose coded size is measured
 
 
+class NothingReadable(UserError):
+    """No image of an encoding can be read."""
+
+
 def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:
     """Write the manifest and return it, or return None if a shard is missing.
 
@@ -54,7 +58,7 @@ def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> 
     manifest = _manifest(out, whole, model=model, data=data)
     if manifest.num_items == 0:
         name, reason = manifest.unreadable[0]
-        raise UserError(
+        raise NothingReadable(
             f"none of the {len(manifest.unreadable)} images can be read. The first is '{name}': "
             f"{reason}"
         )

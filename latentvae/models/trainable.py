@@ -6,9 +6,9 @@ A new kind needs a folder with its options, network, training wrapper and family
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentvae.bottlenecks import Quantizer
 from latentvae.models.family import Codes, Family
@@ -77,6 +77,21 @@ class TrainableFamily(Family, ABC):
 
     def apply_options(self, net: Network, options: ModelConfig) -> None:
         """Set the run's options on a pretrained network, except those that its config decides."""
+
+    def matrices(self, net: Network) -> list[nn.Parameter]:
+        """Return the weights that Muon may train: those of convolutions and linear layers.
+
+        The first and the last layer of the network are left out, because Muon is made for layers
+        inside a network. So are the 1x1 convolutions beside the latent, and a quantiser's layers.
+        """
+        module: Any = net
+        outer = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "quantize")
+        return [
+            cast("nn.Parameter", part.weight)
+            for name, part in module.named_modules()
+            if isinstance(part, nn.Conv2d | nn.Linear)
+            and not f"{name}.".startswith(tuple(f"{layer}." for layer in outer))
+        ]
 
     # Export.
 

@@ -108,16 +108,26 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
 def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     """Return a row for each model, with the name to show.
 
-    If models of several reports have the same name, the name of the report is added.
+    If models of several reports have the same name, the name of the report is added. The linear
+    code is shown once if its values are the same in all reports.
     """
-    counts = Counter(model for report in reports.values() for model in report.models)
+    shown: dict[str, list[str]] = {}  # models of each report
+    linear: list[ModelReport] = []
+    for name, report in reports.items():
+        shown[name] = [
+            model
+            for model, found in report.models.items()
+            if not (_is_linear(found) and found in linear)
+        ]
+        linear += [found for found in report.models.values() if _is_linear(found)]
+    counts = Counter(model for models in shown.values() for model in models)
     rows = []
     for (name, report), path in zip(reports.items(), paths, strict=True):
         # If the report has another file name, the table beside it may belong to another evaluation.
         folder = path if path.is_dir() else path.parent
         own_table = path.is_dir() or path.name == "report.json"
         values = read_values(folder) if own_table else {}
-        for model in report.models:
+        for model in shown[name]:
             label = model if counts[model] == 1 else f"{name}: {model}"
             rows.append(_Row(label, report, model, values_of(values, model)))
     return rows
@@ -145,13 +155,23 @@ def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
     """Return the rows with the best value. There is none for raw rates or a single row."""
     if column == "raw bpp":
         return []
-    found = {i: value for i, row in enumerate(rows) if (value := _number(row, part)) is not None}
+    found = {
+        i: value
+        for i, row in enumerate(rows)
+        if not _is_linear(row.report.models[row.model])
+        and (value := _number(row, part)) is not None
+    }
     if len(found) < 2:
         return []
     higher = part in IMAGE_COLUMNS and not part.startswith("lpips")
     best = (max if higher else min)(found.values())
     chosen = [rows[i] for i, value in found.items() if value == best]
     return chosen if len(chosen) < len(found) else []
+
+
+def _is_linear(model: ModelReport) -> bool:
+    """Return whether a row is the linear code that models are compared with."""
+    return model.info.get("class") == "LinearCode"
 
 
 def _number(row: _Row, part: str) -> float | None:

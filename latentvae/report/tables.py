@@ -99,6 +99,8 @@ def passport_table(report: Report) -> Table:
     for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
         table.add_column(heading)
     for name, model in report.models.items():
+        if not (model.passport or model.speed):
+            continue
         passport = model.passport or {}
         precision = passport.get("precision", {})
         cells = [_precision(precision.get(dtype)) for dtype in ("float16", "bfloat16")]

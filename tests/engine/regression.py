@@ -70,7 +70,7 @@ class Regression(Task):
             nn.Dropout(options.dropout),
             nn.Linear(options.width, 1),
         )
-        learner = Learner.with_adamw(net, accelerator, self.config.optimizer, averaged=net)
+        learner = Learner.with_optimizer(net, accelerator, self.config.optimizer, averaged=net)
         self.learners = {"model": learner}
 
     def identity(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.cli.main import main
 from latentvae.data import EvalTransform, read_image
 from latentvae.errors import UserError
+from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode_buckets import encode_buckets
 
 SHAPES = {"46x22": 2, "32x32": 4, "22x46": 3}  # about 32 x 32 pixels each, in multiples of 2
@@ -90,3 +91,40 @@ def test_the_command_continues_and_refuses_other_shapes(
         encode_buckets(
             tokenizer, pictures, out / "32x32", resolution=(32, 32), aspect_ratio_buckets=3
         )
+
+
+def test_one_damaged_image_does_not_end_the_encoding(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its header tells a shape that no other image has."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(data / f"{number}.png")
+    Image.effect_noise((80, 40), 50).save(data / "wide.png")
+    (data / "wide.png").write_bytes((data / "wide.png").read_bytes()[:200])
+    shapes = {"resolution": 16, "aspect_ratio_buckets": 3}
+    manifests = encode_buckets(tokenizer, data, tmp_path / "out", **shapes)
+    assert [(f.name, m and m.num_items) for f, m in manifests.items()] == [("16x16", 3)]
+    assert "12x22: none of the 1 images can be read" in capsys.readouterr().out
+
+    # the manifest names the model as it was given
+    assert [m and m.model for m in manifests.values()] == [str(tokenizer)]
+    assert len(decode_folder(tmp_path / "out" / "16x16", tmp_path / "decoded")) == 3
+
+    # nothing can be read
+    for number in range(3):
+        (data / f"{number}.png").unlink()
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
+        encode_buckets(tokenizer, data, tmp_path / "none", **shapes)
+
+
+def test_large_images_have_their_shape_too(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    Image.new("RGB", (64, 32)).save(tmp_path / "large.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
+    shapes = {"resolution": 16, "aspect_ratio_buckets": 3}
+    manifests = encode_buckets(tokenizer, tmp_path, tmp_path / "out", max_pixels=10**5, **shapes)
+    assert sorted(folder.name for folder in manifests) == ["12x22", "16x16"]

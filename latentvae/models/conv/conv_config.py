@@ -1,12 +1,12 @@
 """Options of networks with residual blocks and GroupNorm, and diffusers' names of the blocks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from latentvae.models.model_config import ModelConfig
-from latentvae.option_marks import Count, Positive
+from latentvae.option_marks import Count, OfTheRun, Positive
 
 # Options that have the same name in the config of the network in diffusers.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
@@ -42,7 +42,16 @@ class ConvolutionalConfig(ModelConfig):
 
 
 class AttentionConfig(ConvolutionalConfig):
-    """Options of residual blocks with GroupNorm, and of self-attention."""
+    """Options of residual blocks with GroupNorm, of self-attention, and of the first weights."""
+
+    init: Annotated[Literal["random", "linear"], OfTheRun()] = Field(
+        default="random",
+        description=(
+            "Weights of a new network. `linear` starts at the linear code of the network's size: "
+            "principal components of patches of the training images. The network then learns from "
+            "fewer updates. `random` starts at random weights."
+        ),
+    )
 
     attention_levels: tuple[Count, ...] = Field(
         default=(),
@@ -59,6 +68,27 @@ class AttentionConfig(ConvolutionalConfig):
     @model_validator(mode="after")
     def _check_attention(self) -> "AttentionConfig":
         self.check_levels("attention_levels", self.attention_levels)
+        return self
+
+    @model_validator(mode="after")
+    def _check_init(self) -> "AttentionConfig":
+        if self.init == "linear" and self.pretrained_model_name_or_path is not None:
+            raise ValueError(
+                "init linear is for new networks, but pretrained_model_name_or_path gives the "
+                "weights. Leave init out."
+            )
+        if self.init == "linear" and self.pixel_likelihood is not None:
+            raise ValueError(
+                f"init linear needs a decoder of images, but likelihood {self.pixel_likelihood} "
+                "makes it return parameters. Give --init random."
+            )
+        if self.init == "linear" and len(self.block_out_channels) < 2:
+            raise ValueError(
+                "init linear needs at least 2 levels, but block_out_channels has 1. Give --init "
+                "random."
+            )
+        if self.init == "linear" and (reason := self.bottleneck.why_no_linear_start):
+            raise ValueError(f"init linear does not work with {self.kind}: {reason}")
         return self
 
 

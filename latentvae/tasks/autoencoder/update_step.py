@@ -18,7 +18,7 @@ from latentvae.losses.adversarial import GAN_LOSSES, Adversary, LeCam, lazy_weig
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
 from latentvae.losses.posterior import ActiveUnits
-from latentvae.models import family_of
+from latentvae.models import FAMILIES, family_of
 from latentvae.tasks.autoencoder.backward import backward_discriminator, backward_model
 from latentvae.tasks.autoencoder.build_parts import (
     build_losses,
@@ -33,6 +33,7 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.earlier_discriminator import load_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import Base
 from latentvae.tasks.autoencoder.latent_values import latent_values
+from latentvae.tasks.autoencoder.linear_start import start_linear
 from latentvae.tasks.autoencoder.state import AutoencoderState
 
 MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
@@ -61,9 +62,18 @@ class LearningAutoencoder(Task):
         # network and objective
         config, self.accelerator = self.config, accelerator
         net = build_net(config, self.base)
+        starts_linear = getattr(config.model, "init", "random") == "linear" and not resumed
+        if starts_linear:
+            start_linear(
+                config,
+                net,
+                accelerator,
+                images=self.train_images,
+                codebook_images=self.statistics_images,
+            )
         self.metric, self.objective = build_losses(config, net, accelerator)
         self.wrapper = build_wrapper(config, net, pretrained=self.base is not None)
-        if wants_start(config) and self.base is None and not resumed:
+        if wants_start(config) and self.base is None and not resumed and not starts_linear:
             start_codebook(config, net, accelerator, self.statistics_images)
 
         # discriminator
@@ -80,10 +90,16 @@ class LearningAutoencoder(Task):
 
         # learners
         self.learners = {
-            MODEL: Learner.with_adamw(self.wrapper, accelerator, config.optimizer, averaged=net)
+            MODEL: Learner.with_optimizer(
+                self.wrapper,
+                accelerator,
+                config.optimizer,
+                averaged=net,
+                matrices=FAMILIES[config.model.architecture].matrices(net),
+            )
         }
         if self.discriminator is not None:
-            self.learners[DISCRIMINATOR] = Learner.with_adamw(
+            self.learners[DISCRIMINATOR] = Learner.with_optimizer(
                 self.discriminator,
                 accelerator,
                 config.optimizer,

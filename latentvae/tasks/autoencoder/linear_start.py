@@ -1,0 +1,117 @@
+"""Start a new network at the linear code of its size (`--init linear`).
+
+The principal components come from training images, cropped and augmented as in training. Rank 0
+computes the start and sends it to all ranks.
+"""
+
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentvae.data import ImageSource, ImageStream
+from latentvae.distributed import is_main, send_from_main
+from latentvae.engine.randomness import Stream, generator_for
+from latentvae.errors import UserError
+from latentvae.models import Network, family_of
+from latentvae.models.conv.linear_start import patch_codes, start_decoder, start_encoder
+from latentvae.tasks.autoencoder.codebook import initialise_codebook, wants_start
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.images import batches, eval_transform
+
+PIXELS = 2**20  # of all images together, such as 256 images of 64 x 64 pixels
+FEWEST, MOST = 64, 256  # images, at any size
+CHUNK = 16  # images at a time
+
+
+@torch.no_grad()
+def start_linear(
+    config: TrainConfig,
+    net: Any,
+    accelerator: Accelerator,
+    *,
+    images: ImageSource | ImageStream,
+    codebook_images: ImageSource,
+) -> None:
+    """Set the weights of an untrained network, and the codes of a tokenizer.
+
+    Args:
+        net: the network, before its upsampling is folded.
+        images: training images.
+        codebook_images: images for k-means.
+
+    Raises:
+        UserError: the network has too few channels, or no image can be read.
+    """
+    # rank 0 computes
+    own = config.with_changes({"data": {"dataloader_num_workers": 0}})
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+        loader, _ = batches(own, images, start_step=0, pin_memory=False)
+        if is_main():
+            _start(config, net, _gather(config, loader), accelerator, codebook_images)
+
+    # all ranks have its weights
+    net.to(accelerator.device)
+    send_from_main(net.state_dict().values())
+
+
+def _start(
+    config: TrainConfig,
+    net: Any,
+    pictures: Tensor,
+    accelerator: Accelerator,
+    codebook_images: ImageSource,
+) -> None:
+    start, bottleneck = time.monotonic(), config.model.bottleneck
+    codes = patch_codes(pictures, levels=len(config.model.block_out_channels) - 1)
+    d = family_of(net).latent_shape(net).channels
+    start_encoder(net, codes, d=d, whiten=bottleneck.whitened_start)
+
+    # Networks compute on the device. Principal components and least squares are for the CPU.
+    net.to(accelerator.device)
+
+    # codes of a tokenizer, found on the linear features
+    if wants_start(config):
+        run = config.run
+        per_process = run.train_batch_size * run.gradient_accumulation_steps
+        initialise_codebook(
+            net,
+            codebook_images,
+            eval_transform(config),
+            images_per_update=per_process * accelerator.num_processes,
+            seed=run.seed,
+        )
+
+    start_decoder(net, codes, _latents(net, pictures, seed=config.run.seed), pictures)
+    print(f"linear start: {len(pictures)} images, {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _gather(config: TrainConfig, loader: Any) -> Tensor:
+    """Return about `PIXELS` pixels of training images, all of the first batch's size."""
+    found: list[Tensor] = []
+    wanted = FEWEST
+    for batch in loader:
+        images = batch.on(torch.device("cpu"))
+        height, width = (side // config.model.f * config.model.f for side in images.shape[2:])
+        images = images[:, :, :height, :width]
+        if not found or images.shape[1:] == found[0].shape[1:]:
+            found.append(images)
+        wanted = min(max(FEWEST, PIXELS // (height * width)), MOST)
+        if sum(map(len, found)) >= wanted:
+            break
+    if not found:
+        raise UserError("none of the training images can be read")
+    return torch.cat(found)[:wanted]
+
+
+def _latents(net: Network, pictures: Tensor, *, seed: int) -> Tensor:
+    """Return what the decoder reads, (N, d, h, w): samples of the posterior, or codes."""
+    family, generator = family_of(net), generator_for(Stream.WEIGHTS, seed, 1)
+    quantizer = family.quantizer(net)
+    found = []
+    for part in pictures.split(CHUNK):
+        z = family.encode(net, part.to(net.device), sample=quantizer is None, generator=generator)
+        found.append((z if quantizer is None else quantizer(z).z).cpu())
+    return torch.cat(found)
