@@ -111,7 +111,8 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     If models of several reports have the same name, the name of the report is added. The linear
     code is shown once if its values are the same in all reports.
     """
-    shown: dict[str, list[str]] = {}  # models of each report
+    # models of each report, with each different linear code once
+    shown: dict[str, list[str]] = {}
     linear: list[ModelReport] = []
     for name, report in reports.items():
         shown[name] = [
@@ -120,6 +121,8 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
             if not (_is_linear(found) and found in linear)
         ]
         linear += [found for found in report.models.values() if _is_linear(found)]
+
+    # rows
     counts = Counter(model for models in shown.values() for model in models)
     rows = []
     for (name, report), path in zip(reports.items(), paths, strict=True):
