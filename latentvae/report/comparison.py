@@ -126,7 +126,8 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     counts = Counter(model for models in shown.values() for model in models)
     rows = []
     for (name, report), path in zip(reports.items(), paths, strict=True):
-        # If the report has another file name, the table beside it may belong to another evaluation.
+        # If the report's file has another name than report.json, the per_image.csv beside it may
+        # belong to another evaluation.
         folder = path if path.is_dir() else path.parent
         own_table = path.is_dir() or path.name == "report.json"
         values = read_values(folder) if own_table else {}
@@ -155,7 +156,7 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
 
 
 def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
-    """Return the rows with the best value. There is none for raw rates or a single row."""
+    """Return the rows with the best value. For raw rates or a single row, return no row."""
     if column == "raw bpp":
         return []
     found = {

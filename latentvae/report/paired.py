@@ -40,7 +40,7 @@ class Difference:
 
 
 def read_values(folder: Path) -> dict[str, dict[str, Values]]:
-    """Return the values of per_image.csv by model and metric. Empty if there is no such file."""
+    """Return the values of per_image.csv by model and metric, or {} if there is no such file."""
     path = folder / "per_image.csv"
     if not path.is_file():
         return {}
@@ -64,9 +64,10 @@ def values_of(values: Mapping[str, dict[str, Values]], model: str) -> dict[str, 
 
 
 def paired_difference(first: Values, second: Values) -> Difference | None:
-    """Return `second` minus `first` over the images that both have, or None for fewer than two.
+    """Return the mean of `second` minus `first`, over the images that both have.
 
-    An image with an infinite PSNR (an exact copy) is left out.
+    The result is None if they have fewer than two images in common. An image with an infinite
+    PSNR (an exact copy) is left out.
     """
     names = [name for name in first if name in second]
     pairs = np.array([(first[name], second[name]) for name in names]).reshape(-1, 2)

@@ -53,7 +53,7 @@ def updates(rehearsal: Rehearsal) -> Check:
 
 
 def weights(rehearsal: Rehearsal) -> Check:
-    """Check that the weights move.
+    """Check that the weights are in float32 and change in an update.
 
     If the weights are in bf16, rounding removes the steps of a usual learning rate, so the weights
     do not change. A training script of diffusers casts the weights to bf16.
@@ -76,7 +76,7 @@ def weights(rehearsal: Rehearsal) -> Check:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in _all_parameters(rehearsal)}
     return Check(
         name="weights",
-        passed=dtypes == {"float32"} and share > 0.5,  # in bf16 about a tenth moves
+        passed=dtypes == {"float32"} and share > 0.5,  # in bf16, about 0.1 change
         value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
         expected="float32 weights that move wherever they have a gradient",
         advice="Keep the weights in float32 (mixed_precision bf16 casts only the computation). "
@@ -168,7 +168,7 @@ def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) ->
     """Return the learning rate that the help texts of the options describe.
 
     Args:
-        pause: updates in which the learner waits.
+        pause: updates in which this network does not learn, because it waits for the other.
     """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)

@@ -122,8 +122,8 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Return images and their reconstructions.
 
-    The reconstructions of a trained model are blurred, because otherwise a few steps are not enough
-    to tell images from reconstructions.
+    The reconstructions of a pretrained model are blurred here. Without the blur they are so good
+    that the discriminator cannot tell them from images after a few steps.
     """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from latentvae.proofs.preflight.rehearsal import Rehearsal, fingerprints
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks of several processes. A single process has none."""
+    """Yield the checks that compare processes. With a single process there are none."""
     if world_size() > 1:
         yield equal(rehearsal)
         yield batches(rehearsal)

@@ -106,5 +106,5 @@ def _existing(folder: Path) -> Path:
 
 
 def _kept(folder: Path) -> int:
-    """Return the bytes of earlier checkpoints of this run, which new ones replace."""
+    """Return the size in bytes of this run's earlier checkpoints. New ones replace them."""
     return sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())

@@ -51,7 +51,7 @@ def _or_what_it_raised(
 def image_range(rehearsal: Rehearsal) -> Check:
     """Check that training and validation images are both in [-1, 1].
 
-    With images in [0, 1], LPIPS and every metric would measure different pictures.
+    If the images were in [0, 1], the values of LPIPS and of every metric would be wrong.
     """
     # ranges
     train = (

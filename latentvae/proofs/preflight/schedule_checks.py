@@ -25,7 +25,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def as_asked(rehearsal: Rehearsal) -> Iterator[None]:
-    """Give the task the schedule of the complete run in this context."""
+    """Give the task the schedule of the complete run for the time of a `with` block."""
     task, asked, objective = rehearsal.task, rehearsal.asked, rehearsal.task.objective
     kept = task.config, objective.adversarial, task.progress.discriminator_start
     update = rehearsal.training.progress.update
@@ -39,7 +39,10 @@ def as_asked(rehearsal: Rehearsal) -> Iterator[None]:
 
 
 def model_learns(rehearsal: Rehearsal) -> Check:
-    """Check that the model learns in some update. Only the discriminator may learn at first."""
+    """Check that the model learns in at least one update.
+
+    With `disc_warmup_steps`, only the discriminator learns for some updates.
+    """
     task, total = rehearsal.task, rehearsal.asked.run.max_train_steps
     pause = task.pause(MODEL)
     points = sorted({0, pause.start, pause.stop, total - 1})

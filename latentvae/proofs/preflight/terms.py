@@ -48,7 +48,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def lpips_gradient(found: Probe) -> Check:
-    """Check that LPIPS reaches the decoder.
+    """Check that the gradient of LPIPS reaches the decoder.
 
     Under `no_grad`, LPIPS only adds a constant to the loss (as in diffusers'
     train_autoencoderkl.py).
@@ -64,7 +64,7 @@ def lpips_gradient(found: Probe) -> Check:
 
 
 def latent_gradient(found: Probe) -> Check:
-    """Check that the pixel term reaches the encoder through the latent.
+    """Check that the gradient of the pixel loss reaches the encoder through the latent.
 
     If the straight-through estimator or the reparametrisation is lost, the encoder learns only
     from the latent's own terms.
@@ -133,7 +133,7 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
 
 
 def kl_gradient(found: Probe) -> Check:
-    """Check that the KL reaches the encoder. A KL of detached moments has no effect."""
+    """Check that the KL's gradient reaches the encoder. A KL of detached moments has no effect."""
     return Check(
         name="kl-gradient",
         passed=found.encoder > 0,
@@ -154,7 +154,7 @@ def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
         logs = latent.log_softmax(dim=1)
         return (logs.exp() * (logs + math.log(latent.shape[1]))).sum(dim=(1, 2, 3))
     mean, logvar = latent.chunk(2, dim=1)
-    logvar = logvar.clamp(-30.0, 20.0)  # the limits of diffusers
+    logvar = logvar.clamp(-30.0, 20.0)  # as in diffusers
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 

@@ -24,7 +24,7 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
-    """Return the options of a run of a few updates, with everything that a resume may break.
+    """Return the options of a short run that contains everything that a resume may break.
 
     The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
     """
@@ -65,7 +65,7 @@ class Job:
         processes: number of processes of each launch.
         seconds: time after which a launch counts as hung.
         starts: for each launch of the killed run, the number of updates done at its start.
-        hits: for each kill, what the run was doing.
+        hits: for each kill, what the run was doing when it was killed.
     """
 
     task: Task
@@ -80,7 +80,7 @@ class Job:
         return self.task.config
 
     def straight(self, name: str, *, title: str) -> Pace:
-        """Make a run that is not killed, and return its pace.
+        """Make a run that is not killed, and return how many seconds its parts took.
 
         Raises:
             UserError: the run does not finish.

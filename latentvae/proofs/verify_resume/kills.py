@@ -40,9 +40,10 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 
 
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
-    """Kill a launch at the planned moment. Return what was interrupted, or "" if it had ended.
+    """Kill a launch at the planned moment. Return what it interrupted, or "".
 
-    If the launch resumes from a later checkpoint, the kill is in its first update or save.
+    If the launch resumes after the planned update, the kill comes in the launch's first update or
+    save. The result is "" if the launch had already ended.
     """
     # find the moment
     update = max(kill.update, resumed_at + 1)

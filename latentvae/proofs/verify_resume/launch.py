@@ -121,7 +121,7 @@ class Launch:
         """Wait for an event. Return False if the training ends before the event.
 
         Raises:
-            Hung: the time is over before the event and before the end. The training was killed.
+            Hung: neither the event nor the end came in time, so the training was killed.
         """
         while self.running:
             if event():
@@ -158,7 +158,7 @@ class Launch:
         """Watch the training to its end with a progress bar. Return the exit code and the pace."""
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
-            # one look at the files
+            # read the training's files once
             def look() -> bool:
                 nonlocal mark, before, began
                 now, done = time.monotonic(), self.updates()
@@ -174,7 +174,7 @@ class Launch:
                     began = None
                 return False
 
-            # to the end
+            # read them until the training ends
             self.wait_for(look)
         pace.tail = time.monotonic() - mark
         return self.process.wait(), pace

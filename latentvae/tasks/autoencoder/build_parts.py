@@ -1,4 +1,4 @@
-"""Build the networks and losses of an autoencoder's run. All ranks build the same."""
+"""Build the networks and losses of an autoencoder's run. Each rank builds the same ones."""
 
 from typing import Any
 

@@ -79,7 +79,7 @@ class CodebookUpdate:
 
         # averages and moments follow codes that restart
         for weight, old in before.items():
-            changed = (weight != old).any(1, keepdim=True)  # (K, 1), without a host sync
+            changed = (weight != old).any(1, keepdim=True)  # (K, 1), no wait for the GPU
             if weight in averages:
                 averages[weight].copy_(torch.where(changed, weight, averages[weight]))
             for moment in optimizer.state.get(weight, {}).values():

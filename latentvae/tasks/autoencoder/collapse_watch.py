@@ -140,7 +140,7 @@ class Condition:
 
 
 class CollapseWatch:
-    """The watch of one run.
+    """Remembers the conditions of one run, and reports when one of them begins.
 
     Args:
         watched: the conditions to watch.

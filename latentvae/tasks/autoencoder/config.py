@@ -20,7 +20,7 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
-BUCKET_MULTIPLE = 8  # pixels: divides the height and the width of every bucket
+BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
 
 
 class AutoencoderRunConfig(RunConfig):

@@ -92,7 +92,7 @@ def open_base(config: TrainConfig) -> Base | None:
         if begun is not None and begun.name == name and checkpoint is not None:
             return begun
 
-    # load, and check that it fits
+    # load the network, and check that its architecture is right
     model = config.model
     single_file = getattr(model, "pretrained_family", None)
     loaded = load_network(name, family=single_file, variant=model.variant)
@@ -127,7 +127,7 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base that a run has recorded, with random weights. None if it had no base.
+    """Return the base that a run has recorded, with random weights. None if there is none.
 
     Raises:
         UserError: base.json is damaged.

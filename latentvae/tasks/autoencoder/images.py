@@ -36,7 +36,7 @@ STREAM_HELD_OUT = 256  # number of images at a stream's start that are kept for 
 def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
-    # This process reads the image sizes for the aspect-ratio buckets, so it needs the limit.
+    # This process reads the image sizes for the aspect-ratio buckets, so it needs `max_pixels`.
     set_pixel_limit(data.max_pixels)
     pixels = PixelFormat(
         data.image_channels,

@@ -1,7 +1,7 @@
-"""Start a new network at the linear code of its size (`--init linear`).
+"""Set the initial weights of a new network so that it computes a linear code (`--init linear`).
 
-The principal components come from training images, cropped and augmented as in training. Rank 0
-computes the start and sends it to all ranks.
+The linear code is the principal components of patches of training images, which are cropped and
+augmented as in training. Rank 0 computes the weights and sends them to all ranks.
 """
 
 import time
@@ -21,9 +21,9 @@ from latentvae.tasks.autoencoder.codebook import initialise_codebook, wants_star
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.images import batches, eval_transform
 
-PIXELS = 2**20  # of all images together, such as 256 images of 64 x 64 pixels
-FEWEST, MOST = 64, 256  # images, at any size
-CHUNK = 16  # images at a time
+PIXELS = 2**20  # in all images together, such as 256 images of 64 x 64 pixels
+FEWEST, MOST = 64, 256  # limits of the number of images
+CHUNK = 16  # images encoded at a time
 
 
 @torch.no_grad()
@@ -47,12 +47,12 @@ def start_linear(
     """
     # rank 0 computes
     own = config.with_changes({"data": {"dataloader_num_workers": 0}})
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         loader, _ = batches(own, images, start_step=0, pin_memory=False)
         if is_main():
             _start(config, net, _gather(config, loader), accelerator, codebook_images)
 
-    # all ranks have its weights
+    # send its weights to all ranks
     net.to(accelerator.device)
     send_from_main(net.state_dict().values())
 
@@ -69,10 +69,10 @@ def _start(
     d = family_of(net).latent_shape(net).channels
     start_encoder(net, codes, d=d, whiten=bottleneck.whitened_start)
 
-    # Networks compute on the device. Principal components and least squares are for the CPU.
+    # Networks compute on the device, but principal components and least squares on the CPU.
     net.to(accelerator.device)
 
-    # codes of a tokenizer, found on the linear features
+    # choose a tokenizer's codes from features of the linear encoder
     if wants_start(config):
         run = config.run
         per_process = run.train_batch_size * run.gradient_accumulation_steps

@@ -1,9 +1,11 @@
 """The task "autoencoder": reconstruction with perceptual, adversarial and latent terms.
 
+From Python, start a training with this task as follows:
+
     from latentvae.tasks.autoencoder import load_preset
     from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-export = engine.loop.train(AutoencoderTask(load_preset("kl_small")))
+    export = engine.loop.train(AutoencoderTask(load_preset("kl_small")))
 """
 
 import math
@@ -80,7 +82,8 @@ class AutoencoderTask(LearningAutoencoder):
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         super().build(accelerator, resumed=resumed)
         self.bad, self.bad_validation = BadImages(), BadImages()
-        self._unnamed: list[tuple[str, str]] = []  # bad images of this rank since the last row
+        # bad images of this rank since the last row of the log
+        self._unnamed: list[tuple[str, str]] = []
         self._micro_steps = 0
         self._watch_from_here({})
 
@@ -270,7 +273,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def load_state(self, state: AutoencoderState, *, update: int) -> None:
         started = state.discriminator_start <= update
-        if not started:  # changed options may still move the start of the discriminator
+        if not started:  # changed options may still change when the discriminator starts
             state = state.model_copy(
                 update={"discriminator_start": self.config.discriminator_start}
             )

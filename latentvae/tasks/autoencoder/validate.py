@@ -183,8 +183,8 @@ def save_grid(
 ) -> None:
     """Write a PNG with labelled rows (original, reconstruction, difference), one column per image.
 
-    Mid-grey means no difference. Images with alpha are composited over mid-grey. Small images are
-    enlarged by an integer factor.
+    In the row of differences, mid-grey stands for no difference. Images with alpha are composited
+    over mid-grey. Small images are enlarged by an integer factor.
     """
     images = readable_images(source, transform, count=count).to(device)
     images, recon = _visible(images), _visible(reconstruct_mode(net, images))
