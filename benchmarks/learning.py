@@ -42,7 +42,7 @@ PRESET = load_preset("kl_small")
 BATCH = PRESET.run.train_batch_size
 Arm = Literal["latentvae", "reference"]
 RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
-UNTIMED = 10  # number of first updates, which are not timed. train_kl.py then logs a row.
+UNTIMED = 10  # number of first updates, which are not timed. train_kl.py logs a row after them.
 
 
 @dataclass(frozen=True)

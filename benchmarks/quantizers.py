@@ -51,7 +51,7 @@ SIZES = {  # number of codes, number of channels, whether the codes lie on the u
     "65536 x 8": (65_536, 8, False),
 }
 # Peak memory, as a multiple of the size of a matrix of all distances. A quantiser that needs more
-# memory than there is gets no measurement, because the system would kill the process.
+# memory than the machine has is not measured, because the system would kill its process.
 MATRICES = {"latentvae": 0.1, "diffusers": 1.1, "taming-style": 3.1, "vector-quantize-pytorch": 4.1}
 Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N,)
 

@@ -103,7 +103,7 @@ def checked(options: Options) -> Options:
 def measure(options: Options) -> Iterator[Row]:
     """Yield the rows of each size: first those of time, then those of peak memory."""
     compared = compare(options)
-    release_freed_memory()  # so that the new processes can use it
+    release_freed_memory()  # so that the new processes can use this memory
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):
@@ -171,7 +171,7 @@ def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
 
 
 def _model(options: Options) -> str:
-    assert options.model is not None  # `run` trains one
+    assert options.model is not None  # without `--model`, `run` trains a network
     return options.model
 
 

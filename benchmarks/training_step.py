@@ -46,7 +46,7 @@ from latentvae.tasks.autoencoder.backward import backward_discriminator
 from latentvae.tasks.autoencoder.config import parse
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-# by resolution, small enough for the memory of a laptop
+# Batch size by resolution, small enough for the memory of a laptop.
 BATCH_SIZES = {64: 8, 128: 4, 256: 2}
 WEIGHTS = Weights(lpips=0.5, kl=1e-6, adversarial=0.5)
 Precision = Literal["fp32", "bf16"]
@@ -240,7 +240,7 @@ def build_side(
 ) -> Callable[[], object]:
     """Return a function that makes an update of this project or of a reference.
 
-    `own_process` calls this function in the process of its own that each of them has.
+    `own_process` calls this function in a new process, one for each name.
     """
     _set_threads(options)
     images = _images(options, resolution)

@@ -80,8 +80,8 @@ def network(model: str, device: str) -> Any:
 def trained(channels: tuple[int, ...], *, updates: int, images: Tensor, device: str) -> Any:
     """Return a network of Stable Diffusion's shape, trained on images for some updates.
 
-    Random weights would not do. They amplify rounding errors, so that bfloat16 would be too inexact
-    and `fast` would fall back to float32.
+    Random weights are not suitable. They amplify rounding errors, so that bfloat16 would be too
+    inexact and `fast` would fall back to float32.
 
     Args:
         channels: number of channels of each level.

@@ -99,12 +99,12 @@ class BottleneckConfig(Section):
 
     @property
     def why_no_linear_start(self) -> str:
-        """Why the features cannot start as a linear code of the images, and what to do, or ""."""
+        """The reason why `--init linear` does not work, with advice. "" means that it works."""
         return ""
 
     @property
     def whitened_start(self) -> bool:
-        """Whether all numbers of the linear code start with the variance 1."""
+        """Whether `--init linear` gives each latent channel the variance 1."""
         return True
 
     @property
@@ -113,7 +113,7 @@ class BottleneckConfig(Section):
         return 1
 
     def temperature_at(self, update: int) -> float:
-        """Return the temperature of the Gumbel-softmax in an update (from 0). Others ignore it."""
+        """Return the temperature in an update, counted from 0. Only the Gumbel-softmax uses it."""
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
@@ -305,10 +305,10 @@ class LearnedCodebookConfig(CodebookConfig):
 
     @property
     def why_no_linear_start(self) -> str:
-        # The decoder is fitted to the first codes.
+        # The linear start fits the decoder to the initial codes, so these must not be random.
         return "" if self.starts_by_kmeans else "its codes are random. Give --kmeans_iterations 10."
 
     @property
     def whitened_start(self) -> bool:
-        # A nearest code should be nearest in pixels too.
+        # Without whitening, the code nearest to a vector also gives the nearest pixels.
         return False

@@ -51,9 +51,9 @@ class ResidualQuantizer(Quantizer):
     """A `Quantizer` with L codes per position, whose sum is z.
 
     The losses are means over levels. `commitment` is |h - sg(sum of the codes so far)|^2, as in
-    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. The gradient passes from z to h in one step,
-    not level by level. With separate codebooks, each level has its own statistics and buffers. With
-    a shared codebook, statistics are sums over levels.
+    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. Here sg stops the gradient. The
+    gradient passes from z to h in one step, not level by level. With separate codebooks, each level
+    has its own statistics and buffers. With a shared codebook, statistics are sums over levels.
 
     Args:
         num_levels: number of levels L.

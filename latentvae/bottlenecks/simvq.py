@@ -50,7 +50,7 @@ class SimVQ(Quantizer):
     """A `Quantizer` with one code per position, from a codebook whose codes all move together.
 
     The losses are the losses of VQ-VAE. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) -
-    code|^2. The gradient of `codebook` reaches only W.
+    code|^2. Here sg stops the gradient. The gradient of `codebook` reaches only W.
 
     Args:
         num_codes: number of codes K.

@@ -224,8 +224,8 @@ class VectorQuantizer(Quantizer):
         codes than vectors, the remaining codes wait for a later update.
         """
         # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold is
-        # used once in this window. With a shorter window, codes of larger use would restart by
-        # chance.
+        # used once in this window. With a shorter window, codes above the threshold could restart
+        # by chance.
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
         decay = torch.exp(-(self.restart_threshold * mean).clamp(max=1 / SMALLEST_WINDOW))
@@ -268,7 +268,7 @@ class VectorQuantizer(Quantizer):
                 vectors,
                 codebook,
                 temperature=self.entropy_temperature,
-                over_ranks=self.training,  # in validation, ranks may have other numbers of batches
+                over_ranks=self.training,  # in validation, numbers of batches differ between ranks
             )
             losses |= {"sample_entropy": sample, "batch_entropy": batch}
         return losses

@@ -27,7 +27,8 @@ def encode_command(
         model: folder or Hub id of an autoencoder.
         data: images, see `encode_folder`.
         out: folder for the shards.
-        aspect_ratio_buckets: number of shapes, see `encode_buckets`. 0 makes all images one shape.
+        aspect_ratio_buckets: number of shapes, see `encode_buckets`. With 0, all images have
+            the same shape.
         options: the other options of `encode_folder`.
     """
     if aspect_ratio_buckets < 0:

@@ -442,7 +442,7 @@ class VerifyResume:
         from latentvae.tasks.autoencoder.task import AutoencoderTask
 
         # The launched trainings have process sessions of their own, so SIGTERM does not reach them.
-        # The exception that sys.exit raises ends them.
+        # sys.exit raises an exception here, and `verify_resume` then ends the trainings.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         config = training_config(options.pop("config"), flags, also=list(options))

@@ -88,7 +88,7 @@ class OptionList:
 
     Attributes:
         presets: the options of each preset, by the preset's name.
-        elsewhere: our name of an option, by each name that other training programs have for it.
+        elsewhere: maps an option's name in other training programs to its name in this project.
     """
 
     presets: dict[str, Group]
@@ -123,7 +123,7 @@ def describe_presets(schema: "type[JobConfig]") -> dict[str, Group]:
 
 
 def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
-    """Return our name of an option, by each name that other training programs have for it."""
+    """Map the names of options in other training programs to their names in this project."""
     from latentvae.option_marks import Elsewhere, marks
 
     found = marks(schema, Elsewhere).items()

@@ -250,7 +250,7 @@ def _config_flag(arguments: list[str]) -> str | None:
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:
-    """Return the value of --max_train_steps. Options that are a share of the run refer to it."""
+    """Return the value of --max_train_steps. Some options are a share of this number."""
     flag = "--max_train_steps"
     given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == flag]
@@ -333,7 +333,7 @@ def run_task(
 
 @contextlib.contextmanager
 def _faults_as_exit_codes() -> Iterator[None]:
-    """Print the error that ended a training script in one line, and exit with its code."""
+    """Print in one line the error that ended a training script. Exit with the error's code."""
     from latentvae.data import UnreadableImage
     from latentvae.engine.loop import Stopped
     from latentvae.export.hub_upload import UploadError

@@ -130,7 +130,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """Return the number of the `a` that needs the fewest bits, or 0 for a uniform distribution."""
+    """Return the number of the cheapest `a` (from 1), or 0 if a uniform distribution is cheaper."""
     # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)
     seen, total = np.empty(len(tokens)), np.empty(len(tokens))

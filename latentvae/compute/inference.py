@@ -101,7 +101,7 @@ def _make_exact(half: Any) -> None:
         _freeze_upsampling(half)
         half.to(memory_format=torch.channels_last)
         return
-    unfold_upsampling(half)  # Winograd on the upsampled map needs fewer products
+    unfold_upsampling(half)  # Winograd on the upsampled map needs fewer products than folding
     swap_convolutions(half)
     _freeze_upsampling(half)  # for layers that Winograd does not support
 

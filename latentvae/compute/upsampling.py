@@ -7,7 +7,7 @@ multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. Together, even and odd out
 transposed convolution of stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0],
 w[-1]). The four 2 x 2 phases of this convolution need 2.25 times fewer multiply-adds than a 3 x 3
 convolution at full size, and no upsampled map is in memory. At the border, both methods give the
-same result, because the upsampled zeros around x are zeros.
+same result, because the zeros that pad x stay zeros when they are upsampled.
 
 The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
 and exports are the same as with the plain layer. The results differ only by rounding.

@@ -135,7 +135,7 @@ def _sentence(fault: Any, schema: type[JobConfig]) -> str:
     close = ""
     if fault["type"] == "literal_error":
         close = nearest(str(fault["input"]), fault["ctx"]["expected"].split("'"))
-    names = [part for part in loc if isinstance(part, str)]  # without places in a list
+    names = [part for part in loc if isinstance(part, str)]  # without list indices
     return (
         f"{names[-1] if names else where} is {_shown(fault['input'])}, but "
         f"{fault['msg'].removeprefix('Input ')}{close}"

@@ -22,7 +22,7 @@ TO_CONVERT = (
 
 @dataclass(frozen=True)
 class Plugin:
-    """A package that teaches Pillow another format.
+    """A package with which Pillow can read another format.
 
     Attributes:
         module: the plugin's module. The module registers itself on import, or by its function

@@ -38,8 +38,8 @@ SAMPLE_PHOTOS = {
 class ImageSource(Protocol):
     """A source of images, which are read by number.
 
-    ``read`` raises UnreadableImage for a damaged file. Its argument ``at_least`` is that of
-    ``read_image``. ``size`` returns width and height, and reads only the file's header.
+    ``read`` raises UnreadableImage for a damaged file. Its argument ``at_least`` means the
+    same as in ``read_image``. ``size`` returns width and height, and reads only the file's header.
     """
 
     def __len__(self) -> int: ...

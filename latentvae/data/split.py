@@ -74,7 +74,7 @@ def spread(total: int, at_most: int | None) -> list[int]:
 def some_of(source: ImageSource, at_most: int) -> Subset:
     """Return up to ``at_most`` images, evenly spread over the source.
 
-    The first images by name would often belong to one class.
+    The images are spread, because the first images by name often belong to one class.
     """
     return Subset(source, spread(len(source), at_most))
 
@@ -240,8 +240,8 @@ def _hold_out(
             "be held out for validation."
         )
 
-    # All pages of a file get the same draw, so that they stay together. If this would hold out far
-    # more than the share, because there are few files, each page gets its own draw.
+    # All pages of a file get the same hash, so that they stay together. With few files, this could
+    # hold out far more images than the share. Then each page gets its own hash.
     draws = _draws(source, seed)
     if by_file:
         shared = [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]

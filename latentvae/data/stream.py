@@ -145,8 +145,8 @@ def stream_loader(
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
         rank: number of this process.
         world_size: number of processes.
-        start_step: number of micro-steps already done. As many images are skipped, but they are not
-            exactly the images that were already used.
+        start_step: number of micro-steps already done. The loader skips as many images as these
+            steps used, but the skipped images are not exactly the used images.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)

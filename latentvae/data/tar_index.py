@@ -36,8 +36,8 @@ class ShardIndex:
     """The images of one tar file.
 
     Attributes:
-        names: cleaned names, (N,). If several members have the same name, the last member counts,
-            as in unpacking.
+        names: cleaned names, (N,). If several members have the same name, the last member is used,
+            as when the tar file is unpacked.
         offsets: number of bytes from the start of the file to each image's first byte, (N,), int64.
         sizes: sizes of the images in bytes, (N,), int64.
         fault: what is wrong with the tar file, or "".

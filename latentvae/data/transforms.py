@@ -115,7 +115,7 @@ class TrainTransform:
     def draw(self, rng: np.random.Generator) -> Window:
         """Draw a window.
 
-        The method draws four numbers from ``rng`` with all options.
+        The method always draws four numbers from ``rng``, also if the options need fewer.
         """
         share, x, y, flip = rng.random(4).tolist()
         low, high = self.crop_scale

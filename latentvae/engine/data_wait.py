@@ -74,7 +74,8 @@ class DataWait(Iterator[Any]):
     def _remedy(self, waited: float, elapsed: float) -> str:
         """Return advice: as many workers as the update needs, if there are cores for them."""
         computing = max(elapsed - waited, 1e-9)
-        # The work of the workers (or of this process in `waited`) must fit into the computing time.
+        # While an update computes, the workers must read the next batch. Without workers, `waited`
+        # is the time in which this process reads the batches.
         needed = math.ceil(self._num_workers * elapsed / computing or waited / computing)
         spare = (os.cpu_count() or 1) // self._num_processes
         if min(needed, spare) > self._num_workers:

@@ -4,8 +4,8 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces th
 of a matrix by the nearest matrix whose singular values are all about 1. So all directions of a
 matrix learn equally fast. A convolution's weight (O, I, k, k) counts as a matrix (O, I k k).
 
-The step is scaled by 0.2 sqrt(max(rows, columns)), which makes its root mean square that of AdamW's
-steps (Liu et al. 2025, arXiv:2502.16982). So learning rates of AdamW serve for Muon as well.
+The step is scaled by 0.2 sqrt(max(rows, columns)). Its root mean square is then about that of
+AdamW's steps (Liu et al. 2025, arXiv:2502.16982). So AdamW's learning rates also suit Muon.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration, from Jordan's post
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b and c of the iteration, from Jordan's post
 ITERATIONS = 5
 MATCHES_ADAMW = 0.2
 EPSILON = 1e-7
@@ -23,7 +23,8 @@ EPSILON = 1e-7
 class MuonWithAdamW(optim.AdamW):
     """AdamW that trains some of its parameters by Muon.
 
-    The learning rate of a group with the key `muon` is multiplied by that value for the matrices.
+    Each parameter group has the key `muon`. For the matrices, the key holds Muon's learning rate
+    divided by AdamW's. For all other parameters, the key holds None.
 
     Args:
         matrices: weights of two or more dimensions.
@@ -54,7 +55,7 @@ class MuonWithAdamW(optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Step all parameters that have a gradient."""
-        # AdamW sees only its own groups
+        # Hide the groups of Muon while AdamW steps.
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["muon"] is None]
         try:
@@ -92,8 +93,8 @@ class MuonWithAdamW(optim.AdamW):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices (N, R, S) with singular values between about 0.7 and 1.2.
 
-    The iteration X <- a X + b (X X') X + c (X X')^2 X is a polynomial of G = X X' times X. So only
-    G is iterated, which costs less where rows and columns differ.
+    The iteration X <- a X + b (X X') X + c (X X')^2 X, with the `COEFFICIENTS` a, b and c, is a
+    polynomial of G = X X' times X. So only G is iterated. This is cheaper if X is not square.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

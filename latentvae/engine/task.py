@@ -175,7 +175,7 @@ class Task(ABC):
         """
 
     def check_processes(self, processes: int) -> None:
-        """Raise UserError for a number of processes that cannot work, such as more than batches."""
+        """Raise UserError if the number of processes is wrong, such as more than one per batch."""
 
     @abstractmethod
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
@@ -198,7 +198,7 @@ class Task(ABC):
         """
 
     def check_ready(self) -> None:
-        """Raise UserError for what would end the run later. The engine then prepares the folder."""
+        """Raise UserError for any fault that would end the run after the folder is prepared."""
 
     def write_files(self, folder: Path) -> None:
         """Write the files named in `files` into the run's folder, on the first rank only."""
@@ -255,7 +255,10 @@ class Task(ABC):
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the updates in which a learner does not learn. Its warm-up does not count them."""
+        """Return the updates in which a learner does not learn.
+
+        The warm-up of its learning rate does not count these updates.
+        """
         return range(0)
 
     @abstractmethod

@@ -94,7 +94,7 @@ class FeatureMap(ABC):
         strips computed from itself, if each strip reads at most one row above its own rows.
 
         Args:
-            strips: pairs of a strip (1, C, rows, W) and, before it, the number of its first row.
+            strips: pairs of the number of a strip's first row and the strip (1, C, rows, W).
             measure: also compute the statistics of the strips.
         """
         statistics, last = RunningMoments(self.channels), None
@@ -135,7 +135,7 @@ class MemoryMap(FeatureMap):
 
 
 class FileMap(FeatureMap):
-    """A map in a temporary file without a name. The kernel writes it to disk if memory is short.
+    """A map in a temporary file without a name. The system writes it to disk if memory is short.
 
     Raises:
         UserError: the folder's disk has not enough room.

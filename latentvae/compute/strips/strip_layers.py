@@ -5,7 +5,7 @@ statistics of the whole map, which are summed while the map is written. So a res
 passes:
 
     norm1 -> activation -> conv1 -> h       reads x
-    norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if widths differ)
+    norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if channels differ)
 
 At most two maps, x and h, exist at a time.
 
@@ -122,13 +122,13 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
     kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
         strip = _with_halo(x, top, bottom)
-        # The padding is 1, as in `upsample_conv`, and 2 more, which drop the output of each extra
-        # row.
+        # The padding of rows is 1, as in `upsample_conv`, plus 2. The 2 drop the two output rows of
+        # each extra input row.
         yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
 def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute self-attention over all positions in place, for strips of queries and all keys."""
+    """Compute self-attention over all positions in place, for the queries of a strip at a time."""
     prepare = normalizer(block.group_norm, x)
     keys, values = _keys_and_values(block, x, prepare, space)
     x.fill(_attended(block, x, prepare, keys, values, space))

@@ -28,8 +28,9 @@ class Limits:
         channels: smallest number of channels of the input and of the output.
         positions: at inference, NNPACK computes only feature maps with at least this many
             positions (height times width).
-        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` is for the
-            output or the gradient of x, `both` for the gradients of x and of the weight together.
+        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` holds if the
+            algorithm computes only the output, or only the gradient of x. The key `both` holds if
+            it computes the gradients of x and of the weight together.
     """
 
     channels: int
@@ -48,7 +49,7 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution for inference. Small maps, and cases of `_is_plain`, use the plain layer."""
+    """A convolution for inference. The plain layer computes small maps and cases of `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
@@ -57,7 +58,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A convolution with gradients. Cases of `_is_plain` use the plain layer."""
+    """A convolution with gradients. The plain layer computes cases of `_is_plain`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input):
@@ -113,14 +114,14 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Return whether there are enough channels and tiles for tiles to be faster."""
+    """Return whether `tiles` is faster, which needs enough channels and enough tiles."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
 
 
 def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
-    """Set the class of the convolutions in `part` for which Winograd's algorithms fit.
+    """Change the class of the convolutions in `part` that Winograd's algorithms can compute.
 
     Names, parameters and hooks do not change.
 
