@@ -205,7 +205,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
 
 
 def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
-    """Yield each file and the name of its PNG. A number keeps equal names apart."""
+    """Yield each file and the name of its PNG. A number is added to equal names."""
     taken: set[str] = set()
     for path, below in files:
         name, number = below.with_suffix(".png"), 1

@@ -49,7 +49,8 @@ from latentvae.report.schema import ModelReport, Report
 
 SAVE_SECONDS = 30.0  # shortest time between two saved states
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
-CIRCUMSTANCES = ("device", "threads")  # may change when an evaluation continues
+# Entries of the protocol that may change when a stopped evaluation continues.
+CIRCUMSTANCES = ("device", "threads")
 
 
 @full_float32()
@@ -113,7 +114,7 @@ def _check_options(
                 "and LPIPS of any model."
             )
 
-    # their names
+    # names of the models
     if clash := sorted(models.keys() & CODECS.keys()):
         raise UserError(
             f"a model cannot be called '{clash[0]}', because a codec has this name. "
@@ -253,7 +254,7 @@ class _Evaluation:
             try:
                 width, height = self.pictures.size(position)
             except UnreadableImage:
-                continue  # the measurement reports it later
+                continue  # the measurement reports this image later
             if min(width, height) < least:
                 raise UserError(
                     f"images must have at least {least} pixels on a side, the f of "
@@ -353,8 +354,8 @@ class _Evaluation:
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
         """Return the measurements by section, each with its number of pixels.
 
-        This is about the number of pixels that a measurement encodes and decodes. The estimate of
-        the time needs it.
+        The number of pixels is about what a measurement encodes and decodes. The program estimates
+        the time of a measurement from this number.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels

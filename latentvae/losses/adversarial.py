@@ -177,15 +177,16 @@ class Adversary:
 
     Attributes:
         discriminator: the network without wrappers, for the model's loss. This loss needs only the
-            gradient at the reconstruction, which ranks do not share.
+            gradient at the reconstruction. Each rank has its own reconstructions, so DDP is not
+            needed.
         prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
         factor: weight of the adversarial term in the model's loss in this update, before the
             adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
         augment: policy of `diff_augment` for all images that the discriminator sees.
         r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.
-        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop updates them
-            once per update.
+        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop calls
+            `LeCam.update` once per update.
         lecam_weight: weight of the LeCam penalty.
     """
 

@@ -184,7 +184,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
         codebook = weights["quantize.embedding.weight"]
 
     down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
-    network: Any = VQModel  # diffusers types widths as one-element tuples
+    network: Any = VQModel  # diffusers' type hints ask for widths in one-element tuples
     with torch.device("meta"):
         stock = network(
             **config | {"block_out_channels": tuple(config["block_out_channels"])},

@@ -89,7 +89,7 @@ class VQModelConfig(AttentionConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer. The options are the arguments of its class."""
+    """Return a freshly initialised tokenizer. `options` are arguments of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
