@@ -3,9 +3,9 @@
     models = {"mine": latentvae.load("runs/mine/export")}
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
-Each picture is resized as the protocol says. Every model and codec encodes and decodes it. The
-result is rounded to 8 bits and compared with the original. Only one picture and the sums over all
-pictures are in memory. To continue a stopped evaluation, make the same call again.
+Each picture is resized as the protocol says. Every model and codec encodes and decodes the picture.
+The result is rounded to 8 bits and compared with the original. Only one picture and the sums over
+all pictures are in memory. To continue a stopped evaluation, make the same call again.
 """
 
 import contextlib
@@ -68,7 +68,9 @@ def evaluate(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> Report:
-    """Measure, write the report into `out` (report.json, per_image.csv, pictures) and return it.
+    """Measure models and codecs, write the report into `out`, and return the report.
+
+    The written files are report.json, per_image.csv and pictures.
 
     Args:
         models: the autoencoders, by the names to show.

@@ -67,7 +67,7 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """An original picture and its features. Reconstructions are compared with them.
+    """An original picture and its features. Reconstructions are compared with both.
 
     Args:
         position: number of the picture in the evaluation.

@@ -68,7 +68,7 @@ class Progress:
             self._write({"done": 0})
 
     def save(self, done: int, values: Mapping[str, Any], parts: Mapping[str, Accumulator]) -> None:
-        """Write everything to disk."""
+        """Write the sums of `parts` and the state to disk."""
         # sums first
         arrays = {
             f"{name}/{key}": array

@@ -20,7 +20,7 @@ class Plan:
     """Sections of an evaluation and their settings. An empty tuple or 0 skips a measurement.
 
     Args:
-        sections: names of the sections to measure. They are, in this order: metrics of
+        sections: names of the sections to measure. All sections, in their order: metrics of
             reconstructions, rates of models and codecs, statistics of latents or tokens, half
             precision, tiles, and speed.
         lpips_nets: backbones of LPIPS. `"vgg"` also serves the distribution distances.

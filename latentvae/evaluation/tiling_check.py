@@ -214,7 +214,7 @@ def _steps(pictures: Tensor) -> Tensor:
 
 
 def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
-    """Return the tiles that `enable_tiling()` makes. These tiles must fit together."""
+    """Return the tiles that `enable_tiling()` makes. Call this only if they fit together."""
     size = own_tile(net) // f
     return _Tiles(size, int(size * tiling.share), f)
 

@@ -149,7 +149,7 @@ def encode_folder(
         labels=labels is not None,
     )
 
-    # write this rank's missing shards, and the manifest if all are there
+    # write this rank's missing shards, and the manifest if all shards exist
     mine = range(rank, content.num_shards, world_size)
     _prepare(out, content, overwrite=overwrite, rank=rank, world_size=world_size)
     write_shards(

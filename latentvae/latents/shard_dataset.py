@@ -223,7 +223,7 @@ class TokenDataset(_Cached):
 
     @property
     def num_codes(self) -> int:
-        """Number of codes, K."""
+        """Number of codes K of the tokenizer that made the tokens."""
         assert self.content.num_codes is not None
         return self.content.num_codes
 

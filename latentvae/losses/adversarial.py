@@ -26,7 +26,7 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Return -E[D(recon)], a scalar."""
+    """Return the model's hinge loss -E[D(recon)], a scalar."""
     return -fake_logits.float().mean()
 
 
@@ -151,7 +151,8 @@ def adaptive_weight(
     """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
     W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
-    known, so this costs two backward passes through one convolution and none through the decoder.
+    known, so the weight costs two backward passes through one convolution and none through the
+    decoder.
     Both gradients are averaged over ranks before their norms are taken.
 
     Args:

@@ -14,7 +14,7 @@ Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
 import hashlib
 import importlib.util
 import io
-import pickle  # noqa: TID251 (for the class to restrict and its error)
+import pickle  # noqa: TID251 (for the base class of `ArrayUnpickler`, and for its error)
 from pathlib import Path
 from typing import Any, Literal
 

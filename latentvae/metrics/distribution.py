@@ -38,7 +38,7 @@ class FrechetDistance:
 
     @property
     def num_images(self) -> int:
-        """Number of pairs seen."""
+        """Number of pairs (original, reconstruction) so far."""
         return self._real.count
 
     def update(self, real: Tensor, recon: Tensor) -> None:
@@ -96,7 +96,7 @@ class KernelDistance:
 
     @property
     def num_images(self) -> int:
-        """Number of pairs kept."""
+        """Number of pairs (original, reconstruction) whose features are kept."""
         return sum(map(len, self._real))
 
     def update(self, real: Tensor, recon: Tensor) -> None:

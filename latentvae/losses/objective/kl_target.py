@@ -12,7 +12,7 @@ neither on the resolution nor on the channels. The error e is relative, so one r
 targets.
 
 A network reacts late to the weight, so the first term alone would make the bits oscillate around
-their target. The second term damps these oscillations. This is ControlVAE's proportional term,
+their target. The second term damps these oscillations. It is ControlVAE's proportional term,
 applied to GECO's logarithm. A reconstruction error is noisy from batch to batch and reacts little
 to the weight. So its error e is steeper, and there is no second term.
 

@@ -172,5 +172,5 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(self.quantize.codes(indices), True, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """Encode, quantise and decode."""
+        """Encode, quantise and decode images. Return the reconstruction."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)

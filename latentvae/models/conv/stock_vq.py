@@ -202,7 +202,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     """Scale the features of `stock` in place to about the length of its codes.
 
-    This is possible only if all codes have the same length. Otherwise the factor is 1.
+    The scaling is possible only if all codes have the same length. Otherwise the factor is 1.
 
     If the features are much longer than the codes, float32 distances lose the digits that
     distinguish codes. Scaling by a power of two causes no rounding.

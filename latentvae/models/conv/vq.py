@@ -152,8 +152,8 @@ class VQFamily(DiscreteFamily):
     ) -> dict[str, Any]:
         """Return the run's options with the pretrained network's shape.
 
-        If both have a quantiser of the same type, the run's options decide how the quantiser
-        learns.
+        If run and network have a quantiser of the same type, the run's options decide how the
+        quantiser learns.
         """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]
