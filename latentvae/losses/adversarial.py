@@ -151,8 +151,7 @@ def adaptive_weight(
     """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
     W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
-    known, so the weight costs two backward passes through one convolution and none through the
-    decoder.
+    known, so only two backward passes are needed, both through one convolution.
     Both gradients are averaged over ranks before their norms are taken.
 
     Args:
