@@ -58,7 +58,7 @@ class Autoencoder:
     2 f for FLUX.2). Reconstructions are cropped back to the image size. The padding reflects the
     image, or replicates its border if the image is too small. A tokenizer raises an error for
     images with a side below f pixels, because their tokens would describe padding. Returned tensors
-    are no inference-mode tensors, so a diffusion model can be trained on them.
+    are not inference-mode tensors, so a diffusion model can be trained on them.
 
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype of the computation.

@@ -1,8 +1,9 @@
 """The best linear code of image patches: principal components of f x f pixels.
 
-Each patch of f x f pixels becomes its d numbers along the principal components, and is built again
-from them. Among all linear codes of this size it has the smallest squared error on the images that
-it was fitted on (Eckart and Young 1936). An autoencoder with the same f and d should do better.
+The code turns each patch of f x f pixels into d numbers: its coordinates along the principal
+components. Decoding builds the patch again from these numbers. Among all linear codes with d
+numbers, this code has the smallest squared error on the images of the fit (Eckart and Young 1936).
+An autoencoder with the same f and d should do better.
 
 `B` batch, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per patch, `h w`
 patches.
@@ -20,7 +21,7 @@ from latentvae.moments import RunningMoments
 
 @dataclass(frozen=True)
 class LinearCode:
-    """A linear code.
+    """A linear code of patches: its components, and the calls that encode and decode images.
 
     Attributes:
         mean: the mean patch, (C, f, f).
@@ -37,9 +38,9 @@ class LinearCode:
         return self.mean.shape[-1]
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the code (B, d, h, w) of images (B, C, H, W). Their sides may be any number.
+        """Return the code (B, d, h, w) of images (B, C, H, W) of any size.
 
-        Sides that are no multiple of f are filled up by repeating the last row and column.
+        If a side is not a multiple of f, the last row or column is repeated.
         """
         height, width = images.shape[2:]
         right, below = -width % self.f, -height % self.f
@@ -52,7 +53,8 @@ class LinearCode:
         """Return images (B, C, H, W) of a code (B, d, h, w).
 
         Args:
-            size: height and width to crop to, at the right and below. None keeps f h and f w.
+            size: height and width of the result, which is cropped at the right and at the bottom.
+                None keeps f h and f w.
         """
         images = F.conv_transpose2d(z, self.basis, stride=self.f)
         images = images + self.mean.repeat(1, z.shape[2], z.shape[3])
@@ -100,7 +102,7 @@ class PatchMoments:
             raise ValueError(
                 f"a patch has {self.moments.num_features} values, so it has no {d} components"
             )
-        variances, vectors = torch.linalg.eigh(self.moments.covariance())  # rising
+        variances, vectors = torch.linalg.eigh(self.moments.covariance())  # in rising order
         basis = vectors.T.flip(0)[:d]
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         basis = basis * largest.sign()

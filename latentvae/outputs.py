@@ -1,8 +1,8 @@
 """The outputs of networks in training. Every network must return what these docstrings describe.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
-tensor in it, also inside a tuple of outputs. In objects of other classes, they would silently skip
-tensors.
+tensor in a `BaseOutput`, also inside a tuple of outputs. Both libraries would silently skip the
+tensors in objects of other classes.
 
 `B` batch, `C` image channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes,
 `L` levels of codes.

@@ -98,15 +98,15 @@ def reconstruct(
         out: folder of the results. Existing files of the same name are overwritten.
         max_side: shrink pictures whose longer side has more pixels than this. None keeps every
             size.
-        strips: compute strip by strip, see `Autoencoder`. It has an effect only if `model` is a
-            folder or Hub id.
+        strips: compute strip by strip, see `Autoencoder`. The option has an effect only if `model`
+            is a folder or Hub id.
         value_range: the stored numbers of black and white, as in training. Float files need this
             argument with a grey or RGBA model.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             such files are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
-        optimize: mode of faster computation, see `load`. It has an effect only if `model` is a
-            folder or Hub id.
+        optimize: mode of faster computation, see `load`. The option has an effect only if `model`
+            is a folder or Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
 
     Raises:
@@ -205,7 +205,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
 
 
 def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
-    """Yield each file and the name of its PNG. A number keeps equal names apart."""
+    """Yield each file and the name of its PNG. A number is added to equal names."""
     taken: set[str] = set()
     for path, below in files:
         name, number = below.with_suffix(".png"), 1

@@ -52,7 +52,8 @@ class Curves:
     ) -> list[Point]:
         """Return one point for each of `settings`: qualities of a codec, or noise PSNRs of a model.
 
-        A point holds its values on the curves, and the means over all images from `means`.
+        A point holds two kinds of means: over the images that count for its curve, and over all
+        images (from `means`).
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []

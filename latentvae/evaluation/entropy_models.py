@@ -22,7 +22,8 @@ from latentvae.evaluation.settings import Plan
 from latentvae.models import calls
 
 MAX_POSITIONS = 4096  # largest number of positions that the fit uses of one image's latent
-# Backward passes per image for the gains. More precision is useless: a file rounds steps by 2 %.
+# Backward passes per image when the gains are measured. More passes would be useless, because the
+# coded file stores the quantiser steps rounded by up to 2 %.
 PROBES = 4
 GAIN_PIXELS = 256  # side of the image that is decoded with gradients to measure the gains
 
@@ -46,8 +47,8 @@ class Priors:
     """Entropy models of both halves. `other` returns the entropy model that codes a picture.
 
     Attributes:
-        own: whether images are coded with the entropy model of their own half, because the other
-            half has none.
+        own: whether images are coded with the entropy model of their own half. This happens if no
+            entropy model could be fitted on the other half.
     """
 
     def __init__(self) -> None:

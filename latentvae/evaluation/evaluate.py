@@ -3,9 +3,9 @@
     models = {"mine": latentvae.load("runs/mine/export")}
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
-Each picture is resized as the protocol says. Every model and codec encodes and decodes it. The
-result is rounded to 8 bits and compared with the original. Only one picture and the sums over all
-pictures are in memory. To continue a stopped evaluation, make the same call again.
+Each picture is resized as the protocol says. Every model and codec encodes and decodes the picture.
+The result is rounded to 8 bits and compared with the original. Only one picture and the sums over
+all pictures are in memory. To continue a stopped evaluation, make the same call again.
 """
 
 import contextlib
@@ -49,7 +49,8 @@ from latentvae.report.schema import ModelReport, Report
 
 SAVE_SECONDS = 30.0  # shortest time between two saved states
 PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
-CIRCUMSTANCES = ("device", "threads")  # may change when an evaluation continues
+# Entries of the protocol that may change when a stopped evaluation continues.
+CIRCUMSTANCES = ("device", "threads")
 
 
 @full_float32()
@@ -67,7 +68,9 @@ def evaluate(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> Report:
-    """Measure, write the report into `out` (report.json, per_image.csv, pictures) and return it.
+    """Measure models and codecs, write the report into `out`, and return the report.
+
+    The written files are report.json, per_image.csv and pictures.
 
     Args:
         models: the autoencoders, by the names to show.
@@ -113,7 +116,7 @@ def _check_options(
                 "and LPIPS of any model."
             )
 
-    # their names
+    # names of the models
     if clash := sorted(models.keys() & CODECS.keys()):
         raise UserError(
             f"a model cannot be called '{clash[0]}', because a codec has this name. "
@@ -253,7 +256,7 @@ class _Evaluation:
             try:
                 width, height = self.pictures.size(position)
             except UnreadableImage:
-                continue  # the measurement reports it later
+                continue  # the measurement reports this image later
             if min(width, height) < least:
                 raise UserError(
                     f"images must have at least {least} pixels on a side, the f of "
@@ -353,8 +356,8 @@ class _Evaluation:
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
         """Return the measurements by section, each with its number of pixels.
 
-        This is about the number of pixels that a measurement encodes and decodes. The estimate of
-        the time needs it.
+        The number of pixels is about what a measurement encodes and decodes. The program estimates
+        the time of a measurement from this number.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels

@@ -1,8 +1,8 @@
-"""The linear code of a model's size as one more row of the report.
+"""Measure a linear code of a model's size, for one more row of the report.
 
-A network that is worse than a linear code of as many numbers has learned little. The code is fitted
-on other images than those that it is measured on: the images are split into two halves by the
-parity of their position, and each half is coded with the components of the other half.
+A network that is worse than a linear code with as many numbers has learned little. The images are
+split into two halves: even and odd positions. A linear code is fitted on each half and measured on
+the other half.
 
 `f` side of a patch, `d` numbers per patch.
 """
@@ -21,9 +21,9 @@ from latentvae.metrics import to_8bit
 from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
 
 LINEAR = "linear"  # name of the row
-FIT_IMAGES = 256  # at most so many images of each half, evenly spread
-MAX_VALUES = 3 * 32 * 32  # of a patch
-NETS = ("alex",)  # backbones of LPIPS that the row has
+FIT_IMAGES = 256  # largest number of images of each half that the fit uses, evenly spread
+MAX_VALUES = 3 * 32 * 32  # largest number of values of a patch
+NETS = ("alex",)  # backbones of LPIPS that are measured for the row
 
 
 class LinearBaseline:
@@ -35,9 +35,9 @@ class LinearBaseline:
         d: numbers per patch.
 
     Attributes:
-        halves: the code of each half, or nothing if the images have too few patches.
-        own: whether images are coded with the fit of their own half, because the other has too few
-            patches.
+        halves: the code of each half. Empty if both halves have too few patches.
+        own: whether images are coded with the code of their own half. This happens if the other
+            half has too few patches.
     """
 
     def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:
@@ -49,7 +49,7 @@ class LinearBaseline:
     def fit(self, pictures: Pictures) -> bool:
         """Fit one code on each half. Return whether there are enough patches.
 
-        If one half has too few patches, both halves have the code of the other one.
+        If one half has too few patches, both halves use the code of the other half.
         """
         found = [self._fit(pictures, parity) for parity in (0, 1)]
         usable = [code for code in found if code is not None]
@@ -67,7 +67,7 @@ class LinearBaseline:
 
     @torch.no_grad()
     def update(self, original: Original) -> list[Row]:
-        """Measure one picture and return its row. There is none without a code."""
+        """Measure one picture and return its row. Return an empty list if there is no code."""
         if not self.halves:
             return []
         code = self.halves[1 - original.position % 2].to(original.images.device)
@@ -123,8 +123,8 @@ def baselines(
 ) -> dict[tuple[int, int], LinearBaseline]:
     """Return a baseline for each different (f, d). The first is called `linear`.
 
-    There is none for models with as many numbers as pixels, where a linear code is exact. There is
-    none for patches of more than `MAX_VALUES` values either, because the fit would take too long.
+    Some models have no baseline. If d is at least the number of values of a patch, a linear code is
+    exact. If a patch has more than `MAX_VALUES` values, the fit would take too long.
     """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:

@@ -55,7 +55,7 @@ class Row:
         return self.bpp if column == "bpp" else self.metrics.get(column)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values by `CSV_COLUMNS`."""
+        """Return a dictionary of values with the keys `CSV_COLUMNS`."""
         values = {name: getattr(self, name) for name in FACTS}
         names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
         return values | names | {name: self.metrics.get(name) for name in IMAGE_COLUMNS}
@@ -67,7 +67,7 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """An original picture and its features. Reconstructions are compared with them.
+    """An original picture and its features. Reconstructions are compared with both.
 
     Args:
         position: number of the picture in the evaluation.
@@ -128,7 +128,8 @@ class Judge:
         """Return every metric of `recon`, (1, 3, H, W) on the 8-bit grid.
 
         Args:
-            nets: backbones of LPIPS to use. Then there are no Inception features. None uses all.
+            nets: backbones of LPIPS to use. A choice of backbones also leaves out the Inception
+                features. None uses all backbones and Inception.
         """
         images, size = original.images, min(original.images.shape[2:])
         chosen = [net for net in original.levels if nets is None or net in nets]
@@ -287,7 +288,7 @@ class Means:
 
 
 class PooledError:
-    """PSNR of the mean squared error over all images together. Values range over [-1, 1]."""
+    """PSNR of the mean squared error over all images together. Pixels are in [-1, 1]."""
 
     def __init__(self) -> None:
         self.squares, self.elements = 0.0, 0

@@ -91,7 +91,8 @@ class ModelMeasures:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
         rate = "rate" in plan.sections and plan.noise_psnr
         self.priors = Priors() if rate and not model.num_codes else None
-        self.encoded: dict[int, Posterior] = {}  # from the fit, until the picture is measured
+        # Posteriors by position, from the fit of the entropy model, until they are measured.
+        self.encoded: dict[int, Posterior] = {}
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
@@ -161,7 +162,8 @@ class ModelMeasures:
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
         """Add one row per codec at this model's rate.
 
-        The quality of the codec is dropped, because it differs between pictures.
+        The codec's quality setting is removed from the row, because each picture needs another
+        setting to reach the rate.
         """
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
 

@@ -25,7 +25,7 @@ class Phases:
         self.say(f"[{self.number}/{self.total}] {text} ({times})")
 
     def skip(self, count: int = 1) -> None:
-        """Count phases that are not needed or that an earlier call has completed."""
+        """Skip the numbers of phases that are not needed or that an earlier call has completed."""
         self.number += count
 
     def say(self, text: str) -> None:

@@ -108,7 +108,7 @@ class Seen:
 
     @property
     def mean_pixels(self) -> float:
-        """Mean number of pixels of an image, or infinity before the first one."""
+        """Mean number of pixels of an image, or infinity before the first image."""
         pixels = sum(n * math.prod(map(int, size.split("x"))) for size, n in self.sizes.items())
         return pixels / self.count if self.count else math.inf
 

@@ -50,7 +50,7 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # a save never overwrites the file of sums of the last one
+        self._saves = 0  # numbers the files of sums, so that a save never overwrites the last file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,7 +68,7 @@ class Progress:
             self._write({"done": 0})
 
     def save(self, done: int, values: Mapping[str, Any], parts: Mapping[str, Accumulator]) -> None:
-        """Write everything to disk."""
+        """Write the sums of `parts` and the state to disk."""
         # sums first
         arrays = {
             f"{name}/{key}": array
@@ -160,7 +160,10 @@ class Progress:
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Check that the table still has all saved rows. Otherwise zero bytes would replace them."""
+    """Check that the table still has all saved rows.
+
+    The table is later cut to `size` bytes. If it were shorter, zero bytes would fill the gap.
+    """
     if size < 0 or (size and table.stat().st_size < size):
         raise ValueError(f"{table.name} is shorter than it was")
 

@@ -20,7 +20,7 @@ class Plan:
     """Sections of an evaluation and their settings. An empty tuple or 0 skips a measurement.
 
     Args:
-        sections: names of the sections to measure. They are, in this order: metrics of
+        sections: names of the sections to measure. All sections, in their order: metrics of
             reconstructions, rates of models and codecs, statistics of latents or tokens, half
             precision, tiles, and speed.
         lpips_nets: backbones of LPIPS. `"vgg"` also serves the distribution distances.
@@ -29,7 +29,8 @@ class Plan:
             curve of a continuous latent.
         prior_images: number of images that an entropy model is fitted on. Each half of the images
             has its own entropy model.
-        gain_images: number of these images that the decoder's gains are measured on.
+        gain_images: number of images, among the `prior_images`, that the decoder's gains are
+            measured on.
         passport_images: number of images for the checks of half precision and tiles.
         passport_side: pixels on a side that images are cropped to for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.

@@ -70,7 +70,7 @@ def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
     """Write rows of tiles. Each tile shows the centre of its picture.
 
     Pictures larger than 320 pixels are cropped. Smaller pictures are enlarged by an integer factor,
-    without interpolation. All tiles of a row show the same part.
+    without interpolation. All tiles of a row show the same part of the picture.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
     width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN

@@ -27,12 +27,12 @@ from latentvae.models.calls import decode, encode
 from latentvae.models.tiling import Tiling, tile_settings
 
 SEGMENT = 32  # pixels along a border over which a step is averaged. Noise and texture cancel.
-SIDE = 4  # pixels to average on each side of a border, so that a thin line is not a step
+SIDE = 4  # pixels to average on each side of a border, so that a thin line does not count as a step
 BESIDE = range(SIDE, 16)  # distances in pixels from a border, at which steps have other causes
 
-# Limit in 8-bit levels. One level is 1.7 % of the luminance of mid-grey. This is about the smallest
-# step that the eye finds along a straight line, such as banding in 8-bit gradients. The second
-# level is a margin for rounding and texture.
+# Limit in 8-bit levels. One level is 1.7 % of the luminance of mid-grey. A step of one level is
+# about the smallest that the eye finds along a straight line, such as banding in 8-bit gradients.
+# The second level is a margin for rounding and texture.
 VISIBLE_SEAM = 2.0
 
 
@@ -209,18 +209,21 @@ def _steps(pictures: Tensor) -> Tensor:
     sides = F.avg_pool1d(pictures, SIDE, stride=1)
     steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), starting at x = SIDE
     segment = min(SEGMENT, steps.shape[1])
-    # Segments overlap by half, so that every 1.5 segments of the border contain a whole segment.
+    # Segments overlap by half, so that any stretch of 1.5 segments contains a whole segment.
     return F.avg_pool1d(steps.mT, segment, stride=max(segment // 2, 1)).abs()
 
 
 def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
-    """Return the tiles that `enable_tiling()` makes. These tiles must fit together."""
+    """Return the tiles that `enable_tiling()` makes. Call this only if they fit together."""
     size = own_tile(net) // f
     return _Tiles(size, int(size * tiling.share), f)
 
 
 def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:
-    """Return tiles of about two thirds of `longer` latent positions, or None if none is smaller."""
+    """Return tiles of about two thirds of `longer` latent positions.
+
+    Return None if no such tile is smaller than `longer`.
+    """
     size = max(round(longer * 2 / 3 / tiling.step), 1) * tiling.step
     return _Tiles(size, math.ceil(size * tiling.share), f) if size < longer else None
 

@@ -150,7 +150,10 @@ _WRITTEN: dict[str, tuple[str, ...]] = {
 def _exported_config(
     net: Network, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
 ) -> dict[str, Any]:
-    """Return the network's config with the new scale, without private keys, which hold paths."""
+    """Return the network's config with the new scale.
+
+    Private keys are left out, because they hold paths.
+    """
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:
         return config | _known(net, {"shift_factor": config.get("shift_factor") or 0.0})

@@ -84,7 +84,7 @@ class TokenizerReport:
         return "\n".join([f"export {self.path} ({self.network})", *self._lines("  ")])
 
     def facts(self) -> str:
-        """Return the same lines for the model card."""
+        """Return the lines of `summary` as a section of the model card."""
         return "\n".join(["## Export", "", *self._lines("- ")])
 
     def _lines(self, mark: str) -> list[str]:

@@ -89,7 +89,7 @@ class ExportReport:
         return "not safe: load the model in float32 or bfloat16"
 
     def facts(self) -> str:
-        """Return the same facts for the model card."""
+        """Return the facts of `summary` as a section of the model card."""
         upcast = f"`force_upcast` {str(self.force_upcast).lower()}: " * self.has_force_upcast
         lines = [
             "## Export",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # diffusers and transformers register their outputs there
+from torch.utils import _pytree as pytree  # diffusers registers its output classes there
 
 from latentvae.models import Network
 from latentvae.models.calls import decode, encode, num_codes, tokenize

@@ -54,7 +54,7 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
     # does the Hub know the token?
     try:
         user = HfApi().whoami()
-    except Exception as error:  # the network or the Hub may work again at the end of the run
+    except Exception as error:  # the connection may work again at the end of the run
         if _status(error) == 401:
             raise UserError(
                 "the Hub does not know the token of push_to_hub. Run `hf auth login` again, or set "

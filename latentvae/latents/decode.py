@@ -71,9 +71,9 @@ def decode_folder(
         The pictures of this rank, in the order of the items.
 
     Raises:
-        UserError: shards are damaged, indices are out of range, or `model` is another model. The
-            error also occurs if `out` holds pictures of other shards, or other files with these
-            names. It occurs before anything is decoded.
+        UserError: shards are damaged, indices are out of range, or `model` did not make the
+            shards. The error also occurs if `out` holds pictures of other shards, or other files
+            with the names of the pictures. All this is checked before anything is decoded.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):

@@ -2,8 +2,8 @@
 
 Rank r of W writes the shards r, r + W, r + 2W and so on that do not exist yet. No batch crosses the
 end of a shard. So the files depend neither on the number of ranks nor on when the command was
-killed. The same command again writes the missing shards. Ranks do not communicate. Any rank that
-finds all shards complete writes the manifest, and the manifest of every rank is the same.
+killed. To write the missing shards, run the same command again. Ranks do not communicate. Any rank
+that finds all shards complete writes the manifest, and the manifest of every rank is the same.
 """
 
 import os
@@ -97,15 +97,15 @@ def encode_folder(
         optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
             used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        model_name: path or Hub id that the manifest records for a loaded model. None takes its
-            name.
+        model_name: path or Hub id that the manifest records for a loaded model. None takes the
+            model's name.
         device: device of the model. None takes the GPU of this rank, if there is one.
 
     Returns:
         The manifest, or None if other ranks are still working.
 
     Raises:
-        UserError: an option is wrong, or `out` holds shards of another encoding. This is checked
+        UserError: an option is wrong, or `out` holds shards of another encoding. Both are checked
             before any image is read. The error also occurs if no image can be read, or if latents
             overflow `dtype`.
     """
@@ -149,7 +149,7 @@ def encode_folder(
         labels=labels is not None,
     )
 
-    # write this rank's missing shards, and the manifest if all are there
+    # write this rank's missing shards, and the manifest if all shards exist
     mine = range(rank, content.num_shards, world_size)
     _prepare(out, content, overwrite=overwrite, rank=rank, world_size=world_size)
     write_shards(
@@ -195,7 +195,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
             continue
         fits = header is not None and header.content == content and header.shard == int(number)
         if not (fits and _as_listed(out, int(number), manifest)):
-            path.unlink(missing_ok=True)  # first, because it marks the other files as complete
+            path.unlink(missing_ok=True)  # delete this file first: it marks the others as complete
             path.with_suffix(".parquet").unlink(missing_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
     sweep_temporary(out, rank=rank, world_size=world_size)

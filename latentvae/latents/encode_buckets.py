@@ -1,7 +1,8 @@
 """Encode every image at the shape nearest to its own (`latentvae encode --aspect_ratio_buckets`).
 
 All items of a folder of shards have one shape. So each bucket gets a folder of its own, such as
-`OUT/192x320`, which all readers of shards take. Class numbers are the same in all folders.
+`OUT/192x320`. Every reader of shards can read such a folder. Class numbers are the same in all
+folders.
 """
 
 import os
@@ -58,8 +59,8 @@ def encode_buckets(
         options: other options of `encode_folder`.
 
     Returns:
-        The manifest of each folder, or None for it while other ranks are still working. A shape of
-        which no image can be read is left out.
+        The manifest of each folder, or None if other ranks are still writing the folder. A shape is
+        left out if none of its images can be read.
 
     Raises:
         UserError: see `encode_folder`. Also: `out` holds folders of other shapes.
@@ -116,7 +117,7 @@ def encode_buckets(
 
 
 def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
-    """Return the bucket of every image. Images that cannot be read go where most images are."""
+    """Return the bucket of every image. Unreadable images get the bucket with the most images."""
     ratios = np.full(len(source), np.nan)
     for i in range(len(source)):
         try:
@@ -136,7 +137,7 @@ def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
 
 
 def _refuse_other_shapes(out: Path, folders: list[Path]) -> None:
-    """Refuse a folder that a reader would take for more or fewer shapes than there are."""
+    """Raise UserError if `out` holds shards of one shape, or folders of other shapes."""
     if (out / MANIFEST).exists() or next(out.glob("shard-*.safetensors"), None) is not None:
         raise UserError(
             f"'{out}' holds shards of one shape. Give another folder for {len(folders)} shapes."

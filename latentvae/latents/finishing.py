@@ -1,7 +1,7 @@
 """The end of an encoding: the manifest, with statistics of the tokens or latents.
 
-Everything is read from the shards. So every rank and every continued encoding writes the same
-manifest.
+The manifest is computed only from the shards. So every rank and every continued encoding writes the
+same manifest.
 
 `K` codes, `L` levels, `h w` latent positions.
 """
@@ -102,7 +102,7 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return the use of the codes, and bits per pixel: with log2 K bits per token, and coded."""
+    """Return the use of the codes, and the bits per pixel without and with entropy coding."""
     assert content.num_codes is not None
 
     # pass over all shards

@@ -35,11 +35,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class SomeItems:
-    """Some images of a source, as a source of their own.
+    """An image source that holds some images of another source.
 
     Attributes:
         whole: the source of all images.
-        numbers: numbers of the images in `whole`, rising.
+        numbers: numbers of the images in `whole`, in rising order.
         given: how the user named the data.
     """
 
@@ -74,7 +74,7 @@ class Picture(NamedTuple):
 
 
 class Pictures(Dataset[Picture]):
-    """Items by number. An item that cannot be read has the reason instead of an image."""
+    """Items by number. For an item that cannot be read, `Picture.reason` says why."""
 
     def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
         self.source = source
@@ -112,8 +112,7 @@ def given_name(data: str | os.PathLike[str] | DatasetSpec | SomeItems) -> str:
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
     """Return the classes from a table's label column, or from the first folders in names.
 
-    None means that there are no labels, because the column is missing or there are fewer than two
-    folders.
+    Return None if there are no labels: the column is missing, or there are fewer than two folders.
 
     Raises:
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.

@@ -62,7 +62,7 @@ class ShardReader:
         return {**self.__dict__, "_open": {}}  # open files cannot move to another process
 
     def read(self, name: str, index: int) -> Tensor:
-        """Return one item's row of a tensor, as it is stored.
+        """Return one item's part of the tensor `name`, as it is stored.
 
         Raises:
             IndexError: there is no such item.
@@ -223,7 +223,7 @@ class TokenDataset(_Cached):
 
     @property
     def num_codes(self) -> int:
-        """Number of codes, K."""
+        """Number of codes K of the tokenizer that made the tokens."""
         assert self.content.num_codes is not None
         return self.content.num_codes
 

@@ -26,7 +26,7 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Return -E[D(recon)], a scalar."""
+    """Return the model's hinge loss -E[D(recon)], a scalar."""
     return -fake_logits.float().mean()
 
 
@@ -151,7 +151,7 @@ def adaptive_weight(
     """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
     W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
-    known, so this costs two backward passes through one convolution and none through the decoder.
+    known, so only two backward passes are needed, both through one convolution.
     Both gradients are averaged over ranks before their norms are taken.
 
     Args:
@@ -177,15 +177,16 @@ class Adversary:
 
     Attributes:
         discriminator: the network without wrappers, for the model's loss. This loss needs only the
-            gradient at the reconstruction, which ranks do not share.
+            gradient at the reconstruction. Each rank has its own reconstructions, so DDP is not
+            needed.
         prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
         factor: weight of the adversarial term in the model's loss in this update, before the
             adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
         augment: policy of `diff_augment` for all images that the discriminator sees.
         r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.
-        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop updates them
-            once per update.
+        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop calls
+            `LeCam.update` once per update.
         lecam_weight: weight of the LeCam penalty.
     """
 

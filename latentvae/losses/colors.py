@@ -1,9 +1,9 @@
 """Convert images to RGB, for LPIPS, for the discriminators and for display.
 
 A single channel is repeated. The last of four channels is alpha (-1 transparent, 1 opaque), and the
-colours are laid over a background. In training, the background is a random colour for each image,
-the same under an image and its reconstruction. So the model can learn neither one background nor
-the colours of transparent pixels. Outside training, the background is mid-grey.
+colours are laid over a background. In training, the background is a random colour for each image.
+An image and its reconstruction have the same background. So the model can learn neither one fixed
+background nor the colours of transparent pixels. Outside training, the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """

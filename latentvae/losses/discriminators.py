@@ -44,7 +44,7 @@ def power_iteration(discriminator: nn.Module) -> None:
 class PatchGAN(nn.Module):
     """A discriminator with one logit per overlapping image patch.
 
-    The only difference from the pix2pix original is another norm instead of BatchNorm.
+    The only difference from the original in pix2pix is the norm, which is not BatchNorm.
 
     The network is always in eval mode, and `.train()` has no effect. In train mode, torch's
     spectral norm would take a step of its power iteration in every forward pass. Then the model's
@@ -201,7 +201,7 @@ class _ScaledLeakyReLU(nn.LeakyReLU):
 
 
 class _Blur(nn.Module):
-    """The [1, 3, 3, 1] filter before each halving, against aliasing."""
+    """The filter [1, 3, 3, 1], which prevents aliasing when the next layer halves the map."""
 
     def __init__(self, *, stride: int, padding: int) -> None:
         super().__init__()
@@ -295,7 +295,8 @@ def build_discriminator(
         channels: width of the first layer. The width doubles per layer, up to eightfold.
         num_layers: layers or blocks that halve the map. Default: 3 for "patch" (70 pixels), and
             for "stylegan" as many as leave at least 4 pixels on the shorter side.
-        norm: for "patch": "group" (the default), "spectral" or "none". "stylegan" has none.
+        norm: for "patch": "group" (the default), "spectral" or "none". "stylegan" has no choice
+            of norms.
 
     Raises:
         UserError: the kind or the norm is unknown, or the images are too small.

@@ -14,7 +14,7 @@ Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
 import hashlib
 import importlib.util
 import io
-import pickle  # noqa: TID251 (for the class to restrict and its error)
+import pickle  # noqa: TID251 (for the base class of `ArrayUnpickler`, and for its error)
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,8 +55,8 @@ _UNREADABLE = (
     SafetensorError,
 )
 
-# The only callable that a pickled array needs. Its names in NumPy 1 and 2 are not public, so it is
-# taken from an array.
+# The only callable that a pickled array needs. The callable has no public name in NumPy 1 and 2, so
+# this code takes it from an array.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # type: ignore[index]
 _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,

@@ -22,7 +22,7 @@ from latentvae.errors import UserError, nearest
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
 
-MIN_SIZE = {"vgg": 16, "alex": 31}  # side in pixels. With less, the backbone's last layer is empty
+MIN_SIZE = {"vgg": 16, "alex": 31}  # side in pixels. In smaller images the last layer is empty
 
 _KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # distance of `_known_pair`
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from lpips.ScalingLayer

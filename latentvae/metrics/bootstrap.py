@@ -1,7 +1,8 @@
 """A mean over images and its confidence interval, in constant memory.
 
-The interval comes from the Poisson bootstrap. A resample does not draw n of n images. Instead, it
-gives each image a weight from Poisson(1), so images can come as a stream of unknown length.
+The interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images for each
+resample. Here a resample gives each image a weight from Poisson(1) instead, so images can come as a
+stream of unknown length.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
 2012, https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/.

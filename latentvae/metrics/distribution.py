@@ -2,7 +2,7 @@
 
 The Frechet distance (Heusel et al. 2017, https://arxiv.org/abs/1706.08500) compares two Gaussians.
 With fewer images than features, the covariances are singular, and the distance is biased upwards.
-The kernel distance is an unbiased MMD^2, so it has no bias for few images either (Gretton et al.
+The kernel distance is an unbiased MMD^2, so it has no bias even for few images (Gretton et al.
 2012, https://jmlr.org/papers/v13/gretton12a.html, and Binkowski et al. 2018,
 https://arxiv.org/abs/1801.01401). Compare distances only if they use the same features. See
 `trunk_features` and `inception`.
@@ -38,7 +38,7 @@ class FrechetDistance:
 
     @property
     def num_images(self) -> int:
-        """Number of pairs seen."""
+        """Number of pairs (original, reconstruction) so far."""
         return self._real.count
 
     def update(self, real: Tensor, recon: Tensor) -> None:
@@ -76,8 +76,9 @@ class FrechetDistance:
 class KernelDistance:
     """The unbiased MMD^2 of the kernel (x . y / D + 1)^3 between originals and reconstructions.
 
-    A reconstruction depends on its original, so the two sets are not independent samples. So the
-    sum must leave out the kernel of a pair, k(x_i, y_i) (Gretton et al. 2012, lemma 6, equation 4).
+    A reconstruction depends on its original, so the two sets are not independent samples. The sum
+    must therefore leave out k(x_i, y_i), the kernel of an original and its own reconstruction
+    (Gretton et al. 2012, lemma 6, equation 4).
     KID includes this kernel, and so KID is negative for near copies.
 
         kernel = KernelDistance()
@@ -95,7 +96,7 @@ class KernelDistance:
 
     @property
     def num_images(self) -> int:
-        """Number of pairs kept."""
+        """Number of pairs (original, reconstruction) whose features are kept."""
         return sum(map(len, self._real))
 
     def update(self, real: Tensor, recon: Tensor) -> None:
@@ -159,7 +160,8 @@ def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
 def _root(covariance: Tensor) -> Tensor:
     """Return R with R R^T = covariance, (D, rank).
 
-    R leaves out eigenvalues that are only rounding noise. With few images, most eigenvalues are.
+    R leaves out eigenvalues that are only rounding noise. With few images, most
+    eigenvalues are noise.
     """
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()

@@ -4,8 +4,8 @@ Images are float in [-1, 1]. To measure images as saved, round them with `to_8bi
 
 - SSIM follows Wang et al. 2004. Its window is a Gaussian of sigma 1.5 over 11 x 11 pixels, at valid
   positions only. SSIM is measured per channel, then averaged.
-- MS-SSIM follows Wang et al. 2003. It has five scales. Each scale has the means of 2 x 2 pixels of
-  the scale before. Negative terms count as 0.
+- MS-SSIM follows Wang et al. 2003. It has five scales. The images of each further scale are the
+  means of 2 x 2 pixels of the scale before. Negative terms count as 0.
 - LPIPS is in `losses.perceptual`.
 
 `B` batch, `C` channels, `H W` space.
@@ -30,8 +30,8 @@ MS_SSIM_MIN_SIZE = 161  # pixels a side, for one window at the fifth scale
 def to_8bit(images: Tensor) -> Tensor:
     """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1].
 
-    Equal levels are equal floats on every device. For this, the code divides by a tensor. On GPUs,
-    a division by a Python number becomes a product with its reciprocal.
+    A level is the same float on every device, because the code divides by a tensor. On GPUs, a
+    division by a Python number would become a product with its reciprocal.
     """
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels / levels.new_tensor(127.5) - 1
@@ -42,7 +42,7 @@ def round_alike(recon: Tensor, images: Tensor) -> Tensor:
 
     A reconstruction is rounded to 8 bits if its image has 8 bits, which means that all values are
     on the 256 levels. Otherwise it is only clamped. (Rounding to 16 bits would cap PSNR at 107 dB,
-    far above any reconstruction.)
+    far above the PSNR of any reconstruction.)
     """
     is_8bit = (to_8bit(images) == images).flatten(1).all(1)  # (B,)
     return torch.where(is_8bit[:, None, None, None], to_8bit(recon), recon.float().clamp(-1, 1))

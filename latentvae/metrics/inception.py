@@ -1,9 +1,9 @@
 """The Inception-v3 network of FID, only with its true weights.
 
 FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
-https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported it to
-torch (https://github.com/toshas/torch-fidelity). Other weights give numbers that look like FID but
-are not comparable.
+https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported this
+network to torch (https://github.com/toshas/torch-fidelity). Other weights give numbers that look
+like FID but are not comparable.
 
 `B` batch, `H W` space.
 """

@@ -18,22 +18,23 @@ from torch import Tensor
 
 from latentvae.moments import RunningMoments
 
-# A channel is active if the variance of its posterior mean is above this (Burda et al. 2016).
+# A channel is active if the variance of its posterior mean is above this value (Burda et al. 2016).
 ACTIVE_VARIANCE = 0.01
-# A channel is dead if (variance of the posterior mean) / (mean posterior variance) is at most this.
+# A channel is dead if (variance of the posterior mean) / (mean posterior variance) is at most this
+# value.
 DEAD_SIGNAL_TO_NOISE = 0.01
 # Without a posterior, a channel is dead if (its std) / (median std of all channels) is at most
-# this.
+# this value.
 DEAD_RELATIVE_STD = 1e-3
-# Latents with a pooled std below this count as constant: their scale cannot be measured.
+# Latents with a pooled std below this value count as constant: their scale cannot be measured.
 CONSTANT_STD = 1e-8
-# Warn if the std of the scaled latents differs from 1 by more than this.
+# Warn if the std of the scaled latents differs from 1 by more than this value.
 SCALE_TOLERANCE = 0.2
 # Warn if the mean of the scaled latents is more than this number of standard deviations from 0.
 SHIFT_TOLERANCE = 0.25
 # Warn if one channel's std is more than this many times the std of another channel.
 STD_RATIO = 4.0
-# Warn if two channels are correlated by more than this.
+# Warn if two channels are correlated by more than this value.
 HIGH_CORRELATION = 0.9
 
 
@@ -48,8 +49,9 @@ class LatentScale(TypedDict):
     """The measured scale of latents, and the scale of their config.
 
     `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
-    together. With a posterior, both belong to samples from it. `scaled_mean` and `scaled_std` are
-    mean and std of the latents after shift and scaling with the factors of the network's config.
+    together. With a posterior, both factors are those of samples from the posterior. `scaled_mean`
+    and `scaled_std` are mean and std of the latents after shift and scaling with the factors of the
+    network's config.
     """
 
     config_scaling_factor: float | None
@@ -223,7 +225,10 @@ class LatentHealth:
         self._sums["kl"] += 0.5 * (mean.square() + variance - 1 - logvar).sum(dim=0)
 
     def _add_higher_moments(self, rows: Tensor) -> None:
-        """Add third and fourth powers and the range. `a` is earlier data, `b` is the batch."""
+        """Add third and fourth powers and the range.
+
+        Names with `a` belong to the earlier batches, names with `b` to this batch.
+        """
         sums, n = self._sums, self._moments.count + len(rows)
         a, b = self._moments.count / n, len(rows) / n
         center = rows.mean(dim=0)
@@ -239,7 +244,8 @@ class LatentHealth:
     def _constant(self) -> Tensor:
         """Return which channels are constant, (d,).
 
-        The variance is no proof, because rounding can make it slightly larger than 0.
+        The variance cannot show this, because rounding can make the variance of a constant channel
+        slightly larger than 0.
         """
         return self._sums["minimum"] == self._sums["maximum"]
 
@@ -310,8 +316,8 @@ class LatentHealth:
         """Return mean and std of (latents - shift) * factor over all channels together.
 
         `latents.LatentStatistics` measures the same values on posterior samples: the std is about
-        the pooled mean, with the divisor n - 1. Here no samples are drawn, and their expected noise
-        is added instead.
+        the pooled mean, with the divisor n - 1. Here no samples are drawn. Instead, the mean
+        variance of the posteriors is added.
         """
         count, channels = self._moments.count, len(self._moments.mean)
         means = (self._moments.mean - shift) * factor

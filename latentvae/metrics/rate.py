@@ -1,8 +1,9 @@
 """Comparison of rate curves: the Bjontegaard delta rate (ITU-T VCEG-M33, 2001).
 
-The BD rate says how many more or fewer bits a coder needs than the anchor for the same quality. It
-is the mean difference of log rates over the qualities that both curves reach. Between measured
-points the curves are piecewise cubic and monotone (PCHIP), as in JVET's common test conditions.
+The BD rate says how many more or fewer bits a coder needs than the anchor for the same quality. The
+BD rate is the mean difference of log rates over the qualities that both curves reach. Between
+measured points the curves are piecewise cubic and monotone (PCHIP), as in JVET's common test
+conditions.
 """
 
 from collections.abc import Sequence

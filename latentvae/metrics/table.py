@@ -2,7 +2,7 @@
 
 A new metric needs a function in a file of this folder, a line in this table, and a column in
 `report.schema.Metrics`. LPIPS is not here, because it shares its features with the distances
-between sets. See `evaluation.measures.Judge`.
+between sets of images. See `evaluation.measures.Judge`.
 """
 
 from collections.abc import Callable

@@ -80,7 +80,7 @@ class TokenUsage:
 
     @classmethod
     def joined(cls, states: Sequence[dict[str, np.ndarray]]) -> "TokenUsage":
-        """Return the sum of several state dicts."""
+        """Return a `TokenUsage` that holds the summed counts of several state dicts."""
         codebooks, num_codes = states[0]["counts"].shape
         total = cls(num_codes, codebooks=codebooks)
         for state in states:

@@ -34,7 +34,8 @@ def encode(
         images: (B, C, H, W).
         sample: draw from the posterior. By default the posterior's mode is returned.
         generator: random generator for this draw.
-        computation: replaces the network's own methods, for example by strips.
+        computation: object that computes in place of the network's own methods, for example strip
+            by strip.
     """
     family = family_of(net)
     return family.encode(net, images, sample=sample, generator=generator, computation=computation)
@@ -96,7 +97,7 @@ def decode_indices(
 
     Args:
         indices: (B, h, w) or (B, L, h, w), in 0..K - 1.
-        computation: replaces the network's own methods.
+        computation: object that computes in place of the network's own methods.
 
     Raises:
         UserError: the network is not a tokenizer.

@@ -174,7 +174,7 @@ class Family:
         return from_config(net.config)
 
     def tiling(self, net: Network, *, f: int) -> Tiling | None:
-        """Return the settings of the network's tiled decoding, or None if it has none."""
+        """Return the settings of tiled decoding, or None if the network cannot decode in tiles."""
         return read_tiling(net, f=f)
 
     # Parts of the network.

@@ -196,7 +196,7 @@ def _hint(path: Path) -> str:
 
 
 def _nearest_folder(path: Path) -> Path | None:
-    """Return the model folder closest to a mistyped path, or None. Correct parts are kept."""
+    """Return the model folder closest to a mistyped path, or None. Parts that exist are kept."""
     found = Path(path.anchor) if path.is_absolute() else Path(".")
     for part in path.parts[1:] if path.is_absolute() else path.parts:
         if not (found / part).exists():

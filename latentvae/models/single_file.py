@@ -210,7 +210,7 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
         weights = {n: in_shape_of(own, tensors[n], name=n) for n, own in shapes.items()}
         others = tensors.keys() - weights.keys()
 
-    # `latentvae convert` writes identities for quant_conv and post_quant_conv if there are none
+    # For networks without quant_conv and post_quant_conv, `latentvae convert` writes identities
     others = [name for name in others if name.startswith(("encoder.", "decoder."))]
     if others:
         kind = type(net).__name__

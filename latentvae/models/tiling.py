@@ -51,8 +51,8 @@ class Tiling:
 def read_tiling(net: Any, *, f: int) -> Tiling | None:
     """Return the tiles of a network with `f` pixels per latent position, or None if it has none.
 
-    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not follow its number
-    of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong.
+    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not depend on the
+    number of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong.
     """
     if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
         return None

@@ -82,7 +82,8 @@ class TrainableFamily(Family, ABC):
         """Return the weights that Muon may train: those of convolutions and linear layers.
 
         The first and the last layer of the network are left out, because Muon is made for layers
-        inside a network. So are the 1x1 convolutions beside the latent, and a quantiser's layers.
+        inside a network. The 1x1 convolutions beside the latent and a quantiser's layers are
+        left out too.
         """
         module: Any = net
         outer = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "quantize")

@@ -35,7 +35,7 @@ def variant_of(name: str) -> str | None:
 def names_of(repository: str, subfolder: str | None) -> list[str]:
     """Return the names of the files in a folder, or in a folder of a repository on the Hub.
 
-    Without a network, these are the files that were downloaded before.
+    Without an internet connection, these are the files that were downloaded before.
     """
     if Path(repository).is_dir():
         return sorted(path.name for path in Path(repository).iterdir())

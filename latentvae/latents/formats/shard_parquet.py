@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-# `datasets` reads this card. Without it, manifest.json would count as a table too.
+# `datasets` reads this card. Without the card, manifest.json would count as a table too.
 CARD = """---
 configs:
 - config_name: default

@@ -47,7 +47,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# Shards are compared by these two texts. If a text changes, old shards count as different.
+# These two texts are part of a shard's header, and headers are compared. So if a text changes, old
+# shards count as shards of another encoding.
 TOKEN_ORDER = (
     "row-major: indices[y, x] is the code of row y (top first) and column x (left first); "
     "of L levels indices[level, y, x], coarsest level first"

@@ -42,7 +42,7 @@ class KLFactor(Protocol):
 
 @dataclass(frozen=True)
 class PlainKL:
-    """The unchanged KL."""
+    """The KL as it is, without free bits or a capacity."""
 
     name = "loss/kl"
 

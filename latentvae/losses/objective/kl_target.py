@@ -12,12 +12,12 @@ neither on the resolution nor on the channels. The error e is relative, so one r
 targets.
 
 A network reacts late to the weight, so the first term alone would make the bits oscillate around
-their target. The second term damps these oscillations. This is ControlVAE's proportional term,
+their target. The second term damps these oscillations. It is ControlVAE's proportional term,
 applied to GECO's logarithm. A reconstruction error is noisy from batch to batch and reacts little
 to the weight. So its error e is steeper, and there is no second term.
 
-A reconstruction error also stays above its target, with any weight, as long as the network has not
-learned enough. The weight then falls to a tenth of its initial value and no further, because it
+As long as the network has not learned enough, a reconstruction error stays above its target with
+any weight. The weight then falls, but not below a tenth of its initial value, because the weight
 must grow back later.
 """
 

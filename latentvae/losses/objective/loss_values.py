@@ -12,7 +12,7 @@ class Loss:
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.
         values: unweighted value of each term by log name, scalars with their graph.
-        weights: weight of each term in this update, by the same names.
+        weights: weight of each term in this update, by log name.
         log: values for the log by log name, scalars without graph. The log always has the plain
             KL, also if the loss has another form of the KL.
     """

@@ -296,7 +296,7 @@ class Objective(nn.Module):
         The adversarial term is left out.
 
         Args:
-            rec, lpips: names of these two terms.
+            rec, lpips: names of the pixel loss and of LPIPS in the text.
         """
         own = {"lpips": lpips, "kl": "KL"}
         named = {name: own.get(name, name.replace("_", " ")) for name in self.weights}

@@ -100,7 +100,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         self.likelihood = None if likelihood is None else LIKELIHOODS[likelihood]()
         maps = out_channels * (1 if self.likelihood is None else 2)
 
-        # Parts, in the order in which images pass them
+        # Parts, in the order in which images pass through them
         self.encoder = Encoder(
             in_channels, latent_channels, down_block_types=down, double_z=False, **shape
         )
@@ -121,8 +121,8 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         for name, part in module.named_modules():
             averages = getattr(part, "embed_sum", None)
             if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
-                averages.copy_(part.weight)  # each code counts as one vector
-            # Start the averages of use anew, because they depend on `restart_threshold`.
+                averages.copy_(part.weight)  # as if each code were the mean of one vector
+            # Reset the averages of how often codes are used: they depend on `restart_threshold`.
             if (start_usage := getattr(part, "start_usage", None)) is not None:
                 part.usage.fill_(start_usage)
         self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
@@ -172,5 +172,5 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(self.quantize.codes(indices), True, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """Encode, quantise and decode."""
+        """Encode, quantise and decode images. Return the reconstruction."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)

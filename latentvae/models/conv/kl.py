@@ -83,7 +83,7 @@ def build_autoencoder_kl(
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
-    widths: Any = tuple(block_out_channels)  # diffusers' type hints say one-element tuples
+    widths: Any = tuple(block_out_channels)  # diffusers' type hints ask for one-element tuples
     down, up = block_types(len(widths), attention_levels)
 
     net = AutoencoderKL(

@@ -8,7 +8,7 @@ linear code:
   last one yields the code of `LinearCode`: the principal components of patches of f x f pixels.
 - Decoder: each upsampling convolution predicts the principal components of patches half as large,
   by least squares on images. The last one predicts pixels.
-- The last GroupNorm and SiLU of each half pass a channel x as the pair x, -x, because
+- The last GroupNorm and SiLU of encoder and decoder pass a channel x as the pair x, -x, because
   silu(x) - silu(-x) = x. Constant channels in the same group keep the statistics of the GroupNorm
   almost the same for all images.
 
@@ -32,15 +32,16 @@ from torch import Tensor, nn
 from latentvae.errors import UserError
 from latentvae.linear_code import LinearCode, PatchMoments
 
-# Numbers go through the last GroupNorm times this factor. The constant channels beside them are
-# larger, so that the statistics of the GroupNorm hardly depend on the image.
+# Before the last GroupNorm, the numbers of the linear code are multiplied by ENCODER_SCALE or
+# DECODER_SCALE. The constant channels have the larger value CONSTANT, so that the statistics of the
+# GroupNorm hardly depend on the image.
 ENCODER_SCALE, DECODER_SCALE, CONSTANT = 0.3, 0.3, 3.0
 
-# Least squares: the ridge relative to the features' mean variance, the channels that are read, and
-# the positions that are taken.
+# Least squares: the ridge relative to the features' mean square, the largest number of feature
+# channels, and about the number of positions in all images together.
 RIDGE, MAX_FEATURES, MAX_ROWS = 1e-4, 128, 2**16
 
-LEAST_VARIANCE = 1e-6  # of a component, relative to the first one: smaller ones stay small
+LEAST_VARIANCE = 1e-6  # relative to the first component: smaller variances are not raised to 1
 CHUNK = 16  # images at a time
 
 
@@ -66,14 +67,16 @@ def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
 
 @torch.no_grad()
 def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool) -> None:
-    """Set the encoder to the linear code of `d` numbers. The log-variance becomes its bias alone.
+    """Set the encoder to the linear code of `d` numbers.
+
+    The log-variance then depends only on its bias, not on the image.
 
     Args:
         net: a network with diffusers' `Encoder`, and with or without `quant_conv`.
         codes: see `patch_codes`.
         d: number of latent channels.
-        whiten: give each latent channel the variance 1. Otherwise only the first one has it, and
-            the squared error of the latent is proportional to that of the pixels.
+        whiten: give each latent channel the variance 1. Otherwise only the first channel has
+            variance 1, and the squared error of the latent is proportional to that of the pixels.
 
     Raises:
         UserError: the network has too few channels.
@@ -134,7 +137,7 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
     Args:
         net: a network with diffusers' `Decoder`, and with or without `post_quant_conv`.
         codes: see `patch_codes`.
-        z: what the decoder reads for each of the images, (N, d, h, w).
+        z: latents of the images, as the decoder reads them, (N, d, h, w).
         images: (N, C, H, W).
 
     Raises:
@@ -162,7 +165,7 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
         count = min(len(code.basis), len(conv.weight), MAX_FEATURES)
         code = LinearCode(code.mean, code.basis[:count], code.variances[:count])
         weight, bias = _least_squares(features, code, images)
-        if not final:  # spare channels let features pass, which later layers predict from
+        if not final:  # spare channels pass the features on, so that later layers can use them
             spare = min(len(conv.weight), MAX_FEATURES) - count
             kept = features.shape[1]
             passing = torch.zeros(min(spare, kept), kept, 3, 3)
@@ -191,7 +194,7 @@ class _Layout:
 
     Args:
         norm: the GroupNorm.
-        count: how many numbers pass through it.
+        count: how many numbers pass through the norm.
 
     Raises:
         UserError: the norm has too few channels.
@@ -225,7 +228,7 @@ class _Layout:
         return [pair for pairs, _ in self.groups for pair in pairs]
 
     def fill(self, conv: Any, weight: Tensor, bias: Tensor, scale: float) -> None:
-        """Set the rows of `conv` that make the pairs and constants from numbers."""
+        """Set the rows of `conv` so that its outputs are the pairs and the constants."""
         size = self.norm.num_channels // self.norm.num_groups
         _clear_rows(conv, len(self.groups) * size)
         for (plus, minus), row, offset in zip(self.pairs, weight, bias, strict=True):
@@ -237,7 +240,7 @@ class _Layout:
                 conv.bias[channel] = CONSTANT if i % 2 == 0 else -CONSTANT
 
     def pass_through(self, variances: Tensor, scale: float) -> None:
-        """Set the norm's weights so that numbers of these mean squares keep their size."""
+        """Set the norm's weights so that numbers with mean squares `variances` keep their size."""
         size = self.norm.num_channels // self.norm.num_groups
         first = 0
         for number, (pairs, constants) in enumerate(self.groups):
@@ -249,7 +252,10 @@ class _Layout:
             first += len(pairs)
 
     def read(self, conv: Any, scale: float) -> None:
-        """Set the convolution after the norm so that it returns the numbers, and zeros."""
+        """Set the convolution after the norm so that its first channels return the numbers.
+
+        The other channels return 0.
+        """
         _clear_rows(conv, len(conv.weight))
         for number, (plus, minus) in enumerate(self.pairs):
             conv.weight[number, plus, 1, 1] = 1 / scale
@@ -275,7 +281,8 @@ def _joining(
 ) -> tuple[Tensor, Tensor]:
     """Return weight (count, kept, 2, 2) and bias of the map from four small codes to a large one.
 
-    A large patch is 2 x 2 small ones, each about its mean plus its components times their basis.
+    A large patch consists of 2 x 2 small patches. Each small patch is about the mean small patch
+    plus its code times the basis.
     """
     basis = small.basis[:kept]
     parts = rearrange(large.basis[:count], "n c (a y) (b x) -> n a b c y x", a=2, b=2)
@@ -298,7 +305,7 @@ def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
 
 
 def _through_shortcut(block: Any, features: Tensor) -> Tensor:
-    """Let features pass the shortcut at a block's start. It keeps as many as it has channels."""
+    """Set the shortcut at a block's start to pass features on. Return the features it keeps."""
     shortcut = block.resnets[0].conv_shortcut
     if shortcut is None:
         return features
@@ -310,7 +317,7 @@ def _through_shortcut(block: Any, features: Tensor) -> Tensor:
 def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight (n, c, 3, 3) and bias that best predict the code of the images.
 
-    The positions are a window of each image, at a random place.
+    The fit uses the positions in one window of each image, at a random place.
 
     Args:
         features: (N, c, h, w). They are upsampled to twice this size.
@@ -345,12 +352,13 @@ def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[
 def _window(
     features: Tensor, *, total: int, generator: torch.Generator
 ) -> tuple[list[slice], list[slice]]:
-    """Return the rows and columns of a window, and the part of it whose neighbours are all inside.
+    """Return the rows and columns of a window, and of the part with all neighbours in the window.
 
-    The second is counted in upsampled positions. A window at the border of the image reaches it.
+    The part is counted in upsampled positions. Where the window touches the border of the image,
+    the part reaches this border too.
 
     Args:
-        total: number of images. All their windows together have about `MAX_ROWS` positions.
+        total: number of images. All windows together have about `MAX_ROWS` upsampled positions.
     """
     side = max(4, math.ceil(math.sqrt(MAX_ROWS / (4 * total))))
     window, inside = [], []

@@ -184,7 +184,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
         codebook = weights["quantize.embedding.weight"]
 
     down, up = block_types(len(config["block_out_channels"]), net.config["attention_levels"])
-    network: Any = VQModel  # diffusers types widths as one-element tuples
+    network: Any = VQModel  # diffusers' type hints ask for widths in one-element tuples
     with torch.device("meta"):
         stock = network(
             **config | {"block_out_channels": tuple(config["block_out_channels"])},
@@ -202,7 +202,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     """Scale the features of `stock` in place to about the length of its codes.
 
-    This is possible only if all codes have the same length. Otherwise the factor is 1.
+    The scaling is possible only if all codes have the same length. Otherwise the factor is 1.
 
     If the features are much longer than the codes, float32 distances lose the digits that
     distinguish codes. Scaling by a power of two causes no rounding.

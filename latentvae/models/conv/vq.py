@@ -89,7 +89,7 @@ class VQModelConfig(AttentionConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer. The options are the arguments of its class."""
+    """Return a freshly initialised tokenizer. `options` are arguments of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
@@ -152,8 +152,8 @@ class VQFamily(DiscreteFamily):
     ) -> dict[str, Any]:
         """Return the run's options with the pretrained network's shape.
 
-        If both have a quantiser of the same type, the run's options decide how the quantiser
-        learns.
+        If run and network have a quantiser of the same type, the run's options decide how the
+        quantiser learns.
         """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]

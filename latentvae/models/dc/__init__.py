@@ -1,1 +1,1 @@
-"""Deep-compression autoencoders."""
+"""Deep-compression autoencoders, such as the autoencoder of SANA."""

@@ -1,1 +1,1 @@
-"""FLUX.2's autoencoder."""
+"""FLUX.2's autoencoder, which latentvae can use and measure, but not train."""
