@@ -89,7 +89,10 @@ class Options:
 
 
 class PlainFolder(Dataset[Tensor]):
-    """A folder of JPEGs that is read as training scripts do. Items are (C, R, R) in [-1, 1]."""
+    """A dataset of a folder's JPEGs, read as training scripts read them.
+
+    Each item is a random crop (C, R, R) in [-1, 1].
+    """
 
     def __init__(self, root: Path, interpolation: str) -> None:
         self.paths = sorted(root.iterdir())
@@ -114,7 +117,7 @@ class PlainFolder(Dataset[Tensor]):
 
 
 def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
-    """Write ``count`` JPEGs to ``root/jpegs``, and the same files in tars to ``root/shards``.
+    """Write ``count`` JPEGs to ``root/jpegs``, and tar files of the same JPEGs to ``root/shards``.
 
     If there are fewer photos than ``count``, photos are repeated.
     """
@@ -155,7 +158,7 @@ def plain(folder: PlainFolder, *, workers: int) -> Callable[[], object]:
 def ours(
     source: ImageSource, interpolation: str, *, workers: int, crops: int = 1
 ) -> Callable[[], object]:
-    """Return a function that reads as many crops as there are images with our loader."""
+    """Return a function that reads crops with our loader, as many as there are images."""
 
     def call() -> None:
         dataset = TrainImages(source, TRANSFORMS[interpolation], seed=0, crops=crops)
@@ -168,7 +171,7 @@ def ours(
 
 
 def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> float:
-    """Return the largest difference between the crops of both loaders, without their edges."""
+    """Return the largest difference between both loaders' crops, without the crops' edges."""
     transform, largest = TRANSFORMS[interpolation], 0.0
     for i in range(min(len(source), 16)):
         window = transform.draw(np.random.default_rng(i))
@@ -179,7 +182,7 @@ def difference(source: ImageSource, folder: PlainFolder, interpolation: str) -> 
 
 
 def compare(root: Path, options: Options) -> Iterator[Row]:
-    """Yield the rows of each number of workers, then rows for decoding and cropping one image."""
+    """Yield table rows for each number of workers, then for decoding and cropping one image."""
     folders = {name: PlainFolder(root / "jpegs", name) for name in KERNELS}
     sources = {
         "folder": open_source(root / "jpegs"),
@@ -201,12 +204,12 @@ def with_workers(
     equal: Mapping[tuple[str, str], float],
     options: Options,
 ) -> Iterator[Row]:
-    """Yield the rows of one number of workers.
+    """Time both loaders with this number of workers, and yield the rows of the table.
 
     Args:
-        folders: plain folders, by kernel.
-        sources: the images for our loader, by form (folder or tar shards).
-        equal: largest difference between both loaders, by form and kernel.
+        folders: for each resize kernel, the dataset of the plain loader.
+        sources: for each form (folder or tar shards), the images for our loader.
+        equal: for each form and kernel, the largest difference between both loaders' pixels.
     """
     # calls
     calls = {f"plain {name}": plain(folders[name], workers=workers) for name in KERNELS}
@@ -229,7 +232,7 @@ def with_workers(
 
 
 def stages(root: Path, options: Options) -> Iterator[Row]:
-    """Yield the time of decoding one image (the same for both loaders) and of cropping it."""
+    """Yield a row for decoding an image (equal for both loaders), and a row for cropping it."""
     path = sorted((root / "jpegs").iterdir())[0]
     with Image.open(path) as opened:
         image = opened.convert("RGB")
@@ -258,7 +261,7 @@ def stages(root: Path, options: Options) -> Iterator[Row]:
 
 
 def run(options: Options) -> None:
-    """Make the images, time the loaders and print the rows."""
+    """Write the JPEGs, time both loaders, and print the table of results."""
     if options.quick:
         options = replace(options, images=32, runs=3, workers=(0,))
     if options.images < 16 or options.images % 16:

@@ -1,12 +1,12 @@
-"""Compare encoding and decoding of large images: whole, in diffusers' tiles, in exact strips.
+"""Compare ways to encode and decode large images: whole, in diffusers' tiles, in exact strips.
 
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
 Each value is measured in a new process. Memory is the rise of the process's resident memory during
 the call. In every row, `ours` is the cost (time or memory) with strips, and `reference` is the cost
 with tiles or with the whole image. `equal within` is the largest difference from the output for the
-whole image. In rows that compare with the whole image, it is the difference of strips. In rows that
-compare with tiles, it is the difference of tiles.
+whole image. Rows that compare with the whole image give this difference for the output of strips.
+Rows that compare with tiles give this difference for the output of tiles.
 
 The script also prints the seams of diffusers' tiles, in 8-bit levels. A seam above 2 levels is
 visible (latentvae/evaluation/tiling_check.py). diffusers does not tile images that are no larger
@@ -72,13 +72,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure all sizes and print the rows."""
+    """Measure all image sizes, and print the table of results."""
     rows = collected(measured(options))
     finish(rows, title=f"strips on {options.storage}, {options.model}", json_file=options.json)
 
 
 def measured(options: Options) -> Iterator[Row]:
-    """Yield the rows for each size and call, and print the seams of the tiles."""
+    """Measure each image size, encode and decode. Yield the rows, and print the tiles' seams."""
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:
@@ -91,7 +91,7 @@ def measured(options: Options) -> Iterator[Row]:
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
-    """Return the ways that can be measured at this size.
+    """Return the names of the ways to compute that can be measured at this image size.
 
     diffusers tiles only images that are larger than a tile.
     """
@@ -140,7 +140,10 @@ def _build(model: str) -> Any:
 
 @torch.inference_mode()
 def measure(model: str, call: str, way: str, size: str, folder: str, storage: Any) -> None:
-    """Measure one call in this process. Print MiB and seconds as JSON, and save the output."""
+    """Measure one encode or decode in this process.
+
+    The function prints the peak memory in MiB and the seconds as JSON, and saves the output.
+    """
     # network
     net = _build(model)
     strips = Strips(storage=storage, folder=Path(folder)) if way == "strips" else None
@@ -167,7 +170,10 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
 
 
 def _inputs(net: Any, call: str, size: int) -> Tensor:
-    """Return noise that is smooth over 8 positions: images in [-1, 1], or latents."""
+    """Return noise that is interpolated 8 times, so that it is smooth.
+
+    The noise is an image in [-1, 1] for the call "encode", and a latent for the call "decode".
+    """
     f = downsampling_factor(net)
     channels, side = (
         (calls.image_channels(net), size)

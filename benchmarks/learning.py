@@ -82,7 +82,7 @@ class Options:
 
 
 class Arms:
-    """The two trainings (arms), with the same images and the same options."""
+    """Trains and times the two arms (see the module) with the same images and options."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -101,9 +101,9 @@ class Arms:
         return mean(BATCH / speed for speed in speeds)
 
     def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
-        """Train the network of an arm if it does not exist.
+        """Train the network of an arm, unless an earlier command has trained it.
 
-        An unfinished run of train_kl.py is resumed.
+        An unfinished run of the arm "latentvae" is resumed.
         """
         out, threads = self.options.out / f"seed{seed}", self.options.run_threads
         threads = threads or self.options.threads
@@ -115,7 +115,7 @@ class Arms:
             trained.averaged.save_pretrained(out / "reference, averaged")
 
     def networks(self, seed: int) -> dict[str, Autoencoder]:
-        """Return the networks of a seed by name. Return an empty dict if one of them is missing."""
+        """Return the networks of a seed by name, or an empty dict if a network is missing."""
         out = self.options.out / f"seed{seed}"
         paths = {
             "latentvae": out / "latentvae/export",
@@ -183,7 +183,7 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """Return each model's mean PSNR, SSIM and LPIPS at twice the training resolution.
 
-    The images are those of `options.validation_data`.
+    The models reconstruct the images of `options.validation_data`.
     """
     report = evaluate(
         models,
@@ -201,7 +201,7 @@ def measured(
 
 
 def run(options: Options) -> None:
-    """Measure the speeds, train both arms and measure their networks."""
+    """Measure both arms' speeds, train both arms, and measure the quality of their networks."""
     if options.speed_updates < 2 * UNTIMED:
         raise UserError(
             f"speed_updates must be at least {2 * UNTIMED}, because the first {UNTIMED} are not "
@@ -240,8 +240,9 @@ def run(options: Options) -> None:
 def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
     """Return the seconds per update of both arms, measured twice in turns.
 
-    If an earlier command has saved the speeds, they are read from its file instead. Both arms run
-    in one process. So the memory allocator settings of `train` also hold for the plain script.
+    If an earlier command has saved the speeds in a file, they are read from that file instead.
+    Both arms run in one process. So the memory allocator settings of `train` also hold for the
+    plain script.
     """
     path = options.out / "speed.json"
     if path.exists():

@@ -1,9 +1,10 @@
-"""Compute the peak memory of an update of each preset. No GPU or large memory is needed.
+"""Compute the peak memory of a training update with each preset, without using a GPU.
 
     python benchmarks/memory.py --json memory.json                  # every preset, its batch size
     python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
 
-The script makes the same updates as a real run, in the precision of the preset. The updates include
+The script needs no GPU and little memory. It makes the same updates as a real run, in the precision
+of the preset. The updates include
 the model, LPIPS, the discriminator, both optimizers and the moving average of the weights. All
 tensors are torch's fake tensors, which have shapes, dtypes and lifetimes but no values. A tracker
 adds up the sizes of all tensor storages in use, and records the largest sum. The script makes two
@@ -86,11 +87,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory of an update.
+    """The result for one preset: the peak memory of a training update.
 
     Attributes:
         batch_size: images per process and micro-step.
-        gib: peak in GiB.
+        gib: peak memory in GiB.
         fixed_gib: GiB in use before the forward pass: weights, their average and the optimizers'
             state.
     """
@@ -152,7 +153,7 @@ class _LivingStorages(TorchDispatchMode):
         return out
 
     def add(self, tensors: Any) -> None:
-        """Count the storages of these tensors that were not counted before."""
+        """Add the bytes of these tensors' storages to the sum, unless they were counted before."""
         for leaf in tree_leaves(tensors):
             if not isinstance(leaf, Tensor):
                 continue
@@ -169,14 +170,14 @@ class _LivingStorages(TorchDispatchMode):
 
 
 class _WithoutSync(Updates):
-    """Updates without a check for finite gradients, because fake tensors have no values."""
+    """Makes updates without checking for finite gradients, as fake tensors have no values."""
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
         return True, 0, [1.0] * len(measured)
 
 
 class _LearningTask(AutoencoderTask):
-    """The autoencoder task without its images and without its monitoring of values."""
+    """The autoencoder task without the reading of images and the monitoring of tensor values."""
 
     build = LearningAutoencoder.build
     micro_step = LearningAutoencoder.micro_step
@@ -184,7 +185,7 @@ class _LearningTask(AutoencoderTask):
 
 @contextmanager
 def _training(config: TrainConfig) -> Iterator[Training]:
-    """Yield the training of a run. The weights of its LPIPS network are zeros."""
+    """Build and yield the `Training` of a run. The weights of its LPIPS network are zeros."""
 
     def empty_lpips(net: Any, **_: Any) -> Any:
         model = _build_empty(net).eval()
@@ -208,7 +209,7 @@ def _training(config: TrainConfig) -> Iterator[Training]:
 
 
 def _base(config: TrainConfig) -> Base | None:
-    """Return a network of the same shape as the pretrained network of the preset, if it has one."""
+    """Return a network shaped like the preset's pretrained network, or None if there is none."""
     if config.model.pretrained_model_name_or_path is None:
         return None
     net = build_parts.build_net(config, None)
@@ -260,7 +261,7 @@ def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfi
 
 
 def run(options: Options) -> None:
-    """Compute all presets, print each row as soon as it is computed, and write the JSON."""
+    """Compute the peak memory with each preset, and print each result."""
     console, peaks = Console(), list[Peak]()
     console.print(f"{'preset':24} {'px':>5} {'images':>7} {'GiB':>8} {'fixed GiB':>10}")
     for name in options.presets or preset_names(TrainConfig):

@@ -1,6 +1,7 @@
-"""Pairs of quantisers with the same settings: one of this package, one of vector-quantize-pytorch.
+"""Define pairs of quantisers with equal settings, from this package and vector-quantize-pytorch.
 
-Both quantisers of a pair have the same methods. tokenizer_quality.py trains networks with them.
+Both quantisers of a pair have the same methods. tokenizer_quality.py trains
+networks with these pairs.
 
 `B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
 """
@@ -32,9 +33,9 @@ class Kind:
         ours: type and arguments of our quantiser, for `build_quantizer`.
         weights: weights of the losses of our quantiser, by the name of the loss.
         theirs: function that builds the quantiser of vector-quantize-pytorch. Its argument is a
-            number of vectors per update. A code with a lower average use restarts.
-        start_alike: function that copies the codes of our quantiser to theirs. It does nothing if
-            k-means sets the codes.
+            limit in vectors per update. A code restarts if fewer vectors choose it on average.
+        start_alike: function that copies the initial codes of our quantiser to theirs. By default,
+            it does nothing, because k-means sets the codes.
     """
 
     ours: dict[str, Any]
@@ -103,9 +104,9 @@ KINDS: dict[Name, Kind] = {
 
 
 class Theirs(Quantizer):
-    """A quantiser of vector-quantize-pytorch, with the methods of our quantisers.
+    """Wraps a quantiser of vector-quantize-pytorch in the interface of our quantisers.
 
-    Its forward pass also updates its codes.
+    The forward pass of the wrapped quantiser also updates its codes.
     """
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:

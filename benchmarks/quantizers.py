@@ -9,7 +9,7 @@ compared:
 
 - this package's `VectorQuantizer`, with the computation of its losses but without gradients
 - diffusers' `VectorQuantizer`, which uses torch.cdist and argmin
-- the computation of taming-transformers' VectorQuantizer2, which expands the squared distance
+- the formulas of taming-transformers' VectorQuantizer2, which expand the squared distance
 - vector-quantize-pytorch's `VectorQuantize`
 
 First, the script counts the vectors for which two quantisers choose the same code. For all other
@@ -85,7 +85,10 @@ def with_diffusers(codebook: Tensor, l2: bool) -> Quantise:
 
 
 def as_taming(codebook: Tensor, l2: bool) -> Quantise:
-    """Return the computation of VectorQuantizer2.forward (taming/modules/vqvae/quantize.py)."""
+    """Return a function that finds the indices of features as taming-transformers does.
+
+    The function repeats the formulas of VectorQuantizer2 (taming/modules/vqvae/quantize.py).
+    """
 
     def quantise(features: Tensor) -> Tensor:
         z = placed(features, l2).permute(0, 2, 3, 1).contiguous()
@@ -124,7 +127,7 @@ def placed(features: Tensor, l2: bool) -> Tensor:
 
 
 def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
-    """Return features (1, D, 128, 128), codebook (K, D), and whether to use the unit sphere."""
+    """Return features (1, D, 128, 128), a codebook (K, D), and whether to normalise features."""
     K, D, l2 = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(K, D, generator=generator)
@@ -153,7 +156,7 @@ def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
-    """Return the seconds of all runs, by quantiser. The runs of the quantisers alternate."""
+    """Return for each quantiser the seconds of all its runs. The quantisers run in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in quantisers}
     for run in range(runs + 1):
         for name, quantise in quantisers.items():
@@ -165,7 +168,7 @@ def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[
 
 
 def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]:
-    """Return the share of equal indices, and whether all other indices are ties.
+    """Return the share of equal indices, and whether all unequal indices are ties.
 
     Two indices are a tie if their codes are almost equally near to the vector.
     """
@@ -242,7 +245,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def run(options: Options) -> None:
-    """Measure all sizes and print the rows."""
+    """Measure all codebook sizes, and print the table of results."""
     torch.set_num_threads(options.threads)
     rows = [row for size in SIZES for row in measure(size, options)]
     Console().print(_table(rows))

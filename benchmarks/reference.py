@@ -1,4 +1,4 @@
-"""Train a KL autoencoder as a widely copied script does, but without its faults.
+"""Train a KL autoencoder as a widely copied script does, but without the script's faults.
 
 The script is examples/research_projects/autoencoderkl/train_autoencoderkl.py of
 huggingface/diffusers at 58eb52c. Losses, defaults and order of computation are the same here:
@@ -43,9 +43,9 @@ EMA_DECAY = 0.999
 
 
 class CentreCrops(Dataset[Tensor]):
-    """Centre crops of images, whose shorter side is first resized to the resolution.
+    """A dataset of centre crops. Before, each image's shorter side is resized to the resolution.
 
-    The filter is bilinear, which is torchvision's default.
+    The resize filter is bilinear, which is torchvision's default.
     """
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
@@ -68,7 +68,10 @@ class CentreCrops(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with the raw weights, one with averaged weights, and the seconds of each update."""
+    """The networks after a training, and the seconds of each update.
+
+    One network has the raw weights, and the other network has the averaged weights.
+    """
 
     raw: AutoencoderKL
     averaged: AutoencoderKL

@@ -63,7 +63,7 @@ LEARNING_RATE, EMA_DECAY, MAX_NORM, CAP = 4.5e-6, 0.9999, 1.0, 1e4
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the loss in this project's units, where losses are means over image elements."""
+    """Weights of the loss terms, for losses that are means over image elements."""
 
     lpips: float
     kl: float
@@ -95,7 +95,7 @@ SCRIPTS = {
 
 
 class ReferenceStep:
-    """Model, discriminator, optimisers and moving average of the weights of a script.
+    """Makes updates of a model and its discriminator in the order of a script.
 
     Args:
         script: an entry of `SCRIPTS`.
@@ -158,7 +158,9 @@ class ReferenceStep:
         return float(images[0].numel()) if self.script.summed else 1.0
 
     def backward_model(self, images: Tensor) -> dict[str, float]:
-        """Add the model's gradient, which is `scale` times the gradient of this project.
+        """Compute the model's losses, and add their gradient to that of each weight.
+
+        The added gradient is `scale` times the gradient of this project's update.
 
         Returns:
             The losses that the script logs, divided by `scale`.
@@ -206,7 +208,7 @@ class ReferenceStep:
         return recon
 
     def backward_discriminator(self, images: Tensor, recon: Tensor) -> dict[str, float]:
-        """Add the discriminator's gradient and return its loss and mean logits."""
+        """Add the gradient of the discriminator's loss. Return this loss and the mean logits."""
         with self._precision(images):
             real, fake = self.discriminator(images).float(), self.discriminator(recon).float()
             loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -218,7 +220,7 @@ class ReferenceStep:
         }
 
     def _distances(self, images: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the absolute error (B, C, H, W) and LPIPS (B, 1, 1, 1)."""
+        """Return the absolute errors (B, C, H, W) and LPIPS (B, 1, 1, 1) of reconstructions."""
         rec = F.l1_loss(recon.float(), images.float(), reduction="none")
         return rec, self.lpips(images.contiguous(), recon.contiguous())
 
@@ -235,7 +237,9 @@ class ReferenceStep:
 
 
 class TamingStep(ReferenceStep):
-    """An update with taming's own loss module, and the same network, LPIPS and discriminator.
+    """Makes updates with the loss module of a clone of taming-transformers.
+
+    The network, LPIPS and the discriminator are the same as in the other references.
 
     Args:
         folder: a clone of CompVis/taming-transformers.
@@ -314,11 +318,11 @@ def _imported(folder: Path, name: str) -> Any:
 
 
 def gradient(module: nn.Module, *, scale: float = 1.0) -> Tensor:
-    """Return all gradients as one float64 vector, divided by `scale`."""
+    """Return all gradients of a module as one float64 vector, divided by `scale`."""
     grads = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
     return torch.cat(grads) / scale
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, divided by the norm of the expected vector."""
+    """Return the norm of `found - expected`, divided by the norm of `expected`."""
     return ((found - expected).norm() / expected.norm()).item()

@@ -52,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the update, with its median time in seconds and its number of operations."""
+    """A part of an update: its name, its median seconds, its floating-point operations."""
 
     name: str
     seconds: float
@@ -60,7 +60,7 @@ class Part:
 
 
 class Parts:
-    """The parts of one update. Each part is called alone, with the results of earlier parts."""
+    """Measures the parts of an update. Each part runs alone, on the results of earlier parts."""
 
     def __init__(self, images: Tensor, precision: Precision, runs: int) -> None:
         self.images, self.precision, self.runs = images, precision, runs
@@ -68,7 +68,7 @@ class Parts:
         self.parts: list[Part] = []
 
     def measure(self) -> list[Part]:
-        """Return all parts, in the order of the update."""
+        """Time every part, and return the parts in the order of the update."""
         task, images = self.step.task, self.images
         net, perceptual = task.net, task.metric
 

@@ -87,7 +87,7 @@ def checked(options: Options) -> Options:
     """Return the options, with the defaults of `quick` and `ways` filled in.
 
     Raises:
-        UserError: there is no way of that name.
+        UserError: a name in `ways` is not the name of a way.
     """
     if options.quick:
         ways = options.ways or ("exact", "fast")
@@ -101,7 +101,7 @@ def checked(options: Options) -> Options:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Yield the rows of each size: first those of time, then those of peak memory."""
+    """Yield the rows of each image size: first rows of time, then rows of peak memory."""
     compared = compare(options)
     release_freed_memory()  # so that the new processes can use this memory
     times: dict[tuple[int, str, str], Row] = {}
@@ -127,7 +127,7 @@ class Compared:
         way: name of the way. If the way falls back to another one, also the name of that way.
         precision: `"fp32"` or `"bf16"`.
         side: side of the images in pixels.
-        largest: largest difference of the outputs.
+        largest: largest absolute difference of the outputs.
         mse: mean squared difference of the outputs.
     """
 
@@ -139,7 +139,7 @@ class Compared:
 
 
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
-    """Return the differences by (size, call, way), in the order of the rows.
+    """Return the differences of outputs by (size, call, way), in the order of the rows.
 
     The function also prints what each way does on this machine.
     """
@@ -176,9 +176,10 @@ def _model(options: Options) -> str:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """Return a function that makes a call of a way, for a process of its own.
+    """Return a function that encodes, decodes or does a round trip in one way.
 
-    The arguments of the returned function are the name of the call and the side of the images.
+    Call `serve` in a new process. The arguments of the returned function are the name of the
+    call and the side of the images.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -189,7 +190,7 @@ def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
 
 
 def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
-    """Return the input of each call, by its name: images, or latents of these images."""
+    """Return the input of each call by the call's name: images, or latents of these images."""
     images = noise((options.batch_size, image_channels(way.net), side, side)).to(options.device)
     return {"encode": images, "decode": way.encode(images), "round trip": images}
 
@@ -222,7 +223,7 @@ def speed(seconds: list[float]) -> str:
 
 
 def peaks(compared: dict[tuple[int, str, str], Compared], options: Options) -> dict[int, list[Row]]:
-    """Return the rows of peak memory, by size."""
+    """Measure the peak memory of all ways, and return the rows of each image size."""
     ways = {name: (found.way, found.precision) for (*_, name), found in compared.items()}
     sides = {size: found.side for (size, *_), found in compared.items()}
     rows: dict[int, list[Row]] = {}
@@ -250,7 +251,7 @@ def noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def run(options: Options) -> None:
-    """Measure all sizes and print the rows."""
+    """Measure all image sizes, and print the table of results."""
     options = checked(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -34,7 +34,7 @@ class Row:
     """One comparison of a cost (time or memory). A lower cost is better.
 
     Attributes:
-        name: name of what was measured, with `fp32` or `bf16` if the precision matters.
+        name: what was measured, with `fp32` or `bf16` if the precision matters.
         unit: unit of `ours` and `reference`.
         ours, reference: the costs, as medians over the rounds.
         ratio_median, ratio_min, ratio_max: median, minimum and maximum over the rounds of the ratio
@@ -109,7 +109,7 @@ def alternate(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds of one call, until the device has finished the work."""
+    """Return the seconds from the start of a call until the device has finished its work."""
     gc.collect()  # so that no garbage collection runs during the call
     _wait()
     start = time.perf_counter()
@@ -225,7 +225,7 @@ def finish(rows: Sequence[Row], *, title: str, json_file: Path | None) -> None:
 
 
 def table(rows: Sequence[Row], *, title: str) -> Table:
-    """Return the rows as a table."""
+    """Return a table to print, with a line for each row."""
     shown = Table(title=f"{title}; ratio = reference / ours")
     shown.add_column(no_wrap=True)
     for column in ("ours", "reference", "ratio (least to greatest)", "runs", "equal within"):

@@ -124,7 +124,7 @@ class Options:
 
 
 class Training:
-    """The training of one arm: a network and its updates."""
+    """Trains the network of one arm."""
 
     def __init__(
         self, name: Name, arm: Arm, *, seed: int, images: Tensor, options: Options, updates: int
@@ -153,7 +153,7 @@ class Training:
         self.done = 0
 
     def update(self) -> None:
-        """Make one update."""
+        """Make one training update of the network."""
         peak = PRESET.optimizer.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.done, peak=peak, config=self.config)
@@ -183,7 +183,7 @@ class Training:
 def _network(
     kind: Kind, arm: Arm, *, seed: int, vectors: int, channels: int
 ) -> DiscreteAutoencoder:
-    """Return the network of the preset with the quantiser of the arm.
+    """Return the preset's network with the quantiser that the arm uses.
 
     Args:
         vectors: number of vectors in an update.
@@ -224,7 +224,7 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 
 def _schedule(updates: int) -> Any:
-    """Return the preset, with its cosine learning-rate schedule over ``updates`` updates."""
+    """Return the preset's options for ``updates`` updates, at most a tenth of them warm-up."""
     preset = PRESET.model_dump()
     warmup = min(preset["optimizer"]["lr_warmup_steps"], updates // 10)
     preset["optimizer"]["lr_warmup_steps"] = warmup
@@ -256,7 +256,7 @@ def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
 
 
 class Comparison:
-    """All arms, and the JSON file that stores their results."""
+    """Trains all arms, and stores their results in a JSON file."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -277,7 +277,7 @@ class Comparison:
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
-        """Measure speeds, and train all arms whose results are missing in the file."""
+        """Measure the arms' speeds, and train all arms whose results are not in the file."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:
@@ -333,7 +333,7 @@ class Comparison:
 
 
 def _loaded(spec: str, split: str, resolution: int) -> Tensor:
-    """Return centre crops (N, 3, R, R) of all images of a source."""
+    """Read all images of a source (such as a folder). Return centre crops (N, 3, R, R)."""
     source = open_source(spec, split=split)
     batches = validation_batches(source, EvalTransform(resolution), batch_size=16)
     return torch.cat([images for images, _ in batches])
@@ -342,7 +342,8 @@ def _loaded(spec: str, split: str, resolution: int) -> Tensor:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per quantiser and metric, with means over the seeds that both arms have.
 
-    `spread` is the range of values over seeds, of the arm with the larger range.
+    `spread` is the range of an arm's values over the seeds: the largest value minus the smallest.
+    Of both arms' ranges, the larger is used.
     """
     found: list[dict[str, Any]] = []
     for name in KINDS:

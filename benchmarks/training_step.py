@@ -1,10 +1,10 @@
-"""Compare the time of an update of model and discriminator with that of well-known scripts.
+"""Compare the time of a training update in this project and in well-known scripts.
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
 The network is an AutoencoderKL. The losses are LPIPS on VGG16, KL, and a PatchGAN with adaptive
-weight. The images are the sample photos. The scripts are those of reference_step.py. They compute
-the same losses and gradients, and are called references.
+weight. The images are the sample photos. The scripts in reference_step.py compute the same losses
+and gradients. They are called references.
 
 First, losses and gradients are compared, to show that they are equal. This project and the
 references start with equal weights and equal posterior noise. The gradients of the discriminator
@@ -97,11 +97,11 @@ class Options:
 
 
 class OurStep:
-    """This project's updates on one batch, as in a real run.
+    """Makes this project's updates as in a real run, but always on the same batch.
 
     Args:
         options: the options of the benchmark.
-        images: (B, 3, R, R).
+        images: the batch of every update, (B, 3, R, R).
         precision: precision of autocast.
     """
 
@@ -118,11 +118,11 @@ class OurStep:
         self.batch = Batch(images=images, indices=torch.arange(len(images)), bad=[])
 
     def update(self) -> UpdateResult:
-        """Make one update."""
+        """Make one update of the model and the discriminator."""
         return self.updates.make(iter([self.batch]))
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of the model, and return the losses that the log gets."""
+        """Add the gradients of the model, and return the losses that a run logs."""
         return self.updates.micro_step(self.batch)
 
     def backward_discriminator(self, recon: Tensor) -> Tensor:
@@ -178,7 +178,10 @@ def photos(resolution: int, count: int) -> Tensor:
 
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
-    """Return the largest relative difference of losses and gradients, for equal weights."""
+    """Return the largest relative difference between our losses and gradients and a reference's.
+
+    The weights of both must be equal.
+    """
     # losses of the model, with equal noise
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
     logged = ours.backward()
@@ -219,7 +222,7 @@ def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float
 
 
 def measure(options: Options, resolution: int) -> Iterator[Row]:
-    """Yield the rows of one resolution: each precision compared with each script."""
+    """Yield the rows of one resolution: a row for each precision and each script."""
     size = options.batch_size or BATCH_SIZES.get(resolution, 4)
     for precision in options.precision:
         print(f"{precision}, {resolution} px: comparing losses and gradients", flush=True)
@@ -238,9 +241,9 @@ def measure(options: Options, resolution: int) -> Iterator[Row]:
 def build_side(
     name: str, options: Options, resolution: int, precision: Precision
 ) -> Callable[[], object]:
-    """Return a function that makes an update of this project or of a reference.
+    """Return a function that makes one update, either this project's or a reference's.
 
-    `own_process` calls this function in a new process, one for each name.
+    `own_process` calls `build_side` in a new process for each name.
     """
     _set_threads(options)
     images = _images(options, resolution)
@@ -253,7 +256,7 @@ def build_side(
 
 
 def _equality(options: Options, resolution: int, precision: Precision) -> dict[str, float]:
-    """Return the largest relative difference of each reference from this project, by name."""
+    """Return for each reference the largest relative difference from this project's update."""
     images = _images(options, resolution)
     ours = OurStep(options, images, precision)
     names = list(SCRIPTS)
@@ -290,7 +293,7 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 
 
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
-    """Return a reference with our weights, and with our layers or those of torch and diffusers."""
+    """Return a reference with our weights. With `stock`, its layers are torch's and diffusers'."""
     task = ours.task
     assert task.discriminator is not None
     parts: Any = (task.net, task.discriminator, task.metric.lpips)
@@ -311,7 +314,7 @@ def _set_threads(options: Options) -> None:
 
 
 def run(options: Options) -> None:
-    """Measure all resolutions and print the rows."""
+    """Measure all resolutions, and print the table of results."""
     _set_threads(options)
     if options.quick:
         short: dict[str, Any] = {"resolution": (64,), "channels": (32, 64, 128, 128), "runs": 3}

@@ -32,7 +32,7 @@ class Way:
         precision: `"fp32"` or `"bf16"`, the precision of matrix products. The name of a row
             contains it.
         strips: how to compute in strips. None computes the whole image at once.
-        note: what the way does on this machine.
+        note: text for the user that says how the way computes on this machine.
         fallback: name of the way that is used instead, if this way is too inexact or not useful on
             this machine. Otherwise "".
     """
@@ -51,24 +51,24 @@ class Way:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the latents of images."""
+        """Encode images and return their latents."""
         return calls.encode(self.net, images, computation=self.strips)
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Return the images of latents."""
+        """Decode latents and return the images."""
         return calls.decode(self.net, z, computation=self.strips)
 
 
 class CastWay(Way):
-    """The whole network cast to bfloat16, as users of diffusers do."""
+    """The way that casts the whole network to bfloat16, as users of diffusers do."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the latents of images."""
+        """Encode images and return their latents."""
         return super().encode(_cast(images)).float()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the images of latents."""
+        """Decode latents and return the images."""
         return super().decode(_cast(z)).float()
 
 
@@ -142,7 +142,7 @@ WAYS: Mapping[str, Callable[[Any], Way]] = {
 
 
 def build(name: str, net: Any) -> Way | None:
-    """Return a way. If the machine or network does not support it, print why and return None."""
+    """Return the way of this name. If it does not work here, print why and return None."""
     try:
         return WAYS[name](net)
     # Ways raise different errors if a package, a block or a method is missing.
@@ -152,7 +152,7 @@ def build(name: str, net: Any) -> Way | None:
 
 
 def installed() -> tuple[str, ...]:
-    """Return the ways whose packages are installed."""
+    """Return the names of all ways whose packages are installed, except the reference."""
     missing = () if find_spec("openvino") else ("openvino",)
     return tuple(name for name in WAYS if name not in ("stock", *missing))
 

@@ -8,9 +8,9 @@ pictures side by side.
 1. A held-out photo.
 2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, an
     untrained U-Net and `vae.decode`.
-3. A text-to-image picture of the same networks. Because of the random weights, it shows decoded
-    noise. The autoencoder alone also decodes the pipeline's latents. Both pictures must be equal,
-    bit by bit.
+3. A text-to-image picture from the same networks. The picture shows decoded noise, because of
+    the random weights. The autoencoder alone also decodes the pipeline's latents. Both decoded
+    pictures must be equal, bit by bit.
 """
 
 import sys
@@ -36,7 +36,7 @@ logging.set_verbosity_error()  # no warnings about missing safety checkers and t
 
 
 def random_pipeline(vae: AutoencoderKL) -> Any:
-    """Return a Stable Diffusion pipeline around ``vae``.
+    """Return a Stable Diffusion pipeline of ``vae`` and a tiny U-Net with random weights.
 
     The pipeline has no text encoder. Prompts are embeddings of width 32.
     """
@@ -63,7 +63,7 @@ def random_pipeline(vae: AutoencoderKL) -> Any:
 
 
 def call(pipeline: Any, **options: Any) -> Any:
-    """Run a pipeline with a fixed seed, and return the first result: pictures or latents."""
+    """Run a pipeline with a fixed seed, and return its pictures or latents."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=torch.zeros(1, 4, 32),
