@@ -34,14 +34,17 @@ class Shape(Mark):
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """Marks the weight of a loss in `Quantized.losses`. The module has no such argument."""
+    """Marks an option that is the weight of the loss `Quantized.losses[term]`.
+
+    The option is not an argument of the bottleneck's module.
+    """
 
     term: str
 
 
 @dataclass(frozen=True)
 class Argument(Mark):
-    """Marks an option for which the argument of the module has another name."""
+    """Marks an option that the bottleneck's module takes under another argument name."""
 
     name: str
 
@@ -117,7 +120,7 @@ class BottleneckConfig(Section):
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
-        """Return `type` and the arguments of the module."""
+        """Return the option `type` and the arguments to build the bottleneck's module with."""
         kind = type(self)
         values = self.model_dump(exclude={*marked(kind, OfTheRun), *marked(kind, WeightOf)})
         called = {name: mark.name for name, mark in marks(kind, Argument).items()}

@@ -1,4 +1,4 @@
-"""Entropies of the soft choice of codes (MAGVIT-v2, arXiv:2310.05737, section 3.1, and LlamaGen).
+"""Entropies of the softmax over codes (MAGVIT-v2, arXiv:2310.05737, section 3.1, and LlamaGen).
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
@@ -62,7 +62,7 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return two sums over vectors (n, D): of the entropies, and of the probabilities (K,)."""
+    """Return the sum of entropies (a scalar) and of probabilities (K,) over vectors (n, D)."""
     # |v|^2 is the same for all codes, so the softmax does not need it.
     logits = torch.addmm(-codebook.square().sum(1), part, codebook.t(), alpha=2.0) / temperature
     log_p = logits.log_softmax(1)  # (n, K)

@@ -52,7 +52,7 @@ class FSQConfig(BottleneckConfig):
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """A `Quantizer` without a codebook, losses or parameters.
+    """A `Quantizer` that rounds each channel, without a codebook, losses or parameters.
 
     A channel h with L levels is bounded to tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o
     is 1/2 for even L and 0 for odd L. The shift s is chosen so that h = 0 gives the level 0. This
@@ -98,7 +98,7 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized(z, (digits * self.basis).sum(1), losses={}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
         half = self.levels // 2
         digits = indices.unsqueeze(1) // self.basis % self.levels
         return (digits - half).float() / half

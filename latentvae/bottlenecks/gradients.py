@@ -1,4 +1,4 @@
-"""How the decoder's gradient passes through a quantiser.
+"""Functions that pass the decoder's gradient through a quantiser to the encoder.
 
 Each function returns the values of the codes, and passes the gradient of the codes to the encoder's
 vectors.
@@ -25,10 +25,10 @@ def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
 
 
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """Return ``quantised`` (N, D) exactly, as a rotation and scaling of ``vectors`` (N, D).
+    """Return ``quantised`` (N, D) exactly, and pass its rotated, scaled gradient to ``vectors``.
 
-    The gradient treats the rotation and the scale as constants (rotation trick, arXiv:2410.06424,
-    section 4.2).
+    ``quantised`` is computed as a rotation and scaling of ``vectors`` (N, D). The gradient treats
+    the rotation and the scale as constants (rotation trick, arXiv:2410.06424, section 4.2).
     """
     vector, quantised = vectors.detach(), quantised.detach()
     norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))
@@ -47,10 +47,10 @@ GRADIENTS: dict[str, Gradient] = {"straight_through": straight_through, "rotatio
 
 
 def gradient_of(name: str) -> Gradient:
-    """Return the entry of `GRADIENTS` with this name.
+    """Return the function in `GRADIENTS` with this name.
 
     Raises:
-        UserError: there is no such entry.
+        UserError: `GRADIENTS` has no function with this name.
     """
     if name not in GRADIENTS:
         allowed = " or ".join(GRADIENTS)

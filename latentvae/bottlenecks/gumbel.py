@@ -138,7 +138,7 @@ class GumbelQuantizer(Quantizer):
             return Quantized(z, indices, {"kl": _kl_to_uniform(logits)}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
         codes = F.embedding(indices, self.codebook.float())
         return rearrange(codes, "B h w D -> B D h w").contiguous()
 

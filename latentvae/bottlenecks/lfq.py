@@ -61,9 +61,10 @@ class LFQConfig(EntropyConfig):
 
 
 class LookupFreeQuantizer(Quantizer):
-    """A `Quantizer` without a codebook or parameters. The sign of 0 is +1.
+    """A `Quantizer` that takes the sign of each channel, without a codebook or parameters.
 
-    The index is sum_i 2^i [h_i >= 0], so the first channel is the lowest bit (arXiv:2310.05737).
+    The sign of 0 is +1. The index is sum_i 2^i [h_i >= 0], so the first channel is the lowest bit
+    (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
     In training, `batch_entropy` covers one micro-step of all ranks. Every rank must have the same
@@ -119,7 +120,7 @@ class LookupFreeQuantizer(Quantizer):
             return Quantized(straight_through(h, code), indices, losses, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
         return self._code(indices.unsqueeze(1) >> self._places(indices) & 1 == 1)
 
     def why_not_listed(self) -> str:
@@ -178,7 +179,7 @@ def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
 
 
 def _joint(logits: Tensor) -> Tensor:
-    """Return the probabilities of all combinations of independent bits, (N, g) -> (N, 2^g)."""
+    """Return the probabilities (N, 2^g) of all values of g independent bits with logits (N, g)."""
     joint = logits.new_ones(len(logits), 1)
     for bit in logits.unbind(1):
         one, zero = torch.sigmoid(bit)[:, None], torch.sigmoid(-bit)[:, None]

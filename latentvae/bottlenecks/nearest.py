@@ -54,7 +54,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
 
 
 def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tensor) -> Tensor:
-    """Return the nearest code of each vector (n, D) over all tiles of codes, (n,)."""
+    """Return the index (n,) of the nearest code of each vector (n, D), tile by tile of codes."""
     n, device = len(part), part.device
     columns = torch.arange(n, device=device)
     best = part.new_full((n,), -torch.inf)

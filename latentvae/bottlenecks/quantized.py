@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A discrete bottleneck. The caller computes scheduled values such as the temperature.
+    """Base class of discrete bottlenecks. The caller computes a scheduled temperature.
 
     A subclass sets the sizes and defines `forward` and `codes`. The other methods have defaults for
     a bottleneck that learns only by gradient, or has nothing to learn.
@@ -61,7 +61,7 @@ class Quantizer(nn.Module):
         return 1
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features.
+        """Quantise features, and return codes, indices, losses and statistics.
 
         Args:
             features: (B, C, h, w).
@@ -70,7 +70,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError  # Every bottleneck defines its own `forward`.
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w) or (B, L, h, w), as `forward` returns it.
+        """Return the same `z` (B, D, h, w) as `forward`, for indices (B, h, w) or (B, L, h, w).
 
         The exception is Gumbel-softmax in training, whose `z` is a mixture of codes.
         """
@@ -114,10 +114,10 @@ class Quantizer(nn.Module):
         return torch.zeros((), dtype=torch.int64, device=features.device)
 
     def why_not_listed(self) -> str:
-        """Return why the nearest codes in a list would be other codes than `forward` finds, or "".
+        """Return why no list of codes gives the same nearest codes as `forward`, or "".
 
         The stock `VQModel` of diffusers searches for the nearest code in a list. The method
-        `listed_codes` returns this list. The reason is a clause of a sentence.
+        `listed_codes` returns this list. The reason is a clause for use in a longer sentence.
         """
         return f"the quantiser {self.kind} does not search for the nearest code in a list"
 

@@ -66,7 +66,7 @@ class ResidualQuantizer(Quantizer):
             residuals of any level.
 
     Raises:
-        UserError: there is no level, or `VectorQuantizer` raises this error.
+        UserError: `num_levels` is below 1, or `VectorQuantizer` raises this error.
     """
 
     kind = "residual"
@@ -113,7 +113,7 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def levels(self) -> list[VectorQuantizer]:
-        """The quantiser of each level. A shared codebook is listed L times."""
+        """The quantisers of all levels. A quantiser with a shared codebook is listed L times."""
         return [*self.codebooks] * (self.num_levels if self.shared_codebook else 1)  # type: ignore[list-item]
 
     @property
@@ -138,7 +138,7 @@ class ResidualQuantizer(Quantizer):
         return Quantized(z, indices, losses, self._join([level.statistics for level in found]))
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, L, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, L, h, w)."""
         levels = zip(self.levels, indices.unbind(1), strict=True)
         return torch.stack([level.codes(level_indices) for level, level_indices in levels]).sum(0)
 
@@ -204,7 +204,7 @@ class ResidualQuantizer(Quantizer):
         return rearrange(passed, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the statistics of all levels on a first axis. Add them for a shared codebook."""
+        """Stack the statistics of all levels on a new axis 0, or add them if `shared_codebook`."""
         joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
         if self.shared_codebook:
             return {name: values.sum(0) for name, values in joined.items()}

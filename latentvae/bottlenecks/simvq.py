@@ -105,7 +105,7 @@ class SimVQ(Quantizer):
         return Quantized(z, indices.view(B, h, w), losses, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     def why_not_listed(self) -> str:

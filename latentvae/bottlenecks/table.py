@@ -1,4 +1,4 @@
-"""All bottlenecks. A new bottleneck needs a file with its module and Config, and a line here."""
+"""The table of all bottlenecks. A new bottleneck needs its own file and an entry here."""
 
 import operator
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ from latentvae.option_marks import tag_in
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """One kind of bottleneck.
+    """The module class and the options class of one kind of bottleneck.
 
     Attributes:
-        module: turns encoder features into a latent. It is built from `config.arguments()`.
+        module: class of the module that turns encoder features into a latent. Its arguments are
+            `config.arguments()`.
         config: class of the module's options, with the properties that a training reads.
     """
 

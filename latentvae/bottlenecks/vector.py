@@ -65,7 +65,7 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
 
 
 class VectorQuantizer(Quantizer):
-    """A `Quantizer` with one code per position.
+    """A `Quantizer` that replaces each vector by the nearest code of a learned codebook.
 
     Args:
         num_codes: number of codes K.
@@ -172,7 +172,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(z.contiguous(), indices.view(B, h, w), losses, statistics)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return `z` (B, D, h, w) of indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     @torch.no_grad()
@@ -280,7 +280,7 @@ class VectorQuantizer(Quantizer):
         return statistics
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
-        """Move the averages and the codes (arXiv:1711.00937, appendix A.1).
+        """Update the moving averages and the codes (arXiv:1711.00937, appendix A.1).
 
         Laplace smoothing keeps the counts above 0.
         """
@@ -295,7 +295,10 @@ class VectorQuantizer(Quantizer):
         self.weight.copy_(torch.where(in_use, means, self.weight))
 
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
-        """Set ``codes`` (K, D) where ``mask`` (K,) is true, with averages of ``size`` vectors."""
+        """Replace codes by ``codes`` (K, D) where ``mask`` (K,) is true.
+
+        The moving averages become those of codes that ``size`` vectors have chosen.
+        """
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
         self.usage.masked_fill_(mask, self.start_usage)
         if self.ema_decay is not None:

@@ -1,4 +1,4 @@
-"""The command as a module: `accelerate launch -m latentvae.cli` starts several processes."""
+"""Run the command `latentvae` as a module, for `accelerate launch -m latentvae.cli`."""
 
 from latentvae.cli.main import main
 

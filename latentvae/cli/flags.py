@@ -212,14 +212,14 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 def say_once(text: str) -> None:
-    """Print to stderr, in the first process of this machine only."""
+    """Print a text to stderr, in the first process of this machine only."""
     # Launchers set LOCAL_RANK, so this works before the processes can communicate.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
 class _Captured(io.StringIO):
-    """The text that tyro prints in a box."""
+    """Captures the text that tyro prints in a box."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 

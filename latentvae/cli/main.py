@@ -60,7 +60,7 @@ class Reconstruct:
     loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
-        """Write the pictures and the table."""
+        """Reconstruct the images, and write the pictures and the table."""
         from latentvae.reconstruct import reconstruct
 
         reconstruct(**vars(self))
@@ -147,7 +147,7 @@ class Evaluate:
     loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
-        """Write the report and print its tables."""
+        """Measure the models, write the report and print its tables."""
         from latentvae.cli.evaluate_command import evaluate_command
 
         sections = [name.strip() for name in self.sections.split(",") if name.strip()]
@@ -169,7 +169,7 @@ class Compare:
     """Print the tables as Markdown, for a model card."""
 
     def run(self) -> None:
-        """Print the tables."""
+        """Compare the models of the reports, and print the tables."""
         from rich.console import Console
 
         from latentvae.report import compare, markdown
@@ -210,7 +210,7 @@ class Export:
     """If the upload creates a new Hub repository, make this repository private."""
 
     def run(self) -> None:
-        """Write the folder, and upload it if `push_to_hub` is set."""
+        """Write the diffusers folder, and upload it if `push_to_hub` is set."""
         from latentvae.engine.publishing import UploadError
         from latentvae.tasks.autoencoder.run_export import export_folder
 
@@ -310,7 +310,7 @@ class Encode:
     loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
-        """Write the shards."""
+        """Encode the images and write the shards."""
         from latentvae.cli.encode_decode import encode_command
 
         encode_command(**vars(self))
@@ -352,7 +352,7 @@ class Decode:
     loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
-        """Write the pictures."""
+        """Decode the shards and write the pictures."""
         from latentvae.cli.encode_decode import decode_command
 
         decode_command(**vars(self))
@@ -386,7 +386,7 @@ class Convert:
     loaded. If there are no such weights and only one variant exists, this variant is loaded."""
 
     def run(self) -> None:
-        """Write the file and print the `ddconfig`."""
+        """Write the .safetensors file and print the `ddconfig`."""
         from latentvae.export.original import convert
 
         convert(**vars(self))

@@ -250,7 +250,7 @@ def _type_of(info: "FieldInfo", text: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _written(annotation: Any) -> str:
-    """Return the spelling of a type, without its ranges."""
+    """Return a type annotation as text, without the allowed ranges of values."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _written(parts[0])

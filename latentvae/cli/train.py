@@ -1,4 +1,4 @@
-"""The training scripts: their flags, messages and exit codes.
+"""Run the training scripts: read flags, print messages and set exit codes.
 
 `--config` names a preset or a YAML file. Every option is also a flag, which overrides the config.
 tyro reads the flags and writes the help. pydantic checks the values, and each wrong value is
@@ -138,7 +138,7 @@ def check_early(
 
 
 def _check_choices(group: Group, values: Mapping[str, Any]) -> None:
-    """Report a value that is not one of an option's choices, as pydantic would."""
+    """Raise a UserError if a value is not one of its option's choices."""
     for member in group.members:
         given = values[member.name]
         if isinstance(member, Group):
@@ -204,7 +204,7 @@ def _check_flags(
 def _check_option_of_others(
     name: str, chosen: set[str], presets: Mapping[str, Group], *, config: str, called: str
 ) -> None:
-    """Report an option that only --config sets, or that only other presets have."""
+    """Raise a UserError if only --config sets the option, or if only other presets have it."""
     found = {
         preset: option
         for preset, group in presets.items()

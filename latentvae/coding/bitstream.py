@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 
 def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
-    """Return a file: at most 255 header numbers (0 or more), then the words of a range coder."""
+    """Return a file's bytes: at most 255 header numbers (0 or more), then a range coder's words."""
     head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))
     body = head + coder.get_compressed().astype("<u4").tobytes()
     return magic + zlib.crc32(body).to_bytes(4, "little") + body
@@ -51,7 +51,7 @@ def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
 
 
 def _varint(number: int) -> bytes:
-    """Write seven bits in each byte, lowest first. The top bit says that more bytes follow."""
+    """Return a number as bytes of seven bits, lowest first. The top bit is 1 if more follow."""
     assert number >= 0
     groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])

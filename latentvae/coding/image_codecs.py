@@ -1,4 +1,4 @@
-"""Pillow's image codecs as a reference for the models. A rate is the size of a complete file."""
+"""Encode images with Pillow's codecs, to compare them with models. Rates count whole files."""
 
 import bisect
 import io
@@ -11,13 +11,13 @@ from PIL import Image, features
 
 @dataclass(frozen=True)
 class Codec:
-    """One codec with fixed options and the qualities to sweep.
+    """An image codec with fixed options, and the qualities at which it is measured.
 
     Args:
         format: Pillow's name of the file format.
         qualities: Pillow's `quality` (1 to 100) for each point of the rate curve, in rising order.
         options: all other options of the encoder.
-        max_side: Largest width or height that the format can hold, in pixels.
+        max_side: largest width or height that the format can hold, in pixels.
     """
 
     format: str
@@ -26,7 +26,7 @@ class Codec:
     max_side: int = 65500
 
     def encode(self, image: Image.Image, *, quality: int) -> bytes:
-        """Return the complete file, headers included."""
+        """Encode an image and return the complete file, headers included."""
         buffer = io.BytesIO()
         image.save(buffer, format=self.format, quality=quality, **self.options)
         return buffer.getvalue()
@@ -36,7 +36,7 @@ class Codec:
             return image.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
-        """Return the facts for the record of a measurement: encoder library, options, qualities."""
+        """Return what a report records about the codec: encoder library, options, qualities."""
         library = _LIBRARIES[self.format]
         return {
             "library": f"{library} {features.version(library)}",
@@ -79,7 +79,7 @@ def encode_at_rate(
 
     Args:
         files: files of this image that were encoded already, by quality. These files shorten the
-            search. Files that the search encodes are added.
+            search. The search adds the files that it encodes.
     """
     files = {} if files is None else files
 

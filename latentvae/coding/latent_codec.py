@@ -68,8 +68,8 @@ class LatentPrior:
     """The distribution of the latents of each channel. All tensors have shape (d,).
 
     Args:
-        location: median of a Laplace, mean of a Gaussian. Float64.
-        scale: mean absolute deviation of a Laplace, standard deviation of a Gaussian. Positive.
+        location: median of a Laplace or mean of a Gaussian distribution, float64.
+        scale: mean absolute deviation of a Laplace or standard deviation of a Gaussian, above 0.
         gaussian: True for a Gaussian, False for a Laplace.
     """
 
@@ -79,7 +79,7 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Fit a Laplace or a Gaussian, the likelier one, to each channel of latents (d, n)."""
+        """Fit to each channel of latents (d, n) the likelier of a Laplace and a Gaussian."""
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
                 f"samples must be latents of shape (d, n) (got {tuple(samples.shape)})."
@@ -108,7 +108,7 @@ def channel_gains(
     seed: int = 0,
     max_side: int = 32,
 ) -> Tensor:
-    """Return the squared error of an image per squared error of one latent element, as (d,).
+    """Return for each channel how much squared image error a squared latent error makes, (d,).
 
     The result is the diagonal of J^T J, averaged over positions, where J is the decoder's Jacobian
     at `z`. For random signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson
@@ -291,7 +291,7 @@ class _Grid:
 
     @property
     def unit(self) -> Floats:
-        """Unit of locations, much smaller than the scale or than the quantiser's error."""
+        """Unit (d,) of locations, much smaller than the scale or than the quantiser's error."""
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 
     @property

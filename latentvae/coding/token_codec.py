@@ -104,7 +104,7 @@ def _check_tokens(indices: NDArray[np.integer], num_codes: int) -> None:
 
 
 class _Model:
-    """The probabilities that encoder and decoder use for the next block."""
+    """Counts the codes seen so far, and gives their probabilities for the next block."""
 
     def __init__(self, num_codes: int, choice: int) -> None:
         self._concentration = CONCENTRATIONS[choice - 1] if choice else None
@@ -130,7 +130,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """Return the number of the cheapest `a` (from 1), or 0 if a uniform distribution is cheaper."""
+    """Return the place (from 1) of the `a` with the fewest bits, or 0 for the uniform model."""
     # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)
     seen, total = np.empty(len(tokens)), np.empty(len(tokens))

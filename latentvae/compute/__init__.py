@@ -1,1 +1,1 @@
-"""Compute the same results faster or in less memory."""
+"""Run networks faster or in less memory."""

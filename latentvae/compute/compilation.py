@@ -1,4 +1,4 @@
-"""`torch.compile` for the blocks of a network in training.
+"""Compile the blocks of a network for training, with `torch.compile`.
 
 Each block is compiled separately, for three reasons:
 

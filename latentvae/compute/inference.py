@@ -1,4 +1,4 @@
-"""Copies of networks for inference: fast with the same results, or faster still in bfloat16.
+"""Build copies of networks for inference: exact copies, or faster copies in bfloat16.
 
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
@@ -152,7 +152,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a block has no parts for U-Nets and does not scale its residual sum."""
+    """Return whether a block has no layers for U-Nets and does not scale its residual sum."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -190,7 +190,7 @@ def _cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 class InPlaceResnetBlock2D(ResnetBlock2D):
-    """A residual block without a time embedding. It casts its input to the dtype of its weights."""
+    """A residual block that computes in place and casts its input to its weights' dtype."""
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = _cast(input_tensor, self.conv1.weight)

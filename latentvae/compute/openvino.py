@@ -21,7 +21,7 @@ SMALL = 64  # side in pixels of the image for tracing. Later images may have any
 
 
 class CompiledHalf(nn.Module):
-    """A compiled encoder or decoder, which takes one tensor and returns one tensor.
+    """An encoder or decoder compiled by OpenVINO. It takes and returns one tensor.
 
     Args:
         half: the encoder or the decoder, in float32 on the CPU.
@@ -100,11 +100,11 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 
 @cache
 def _core() -> Any:
-    """Return the process's only OpenVINO core, which is never destroyed.
+    """Return the process's only OpenVINO `Core` object, which is never destroyed.
 
-    Each core sets a stack for signal handlers. When two cores are destroyed, the first frees the
-    stack that the second restores. The next signal in Python, for example Ctrl-C, then ends the
-    process with a segmentation fault (OpenVINO 2026.4).
+    Each `Core` sets a stack for signal handlers. When two `Core` objects are destroyed, the first
+    frees the stack that the second restores. The next signal in Python, for example Ctrl-C, then
+    ends the process with a segmentation fault (OpenVINO 2026.4).
     """
     return _import_openvino().Core()
 

@@ -33,13 +33,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: bias of the convolution, (O,).
 
     Returns:
-        (B, O, 2 H, 2 W).
+        The output of the convolution, (B, O, 2 H, 2 W).
     """
     return F.conv_transpose2d(x, fold_kernel(weight), bias, stride=2, padding=1)
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
-    """Return the transposed convolution's kernel (I, O, 4, 4) of a convolution's (O, I, 3, 3).
+    """Return the transposed convolution's kernel (I, O, 4, 4) for a 3 x 3 kernel (O, I, 3, 3).
 
     The kernel has the precision of the weight, also under autocast.
     """
@@ -52,7 +52,7 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` with a folded kernel. If the size does not double, it is the plain layer."""
+    """An `Upsample2D` with a folded kernel. If the size does not double, it is not folded."""
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -67,7 +67,10 @@ class FoldedUpsample2D(Upsample2D):
 
 
 class FoldedDCUpBlock2d(DCUpBlock2d):
-    """AutoencoderDC's upsampling block, which adds a shortcut of repeated channels."""
+    """AutoencoderDC's upsampling block with a folded kernel.
+
+    The block adds a shortcut, whose channels are repeated and then shuffled to pixels.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = upsample_conv(hidden_states, self.conv.weight, self.conv.bias)
@@ -120,5 +123,5 @@ def _can_fold(module: Any) -> bool:
 
 
 def _convolution(module: Any) -> Any:
-    """Return the stock layer's convolution, which has one of two names, or None."""
+    """Return the convolution of a stock layer, or None. Its attribute has one of two names."""
     return getattr(module, "conv", None) or getattr(module, "Conv2d_0", None)

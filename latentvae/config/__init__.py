@@ -1,1 +1,1 @@
-"""The options of a run, and presets."""
+"""Define the options of a run, and read them from presets."""

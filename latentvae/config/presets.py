@@ -1,4 +1,4 @@
-"""Turn YAML files and nested dicts into checked options. Each wrong value gives one sentence."""
+"""Read options from YAML files and nested dicts. Report each wrong value in one sentence."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -28,14 +28,14 @@ def preset_names(schema: type[JobConfig]) -> list[str]:
 
 @cache
 def _preset_sections(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the sections in each preset. One process reads the files once, since that is slow."""
+    """Return the sections in each preset. The result is cached, because reading files is slow."""
     return {path.stem: frozenset(read_yaml(path) or {}) for path in folder.glob("*.yaml")}
 
 
 def load_preset(
     name_or_path: str, schema: type[Config], *, max_train_steps: int | None = None
 ) -> Config:
-    """Return the configuration in a YAML file, or in the preset of that name.
+    """Return the options in a YAML file, or in the preset with the given name.
 
     Args:
         name_or_path: name of the preset, or path of the file.

@@ -6,7 +6,7 @@ from latentvae.errors import UserError
 
 
 class BatchOptions(Protocol):
-    """The options that decide the batch, see `RunConfig`."""
+    """The options that set the number of images per update, see `RunConfig`."""
 
     global_batch_size: int | None
     train_batch_size: int
@@ -23,13 +23,13 @@ class UpdateBatch(NamedTuple):
 def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> UpdateBatch:
     """Return the number of images per process and micro-step, and the number of micro-steps.
 
-    Without `global_batch_size`, these are `train_batch_size` and `gradient_accumulation_steps`.
-    With `global_batch_size`, each process takes an equal part of the images of an update. If
-    `gradient_accumulation_steps` is set, a process divides its part into that many micro-steps.
-    Otherwise it makes as few equal micro-steps as `train_batch_size` allows.
+    Without `global_batch_size`, these numbers are `train_batch_size` and
+    `gradient_accumulation_steps`. With `global_batch_size`, each process takes an equal part of the
+    images of an update. If `gradient_accumulation_steps` is set, a process divides its part into
+    that many micro-steps. Otherwise it makes as few equal micro-steps as `train_batch_size` allows.
 
     Args:
-        options: the three options that decide the batch.
+        options: the three options that set the number of images per update.
         processes: number of processes.
         multiple: number that must divide the number of images per micro-step.
 

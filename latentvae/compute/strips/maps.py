@@ -114,14 +114,14 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def _load(self, top: int, bottom: int) -> Tensor:
-        """Return rows (bottom - top, W, C)."""
+        """Return the map's rows `top` to `bottom - 1`, as (bottom - top, W, C)."""
 
     @abstractmethod
     def _store(self, top: int, rows: Tensor) -> None: ...
 
 
 class MemoryMap(FeatureMap):
-    """A map in a tensor (C, H, W), which may be the input or the output image."""
+    """A feature map in a tensor (C, H, W), which may be the input or the output image."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(*values.shape)
@@ -135,7 +135,7 @@ class MemoryMap(FeatureMap):
 
 
 class FileMap(FeatureMap):
-    """A map in a temporary file without a name. The system writes it to disk if memory is short.
+    """A feature map in an unnamed temporary file, written to disk if memory is short.
 
     Raises:
         UserError: the folder's disk has not enough room.
@@ -195,7 +195,7 @@ class Workspace:
         return MemoryMap(rearrange(rows, "h w c -> c h w"))
 
     def slices(self, height: int, row_elements: int) -> Iterator[tuple[int, int]]:
-        """Yield first row and end of each strip, for rows of `row_elements` elements."""
+        """Yield each strip's first row and its last row + 1. A row has `row_elements` elements."""
         fitting = self.strip_bytes // (row_elements * self._like.element_size())
         rows = self._strips.rows or max(fitting, 1)
         for top in range(0, height, rows):

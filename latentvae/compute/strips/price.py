@@ -106,7 +106,7 @@ def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[in
 
 
 def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Return FLOPs of a forward pass, and bytes of the input and output of its largest step."""
+    """Return a forward pass's FLOPs, and the bytes of input and output of its largest block."""
     largest = 0
 
     def record(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:

@@ -72,7 +72,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute a `ResnetBlock2D`. The caller must not use `x` afterwards, because it may change."""
+    """Return the output of a `ResnetBlock2D`. `x` may change, so do not use it afterwards."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))
@@ -95,7 +95,7 @@ def _with_residual(
 
 
 def downsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute a `Downsample2D` of stride 2, with a row of zeros below and a column at the right."""
+    """Compute a `Downsample2D` of stride 2, padded with zeros below and at the right."""
     conv = block.conv
     y = space.make(conv.out_channels, (x.height - 2) // 2 + 1, (x.width - 2) // 2 + 1)
     y.fill(_strided(x, y, conv, space))
@@ -173,5 +173,5 @@ def _tokens(strip: Tensor) -> Tensor:
 
 
 def _heads(tokens: Tensor, block: Any) -> Tensor:
-    """Return heads (1, heads, n, C / heads) of tokens (n, C)."""
+    """Return tokens (n, C) divided among attention heads, as (1, heads, n, C / heads)."""
     return rearrange(tokens, "n (heads c) -> 1 heads n c", heads=block.heads)

@@ -28,9 +28,9 @@ class Limits:
         channels: smallest number of channels of the input and of the output.
         positions: at inference, NNPACK computes only feature maps with at least this many
             positions (height times width).
-        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` holds if the
-            algorithm computes only the output, or only the gradient of x. The key `both` holds if
-            it computes the gradients of x and of the weight together.
+        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` applies if
+            the algorithm computes only the output, or only the gradient of x. The key `both`
+            applies if it computes the gradients of x and of the weight together.
     """
 
     channels: int
@@ -49,7 +49,10 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution for inference. The plain layer computes small maps and cases of `_is_plain`."""
+    """A Winograd convolution for inference.
+
+    torch's convolution computes small maps and inputs for which `_is_plain` is true.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input) or input.shape[2] * input.shape[3] < LIMITS.positions:
@@ -58,7 +61,10 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A convolution with gradients. The plain layer computes cases of `_is_plain`."""
+    """A Winograd convolution with gradients.
+
+    torch's convolution computes inputs for which `_is_plain` is true.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_plain(input):
@@ -67,7 +73,7 @@ class TrainedWinogradConv2d(nn.Conv2d):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether to use the plain layer: `x` is not float32 on the CPU, or autocast is on."""
+    """Return whether to use torch's layer: `x` is not float32 on the CPU, or autocast is on."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
     # torch.compile does not support NNPACK, and has its own kernels for plain convolutions.
     return not known or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
@@ -114,7 +120,7 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Return whether `tiles` is faster, which needs enough channels and enough tiles."""
+    """Return whether the algorithm in `tiles` is faster: with enough channels and enough tiles."""
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide

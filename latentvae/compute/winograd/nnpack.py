@@ -33,7 +33,10 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor, *, outputs: int) -> int:
-    """Return the number of rows per call, so that tiles fit and all calls are about equal."""
+    """Return the number of rows that NNPACK computes in one call.
+
+    The tiles of a call then fit into `WORKSPACE` bytes, and all calls have about equal sizes.
+    """
     height, width = x.shape[2:]
     tiles = -(-height // TILE)
     bytes_of_a_row = 4 * (TILE + 2) ** 2 * (x.shape[1] + outputs) * -(-width // TILE)

@@ -114,14 +114,14 @@ def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor, products: Tensor, *, like: Tensor) -> Tensor:
-    """Return tiles (n, h, w, C, side, side) of products (36, T, C), in the order of `like`."""
+    """Return tiles (n, h, w, C, side, side) of products (36, T, C), with n, h, w as in `like`."""
     side = math.isqrt(len(matrix))
     tiles = (matrix @ products.flatten(1)).view(side, side, *like.shape[:3], -1)
     return tiles.permute(2, 3, 4, 5, 0, 1)
 
 
 def _tiles(maps: Tensor, side: int) -> Tensor:
-    """Return a view (N, h, w, C, side, side) of maps (N, H, W, C)."""
+    """Return the tiles of maps (N, H, W, C) as a view (N, h, w, C, side, side)."""
     return maps.unfold(1, side, SIDE).unfold(2, side, SIDE)
 
 
@@ -152,7 +152,7 @@ class Tiling:
         return cls(len(x), (-(-height // SIDE), -(-width // SIDE)), (height, width))
 
     def split(self, x: Tensor, *, side: int, before: int) -> Tensor:
-        """Return tiles (N, h, w, C, side, side) of (N, C, H, W), padded with zeros.
+        """Return tiles (N, h, w, C, side, side) of maps (N, C, H, W), padded with zeros.
 
         Each row and column gets `before` zeros at its start, and at least one zero at its end.
         Without the zero at the end, the copy would read and write at multiples of a memory page,
@@ -164,7 +164,10 @@ class Tiling:
         return _tiles(innermost.view(len(x), *padded.shape[2:], -1), side)
 
     def parts(self, *, channels: int) -> Iterator[tuple[slice, slice]]:
-        """Yield images and tile rows to compute at once: some images, or some rows of one image."""
+        """Yield slices of images and of tile rows to compute at once.
+
+        A part has some complete images, or some tile rows of one image.
+        """
         rows = max(1, CHUNK_BYTES // (36 * 4 * channels * self.size[1]))
         images, rows = max(1, rows // self.size[0]), min(rows, self.size[0])
         for i in range(0, self.images, images):
