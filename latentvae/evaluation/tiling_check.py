@@ -83,7 +83,7 @@ class _Tiles:
 
 
 def can_tile(net: Network, *, f: int) -> bool:
-    """Return whether a network can decode in tiles, in one of diffusers' two ways."""
+    """Return whether the class of a network in diffusers can decode in tiles."""
     return family_of(net).tiling(net, f=f) is not None
 
 

@@ -1,4 +1,4 @@
-"""Choose and check tiles for the `enable_tiling()` of an exported network in diffusers.
+"""Choose and check the tiles that an exported network uses after diffusers' `enable_tiling()`.
 
 AutoencoderKL takes the size of a tile from `sample_size`. AutoencoderKL rounds the stride in pixels
 and the stride in latent positions separately. So both strides agree only if a tile and its overlap
