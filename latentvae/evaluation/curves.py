@@ -24,18 +24,20 @@ Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
 
 
 class Curves:
-    """Sums over images for each point of a curve and each metric.
+    """Accumulates the points of all rate curves, one image after another.
 
-    The sums are the number of images, their bits per pixel and their values of the metric.
+    For each point and metric, the class sums the number of images, their bits per pixel and their
+    values of the metric.
     """
 
     def __init__(self) -> None:
         self._sums: dict[Key, np.ndarray] = {}
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Add the rows of all coders for one image.
+        """Add the results of all coders on one image.
 
-        Rows of kind `"model"` are left out, because they hold raw rates.
+        Rows of kind `"model"` are left out, because their rate is that of a latent without entropy
+        coding.
         """
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
@@ -50,10 +52,11 @@ class Curves:
     def points(
         self, kind: str, coder: str, settings: Sequence[float | None], *, means: Means
     ) -> list[Point]:
-        """Return one point for each of `settings`: qualities of a codec, or noise PSNRs of a model.
+        """Return the points of one coder's rate curve, one point for each of `settings`.
 
-        A point holds two kinds of means: over the images that count for its curve, and over all
-        images (from `means`).
+        A setting is the quality of a codec, or the noise PSNR of a model in dB. A point holds two
+        kinds of means: over the images that count for its curve (see the module's docstring), and
+        over all images (from `means`).
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []

@@ -1,4 +1,7 @@
-"""Fit the entropy models of latents and the gains of decoders.
+"""Fit an entropy model to the latents of a model, and measure the gains of its decoder.
+
+A gain says how strongly an error in one latent channel changes the image. The gains set the
+quantiser step of each channel.
 
 The images are split into two halves: even and odd positions. The entropy model and the quantiser
 steps that code one half are fitted on the other half.
@@ -37,14 +40,19 @@ Posterior = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class HalfPrior:
-    """Distribution of the latents, and gains of the decoder (d,), fitted on half of the images."""
+    """The distribution of the latents, and the decoder's gain for each latent channel (d,).
+
+    Both were measured on one half of the images.
+    """
 
     prior: LatentPrior
     gains: Tensor
 
 
 class Priors:
-    """Entropy models of both halves. `other` returns the entropy model that codes a picture.
+    """Fits one entropy model on each half of the images, and holds both.
+
+    `other` returns the entropy model that codes the picture at a given position.
 
     Attributes:
         own: whether images are coded with the entropy model of their own half. This happens if no
@@ -62,11 +70,11 @@ class Priors:
     def fit(
         self, model: Autoencoder, pictures: Pictures, *, plan: Plan, encoded: dict[int, Posterior]
     ) -> None:
-        """Fit on at most `plan.prior_images` images of each half, evenly spread.
+        """Fit both entropy models, each on at most `plan.prior_images` images, evenly spread.
 
         Args:
-            encoded: receives the small posteriors by position, so that the measurement need not
-                encode these images again.
+            encoded: a dictionary that this function fills with the small posteriors, by the
+                image's position. The measurement then need not encode these images again.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]
@@ -133,6 +141,9 @@ def _gains(model: Autoencoder, z: Tensor) -> Tensor:
 
 
 def _some_positions(z: Tensor) -> Tensor:
-    """Return evenly spread positions of a latent (1, d, h, w) as (d, n), n <= MAX_POSITIONS."""
+    """Return the values of a latent (1, d, h, w) at evenly spread positions, as (d, n).
+
+    The number of positions n is at most MAX_POSITIONS.
+    """
     flat = z[0].flatten(1).float().cpu()
     return flat[:, :: max(1, -(-flat.shape[1] // MAX_POSITIONS))]

@@ -70,17 +70,17 @@ def evaluate(
 ) -> Report:
     """Measure models and codecs, write the report into `out`, and return the report.
 
-    The written files are report.json, per_image.csv and pictures.
+    The files are report.json, per_image.csv, and the pictures rate.png and sheet.png.
 
     Args:
-        models: the autoencoders, by the names to show.
+        models: the autoencoders, by their names in the report.
         source: the images. Unreadable images are printed, counted and left out.
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
         inception: the network that `metrics.inception.load_inception` returns, or None.
         max_images: measure at most this many images, evenly spread over the source.
         sheet_images: number of images in the sheet, evenly spread over the measured images.
-        overwrite: delete the evaluation that `out` holds.
+        overwrite: delete an earlier evaluation in `out`, and start a new evaluation.
         device: where models and metrics run.
 
     Raises:
@@ -265,7 +265,10 @@ class _Evaluation:
                 )
 
     def _measure(self, progress: Progress) -> None:
-        """Measure every remaining picture. The state is saved only between pictures."""
+        """Measure all pictures that were not measured yet, and write their rows to per_image.csv.
+
+        The state is saved only between pictures.
+        """
         models = ", ".join(self.models)
         self.phases.begin(
             f"measuring {len(self.pictures):,} images: {models}, {len(self.codecs)} codecs"
@@ -326,9 +329,10 @@ class _Evaluation:
         return rows + of_codecs + [entry for found in at_rates.values() for entry in found]
 
     def _examine(self, progress: Progress) -> None:
-        """Measure half precision, tiles and speed of each model. Save after each measurement.
+        """Check each model in half precision and in tiles, and measure its speed and memory.
 
-        If a measurement ended the process (out of memory), the next call skips this measurement.
+        The state is saved after each measurement. If a measurement ended the process (out of
+        memory), the next call skips this measurement.
         """
         for (name, model), (section, (examine, pixels)) in itertools.product(
             self.models.items(), self._examinations().items()
@@ -354,10 +358,10 @@ class _Evaluation:
                 self._save(progress, progress.done)
 
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
-        """Return the measurements by section, each with its number of pixels.
+        """Return the functions that `_examine` calls for each model, by section of the report.
 
-        The number of pixels is about what a measurement encodes and decodes. The program estimates
-        the time of a measurement from this number.
+        Each function comes with the number of pixels that it encodes and decodes, approximately.
+        The program estimates the function's time from this number.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels
@@ -452,7 +456,10 @@ class _Evaluation:
         )
 
     def _compare_with_linear(self, models: dict[str, ModelReport]) -> None:
-        """Add the rows of the linear codes, and a warning to each model that is worse."""
+        """Add the linear codes to `models`, and a warning to each model that is worse.
+
+        A model is compared with the linear code of the same f and d.
+        """
         for size, linear in self.linear.items():
             if not linear.halves:
                 continue
@@ -463,7 +470,7 @@ class _Evaluation:
                     models[name].warnings += [] if text is None else [text]
 
     def _task(self) -> dict[str, Any]:
-        """Return everything that the results depend on. Images are identified by their names."""
+        """Return all values that the results depend on. Images are identified by their names."""
         names = "\n".join(self.pictures.name(i) for i in range(len(self.pictures)))
         return {
             "models": {name: model.info() for name, model in self.models.items()},
@@ -477,7 +484,7 @@ class _Evaluation:
         return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
 
     def _keep_for_sheet(self, count: int) -> None:
-        """Make every `ModelMeasures` keep its reconstructions of the pictures on the sheet."""
+        """Make every `ModelMeasures` keep its reconstructions of the pictures in sheet.png."""
         for measures in self.measures.values():
             measures.shown = dict.fromkeys(spread(len(self.pictures), count))
 
@@ -495,9 +502,10 @@ class _Evaluation:
 
 
 def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int, int]]:
-    """Return the (height, width) of resized images.
+    """Return the shapes (height, width) that images are resized to.
 
-    The sides of aspect-ratio buckets are multiples of every model's f.
+    The result is empty if each image keeps its own size. The sides of aspect-ratio buckets are
+    multiples of every model's f.
     """
     if plan.size is None:
         return ()

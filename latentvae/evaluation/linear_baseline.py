@@ -1,6 +1,6 @@
-"""Measure a linear code of a model's size, for one more row of the report.
+"""Measure a linear code with as many numbers as a model's latent, as a baseline in the report.
 
-A network that is worse than a linear code with as many numbers has learned little. The images are
+A network that is worse than this linear code has learned little. The images are
 split into two halves: even and odd positions. A linear code is fitted on each half and measured on
 the other half.
 
@@ -20,24 +20,25 @@ from latentvae.linear_code import LinearCode, PatchMoments
 from latentvae.metrics import to_8bit
 from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
 
-LINEAR = "linear"  # name of the row
+LINEAR = "linear"  # name of the first linear code in the report
 FIT_IMAGES = 256  # largest number of images of each half that the fit uses, evenly spread
 MAX_VALUES = 3 * 32 * 32  # largest number of values of a patch
-NETS = ("alex",)  # backbones of LPIPS that are measured for the row
+NETS = ("alex",)  # backbones of the LPIPS that is measured for a linear code
 
 
 class LinearBaseline:
-    """Measures the linear code of f and d picture by picture.
+    """Fits linear codes of image patches, and measures their reconstructions picture by picture.
 
     Args:
-        name: name of the row in the report.
+        name: name of the linear code in the report.
         f: side of a patch in pixels.
         d: numbers per patch.
 
     Attributes:
-        halves: the code of each half. Empty if both halves have too few patches.
-        own: whether images are coded with the code of their own half. This happens if the other
-            half has too few patches.
+        halves: the linear code that was fitted on each half of the images. Empty if both halves
+            have too few patches.
+        own: whether images are coded with the linear code of their own half. This happens if the
+            other half has too few patches.
     """
 
     def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:
@@ -47,9 +48,9 @@ class LinearBaseline:
         self.means = Means()
 
     def fit(self, pictures: Pictures) -> bool:
-        """Fit one code on each half. Return whether there are enough patches.
+        """Fit a linear code on each half of the images. Return whether there are enough patches.
 
-        If one half has too few patches, both halves use the code of the other half.
+        If one half has too few patches, the linear code of the other half codes all images.
         """
         found = [self._fit(pictures, parity) for parity in (0, 1)]
         usable = [code for code in found if code is not None]
@@ -67,7 +68,7 @@ class LinearBaseline:
 
     @torch.no_grad()
     def update(self, original: Original) -> list[Row]:
-        """Measure one picture and return its row. Return an empty list if there is no code."""
+        """Measure one picture and return its row. Return an empty list if no code was fitted."""
         if not self.halves:
             return []
         code = self.halves[1 - original.position % 2].to(original.images.device)
@@ -82,7 +83,7 @@ class LinearBaseline:
         return rows
 
     def report(self) -> ModelReport:
-        """Return the row of the report."""
+        """Return the linear code's part of the report, in the form of a model's part."""
         metrics = {name: self.means.mean("model", self.name, name) for name in IMAGE_COLUMNS}
         raw = self.means.mean("model", self.name, "bpp")
         return ModelReport(
@@ -121,10 +122,11 @@ class LinearBaseline:
 def baselines(
     shapes: Sequence[tuple[int, int]], *, judge: Judge
 ) -> dict[tuple[int, int], LinearBaseline]:
-    """Return a baseline for each different (f, d). The first is called `linear`.
+    """Return a `LinearBaseline` for each different (f, d) in `shapes`.
 
-    Some models have no baseline. If d is at least the number of values of a patch, a linear code is
-    exact. If a patch has more than `MAX_VALUES` values, the fit would take too long.
+    The first baseline is called `linear`. Some models have no baseline. If d is at least the number
+    of values of a patch, a linear code is exact. If a patch has more than `MAX_VALUES` values, the
+    fit would take too long.
     """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:

@@ -1,4 +1,4 @@
-"""Metrics of pictures that a model or a codec has coded, and their means over pictures.
+"""Measure the pictures that models and codecs reconstruct, and average the metrics.
 
 `B` batch, `C` channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -30,15 +30,15 @@ BATCH_PIXELS = 2**19  # pixels in a forward pass. More pixels need more memory b
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one coder on one picture.
+    """The rate and the metrics of one coder (a model or a codec) on one picture.
 
     Args:
-        kind: `"model"` (`bpp` is the raw rate), `"bitstream"` (of a model's latent or tokens),
-            `"codec"`, or `"codec_at_rate"` (a codec at the quality that reaches a model's raw
-            rate).
+        kind: `"model"` (`bpp` is the raw rate), `"bitstream"` (the file of a model's latent or
+            tokens), `"codec"`, or `"codec_at_rate"` (a codec at the quality that reaches a model's
+            raw rate).
         setting: a codec's quality, or a bitstream's noise PSNR in dB.
-        metrics: values by the keys of `IMAGE_COLUMNS`. A metric that needs a larger picture is None
-            or absent.
+        metrics: values of the metrics by name (`IMAGE_COLUMNS`). A metric that needs a larger
+            picture is None or absent.
     """
 
     image: str
@@ -51,11 +51,11 @@ class Row:
     metrics: Mapping[str, float | None]
 
     def value(self, column: str) -> float | None:
-        """Return bits per pixel or a metric, by name."""
+        """Return the bits per pixel if `column` is `"bpp"`, else the metric of this name."""
         return self.bpp if column == "bpp" else self.metrics.get(column)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dictionary of values with the keys `CSV_COLUMNS`."""
+        """Return the row's values by the names of the CSV file's columns, `CSV_COLUMNS`."""
         values = {name: getattr(self, name) for name in FACTS}
         names = {"image": spreadsheet_text(self.image), "coder": spreadsheet_text(self.coder)}
         return values | names | {name: self.metrics.get(name) for name in IMAGE_COLUMNS}
@@ -67,12 +67,12 @@ CSV_COLUMNS = (*FACTS, *IMAGE_COLUMNS)
 
 @dataclass(frozen=True)
 class Original:
-    """An original picture and its features. Reconstructions are compared with both.
+    """An original picture with its features, for the comparison with reconstructions.
 
     Args:
         position: number of the picture in the evaluation.
         images: (1, 3, H, W) on the 8-bit grid.
-        levels: LPIPS features by backbone.
+        levels: features of the levels of LPIPS, by backbone.
         inception: Inception features (1, 2048), or None if they are not needed.
     """
 
@@ -89,7 +89,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Compared:
-    """A reconstruction's metrics by name, and its features (1, D) by extractor."""
+    """The metrics of a reconstruction by name, and its D features (1, D) by feature extractor."""
 
     metrics: dict[str, float | None]
     features: dict[str, Tensor]
@@ -108,7 +108,7 @@ class Judge:
 
     @property
     def extractors(self) -> dict[str, int]:
-        """Number of features of each extractor. The distribution distances compare features."""
+        """Number of features by feature extractor, for the distances between sets of images."""
         vgg = {"vgg": 512} if "vgg" in self.lpips else {}
         return vgg | ({"inception": 2048} if self.inception is not None else {})
 
@@ -170,10 +170,12 @@ class Judge:
 def codec_rows(
     judge: Judge, original: Original, codecs: Mapping[str, Codec], *, rates: Mapping[str, float]
 ) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Code the picture with every codec. Skip codecs for which the picture is too large.
+    """Encode and decode a picture with every codec, and return rows with the metrics.
+
+    A codec is skipped if the picture is too large for its format.
 
     Args:
-        rates: bits per pixel of each model.
+        rates: raw bits per pixel of each model, by the model's name.
 
     Returns:
         First, the rows of all codecs at their own qualities. Second, for each model, one row per
@@ -212,7 +214,7 @@ def codec_rows(
 def _codec_rows(
     judge: Judge, original: Original, name: str, files: Mapping[int, bytes], codec: Codec
 ) -> dict[int, Row]:
-    """Decode the files of one codec and return their rows by quality."""
+    """Decode the `files` of one codec, and return their rows with metrics by quality."""
     device = original.images.device
     recons = [to_tensor(codec.decode(content))[None].to(device) for content in files.values()]
     metrics = judge.compare_points(original, recons)
@@ -238,7 +240,7 @@ def row(
     setting: float | None = None,
     **metrics: Any,
 ) -> Row:
-    """Return a row with `metrics` by name."""
+    """Return the `Row` of a coder on the picture `original`, with `metrics` by name."""
     height, width = original.images.shape[2:]
     return Row(
         image=original.name,
@@ -253,7 +255,7 @@ def row(
 
 
 class Means:
-    """Means of every column over images, by the kind, coder and setting of the rows."""
+    """Averages every column of `Row` over images, for each kind, coder and setting."""
 
     def __init__(self) -> None:
         self._means: dict[tuple[str, str, float | None, str], BootstrapMean] = {}
@@ -266,7 +268,7 @@ class Means:
                     self._means.setdefault(key, BootstrapMean()).update(value, index=position)
 
     def mean(self, kind: str, coder: str, column: str, *, setting: float | None = None) -> Any:
-        """Return a `schema.Mean`, or None if there was no value."""
+        """Return a column's mean over images as a `schema.Mean`, or None without values."""
         found = self._means.get((kind, coder, setting, column))
         return None if found is None else Mean.model_validate(found.result())
 
@@ -288,7 +290,7 @@ class Means:
 
 
 class PooledError:
-    """PSNR of the mean squared error over all images together. Pixels are in [-1, 1]."""
+    """Computes one PSNR from the mean squared error of all images. Pixels are in [-1, 1]."""
 
     def __init__(self) -> None:
         self.squares, self.elements = 0.0, 0

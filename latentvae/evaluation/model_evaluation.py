@@ -1,4 +1,4 @@
-"""All measurements of one model, picture by picture."""
+"""Measure one model picture by picture: distortion, rate, latents and tokens."""
 
 import math
 import time
@@ -49,14 +49,14 @@ DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}
 
 @dataclass(frozen=True)
 class Shown:
-    """A reconstruction for the sheet, (1, 3, H, W) on the 8-bit grid, and its raw rate."""
+    """A reconstruction that sheet.png shows, (1, 3, H, W) on the 8-bit grid, and its raw rate."""
 
     recon: Tensor
     bpp: float
 
 
 class Cost:
-    """Seconds per pixel of one encoding and one decoding, measured in this process."""
+    """Measures how many seconds per pixel a model needs to encode and decode a picture."""
 
     def __init__(self) -> None:
         self.seconds, self.pixels = 0.0, 0
@@ -81,7 +81,8 @@ class ModelMeasures:
         priors: entropy models of a continuous latent. None if its bitstream is not measured.
         failure: why the model is no longer measured, or None.
         raw_bpp: raw rate of the last picture.
-        shown: reconstructions for the sheet by position. None until the picture is measured.
+        shown: reconstructions for sheet.png by the picture's position. None until the picture is
+            measured.
         cost: time of encoding and decoding.
     """
 
@@ -160,7 +161,7 @@ class ModelMeasures:
         return rows
 
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
-        """Add one row per codec at this model's rate.
+        """Add a picture's rows of all codecs at this model's raw rate to the codecs' means.
 
         The codec's quality setting is removed from the row, because each picture needs another
         setting to reach the rate.
@@ -176,7 +177,7 @@ class ModelMeasures:
         return mean, logvar
 
     def _compare(self, original: Original, recon: Tensor) -> dict[str, float | None]:
-        """Return the metrics, and add them to the sums over pictures."""
+        """Return the metrics of `recon`. Update the pooled error and the distribution distances."""
         compared, features = (
             self.judge.compare(original, recon),
             self.judge.features_of(original),
@@ -308,7 +309,7 @@ class ModelMeasures:
     def _bitstream_row(
         self, original: Original, contents: Mapping[float | None, bytes], recons: Sequence[Tensor]
     ) -> list[Row]:
-        """Return a row for each of the files `contents`, which were decoded to `recons`."""
+        """Return one row for each encoded file in `contents`. `recons` are the decoded files."""
         compared = self.judge.compare_points(original, recons)
         return [
             row(
@@ -331,7 +332,7 @@ class ModelMeasures:
         return curves.points("bitstream", self.name, settings, means=self.means)
 
     def _codec_points(self, codecs: Sequence[str]) -> dict[str, Point]:
-        """Return each codec's means over pictures at this model's raw rate."""
+        """Return a point for each codec: its means over pictures at this model's raw rate."""
         points = {}
         for codec in codecs:
             found = {

@@ -1,4 +1,7 @@
-"""Check whether a network works in half precision and in tiles. The result is its passport."""
+"""Check whether a network works in half precision and in tiles.
+
+The results of both checks are called the network's passport.
+"""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +28,15 @@ NUM_LAYERS = 10
 def passport(
     net: Network, images: Sequence[Tensor], *, f: int, for_tiling: Sequence[Tensor] | None = None
 ) -> dict[str, Any]:
-    """Check precision and tiling on `images`, and return plain values. Some values may be infinite.
+    """Run a network in half precision and in tiles, and return how its images change.
+
+    The results are plain Python values. Some numbers may be infinite.
 
     Args:
         net: any diffusers autoencoder, float32, in eval mode.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
-        for_tiling: images for the tiling check, such as larger ones. None uses `images`.
+        for_tiling: images for the tiling check, which may be larger. None uses `images`.
 
     Returns:
         `precision` by dtype, `max_activation`, `layers` (those with the largest activations),
@@ -65,7 +70,10 @@ def passport(
 
 
 def _verdict(check: HalfPrecision) -> dict[str, Any]:
-    """Return plain values. `psnr` and `psnr_cost` are None if reconstructions are not finite."""
+    """Return the result of a precision check as plain values.
+
+    `psnr` and `psnr_cost` are None if the reconstructions are not finite.
+    """
     finite = not math.isnan(check.psnr)
     return {
         "safe": check.safe,
@@ -76,9 +84,9 @@ def _verdict(check: HalfPrecision) -> dict[str, Any]:
 
 
 def _largest(layers: dict[str, float]) -> dict[str, float]:
-    """Return the layers with the largest outputs.
+    """Return the `NUM_LAYERS` layers with the largest outputs, by name.
 
-    A block is left out if its output is the output of its last submodule.
+    A block is left out if one of its submodules has the same largest output.
     """
 
     def is_part(name: str, whole: str) -> bool:

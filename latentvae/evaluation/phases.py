@@ -34,6 +34,6 @@ class Phases:
 
 
 def clock(seconds: float) -> str:
-    """Return minutes and seconds, such as `2:05`."""
+    """Return a time in seconds as text in minutes and seconds, such as `2:05`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, and what the report says about them."""
+"""Read the pictures of an evaluation, and collect facts about them for the report."""
 
 import hashlib
 import itertools
@@ -22,12 +22,14 @@ _MODULUS = 1 << 256
 
 
 class Pictures:
-    """Some images of a source, in order, at the protocol's size: (1, 3, H, W) on the 8-bit grid.
+    """Reads chosen images of a source, and resizes them as the evaluation's protocol says.
+
+    Each image is returned as a tensor (1, 3, H, W) in [-1, 1], rounded to 8 bits.
 
     Args:
         indices: numbers of the images in the source, in this order.
         sizes: (height, width) of the shapes that images are resized and cropped to. Each image
-            gets the shape of the nearest aspect ratio. Empty keeps each image's own size.
+            gets the shape of the nearest aspect ratio. Without shapes, each image keeps its size.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Pictures:
     def some(
         self, at_most: int, *, positions: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield up to `at_most` pictures, evenly spread. Other pictures replace unreadable ones.
+        """Yield up to `at_most` evenly spread pictures, each with its position.
+
+        If a chosen picture cannot be read, another picture replaces it.
 
         Args:
             positions: positions to choose from. None takes all positions.
@@ -86,7 +90,7 @@ class Pictures:
 
 
 class Seen:
-    """Facts about the images so far: number, sizes, a hash of all pixels, and unreadable images.
+    """Collects facts about the measured images: number, sizes, hash of all pixels, read errors.
 
     The hash is the sum of the sha256 of each image, modulo 2 ** 256. So the hash does not depend on
     the order of the images, and it can be continued from a saved state.
@@ -139,7 +143,7 @@ class Seen:
 
 
 def to_picture(images: Tensor) -> Image.Image:
-    """Return an 8-bit picture of (1, 3, H, W) in [-1, 1]."""
+    """Return an image tensor (1, 3, H, W) in [-1, 1] as an 8-bit PIL image."""
     return to_pil(images)[0]
 
 

@@ -1,4 +1,4 @@
-"""The protocol of a report: how its numbers were measured."""
+"""Describe how the numbers of a report were measured (the protocol of the report)."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow"
 def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
-    """Return JSON values with every condition that can differ between two evaluations."""
+    """Return every condition that can differ between two evaluations, as JSON values."""
     # conditions that the plan sets
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.size is not None:
@@ -67,7 +67,7 @@ def _size(size: tuple[int, int], buckets: int) -> str:
 
 
 def _distribution(judge: Judge) -> dict[str, str]:
-    """Return the extractors and estimators of distribution distances."""
+    """Describe the feature extractors and estimators of the distribution distances, by name."""
     found = {}
     if judge.extractors:
         found["kernel"] = (

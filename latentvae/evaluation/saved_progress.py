@@ -22,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Accumulator(Protocol):
-    """Sums over images that can be saved and continued."""
+    """An object with sums over images, which can be saved, loaded and continued."""
 
     def state_dict(self) -> Arrays: ...
 
@@ -30,7 +30,7 @@ class Accumulator(Protocol):
 
 
 class Progress:
-    """The saved state of an evaluation in `out`.
+    """Saves the state of an evaluation in the folder `out`, and loads it again.
 
     Args:
         out: the report's folder, which is made if it does not exist.
@@ -40,7 +40,7 @@ class Progress:
 
     Attributes:
         done: number of images that were measured.
-        values: JSON values of the last save.
+        values: JSON values that the last call of `save` stored.
         finished: whether the report is complete.
     """
 
@@ -160,7 +160,7 @@ class Progress:
 
 
 def _check_rows(table: Path, size: int) -> None:
-    """Check that the table still has all saved rows.
+    """Check that per_image.csv (`table`) still has all rows that belong to the saved state.
 
     The table is later cut to `size` bytes. If it were shorter, zero bytes would fill the gap.
     """
@@ -169,7 +169,10 @@ def _check_rows(table: Path, size: int) -> None:
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the names of entries that differ. Names of nested entries are joined by dots."""
+    """Return the names of the entries that differ between `old` and `new`.
+
+    The names of nested entries are joined by dots.
+    """
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)

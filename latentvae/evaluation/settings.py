@@ -17,7 +17,9 @@ SECTIONS: tuple[Section, ...] = get_args(Section)
 
 @dataclass(frozen=True)
 class Plan:
-    """Sections of an evaluation and their settings. An empty tuple or 0 skips a measurement.
+    """What an evaluation measures (its sections), and the settings of each section.
+
+    An empty tuple or 0 skips the measurement that the setting belongs to.
 
     Args:
         sections: names of the sections to measure. All sections, in their order: metrics of
@@ -32,7 +34,7 @@ class Plan:
         gain_images: number of images, among the `prior_images`, that the decoder's gains are
             measured on.
         passport_images: number of images for the checks of half precision and tiles.
-        passport_side: pixels on a side that images are cropped to for the precision check.
+        passport_side: side in pixels to which images are cropped for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.
             Most published networks have tiles of 512 pixels, and a larger side shows their seams.
         speed_sizes: sides in pixels of the images for the speed measurement.
@@ -92,7 +94,7 @@ class Plan:
 
     @property
     def measures_images(self) -> bool:
-        """Whether every image goes through the models."""
+        """Whether a section of the plan needs the models' results on every image."""
         return bool({"distortion", "rate", "latent"} & set(self.sections))
 
     def only(self, sections: Sequence[str]) -> "Plan":

@@ -1,4 +1,4 @@
-"""The sheet of an evaluation: originals, reconstructions and JPEG side by side."""
+"""Draw sheet.png of an evaluation: originals, reconstructions and JPEG pictures side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +29,12 @@ def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
 
 
 def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Tile"]:
-    """Return a tile of the original, each model, and JPEG at each model's rate or just above.
+    """Return one row of the sheet: tiles of the original, all reconstructions, and JPEG pictures.
+
+    For each model, there is a JPEG picture at the model's raw rate or just above.
 
     Args:
-        shown: the models' reconstructions by the names to show.
+        shown: the models' reconstructions, by the models' names in the captions.
         name: name of the image.
         images: (1, 3, H, W) on the 8-bit grid.
     """
@@ -67,7 +69,9 @@ class Tile:
 
 
 def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
-    """Write rows of tiles. Each tile shows the centre of its picture.
+    """Draw rows of tiles into one picture, and write this picture to the file `path`.
+
+    Each tile shows the centre of its own picture.
 
     Pictures larger than 320 pixels are cropped. Smaller pictures are enlarged by an integer factor,
     without interpolation. All tiles of a row show the same part of the picture.

@@ -1,4 +1,4 @@
-"""Speed and peak memory of a network's encoding and decoding, one image at a time.
+"""Measure the speed and the peak memory of a network that encodes and decodes single images.
 
 On CUDA, the peak is the memory that torch allocated besides the network. On other devices, the peak
 is the rise of the process's resident memory during the call, sampled every few milliseconds.
@@ -30,7 +30,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SpeedPoint:
-    """Speed and memory of one call at one size, for one image at a time.
+    """The speed and the peak memory of encoding or decoding one image of one size.
 
     Args:
         call: `"encode"` or `"decode"`.
@@ -49,7 +49,7 @@ class SpeedPoint:
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without those that are None."""
+        """Return the attributes by name as plain values. Attributes that are None are left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -105,7 +105,7 @@ def measure_speed(
 def _measure_sizes(
     name: str, call: Callable[[Tensor], Any], smallest: Tensor, sizes: Sequence[int], budget: float
 ) -> Iterator[SpeedPoint]:
-    """Measure the call at all `sizes`. `smallest` is the input of the first size."""
+    """Yield a `SpeedPoint` of `call` for each of `sizes`. `smallest` is the first size's input."""
     last: SpeedPoint | None = None
     for size in sizes:
         reason = None if last is None else _reason_to_skip(last, size, budget, smallest.device)
@@ -124,7 +124,7 @@ def _measure_sizes(
 
 
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
-    """Return a reason if a size would take too much time or memory.
+    """Return a reason if a size would take too much time or memory, else None.
 
     Time and memory grow at least in proportion to the number of pixels.
     """
@@ -161,7 +161,7 @@ def _clamp(value: int, low: int, high: int) -> int:
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds until the result is computed."""
+    """Return the seconds from the start of `call` until its result is computed."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -171,7 +171,10 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list that gets the largest rise of memory in bytes when the block ends."""
+    """Measure the largest rise of memory during a `with` block.
+
+    The yielded list contains this rise, in bytes, after the block has ended.
+    """
     gc.collect()
     with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:
         yield peak

@@ -38,14 +38,14 @@ VISIBLE_SEAM = 2.0
 
 @dataclass(frozen=True)
 class TilingCheck:
-    """Difference between tiled and whole decoding, as 8-bit pictures.
+    """The measured difference between tiled and whole decoding, both rounded to 8 bits.
 
     Args:
         psnr: PSNR in dB over all images together. Infinity if both decodings are equal.
         max_difference: largest difference of any pixel and channel, in 8-bit levels.
         seam: largest step of the difference at a tile's border, in 8-bit levels. A step is a mean
-            over `SEGMENT` pixels along the border. Only the part counts that exceeds the steps
-            beside the border and the picture's own step.
+            over `SEGMENT` pixels along the border. Only the part of a step counts that exceeds the
+            steps beside the border and the edge of the picture at the same place.
         num_images: images that were large enough for more than one tile.
         tile: side of the largest tiles, in pixels.
         as_configured: whether all tiles are those that `enable_tiling()` makes. False if an image
@@ -76,20 +76,20 @@ class _Tiles:
     f: int
 
     def borders(self, pixels: int) -> list[int]:
-        """Return the places on a side of `pixels` where a tile starts or its blending ends."""
+        """Return where a tile starts or its blending ends, in pixels along a side of `pixels`."""
         stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
         starts = range(stride, pixels, stride)
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
 
 
 def can_tile(net: Network, *, f: int) -> bool:
-    """Return whether a network can decode in tiles, in one of diffusers' two ways."""
+    """Return whether the class of a network in diffusers can decode in tiles."""
     return family_of(net).tiling(net, f=f) is not None
 
 
 @torch.no_grad()
 def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
-    """Decode `images` whole and in tiles, and compare both.
+    """Decode `images` whole and in tiles, and measure the difference.
 
     The tiles are those that `enable_tiling()` makes. In two cases, tiles of about two thirds of the
     image's longer side are used instead: the image is no larger than such a tile, or the network's
@@ -129,9 +129,12 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
 
 
 def seam_between(tiled: Tensor, whole: Tensor, *, tile: int, overlap: int, f: int) -> float:
-    """Return `TilingCheck.seam` of decoded images (B, C, H, W).
+    """Return the largest seam between images decoded in tiles and as a whole.
+
+    See `TilingCheck.seam` for the definition.
 
     Args:
+        tiled, whole: decoded images (B, C, H, W).
         tile, overlap: size of a tile and of its overlap, in latent positions.
         f: pixels on a side of one latent position.
     """
@@ -181,10 +184,11 @@ def _check_one(
 
 
 def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
-    """Return the largest seam of (B, H, W), at the columns where tiles begin or blending ends.
+    """Return the largest seam between `tiled` and `whole`, (B, H, W) each.
 
-    Where tiles change fine detail, the difference has steps everywhere. The edges of the picture
-    also become higher or lower there. So a seam is only the part of a step that exceeds the steps
+    Seams are measured at the columns where a tile starts or its blending ends. Where tiles change
+    fine detail, the difference has steps everywhere, and edges in the picture become stronger or
+    weaker. So a seam is only the part of a step that exceeds the steps
     beside it and the picture's edge at the same place.
     """
     width = whole.shape[2]
@@ -202,9 +206,10 @@ def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
 
 
 def _steps(pictures: Tensor) -> Tensor:
-    """Return the step at each x, the difference between the means of `SIDE` columns on both sides.
+    """Return the step at each column: the mean of `SIDE` columns after it minus that before it.
 
-    A step is a mean over a segment of rows. The result is (B, W - 2 SIDE + 1, segments).
+    A step is averaged over a segment of rows, and its sign is dropped. The result has the shape
+    (B, W - 2 SIDE + 1, segments).
     """
     sides = F.avg_pool1d(pictures, SIDE, stride=1)
     steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), starting at x = SIDE
@@ -220,7 +225,7 @@ def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
 
 
 def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:
-    """Return tiles of about two thirds of `longer` latent positions.
+    """Return tiles whose side is about two thirds of `longer` latent positions.
 
     Return None if no such tile is smaller than `longer`.
     """
@@ -229,7 +234,7 @@ def _choose_tiles(tiling: Tiling, longer: int, f: int) -> _Tiles | None:
 
 
 def _levels(recon: Tensor) -> Tensor:
-    """Return the levels of an 8-bit picture, 0..255."""
+    """Return images in [-1, 1] as the levels of an 8-bit picture, 0 to 255."""
     if not recon.isfinite().all():
         raise ValueError("the network's reconstructions are not finite.")
     return ((to_8bit(recon) + 1) * 127.5).round()

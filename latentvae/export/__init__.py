@@ -1,4 +1,4 @@
-"""Export folders that other programs can load, and compare them with the trained network."""
+"""Export trained networks to folders that other programs can load, and verify the exports."""
 
 from latentvae.export.any_network import export_network
 from latentvae.export.card import ModelCard

@@ -29,11 +29,14 @@ def export_network(
 ) -> ExportReport | TokenizerReport:
     """Export `net` to the folder `out` with `export_tokenizer` or `export_autoencoder`.
 
-    `export_tokenizer` exports networks with codes. Both functions have the same options.
+    `export_tokenizer` exports networks with discrete codes, and `export_autoencoder` exports all
+    other networks. Their docstrings describe the options that are not listed here.
 
     Args:
-        profile: only for autoencoders. Tokenizers always have `"sd"`.
-        lookup_from_codebook: only for tokenizers.
+        sample_size: the `resolution` of `export_tokenizer`, or the `sample_size` of
+            `export_autoencoder`.
+        profile: see `export_autoencoder`. Tokenizers ignore this option.
+        lookup_from_codebook: see `export_tokenizer`. Other networks ignore this option.
     """
     # a tokenizer
     if calls.codes(net) is not None:

@@ -18,7 +18,7 @@ TAGS = ("latentvae", "autoencoder", "vae", "latent-diffusion", "image-compressio
 
 
 class Report(Protocol):
-    """What a card needs from an export's report.
+    """The facts from an export's report that the model card shows.
 
     Attributes:
         network: the class that loads the export.
@@ -33,23 +33,23 @@ class Report(Protocol):
     @property
     def size(self) -> str: ...
     def facts(self) -> str:
-        """Return the card's section on the export."""
+        """Return the section of the model card that describes the export."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts for the card that the exported network does not hold.
+    """The content of a model card that cannot be read from the exported network.
 
     Args:
         name: the model's name.
         description: one or two sentences on the purpose of the training.
-        metrics: names and values, in the order of the table.
+        metrics: values of metrics by name, in the order of the card's table.
         protocol: how the metrics were measured, in one sentence.
         resolution: resolution of the training images, such as "64" or "64 x 96". None uses the
             `sample_size` of the network's config.
-        training: options of the run. Access tokens are left out, and paths are shortened.
-        sample_grid: a PNG that is copied beside the card.
+        training: options of the training run. Access tokens are left out, and paths are shortened.
+        sample_grid: path of a PNG picture, which is copied into the folder of the card.
         license: a Hub licence name, chosen by the user.
         base_model: id of a Hub model that was fine-tuned.
         dataset: id of a Hub data set that the network was trained on.
@@ -76,7 +76,7 @@ def write_card(
 
     Args:
         net: the exported network.
-        config: the network's options.
+        config: the network's config.
     """
     # metadata for the Hub
     data = ModelCardData(
@@ -169,7 +169,7 @@ def _training(card: ModelCard) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """Return the value of an option in a form that a public card may show.
+    """Return the value of a training option in a form that a public model card may show.
 
     A path is shortened to its last part, because the rest may name the user or the machine.
     """

@@ -45,7 +45,9 @@ def export_autoencoder(
     frozen_encoder: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export `net` to the folder `out`. The folder appears only if the export equals `net`.
+    """Export `net` to the folder `out`, so that diffusers can load the network.
+
+    The folder appears only if the network that diffusers loads computes exactly the same as `net`.
 
     Args:
         net: the trained network of a family without codes (averaged weights, if there are any).
@@ -58,8 +60,8 @@ def export_autoencoder(
             export is compared with `net`, at the image's own size and at an odd size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
             `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has `"sd3"` and `"sdxl"`.
-        frozen_encoder: keep the scale and shift of the pretrained network, because a frozen encoder
-            keeps its latents.
+        frozen_encoder: keep the scale and shift of the pretrained network, because its encoder was
+            not trained and gives the same latents as before.
         overwrite: replace an earlier export.
 
     Raises:
@@ -150,7 +152,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {
 def _exported_config(
     net: Network, statistics: LatentStatistics, *, profile: Profile, frozen_encoder: bool
 ) -> dict[str, Any]:
-    """Return the network's config with the new scale.
+    """Return the network's config, with the new scale unless the encoder was frozen.
 
     Private keys are left out, because they hold paths.
     """
@@ -195,7 +197,7 @@ def _scale(net: Network, statistics: LatentStatistics, *, profile: Profile) -> d
 
 
 def _build(trained: Network, config: Mapping[str, Any], *, identity: bool) -> Any:
-    """Return a network of the exported config with the trained weights.
+    """Return a new network with the exported config and the trained weights.
 
     The network is built on the meta device, so that no random numbers are drawn.
     """

@@ -35,10 +35,10 @@ TIE = 1e-5
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """The results of a tokenizer's export, which was loaded back and compared.
+    """The results of a tokenizer's export, and of its comparison with the trained tokenizer.
 
     Args:
-        path: the folder.
+        path: the folder of the export.
         network: the class that loads the export, `"VQModel"` or `"DiscreteAutoencoder"`.
         reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
@@ -47,8 +47,9 @@ class TokenizerReport:
         num_images: images that `scaling_factor` was measured on.
         half_precision: the float16 check.
         equal_share: share of indices equal to the trained network's, over all compared sizes.
-        ties: number of indices that differ only by rounding. Not counted with `unit_range`.
-        unit_range: whether pixels are in [0, 1] and codes looked up by index, as aMUSEd needs.
+        ties: number of indices that differ only because of rounding. 0 with `unit_range`, because
+            ties are then not counted.
+        unit_range: whether pixels are in [0, 1] and codes are looked up by index, as aMUSEd needs.
         compared_sizes: (H, W) of each comparison.
     """
 
@@ -80,7 +81,7 @@ class TokenizerReport:
         return f"K = {self.num_codes:,} codes{levels}"
 
     def summary(self) -> str:
-        """Return a few lines for the screen."""
+        """Return the results as a few lines of text for the terminal."""
         return "\n".join([f"export {self.path} ({self.network})", *self._lines("  ")])
 
     def facts(self) -> str:
@@ -127,7 +128,7 @@ def export_tokenizer(
     lookup_from_codebook: bool = False,
     overwrite: bool = False,
 ) -> TokenizerReport:
-    """Export `net` to the folder `out`.
+    """Export the tokenizer `net` to the folder `out`, and compare the export with `net`.
 
     The folder appears only if the exported network gives the same tokens and images as `net`.
 
@@ -137,7 +138,8 @@ def export_tokenizer(
         statistics: statistics of the network's features.
         resolution: side of the training images in pixels.
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
-        frozen_encoder: keep the features of the pretrained network and their scale.
+        frozen_encoder: keep the features and the `scaling_factor` of the pretrained network,
+            because its encoder was not trained.
         lookup_from_codebook: export for aMUSEd, which looks codes up by index and has pixels in
             [0, 1].
         overwrite: replace an earlier export.
@@ -208,14 +210,14 @@ def export_tokenizer(
 
 
 def discrete_family(net: Network) -> DiscreteFamily:
-    """Return the family of a trainable tokenizer."""
+    """Return the `DiscreteFamily` that the tokenizer `net` belongs to."""
     family = family_of(net)
     assert isinstance(family, DiscreteFamily), type(net)
     return family
 
 
 def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
-    """Return why rounding lets `stock` find too many different codes, or an empty string."""
+    """Return a reason if `stock` finds too many other codes by rounding, else an empty string."""
     equal, _ = _compare_indices(trained, stock, probe, factor=factor)
     if equal >= MIN_EQUAL:
         return ""
@@ -229,7 +231,7 @@ def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float
 def _compare_indices(
     trained: Network, net: Network, probe: Tensor, *, factor: float | None
 ) -> tuple[float, int]:
-    """Return the share of equal indices, and the number of ties.
+    """Return the share of indices that are equal in both networks, and the number of ties.
 
     Args:
         factor: scale of the features of `net`. None does not check whether indices that differ
@@ -253,7 +255,7 @@ def _compare_indices(
 def _check_ties(
     trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
 ) -> None:
-    """Check that indices differ only where both codes are equally far from the feature."""
+    """Check that indices differ only where both codes are almost equally far from the feature."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
     where = (ours != theirs).cpu()
@@ -273,7 +275,10 @@ def _check_ties(
 
 @torch.no_grad()
 def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: bool) -> None:
-    """Check that images of the same indices are equal. Allow rounding errors if not `exact`."""
+    """Check that both networks decode the same indices to equal images.
+
+    Rounding errors are allowed if `exact` is false.
+    """
     for images in probes(trained, probe):
         indices = calls.tokenize(trained, calls.encode(trained, images))
         ours = calls.decode_indices(trained, indices)

@@ -1,4 +1,4 @@
-"""Write the folder of an export completely or not at all, load it back, and recognise it."""
+"""Write an export's folder completely or not at all, load it, and recognise such a folder."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from latentvae.models import FAMILIES, Network, family_of
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """Check that `out` is new or empty, or an export that `overwrite` allows to replace."""
+    """Raise UserError unless `out` is new, empty, or an export that `overwrite` may replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_export(out):
@@ -27,7 +27,7 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a folder's config.json names a network that can be exported here."""
+    """Return whether a folder's config.json names a class of network that latentvae exports."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -38,7 +38,7 @@ def is_export(folder: Path) -> bool:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to `out` at the end, or delete it on an error."""
+    """Yield a temporary folder. Rename the folder to `out` at the end, or delete it on error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,10 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Give every file the umask's mode (safetensors writes 0600) and sync it to the disk."""
+    """Give every file the permissions of the umask, and sync the files to the disk.
+
+    Without this step, the files of safetensors would have the permissions 0600.
+    """
     mode = (folder / "README.md").stat().st_mode & 0o777
     for file in folder.iterdir():
         file.chmod(mode)
@@ -75,7 +78,11 @@ def _swap(folder: Path, out: Path) -> None:
 
 
 def load_back(folder: Path, cls: type[Any]) -> Any:
-    """Load an export with `cls`, on the CPU, in eval mode. Raise RuntimeError if keys differ."""
+    """Return the network that `cls` loads from an export's folder, on the CPU, in eval mode.
+
+    Raises:
+        RuntimeError: the names or shapes of the weights in the folder do not match the network.
+    """
     net, info = cls.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
@@ -87,7 +94,7 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
 
 
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first image, and the same image padded to another size.
+    """Return two test images: the first image of `probe`, and this image padded to another size.
 
     The other size is not divisible by f, unless the network needs divisible sizes.
     """

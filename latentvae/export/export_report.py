@@ -1,4 +1,4 @@
-"""The report of an export, for the screen and the model card."""
+"""Report the results of an autoencoder's export, in the terminal and in the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,25 @@ PROFILES: tuple[Profile, ...] = get_args(Profile)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The results of an export, which was loaded back and compared.
+    """The results of an autoencoder's export, which equals the trained network when loaded back.
 
     Args:
-        path: the folder.
+        path: the folder of the export.
         network: the class that loads the export.
         has_posterior: whether the network's encoder returns a distribution.
         latent_channels: number of latent channels d.
-        profile: the pipelines that scale and shift are written for.
+        profile: name of the pipelines for which the scale and the shift are written.
         num_images: number of images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: values in the network's config before the export.
         old_is_default: whether the old scaling factor is the default of the class, which a new
             network has.
         measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
-        scaling_factor, shift_factor: values that were written.
+        scaling_factor, shift_factor: values in the config of the export.
         half_precision: the float16 check.
         has_force_upcast: whether the class has the option `force_upcast`. The export turns the
             option on if float16 is unsafe.
-        identity_post_quant_conv: whether this layer was added for pipelines that read its dtype.
+        identity_post_quant_conv: whether an identity layer `post_quant_conv` was added, because
+            some pipelines read the dtype of this layer.
         compared_sizes: (H, W) at which encoder and decoder were compared with the trained network.
     """
 
@@ -64,7 +65,7 @@ class ExportReport:
         return f"d = {self.latent_channels} channels"
 
     def summary(self) -> str:
-        """Return a few lines for the screen."""
+        """Return the results as a few lines of text for the terminal."""
         sizes = ", ".join(f"{h} x {w}" for h, w in self.compared_sizes)
         return "\n".join(
             [

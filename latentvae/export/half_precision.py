@@ -51,12 +51,14 @@ class HalfPrecision:
         psnr: PSNR of the 16-bit reconstruction against the float32 one, in dB, with peak 2, over
             all images together. NaN if the 16-bit reconstruction is not finite, infinity if both
             are equal.
-        psnr_cost: loss of PSNR against the images, in dB of 8-bit pictures: float32 reconstruction
-            minus 16-bit one. NaN if it was not measured or the 16-bit one is not finite.
+        psnr_cost: PSNR of the float32 reconstruction minus PSNR of the 16-bit reconstruction, in
+            dB, both against the images and as 8-bit pictures. NaN if this was not measured or if
+            the 16-bit reconstruction is not finite.
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order of execution. A
             block comes after its submodules. Latents and reconstruction have entries too.
-        flipped: share of a tokenizer's indices that differ. None if there are no indices.
+        flipped: share of a tokenizer's indices that differ between float32 and this type. None
+            if the network has no indices.
     """
 
     max_activation: float
@@ -144,7 +146,10 @@ def _record(peaks: dict[str, Tensor], name: str, output: Any) -> Any:
 def _reconstruct_rounded(
     copied: Network, net: Network, batches: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Write the rounded weights of `net` into `copied`, and reconstruct with `copied`."""
+    """Return the reconstructions and indices of `net` with rounded weights and activations.
+
+    The function writes the rounded weights into `copied`, a copy of `net`.
+    """
     weights = chain(copied.parameters(), copied.buffers())
     originals = chain(net.parameters(), net.buffers())
     for value, original in zip(weights, originals, strict=True):
@@ -175,7 +180,7 @@ def _reconstruct(
 
 @contextmanager
 def _after_every_module(net: Network, hook: Hook) -> Iterator[None]:
-    """Let `hook` replace each module's output."""
+    """Replace each module's output by the result of `hook`, during a `with` block."""
 
     def register(name: str, module: Any) -> Any:
         return module.register_forward_hook(lambda _module, _inputs, output: hook(name, output))
@@ -222,7 +227,7 @@ def _psnr_cost(
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Return the levels of an 8-bit picture, 0..255."""
+    """Return images in [-1, 1] as the levels of an 8-bit picture, 0 to 255."""
     return (images.clamp(-1, 1) + 1).mul(127.5).round()
 
 

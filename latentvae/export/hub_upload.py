@@ -17,7 +17,7 @@ from latentvae.errors import UserError
 
 
 class UploadError(Exception):
-    """The upload failed, but the export on the disk is complete. Commands exit with code 1."""
+    """Raised if an upload fails. The export on the disk is complete. Commands exit with code 1."""
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -39,7 +39,8 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
         private: see `upload_export`.
 
     Raises:
-        UserError: offline mode is on, there is no login, or the token is unknown or may only read.
+        UserError: offline mode is on, there is no login, or the token is unknown or has only read
+            access.
     """
     # is there a login?
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -105,7 +106,10 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
 
 
 def _command(repo_id: str, folder: str, *, private: bool) -> str:
-    """Return the command for this upload. Without `--private`, a new repository is public."""
+    """Return the `hf upload` command that uploads `folder`, for an error message.
+
+    Without `--private`, a new repository is public.
+    """
     return shlex.join(["hf", "upload", repo_id, folder, ".", *(["--private"] if private else [])])
 
 
@@ -122,7 +126,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the Hub's answer, or the first line of the error."""
+    """Return a short text on the error: the Hub's answer, or the first line of the message."""
     if isinstance(error, HfHubHTTPError):
         said = f": {error.server_message}" if error.server_message else ""
         return f"status {error.response.status_code}{said}"

@@ -104,7 +104,7 @@ def convert(
 
 
 def _metadata(net: Network, config: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata that the original class and `load_network` need."""
+    """Return the file's metadata, which the original class and `load_network` need."""
     scale = family_of(net).normalization(net)
     own = {"_class_name": type(net).__name__} | {
         name: value for name, value in net.config.items() if not name.startswith("_")
@@ -119,7 +119,7 @@ def _metadata(net: Network, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _scale_text(net: Network) -> str:
-    """Return how a diffusion model must scale the latents, for the terminal."""
+    """Return a text for the terminal that says how a diffusion model must scale the latents."""
     scale, config = family_of(net).normalization(net), net.config
     lines = [f"scaling_factor: {scale.scaling_factor}", f"shift_factor: {scale.shift_factor}"]
     names = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
@@ -147,7 +147,7 @@ def _identities(net: Network) -> dict[str, Tensor]:
 
 
 def _why_not(net: Network) -> str:
-    """Return how every network of the original code differs from this network, or ""."""
+    """Return why the original code has no network like `net`, or "" if it has one."""
     if family_of(net).original_options(net) is None:
         return f"it has only VQModel and AutoencoderKL, no {type(net).__name__}"
 

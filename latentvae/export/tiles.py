@@ -1,4 +1,4 @@
-"""Tiles that fit together when diffusers encodes and decodes an export with `enable_tiling()`.
+"""Choose and check the tiles that an exported network uses after diffusers' `enable_tiling()`.
 
 AutoencoderKL takes the size of a tile from `sample_size`. AutoencoderKL rounds the stride in pixels
 and the stride in latent positions separately. So both strides agree only if a tile and its overlap
@@ -37,10 +37,11 @@ def fitting_sample_size(net: Network, side: int) -> int:
 
 @torch.no_grad()
 def misfit_of_tiles(net: Network, *, f: int) -> str:
-    """Return one sentence on how `enable_tiling()` changes sizes, or "" if tiles fit together.
+    """Return a sentence that says how tiles do not fit together, or "" if they fit.
 
-    The function encodes and decodes an image that is longer than one tile. A tile in a wrong place
-    moves the following tiles, so the sizes are right only if all tiles are in the right places.
+    Tiles that do not fit change the size of the image or of the latent. The function encodes and
+    decodes an image that is longer than one tile. A tile in a wrong place moves the following
+    tiles, so the sizes are right only if all tiles are in the right places.
 
     Args:
         net: network in eval mode. The network's tiling settings are restored.

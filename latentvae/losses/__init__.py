@@ -1,1 +1,1 @@
-"""Named loss terms, their weights, and the discriminator."""
+"""Compute the losses of the model and of the discriminator, and define their options."""

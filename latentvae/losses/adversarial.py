@@ -49,7 +49,9 @@ def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GANLoss:
-    """The two functions of a GAN loss. Both take logits of any shape and return a float32 scalar.
+    """A GAN loss, with one function for the discriminator and one function for the model.
+
+    Both functions take logits of any shape and return a float32 scalar.
 
     Attributes:
         discriminator: called with the logits of real images and of reconstructions.
@@ -99,7 +101,7 @@ def lazy_weight(update: int, *, weight: float, interval: int) -> float:
 
 
 class LeCam:
-    """LeCam regularisation (Tseng et al. 2021, arXiv:2104.03310).
+    """Computes the LeCam penalty of a discriminator (Tseng et al. 2021, arXiv:2104.03310).
 
     LeCam pulls the logits of real images down to the average logit of fakes. It pulls the logits of
     fakes up to the average logit of real images. LeCam keeps these averages: call `update` once per
@@ -173,7 +175,7 @@ def adaptive_weight(
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """The discriminator and its options in one update.
+    """The discriminator, with the loss functions and weights to use in one update.
 
     Attributes:
         discriminator: the network without wrappers, for the model's loss. This loss needs only the

@@ -26,7 +26,7 @@ def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
         policy: keys of `AUGMENTATIONS`. With an empty policy the images come back unchanged.
 
     Raises:
-        UserError: there is no such augmentation.
+        UserError: a name in `policy` is not a key of `AUGMENTATIONS`.
     """
     for name in policy:
         if name not in AUGMENTATIONS:
@@ -38,7 +38,11 @@ def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
 
 
 def color(images: Tensor) -> Tensor:
-    """Shift brightness by +-0.5, multiply saturation by 0 to 2 and contrast by 0.5 to 1.5."""
+    """Return images with a random brightness, saturation and contrast for each image.
+
+    Brightness changes by up to 0.5. The factor is from 0 to 2 for saturation and from 0.5 to 1.5
+    for contrast.
+    """
     images = images + (_uniform(images) - 0.5)
     grey = images.mean(dim=1, keepdim=True)
     images = grey + (images - grey) * (2.0 * _uniform(images))
@@ -47,7 +51,7 @@ def color(images: Tensor) -> Tensor:
 
 
 def translation(images: Tensor) -> Tensor:
-    """Shift by up to an eighth of each side, in whole pixels."""
+    """Return images, each shifted at random by up to an eighth of its sides, in whole pixels."""
     height, width = images.shape[2:]
     rows = _shifted(images, height)[:, None, :, None]  # (B, 1, H, 1)
     columns = _shifted(images, width)[:, None, None, :]  # (B, 1, 1, W)
@@ -57,7 +61,7 @@ def translation(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Set a rectangle of half the image's sides to 0, with its centre anywhere in the image."""
+    """Return images in which a rectangle at a random place is 0. Its sides are half the image's."""
     height, width = images.shape[2:]
     rows = _cut(images, height)[:, None, :, None]
     columns = _cut(images, width)[:, None, None, :]
@@ -77,14 +81,17 @@ def _uniform(images: Tensor) -> Tensor:
 
 
 def _shifted(images: Tensor, size: int) -> Tensor:
-    """Return the position in the padded side from which each pixel of a side comes, (B, size)."""
+    """Return the source of each pixel of a shifted side, (B, size).
+
+    A source is a position in the side after padding by one pixel.
+    """
     most = int(size * _TRANSLATION + 0.5)
     shift = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
     return (torch.arange(size, device=images.device) + shift + 1).clamp(0, size + 1)
 
 
 def _cut(images: Tensor, size: int) -> Tensor:
-    """Return which pixels of a side are cut out, (B, size)."""
+    """Return a mask (B, size) that is true for the pixels of a side that are set to 0."""
     length = int(size * _CUTOUT + 0.5)
     centre = torch.randint(size + 1 - length % 2, (len(images), 1), device=images.device)
     distance = torch.arange(size, device=images.device) - (centre - length // 2)

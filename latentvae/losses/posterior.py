@@ -1,4 +1,4 @@
-"""How much information the posterior carries, by channel.
+"""Count the latent channels whose posterior carries information, or almost none.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -33,7 +33,7 @@ def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
 
 
 class ActiveUnits:
-    """A counter of active channels in a window of updates (arXiv:1509.00519, section 5.4).
+    """Counts the active latent channels in a window of updates (arXiv:1509.00519, section 5.4).
 
     A channel is active if its posterior mean has a variance above 0.01 over images and positions.
     Sums stay on the device. Only `count` makes a host sync.
@@ -62,7 +62,7 @@ class ActiveUnits:
         self._moments.update(mean, axis=1)
 
     def count(self) -> int | None:
-        """Return the number of active channels over all ranks, and empty the window.
+        """Return the number of active channels over all ranks, and start a new, empty window.
 
         All ranks must call this method.
 

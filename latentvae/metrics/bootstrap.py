@@ -1,4 +1,4 @@
-"""A mean over images and its confidence interval, in constant memory.
+"""Compute a mean over images and its confidence interval, in constant memory.
 
 The interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images for each
 resample. Here a resample gives each image a weight from Poisson(1) instead, so images can come as a
@@ -20,7 +20,7 @@ SEED = 0
 
 
 class Interval(TypedDict):
-    """A mean over images with its interval.
+    """A mean over images with its 95 % confidence interval.
 
     Attributes:
         mean: mean of the finite values.
@@ -49,7 +49,7 @@ def resample_weights(index: int) -> NDArray[np.float64]:
 
 
 class BootstrapMean:
-    """The running mean of one value per image, with its 95 % percentile interval.
+    """Computes the mean of one value per image, with its 95 % percentile interval.
 
     The interval comes from 2,000 resamples. Infinite values, such as the PSNR of equal images, are
     counted, but the mean leaves them out.
@@ -89,7 +89,7 @@ class BootstrapMean:
         self._means += share * (value - self._means)
 
     def result(self) -> Interval:
-        """Return mean and interval of the finite values, or infinity if all are infinite."""
+        """Return mean and interval of the finite values, or infinity if all values are infinite."""
         if self._finite + self._infinite == 0:
             raise ValueError("A mean needs at least one value (got none).")
         mean, low, high = (self._mean, *self._percentiles()) if self._finite else (math.inf,) * 3

@@ -1,4 +1,4 @@
-"""Distances between the set of reconstructions and the set of originals, by a network's features.
+"""Measure the distance between a set of reconstructions and their originals by image features.
 
 The Frechet distance (Heusel et al. 2017, https://arxiv.org/abs/1706.08500) compares two Gaussians.
 With fewer images than features, the covariances are singular, and the distance is biased upwards.
@@ -50,7 +50,7 @@ class FrechetDistance:
     def result(self) -> float:
         """Return the distance, at least 0, and 0 for a perfect copy.
 
-        The distance needs at least 2 images. With fewer than D images it is biased upwards.
+        The distance needs at least 2 images. With fewer than D images, it is biased upwards.
         """
         mean, other_mean = self._real.mean, self._recon.mean
         covariance, other = self._real.covariance(), self._recon.covariance()
@@ -110,7 +110,9 @@ class KernelDistance:
             self._recon.append(_checked(recon[:room], dim).float())
 
     def result(self) -> float:
-        """Return the distance, 0 for a perfect copy. It may be slightly below 0 for close sets.
+        """Return the distance, 0 for a perfect copy.
+
+        For very similar sets, the distance may be slightly below 0.
 
         Raises:
             ValueError: there are fewer than 2 images.
@@ -182,7 +184,7 @@ def _check_pairs(real: Tensor, recon: Tensor) -> None:
 
 
 def _checked(rows: Tensor, dim: int) -> Tensor:
-    """Return the rows in float64 on the CPU."""
+    """Return the features `rows` in float64 on the CPU. Raise ValueError if they are not valid."""
     if rows.ndim != 2 or rows.shape[1] != dim or len(rows) == 0:
         raise ValueError(
             f"Features must be (B, {dim}) with B at least 1 (got {tuple(rows.shape)})."

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and MS-SSIM of image pairs, one value per image.
+"""Compute PSNR, SSIM and MS-SSIM of image pairs, one value per pair.
 
 Images are float in [-1, 1]. To measure images as saved, round them with `to_8bit` first.
 
@@ -28,7 +28,9 @@ MS_SSIM_MIN_SIZE = 161  # pixels a side, for one window at the fifth scale
 
 
 def to_8bit(images: Tensor) -> Tensor:
-    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit picture, still in [-1, 1].
+    """Return images clamped to [-1, 1] and rounded to the 256 levels of an 8-bit picture.
+
+    The result is in [-1, 1], not in [0, 255].
 
     A level is the same float on every device, because the code divides by a tensor. On GPUs, a
     division by a Python number would become a product with its reciprocal.

@@ -1,4 +1,4 @@
-"""The Inception-v3 network of FID, only with its true weights.
+"""Load the Inception-v3 network of FID, only with its true weights.
 
 FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported this
@@ -22,7 +22,10 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class InceptionFeatures(nn.Module):
-    """The network up to the 2,048 features before the classifier, frozen, always in eval mode."""
+    """FID's Inception-v3 without its classifier, which returns 2,048 features per image.
+
+    The network is always in eval mode, and its features have no gradient.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ def load_inception(
 
 
 def _read(path: Path) -> io.BytesIO:
-    """Return a file in memory with the tensors of the given file.
+    """Return the network's weights from the file `path`, as a new file in memory.
 
     torch-fidelity reads its file with `weights_only=False`, which can run code from a file. So we
     check the file, read it safely, and give torch-fidelity a copy that we wrote.

@@ -46,7 +46,7 @@ class Correlation(TypedDict):
 
 
 class LatentScale(TypedDict):
-    """The measured scale of latents, and the scale of their config.
+    """The measured scale of latents, and the scale in the network's config.
 
     `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
     together. With a posterior, both factors are those of samples from the posterior. `scaled_mean`
@@ -90,7 +90,7 @@ class LatentReport(_Information):
 
 
 class LatentHealth:
-    """Measures a `LatentReport` over any number of batches.
+    """Measures statistics of latents over any number of batches, and returns a `LatentReport`.
 
         health = LatentHealth(num_channels=4)
         health.update(posterior.mean, logvar=posterior.logvar)  # (B, d, h, w) each
@@ -151,7 +151,7 @@ class LatentHealth:
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> LatentReport:
-        """Return the report as plain, finite numbers.
+        """Return the statistics of all batches as plain, finite numbers.
 
         Args:
             scaling_factor: from the model's config. If it is None, the scale of the config is not
@@ -225,7 +225,7 @@ class LatentHealth:
         self._sums["kl"] += 0.5 * (mean.square() + variance - 1 - logvar).sum(dim=0)
 
     def _add_higher_moments(self, rows: Tensor) -> None:
-        """Add third and fourth powers and the range.
+        """Add a batch to the sums of third and fourth powers, the minimum and the maximum.
 
         Names with `a` belong to the earlier batches, names with `b` to this batch.
         """

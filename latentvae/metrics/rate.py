@@ -1,4 +1,4 @@
-"""Comparison of rate curves: the Bjontegaard delta rate (ITU-T VCEG-M33, 2001).
+"""Compare two rate curves by the Bjontegaard delta rate, or BD rate (ITU-T VCEG-M33, 2001).
 
 The BD rate says how many more or fewer bits a coder needs than the anchor for the same quality. The
 BD rate is the mean difference of log rates over the qualities that both curves reach. Between
@@ -36,7 +36,11 @@ def bd_rate(anchor: Curve, curve: Curve) -> float | None:
 
 
 def _rising(curve: Curve) -> np.ndarray:
-    """Return the finite points that no other point beats, (n, 2), by rising rate and quality."""
+    """Return the curve's points (n, 2) sorted by rate, without points that another point beats.
+
+    A point beats another point if its quality is at least as high and it needs no more bits.
+    Points without a finite quality or a positive rate are left out.
+    """
     kept: list[tuple[float, float]] = []
     for bpp, quality in sorted(curve, key=lambda point: (point[0], -point[1])):
         if bpp > 0 and np.isfinite(quality) and (not kept or quality > kept[-1][1]):

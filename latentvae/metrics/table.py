@@ -15,10 +15,11 @@ from latentvae.metrics.image import MS_SSIM_MIN_SIZE, SSIM_MIN_SIZE, ms_ssim, ps
 
 @dataclass(frozen=True)
 class ImageMetric:
-    """A metric of image pairs.
+    """A metric that compares images with their reconstructions, and how it is measured.
 
     Attributes:
-        measure: takes images and reconstructions, (B, C, H, W) each in [-1, 1], returns (B,).
+        measure: function from images and reconstructions, (B, C, H, W) each in [-1, 1], to one
+            value per pair, (B,).
         min_size: smallest shorter side of an image, in pixels.
         protocol: how the metric is measured, for reports.
     """

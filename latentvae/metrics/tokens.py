@@ -1,4 +1,4 @@
-"""Measure how the codes of a tokenizer are used."""
+"""Measure how many codes of a tokenizer occur in its tokens, and how evenly."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LevelReport(TypedDict):
-    """The use of one codebook."""
+    """Statistics of how often the tokens use the codes of one codebook."""
 
     tokens: int
     num_codes_used: int
@@ -22,7 +22,10 @@ class LevelReport(TypedDict):
 
 
 class TokenReport(LevelReport):
-    """The use of all codebooks: sums of `tokens` and `num_codes_used`, means of the others."""
+    """Statistics of all codebooks together: sums over codebooks, or means over codebooks.
+
+    `tokens` and `num_codes_used` are sums. The other values are means.
+    """
 
     levels: NotRequired[list[LevelReport]]  # each codebook, if there are several
 
@@ -64,7 +67,7 @@ class TokenUsage:
             counts += torch.bincount(part.flatten(), minlength=num_codes)
 
     def result(self) -> TokenReport:
-        """Return the use of all codebooks together, and of each codebook if there are several."""
+        """Return the statistics of all codebooks together, and of each codebook if L > 1."""
         levels = [_level_report(counts) for counts in self._counts]
         if len(levels) == 1:
             return {**levels[0]}

@@ -17,10 +17,10 @@ Each term has a name and a weight. Its policy says how the weight changes during
 
     objective.py            `Objective`: the terms, their weights and their sum
     loss_values.py          `Loss`: what the objective returns
-    kl_forms.py             forms of the KL and its warm-up
+    kl_forms.py             forms of the KL, and the warm-up of its weight
     kl_target.py            the controller that moves the KL's weight to reach a target
     adversarial_weight.py   ramp and balance of the adversarial term
-    build_objective.py      the objective of a configuration
+    build_objective.py      build the objective from the options
 
 Reductions: pixel terms are means over image elements. The KL is its sum over latent elements
 divided by the number of image elements. So every term is Stable Diffusion's sum divided by C*H*W.

@@ -1,4 +1,7 @@
-"""The weight of the adversarial term: a ramp over updates, and VQGAN's adaptive weight."""
+"""Compute the weight of the adversarial loss, which grows along a ramp over updates.
+
+The module also computes the largest value of VQGAN's adaptive weight, a ratio of gradients.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from latentvae.losses.discriminator_config import DiscriminatorConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialWeight:
-    """When the discriminator learns, and the weight of its loss for the model.
+    """Computes when the discriminator learns, and the weight of the model's adversarial loss.
 
     Args:
         scale: weight at the end of the ramp. 0 leaves the term out.
@@ -35,7 +38,7 @@ class AdversarialWeight:
         return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
-        """Return the weight in update ``update`` (from 0), before the adaptive weight.
+        """Return the weight in update ``update`` (from 0), without the adaptive weight's factor.
 
         The weight is None before ``start``, when the discriminator is not used at all. After
         ``start``, the discriminator learns in every update. For `warmup_updates` it learns alone,
@@ -56,7 +59,7 @@ class AdversarialWeight:
 
 
 def adversarial_weight(options: DiscriminatorConfig) -> AdversarialWeight:
-    """Return the `AdversarialWeight` of the options."""
+    """Return the `AdversarialWeight` that the options of the discriminator describe."""
     return AdversarialWeight(
         scale=options.disc_scale,
         warmup_updates=options.disc_warmup_steps,

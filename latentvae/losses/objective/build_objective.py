@@ -1,4 +1,4 @@
-"""Build the objective of a configuration."""
+"""Build the model's loss (the objective) from the options."""
 
 from collections.abc import Mapping
 

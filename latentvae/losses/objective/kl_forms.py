@@ -1,4 +1,4 @@
-"""Forms of the KL in the loss (plain, free bits, capacity) and the warm-up of its weight.
+"""Compute the KL term of the loss (plain, free bits or capacity) and the warm-up of its weight.
 
 A form returns nats per image. Options are in bits per latent element, like the logged value
 `latent/kl_bits_per_element`, so they do not depend on the resolution. Free bits and capacity are
@@ -21,7 +21,7 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class KLForm(Protocol):
-    """A form of the KL in the loss.
+    """A function that computes the KL term of the loss, such as the KL with free bits.
 
     Attributes:
         name: log name of the term.
@@ -30,19 +30,19 @@ class KLForm(Protocol):
     name: str
 
     def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
-        """Return (B,) or a mean over the batch, in nats per image, with its graph."""
+        """Return the KL term in nats per image, with its graph: (B,), or a mean over the batch."""
         ...
 
 
 class KLFactor(Protocol):
-    """A factor that multiplies the KL's weight, as a function of the update."""
+    """A function that returns the factor on the KL's weight in a given update."""
 
     def __call__(self, update: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class PlainKL:
-    """The KL as it is, without free bits or a capacity."""
+    """A KL loss that is the KL itself, without free bits or a capacity."""
 
     name = "loss/kl"
 
@@ -77,7 +77,7 @@ class FreeBits:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A KL that is pulled to a capacity from both sides, see `capacity_kl`.
+    """A KL loss that pulls the KL to a capacity from both sides, see `capacity_kl`.
 
     Args:
         bits: capacity at the end, in bits per latent element.
@@ -96,10 +96,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """A weight that grows linearly from 0 to its full value.
+    """A factor on the KL's weight that grows linearly from 0 to 1.
 
     Args:
-        updates: number of updates until the full weight. With 0, the weight is constant.
+        updates: number of updates until the factor is 1. With 0, the factor is always 1.
     """
 
     updates: int = 0
@@ -109,7 +109,7 @@ class WarmUp:
 
 
 def kl_form(options: ObjectiveConfig) -> KLForm:
-    """Return the form that the options choose. Free bits and capacity exclude each other."""
+    """Return the KL term that the options choose. Free bits and capacity exclude each other."""
     if options.free_bits:
         return FreeBits(options.free_bits)
     if options.kl_capacity:

@@ -1,4 +1,4 @@
-"""The controller that moves the KL's weight until the KL or the pixel loss reaches a target.
+"""Control the KL's weight so that the KL or the pixel loss reaches a target.
 
 Sources: GECO (Rezende and Viola 2018, arXiv:1810.00597) and ControlVAE (Shao et al. 2020,
 arXiv:2004.05988).
@@ -31,7 +31,7 @@ from latentvae.losses.objective_config import KL_WEIGHTS, ObjectiveConfig
 
 
 class KLTarget:
-    """A factor on `kl_scale` that changes once per update.
+    """A controller of the KL's weight, which changes a factor on `kl_scale` once per update.
 
     Args:
         target: the value to hold, in the unit of the value logged as `target_name`.
@@ -69,7 +69,7 @@ class KLTarget:
         return math.exp(self.log_factor)
 
     def measured(self, logged: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Return the mean over micro-steps of the value that has the target, (1,).
+        """Return the value that has the target, averaged over micro-steps, (1,).
 
         Args:
             logged: values that each micro-step logged on this rank. Without micro-steps the result
@@ -82,7 +82,7 @@ class KLTarget:
         )
 
     def follow(self, found: float) -> None:
-        """Move the weight towards the target.
+        """Change the KL's weight so that the value moves towards the target.
 
         Args:
             found: the mean of `measured` over all ranks.

@@ -1,4 +1,4 @@
-"""The result of an objective: a sum of named terms."""
+"""Define `Loss`, the result of an objective: a weighted sum of named terms."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss, or a part of one. Parts are added by ``+``.
+    """A loss or a part of a loss, with its named terms. ``+`` adds two parts.
 
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.

@@ -1,4 +1,4 @@
-"""The objective's terms and their sum. The package's docstring has the formula.
+"""Compute the terms of the model's loss and their sum. The package's docstring has the formula.
 
 `B` batch, `C` image channels, `H W` image size.
 """
@@ -33,7 +33,7 @@ class Likelihood(Protocol):
 
 
 class Objective(nn.Module):
-    """Named terms of the model's loss, their weights and policies.
+    """Computes the model's loss, a weighted sum of named terms.
 
         loss = objective(images, out, update=update)
         loss.total.backward()
@@ -186,7 +186,7 @@ class Objective(nn.Module):
         return terms
 
     def picture(self, recon: Tensor) -> Tensor:
-        """Return the image (B, C, H, W) of a decoder's output."""
+        """Return the image (B, C, H, W) that a decoder's output describes."""
         return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Objective(nn.Module):
     def adversarial_value(
         self, recon: Tensor, adversary: Adversary, *, background: Tensor | float = MID_GREY
     ) -> Tensor:
-        """Return the generator's loss, a scalar with its graph."""
+        """Return the unweighted adversarial loss of the model, a scalar with its graph."""
         seen = diff_augment(to_rgb(self.picture(recon), background), adversary.augment)
         return adversary.loss.generator(adversary.discriminator(seen))
 
