@@ -119,7 +119,7 @@ class Family:
     def posterior(
         self, net: Network, images: Tensor, *, computation: Computation | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the posterior's mean and log-variance (B, d, h, w), see `calls.encode_posterior`."""
+        """Return the posterior's mean and log-variance, see `calls.encode_posterior`."""
         output = self._encoded(net, images, computation)
         posterior = read_posterior(output)
         return _mean_of(output), None if posterior is None else posterior.logvar

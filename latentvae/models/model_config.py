@@ -139,7 +139,7 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """Option for networks whose pretrained weights may be a single file, without a config."""
+    """The option `pretrained_family`, for networks whose weights may be a single file."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,

@@ -1,7 +1,7 @@
 """Set the tiles in which diffusers' classes encode and decode large images.
 
-There are two sets of attributes. Classes like AutoencoderKL take the share of a tile that the next tile overlaps. Other classes take
-the distance from one tile to the next.
+There are two sets of attributes. Classes like AutoencoderKL take the share of a tile
+that the next tile overlaps. Other classes take the distance from one tile to the next.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """The interface of trainable networks: build, wrap, fine-tune, freeze and export.
 
-A new kind of network needs a folder with its options, network, training wrapper and family, and a line in
-`models.table`. `B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
+A new kind of network needs a folder with its options, network, training wrapper and family, and a
+line in `models.table`.
+
+`B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
 """
 
 from abc import ABC, abstractmethod
