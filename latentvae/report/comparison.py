@@ -51,8 +51,8 @@ def _read(file: Path) -> Report:
 def differences(reports: Mapping[str, Report]) -> list[str]:
     """Return a phrase for each difference that makes the reports incomparable.
 
-    Parts of a protocol that one report lacks are ignored, such as VGG after `--quick`. Differences of versions,
-    devices, threads, sections, codecs and bitstreams are ignored too.
+    Parts of a protocol that one report lacks are ignored, such as VGG after `--quick`.
+    Differences of versions, devices, threads, sections, codecs and bitstreams are ignored too.
     """
     facts = {name: _facts(report) for name, report in reports.items()}
     found = []

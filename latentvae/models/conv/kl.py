@@ -78,8 +78,8 @@ def build_autoencoder_kl(
             self-attention.
         use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has these
             convolutions, SD3 and FLUX do not.
-        initial_posterior_logvar: value added to the bias of the log-variance. At 0 the posterior starts
-            as wide as the prior, and at first the decoder sees mostly noise.
+        initial_posterior_logvar: value added to the bias of the log-variance. At 0 the posterior
+            starts as wide as the prior, and at first the decoder sees mostly noise.
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """

@@ -5,7 +5,8 @@ the strided and upsampling convolutions, the 1x1 shortcuts and the last convolut
 can compute a linear code:
 
 - Encoder: each strided convolution joins 2 x 2 positions and keeps their principal components. The
-  last strided convolution yields the code of `LinearCode`: the principal components of patches of f x f pixels.
+  last strided convolution yields the code of `LinearCode`: the principal components of patches
+  of f x f pixels.
 - Decoder: each upsampling convolution predicts the principal components of patches half as large,
   by least squares on images. The last upsampling convolution predicts pixels.
 - The last GroupNorm and SiLU of encoder and decoder pass a channel x as the pair x, -x, because
@@ -282,10 +283,10 @@ def _zero_branches(module: nn.Module) -> None:
 def _joining(
     small: LinearCode, large: LinearCode, *, kept: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return weight (count, kept, 2, 2) and bias that turn the codes of 2 x 2 patches into one code.
+    """Return weight (count, kept, 2, 2) and bias that turn codes of 2 x 2 patches into one code.
 
-    The code belongs to the large patch that the 2 x 2 small patches form. Each small patch is about the mean small patch
-    plus its code times the basis.
+    The code belongs to the large patch that the 2 x 2 small patches form. Each small patch is
+    about the mean small patch plus its code times the basis.
     """
     basis = small.basis[:kept]
     parts = rearrange(large.basis[:count], "n c (a y) (b x) -> n a b c y x", a=2, b=2)

@@ -167,8 +167,9 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Convert a tokenizer to a stock `VQModel` that returns the same indices.
 
-    `why_no_vq_model` must return "" for the tokenizer. Codes of length 1 keep this length. For such codes, the
-    nearest code by Euclidean distance is also the nearest by cosine, for features of any length.
+    `why_no_vq_model` must return "" for the tokenizer. Codes of length 1 keep this length.
+    For such codes, the nearest code by Euclidean distance is also the nearest by cosine, for
+    features of any length.
 
     Args:
         net: the tokenizer, in float32 on the CPU.

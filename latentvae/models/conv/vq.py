@@ -89,7 +89,7 @@ class VQModelConfig(AttentionConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer. `options` are its arguments."""
+    """Return a freshly initialised tokenizer with `options` as arguments of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
@@ -130,7 +130,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class VQFamily(DiscreteFamily):
-    """Family of `DiscreteAutoencoder`, exported as a `VQModel` if that class finds the same codes."""
+    """Family of `DiscreteAutoencoder`, exported as a `VQModel` with the same codes if possible."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig

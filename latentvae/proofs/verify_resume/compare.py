@@ -115,8 +115,8 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
         again: results of a second run that was never killed. They are needed if bitwise equality is
-            not promised. In this case the killed run may differ by `NOISE` times the difference between the
-            two uninterrupted runs.
+            not promised. In this case the killed run may differ by `NOISE` times the
+            difference between the two uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
