@@ -1,4 +1,4 @@
-"""Networks: stock diffusers classes wherever one exists, and thin wrappers for training.
+"""Define the networks, by classes of diffusers where possible, and their training wrappers.
 
 `table` lists every kind of network. `family` and `trainable` define the interfaces of a kind.
 `calls` has the functions that other code uses on any network.

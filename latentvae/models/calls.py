@@ -1,13 +1,13 @@
-"""The same calls for every image autoencoder of diffusers.
+"""Encode, decode and tokenize with any image autoencoder of diffusers by the same functions.
 
     z = encode(net, images)                       # images (B, C, H, W) -> z (B, d, h, w)
     mean, logvar = encode_posterior(net, images)  # logvar is None without a posterior
     recon = decode(net, z)                        # (B, C, f * h, f * w), not clamped
 
 The outputs of diffusers' classes have `latent_dist`, `latents` or `latent`, and a few classes take
-pixels in [0, 1]. Here images are always in [-1, 1]. For a tokenizer, `z` is the encoder's output
-before quantisation, and `tokenize` returns the indices. Each call goes to the network's family
-(`models.table`).
+pixels in [0, 1]. In this module, images are always in [-1, 1]. For a tokenizer, `z` is the
+encoder's output before quantisation, and `tokenize` returns the indices. Each function calls a
+method of the network's family (`models.table`).
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -42,7 +42,7 @@ def encode(
 
 
 def decode(net: Network, z: Tensor, *, computation: Computation | None = None) -> Tensor:
-    """Return the images (B, C, f h, f w) of latents, in about [-1, 1] and not clamped."""
+    """Decode latents to images (B, C, f h, f w), in about [-1, 1] and not clamped."""
     return family_of(net).decode(net, z, computation=computation)
 
 
@@ -51,7 +51,7 @@ def encode_posterior(
 ) -> tuple[Tensor, Tensor | None]:
     """Return mean and log-variance (B, d, h, w) of the posterior of images in [-1, 1].
 
-    A network without a posterior returns its latent and None.
+    For a network without a posterior, return the latents and None.
     """
     return family_of(net).posterior(net, images, computation=computation)
 
@@ -79,10 +79,10 @@ def num_levels(net: Network) -> int:
 
 
 def tokenize(net: Network, z: Tensor) -> Tensor:
-    """Return the indices of the codes to which a tokenizer's quantiser maps its latents.
+    """Quantise the latents of a tokenizer, and return the indices of their codes.
 
     Returns:
-        (B, h, w), or (B, L, h, w) with L levels, in 0..K - 1.
+        Indices (B, h, w), or (B, L, h, w) with L levels, in 0..K - 1.
 
     Raises:
         UserError: the network is not a tokenizer.
@@ -93,7 +93,7 @@ def tokenize(net: Network, z: Tensor) -> Tensor:
 def decode_indices(
     net: Network, indices: Tensor, *, computation: Computation | None = None
 ) -> Tensor:
-    """Return the images (B, C, f h, f w) of indices, in about [-1, 1] and not clamped.
+    """Decode code indices to images (B, C, f h, f w), in about [-1, 1] and not clamped.
 
     Args:
         indices: (B, h, w) or (B, L, h, w), in 0..K - 1.
@@ -106,7 +106,9 @@ def decode_indices(
 
 
 def measure_shape(net: Network) -> LatentShape:
-    """Return f and d. They come from the config if the class is known, else from a test image.
+    """Return the shape of the latents, such as f and d.
+
+    If the class is known, its config has these numbers. Otherwise a test image is encoded.
 
     Raises:
         UserError: the network does not encode and decode images.

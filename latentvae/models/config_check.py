@@ -1,4 +1,4 @@
-"""Limits of a config that was read from a file."""
+"""Check that the values of a config from a file are within limits."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""The interface of a kind of network: every property and method that the package uses.
+"""Define the interface of a kind of network: the methods that all code uses.
 
     family = family_of(net)  # models.table
     z = family.encode(net, images)
     codes = family.codes(net)  # None for a network without codes
 
-`Family` fits any network that has diffusers' `encode` and `decode`. A kind that differs has a
-subclass, which overrides the methods that differ. A kind that can be trained is a
-`models.trainable.TrainableFamily`.
+`Family` fits any network that has diffusers' `encode` and `decode`. A kind of network
+that differs from these has a subclass, which overrides the methods that differ. A kind that can be
+trained has a subclass of `models.trainable.TrainableFamily`.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
 `L` levels of codes, `D` code width, `f` downsampling factor.
@@ -38,7 +38,8 @@ class LatentShape:
     Args:
         f: downsampling factor, the pixels on a side of one latent position.
         channels: number of latent channels d.
-        fixed_size: side in pixels, if the network can only make images of one size. Otherwise None.
+        fixed_size: side of the images in pixels, if the network can only make images of one size.
+            Otherwise None.
     """
 
     f: int
@@ -48,7 +49,7 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of a tokenizer.
+    """Description of a tokenizer's codes: their quantiser, numbers and width.
 
     Args:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
@@ -67,7 +68,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Usage:
-    """How to use an exported network, for its model card.
+    """Text of a model card that shows how to use an exported network.
 
     Args:
         snippet: Python code that encodes and decodes with `vae`. It is a format string with the
@@ -83,7 +84,9 @@ class Usage:
 
 
 class Family:
-    """One kind of network. This base class relies only on a network's config and outputs.
+    """Methods that work on one kind of network.
+
+    This base class relies only on a network's config and outputs.
 
     Attributes:
         has_posterior: whether `encode` returns a distribution. None if this is not known before a
@@ -106,7 +109,7 @@ class Family:
         generator: torch.Generator | None = None,
         computation: Computation | None = None,
     ) -> Tensor:
-        """Return latents (B, d, h, w), see `calls.encode`."""
+        """Encode images to latents (B, d, h, w), see `calls.encode`."""
         output = self._encoded(net, images, computation)
         posterior = read_posterior(output)
         if posterior is not None and sample:
@@ -116,13 +119,13 @@ class Family:
     def posterior(
         self, net: Network, images: Tensor, *, computation: Computation | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return mean and log-variance (B, d, h, w), see `calls.encode_posterior`."""
+        """Return the posterior's mean and log-variance, see `calls.encode_posterior`."""
         output = self._encoded(net, images, computation)
         posterior = read_posterior(output)
         return _mean_of(output), None if posterior is None else posterior.logvar
 
     def decode(self, net: Network, z: Tensor, *, computation: Computation | None = None) -> Tensor:
-        """Return images (B, C, f h, f w), see `calls.decode`."""
+        """Decode latents to images (B, C, f h, f w), see `calls.decode`."""
         output = net.decode(z) if computation is None else computation.decode(net, z)
         return self.from_own_range(net, output.sample)
 
@@ -131,7 +134,7 @@ class Family:
         return net.encode(images) if computation is None else computation.encode(net, images)
 
     def from_own_range(self, net: Network, images: Tensor) -> Tensor:
-        """Return images of the network's own range, converted to about [-1, 1]."""
+        """Convert images from the network's own value range to about [-1, 1]."""
         return images * 2 - 1 if self.takes_unit_range(net) else images
 
     def takes_unit_range(self, net: Network) -> bool:
@@ -166,11 +169,11 @@ class Family:
         return LatentShape(f, z.shape[1], recon.shape[3] if fixed else None)
 
     def side_multiple(self, net: Network) -> int:
-        """Return the number that must divide the sides of images. 1 allows any size."""
+        """Return the number that must divide the height and width of images. 1 allows any size."""
         return 1
 
     def normalization(self, net: Network) -> LatentNormalization:
-        """Return how the network's pipelines bring latents to about unit variance."""
+        """Return the map with which pipelines bring the latents to about unit variance."""
         return from_config(net.config)
 
     def tiling(self, net: Network, *, f: int) -> Tiling | None:
@@ -207,7 +210,7 @@ class Family:
     def likelihood(self, net: Network) -> LogitLaplace | None:
         """Return the pixel likelihood whose parameters the decoder returns.
 
-        None if the decoder returns images.
+        Return None if the decoder returns images.
         """
         return None
 
@@ -218,17 +221,17 @@ class Family:
         return None
 
     def tokenize(self, net: Network, z: Tensor) -> Tensor:
-        """Return indices (B, h, w) or (B, L, h, w) of encoded images, see `calls.tokenize`."""
+        """Quantise latents to indices (B, h, w) or (B, L, h, w), see `calls.tokenize`."""
         _refuse_codes(net)
 
     def decode_indices(
         self, net: Network, indices: Tensor, *, computation: Computation | None = None
     ) -> Tensor:
-        """Return images of indices, see `calls.decode_indices`."""
+        """Decode code indices to images, see `calls.decode_indices`."""
         _refuse_codes(net)
 
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
-        """Return images of indices without a search for the nearest code.
+        """Decode code indices to images without a search for the nearest code.
 
         `decode_indices` may quantise the given codes again, which changes their values by rounding.
         """
@@ -237,7 +240,7 @@ class Family:
     # Export.
 
     def usage(self, net: Network) -> Usage | None:
-        """Return how to use the export, for the model card, or None if there is no export."""
+        """Return the model card's text on the use of the export, or None without an export."""
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:

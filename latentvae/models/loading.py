@@ -33,7 +33,7 @@ def load_network(
     family: SingleFileKind | None = None,
     variant: str | None = None,
 ) -> Network:
-    """Return an autoencoder of images of any class of diffusers, on the CPU.
+    """Load an image autoencoder of any diffusers class, and return it on the CPU.
 
     Args:
         path: a folder with config.json and the weights as safetensors, or a `.safetensors` file
@@ -72,7 +72,7 @@ def load_network(
 
 
 class _Source:
-    """A folder, on the disk or on the Hub, with a network of a known class.
+    """A model folder, on the disk or on the Hub, from which a network of `cls` is loaded.
 
     Args:
         cls: the network's class.
@@ -88,7 +88,7 @@ class _Source:
         self.dtype, self.path = dtype, path
 
     def load(self, variant: str | None) -> Any:
-        """Return the network with the weights of a variant. All weights must fit the network."""
+        """Load the network with the weights of a variant. All weights must fit the network."""
         try:
             net, loading = self._from_pretrained(variant)
         # Catch all types of errors, because each class fails in its own way on a wrong config.
@@ -125,7 +125,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Load weights whose names contain additions of a training tool. Return the network."""
+        """Load the network from weights to whose names a training tool has added parts."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -165,7 +165,7 @@ def _is_of_folder(file: Path) -> bool:
 
 
 def _locate(path: str | Path) -> tuple[str, str | None]:
-    """Return a folder and None, or a repository on the Hub and the folder in it."""
+    """Return a local folder and None, or a repository on the Hub and its subfolder (or None)."""
     folder, parts = Path(path), str(path).split("/")
     on_disk = folder.exists() or (folder.parent.is_dir() and folder.parent != Path("."))
     may_be_on_hub = isinstance(path, str) and len(parts) >= 2 and all(parts) and parts[0] != "."
@@ -196,7 +196,10 @@ def _hint(path: Path) -> str:
 
 
 def _nearest_folder(path: Path) -> Path | None:
-    """Return the model folder closest to a mistyped path, or None. Parts that exist are kept."""
+    """Return the model folder whose path is closest to a mistyped path, or None.
+
+    Parts of the path that exist are kept.
+    """
     found = Path(path.anchor) if path.is_absolute() else Path(".")
     for part in path.parts[1:] if path.is_absolute() else path.parts:
         if not (found / part).exists():
@@ -209,7 +212,7 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _near(path: Path) -> str:
-    """Return a hint: the whole path if all of it can be guessed, else the first wrong part."""
+    """Return a hint for a mistyped path: the meant path, or a guess for its first wrong part."""
     if (whole := _nearest_folder(path)) is not None:
         return f"; did you mean '{whole}'?"
     for part in [*reversed(path.parents), path]:
@@ -239,7 +242,7 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
 
 
 def _class_of(config: dict[str, Any], path: str | Path) -> Any:
-    """Return the class that the config names. It must be an autoencoder that diffusers knows."""
+    """Return the class that the config names, which must be an autoencoder."""
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise UserError(f"'{path}/config.json' is not the config of a diffusers model")

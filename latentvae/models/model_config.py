@@ -95,7 +95,7 @@ class ModelConfig(Pretrained):
     def bottleneck(self) -> BottleneckConfig:
         """Options of the bottleneck, which turns encoder features into a latent.
 
-        By default, there are no options.
+        By default, the bottleneck has no options.
         """
         return BottleneckConfig()
 
@@ -139,7 +139,7 @@ class ModelConfig(Pretrained):
 
 
 class SingleFile(Pretrained):
-    """The option of networks that may come as a single file, as Stable Diffusion's does."""
+    """The option `pretrained_family`, for networks whose weights may be a single file."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """A `ModelMixin` with `ConfigMixin` and with diffusers' `encode` and `decode`."""
+    """Interface of diffusers' autoencoders: `ModelMixin`, `ConfigMixin`, `encode` and `decode`."""
 
     training: bool
 
@@ -24,11 +24,11 @@ class Network(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, images: Tensor, /) -> Any:
-        """Return an output with `latent_dist`, `latents` or `latent`, of images (B, C, H, W)."""
+        """Encode images (B, C, H, W). The output has `latent_dist`, `latents` or `latent`."""
         ...
 
     def decode(self, z: Tensor, /) -> Any:
-        """Return an output with `sample` (B, C, f h, f w), of latents (B, d, h, w)."""
+        """Decode latents (B, d, h, w). The output has images `sample` (B, C, f h, f w)."""
         ...
 
     def parameters(self, recurse: bool = ...) -> Iterator[nn.Parameter]: ...
@@ -48,7 +48,7 @@ class Network(Protocol):
 
 
 class Computation(Protocol):
-    """Another way to compute a network's calls, such as `compute.strips`."""
+    """Object that computes a network's `encode` and `decode` in another way (`compute.strips`)."""
 
     def encode(self, net: Network, images: Tensor) -> Any:
         """Return what `net.encode(images)` returns."""

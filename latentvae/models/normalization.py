@@ -1,4 +1,4 @@
-"""How pipelines bring a network's latents to about unit variance.
+"""Bring a network's latents to about unit variance, as its pipelines do.
 
 Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. SDXL-type configs have
 `latents_mean` and `latents_std` per channel. A family whose pipelines differ overrides
@@ -22,9 +22,9 @@ class LatentNormalization:
 
     Args:
         scaling_factor, shift_factor: values that pipelines read from the config, for reports.
-        mean, scale: (C,) per channel of the folded latents, or (1,) for all channels.
+        mean, scale: one value for each channel of the folded latents, or one value for all.
         fold: number of positions on a side that become channels. 1 means no folding.
-        applied: whether the network normalises by itself. Then scale is 1 and mean is 0.
+        applied: whether the network itself normalises its latents. Then scale is 1 and mean is 0.
     """
 
     scaling_factor: float
@@ -35,7 +35,7 @@ class LatentNormalization:
     applied: bool = False
 
     def apply(self, z: Tensor) -> Tensor:
-        """Return normalised latents (B, d * fold ** 2, h / fold, w / fold) of z (B, d, h, w)."""
+        """Normalise z (B, d, h, w). Return (B, d * fold ** 2, h / fold, w / fold)."""
         z = F.pixel_unshuffle(z, self.fold)
         return (z - self._like(self.mean, z)) * self._like(self.scale, z)
 
@@ -48,7 +48,7 @@ class LatentNormalization:
 
 
 def from_config(config: Mapping[str, Any]) -> LatentNormalization:
-    """Return the normalisation in a network's config. Missing factors are 1, missing shifts 0."""
+    """Return the normalisation in a network's config. By default, scale is 1 and mean is 0."""
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:

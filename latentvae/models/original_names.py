@@ -1,5 +1,6 @@
-"""The names that taming-transformers and latent diffusion (CompVis) give to the same networks.
+"""Convert tensor names between diffusers and the original code.
 
+The original code is taming-transformers and latent diffusion (CompVis).
 diffusers has the networks of arXiv:2012.09841 and arXiv:2112.10752, but gives their tensors other
 names. The original code counts the decoder's levels from the other end, and stores the matrices of
 attention layers as 1 x 1 convolutions.

@@ -62,7 +62,7 @@ _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 @dataclass(frozen=True)
 class _File:
-    """The autoencoder in a file.
+    """The tensors and facts about the autoencoder in a `.safetensors` file.
 
     Attributes:
         path: path of the file.
@@ -85,15 +85,15 @@ class _File:
 
 
 def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
-    """Return the autoencoder in a file, in float32.
+    """Load the autoencoder in a file, and return it in float32.
 
     Args:
         path: the file.
-        family: model family, which decides the scale of the latents if the file does not. With
+        family: model family, which decides the scale of the latents if the file has none. With
             None, the family is read from a complete checkpoint.
 
     Raises:
-        UserError: the file holds no such autoencoder, or does not show its family.
+        UserError: the file holds no `AutoencoderKL` or `VQModel`, or does not show its family.
     """
     if family is not None and family not in SINGLE_FILE_KINDS:
         hint = nearest(family, SINGLE_FILE_KINDS)
@@ -151,7 +151,7 @@ def _read(path: Path) -> _File:
 
 
 def _prefix(names: Sequence[str], path: Path) -> str:
-    """Return what stands before `encoder.` in the names of the autoencoder's tensors."""
+    """Return the part before `encoder.` in the names of the autoencoder's tensors."""
     first = "encoder.conv_in.weight"
     found = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
     found = found or [p for p in _PREFIXES if any(n.startswith(f"{p}encoder.") for n in names)]
@@ -199,7 +199,7 @@ def _family(names: Sequence[str]) -> SingleFileKind | None:
 
 
 def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
-    """Return the network's weights. The file must have all weights, and no other tensors."""
+    """Return the weights of `net` from a file, which must have them all and no other tensors."""
     if file.has_original_names:
         weights = from_original(file.tensors, net)
         levels = len(net.config["block_out_channels"])
@@ -222,7 +222,7 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
 
 
 def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """Return a tensor of an attention layer with its current name, and always as a matrix."""
+    """Return the current name and value of a tensor. Attention weights become matrices."""
     match = re.fullmatch(r"(.*\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", name)
     if match is None or match[2] == "group_norm":
         return name, value
@@ -272,7 +272,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
 
 
 def _shape(file: _File) -> dict[str, Any]:
-    """Return the options that both classes have, as the tensors' shapes show them."""
+    """Derive the options that `AutoencoderKL` and `VQModel` share from the tensors."""
     tensors, path = file.tensors, file.path
 
     # Levels and blocks

@@ -1,4 +1,4 @@
-"""The table of networks: the families that can be trained, and the family of any other network."""
+"""List the families of networks that can be trained, and find the family of any network."""
 
 import functools
 import operator
@@ -60,7 +60,7 @@ def family_of(net: Network) -> Family:
 
 
 def class_named(name: str) -> Any | None:
-    """Return the class of that name in this package or diffusers, or None."""
+    """Return the class called `name` in this package or diffusers, or None."""
     for kind in FAMILIES.values():
         if kind.network.__name__ == name:
             return kind.network

@@ -1,7 +1,7 @@
-"""Attributes that set the tiles of diffusers' classes. There are two sets of attributes.
+"""Set the tiles in which diffusers' classes encode and decode large images.
 
-Classes like AutoencoderKL take the share of a tile that the next tile overlaps. Other classes take
-the distance from one tile to the next.
+There are two sets of attributes. Classes like AutoencoderKL take the share of a tile
+that the next tile overlaps. Other classes take the distance from one tile to the next.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tiling:
-    """Square tiles, as a network's class describes them.
+    """Overlap of a network's square tiles, and the way in which its class stores the overlap.
 
     Args:
         share: part of a tile's side that the next tile overlaps.
-        by_factor: whether the class takes this share. Otherwise the class takes a distance.
+        by_factor: whether the class takes this share. Otherwise the class takes the distance from
+            one tile to the next.
     """
 
     share: Fraction
@@ -33,7 +34,7 @@ class Tiling:
         return self.share.denominator if self.by_factor else 1
 
     def attributes(self, *, size: int, overlap: int, f: int) -> dict[str, int]:
-        """Return the attributes to set on the network.
+        """Return names and values of the attributes that set these tiles on the network.
 
         Args:
             size: latent positions on a side of a tile.
@@ -49,10 +50,15 @@ class Tiling:
 
 
 def read_tiling(net: Any, *, f: int) -> Tiling | None:
-    """Return the tiles of a network with `f` pixels per latent position, or None if it has none.
+    """Return the overlap of a network's tiles, or None if its class cannot compute in tiles.
 
     AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not depend on the
-    number of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong.
+    number of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong
+    and this function returns None.
+
+    Args:
+        net: the network.
+        f: pixels on a side of one latent position.
     """
     if not hasattr(net, "use_tiling") or getattr(net, "spatial_scale_factor", f) != f:
         return None

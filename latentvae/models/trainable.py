@@ -1,7 +1,9 @@
 """The interface of trainable networks: build, wrap, fine-tune, freeze and export.
 
-A new kind needs a folder with its options, network, training wrapper and family, and a line in
-`models.table`. `B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
+A new kind of network needs a folder with its options, network, training wrapper and family, and a
+line in `models.table`.
+
+`B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
 """
 
 from abc import ABC, abstractmethod
@@ -50,7 +52,7 @@ class TrainableFamily(Family, ABC):
         """Return a freshly initialised network.
 
         Args:
-            image_channels: C.
+            image_channels: number of image channels C.
             sample_size: side of the training images in pixels, from which diffusers takes its tile
                 size.
             options: the result of `self.options(...).shape()`.
@@ -61,7 +63,7 @@ class TrainableFamily(Family, ABC):
         """Return the values of those options that the config of a pretrained network decides."""
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
-        """Return a pretrained network as one of this family, or None if it is another kind.
+        """Convert a pretrained network to this family, or return None if this is impossible.
 
         Args:
             net: the pretrained network.
@@ -106,7 +108,7 @@ class TrainableFamily(Family, ABC):
 
 
 class DiscreteFamily(TrainableFamily):
-    """A tokenizer, with its quantiser in `net.quantize`.
+    """Family of a tokenizer, whose quantiser is `net.quantize`.
 
     If a class of diffusers finds the same codes, the export is a network of this class. Otherwise
     it is a network of the tokenizer's own class.
@@ -138,10 +140,10 @@ class DiscreteFamily(TrainableFamily):
         return f"diffusers has no class for a {self.network.__name__}"
 
     def to_stock(self, net: Network, *, unit_range: bool = False) -> Any:
-        """Return the same tokenizer as a network of diffusers. `why_not_stock` must return "".
+        """Convert a tokenizer to a class of diffusers. `why_not_stock` must return "".
 
         Args:
-            net: float32, on the CPU.
+            net: the tokenizer, in float32 on the CPU.
             unit_range: use pixels in [0, 1] and look codes up by index, as aMUSEd does.
         """
         raise NotImplementedError(self.why_not_stock(net.config))  # callers check this first

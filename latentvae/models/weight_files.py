@@ -85,7 +85,7 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
 
 
 def _why_none(names: Sequence[str]) -> str:
-    """Return why none of the files with these names has weights that can be loaded."""
+    """Return the reason why none of the files with these names has usable weights."""
     if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
         return (
             f"they are only in {pickles[0]}, which is not loaded because such a file can hold "

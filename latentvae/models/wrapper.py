@@ -14,8 +14,7 @@ class TrainingWrapper(nn.Module):
     Args:
         net: the autoencoder. The export saves it without the wrapper.
         output_logvar: initial log-variance of the output likelihood (natural logarithm).
-        learn_logvar: whether the log-variance is a parameter (trained, reduced over ranks) or a
-            constant.
+        learn_logvar: whether the log-variance is a trained parameter. Otherwise it is a constant.
     """
 
     def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:

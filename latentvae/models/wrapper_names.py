@@ -40,7 +40,7 @@ def plain_names(names: Iterable[str], *, path: str | Path) -> dict[str, str]:
 
 
 def say_removed(names: dict[str, str], *, path: str | Path) -> None:
-    """Print which parts of names were removed, as `plain_names` returned them, on stderr."""
+    """Print on stderr which parts `plain_names` removed from the names of tensors."""
     parts = {part: None for name in names for part in _WRAPPER.findall(name)}
     if parts:
         found = " and ".join(f"'{part}.' ({_TOOLS[part]})" for part in parts)

@@ -15,7 +15,7 @@ COLUMNS = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A condition that must hold, and what was found.
+    """Result of a check: the condition, whether it holds, and what was found.
 
     Attributes:
         name: what is checked, such as `weights`. Names are unique in a report.

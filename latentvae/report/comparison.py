@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports, given as files or as their folders. Return the reports by names to show."""
+    """Read reports from files or their folders. Return them by the names that tables show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -49,10 +49,10 @@ def _read(file: Path) -> Report:
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:
-    """Return the differences that make the reports incomparable, one phrase for each.
+    """Return a phrase for each difference that makes the reports incomparable.
 
-    Parts that one report lacks are ignored, such as VGG after `--quick`. Differences of versions,
-    devices, threads, sections, codecs and bitstreams are ignored too.
+    Parts of a protocol that one report lacks are ignored, such as VGG after `--quick`.
+    Differences of versions, devices, threads, sections, codecs and bitstreams are ignored too.
     """
     facts = {name: _facts(report) for name, report in reports.items()}
     found = []
@@ -65,7 +65,7 @@ def differences(reports: Mapping[str, Report]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A model of a report: the name to show, and its values for each image."""
+    """A row of the tables: a model, the name to show, and its values for each image."""
 
     label: str
     report: Report
@@ -108,8 +108,8 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
 def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     """Return a row for each model, with the name to show.
 
-    If models of several reports have the same name, the name of the report is added. The linear
-    code is shown once if its values are the same in all reports.
+    If models of several reports have the same name, the name of the report is added to the
+    model's name. The linear code is shown once if its values are the same in all reports.
     """
     # models of each report, with each different linear code once
     shown: dict[str, list[str]] = {}
@@ -156,7 +156,11 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
 
 
 def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
-    """Return the rows with the best value. For raw rates or a single row, return no row."""
+    """Return the rows with the best value of a column.
+
+    The list is empty for raw rates, and if no value is better than another. The linear code is
+    never among the best rows.
+    """
     if column == "raw bpp":
         return []
     found = {
@@ -174,7 +178,7 @@ def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
 
 
 def _is_linear(model: ModelReport) -> bool:
-    """Return whether a row is the linear code that models are compared with."""
+    """Return whether a model is the linear code, a baseline for the other models."""
     return model.info.get("class") == "LinearCode"
 
 
@@ -190,7 +194,7 @@ def _number(row: _Row, part: str) -> float | None:
 
 
 def _differences_table(rows: Sequence[_Row]) -> Table | None:
-    """Return the paired differences from the first row, or None if there are none."""
+    """Return a table of paired differences from the first model, or None if there are none."""
     first, *others = rows
     metrics = [metric for metric in IMAGE_COLUMNS if any(metric in row.values for row in others)]
     found = {
@@ -258,7 +262,7 @@ def _same_rates(reports: Sequence[Report]) -> bool:
 
 
 def _columns(models: Sequence[ModelReport]) -> dict[str, str]:
-    """Return the columns that have at least one value: heading and key in the report."""
+    """Return heading and report key of each column that has at least one value."""
     found = {"raw bpp": "raw_bpp"}
     found |= {
         column.heading: metric

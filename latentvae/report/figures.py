@@ -1,4 +1,4 @@
-"""The figure of a report: rate against quality."""
+"""Draw the figure of a report: quality against rate."""
 
 import math
 from collections.abc import Sequence

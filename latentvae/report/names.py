@@ -1,4 +1,4 @@
-"""Short and unique names for paths."""
+"""Make short and unique names for paths."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Paired differences of two models on the same images, from per_image.csv.
+"""Compute paired differences of two models on the same images, from per_image.csv.
 
 A metric differs much more between images than between models. So the intervals of two models may
 overlap, although one model is better on almost every image. This module computes the difference on
@@ -59,14 +59,14 @@ def read_values(folder: Path) -> dict[str, dict[str, Values]]:
 
 
 def values_of(values: Mapping[str, dict[str, Values]], model: str) -> dict[str, Values]:
-    """Return the values, by metric, of the model with this name in the report."""
+    """Return a model's values by metric. `model` is the model's name in the report."""
     return values.get(spreadsheet_text(model), {})
 
 
 def paired_difference(first: Values, second: Values) -> Difference | None:
-    """Return the mean of `second` minus `first`, over the images that both have.
+    """Return the mean of `second` minus `first`, over the images with values in both.
 
-    The result is None if they have fewer than two images in common. An image with an infinite
+    The result is None if there are fewer than two such images. An image with an infinite
     PSNR (an exact copy) is left out.
     """
     names = [name for name in first if name in second]

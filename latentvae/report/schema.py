@@ -1,4 +1,6 @@
-"""report.json: what was measured and how. A part that was not measured is absent.
+"""Define what report.json contains: what was measured and how.
+
+A part that was not measured is absent.
 
 Means are over images. `bpp` is the size of real files in bits per pixel of the source image.
 `raw_bpp` is the rate without entropy coding, with a stated number of bits for each element of the

@@ -111,7 +111,7 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return a note: the number of images in a mean (if not all), and of exact copies."""
+    """Return a note on a mean: its number of images (if not all) and of exact copies."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []
@@ -119,7 +119,7 @@ def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
 
 
 def _point_cells(report: Report, point: Point) -> Iterator[str]:
-    """Yield bits per pixel, PSNR and LPIPS."""
+    """Yield the table cells of a point: bits per pixel, PSNR and LPIPS."""
     for column, digits in (("bpp", 3), ("psnr", 2), ("lpips_alex", 4)):
         value = getattr(point, column)
         note = images_note(report, point.images.get(column))
@@ -170,7 +170,7 @@ def _tiling(check: dict[str, Any] | None) -> str:
 
 
 def _speeds(model: ModelReport) -> Iterator[str]:
-    """Yield a line for each size: images per second, and MiB."""
+    """Yield a line for each image size: images per second and peak memory in MiB."""
     points = (model.speed or {}).get("points", [])
     for size in sorted({point["size"] for point in points}):
         found = {point["call"]: point for point in points if point["size"] == size}
@@ -184,7 +184,7 @@ def _speed(point: dict[str, Any] | None) -> str:
 
 
 def _short_cell(report: Report, mean: Mean | None, digits: int) -> str:
-    """Return a mean without its interval."""
+    """Return the table cell of a mean, without its interval."""
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):
@@ -193,7 +193,7 @@ def _short_cell(report: Report, mean: Mean | None, digits: int) -> str:
 
 
 def mean_cell(report: Report, mean: Mean | None, *, digits: int) -> str:
-    """Return a mean with half the width of its interval."""
+    """Return the table cell of a mean, with half the width of its interval."""
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):

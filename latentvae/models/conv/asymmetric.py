@@ -1,6 +1,7 @@
 """`AsymmetricAutoencoderKL`: Stable Diffusion's encoder with a larger decoder.
 
-The decoder may also see the known part of a picture (Zhu et al. 2023, arXiv:2306.04632).
+For inpainting, the decoder can also take the known part of an image as input (Zhu et al. 2023,
+arXiv:2306.04632).
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/8, W/8) -> z (B, d, H/8, W/8) -> decoder ->
 recon (B, C, H, W)
@@ -95,7 +96,7 @@ def build_asymmetric_kl(
         block_out_channels, layers_per_block: widths and layers of the encoder.
         up_block_out_channels, layers_per_up_block: widths and layers of the decoder. The widths,
             from full resolution down, must be w, 2 w, 4 w, 4 w, because diffusers' encoder of the
-            known picture has these widths. So f is 8.
+            known picture has these widths. With four levels, f is 8.
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
@@ -118,7 +119,7 @@ def build_asymmetric_kl(
 
 
 class AsymmetricTrainingWrapper(KLTrainingWrapper):
-    """Encode, sample the posterior, and decode with a random mask.
+    """Training wrapper that encodes, samples the posterior, and decodes with a random mask.
 
     About half of the images are decoded from their latents alone. For the other images the decoder
     also sees the picture outside a random box, as in inpainting pipelines.
@@ -147,7 +148,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(TrainableFamily):
-    """`AsymmetricAutoencoderKL`, either new or with the encoder of a pretrained `AutoencoderKL`."""
+    """Family of `AsymmetricAutoencoderKL`, also with an `AutoencoderKL`'s pretrained encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig

@@ -37,7 +37,7 @@ _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
 
 @dataclass
 class TokenOutput(BaseOutput):
-    """The code indices of images.
+    """Output of `tokenize`: the code indices of images.
 
     Attributes:
         indices: (B, h, w), or (B, L, h, w) with L levels. The values are int64 in 0..K - 1, row by
@@ -56,11 +56,11 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     Args:
         block_out_channels: width of each level, from full resolution down. f = 2 ** (levels - 1).
-        latent_channels: width between the encoder and `quant_conv`.
+        latent_channels: number of channels between the encoder and `quant_conv`.
         attention_levels: levels (0 = full resolution) with self-attention.
-        quantizer: `type` (see `bottlenecks.QUANTIZERS`) and its arguments.
-        likelihood: None, or "logit_laplace". Then the decoder returns the parameters of this
-            likelihood (2 C maps) instead of images.
+        quantizer: the quantiser's `type` (see `bottlenecks.QUANTIZERS`) and arguments.
+        likelihood: None, or "logit_laplace". With "logit_laplace", the decoder returns the
+            parameters of this likelihood (2 C maps) instead of images.
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
     """
@@ -111,9 +111,9 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Replace the quantiser by one of the same shape with other training options.
+        """Replace the quantiser by a quantiser of the same shape with other training options.
 
-        The codes, mode, dtype and device do not change.
+        The codes, train or eval mode, dtype and device do not change.
         """
         old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
         module: Any = new
@@ -129,7 +129,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(quantizer=dict(quantizer))
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
-        """Return features (B, c, h, w) before quantisation, as `VQModel` does."""
+        """Encode images to features (B, c, h, w) before quantisation, as `VQModel` does."""
         height, width = images.shape[2:]
         if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
             raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
@@ -139,7 +139,10 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> Any:
-        """Decode features, or codes z (B, D, h, w) with `force_not_quantize`. Return images."""
+        """Quantise features (B, c, h, w) and decode them to images.
+
+        With `force_not_quantize`, `latents` are codes z (B, D, h, w), which are only decoded.
+        """
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))
         if self.likelihood is not None:
@@ -147,7 +150,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_parameters(self, z: Tensor) -> Tensor:
-        """Return the decoder's own output: images, or the parameters of their likelihood."""
+        """Decode codes z (B, D, h, w) to images, or to the parameters of their likelihood."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
@@ -157,7 +160,7 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Return the images of code indices. The indices are integers of any dtype.
+        """Decode code indices to images. The indices are integers of any dtype.
 
         Raises:
             UserError: the indices are not integers in 0..K - 1.

@@ -78,8 +78,8 @@ def build_autoencoder_kl(
             self-attention.
         use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has these
             convolutions, SD3 and FLUX do not.
-        initial_posterior_logvar: added to the bias of the log-variance. At 0 the posterior starts
-            as wide as the prior, and at first the decoder sees mostly noise.
+        initial_posterior_logvar: value added to the bias of the log-variance. At 0 the posterior
+            starts as wide as the prior, and at first the decoder sees mostly noise.
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
@@ -113,7 +113,7 @@ def downsampling_factor(net: Network) -> int:
 
 
 class KLTrainingWrapper(TrainingWrapper):
-    """Encode, sample the posterior or take its mode, and decode."""
+    """Training wrapper that encodes, samples the posterior or takes its mode, and decodes."""
 
     def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
         super().__init__(net, output_logvar=output_logvar, learn_logvar=learn_logvar)
@@ -136,7 +136,7 @@ class KLTrainingWrapper(TrainingWrapper):
 
 
 class KLFamily(TrainableFamily):
-    """`AutoencoderKL`, which every diffusers pipeline reads."""
+    """Family of `AutoencoderKL`, the autoencoder class of Stable Diffusion's pipelines."""
 
     network = AutoencoderKL
     options = KLModelConfig

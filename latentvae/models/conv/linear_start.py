@@ -1,13 +1,14 @@
-"""Start a convolutional autoencoder at the linear code of its size, instead of at random weights.
+"""Initialise a convolutional autoencoder so that it computes a linear code, the PCA of patches.
 
-Residual branches and attention start at zero, so only the trunk acts: the first convolution, the
-strided and upsampling convolutions, the 1x1 shortcuts and the last convolution. A trunk can hold a
-linear code:
+Residual branches and attention start at zero. So only the other layers act: the first convolution,
+the strided and upsampling convolutions, the 1x1 shortcuts and the last convolution. These layers
+can compute a linear code:
 
 - Encoder: each strided convolution joins 2 x 2 positions and keeps their principal components. The
-  last one yields the code of `LinearCode`: the principal components of patches of f x f pixels.
+  last strided convolution yields the code of `LinearCode`: the principal components of patches
+  of f x f pixels.
 - Decoder: each upsampling convolution predicts the principal components of patches half as large,
-  by least squares on images. The last one predicts pixels.
+  by least squares on images. The last upsampling convolution predicts pixels.
 - The last GroupNorm and SiLU of encoder and decoder pass a channel x as the pair x, -x, because
   silu(x) - silu(-x) = x. Constant channels in the same group keep the statistics of the GroupNorm
   almost the same for all images.
@@ -15,7 +16,7 @@ linear code:
 Channels that the linear code does not need keep their random weights.
 
 `B` batch, `C` image channels, `H W` pixels, `f` downsampling factor, `d` latent channels, `h w`
-latent positions, `n` components, `L` number of strided convolutions, so f = 2 ** L.
+latent positions, `n` principal components, `L` number of strided convolutions, so f = 2 ** L.
 """
 
 import math
@@ -46,10 +47,12 @@ CHUNK = 16  # images at a time
 
 
 def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
-    """Return the linear code of patches of 1, 2, 4, ..., 2 ** levels pixels, with all components.
+    """Return a linear code for each patch side of 1, 2, 4, ..., 2 ** levels pixels.
+
+    Each linear code has all its principal components.
 
     Args:
-        images: (N, C, H, W), with sides that 2 ** levels divides.
+        images: (N, C, H, W). H and W are multiples of 2 ** levels.
         levels: number of strided convolutions L.
     """
     channels, codes = images.shape[1], []
@@ -67,7 +70,7 @@ def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
 
 @torch.no_grad()
 def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool) -> None:
-    """Set the encoder to the linear code of `d` numbers.
+    """Set the encoder's weights so that it computes the linear code with `d` numbers per patch.
 
     The log-variance then depends only on its bias, not on the image.
 
@@ -76,7 +79,8 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
         codes: see `patch_codes`.
         d: number of latent channels.
         whiten: give each latent channel the variance 1. Otherwise only the first channel has
-            variance 1, and the squared error of the latent is proportional to that of the pixels.
+            variance 1, and the squared error of the latent is proportional to the squared error of
+            the pixels.
 
     Raises:
         UserError: the network has too few channels.
@@ -132,7 +136,7 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
 
 @torch.no_grad()
 def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tensor) -> None:
-    """Set the decoder to the best linear prediction of the images that its layers can hold.
+    """Set the decoder's weights so that it predicts the images linearly, by least squares.
 
     Args:
         net: a network with diffusers' `Decoder`, and with or without `post_quant_conv`.
@@ -188,9 +192,9 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
 
 
 class _Layout:
-    """Places of numbers among the channels before a GroupNorm: pairs (x, -x) and constants.
+    """Choice of the channels before a GroupNorm that hold each number x as a pair (x, -x).
 
-    Each group that is used holds pairs and at least two constant channels of opposite sign.
+    A group of channels with pairs also has at least two constant channels of opposite sign.
 
     Args:
         norm: the GroupNorm.
@@ -220,7 +224,7 @@ class _Layout:
 
     @staticmethod
     def capacity(norm: nn.GroupNorm) -> int:
-        """Return how many numbers can pass through a norm."""
+        """Return how many numbers can pass through a norm as pairs (x, -x)."""
         return max((norm.num_channels // norm.num_groups - 2) // 2, 0) * norm.num_groups
 
     @property
@@ -228,7 +232,7 @@ class _Layout:
         return [pair for pairs, _ in self.groups for pair in pairs]
 
     def fill(self, conv: Any, weight: Tensor, bias: Tensor, scale: float) -> None:
-        """Set the rows of `conv` so that its outputs are the pairs and the constants."""
+        """Set the weights of `conv` so that its output channels are the pairs and constants."""
         size = self.norm.num_channels // self.norm.num_groups
         _clear_rows(conv, len(self.groups) * size)
         for (plus, minus), row, offset in zip(self.pairs, weight, bias, strict=True):
@@ -252,9 +256,9 @@ class _Layout:
             first += len(pairs)
 
     def read(self, conv: Any, scale: float) -> None:
-        """Set the convolution after the norm so that its first channels return the numbers.
+        """Set the convolution after the norm so that its first output channels are the numbers.
 
-        The other channels return 0.
+        The other output channels are 0.
         """
         _clear_rows(conv, len(conv.weight))
         for number, (plus, minus) in enumerate(self.pairs):
@@ -263,7 +267,7 @@ class _Layout:
 
 
 def _zero_branches(module: nn.Module) -> None:
-    """Make every residual block and every attention layer the identity."""
+    """Set the residual branch of every residual block and attention layer to 0."""
     for part in module.modules():
         last: Any = None
         if isinstance(part, ResnetBlock2D):
@@ -279,10 +283,10 @@ def _zero_branches(module: nn.Module) -> None:
 def _joining(
     small: LinearCode, large: LinearCode, *, kept: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return weight (count, kept, 2, 2) and bias of the map from four small codes to a large one.
+    """Return weight (count, kept, 2, 2) and bias that turn codes of 2 x 2 patches into one code.
 
-    A large patch consists of 2 x 2 small patches. Each small patch is about the mean small patch
-    plus its code times the basis.
+    The code belongs to the large patch that the 2 x 2 small patches form. Each small patch is
+    about the mean small patch plus its code times the basis.
     """
     basis = small.basis[:kept]
     parts = rearrange(large.basis[:count], "n c (a y) (b x) -> n a b c y x", a=2, b=2)
@@ -292,7 +296,10 @@ def _joining(
 
 
 def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
-    """Set the decoder's first convolution, and return its features (N, n, h, w)."""
+    """Set the decoder's first convolution, and return its features (N, n, h, w).
+
+    The features are principal components of 3 x 3 latent positions.
+    """
     d = z.shape[1]
     count = min(9 * d, len(conv.weight), MAX_FEATURES)
     rows = torch.cat(
@@ -305,7 +312,7 @@ def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
 
 
 def _through_shortcut(block: Any, features: Tensor) -> Tensor:
-    """Set the shortcut at a block's start to pass features on. Return the features it keeps."""
+    """Set the first 1x1 shortcut of a block to the identity. Return the features that it keeps."""
     shortcut = block.resnets[0].conv_shortcut
     if shortcut is None:
         return features
@@ -315,13 +322,13 @@ def _through_shortcut(block: Any, features: Tensor) -> Tensor:
 
 
 def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight (n, c, 3, 3) and bias that best predict the code of the images.
+    """Return weight (n, c, 3, 3) and bias of the convolution that best predicts the images' code.
 
-    The fit uses the positions in one window of each image, at a random place.
+    The fit uses only the positions in one window of each image. The window's place is random.
 
     Args:
-        features: (N, c, h, w). They are upsampled to twice this size.
-        code: code of patches of the size that one upsampled position covers.
+        features: (N, c, h, w). This function upsamples them to (N, c, 2 h, 2 w).
+        code: linear code of patches that are as large as one upsampled position.
         images: (N, C, H, W).
     """
     size = features.shape[1] * 9 + 1
@@ -352,10 +359,10 @@ def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[
 def _window(
     features: Tensor, *, total: int, generator: torch.Generator
 ) -> tuple[list[slice], list[slice]]:
-    """Return the rows and columns of a window, and of the part with all neighbours in the window.
+    """Return the slices (rows, columns) of a random window and of its inner part.
 
-    The part is counted in upsampled positions. Where the window touches the border of the image,
-    the part reaches this border too.
+    The inner part has the upsampled positions whose 3 x 3 neighbours all lie in the window. Where
+    the window touches the border of the image, the inner part reaches this border too.
 
     Args:
         total: number of images. All windows together have about `MAX_ROWS` upsampled positions.
@@ -379,7 +386,11 @@ def _apply(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _set_rows(conv: Any, weight: Tensor, bias: Tensor) -> None:
-    """Replace the first rows of a convolution. A smaller kernel starts at the corner (0, 0)."""
+    """Replace weights and biases of a convolution's first output channels.
+
+    If `weight` has a smaller kernel than the convolution, its corner (0, 0) stays in the corner.
+    The rest of the kernel is 0.
+    """
     _clear_rows(conv, len(weight))
     for row, values in enumerate(weight):
         _write(conv, row, values)
@@ -397,7 +408,7 @@ def _write(conv: Any, row: int, values: Tensor) -> None:
 
 
 def _set_identity(conv: Any, count: int) -> None:
-    """Let the first channels of a 1x1 convolution pass."""
+    """Set the diagonal of a 1x1 convolution to 1 for the first `count` channels."""
     for channel in range(count):
         conv.weight[channel, channel] = 1.0
 

@@ -1,4 +1,4 @@
-"""diffusers' tokenizer `VQModel`, which MoVQ and aMUSEd also use.
+"""Use and convert diffusers' tokenizer `VQModel`, the class of MoVQ and aMUSEd.
 
 This module converts `VQModel` to and from `DiscreteAutoencoder`, whose modules have the same names.
 
@@ -28,7 +28,7 @@ _SHARED = (
 
 
 class StockVQFamily(Family):
-    """`VQModel`, whose quantiser chooses the nearest code from a list of codes.
+    """Family of `VQModel`, whose quantiser chooses the nearest code from a list of codes.
 
     aMUSEd's model looks codes up by index (`lookup_from_codebook`). The pixels of that model are in
     [0, 1], because aMUSEd's pipeline does not normalise images (diffusers,
@@ -99,7 +99,10 @@ def _code_channels(net: Network) -> int:
 
 
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
-    """Return codes (B, D, h, w) of indices (B, h, w). If quantised again, they do not change."""
+    """Look up the codes (B, D, h, w) of indices (B, h, w).
+
+    If the codes are quantised again, they do not change.
+    """
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 
@@ -111,9 +114,9 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     If all codes have length 1 (exports of l2-normalised quantisers), training keeps this length.
 
     Returns:
-        None if `DiscreteAutoencoder` has no such blocks (spatial norms, another activation,
-        attention at different levels of encoder and decoder) or if the pixels are in [0, 1]
-        (aMUSEd).
+        The converted network. None if `DiscreteAutoencoder` cannot have its blocks (spatial norms,
+        another activation, attention at different levels of encoder and decoder), or if its pixels
+        are in [0, 1] (aMUSEd).
     """
     config = net.config
 
@@ -162,13 +165,14 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 
 @torch.no_grad()
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
-    """Return the same tokenizer as a stock `VQModel`, with the same indices.
+    """Convert a tokenizer to a stock `VQModel` that returns the same indices.
 
-    `why_no_vq_model` must return "". Codes of length 1 keep this length. For such codes, the
-    nearest code by Euclidean distance is also the nearest by cosine, for features of any length.
+    `why_no_vq_model` must return "" for the tokenizer. Codes of length 1 keep this length.
+    For such codes, the nearest code by Euclidean distance is also the nearest by cosine, for
+    features of any length.
 
     Args:
-        net: float32, on the CPU.
+        net: the tokenizer, in float32 on the CPU.
         unit_range: use pixels in [0, 1] for input and output, and look codes up by index, as aMUSEd
             does. The first convolution then pads with black, but training padded with grey. Codes
             are padded with zeros to the width `latent_channels`, which aMUSEd's pipelines expect.
@@ -228,7 +232,10 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
 
 
 def _fold_unit_range(weights: dict[str, Tensor]) -> None:
-    """Fold 2 x - 1 into the first layer and (y + 1) / 2 into the last, for pixels in [0, 1]."""
+    """Fold 2 x - 1 into the first layer and (y + 1) / 2 into the last layer.
+
+    The network then takes and returns pixels in [0, 1].
+    """
     first = weights["encoder.conv_in.weight"]
     weights["encoder.conv_in.bias"] -= first.sum(dim=(1, 2, 3))
     first *= 2

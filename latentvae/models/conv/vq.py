@@ -89,13 +89,16 @@ class VQModelConfig(AttentionConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer. `options` are arguments of its class."""
+    """Return a freshly initialised tokenizer with `options` as arguments of its class."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
 
 class DiscreteTrainingWrapper(TrainingWrapper):
-    """Encode, quantise and decode. Return all that the objective and the codebook need."""
+    """Training wrapper that encodes, quantises and decodes images.
+
+    Its output has all values that the objective and the update of the codebook need.
+    """
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
@@ -127,7 +130,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class VQFamily(DiscreteFamily):
-    """`DiscreteAutoencoder`, exported as a `VQModel` if a `VQModel` finds the same codes."""
+    """Family of `DiscreteAutoencoder`, exported as a `VQModel` with the same codes if possible."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig

@@ -76,7 +76,8 @@ def build_autoencoder_dc(
 
     Args:
         encoder_layers_per_block, decoder_layers_per_block: number of blocks in each level.
-        attention_levels: levels with EfficientViT blocks (linear attention, multi-scale at 5 x 5).
+        attention_levels: levels with EfficientViT blocks (multi-scale linear attention, kernel
+            size 5).
             The other levels have residual blocks.
         attention_head_dim: width of an attention head. It must divide the width of each level with
             attention.
@@ -106,7 +107,7 @@ def build_autoencoder_dc(
 
 
 class DCTrainingWrapper(TrainingWrapper):
-    """Encode and decode. There is no posterior."""
+    """Training wrapper that encodes and decodes images, without a posterior."""
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
@@ -120,7 +121,10 @@ class DCTrainingWrapper(TrainingWrapper):
 
 
 class DCFamily(TrainableFamily):
-    """`AutoencoderDC`, whose latents have a mean near zero. SANA multiplies latents by 1 / RMS."""
+    """Family of `AutoencoderDC`, whose latents have a mean near zero.
+
+    SANA's pipeline multiplies these latents by 1 / root mean square.
+    """
 
     network = AutoencoderDC
     options = DCModelConfig

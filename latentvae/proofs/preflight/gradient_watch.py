@@ -16,7 +16,7 @@ class Watch:
     """A context manager that counts gradients that reach the wrong network.
 
     Attributes:
-        discriminator_calls: forward passes of the discriminator.
+        discriminator_calls: number of forward passes of the discriminator.
         on_discriminator: number of gradients of the model's loss on parameters of the
             discriminator.
         on_model: number of gradients of the discriminator's loss on parameters of the model.

@@ -112,7 +112,7 @@ def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
 
 
 def cleared(rehearsal: Rehearsal) -> Check:
-    """Check that no gradient is left over, because it would count again in the next update."""
+    """Check that an update leaves no gradient, which would count again in the next update."""
     learners = rehearsal.task.learners.values()
     groups = [group for learner in learners for group in learner.optimizer.param_groups]
     left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
@@ -168,7 +168,8 @@ def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) ->
     """Return the learning rate that the help texts of the options describe.
 
     Args:
-        pause: updates in which this network does not learn, because it waits for the other.
+        pause: updates in which this network does not learn, because it waits for the other
+            network.
     """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)
@@ -224,7 +225,7 @@ def average(rehearsal: Rehearsal) -> Check:
 def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
     """Return how far the average is from decay * old + (1 - decay) * weights.
 
-    The distance is a share of the step that the weights made.
+    The distance is divided by the distance of the new weights from the old average.
     """
     decay = min((1 + update) / (10 + update), ema_decay) if update else 0.0
     worst = 0.0

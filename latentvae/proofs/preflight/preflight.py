@@ -147,7 +147,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
 
 
 def _joined(check: Check) -> Check:
-    """Return the check of the first rank on which it failed, or of rank 0 if it holds on all."""
+    """Return the result of a check from the first rank where it failed, otherwise from rank 0."""
     found: list[Check] = gather_objects(check)
     failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]
     if not failed:

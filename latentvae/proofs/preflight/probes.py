@@ -22,15 +22,15 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 @dataclass
 class Probe:
-    """The results of a micro-step.
+    """Output, logged values and gradients of one micro-step.
 
     Attributes:
         images: (B, C, H, W), on the CPU.
         out: the training wrapper's output for the images.
         logged: values that the micro-step logs.
-        at_recon: gradient of the loss at the reconstruction.
+        at_recon: gradient of the loss with respect to the reconstruction.
         latent: the encoder's last output: moments (B, 2 d, h, w) or features.
-        at_latent: gradient at `latent`, or None if there was none.
+        at_latent: gradient of the loss with respect to `latent`, or None if there was none.
         encoder, decoder, codes: norms of the gradients of the parameters in these modules.
     """
 
@@ -58,7 +58,7 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
-    """Return all gradients of an update with these micro-steps, at the posterior's mode.
+    """Make the micro-steps of one update at the posterior's mode, and return all gradients.
 
     Args:
         rehearsal: the rehearsed run.

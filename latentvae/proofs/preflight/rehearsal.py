@@ -1,7 +1,7 @@
 """Rehearse a run: make its first updates, and record what they do.
 
-The model, images, precision and number of processes are those of the user's run. The folder is
-temporary, and the discriminator starts after two updates.
+The model, images, precision and number of processes are those of the user's run. The rehearsal's
+folder is temporary, and the discriminator starts after two updates.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ WATCHED_TENSORS = 12  # about this number per network is copied before and after
 
 @dataclass(kw_only=True)
 class Seen:
-    """What one update changed.
+    """Record of one update: its results, time, learning rates and changed tensors.
 
     Attributes:
         result: what `Updates.make` returned.
@@ -42,7 +42,7 @@ class Seen:
         before, after: some tensors before and after the update, on the CPU. Their names start with
             `model/`, `discriminator/` or `ema/`.
         moments: AdamW's first moments of the same weights, after the update.
-        discriminator_calls: forward passes of the discriminator.
+        discriminator_calls: number of forward passes of the discriminator.
     """
 
     result: UpdateResult
@@ -62,13 +62,13 @@ class Rehearsal:
         asked: the configuration of the user's run.
         task: the task of the rehearsed run.
         training: the state of the training (see `engine`). The run's folder is temporary.
-        updates: makes the updates of the run.
-        seen: the updates that were made.
+        updates: object that makes the updates of the run.
+        seen: records of the updates that were made.
         watch: the gradients and types that were observed during these updates.
         batches: sha256, minimum and maximum of the images of each micro-step on this rank.
-        images: two images of the first batch, (2, C, H, W). A single image comes with its mirror
-            image.
-        source: the batches that follow the batches used so far.
+        images: two images of the first batch, (2, C, H, W). If the batch has only one image, the
+            second is its mirror image.
+        source: iterator over the batches that were not used yet.
         peak_memory: peak memory use in bytes.
         save_seconds, checkpoint_bytes: measured time and size of a checkpoint.
         validation_seconds: measured time of a validation, per image.
@@ -189,7 +189,7 @@ def _moments(task: AutoencoderTask) -> dict[str, Tensor]:
 
 
 def fingerprints(training: Training) -> dict[str, str]:
-    """Return the sha256 of all tensors that an update changes, by kind."""
+    """Return one sha256 for each kind of tensors that an update changes."""
     groups = _state(training)
     if average := training.averages.get(MODEL):
         groups["average"] |= {"steps": torch.tensor(average.optimization_step)}
@@ -197,7 +197,7 @@ def fingerprints(training: Training) -> dict[str, str]:
 
 
 def align(training: Training) -> None:
-    """Give all ranks the state of the first rank. Another check reports whether ranks differ."""
+    """Send the state of the first rank to all ranks. Another check reports whether ranks differ."""
     device = training.accelerator.device.type
     tensors = [value for group in _state(training).values() for value in group.values()]
     send_from_main(value for value in tensors if value.device.type == device)

@@ -108,7 +108,7 @@ def validation(rehearsal: Rehearsal) -> Check:
 
 
 def checkpoint(rehearsal: Rehearsal) -> Check:
-    """Check that the next update is the same after a checkpoint is restored.
+    """Check that the training repeats its next update after a checkpoint is restored.
 
     The update differs if anything is not restored, such as an optimizer or the order of the images.
     """

@@ -67,7 +67,7 @@ def latent_gradient(found: Probe) -> Check:
     """Check that the gradient of the pixel loss reaches the encoder through the latent.
 
     If the straight-through estimator or the reparametrisation is lost, the encoder learns only
-    from the latent's own terms.
+    from loss terms of the latent, such as the KL.
     """
     return Check(
         name="latent-gradient",
@@ -144,7 +144,7 @@ def kl_gradient(found: Probe) -> Check:
 
 
 def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
-    """Return the KL, (B,), in nats.
+    """Compute the KL of each image, (B,), in nats by its closed formula.
 
     Args:
         rehearsal: the rehearsed run.
@@ -168,7 +168,7 @@ def _reduction(
     slope: Tensor,
     stated: str,
 ) -> Check:
-    """Check the logged value and the size of the gradient against values recomputed here.
+    """Compare a term's logged value and the size of its gradient with recomputed values.
 
     Another check reports a missing gradient.
     """

@@ -31,8 +31,8 @@ class Results:
     Attributes:
         tensors: tensors of the last checkpoint and of the export, by group and name. Each group has
             its own check.
-        values: plain values, such as counters, sums since the last row of the log, and names of bad
-            images.
+        values: plain values, such as counters, sums since the last row of the log, and names of
+            unreadable images.
         rows: rows of the log, without times and memory.
     """
 
@@ -72,7 +72,7 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
 
 
 def _exported(export: Path) -> dict[str, Tensor]:
-    """Return the weights of an export, and the scales of its config."""
+    """Return the weights of an export, and the scaling and shift factors of its config."""
     found = {
         f"{path.stem}/{name}": value
         for path in sorted(export.glob("*.safetensors"))
@@ -85,7 +85,7 @@ def _exported(export: Path) -> dict[str, Tensor]:
 
 
 def _floats(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the floats that are not 0, at any depth."""
+    """Yield name and value of each float that is not 0, also from nested dicts."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _floats(value, f"{prefix}{name}.")
@@ -114,9 +114,9 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
     Args:
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
-        again: results of a second run that was never killed. Needed if bitwise equality is not
-            promised. Then the killed run may differ by `NOISE` times the difference between the
-            two uninterrupted runs.
+        again: results of a second run that was never killed. They are needed if bitwise equality is
+            not promised. In this case the killed run may differ by `NOISE` times the
+            difference between the two uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -163,7 +163,7 @@ def _near(
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Return the norm of the difference divided by the norm of `left`.
+    """Return the norm of `left - right` over all tensors, divided by the norm of `left`.
 
     The distance is infinite if names or shapes differ.
     """
@@ -225,7 +225,7 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Return the largest distance between the curves of the same loss in two logs."""
+    """Return the largest `distance` between the values of the same loss in two logs."""
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

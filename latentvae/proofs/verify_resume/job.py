@@ -57,7 +57,7 @@ def on_cpu() -> bool:
 
 @dataclass(kw_only=True)
 class Job:
-    """The short run and what its launches did.
+    """Launches a short run with or without kills, and records what happened.
 
     Attributes:
         task: the task of the short run. Its `open` has been called.
@@ -80,7 +80,7 @@ class Job:
         return self.task.config
 
     def straight(self, name: str, *, title: str) -> Pace:
-        """Make a run that is not killed, and return how many seconds its parts took.
+        """Make a run without kills, and return the measured seconds of its phases.
 
         Raises:
             UserError: the run does not finish.
@@ -138,7 +138,7 @@ class Job:
         ]
 
     def _once(self, kill: Kill | None, pace: Pace) -> str:
-        """Launch the killed run once.
+        """Launch the killed run once, and kill it at the moment `kill` unless this is None.
 
         Returns:
             "" if the launch was killed, "done" if it finished, or how it failed.

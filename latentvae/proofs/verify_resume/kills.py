@@ -14,7 +14,7 @@ TRAINING_SHARE = 0.5
 
 @dataclass(frozen=True, order=True)
 class Kill:
-    """A moment of a run.
+    """A moment at which a run is killed.
 
     Attributes:
         update: the update (from 1) during which to kill, or during whose save to kill. The number
@@ -40,7 +40,7 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 
 
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
-    """Kill a launch at the planned moment. Return what it interrupted, or "".
+    """Kill a launch at the planned moment. Return what the kill interrupted, or "".
 
     If the launch resumes after the planned update, the kill comes in the launch's first update or
     save. The result is "" if the launch had already ended.

@@ -31,7 +31,7 @@ class Hung(Exception):
 def training_command(
     script: Sequence[str], config: Path, folder: Path, *, processes: int, precision: str
 ) -> list[str]:
-    """Return the command that trains a YAML file in a folder, as in docs/launching.md.
+    """Return the command that starts a training from a YAML file, as in docs/launching.md.
 
     Args:
         script: what the launcher starts, such as `-m latentvae.cli.train`.
@@ -49,7 +49,7 @@ def training_command(
 
 @dataclass
 class Pace:
-    """Seconds that parts of a run take, measured on an uninterrupted run."""
+    """Seconds that the phases of a run take, measured on an uninterrupted run."""
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
@@ -65,10 +65,10 @@ class Pace:
 
 
 class Launch:
-    """A started training, until it ends or is killed.
+    """Starts a training in processes of its own, and can watch and kill them.
 
     Args:
-        command: what to start.
+        command: command that starts the training.
         folder: the run's folder. Files left there by an earlier launch do not count.
         output: file to which all output of the training is written.
         on_cpu: train on the CPU even if there is a GPU.

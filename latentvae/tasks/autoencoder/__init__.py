@@ -1,4 +1,4 @@
-"""Training of an autoencoder: `train(config)` starts it, `TrainConfig` is the options' schema."""
+"""Train an autoencoder by `train(config)`, with options of the class `TrainConfig`."""
 
 from pathlib import Path
 

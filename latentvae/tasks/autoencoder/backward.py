@@ -1,4 +1,4 @@
-"""The backward passes of an update: one through the decoder, then one of the discriminator.
+"""Make the backward passes of a micro-step: first of the model, then of the discriminator.
 
 Both backward passes use the images and reconstructions of one forward pass.
 """
@@ -42,7 +42,7 @@ def backward_model(
         divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
-        Unweighted terms and weights by log name, scalars on the device.
+        Unweighted loss terms, and weights, by log name. They are scalars on the device.
     """
     # gradients at the reconstruction
     recon = out.recon.detach().requires_grad_()
@@ -80,7 +80,7 @@ def backward_model(
 def _adversarial(
     recon: Tensor, adversary: Adversary, *, objective: Objective, background: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Return the generator's loss and its gradient at `recon`."""
+    """Return the generator's loss and its gradient with respect to `recon`."""
     loss = objective.adversarial_value(recon, adversary, background=background)
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
@@ -104,7 +104,7 @@ def backward_discriminator(
         divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
-        Unweighted terms and mean logits by log name, scalars on the device.
+        Unweighted loss terms, and mean logits, by log name. They are scalars on the device.
     """
     # loss
     both = [to_rgb(images, background), to_rgb(recon.detach(), background)]

@@ -1,4 +1,4 @@
-"""Build the networks and losses of an autoencoder's run. Each rank builds the same ones."""
+"""Build the networks and losses of an autoencoder's run, in the same way on each rank."""
 
 from typing import Any
 

@@ -1,7 +1,6 @@
-"""Train a discrete bottleneck: everything that is not part of its loss.
+"""Initialise and update the codes of a discrete bottleneck, and compute its temperature.
 
-This is the initialisation by k-means, the update of the codes from the vectors of all ranks, and
-the temperature.
+The codes are initialised by k-means and updated from the vectors of all ranks.
 
 `N` vectors, `c` feature channels, `K` codes.
 """
@@ -105,7 +104,7 @@ def initialise_codebook(
     Args:
         net: the network, whose codes are changed.
         source: training images.
-        transform: makes tensors of the images.
+        transform: transform that turns images into tensors.
         images_per_update: number of images whose vectors form one batch of k-means.
         seed: seeds the choice of images and k-means.
 

@@ -1,4 +1,4 @@
-"""Options of a run that trains an autoencoder. All values are checked before the run starts.
+"""Define the options of a run that trains an autoencoder, and check them before it starts.
 
 `TrainConfig` holds the values of a YAML preset, and flags override them (see
 `latentvae.cli.train`). Options of two sections never have the same name, so a flag does not contain
@@ -123,7 +123,7 @@ class TrainConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step. The crops form the batch."""
+        """Number of images that a process reads for one micro-step. Their crops form the batch."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property

@@ -1,4 +1,4 @@
-"""The base of a fine-tuning: the pretrained network, and its record in the run's folder.
+"""Load the base of a fine-tuning (the pretrained network), and record it in the run's folder.
 
 A resume does not need the base's weights: `base.json` holds the base's config, and the checkpoint
 holds the weights.
@@ -39,14 +39,15 @@ class _Saved(BaseModel):
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained network.
+    """The pretrained network that a fine-tuning starts from.
 
     Args:
         name: the name or path that the user gave.
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
-        whole: whether all weights are pretrained. False if the decoder is a new asymmetric one.
+        whole: whether the network has the class that was loaded. False if a new asymmetric decoder
+            replaced the pretrained decoder, or if a `VQModel` was converted.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """
 
@@ -127,7 +128,7 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base that a run has recorded, with random weights. None if there is none.
+    """Return the base that a run has recorded, with random weights, or None without base.json.
 
     Raises:
         UserError: base.json is damaged.
@@ -169,12 +170,12 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
 
 
 def encoder_sha256(net: Network) -> str:
-    """Return the hash of all weights that make latents, and of their names."""
+    """Return one hash of the names and values of all weights that make latents."""
     return _sha256(family_of(net).latent_side(net))
 
 
 def weights_sha256(net: Network) -> str:
-    """Return the hash of all weights of a network, and of their names."""
+    """Return one hash of the names and values of all weights of a network."""
     module: Any = net
     return _sha256([module])
 

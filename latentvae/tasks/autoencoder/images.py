@@ -104,11 +104,12 @@ def eval_transform(config: TrainConfig) -> EvalTransform:
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """Return facts about the images. These facts must stay the same on resume.
+    """Return those facts about the images that must stay the same on resume.
 
     The facts are the number of images and the hash of their names, which decide the order. For a
-    stream, and for table rows without names, the facts are data set, configuration and column. The
-    folder of a local data set is not one of the facts.
+    stream, the facts are data set, configuration, split and column. If the images are table rows
+    without names, configuration and column are added. The folder of a local data set is not one of
+    the facts.
     """
     # streams
     if isinstance(images, ImageStream):

@@ -1,4 +1,4 @@
-"""Log values of a micro-step's latents: their size, and the information in their posteriors."""
+"""Compute values for the log from latents: their size, and the KL of their posteriors."""
 
 import math
 

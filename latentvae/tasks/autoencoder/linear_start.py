@@ -89,7 +89,7 @@ def _start(
 
 
 def _gather(config: TrainConfig, loader: Any) -> Tensor:
-    """Return about `PIXELS` pixels of training images, all of the first batch's size."""
+    """Return training images of the first batch's size, with about `PIXELS` pixels in all."""
     found: list[Tensor] = []
     wanted = FEWEST
     for batch in loader:
@@ -107,7 +107,7 @@ def _gather(config: TrainConfig, loader: Any) -> Tensor:
 
 
 def _latents(net: Network, pictures: Tensor, *, seed: int) -> Tensor:
-    """Return what the decoder reads, (N, d, h, w): samples of the posterior, or codes."""
+    """Return the decoder's input (N, d, h, w): samples of the posterior, or codes."""
     family, generator = family_of(net), generator_for(Stream.WEIGHTS, seed, 1)
     quantizer = family.quantizer(net)
     found = []

@@ -1,4 +1,4 @@
-"""The rows on the model, its images and its losses in the plan that a run prints at the start."""
+"""Describe a run's model, images and losses for the plan that is printed at its start."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(task: "AutoencoderTask") -> dict[str, str]:
-    """Return descriptions of the model, its images and its losses by their headings."""
+    """Return the plan's text on the model, its images and its losses, by heading."""
     size = _size(task.config.data.size)
     return {
         "model": _model(task),

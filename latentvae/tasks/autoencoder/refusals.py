@@ -77,7 +77,7 @@ def _least(config: TrainConfig, side: int) -> str:
 
 
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Check that torch_compile is used with one process only. Else the compiler fails."""
+    """Check that torch_compile is used with one process only. Otherwise the compiler fails."""
     if config.run.torch_compile and processes > 1:
         raise UserError(
             f"torch_compile works with one process only, and {processes} were started. With "

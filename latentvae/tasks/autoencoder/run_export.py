@@ -41,14 +41,14 @@ def is_whole(out: Path) -> bool:
 
 
 def done(out: Path) -> str:
-    """Return the last line of a finished run, which says how to load its export."""
+    """Return the line that a run prints at its end, which says how to load its export."""
     kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["_class_name"]
     module = "diffusers" if hasattr(diffusers, kind) else "latentvae.models"
     return f"done: {out} loads with {module}.{kind}.from_pretrained('{out}')"
 
 
 def options_of_export(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that change an export of the same weights, for the log."""
+    """Return the options by which exports of the same weights can differ, for the log."""
     options = config.run
     return {
         "export/profile": options.export_profile,
@@ -157,10 +157,10 @@ def export_of_run(
         net: the network with the weights to export, in eval mode.
         config: the run's options.
         images: sources for the statistics, and for the comparison with the loaded export.
-        update: updates done.
+        update: number of updates done.
         folder: the run's folder.
         out: the export's folder.
-        device: where to measure.
+        device: device that computes the measurements.
         base: the pretrained network of a fine-tuning, or None.
 
     Returns:
@@ -215,7 +215,7 @@ def export_of_run(
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
-    """Return the sample_size for the export's config, where it sets the size of tiles.
+    """Return the `sample_size` of the export's config, which sets the size of tiles.
 
     A larger value of the pretrained network is kept.
     """

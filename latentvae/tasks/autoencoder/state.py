@@ -1,4 +1,7 @@
-"""Plain values in the checkpoints of an autoencoder's run. The engine adds its own values."""
+"""Define the plain values in the checkpoints of an autoencoder's run.
+
+The engine adds its own values.
+"""
 
 import json
 from typing import Annotated, Any

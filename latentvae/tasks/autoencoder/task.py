@@ -1,4 +1,4 @@
-"""The task "autoencoder": reconstruction with perceptual, adversarial and latent terms.
+"""Define the task "autoencoder": train an autoencoder on images with several loss terms.
 
 From Python, start a training with this task as follows:
 

@@ -40,14 +40,17 @@ MODEL, DISCRIMINATOR = "model", "discriminator"  # learners
 
 
 class LearningAutoencoder(Task):
-    """Builds and trains networks. `task.AutoencoderTask` adds images, log, checkpoints, export.
+    """The part of the autoencoder task that builds and trains the networks.
+
+    `task.AutoencoderTask` adds images, log, checkpoints and export.
 
     Attributes:
         base: the pretrained network of a fine-tuning. None without fine-tuning.
         train_images: opened source of training images.
         validation_images: opened source of validation images.
-        wrapper: the bare network with parts that only training needs. `net` is the network itself.
-        discriminator: the bare discriminator, or None if its weight is 0.
+        wrapper: the training wrapper of the network, not wrapped by DDP. `net` is the network
+            without the training wrapper.
+        discriminator: the discriminator, not wrapped by DDP, or None if its weight is 0.
         objective: terms and weights of the model's loss.
         metric: LPIPS for the validation, in float32.
         progress: state of the discriminator's schedule, the KL's weight and the watch.
@@ -129,7 +132,7 @@ class LearningAutoencoder(Task):
 
     @property
     def statistics_images(self) -> ImageSource:
-        """Images for measurements: the training images, or the validation images for a stream."""
+        """Images for statistics and k-means: training images, or a stream's validation images."""
         images = self.train_images
         return self.validation_images if isinstance(images, ImageStream) else images
 

@@ -52,12 +52,12 @@ def validate(
     Args:
         net: the network in eval mode.
         source: validation images.
-        transform: makes tensors of the images.
+        transform: transform that turns images into tensors.
         perceptual: LPIPS.
         batch_size: number of images per batch of a process.
         limit: largest number of images.
-        device: where to compute.
-        bad: collects unreadable images.
+        device: device that computes the metrics.
+        bad: object that collects the names of unreadable images.
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips` and
@@ -151,7 +151,7 @@ def readable_images(source: ImageSource, transform: EvalTransform, *, count: int
 
 
 def reconstruct_mode(net: Network, images: Tensor) -> Tensor:
-    """Return reconstructions of the posterior's mode or the codes, (B, C, H, W) in [-1, 1]."""
+    """Reconstruct images (B, C, H, W) in [-1, 1] from the posterior's mode or the codes."""
     return calls.decode(net, calls.encode(net, images)).clamp(-1.0, 1.0)
 
 
@@ -215,5 +215,5 @@ def _labelled(picture: Image.Image, labels: list[str], *, factor: int) -> Image.
 
 
 def _visible(images: Tensor) -> Tensor:
-    """Return images without alpha. Grey images keep one channel."""
+    """Return images without alpha channel. Grey images keep their single channel."""
     return to_rgb(images) if images.shape[1] == 4 else images
