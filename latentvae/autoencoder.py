@@ -44,7 +44,7 @@ PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0
 
 
 class NotFiniteError(UserError, RuntimeError):
-    """The error if a network computes infinite values or NaN."""
+    """Raised if a network computes infinite values or NaN."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -329,7 +329,7 @@ class Autoencoder:
         return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
-        """Print how long a call in strips will take, if it takes long, once per image size.
+        """Print how long a call in strips will take, if this is long and was not printed before.
 
         Args:
             call: the call that follows.

@@ -59,7 +59,7 @@ class Kind:
 
 
 def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
-    """Convert images to float32 (B, C, H, W) in [-1, 1]. Return the tensor and the given form.
+    """Convert images to float32 (B, C, H, W) in [-1, 1]. Return the tensor and the input's form.
 
     Args:
         images: images in one of the forms that the module's docstring lists.

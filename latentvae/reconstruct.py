@@ -180,7 +180,7 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each image file in `inputs`, and its path relative to the folder in `inputs`.
+    """Yield each image file, and its path relative to the folder in `inputs` that contains it.
 
     Files in `out` are left out, because an earlier call may have written them.
     """

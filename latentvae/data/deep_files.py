@@ -297,5 +297,5 @@ def _unassociated(values: np.ndarray) -> np.ndarray:
 
 
 def upright(orientation: int) -> Image.Transpose | None:
-    """Return the transposition that undoes an EXIF orientation, or None if nothing is to undo."""
+    """Return the transposition that undoes an EXIF orientation, or None if no change is needed."""
     return _UPRIGHT.get(orientation)

@@ -132,7 +132,7 @@ def set_aside(run: Path, *, after: int) -> list[Path]:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint, and a message for each newer checkpoint that is not."""
+    """Return the newest valid checkpoint, and a message about each newer, invalid checkpoint."""
     faults = []
     for folder in reversed(checkpoints(run)):
         fault = _fault(folder)

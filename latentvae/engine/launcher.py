@@ -108,7 +108,7 @@ def _has(values: Any, key: str, value: str) -> bool:
 
 
 def _named_by_launcher() -> Path | None:
-    """Return the file that the launcher, the parent process, was given by --config_file."""
+    """Return the file after --config_file in the command line of the launcher (the parent)."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
         folder = Path(os.readlink(f"/proc/{os.getppid()}/cwd"))

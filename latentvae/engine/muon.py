@@ -1,4 +1,4 @@
-"""Optimize matrices by Muon, and all other parameters by AdamW, in one optimizer.
+"""Train matrices by Muon, and all other parameters by AdamW, with one optimizer.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the averaged gradient
 of a matrix by the nearest matrix whose singular values are all about 1. So all directions of a

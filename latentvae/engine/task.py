@@ -355,7 +355,7 @@ class Task(ABC):
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Process the values of a validation that was just logged, or that a resume reads again."""
+        """Process the values of a validation, just logged or read from the log after a resume."""
 
     def summary(self) -> str | None:
         """Return the text to print when the run ends or stops, if any."""

@@ -37,7 +37,7 @@ CODED_IMAGES = 64  # number of images, evenly spread, whose coded size is measur
 
 
 class NothingReadable(UserError):
-    """The error if no image of an encoding can be read."""
+    """Raised if no image of an encoding can be read."""
 
 
 def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:

@@ -96,7 +96,7 @@ class Pictures(Dataset[Picture]):
 def open_items(
     data: str | os.PathLike[str] | DatasetSpec | SomeItems, *, pixels: PixelFormat
 ) -> ImageSource:
-    """Open all images of `data`, which `open_source` accepts or is `owner/name` on the Hub."""
+    """Open all images of `data`: an argument of `open_source`, or `owner/name` on the Hub."""
     if isinstance(data, SomeItems):
         return data
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
