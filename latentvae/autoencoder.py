@@ -4,8 +4,8 @@
     z = model.encode(Image.open("photo.jpg"))  # (1, d, ceil(H / f), ceil(W / f))
     picture = model.decode(z, size=(H, W), output_type="pil")[0]
 
-`B` batch, `C` channels, `H W` pixels, `f` downsampling factor, `d` latent channels, `h w` latent
-positions, `K` codes.
+Symbols: `B` batch size, `C` channels, `H W` pixels, `f` downsampling factor, `d` latent channels,
+`h w` latent positions, `K` codes.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ PIXELS_WORTH_PRICING, PRICE_WORTH_TELLING = 512**2, 10.0
 
 
 class NotFiniteError(UserError, RuntimeError):
-    """The network computed infinite values or NaN."""
+    """Raised if a network computes infinite values or NaN."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         advice = ": use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -187,7 +187,7 @@ class Autoencoder:
         scaled: bool = False,
         output_type: OutputType = "pt",
     ) -> Images:
-        """Return the images of latents.
+        """Decode latents to images.
 
         Args:
             z: the latents, (B, d, h, w).
@@ -215,7 +215,7 @@ class Autoencoder:
         size: tuple[int, int] | None = None,
         output_type: OutputType = "pt",
     ) -> Images:
-        """Return the images of a tokenizer's indices.
+        """Decode a tokenizer's indices to images.
 
         Args:
             indices: indices in the form that `encode_tokens` returns.
@@ -248,7 +248,7 @@ class Autoencoder:
         return cast(AnyImages, kind.restore(recon))
 
     def info(self) -> dict[str, Any]:
-        """Return the facts that distinguish this model from others in a report."""
+        """Return facts about the model for a report, such as its class, sizes and weights."""
         codes = {} if self.num_codes is None else {"num_codes": self.num_codes}
         if (levels := calls.num_levels(self.net)) > 1:
             codes["num_levels"] = levels
@@ -371,8 +371,8 @@ def load(
     Args:
         path: a folder, a single `.safetensors` file, or a Hub id, see
             `latentvae.models.load_network`.
-        device: device of the network. None is the CPU, as in diffusers.
-        dtype: dtype of the weights. None is float32. float16 may overflow unless the config's
+        device: device of the network. None means the CPU, as in diffusers.
+        dtype: dtype of the weights. None means float32. float16 may overflow unless the config's
             `force_upcast` is false.
         family: model family of a single file, if the file does not say how its latents are scaled:
             `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
@@ -454,7 +454,7 @@ def _name(path: Path) -> str:
 
 
 def _sha256(net: Network) -> str:
-    """Return the hash of all loaded weights, in the order of their names."""
+    """Return the sha256 of all weights, sorted by their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Communication between processes (ranks). No other module communicates.
+"""Communicate between processes (ranks). No other module communicates.
 
 All functions also work in one process without Accelerate.
 """
@@ -79,7 +79,7 @@ def send_from_main(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, in rank order. Values must be small and picklable."""
+    """Return a list of all ranks' values, in rank order. Values must be small and picklable."""
     if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -97,7 +97,7 @@ def from_main(value: Any) -> Any:
 
 
 def launched_rank() -> tuple[int, int]:
-    """Return rank and number of ranks from the launcher's environment.
+    """Return this process's rank and the number of ranks, from the launcher's environment.
 
     This function also works without an initialised process group.
     """
@@ -105,7 +105,7 @@ def launched_rank() -> tuple[int, int]:
 
 
 def launched_device() -> str:
-    """Return the GPU of this rank on its machine, or `"cpu"`."""
+    """Return the name of this rank's GPU on its machine, such as `"cuda:0"`, or `"cpu"`."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -1,4 +1,4 @@
-"""Errors that a user can correct.
+"""Define the errors that a user can correct.
 
 Each message names the wrong value, the allowed values and the nearest valid choice.
 """

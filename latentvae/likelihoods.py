@@ -1,6 +1,6 @@
-"""Likelihoods of images: a decoder returns the parameters of a distribution for every pixel.
+"""Likelihoods of images, for decoders that return the parameters of a pixel distribution.
 
-`B` batch, `C` image channels, `H W` image size. Images are in [-1, 1].
+Symbols: `B` batch size, `C` image channels, `H W` image size. Images are in [-1, 1].
 """
 
 import math
@@ -14,7 +14,7 @@ MAX_LOG_SCALE = 7.0
 
 
 class LogitLaplace:
-    """A Laplace distribution of the logit of the pixel (DALL-E, arXiv:2102.12092, appendix A.3).
+    """A Laplace distribution of the logit of each pixel (DALL-E, arXiv:2102.12092, appendix A.3).
 
     A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is small. The
     density of x on (0, 1) is
@@ -32,13 +32,13 @@ class LogitLaplace:
     eps = 0.1
 
     def nll(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return -ln f of each element, (B, C, H, W), in nats.
+        """Return the negative log-likelihood -ln f of each element, (B, C, H, W), in nats.
 
         Here f is the density of x, as in the paper. For the density of a pixel in [0, 1], add -ln(1
         - 2 eps) = 0.223 nats. For a pixel in [-1, 1], add -ln(0.5 - eps) = 0.916 nats.
 
         Args:
-            images: in [-1, 1], (B, C, H, W).
+            images: images in [-1, 1], (B, C, H, W).
             parameters: mu and ln b, (B, 2 C, H, W).
         """
         x = self.map_pixels(images.float())
@@ -55,7 +55,8 @@ class LogitLaplace:
 
         Args:
             parameters: mu and ln b, (B, 2 C, H, W).
-            generator: random generator on the device of `parameters`. None is the global generator.
+            generator: random generator on the device of `parameters`. None means torch's global
+                generator.
         """
         mu, log_b = _location_and_log_scale(parameters)
         # The difference of two exponential variables has a Laplace distribution.
@@ -67,7 +68,7 @@ class LogitLaplace:
         return 0.5 + (0.5 - self.eps) * images
 
     def unmap_pixels(self, x: Tensor) -> Tensor:
-        """Map x back to pixels, clamped to [-1, 1]."""
+        """Map x in [0, 1] back to pixels, clamped to [-1, 1]."""
         return ((x - 0.5) / (0.5 - self.eps)).clamp(-1.0, 1.0)
 
 

@@ -1,12 +1,12 @@
-"""The best linear code of image patches: principal components of f x f pixels.
+"""Compute the best linear code of image patches, by their principal components.
 
 The code turns each patch of f x f pixels into d numbers: its coordinates along the principal
 components. Decoding builds the patch again from these numbers. Among all linear codes with d
 numbers, this code has the smallest squared error on the images of the fit (Eckart and Young 1936).
 An autoencoder with the same f and d should do better.
 
-`B` batch, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per patch, `h w`
-patches.
+Symbols: `B` batch size, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per
+patch, `h w` patches.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from latentvae.moments import RunningMoments
 
 @dataclass(frozen=True)
 class LinearCode:
-    """A linear code of patches: its components, and the calls that encode and decode images.
+    """A linear code of image patches, which encodes and decodes images by its components.
 
     Attributes:
         mean: the mean patch, (C, f, f).
         basis: orthonormal components, the one with the largest variance first, (d, C, f, f).
-        variances: variance of each number, (d,).
+        variances: variance of each of the d numbers, (d,).
     """
 
     mean: Tensor
@@ -50,7 +50,7 @@ class LinearCode:
         return F.conv2d(images, self.basis, offset, stride=self.f)
 
     def decode(self, z: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
-        """Return images (B, C, H, W) of a code (B, d, h, w).
+        """Decode a code (B, d, h, w) to images (B, C, H, W).
 
         Args:
             size: height and width of the result, which is cropped at the right and at the bottom.
@@ -65,7 +65,7 @@ class LinearCode:
 
 
 class PatchMoments:
-    """Mean and covariance of the patches of any number of images.
+    """Running mean and covariance of the patches of any number of images.
 
     Args:
         f: side of a patch in pixels.
@@ -82,7 +82,7 @@ class PatchMoments:
         self.channels = 0
 
     def update(self, images: Tensor) -> None:
-        """Add the complete patches of images (B, C, H, W)."""
+        """Add the patches of images (B, C, H, W). Incomplete patches at the border are left out."""
         height, width = (side // self.f * self.f for side in images.shape[2:])
         self.channels = images.shape[1]
         whole = images[:, :, :height, :width]
@@ -90,7 +90,7 @@ class PatchMoments:
         self.moments.update(patches)
 
     def linear_code(self, d: int) -> LinearCode:
-        """Return the principal components as a code of d numbers, in float32.
+        """Return the linear code of the first d principal components, in float32.
 
         The sign of each component is chosen so that its largest entry is positive.
 

@@ -1,10 +1,10 @@
-"""Running mean, variance and covariance over batches and processes.
+"""Compute running mean, variance and covariance over batches and processes.
 
 The pairwise rule of Chan, Golub and LeVeque 1979 joins the moments of two sets of observations
 (http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Any number of batches and
 processes can be joined, in any order. A mean far from zero costs no precision.
 
-`N` observations, `D` features, `G` groups of features.
+Symbols: `N` observations, `D` features, `G` groups of features.
 """
 
 import math
@@ -52,7 +52,7 @@ class RunningMoments:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, scatter: Tensor) -> "RunningMoments":
-        """Return moments with given values. The arguments are the attributes of the class."""
+        """Create moments from known values of the attributes `count`, `mean` and `scatter`."""
         result = cls(len(mean), covariance=scatter.ndim == 2, device=mean.device)
         result.count, result.mean, result.scatter = count, mean, scatter
         return result
@@ -101,7 +101,7 @@ class RunningMoments:
         self.count = total
 
     def joined(self) -> "RunningMoments":
-        """Return the moments over all ranks, on the CPU. All ranks must call this method."""
+        """Join the moments of all ranks, on the CPU. All ranks must call this method."""
         result = RunningMoments(covariance=self.has_covariance)
         for state in gather_objects(self.state_dict()):
             part = RunningMoments(covariance=self.has_covariance)

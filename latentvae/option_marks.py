@@ -1,4 +1,4 @@
-"""The types that option classes are made of: sections, ranges and marks.
+"""Define the types from which option classes are built: sections, ranges and marks.
 
 A mark is an object that states a fact about one option. It is part of the type annotation of the
 option:
@@ -119,12 +119,12 @@ M = TypeVar("M", bound=Mark)
 
 
 def marked(section: type[BaseModel], kind: type[Mark]) -> list[str]:
-    """Return the names of the options with a mark of this kind, in the order of the fields."""
+    """Return the names of the options that have a mark of class `kind`, in field order."""
     return list(marks(section, kind))
 
 
 def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
-    """Return every mark of this kind, by the name of its option.
+    """Return a dict from the name of an option to its mark of class `kind`.
 
     Options of nested sections are included, also if a section is one member of a union type. A mark
     in a base class also holds for the field of the same name in a subclass.
@@ -140,7 +140,7 @@ def marks(section: type[BaseModel], kind: type[M]) -> dict[str, M]:
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the option classes in a field's type. A union type may contain several."""
+    """Yield the option classes in the type of a field. A union type may contain several classes."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

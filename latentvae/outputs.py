@@ -1,11 +1,11 @@
-"""The outputs of networks in training. Every network must return what these docstrings describe.
+"""Define the outputs of networks in training, which every network must return.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
 tensor in a `BaseOutput`, also inside a tuple of outputs. Both libraries would silently skip the
 tensors in objects of other classes.
 
-`B` batch, `C` image channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes,
-`L` levels of codes.
+Symbols: `B` batch size, `C` image channels, `H W` image size, `d` latent channels, `h w` latent
+size, `K` codes, `L` levels of codes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from torch import Tensor
 
 @dataclass
 class Latent(BaseOutput):
-    """One latent of a network. A field is None if this kind of bottleneck does not have it.
+    """One latent of a network, with its KL or codes.
+
+    A field is None if the kind of bottleneck does not have this value.
 
     Attributes:
         z: what the decoder reads, (B, d, h, w), float32.
@@ -61,7 +63,7 @@ class Latent(BaseOutput):
 
 @dataclass
 class AutoencoderOutput(BaseOutput):
-    """One forward pass of an autoencoder.
+    """The output of one forward pass of an autoencoder.
 
     Attributes:
         recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with its own

@@ -59,7 +59,7 @@ class Kind:
 
 
 def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
-    """Return the images as float32 (B, C, H, W) in [-1, 1], and the form in which they were given.
+    """Convert images to float32 (B, C, H, W) in [-1, 1]. Return the tensor and the input's form.
 
     Args:
         images: images in one of the forms that the module's docstring lists.
@@ -84,7 +84,7 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
 
 
 def convert(images: Tensor, output_type: OutputType) -> Images:
-    """Return images (B, C, H, W) in [-1, 1] as they are, as arrays in [0, 1], or as PIL images.
+    """Convert images (B, C, H, W) in [-1, 1] to arrays in [0, 1] or PIL images, or return them.
 
     Raises:
         UserError: `output_type` is unknown.

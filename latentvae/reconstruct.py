@@ -53,7 +53,7 @@ GAP = 8  # width in pixels of the white gaps in a PNG
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of the table. A metric is None if the picture is too small for it."""
+    """A row of the table of metrics. A metric is None if the picture is too small for it."""
 
     image: str
     width: int
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The results: a row per picture, and (path, reason) for each picture that was left out."""
+    """The results: a table row per picture, and (path, reason) for each picture left out."""
 
     rows: tuple[Row, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -153,7 +153,7 @@ def reconstruct(
 
 
 def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
-    """Return one picture's reconstruction. An `UnreadableImage` error skips only this picture.
+    """Reconstruct one picture. The caller skips the picture after an `UnreadableImage` error.
 
     Raises:
         UnreadableImage: the picture is too small or too large for the network or the memory.
@@ -180,7 +180,7 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 
 
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each image file, and its path relative to the given folder.
+    """Yield each image file, and its path relative to the folder in `inputs` that contains it.
 
     Files in `out` are left out, because an earlier call may have written them.
     """
@@ -247,7 +247,7 @@ def _shrink(image: Picture, max_side: int | None) -> Picture:
 
 
 def _save(path: Path, images: Tensor, recon: Tensor, *, deep: bool) -> None:
-    """Write original, reconstruction and difference side by side. Mid-grey means no difference."""
+    """Write a PNG of original, reconstruction and difference. Mid-grey means no difference."""
     visible = recon - images
     if images.shape[1] == 4:  # the difference on a mid-grey background, without transparency
         opaque = torch.full_like(images[:, 3:], 2 / DIFFERENCE_GAIN)

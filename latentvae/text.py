@@ -1,4 +1,4 @@
-"""Write names that users chose as plain text into Markdown and CSV files."""
+"""Escape names that users chose, so that Markdown and CSV files show plain text."""
 
 import re
 
@@ -11,7 +11,7 @@ def markdown_text(text: str) -> str:
 
 
 def spreadsheet_text(name: str) -> str:
-    """Return a name as a cell of a CSV file that no spreadsheet runs as a formula.
+    """Return a name as a CSV cell, in a form that no spreadsheet runs as a formula.
 
     Spreadsheets run text that starts with ``=``, ``+``, ``-`` or ``@``
     (https://owasp.org/www-community/attacks/CSV_Injection).

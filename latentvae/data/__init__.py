@@ -1,4 +1,4 @@
-"""Make batches of images from files, tar shards and tables: reading, transforms, order, loaders."""
+"""Read images from files, tar shards and tables, transform the images, and make batches."""
 
 from latentvae.data.bad_images import BadImages
 from latentvae.data.buckets import Buckets, BucketSampler, aspect_ratios, assign, bucket_sizes

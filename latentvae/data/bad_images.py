@@ -6,7 +6,7 @@ from latentvae.errors import UserError
 
 
 class BadImages:
-    """The unreadable files of a training, by name.
+    """A record of a training's unreadable files, with an error if there are too many.
 
     Example:
         bad = BadImages()
@@ -22,7 +22,7 @@ class BadImages:
         return len(self.reasons)
 
     def update(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Add (name, reason) pairs and return the pairs whose name is new."""
+        """Record (name, reason) pairs of unreadable files. Return the pairs whose name is new."""
         fresh: dict[str, str] = {}
         for name, reason in bad:
             if name not in self.reasons:

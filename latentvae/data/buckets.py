@@ -1,12 +1,13 @@
 """Aspect-ratio buckets: images of similar shape are trained together, so that little is cropped.
 
-Sources: NovelAI 2022, "Aspect ratio bucketing", and `enable_bucket` of kohya's scripts.
+The method follows NovelAI 2022, "Aspect ratio bucketing", and the option `enable_bucket` of kohya's
+training scripts.
 
 All images of a batch come from one bucket, and all ranks use the same bucket in the same step. The
 order is a function of (seed, epoch), so a resumed run needs only the number of steps done, as with
 `IndexSampler`.
 
-`N` images, `B` images per rank and micro-step, `W` ranks.
+Symbols: `N` images, `B` images per rank and micro-step, `W` ranks.
 """
 
 import math
@@ -24,22 +25,22 @@ WIDEST = 2.0  # width / height of the widest bucket. The tallest bucket has 1 / 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes of the buckets, and the bucket of each image.
+    """The assignment of images to aspect-ratio buckets, and the size of each bucket.
 
     Attributes:
         sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
-        of: number of the bucket of each image, (N,).
+        of: index of the bucket to which each image belongs, (N,).
     """
 
     sizes: tuple[tuple[int, int], ...]
     of: np.ndarray
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return the height and width at which an image is used in training."""
+        """Return the height and width to which the training resizes and crops image `index`."""
         return self.sizes[self.of[index]]
 
     def describe(self) -> str:
-        """Return the height and width of each bucket and how many images it holds."""
+        """Return a text with the height, the width and the number of images of each bucket."""
         counts = np.bincount(self.of, minlength=len(self.sizes))
         return ", ".join(
             f"{h} x {w}: {count:,}" for (h, w), count in zip(self.sizes, counts, strict=True)
@@ -49,7 +50,7 @@ class Buckets:
 def bucket_sizes(
     resolution: tuple[int, int], count: int, *, multiple: int
 ) -> tuple[tuple[int, int], ...]:
-    """Return up to ``count`` different sizes (height, width), by rising aspect ratio.
+    """Return up to ``count`` different bucket sizes (height, width), by rising aspect ratio.
 
     The logarithms of the aspect ratios are evenly spaced.
 
@@ -76,9 +77,10 @@ def _aspect(size: tuple[int, int]) -> float:
 
 
 def aspect_ratios(source: ImageSource) -> np.ndarray:
-    """Return width divided by height of every image, (N,), read from the headers.
+    """Return the width divided by the height of every image, (N,), from the file headers.
 
-    An unreadable image gets the ratio 1. It is reported later, when it is read for a batch.
+    An unreadable image gets the ratio 1. The image is reported later, when the training reads it
+    for a batch.
     """
     ratios = np.ones(len(source))
     for i in range(len(source)):
@@ -97,7 +99,7 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
     Args:
         ratios: width divided by height, (N,).
         sizes: (height, width) of each bucket.
-        at_least: smallest number of images in a bucket: the B W images that all ranks use in one
+        at_least: smallest number of images in a bucket: the B * W images that all ranks use in one
             micro-step. While a bucket has fewer images, the smallest bucket is removed and its
             images go to the next nearest bucket.
     """
@@ -116,7 +118,7 @@ class BucketSampler(IndexSampler):
     """An `IndexSampler` whose micro-steps take all images of all ranks from one bucket.
 
     No image is used twice in an epoch. In each epoch, a bucket leaves out fewer images than one
-    joint batch, which has the B W images of all ranks. Each epoch leaves out different images.
+    joint batch, which has the B * W images of all ranks. Each epoch leaves out different images.
 
     Args:
         buckets: the sizes of the buckets, and the bucket of every image.

@@ -8,7 +8,8 @@ consists of three primaries with curves, or of one grey curve (ICC.1:2010, secti
 A profile that changes no colour by more than one level of 255 counts as sRGB and is not applied. A
 damaged profile, or a profile of another colour space than its picture, is ignored with a warning.
 
-`H W` pixels.
+Symbols: `H W` height and width in pixels.
+
 """
 
 import functools
@@ -72,7 +73,7 @@ def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
 
 def _converted(image: Image.Image, icc: bytes) -> Image.Image | None:
-    """Return RGB of a picture of mode "L", "RGB" or "CMYK", or None if it is sRGB already."""
+    """Convert a picture of mode "L", "RGB" or "CMYK" to sRGB. Return None if nothing changes."""
     space = profile_space(icc)
     if image.mode == "L" and space == "RGB":
         image = image.convert("RGB")  # a grey picture with a profile for RGB
@@ -86,7 +87,7 @@ def _converted(image: Image.Image, icc: bytes) -> Image.Image | None:
 
 @functools.lru_cache(maxsize=64)
 def profile_space(icc: bytes) -> str | None:
-    """Return the colour space of a profile: one of `MODES`, or None if it cannot be used."""
+    """Return the colour space of a profile: one of `MODES`, or None for an unusable profile."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         space: str = profile.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
@@ -102,7 +103,7 @@ def profile_space(icc: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB, or None if the profile is sRGB or cannot be converted."""
+    """Return Pillow's transform from a profile to sRGB, or None for an sRGB or unusable profile."""
     space = profile_space(icc)
     assert space is not None
     try:
@@ -163,7 +164,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
 
 
 def _srgb_encoded(linear: np.ndarray) -> np.ndarray:
-    """Return the sRGB values of linear light, both in [0, 1]."""
+    """Convert linear light in [0, 1] to sRGB values in [0, 1]."""
     linear = np.clip(linear, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -178,14 +179,14 @@ def _tags(icc: bytes) -> dict[str, bytes]:
 
 
 def _primaries(icc: bytes) -> np.ndarray:
-    """Return the red, green and blue primaries in XYZ (D50), one in each column."""
+    """Return a profile's red, green and blue primaries in XYZ (D50), one in each column."""
     tags = _tags(icc)
     columns = [struct.unpack_from(">3i", tags[f"{name}XYZ"], 8) for name in "rgb"]
     return np.array(columns).T / 65536
 
 
 def _curves(icc: bytes, space: str) -> "list[Curve] | None":
-    """Return the curves to linear light, or None if the profile is a table or damaged."""
+    """Return a profile's curves to linear light. Return None for a table or a damaged profile."""
     try:
         tags = _tags(icc)
         if "A2B0" in tags:  # a table, which has precedence over curves
@@ -199,7 +200,7 @@ def _curves(icc: bytes, space: str) -> "list[Curve] | None":
 
 
 class Curve:
-    """A curve of a profile. It maps stored numbers to linear light, both in [0, 1].
+    """A profile's tone curve, which maps stored numbers in [0, 1] to linear light in [0, 1].
 
     Args:
         data: the bytes of a tag of type `curv` or `para`.
@@ -236,7 +237,10 @@ class Curve:
 
 
 def _parametric(x: np.ndarray, g: float, *rest: float) -> np.ndarray:
-    """Return the parametric curves 0 to 4 of ICC.1:2010, section 10.15, by their parameters."""
+    """Return the values at `x` of a parametric curve of ICC.1:2010, section 10.15.
+
+    The number of parameters tells which of the curve types 0 to 4 is meant.
+    """
     if not rest:
         return x**g
     a, b = rest[:2]
@@ -255,5 +259,5 @@ def _say_mismatch(space: str, mode: str) -> None:
 
 @functools.cache
 def _say_ignored(reason: str) -> None:
-    """Log once in each process why a profile is ignored."""
+    """Log a warning that says why a profile is ignored, once per reason and process."""
     logger.warning("An embedded colour profile is ignored and sRGB assumed: %s.", reason)

@@ -1,4 +1,4 @@
-"""Options of the images: where they are stored, how they are read, and how they are cropped."""
+"""Options that say where images are stored, how to read them, and how to crop them."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,10 @@ from latentvae.option_marks import (
 
 
 def _checked_resolution(value: Any) -> Any:
-    """Check the resolution in one sentence. pydantic's own error for a union has several lines."""
+    """Check the option `resolution`, and raise an error of one sentence if it is wrong.
+
+    The error that pydantic itself raises for a union type has several lines.
+    """
     sides = value if isinstance(value, tuple | list) else (value, value)
     whole = all(isinstance(side, int) and side >= 1 for side in sides)
     if len(sides) != 2 or not whole:

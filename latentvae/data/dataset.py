@@ -1,4 +1,4 @@
-"""Batches of images: endless and augmented for training, each image exactly once for validation."""
+"""Make batches of images: endless and augmented for training, each image once for validation."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -55,12 +55,17 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
 
     def on(self, device: torch.device | str) -> Tensor:
-        """Return the images on a device without host sync, (B, C, H, W), float32 in [-1, 1]."""
+        """Return the images on `device`, (B, C, H, W), float32 in [-1, 1].
+
+        The copy does not make the host wait for the device.
+        """
         return normalised(self.images.to(device, non_blocking=True))
 
 
 class TrainImages(Dataset[TrainItem]):
-    """Augmented images by (epoch, index). An image depends only on epoch, index and seed.
+    """A data set that returns the augmented crops of an image for a key (epoch, index).
+
+    The crops depend only on epoch, index and seed.
 
     An unreadable file is replaced by a random image, which depends only on (seed, epoch, index,
     attempt).
@@ -144,7 +149,8 @@ def train_loader(
     Args:
         dataset: the images.
         sampler: the order of the images, starting at its ``start_step``, or the (epoch, index)
-            pairs of each batch. B is the sampler's batch size times the crops of each image.
+            pairs of each batch. B is the sampler's batch size times the number of crops of each
+            image.
         num_workers: number of processes that decode images. With 0, this process decodes them.
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
     """
@@ -153,7 +159,7 @@ def train_loader(
 
 
 class QuietLoader(DataLoader[TrainItem]):
-    """A loader whose iterator does not repeat torch's warning about workers."""
+    """A DataLoader whose iterator does not repeat torch's warning about too many workers."""
 
     def __iter__(self) -> Any:
         with explained_workers(self.num_workers):

@@ -59,12 +59,12 @@ File = str | os.PathLike[str] | bytes
 
 @dataclass(frozen=True)
 class DeepTiff:
-    """The picture in a TIFF, as stored.
+    """The stored numbers of a picture in a TIFF file, with the facts needed to interpret them.
 
     Attributes:
         values: stored numbers, (H, W, C).
         alpha: whether the last channel is alpha.
-        white_is_zero: whether the lowest number is white.
+        white_is_zero: whether the lowest number means white.
         orientation: EXIF orientation, 1 to 8.
         icc: the embedded colour profile, if there is one.
     """
@@ -112,7 +112,7 @@ def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the number of pixels against Pillow's limit. Raise BadPixels above the limit."""
+    """Raise BadPixels if a picture has more pixels than Pillow's limit."""
     limit, count = Image.MAX_IMAGE_PIXELS, width * height
     if limit is not None and count > limit:
         raise BadPixels(too_many_pixels(count))
@@ -139,7 +139,7 @@ def set_pixel_limit(max_pixels: int | None) -> None:
 
 
 def too_many_pixels(count: int) -> str:
-    """Return why a file of `count` pixels is not read, and what to do."""
+    """Return a message: why a file of `count` pixels is not read, and what the user can do."""
     limit = Image.MAX_IMAGE_PIXELS or 0
     return (
         f"it has {count:,} pixels, more than the limit of {limit:,}. If you trust the file, set "
@@ -159,7 +159,7 @@ def check_shape(shape: tuple[int, ...], channels: int) -> None:
 
 
 def is_cut_to_8bit(image: Image.Image) -> bool:
-    """Return whether an opened file has colours of 16 bits that Pillow cuts to 8."""
+    """Return whether Pillow cuts the 16-bit colours of an opened file to 8 bits."""
     if isinstance(image, TiffImageFile):
         # Pillow's raw mode is not enough here: with separate planes it describes only one channel.
         tags = image.tag_v2
@@ -174,7 +174,7 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 def is_misread(image: Image.Image) -> bool:
     """Return whether Pillow silently decodes an opened TIFF to a wrong picture.
 
-    Pillow does so for separate planes of 16 bits and for signed 8-bit numbers.
+    Pillow does so for 16-bit colours in separate planes, and for signed 8-bit numbers.
     """
     if not isinstance(image, TiffImageFile):
         return False
@@ -211,7 +211,7 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
-    """Return the values with a 16-bit alpha channel that makes one colour transparent."""
+    """Return the values with an added 16-bit alpha channel that makes one colour transparent."""
     hidden = (values == np.asarray(key)).all(axis=2, keepdims=True)
     return np.concatenate([values, np.where(hidden, 0, 65535).astype(values.dtype)], axis=2)
 
@@ -286,7 +286,7 @@ def _extra_channel(page: tifffile.TiffPage) -> int | None:
 
 
 def _unassociated(values: np.ndarray) -> np.ndarray:
-    """Return the values with their colours divided by alpha."""
+    """Divide the colours of stored numbers by their alpha, and return colours and alpha."""
     alpha = values[..., -1:] / type_top(values.dtype)
     colour = np.divide(
         values[..., :-1], alpha, out=np.zeros(values[..., :-1].shape), where=alpha > 0
@@ -297,5 +297,5 @@ def _unassociated(values: np.ndarray) -> np.ndarray:
 
 
 def upright(orientation: int) -> Image.Transpose | None:
-    """Return the transposition that undoes an EXIF orientation, or None if none is needed."""
+    """Return the transposition that undoes an EXIF orientation, or None if no change is needed."""
     return _UPRIGHT.get(orientation)

@@ -1,4 +1,4 @@
-"""The types of image files that can be read, and advice on how to read other types."""
+"""List the types of image files that can be read, and advise how to read other types."""
 
 import functools
 import importlib
@@ -22,12 +22,12 @@ TO_CONVERT = (
 
 @dataclass(frozen=True)
 class Plugin:
-    """A package with which Pillow can read another format.
+    """A plugin package that lets Pillow read more file formats.
 
     Attributes:
         module: the plugin's module. The module registers itself on import, or by its function
             `register`.
-        extra: the extra of latentvae that installs the plugin.
+        extra: name of the optional dependencies (extra) of latentvae that install the plugin.
         suffixes: file name suffixes of the plugin's formats.
         formats: Pillow's names of the formats.
     """
@@ -70,7 +70,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow supports, including the formats of plugins."""
+    """Return the names of the formats that this build of Pillow and its plugins can read."""
     plugins = installed_plugins()
     Image.init()
     formats = (*FORMATS, *(name for plugin in plugins for name in plugin.formats))
@@ -78,7 +78,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def how_to_read(suffixes: Iterable[str]) -> str:
-    """Return sentences that say how to read files of these types, or "" without advice."""
+    """Return sentences that say how to read files of these types, or "" if there is no advice."""
     suffixes = set(suffixes) - set(readable_suffixes())
     missing = [plugin for plugin in PLUGINS if suffixes.intersection(plugin.suffixes)]
     convert = sorted(suffixes.intersection(TO_CONVERT))

@@ -32,14 +32,14 @@ SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into a
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """The choice of images: a data set of the Hub, or a local path, with options.
+    """A data set of images: the name of a Hub data set or a local path, with options to open it.
 
     Attributes:
         name: a Hub id such as ``"user/photos"``, or an existing path.
         config_name: the configuration. It is needed if the data set has several configurations.
         split: name of the split. If a data set has only one split, `train` opens this split too.
         image_column: the column of images. It is needed if several columns hold images.
-        cache_dir: where ``datasets`` keeps what it downloads and prepares.
+        cache_dir: folder in which ``datasets`` keeps what it downloads and prepares.
         any_split: if a data set has only one split, open this split and ignore ``split``.
     """
 
@@ -55,7 +55,7 @@ class DatasetSpec:
 
 
 class HubImages:
-    """The images of a data set, sorted by the path that ``datasets`` stores with each image.
+    """An image source that reads a table, sorted by the path stored with each image.
 
     A row without a path, or with the path of another row, is named by its split and number:
     ``train/000000012``. So a table without paths keeps its order.
@@ -106,7 +106,7 @@ class HubImages:
         return self.names[index]
 
     def labels(self, column: str | None = None) -> tuple[list[int], list[str] | None] | None:
-        """Return the class of each image, and the names of the classes if they have any.
+        """Return the class of each image, and the names of the classes if there are names.
 
         A null value becomes class -1.
 
@@ -153,7 +153,7 @@ class HubImages:
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
-    """Return the rows with all columns, and the name of their split.
+    """Open a data set. Return its rows with all columns, and the name of their split.
 
     Raises:
         UserError: the data set is missing, damaged or cannot be reached, or has no such split.
@@ -198,7 +198,7 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 
 
 def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[str]] | None:
-    """Return the patterns of each split in a folder with a ``*``, ``?`` or ``[`` in its path.
+    """Return file patterns by split, for a folder with a ``*``, ``?`` or ``[`` in its path.
 
     ``datasets`` would treat such a path as a pattern, and open other files. None means that
     ``datasets`` chooses the files.
@@ -409,7 +409,7 @@ def _holds_lists(kind: Any) -> bool:
 
 
 def _row_names(paths: list[str | None], split: str) -> list[str]:
-    """Return the stored paths where they are unique, and numbers of nine digits elsewhere."""
+    """Return the name of each row: its stored path if unique, else its split and number."""
     absolute = [path for path in paths if path and os.path.isabs(path)]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else ""
     names = [inner_name((path or "").removeprefix(root)) for path in paths]

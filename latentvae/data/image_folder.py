@@ -1,4 +1,4 @@
-"""Sources of images: a folder of files, or the photos that come with scikit-image.
+"""Image sources that read a folder of files, or the photos that come with scikit-image.
 
 ``tar.py`` reads tar files. ``hub_datasets.py`` reads tables (parquet, arrow, the Hub).
 """
@@ -38,8 +38,9 @@ SAMPLE_PHOTOS = {
 class ImageSource(Protocol):
     """A source of images, which are read by number.
 
-    ``read`` raises UnreadableImage for a damaged file. Its argument ``at_least`` means the
-    same as in ``read_image``. ``size`` returns width and height, and reads only the file's header.
+    ``read`` raises UnreadableImage for a damaged file. The argument ``at_least`` of ``read`` means
+    the same as in ``read_image``. ``size`` returns width and height, and reads only the file's
+    header.
     """
 
     def __len__(self) -> int: ...
@@ -52,10 +53,11 @@ class ImageSource(Protocol):
 
 
 class ImageFolder:
-    """The image files below a folder, sorted by relative path.
+    """An image source that reads the image files below a folder, sorted by relative path.
 
     Hidden files and folders are left out, and so are arrays that belong to an image
-    (``side_cars``). Links are followed. A folder that links reach twice counts once.
+    (``side_cars``). Links are followed. A folder that is reached by several paths is used only
+    once.
 
     Args:
         root: the folder (``~`` allowed).
@@ -103,7 +105,7 @@ class ImageFolder:
 
 
 class SamplePhotos:
-    """Photos from scikit-image's wheel, kept decoded in memory. Nothing is downloaded.
+    """An image source with scikit-image's photos, kept decoded in memory, without a download.
 
     Args:
         split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
@@ -210,7 +212,8 @@ def _check_folder(root: Path) -> None:
 def walk(root: Path) -> Iterator[PurePosixPath]:
     """Yield the files below a folder, as paths relative to it.
 
-    Hidden files are left out and links are followed. A folder that links reach twice counts once.
+    Hidden files are left out and links are followed. A folder that is reached by several paths is
+    searched only once.
     """
     return _walk(root, PurePosixPath(), seen=set())
 

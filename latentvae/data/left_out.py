@@ -1,4 +1,4 @@
-"""Say in one line which files besides the images are not used."""
+"""Count the files that are not used as images, and log the counts in one line."""
 
 import logging
 from collections import Counter
@@ -24,7 +24,7 @@ def stem(name: str) -> str:
 
 
 def belongs_to(name: str, stems: set[str]) -> bool:
-    """Return whether a file belongs to an image whose complete stem is in ``stems``.
+    """Return whether a file belongs to an image whose path without suffix is in ``stems``.
 
     ``0001.npy`` and ``0001.latent.npy`` belong to ``0001.jpg``, and so does ``0001.jpg.npy``.
     ``patient7.slice000.npy`` does not belong to ``patient7.overview.png``.
@@ -37,7 +37,7 @@ def belongs_to(name: str, stems: set[str]) -> bool:
 
 
 def side_cars(names: Iterable[str]) -> set[str]:
-    """Return the ``.npy`` files that belong to an image: latents, masks or embeddings, no pictures.
+    """Return the ``.npy`` files that belong to an image, such as latents, masks or embeddings.
 
     Args:
         names: relative paths of the image files and the arrays.
@@ -49,11 +49,11 @@ def side_cars(names: Iterable[str]) -> set[str]:
 
 
 def count_left_out(images: Iterable[str], others: Iterable[str]) -> Counter[str]:
-    """Return how many files of each kind are not used, by a name for the kind.
+    """Count the files that are not used. Return the counts by the name of the kind of file.
 
     Args:
         images: the files that are used.
-        others: the files that are not used. Labels and captions of an image do not count.
+        others: the files that are not used. Labels and captions of an image are not counted.
     """
     stems = {stem(name) for name in images}
     counts: Counter[str] = Counter()
@@ -73,7 +73,7 @@ def suffix(name: str) -> str:
 
 
 def describe(counts: Counter[str]) -> str:
-    """Return the counts as text, the largest first."""
+    """Return the counts as text, with the largest count first."""
     shown = [f"{count:,} {kind}" for kind, count in counts.most_common(SHOWN)]
     if (rest := counts.total() - sum(count for _, count in counts.most_common(SHOWN))) > 0:
         shown.append(f"{rest:,} others")

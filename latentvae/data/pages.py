@@ -21,7 +21,7 @@ Open = Callable[[int], AbstractContextManager[IO[bytes]]]
 
 
 def is_tiff(name: str) -> bool:
-    """Return whether a file name is that of a TIFF."""
+    """Return whether a file name ends with the suffix of a TIFF file."""
     return name.lower().endswith((".tif", ".tiff"))
 
 
@@ -43,20 +43,20 @@ def page_numbers(file: IO[bytes]) -> list[int]:
 
 
 def page_name(name: str, page: int) -> str:
-    """Return a name for a page (from 0): ``stack-page0001.tif`` for the first of ``stack.tif``."""
+    """Return a name for a page (from 0): ``stack-page0001.tif`` for page 0 of ``stack.tif``."""
     stem, suffix = os.path.splitext(name)
     return f"{stem}-page{page + 1:04d}{suffix}"
 
 
 def file_of_page(name: str) -> str:
-    """Return a page's name without its number, which is the same for all pages of a file."""
+    """Remove the page number from a page's name. All pages of a file give the same result."""
     return _PAGE.sub("", name) if is_tiff(name) else name
 
 
 def find_pages(
     names: Sequence[str], open_file: Open, *, all_pages: bool, place: str
 ) -> list[tuple[int, int | None]]:
-    """Return (file, page) of each image: one entry for each page, or one for each file.
+    """Return (file number, page number) of each image: one entry per page, or one per file.
 
     If only first pages are used, a warning says how many files have more pages.
 

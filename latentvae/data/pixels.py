@@ -1,10 +1,11 @@
-"""Pixels of any depth, as planes of floats in [-1, 1], for pictures that Pillow has no mode for.
+"""Represent pictures for which Pillow has no mode, as planes of floats in [-1, 1].
 
 8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a stated
 range become a `DeepImage`. This class has the methods of a Pillow image that the transforms use.
 Nothing is rounded to 8 bits between the file and the tensor.
 
-`C` channels, `H W` pixels. A picture is grey (1), grey and alpha (2), RGB (3) or RGBA (4).
+Symbols: `C` channels, `H W` height and width in pixels. A picture is grey (1), grey and alpha (2),
+RGB (3) or RGBA (4).
 """
 
 import math
@@ -39,9 +40,9 @@ class PixelFormat:
             its type, which is 0 to 1 for floats.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             these numbers are converted to sRGB.
-        keep_depth: return files of more than 8 bits as a `DeepImage`. Otherwise every picture is
+        keep_depth: return pictures of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
-        max_pixels: largest file that is read, in pixels. None is Pillow's limit.
+        max_pixels: largest number of pixels of a file that is read. None is Pillow's limit.
         all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 
     Raises:
@@ -138,13 +139,14 @@ def deep_image(
     white_is_zero: bool = False,
     icc: bytes | None = None,
 ) -> DeepImage:
-    """Return the picture that stored numbers represent.
+    """Convert stored numbers to the picture that they represent.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.
         pixels: channels and range of the picture.
         alpha: whether the last channel is alpha.
-        white_is_zero: whether the lowest number is white. If so, the ends of the range are swapped.
+        white_is_zero: whether the lowest number means white. If so, the ends of the range are
+            swapped.
         icc: the colour profile of the numbers.
 
     Raises:
@@ -196,7 +198,7 @@ def type_top(dtype: np.dtype) -> int:
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return the values scaled to [-1, 1], float32.
+    """Scale values from the range `low` to `high` to [-1, 1], and return them as float32.
 
     The computation is in float64, which keeps 32-bit integers distinct.
     """
@@ -207,7 +209,7 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _arranged(
     colour: list[np.ndarray], alpha: np.ndarray | None, channels: int
 ) -> list[np.ndarray]:
-    """Return the planes of the wanted channels, from one or three planes and perhaps alpha."""
+    """Convert one or three colour planes, with or without alpha, to the requested channels."""
     if channels < 4 and alpha is not None:
         colour = [1 + (plane - 1) * (alpha + 1) / 2 for plane in colour]  # composited over white
     if channels == 1 and len(colour) == 3:

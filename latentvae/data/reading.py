@@ -147,7 +147,7 @@ def in_format(image: Image.Image, pixels: PixelFormat) -> Picture:
     """Return a decoded image of any mode with the channels and the range of ``pixels``.
 
     Raises:
-        BadPixels: the numbers are no picture, or their range is unknown.
+        BadPixels: the numbers do not form a picture, or their range is unknown.
     """
     icc = None if pixels.ignore_icc else image.info.get("icc_profile")
     if not pixels.keep_depth:
@@ -173,7 +173,10 @@ def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
 
 
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Return a picture of 8 bits. Grey is the luma of RGB, so grey pictures do not change."""
+    """Convert an image to 8 bits and 1, 3 or 4 channels.
+
+    Grey is the luma of RGB, so grey pictures do not change.
+    """
     if channels == 4:
         opaque = not image.has_transparency_data
         return (to_rgb(image) if opaque else image).convert("RGBA")
@@ -182,7 +185,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -> DeepImage:
-    """Return a loaded image with one band of numbers, or of 8 bits, as a `DeepImage`."""
+    """Convert a loaded image to a `DeepImage`. The image has one band, or colours of 8 bits."""
     negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
@@ -230,7 +233,7 @@ def _unknown_to_pillow(source: deep_files.File, pixels: PixelFormat, page: int) 
 
 
 def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
-    """Return 8-bit RGB of an image of any mode.
+    """Convert an image of any mode to 8-bit RGB.
 
     Transparency is composited over white, and 16-bit numbers are scaled to 8 bits.
 
@@ -279,7 +282,7 @@ def _num_pixels(error: Exception) -> int | None:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the message of an exception, in one line."""
+    """Return the message of an exception as one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if (count := _num_pixels(error)) is not None:

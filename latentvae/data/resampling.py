@@ -6,7 +6,7 @@ size, with the kernels that torch supports. Pillow resizes in all other cases: e
 windows (first reduced to twice the output size), pictures with alpha (which weights the colours),
 and pictures of more than 8 bits.
 
-`C` channels, `H W` pixels.
+Symbols: `C` channels, `H W` height and width in pixels.
 """
 
 import functools
@@ -92,7 +92,7 @@ def _by_torch(image: Image.Image, box: Box, size: tuple[int, int], interpolation
 
 
 def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpolation: str) -> None:
-    """Replace the pixels whose kernel reaches beyond the window into the rest of the picture.
+    """Recompute with Pillow the pixels whose kernel reaches beyond the edges of the window.
 
     Torch treated the window as the complete picture. Pillow's kernel also uses pixels around the
     window.
@@ -125,7 +125,7 @@ def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpola
 
 
 def _window(image: Image.Image, box: Box) -> Tensor:
-    """Return the window as (C, H, W), uint8. RGB may come with Pillow's unused fourth channel."""
+    """Return the window as (C, H, W), uint8. RGB may include Pillow's unused fourth channel."""
     (width, height), (left, top, right, bottom) = image.size, box
     try:
         stored = pyarrow.array(image)  # pyright: ignore[reportArgumentType]
@@ -158,13 +158,13 @@ def pixels_of(image: Picture) -> Tensor:
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
-    """Return (H, W) or (H, W, C) as (C, H, W)."""
+    """Convert an array (H, W) or (H, W, C) to a tensor (C, H, W)."""
     tensor = torch.from_numpy(pixels)
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Return the result of `pixels_of` as float32 in [-1, 1], on its device.
+    """Convert the result of `pixels_of` to float32 in [-1, 1], on the same device.
 
     8-bit values from 0 to 255 become -1 to 1.
     """

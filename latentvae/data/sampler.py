@@ -1,4 +1,4 @@
-"""The order of the images: a function of seed, step and rank, so a resume needs only the step."""
+"""Compute the order of the images from seed, step and rank, so a resume needs only the step."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,12 @@ from latentvae.errors import UserError
 
 
 class IndexSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-steps, each a list of (epoch, index) for this rank.
+    """An endless sampler that yields (epoch, index) of the images of each micro-step of a rank.
 
     No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch,
-    which has the B W images of all W ranks. Each epoch has its own order. At step s of an epoch the
-    joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of its W parts. So two
-    ranks see the same images as one process with twice the batch size.
+    which has the B * W images of all W ranks. Each epoch has its own order. At step s of an epoch
+    the joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of W equal parts of
+    the joint batch. So two ranks see the same images as one process with twice the batch size.
 
     Args:
         num_items: number of images.

@@ -38,7 +38,7 @@ Form = Literal["samples", "folder", "tar", "table"]
 
 
 class Subset:
-    """Some images of a source.
+    """An image source that holds only the chosen images of another source.
 
     Args:
         source: the images.
@@ -165,7 +165,7 @@ def open_images(
 
 
 def _kind(name: str) -> Form | None:
-    """Return the form of a local path, or None if it does not exist."""
+    """Return the form of the images that ``name`` stands for, or None if no such path exists."""
     path = Path(name).expanduser()
     if name == SAMPLES:
         return "samples"
@@ -231,7 +231,7 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
 def _hold_out(
     source: ImageSource, *, share: float, seed: int, by_file: bool
 ) -> tuple[Subset, Subset]:
-    """Return the training and validation parts. ``by_file`` keeps the pages of a file together."""
+    """Split images into training and validation. ``by_file`` keeps the pages of a file together."""
     if not 0 < share < 1:
         raise UserError(f"the held-out share must lie between 0 and 1, such as 0.02 (got {share}).")
     if len(source) < 2:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstRows:
-    """The first rows of a stream, kept in memory as files: an ImageSource for validation.
+    """An image source for validation: the first rows of a stream, kept in memory as files.
 
     Args:
         files: (name, bytes) of each image.
@@ -65,7 +65,7 @@ class FirstRows:
 
 
 class ImageStream:
-    """A data set opened for streaming.
+    """A data set that is read as a stream: row by row, without access by number.
 
     Args:
         spec: the data set.
@@ -101,7 +101,7 @@ class ImageStream:
 
     @property
     def num_images(self) -> int | None:
-        """Number of rows in the split, or None if the data set does not say."""
+        """Number of rows in the split, or None if the data set does not state this number."""
         splits = self.rows.info.splits or {}
         return splits[self.split].num_examples if self.split in splits else None
 

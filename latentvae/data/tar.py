@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class TarShards:
-    """The images in tar files, sorted by the members' names, regardless of their shards.
+    """An image source that reads tar files, sorted by the members' names over all tar files.
 
     An image has the name of its member, so the same images have the same names and order as in a
     folder. A name that occurs in several shards gets the shard's name as a prefix:
@@ -139,7 +139,7 @@ class _Member(ContainerIO[bytes]):
 
 
 def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
-    """Return the tar files of a folder (and below), of one path, or of a pattern, sorted.
+    """Return the sorted tar files of a path, of a pattern, or of a folder and its subfolders.
 
     Raises:
         UserError: there are no tar files, or a file that a list in braces names is missing.
@@ -207,7 +207,7 @@ def _missing(path: Path) -> str:
 
 
 def _distinct(names: list[list[str]], shards: list[Path]) -> list[str]:
-    """Return all names in one list. A name in several shards gets the shard as a prefix."""
+    """Return all names in one list. A name in several shards gets the shard's name as a prefix."""
     times = Counter(itertools.chain.from_iterable(names))
     root = os.path.commonpath([path.absolute().parent for path in shards])
     result: list[str] = []

@@ -33,11 +33,11 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one tar file.
+    """A list of the images in one tar file, with the position of each image.
 
     Attributes:
-        names: cleaned names, (N,). If several members have the same name, the last member is used,
-            as when the tar file is unpacked.
+        names: names of the images as relative paths, see `inner_name`, (N,). If several members
+            have the same name, the last member is used, as when the tar file is unpacked.
         offsets: number of bytes from the start of the file to each image's first byte, (N,), int64.
         sizes: sizes of the images in bytes, (N,), int64.
         fault: what is wrong with the tar file, or "".

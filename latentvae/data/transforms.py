@@ -1,4 +1,4 @@
-"""From a picture to a (C, H, W) tensor: choose a window of the right shape and resize it.
+"""Convert a picture to a (C, H, W) tensor: choose a window of the right shape and resize it.
 
 A window consists of whole source pixels, and the resize is antialiased. So "resize the shorter side
 to R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
@@ -31,7 +31,7 @@ CROPS = ("random_resized", "random", "center")
 
 @dataclass(frozen=True)
 class Window:
-    """The place of a window, for an image of any size.
+    """The relative size and position of a crop window, which can be used for any image size.
 
     Attributes:
         share: side of the window divided by the side of the image's largest window of this shape,
@@ -63,7 +63,7 @@ class Window:
 
 
 class TrainTransform:
-    """Crop, resize and flip at random: ``image -> (C, H, W)``, float32 in [-1, 1].
+    """Crop, resize and flip an image at random: ``image -> (C, H, W)``, float32 in [-1, 1].
 
     Args:
         resolution: height and width in pixels, or one number R for both.
@@ -113,7 +113,7 @@ class TrainTransform:
         self.jpeg_draft = jpeg_draft
 
     def draw(self, rng: np.random.Generator) -> Window:
-        """Draw a window.
+        """Draw a random window.
 
         The method always draws four numbers from ``rng``, also if the options need fewer.
         """
@@ -140,7 +140,7 @@ class TrainTransform:
         return math.ceil(REDUCING_GAP * max(size or self.size) / share)
 
     def apply(self, image: Picture, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """Return a window of the image, (C, H, W): uint8, or float32 in [-1, 1] for deep images.
+        """Return a resized window of the image, (C, H, W): uint8, or float32 in [-1, 1] if deep.
 
         Args:
             image: the picture.
@@ -160,7 +160,7 @@ class TrainTransform:
     def crops(
         self, image: Picture, windows: Sequence[Window], size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Apply several windows and return (N, C, H, W)."""
+        """Return several resized windows of the image in one tensor, (N, C, H, W)."""
         return torch.stack([self.apply(image, window, size) for window in windows])
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Tensor:
@@ -168,7 +168,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize and crop the middle: ``image -> (C, H, W)``, float32 in [-1, 1].
+    """Resize an image and crop its middle: ``image -> (C, H, W)``, float32 in [-1, 1].
 
     Args:
         resolution: height and width in pixels, or one number R for both.

@@ -1,4 +1,4 @@
-"""The loader's worker processes: how many make sense, and how they survive signals."""
+"""Check the number of a loader's worker processes, and protect the workers from signals."""
 
 import functools
 import logging
@@ -44,9 +44,9 @@ def leave_signals_to_the_trainer(_worker: int) -> None:
     """Put a worker into its own process group, so that signals to the run do not reach it.
 
     Ctrl-C and `timeout` signal every process of a group. SLURM signals every process of a job step.
-    The workers must live until the trainer has finished its update and saved. The trainer itself
-    can still end the workers, because workers still react to a SIGTERM from the trainer. If the
-    trainer dies, DataLoader's watchdog ends the workers.
+    The workers must live until the trainer has finished its update and saved a checkpoint. The
+    trainer itself can still end the workers, because workers still react to a SIGTERM from the
+    trainer. If the trainer dies, DataLoader's watchdog ends the workers.
     """
     if not hasattr(os, "setpgrp"):  # Windows
         return

@@ -1,1 +1,1 @@
-"""Parts of any training run: loop, checkpoints, resume, lock, log, signals, weight average."""
+"""Run any training: loop, checkpoints, resume, folder lock, log, signals and weight average."""

@@ -1,4 +1,4 @@
-"""The content of a checkpoint, and how a run resumes from it.
+"""Collect the content of a checkpoint, and restore a training from this content.
 
     model.safetensors  model_optimizer.safetensors  model_average.safetensors   of each learner
     ...                                              Task.tensors
@@ -24,12 +24,12 @@ from latentvae.errors import UserError
 
 
 def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
-    """Return everything that the rest of the run depends on. All ranks must call this function.
+    """Return the state that a resumed run needs. All ranks must call this function.
 
     The snapshot refers to the run's tensors and does not copy them.
 
     Args:
-        training: the run so far.
+        training: the training, with its modules, optimizers and progress.
         window: this rank's sums of logged values (see `MeanWindow.state`).
     """
     task = training.task
@@ -101,7 +101,7 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a checkpoint's weights.
+    """Load a checkpoint's weights into a module.
 
     Raises:
         UserError: the weights belong to another network.
@@ -114,7 +114,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
-    """Return a learner's weights from a checkpoint. Averaged weights replace trained weights."""
+    """Return a learner's weights from a checkpoint, averaged where the checkpoint has averages."""
     return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
 
 

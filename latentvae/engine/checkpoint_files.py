@@ -1,4 +1,4 @@
-"""Files of a checkpoint: its folder is either complete or absent.
+"""Write and read the folder of a checkpoint, which is either complete or absent.
 
     checkpoint-<update>/  *.safetensors (see `checkpoint_content`)  state.json  manifest.json
 
@@ -32,8 +32,8 @@ class Snapshot:
     """The content of a checkpoint.
 
     Attributes:
-        tensors: tensors by file and name.
-        values: plain values of `state.json`.
+        tensors: for each safetensors file, its tensors by name.
+        values: the JSON values in `state.json`.
         update: number of updates done, taken from the folder's name. None if the snapshot was not
             read from a folder.
     """
@@ -121,7 +121,7 @@ def update_of(checkpoint: Path) -> int:
 
 
 def set_aside(run: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints of updates later than `after`. Return the new paths."""
+    """Rename the checkpoints that were saved after update `after`. Return the new paths."""
     renamed = []
     for path in checkpoints(run):
         if update_of(path) > after:
@@ -132,7 +132,7 @@ def set_aside(run: Path, *, after: int) -> list[Path]:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint, and a message for each newer, invalid checkpoint."""
+    """Return the newest valid checkpoint, and a message about each newer, invalid checkpoint."""
     faults = []
     for folder in reversed(checkpoints(run)):
         fault = _fault(folder)
@@ -192,7 +192,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Set file modes by the umask, because safetensors lets only the owner read its files."""
+    """Set file modes by the umask, because only the owner can read what safetensors writes."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

@@ -10,17 +10,17 @@ TOLD_FROM = 0.2  # a warning is printed if updates wait for at least this share 
 
 
 class DataWait(Iterator[Any]):
-    """An iterator over batches with a clock that runs while the update waits for a batch.
+    """An iterator over batches that measures how long updates wait for their batches.
 
-    The clock measures time on the host and does not synchronise with the device. The first wait
+    The iterator measures time on the host and does not synchronise with the device. The first wait
     does not count, because the workers start during it.
 
     Args:
-        loader: returns the batches. Its iterator is created when the first batch is needed.
+        loader: yields the batches. The loader's iterator is created when the first batch is needed.
         num_workers: number of this rank's processes that read data.
         num_processes: number of ranks on this machine, which share the cores.
         unit: name of a batch's items, such as images.
-        advice: what to try when no core is left for more workers.
+        advice: text that says what to try when no core is left for more workers.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class DataWait(Iterator[Any]):
         return batch
 
     def take(self) -> float:
-        """Return the seconds waited since the last call."""
+        """Return the number of seconds that updates have waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
-        """Return a warning about waiting for data, once per run. Return None if the wait is short.
+        """Return a warning if updates wait long for data, at most once per run, else None.
 
         Args:
             waited: seconds of `elapsed` in which updates waited for batches.
@@ -72,7 +72,7 @@ class DataWait(Iterator[Any]):
         )
 
     def _remedy(self, waited: float, elapsed: float) -> str:
-        """Return advice: as many workers as the update needs, if there are cores for them."""
+        """Return text that advises more workers, or `advice` if no core is left for them."""
         computing = max(elapsed - waited, 1e-9)
         # While an update computes, the workers must read the next batch. Without workers, `waited`
         # is the time in which this process reads the batches.

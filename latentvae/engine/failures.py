@@ -1,4 +1,4 @@
-"""Faults of the machine that end a correctly started run, and the message for each fault."""
+"""Explain the faults of the machine that can end a correctly started run."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ _PEERS = (
 
 @contextlib.contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Turn a fault of the machine into a `RunError`. Other errors are raised unchanged."""
+    """Raise a `RunError` for a fault of the machine. Other errors are raised unchanged."""
     try:
         yield
     except (UserError, RunError):
@@ -44,7 +44,7 @@ def explained(task: Task) -> Iterator[None]:
 
 
 def explanation(error: Exception, task: Task) -> str | None:
-    """Return the message for an error. Return None for an error of an unknown kind."""
+    """Return a message that explains an error, or None for an error of an unknown kind."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _CPU_MEMORY)

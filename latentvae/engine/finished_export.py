@@ -1,4 +1,4 @@
-"""The export of a finished run, which is made once and recorded in the log."""
+"""Export a finished run once, and record the export in the log."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def export(training: Training) -> Path:
 
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
-    """Return whether an export of this update with the same options exists."""
+    """Return whether `folder` has an export of the same update with the same options."""
     exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())

@@ -1,4 +1,4 @@
-"""Settings of `accelerate launch` that training does not support.
+"""Reject the settings of `accelerate launch` that training does not support.
 
 Such settings often come from another project, because `accelerate config` writes one file for all
 projects.
@@ -17,7 +17,7 @@ from latentvae.files import read_yaml
 
 
 class Setting(NamedTuple):
-    """A setting of the launcher.
+    """A setting of `accelerate launch` that training supports only with some values.
 
     Attributes:
         variable: the environment variable through which the launcher passes the setting on.
@@ -87,7 +87,7 @@ def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os
 
 
 def _origin(key: str, value: str) -> str:
-    """Return text that names the file of a setting, or the other places where it may be set."""
+    """Return text that names the file or the other place from which a setting comes."""
     for path in (_named_by_launcher(), Path(default_config_file)):
         if path is not None and path.is_file():
             with contextlib.suppress(UserError):
@@ -97,7 +97,7 @@ def _origin(key: str, value: str) -> str:
 
 
 def _has(values: Any, key: str, value: str) -> bool:
-    """Return whether a launcher's file has a setting: a value, or a section that is not empty."""
+    """Return whether a configuration file has this value, or a non-empty section, for `key`."""
     if not isinstance(values, dict):
         return False
     found = values.get(key)
@@ -108,7 +108,7 @@ def _has(values: Any, key: str, value: str) -> bool:
 
 
 def _named_by_launcher() -> Path | None:
-    """Return the file after --config_file on the command line of the parent process."""
+    """Return the file after --config_file in the command line of the launcher (the parent)."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
         folder = Path(os.readlink(f"/proc/{os.getppid()}/cwd"))

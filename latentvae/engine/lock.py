@@ -1,4 +1,7 @@
-"""A lock that admits one run per folder. The lock ends with its process, so it is never stale."""
+"""Lock the folder of a run, so that no two runs use the folder at the same time.
+
+The lock ends with its process, so it is never stale.
+"""
 
 import contextlib
 import json
@@ -54,7 +57,10 @@ def _release(descriptor: int, folder: Path) -> None:
 
 
 def _take(folder: Path) -> int | None:
-    """Lock the folder and write this process's id and host into the lock file. Return that file."""
+    """Lock the folder, and write this process's id and host into the lock file.
+
+    Return the open lock file's descriptor, or None on Windows.
+    """
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ def _take(folder: Path) -> int | None:
 
 
 def _open_locked(path: Path) -> int | None:
-    """Open and lock a file. Return None on Windows, which has no such locks.
+    """Open and lock a file. Return its descriptor, or None on Windows, which has no such locks.
 
     Raises:
         UserError: another process holds the lock.

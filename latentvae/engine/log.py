@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar, rows in log.jsonl, and a tracker if the user wants one."""
+"""Log a run in log.jsonl, on a progress bar, and in a tracker if the user wants one."""
 
 import contextlib
 import json
@@ -24,7 +24,10 @@ Window = dict[str, list[float]]  # Sum and count of logged values since the last
 
 
 class MeanWindow:
-    """Running means of device scalars between two log rows. Only `means` waits for the device."""
+    """Running means of logged scalars between two log rows.
+
+    The sums stay on the device. Only `means` and `state` wait for the device.
+    """
 
     def __init__(self, device: torch.device, *, saved: Window | None = None) -> None:
         saved = saved or {}
@@ -38,7 +41,7 @@ class MeanWindow:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Return the means over updates and ranks, and empty the window."""
+        """Return the mean of each value over updates and ranks, and reset the sums."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -51,7 +54,7 @@ class MeanWindow:
 
 
 class RunLog:
-    """log.jsonl, the progress bar and the tracker. Only the first rank writes.
+    """A log that writes to log.jsonl, the progress bar and the tracker, on the first rank only.
 
     Args:
         folder: the run's folder.
@@ -106,7 +109,7 @@ class RunLog:
         self.bar.update(1)
 
     def row(self, update: int, values: Mapping[str, float]) -> None:
-        """Append a row of training values, with the speed since the last row."""
+        """Append a row of training values to the log, with the speed since the last row."""
         # speed
         now, (then, done) = time.perf_counter(), self._mark
         elapsed = max(now - then, 1e-9)
@@ -186,7 +189,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Drop the rows of later updates, which the run repeats. Return the remaining rows."""
+    """Delete the log rows of later updates, which the run repeats. Return the remaining rows."""
     kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,4 +1,4 @@
-"""The loop of every run: updates, and between them log rows, checkpoints and validations.
+"""Run the training loop: updates, and between them log rows, checkpoints and validations.
 
 The loop is the same for any task and any number of ranks.
 """
@@ -42,7 +42,7 @@ SILENT_SECONDS = 10.0  # a line announces a validation if the last validation to
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. The run finished its update and saved."""
+    """Raised if a signal asked the run to stop, after the run has saved a checkpoint."""
 
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ def train(task: Task) -> Path:
         UserError: an option, a path or the data is wrong. No work was done.
         RunError: the machine ended the run, for example by a full disk, too little memory or a dead
             process.
-        UploadError: the run is done and exported, but the upload to the Hub failed.
+        UploadError: the run is finished and exported, but the upload to the Hub failed.
         Stopped: a signal stopped the run. The run saved everything first.
     """
     # all checks that need no other processes
@@ -184,7 +184,7 @@ def _train(training: Training, window: Window) -> None:
 
 
 class _Loop:
-    """The updates until the end or a signal, and the logs, saves and validations between them."""
+    """The training loop: updates until the end or a signal, with logs, saves and validations."""
 
     def __init__(
         self, training: Training, window: Window, *, log: RunLog, interrupt: Interrupt
@@ -233,7 +233,7 @@ class _Loop:
         return update % options.validation_steps == 0 or update == options.max_train_steps
 
     def _take(self, result: UpdateResult) -> None:
-        """Add an update to the next row of the log. End a run whose gradients stay non-finite.
+        """Add the values of an update to the next log row. Check for repeated non-finite updates.
 
         Raises:
             RunError: too many updates in a row were not finite.

@@ -1,4 +1,4 @@
-"""Muon for matrices, and AdamW for all other parameters, as one optimizer.
+"""Train matrices by Muon, and all other parameters by AdamW, with one optimizer.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the averaged gradient
 of a matrix by the nearest matrix whose singular values are all about 1. So all directions of a
@@ -21,7 +21,7 @@ EPSILON = 1e-7
 
 
 class MuonWithAdamW(optim.AdamW):
-    """AdamW that trains some of its parameters by Muon.
+    """An optimizer that trains matrices by Muon, and all other parameters by AdamW.
 
     Each parameter group has the key `muon`. For the matrices, the key holds Muon's learning rate
     divided by AdamW's. For all other parameters, the key holds None.
@@ -54,7 +54,7 @@ class MuonWithAdamW(optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         # Hide the groups of Muon while AdamW steps.
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["muon"] is None]
@@ -69,7 +69,7 @@ class MuonWithAdamW(optim.AdamW):
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Step the matrices of one shape together."""
+        """Update the matrices of a parameter group. Matrices of the same shape are batched."""
         rate = group["lr"] * group["muon"]
         by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
         for weight in group["params"]:
@@ -94,7 +94,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices (N, R, S) with singular values between about 0.7 and 1.2.
 
     The iteration X <- a X + b (X X') X + c (X X')^2 X, with the `COEFFICIENTS` a, b and c, is a
-    polynomial of G = X X' times X. So only G is iterated. This is cheaper if X is not square.
+    polynomial of G = X X' times X. So the iteration computes with G only, which is cheaper if X is
+    not square.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

@@ -1,4 +1,4 @@
-"""The plan of a run, which is printed before its first update."""
+"""Make the table of facts (the plan) that a run prints before its first update."""
 
 import os
 
@@ -8,7 +8,7 @@ from latentvae.engine.training import Training
 
 
 def plan(training: Training) -> str:
-    """Return a table of the facts that decide the run's cost and result."""
+    """Return a table, as text, of the facts that decide the cost and the result of the run."""
     rows = {
         **training.task.plan(),
         "batch": _batch(training),
@@ -78,7 +78,7 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Return the number of threads of a process, as text. By default launchers set one thread."""
+    """Return text that says how many threads each process has. Launchers set one by default."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:

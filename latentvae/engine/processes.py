@@ -1,4 +1,4 @@
-"""Start and end of a run's processes, and the wrapping of modules for them."""
+"""Connect and disconnect the processes of a run, and wrap modules in autocast and DDP."""
 
 import gc
 import warnings

@@ -1,4 +1,4 @@
-"""The progress of a run, and the plain values of a checkpoint (`state.json`).
+"""Define and check the plain values of a checkpoint (`state.json`), such as the progress.
 
 A hash in the manifest proves that a file has not changed. The hash does not prove that this program
 wrote the file. So the values are checked, and a copied or edited file is an error.
@@ -17,7 +17,7 @@ Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class Progress(BaseModel):
-    """The progress of a run.
+    """Counters of the updates and micro-steps that a run has done.
 
     Attributes:
         update: number of updates done.
@@ -35,10 +35,10 @@ class Progress(BaseModel):
 
 
 class SavedValues(BaseModel):
-    """The plain values of a checkpoint.
+    """The content of `state.json`: all values of a checkpoint that are not tensors.
 
     Attributes:
-        progress: numbers of updates and micro-steps done.
+        progress: counters of the updates and micro-steps done.
         windows: sums of logged values since the last row, for each rank.
         task: the values of `Task.state`.
         ranks: the values of `Task.rank_state`, for each rank.
@@ -74,7 +74,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def checked_values(model: type[Model], values: Any) -> Model:
-    """Return the plain values of a checkpoint as a `model`.
+    """Convert the plain values of a checkpoint to an object of class `model`.
 
     Raises:
         UserError: no run has written these values. The message names the wrong entry.
@@ -91,7 +91,7 @@ def checked_values(model: type[Model], values: Any) -> Model:
 
 
 def _not_given(values: BaseModel) -> list[str]:
-    """Return the missing fields, at any depth. A run always saves every field."""
+    """Return the names of missing fields, at any depth. A run always saves every field."""
     names = [name for name in type(values).model_fields if name not in values.model_fields_set]
     for name in type(values).model_fields:
         inner = getattr(values, name)
@@ -101,7 +101,7 @@ def _not_given(values: BaseModel) -> list[str]:
 
 
 def not_of_a_run(fault: str) -> UserError:
-    """Return the error for a `state.json` that no run has written."""
+    """Return the `UserError` for a `state.json` that no run has written."""
     return UserError(
         f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}). Delete that "
         "checkpoint, and the same command resumes from the checkpoint before it."

@@ -1,4 +1,4 @@
-"""The upload of a finished run's export to the Hugging Face Hub, from rank 0."""
+"""Upload the export of a finished run to the Hugging Face Hub, from rank 0."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ __all__ = ["UploadError", "check_push", "push_export", "repository"]
 
 
 def repository(hub_model_id: str | None, folder: Path) -> str:
-    """Return the given repository, or by default the run's name in the user's account."""
+    """Return the id of the Hub repository. The default is the run's name in the user's account."""
     repo_id = hub_model_id or folder.resolve().name
     check_repo_id(repo_id)
     return repo_id

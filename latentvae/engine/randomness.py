@@ -1,4 +1,4 @@
-"""Random numbers from counters: each micro-step seeds the global generators.
+"""Seed the global random generators at each micro-step from counters.
 
 So checkpoints contain no state of a random generator.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """The purpose of random numbers. Different purposes use different random numbers."""
+    """The purposes of random numbers. Each purpose has its own random numbers."""
 
     WEIGHTS = 1
     MICRO_STEP = 2

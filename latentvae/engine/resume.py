@@ -1,4 +1,4 @@
-"""The start of a run: from scratch, or from the newest valid checkpoint.
+"""Start a run from scratch, or from the newest valid checkpoint.
 
 Running the same command again resumes a run.
 """
@@ -41,7 +41,7 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def find_start(asked: JobConfig, folder: Path) -> Path | None:
-    """Return the checkpoint to resume from, if there is one. No file of a run changes.
+    """Return the checkpoint to resume from, or None. The function changes no file of a run.
 
     Rank 0 searches, and every rank gets the same result or error.
 
@@ -84,7 +84,7 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:
-    """Raise UserError if options differ that change the result. The message names them."""
+    """Raise UserError, with the names of the options, if options that change the result differ."""
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
@@ -139,7 +139,7 @@ def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
-    """Return the requested checkpoint. For `latest`, return None if there is no checkpoint.
+    """Return the checkpoint that `wanted` names. For `latest`, None means no usable checkpoint.
 
     Raises:
         UserError: a named checkpoint is not a checkpoint of this run, or is damaged.
@@ -164,7 +164,7 @@ def _checkpoint(wanted: str, folder: Path) -> Path | None:
 
 
 def _check_run(folder: Path, schema: type[JobConfig]) -> None:
-    """Raise UserError if a folder has files in it, but no run."""
+    """Raise UserError if a folder contains files, but no run."""
     if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         read_config(folder / CONFIG_NAME, schema)
 

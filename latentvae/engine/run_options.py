@@ -1,4 +1,4 @@
-"""Checks of the options of every run, before any work and without touching a file."""
+"""Check the options that every run has, before any work and without touching a file."""
 
 import os
 from pathlib import Path

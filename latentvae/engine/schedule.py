@@ -1,4 +1,4 @@
-"""Schedules as functions of the update's number. No schedule has a state."""
+"""Compute learning rates and other scheduled values from the number of the update alone."""
 
 import math
 
@@ -11,7 +11,7 @@ def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range =
     Args:
         update: number of the update, from 0.
         peak: the learning rate after the warm-up.
-        config: has the warm-up, the scheduler and the length of the run.
+        config: the options, which set the warm-up, the scheduler and the length of the run.
         pause: updates in which the learner does not learn. The warm-up does not count these
             updates.
     """

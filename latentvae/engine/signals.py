@@ -1,8 +1,8 @@
 """Stop a run cleanly at the first signal, and at once at the second.
 
-After the first signal the run finishes its update and saves. The signals are SIGTERM, SIGINT
-(Ctrl-C), SIGHUP (a closed terminal or a lost ssh connection) and SIGUSR1 (sent by SLURM before a
-time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
+After the first signal, the run finishes its update and saves a checkpoint. The signals are SIGTERM,
+SIGINT (Ctrl-C), SIGHUP (a closed terminal or a lost ssh connection) and SIGUSR1 (sent by SLURM
+before a time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _ECHO = 2.0  # seconds in which a launcher may repeat a signal that has reached 
 
 
 class Interrupt:
-    """Context manager that notes the first signal and restores the handlers at its end.
+    """A context manager that records the first signal, and restores the signal handlers on exit.
 
     `accelerate launch` does not pass SIGTERM to a single training process. So the end of the
     launcher counts as SIGTERM too.
@@ -63,7 +63,7 @@ class Interrupt:
             sys.exit(128 + number)
 
     def _acknowledge(self) -> None:
-        """Print at once what happens, without `print`, which the signal may have interrupted."""
+        """Print at once that the run will stop, without `print`, which the signal may interrupt."""
         if self.next_update is None:
             return
         text = f"\nfinishing update {self.next_update():,}, then saving. "
@@ -74,7 +74,7 @@ class Interrupt:
             os.write(2, f"{text}\n".encode())
 
     def _leave_terminal(self) -> None:
-        """Discard later output, because writing to a closed terminal is an error."""
+        """Discard all later output, because writing to a closed terminal is an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)

@@ -1,4 +1,4 @@
-"""The contract between the engine and a task. A task is what a run trains.
+"""The interface between the engine and a task. A task defines what a run trains.
 
     class Regression(Task): ...         # modules, batches, micro_step, validate, export
 
@@ -41,22 +41,25 @@ Averages = Mapping[nn.Parameter, Tensor]
 
 
 class State(BaseModel):
-    """Plain values of a task in a checkpoint. Unknown or missing values are an error."""
+    """Base class for the plain values of a task in a checkpoint.
+
+    Unknown or missing values are an error.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(kw_only=True)
 class Learner:
-    """A module that one optimizer trains.
+    """A module with the optimizer that trains it.
 
     Attributes:
         module: the bare module. A checkpoint holds its `state_dict`.
         prepared: the same module wrapped by DDP and autocast. Training calls this wrapped module.
         optimizer: trains the module's parameters.
         rate: peak learning rate. The engine sets the rate of all parameter groups in every update.
-        averaged: the part whose weights are averaged, validated and exported. None means no
-            average: the trained weights are validated and exported.
+        averaged: the part of the module whose weights are averaged, validated and exported. None
+            means no average: the trained weights are validated and exported.
     """
 
     module: nn.Module
@@ -76,7 +79,7 @@ class Learner:
         averaged: nn.Module | None = None,
         matrices: Sequence[nn.Parameter] = (),
     ) -> "Learner":
-        """Return a learner with the module prepared for all processes, and with an optimizer.
+        """Wrap a module for all processes, create its optimizer, and return both as a learner.
 
         The optimizer trains the parameters that require a gradient.
 
@@ -84,7 +87,7 @@ class Learner:
             module: the bare module.
             accelerator: wraps the module.
             options: settings of the optimizer.
-            rate: peak learning rate, by default that of the options.
+            rate: peak learning rate, by default the learning rate of the options.
             averaged: the part of the module whose weights are averaged.
             matrices: weights that Muon trains if the options ask for it.
         """
@@ -119,11 +122,14 @@ class Learner:
 
 
 class Task(ABC):
-    """What a run trains. A subclass defines the abstract methods, `config_class` and `launch`.
+    """Base class of what a run trains: modules, data and objective.
+
+    A subclass defines the abstract methods, `config_class` and `launch`.
 
     Attributes:
         config: the options. `open` may replace it.
-        learners: modules by name, filled by `build`. Files and log values carry that name.
+        learners: learners by name, created by `build`. The names of files and log values contain
+            the name of the learner.
         device: the device of modules and batches. The engine sets it before `build`.
         say: prints a line above the progress bar. The function works only after `begin` was called,
             and only on the first rank.
@@ -168,14 +174,14 @@ class Task(ABC):
         """
 
     def open(self) -> None:
-        """Open the data and everything else that the options name. Write nothing.
+        """Open the data and everything else that the options name, without writing a file.
 
         Raises:
             UserError: something is missing or cannot be used.
         """
 
     def check_processes(self, processes: int) -> None:
-        """Raise UserError if the number of processes is wrong, such as more than one per batch."""
+        """Raise UserError if the task cannot run with this number of processes."""
 
     @abstractmethod
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
@@ -204,7 +210,7 @@ class Task(ABC):
         """Write the files named in `files` into the run's folder, on the first rank only."""
 
     def identity(self) -> dict[str, Any]:
-        """Return JSON values that must stay the same on resume, such as the number of items."""
+        """Return JSON values that must be the same after a resume, such as the number of items."""
         return {}
 
     @property
@@ -218,7 +224,7 @@ class Task(ABC):
         return self.config.run.train_batch_size
 
     def plan(self) -> dict[str, str]:
-        """Return rows of the printed plan by heading: what is trained, and on which data."""
+        """Return rows of the printed plan, keyed by heading: what is trained, and on which data."""
         return {}
 
     def warnings(self) -> list[str]:
@@ -226,11 +232,14 @@ class Task(ABC):
         return []
 
     def step_size(self) -> str:
-        """Return the options that decide a micro-step's memory, for the out-of-memory error."""
+        """Return text that names the options that decide the memory of a micro-step.
+
+        The error for too little memory shows this text.
+        """
         return f"train_batch_size {self.config.run.train_batch_size}"
 
     def memory_advice(self) -> list[str]:
-        """Return options that need less memory, in the order to try them."""
+        """Return settings of options that need less memory, in the order in which to try them."""
         options, advice = self.config.run, []
         if options.train_batch_size > 1:
             multiple = self.config.batch_multiple
@@ -255,15 +264,15 @@ class Task(ABC):
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the updates in which a learner does not learn.
+        """Return the range of updates in which a learner does not learn.
 
-        The warm-up of its learning rate does not count these updates.
+        The warm-up of the learning rate does not count these updates.
         """
         return range(0)
 
     @abstractmethod
     def micro_step(self, batch: Any, update: int) -> dict[str, Tensor]:
-        """Add the gradients of one batch.
+        """Compute the gradients of one batch and add them to the gradients of the update.
 
         Divide the loss by `config.run.gradient_accumulation_steps`, because gradients are summed.
 
@@ -314,7 +323,7 @@ class Task(ABC):
         return {}
 
     def end_update(self) -> None:
-        """Discard what was gathered for an update, also if its gradients were not finite."""
+        """Discard the values collected for an update, also if its gradients were not finite."""
 
     # between updates
 
@@ -346,16 +355,16 @@ class Task(ABC):
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Process a validation that was just logged, or that a resume finds in the log."""
+        """Process the values of a validation, just logged or read from the log after a resume."""
 
     def summary(self) -> str | None:
-        """Return what to print when the run ends or stops."""
+        """Return the text to print when the run ends or stops, if any."""
         return None
 
     # checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the checkpoint's tensors that belong to no learner, by file and name.
+        """Return the tensors of a checkpoint that belong to no learner, by file and tensor name.
 
         The method returns the tensors in use, not copies. A file's name must not be a learner's
         name, nor a learner's name followed by `_optimizer` or `_average`.
@@ -407,21 +416,21 @@ class Task(ABC):
         return out.is_dir()
 
     def done(self, out: Path) -> str:
-        """Return the last line of a finished run."""
+        """Return the last line that a finished run prints."""
         return f"done: {out}"
 
     # proofs
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """Return options that run all phases of the run in a few updates, for `verify-resume`."""
+        """Return options of a short run, for `verify-resume`, with all phases in a few updates."""
         return config
 
     def check_repeatable(self) -> None:
         """Raise UserError if the run would not resume exactly. Call `open` first."""
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
-        """Return the items of a rank's micro-steps `start` to `stop`. None means unknown.
+        """Return the items that a rank reads in micro-steps `start` to `stop`, or None if unknown.
 
         Call `open` first.
         """

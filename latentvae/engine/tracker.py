@@ -1,4 +1,4 @@
-"""A tracker in addition to log.jsonl (TensorBoard or Weights & Biases, through Accelerate).
+"""Log to a tracker (TensorBoard or Weights & Biases, through Accelerate) besides log.jsonl.
 
 A tracker that cannot start ends the run before the first update. A later error of the tracker is
 printed once and does not stop the run, because log.jsonl has every number.
@@ -74,7 +74,9 @@ def start_tracker(
 
 
 class Tracker:
-    """The link to the tracker. Without a tracker, as on ranks after the first, it does nothing.
+    """A logger that sends values and pictures to the tracker.
+
+    Without a tracker, as on ranks after the first, the methods do nothing.
 
     Args:
         accelerator: holds the tracker.
@@ -114,7 +116,7 @@ class Tracker:
 
 
 def close_tracker(accelerator: Accelerator) -> None:
-    """Let the tracker finish its files or its upload. Print its errors."""
+    """Wait until the tracker has finished its files or its upload. Print errors of the tracker."""
     while accelerator.trackers:
         tracker = accelerator.trackers.pop()
         try:

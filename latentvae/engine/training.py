@@ -1,4 +1,4 @@
-"""A task in training: what the engine adds to a task before the first update."""
+"""Build a training: a task with its processes, weight averages and progress."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ class Training:
     """A built task with its processes, weight averages and progress.
 
     Attributes:
-        task: what is trained.
+        task: the task, which defines what is trained.
         folder: the run's folder.
-        accelerator: knows the processes and the device.
+        accelerator: the `Accelerator`, which knows the processes and the device.
         averages: weight averages by the name of their learner. A learner may have no average.
-        progress: updates and micro-steps done.
+        progress: counters of the updates and micro-steps done.
     """
 
     task: Task
@@ -51,7 +51,7 @@ class Training:
         return part
 
     def average_of_weights(self) -> dict[nn.Parameter, Tensor]:
-        """Return the average of each averaged weight, or an empty mapping without averages."""
+        """Return a dict from each averaged weight to its average, empty if nothing is averaged."""
         return {
             parameter: shadow
             for name, average in self.averages.items()
@@ -73,7 +73,7 @@ class Training:
 def build_training(
     task: Task, *, folder: Path, accelerator: Accelerator, resumed: bool = False
 ) -> Training:
-    """Return a built training of an opened task, initialised from the seed on every rank.
+    """Build the training of an opened task, initialised from the seed on every rank.
 
     Args:
         task: what to train. The task's data are open.

@@ -1,4 +1,4 @@
-"""One update of a run: micro-steps, clipping, one host sync, optimizers, averages, controllers.
+"""Make one update: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
 The caller logs and saves. The command `preflight` uses this module for its updates too.
 """
@@ -20,7 +20,7 @@ from latentvae.engine.training import Training
 
 @dataclass
 class UpdateResult:
-    """The outcome of an update.
+    """The outcome of one update: finiteness, signals and values to log.
 
     Attributes:
         finite: whether all gradients of all ranks were finite. If not, the update changed only
@@ -38,10 +38,10 @@ class UpdateResult:
 
 
 class Updates:
-    """Makes the updates of a run and counts its progress.
+    """An object that makes the updates of a run and counts them.
 
     Args:
-        training: what is trained.
+        training: the training whose weights are updated.
         requested: returns the number of the signal that this rank has received, or 0.
     """
 
@@ -54,7 +54,7 @@ class Updates:
         return self.training.progress
 
     def make(self, batches: Iterator[Any]) -> UpdateResult:
-        """Make one update of the learners that take part in it. All ranks call this method.
+        """Make one update of the learners that the task selects. All ranks call this method.
 
         Raises:
             ValueError: the task names no learner for this update.
@@ -100,7 +100,10 @@ class Updates:
         return result
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
-        """Add the gradients of one batch. Random numbers depend on seed, micro-step and rank."""
+        """Seed the random generators, add the gradients of one batch, and return values to log.
+
+        The random numbers depend on seed, micro-step and rank.
+        """
         seed, progress = self.training.config.run.seed, self.training.progress
         seed_everything(Stream.MICRO_STEP, seed, progress.micro_step, rank())
         return self.training.task.micro_step(batch, progress.update)
@@ -116,7 +119,7 @@ class Updates:
                 )
 
     def step(self, learning: Sequence[str]) -> None:
-        """Step the optimizers and the weight averages of the learners in this update."""
+        """Step the optimizers and the weight averages of the learners in `learning`."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()
@@ -126,7 +129,7 @@ class Updates:
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
-        """Reduce gradients over ranks in the last micro-step only."""
+        """Make DDP reduce gradients over ranks in the last micro-step only, within this context."""
         with contextlib.ExitStack() as stack:
             if not last:
                 for learner in self.training.task.learners.values():
@@ -159,7 +162,7 @@ class Updates:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the norm of all gradients together, in place. Return the norm before, as a scalar.
+    """Clip the norm of all gradients together, in place. Return the unclipped norm, a scalar.
 
     The norm is not finite if any gradient is not finite.
     """

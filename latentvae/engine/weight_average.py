@@ -1,4 +1,4 @@
-"""The exponential moving average of weights."""
+"""Keep the exponential moving average of weights."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ class WeightAverage(EMAModel):
 
     @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Move the averages towards the weights."""
+        """Move each average towards the current value of its weight."""
         self.optimization_step += 1
         decay = self.get_decay(self.optimization_step)
         self.cur_decay_value = decay

@@ -1,4 +1,4 @@
-"""Latents and tokens: their statistics, shards, `encode` and `decode`."""
+"""Encode images to shards of latents or tokens, measure their statistics, and decode them."""
 
 from latentvae.latents.statistics import LatentStatistics, latent_statistics
 

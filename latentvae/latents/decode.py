@@ -34,7 +34,7 @@ MAX_PART = 200  # largest number of bytes in a name, so that temporary files can
 
 
 class Decoded(BaseModel):
-    """Content of decoded.json: the shards and the settings from which pictures were decoded."""
+    """The content of decoded.json: which shards were decoded, and with which settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,11 +55,11 @@ def decode_folder(
     variant: str | None = None,
     device: str | None = None,
 ) -> list[Path]:
-    """Write `<id>.png` below `out` for the items of a folder of shards.
+    """Decode the items of a folder of shards, and write each as `<id>.png` below `out`.
 
     Args:
         shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
-        model: the autoencoder, or its folder or Hub id. None takes the model that the manifest
+        model: the autoencoder, or its folder or Hub id. None loads the model that the manifest
             names.
         limit: decode only the first `limit` items.
         batch_size: images per forward pass.
@@ -101,7 +101,7 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Return a PNG's path for each item's name. All paths differ, and none leaves the folder."""
+    """Return a different relative PNG path for each item's name. No path leaves the folder."""
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()
@@ -117,13 +117,13 @@ def picture_names(names: Sequence[str]) -> list[str]:
 
 
 def _on_disk(name: str) -> str:
-    """Return a name that every file system supports: no control characters and no long parts."""
+    """Convert a name for any file system: escape control characters and shorten long parts."""
     escaped = "".join(printable(c) if unicodedata.category(c) == "Cc" else c for c in name)
     return "/".join(map(_short, escaped.replace("\\", "_").split("/")))
 
 
 def _short(part: str) -> str:
-    """Shorten a name, because file systems allow 255 bytes. A hash keeps long names different."""
+    """Shorten a part of a path to `MAX_PART` bytes. An added hash keeps long parts different."""
     data = os.fsencode(part)
     if len(data) <= MAX_PART:
         return part
@@ -139,7 +139,7 @@ def _fitting_model(
     optimize: Optimize | None,
     variant: str | None,
 ) -> Autoencoder:
-    """Return the model that made the shards. Raise UserError if `model` is another model."""
+    """Load the model, and raise UserError if this model did not make the shards."""
     content = reader.content
     if not isinstance(model, Autoencoder):
         try:
@@ -173,7 +173,7 @@ def _fitting_model(
 def _prepare(
     out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
 ) -> None:
-    """Create the folder, and record which shards its pictures come from."""
+    """Create the folder of the pictures, and record in decoded.json the shards they come from."""
     record = Decoded(
         shards=str(reader.folder),
         manifest_sha256=sha256_of(reader.folder / MANIFEST),

@@ -1,4 +1,4 @@
-"""Describe the content of an encoding before the first image is read."""
+"""Collect everything that determines the bytes of shards, before the first image is read."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def describe(
     class_names: list[str] | None,
     labels: bool,
 ) -> Content:
-    """Return the content of a folder of shards.
+    """Return the `Content` of a folder of shards: everything that determines its bytes.
 
     The items are tokens if the model is a tokenizer, else latents.
 
@@ -96,7 +96,7 @@ def _check_options(
 
 
 def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int | tuple[int, int]:
-    """Return the resolution of the encoded images: one side of a square, or (height, width).
+    """Check the resolution of the images to encode. Return one side, or (height, width).
 
     An image of another size would be padded, and its latent would partly describe padding.
 
@@ -137,7 +137,7 @@ def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int
 def _item_shape(
     model: Autoencoder, resolution: int | tuple[int, int], *, moments: bool
 ) -> tuple[int, ...]:
-    """Return the shape of an item, found by encoding a grey image."""
+    """Encode a grey image, and return the shape of its tokens or its latent."""
     sides = (resolution,) * 2 if isinstance(resolution, int) else resolution
     grey = torch.zeros(1, model.image_channels, *sides)
     if model.num_codes is not None:

@@ -67,7 +67,9 @@ def encode_folder(
     device: str | None = None,
     model_name: str | None = None,
 ) -> Manifest | None:
-    """Write the tokens or latents of all images into `out`, as `latents.formats.shards` describes.
+    """Encode all images to tokens or latents, and write shards into the folder `out`.
+
+    The module `latents.formats.shards` describes the format.
 
     The items are tokens if the model is a tokenizer, else latents. Each image is converted to the
     model's channels (grey, RGB or RGBA), with the bit depth of its file. The image is resized to
@@ -76,14 +78,14 @@ def encode_folder(
 
     Args:
         model: an autoencoder, or its folder or Hub id.
-        data: argument of `data.open_source`, or `owner/name` of a data set on the Hub. The training
-            split of a table is encoded.
+        data: the images, as for `data.open_source`, or `owner/name` of a data set on the Hub. The
+            training split of a table is encoded.
         resolution: pixels on a side, or (height, width), in multiples of f (FLUX.2: 2 f).
         batch_size: images per forward pass. Another batch size may change the last digits of
             latents.
         num_workers: extra processes that decode images.
         shard_items: images per shard.
-        dtype: data type of stored latents. None is float16.
+        dtype: data type of stored latents. None means float16.
         moments: also store the standard deviations of the posteriors, for sampling.
         value_range: the stored numbers of black and white, as in training. Float files need this
             argument with a grey or RGBA model.
@@ -167,7 +169,7 @@ def encode_folder(
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
-    """Create the folder. Reject or remove other content, and remove damaged shards."""
+    """Create the folder. Reject or remove shards of other encodings, and remove damaged shards."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,7 +206,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Raise UserError for shards of another encoding, and for damaged shards without manifest."""
+    """Raise UserError for shards of another encoding, or damaged shards without a manifest."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:

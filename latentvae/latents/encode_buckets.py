@@ -1,4 +1,4 @@
-"""Encode every image at the shape nearest to its own (`latentvae encode --aspect_ratio_buckets`).
+"""Encode every image at the nearest of several shapes (`--aspect_ratio_buckets`).
 
 All items of a folder of shards have one shape. So each bucket gets a folder of its own, such as
 `OUT/192x320`. Every reader of shards can read such a folder. Class numbers are the same in all
@@ -47,7 +47,7 @@ def encode_buckets(
     device: str | None = None,
     **options: Any,
 ) -> dict[Path, Manifest | None]:
-    """Write one folder of shards for each shape into `out`.
+    """Encode all images, and write one folder of shards for each shape into `out`.
 
     Args:
         model, data, out, value_range, ignore_icc, max_pixels, all_pages, optimize, variant, device:
@@ -117,7 +117,7 @@ def encode_buckets(
 
 
 def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
-    """Return the bucket of every image. Unreadable images get the bucket with the most images."""
+    """Assign every image to a bucket. Unreadable images get the bucket with the most images."""
     ratios = np.full(len(source), np.nan)
     for i in range(len(source)):
         try:

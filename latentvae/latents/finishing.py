@@ -1,9 +1,9 @@
-"""The end of an encoding: the manifest, with statistics of the tokens or latents.
+"""Finish an encoding: write the manifest, with statistics of the tokens or latents.
 
 The manifest is computed only from the shards. So every rank and every continued encoding writes the
 same manifest.
 
-`K` codes, `L` levels, `h w` latent positions.
+Symbols: `K` codes, `L` levels, `h w` latent positions.
 """
 
 import math
@@ -37,11 +37,11 @@ CODED_IMAGES = 64  # number of images, evenly spread, whose coded size is measur
 
 
 class NothingReadable(UserError):
-    """No image of an encoding can be read."""
+    """Raised if no image of an encoding can be read."""
 
 
 def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> Manifest | None:
-    """Write the manifest and return it, or return None if a shard is missing.
+    """Write the manifest of an encoding and return it, or return None if a shard is missing.
 
     Raises:
         UserError: no image could be read.
@@ -102,7 +102,7 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return the use of the codes, and the bits per pixel without and with entropy coding."""
+    """Return usage statistics of the codes, and bits per pixel without and with entropy coding."""
     assert content.num_codes is not None
 
     # pass over all shards
@@ -151,7 +151,7 @@ def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[s
 
 
 def _rounded(value: Any) -> Any:
-    """Round to nine digits, so that the order of a sum (which threads may change) has no effect."""
+    """Round floats to nine digits, because threads may change the last digits of a sum."""
     if isinstance(value, torch.Tensor):
         return [_rounded(item) for item in value.tolist()]
     return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The items that `encode` encodes: images in sorted order, labels, and the hash of both."""
+"""Read the items that `encode` encodes: images in sorted order, labels, and a hash."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class Labels:
-    """A class for each item, and the names of classes 0, 1, 2 and so on if they have names."""
+    """The class number of each item, and the names of classes 0, 1, 2, ... if they have names."""
 
     values: list[int]
     class_names: list[str] | None
@@ -40,7 +40,7 @@ class SomeItems:
     Attributes:
         whole: the source of all images.
         numbers: numbers of the images in `whole`, in rising order.
-        given: how the user named the data.
+        given: the name by which the user gave the data.
     """
 
     whole: ImageSource
@@ -61,9 +61,9 @@ class SomeItems:
 
 
 class Picture(NamedTuple):
-    """One item: an image (C, R, R) and its (height, width) before the transform, or a reason.
+    """An image to encode, (C, H, W), and its (height, width) before the transform.
 
-    The reason says why the image could not be read, and is empty otherwise.
+    `image` is None if the image could not be read. Then `reason` says why, else `reason` is empty.
     """
 
     number: int
@@ -74,7 +74,10 @@ class Picture(NamedTuple):
 
 
 class Pictures(Dataset[Picture]):
-    """Items by number. For an item that cannot be read, `Picture.reason` says why."""
+    """A data set that reads and transforms the images of a source, by number.
+
+    For an image that cannot be read, `Picture.reason` says why.
+    """
 
     def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
         self.source = source
@@ -93,7 +96,7 @@ class Pictures(Dataset[Picture]):
 def open_items(
     data: str | os.PathLike[str] | DatasetSpec | SomeItems, *, pixels: PixelFormat
 ) -> ImageSource:
-    """Return all images of `data`, an argument of `open_source` or `owner/name` on the Hub."""
+    """Open all images of `data`: an argument of `open_source`, or `owner/name` on the Hub."""
     if isinstance(data, SomeItems):
         return data
     if isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
@@ -103,16 +106,17 @@ def open_items(
 
 
 def given_name(data: str | os.PathLike[str] | DatasetSpec | SomeItems) -> str:
-    """Return how the user named the data, for the manifest."""
+    """Return the name by which the user gave the data, for the manifest."""
     if isinstance(data, SomeItems):
         return data.given
     return data.name if isinstance(data, DatasetSpec) else os.fspath(data)
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
-    """Return the classes from a table's label column, or from the first folders in names.
+    """Return the class of each image, from a table's label column or the first folders in names.
 
-    Return None if there are no labels: the column is missing, or there are fewer than two folders.
+    Return None if there are no labels: the column is missing, an image is in no folder, or there
+    are fewer than two folders.
 
     Raises:
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
@@ -143,7 +147,7 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
 
 
 def data_sha256(source: ImageSource, labels: Labels | None) -> str:
-    """Return the sha256 of all names, in their order, and of all labels."""
+    """Return the sha256 of all images' names and labels, in the order of the images."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         label = "" if labels is None else str(labels.values[index])

@@ -5,7 +5,7 @@
     latents = LatentDataset("latents", scaled=True)
     latents[0]     # {"latent": float32 (d, h, w), "id": ..., "label": ...}
 
-`h w` latent positions, `L` levels, `d` latent channels, `K` codes.
+Symbols: `h w` latent positions, `L` levels, `d` latent channels, `K` codes.
 """
 
 import os
@@ -33,7 +33,9 @@ MAX_OPEN = 64  # largest number of shards that a process keeps memory-mapped
 
 
 class ShardReader:
-    """Items of a complete folder by number. Each process opens a file when it first needs it.
+    """A reader of the items in a complete folder of shards, by number.
+
+    Each process opens a file when it first needs the file.
 
     Args:
         folder: a folder that `latentvae encode` wrote.
@@ -62,7 +64,7 @@ class ShardReader:
         return {**self.__dict__, "_open": {}}  # open files cannot move to another process
 
     def read(self, name: str, index: int) -> Tensor:
-        """Return one item's part of the tensor `name`, as it is stored.
+        """Return item `index` of the stored tensor `name`, as it is stored.
 
         Raises:
             IndexError: there is no such item.
@@ -153,7 +155,7 @@ class ShardReader:
             raise self._damaged(shard) from error
 
     def _check(self, rows: Tensor, shard: int, *, first: int) -> None:
-        """Check shape, type and range of items (n, ...). `first` is the first item's number."""
+        """Check the shape, type and range of n items. `first` is the number of the first item."""
         content = self.content
         if tuple(rows.shape[1:]) != content.item_shape or rows.dtype != DTYPES[content.dtype]:
             raise self._damaged(shard)
@@ -181,7 +183,7 @@ def _text(data: bytes) -> str:
 
 
 class _Cached(Dataset[dict[str, Any]]):
-    """Base of both data sets: reader, length, names and labels."""
+    """Base class of `TokenDataset` and `LatentDataset`: reader, length, names and labels."""
 
     kind: str
 
@@ -210,7 +212,7 @@ class _Cached(Dataset[dict[str, Any]]):
 
 
 class TokenDataset(_Cached):
-    """Tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
+    """A data set of tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
 
     `label` exists if the data has classes (-1 means "none"). A DataLoader may use any number of
     workers. An item is loaded when it is needed.
@@ -232,7 +234,7 @@ class TokenDataset(_Cached):
 
 
 class LatentDataset(_Cached):
-    """Latents: `{"latent": float32 (d, h, w), "id": str, "label": int}`.
+    """A data set of latents: `{"latent": float32 (d, h, w), "id": str, "label": int}`.
 
     Args:
         folder: a folder that `latentvae encode` wrote for continuous latents.

@@ -1,9 +1,9 @@
-"""Mean and standard deviation of latents, from which an export's scale and shift follow.
+"""Measure mean and standard deviation of latents, which give an export's scale and shift.
 
 A diffusion model is trained on latents of about unit variance (Rombach et al. 2022, appendix G,
 https://arxiv.org/abs/2112.10752).
 
-`B` batch, `d` latent channels, `h w` latent space.
+Symbols: `B` batch size, `d` latent channels, `h w` latent positions.
 """
 
 import math
@@ -46,7 +46,7 @@ class LatentStatistics:
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Add the statistics of `other`."""
+        """Add the latents that `other` has counted to these statistics."""
         if self.num_images and other.num_images and self.num_channels != other.num_channels:
             channels = f"{self.num_channels} and {other.num_channels}"
             raise ValueError(f"all latents must have the same number of channels (got {channels}).")
@@ -54,7 +54,7 @@ class LatentStatistics:
         self.num_images += other.num_images
 
     def joined(self) -> "LatentStatistics":
-        """Return the statistics of all ranks together, the same on every rank."""
+        """Return the statistics over the latents of all ranks, the same on every rank."""
         result = LatentStatistics()
         for part in gather_objects(self):
             result.merge(part)
@@ -76,13 +76,13 @@ class LatentStatistics:
 
     @property
     def mean(self) -> float:
-        """The pooled mean, over all channels."""
+        """The mean over all latent elements of all channels."""
         self._require(self._moments.count)
         return self._moments.mean.mean().item()
 
     @property
     def std(self) -> float:
-        """The pooled standard deviation, about the pooled mean (divisor n - 1)."""
+        """The standard deviation of all latent elements about their mean (divisor n - 1)."""
         moments, elements = self._moments, self._moments.count * self.num_channels
         self._require(elements)
         # `RunningMoments.pooled` sums in another order, which would change an export's last digit.
@@ -91,7 +91,7 @@ class LatentStatistics:
 
     @property
     def rms(self) -> float:
-        """The pooled root mean square, about zero."""
+        """The root mean square of all latent elements."""
         count = self._moments.count
         self._require(count * self.num_channels)
         squares = self._moments.scatter.sum() + count * self._moments.mean.square().sum()
@@ -107,11 +107,11 @@ class LatentStatistics:
 
     @property
     def shift_factor(self) -> float:
-        """The pooled mean. Latents minus this value have mean 0."""
+        """The mean of all latent elements. Latents minus this value have mean 0."""
         return self.mean
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all results as plain numbers, for a report."""
+        """Return the number of images, the means and the standard deviations, for a report."""
         return {
             "num_images": self.num_images,
             "mean": self.mean,

@@ -38,7 +38,7 @@ def write_shards(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Encode the items of these shards. Each shard is written after its last batch."""
+    """Encode the items of the given shards, and write each shard after its last batch."""
     # one stream of batches for all shards, so that workers never wait
     counts = {shard: -(-len(content.items_of(shard)) // batch_size) for shard in shards}
     bar = tqdm(
@@ -60,7 +60,7 @@ def write_shards(
 def _read(
     pictures: Pictures, content: Content, shards: Sequence[int], batch_size: int, num_workers: int
 ) -> Iterator[list[Picture]]:
-    """Yield the batches of the shards, one shard after the other."""
+    """Yield batches of images for the shards, one shard after the other."""
     batches = [
         list(items[start : start + batch_size])
         for items in map(content.items_of, shards)
@@ -116,7 +116,7 @@ def _write_shard(
 
 
 def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:
-    """Return the stored tensors of images (b, C, R, R), on the CPU."""
+    """Encode images (b, C, H, W), and return the tensors to store, on the CPU."""
     dtype = DTYPES[content.dtype]
     if content.num_codes is not None:
         indices = model.encode_tokens(images).cpu()
@@ -134,7 +134,7 @@ def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, T
 
 
 def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str, Tensor]:
-    """Join all batches. Without batches, return tensors with zero items."""
+    """Join the encoded batches of a shard. Without batches, return tensors with zero items."""
     if encoded:
         return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
     names = [content.payload, *(["stds"] if content.moments else [])]
@@ -143,5 +143,5 @@ def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str,
 
 
 def _printable(name: str) -> str:
-    """Return a name that JSON can hold. File names may have any bytes, not only UTF-8."""
+    """Replace the bytes of a file name that are not UTF-8, which JSON cannot hold."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -1,5 +1,5 @@
-"""Formats of cached latents and tokens on disk, one file per format.
+"""Formats in which latents and tokens are stored on disk, one module per format.
 
-`shards` is latentvae's own format: safetensors and a manifest. `shard_parquet` writes the copy of
-tokens that table readers open.
+`shards` is latentvae's own format: safetensors and a manifest. `shard_parquet` writes a copy of the
+tokens as parquet files, for table readers.
 """

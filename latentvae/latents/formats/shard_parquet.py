@@ -1,4 +1,4 @@
-"""A shard of tokens as a parquet file, for `datasets.load_dataset(DIR)` and other table readers.
+"""Write a shard of tokens as a parquet file, for `datasets.load_dataset(DIR)` and others.
 
 Columns: `id` string, `label` int64 (where there are labels), `indices` nested lists of the item's
 shape.
@@ -23,7 +23,7 @@ Tokens of images, written by `latentvae encode`: `latentvae.TokenDataset(folder)
 
 
 def table_bytes(indices: Tensor, *, names: Sequence[str], labels: Tensor | None) -> bytes:
-    """Return the parquet file of tokens (n, h, w) or (n, L, h, w)."""
+    """Return the bytes of a parquet file of tokens (n, h, w) or (n, L, h, w)."""
     values = pa.array(indices.numpy().reshape(-1))
     for size in reversed(indices.shape[1:]):
         values = pa.FixedSizeListArray.from_arrays(values, size)

@@ -1,4 +1,4 @@
-"""latentvae's format of cached latents and tokens: safetensors files and a manifest.
+"""Read and write latentvae's format of latents and tokens: safetensors files and a manifest.
 
     DIR/shard-00000.safetensors   items 0..n - 1 of the sorted source
     DIR/shard-00000.parquet       for tokens: the same rows as a table
@@ -18,8 +18,8 @@ left out. Every file is written under a temporary name, synced and renamed, so a
 complete. A shard's header says to which encoding the shard belongs. The bytes depend only on the
 content.
 
-`n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions, `K`
-codes.
+Symbols: `n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions,
+`K` codes.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class _Strict(BaseModel):
 
 
 class Normalization(_Strict):
-    """How a diffusion model sees the latents: (z - mean) * scale after folding.
+    """The normalisation of latents for a diffusion model: (z - mean) * scale after folding.
 
     See `models.normalization`.
     """
@@ -124,21 +124,21 @@ class Content(_Strict):
 
     @property
     def payload(self) -> str:
-        """Name of the main tensor."""
+        """Name of the tensor that holds the items: tokens or latents."""
         return "indices" if self.kind == "tokens" else "latents"
 
     def items_of(self, shard: int) -> range:
-        """Return the numbers of the source's items from which a shard is made."""
+        """Return the numbers of the source's items that belong to shard `shard`."""
         start = shard * self.shard_items
         return range(start, min(start + self.shard_items, self.num_source_items))
 
     def differences(self, other: "Content") -> list[str]:
-        """Return the names of the fields that differ."""
+        """Return the names of the fields in which two contents differ."""
         return [name for name, value in self if getattr(other, name) != value]
 
 
 class ShardHeader(_Strict):
-    """The header of a shard.
+    """The header of a shard: its encoding, its number and its unreadable items.
 
     Attributes:
         unreadable: (name, reason) of the items that could not be read.
@@ -150,7 +150,7 @@ class ShardHeader(_Strict):
 
 
 class ShardFile(_Strict):
-    """A shard in the manifest. `table_sha256` is the hash of its parquet file."""
+    """A shard's entry in the manifest. `table_sha256` is the hash of the shard's parquet file."""
 
     items: int = Field(ge=0, lt=2**48)
     sha256: str
@@ -177,7 +177,7 @@ class Manifest(_Strict):
 
 
 def index_dtype(num_codes: int) -> Literal["uint8", "uint16", "int32"]:
-    """Return the smallest type that holds 0..K - 1."""
+    """Return the smallest integer type that holds the tokens 0..K - 1."""
     if num_codes > 2**31:
         raise UserError(f"tokens of at most {2**31} codes can be stored (got {num_codes}).")
     return "uint8" if num_codes <= 2**8 else "uint16" if num_codes <= 2**16 else "int32"
@@ -192,7 +192,7 @@ def table_path(folder: Path, shard: int) -> Path:
 
 
 def shard_bytes(tensors: Mapping[str, Tensor], header: ShardHeader) -> bytes:
-    """Return the file of a shard. The same content gives the same bytes."""
+    """Return the bytes of a shard's file. The same content always gives the same bytes."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
     return safetensors.torch.save(whole, metadata={HEADER_KEY: header.model_dump_json()})
 
@@ -280,7 +280,7 @@ def sha256_of(path: Path) -> str:
 
 
 def pack_names(names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the tensors `ids` (uint8) and `id_ends` (int64, (n))."""
+    """Encode names as the tensors `ids` (uint8) and `id_ends` (int64, (n)) of a shard."""
     encoded = [name.encode(errors="surrogateescape") for name in names]
     joined = bytearray(b"".join(encoded))
     ids = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0).byte()
