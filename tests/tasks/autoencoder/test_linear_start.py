@@ -1,5 +1,6 @@
 """Runs that start at the linear code and learn by Muon."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import train
+from latentvae.tasks.autoencoder import linear_start, train
 from tests.faults.kills import assert_same
 from tests.forks import ranks
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -31,32 +32,50 @@ def config(folder: Path, name: str = "kl", **changes: Any) -> Any:
     return small_config(folder, model=MODELS[name], **own)
 
 
-@pytest.mark.parametrize("name", ["kl", pytest.param("vq", marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    train(config(whole, name))
+@pytest.fixture(autouse=True, scope="module")
+def _few_images() -> Iterator[None]:
+    """The start takes 32 crops, which saves seconds of decoding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_start, "FEWEST", 32)
+        patch.setattr(linear_start, "MOST", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(config(folder))
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_bit(whole: Path, tmp_path: Path) -> None:
     optimizer = load_file(whole / "checkpoint-6" / "model_optimizer.safetensors")
     conv = "net.encoder.mid_block.resnets.0.conv1.weight"
     assert f"{conv}|exp_avg" in optimizer and f"{conv}|exp_avg_sq" not in optimizer
     assert "net.encoder.conv_in.weight|exp_avg_sq" in optimizer
     broken = broken_off(whole, tmp_path / "broken", update=2)
-    train(config(broken, name))
+    train(config(broken))
     assert_same(whole, broken, update=6)
 
 
-def test_the_first_validation_is_better_than_a_random_start_after_training(tmp_path: Path) -> None:
-    train(config(tmp_path / "linear"))
+@pytest.mark.slow
+def test_a_stopped_tokenizer_goes_on_to_the_bit(tmp_path: Path) -> None:
+    train(config(tmp_path / "whole", "vq"))
+    broken = broken_off(tmp_path / "whole", tmp_path / "broken", update=2)
+    train(config(broken, "vq"))
+    assert_same(tmp_path / "whole", broken, update=6)
+
+
+def test_the_first_validation_is_better_than_a_random_start_after_training(
+    whole: Path, tmp_path: Path
+) -> None:
     random = {**MODELS["kl"], "init": "random"}
-    train(small_config(tmp_path / "random", model=random, learn_logvar=False))
-    psnr = {
-        name: [
-            r["validation/psnr"]
-            for r in read_rows(tmp_path / name / "log.jsonl")
-            if "validation/psnr" in r
-        ]
-        for name in ("linear", "random")
-    }
-    assert psnr["linear"][0] > psnr["random"][-1] + 3
+    train(small_config(tmp_path, model=random, learn_logvar=False))
+    linear_psnr, random_psnr = (
+        [row["validation/psnr"] for row in read_rows(run / "log.jsonl") if "validation/psnr" in row]
+        for run in (whole, tmp_path)
+    )
+    assert linear_psnr[0] > random_psnr[-1] + 3
 
 
 @pytest.mark.slow
