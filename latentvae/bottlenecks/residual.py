@@ -31,7 +31,8 @@ class ResidualConfig(LearnedCodebookConfig):
 
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
-        default=4, description="Number of levels L. Each position has one code per level."
+        default=4,
+        description="Number L of quantisers in a row, called levels. Each position has one code per level.",
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
         default=True,

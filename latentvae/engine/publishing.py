@@ -17,7 +17,7 @@ def repository(hub_model_id: str | None, folder: Path) -> str:
 
 
 def check_push(repo_id: str, *, private: bool) -> None:
-    """Raise UserError if an upload is sure to fail. Rank 0 asks the Hub for all ranks."""
+    """Raise UserError if an upload is sure to fail. Only rank 0 asks the Hub."""
     answer: str | UserError | None = None
     if is_main():
         try:

@@ -109,7 +109,7 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StripComputation:
-    """Encodes and decodes in strips, as the argument `computation` of functions in `models.calls`.
+    """Encodes and decodes in strips. Functions of `models.calls` take it as `computation`.
 
     Args:
         strips: height of the strips, and where feature maps are kept.
