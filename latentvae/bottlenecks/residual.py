@@ -32,7 +32,9 @@ class ResidualConfig(LearnedCodebookConfig):
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
         default=4,
-        description="Number L of quantisers in a row, called levels. Each position has one code per level.",
+        description=(
+            "Number L of quantisers in a row, called levels. Each position has one code per level."
+        ),
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
         default=True,
