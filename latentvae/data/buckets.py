@@ -76,13 +76,12 @@ def _aspect(size: tuple[int, int]) -> float:
     return size[1] / size[0]
 
 
-def aspect_ratios(source: ImageSource) -> np.ndarray:
+def aspect_ratios(source: ImageSource, *, unreadable: float = 1.0) -> np.ndarray:
     """Return the width divided by the height of every image, (N,), from the file headers.
 
-    An unreadable image gets the ratio 1. The image is reported later, when the training reads it
-    for a batch.
+    An unreadable image gets the ratio `unreadable`. The image is reported later, when it is read.
     """
-    ratios = np.ones(len(source))
+    ratios = np.full(len(source), unreadable)
     for i in range(len(source)):
         try:
             width, height = source.size(i)

@@ -17,10 +17,9 @@ from latentvae.data import (
     DatasetSpec,
     ImageSource,
     PixelFormat,
-    UnreadableImage,
     set_pixel_limit,
 )
-from latentvae.data.buckets import Buckets, assign, bucket_sizes
+from latentvae.data.buckets import Buckets, aspect_ratios, assign, bucket_sizes
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
 from latentvae.latents.describe import check_resolution
@@ -118,14 +117,7 @@ def encode_buckets(
 
 def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
     """Assign every image to a bucket. Unreadable images get the bucket with the most images."""
-    ratios = np.full(len(source), np.nan)
-    for i in range(len(source)):
-        try:
-            width, height = source.size(i)
-        except UnreadableImage:
-            continue
-        if min(width, height) > 0:
-            ratios[i] = width / height
+    ratios = aspect_ratios(source, unreadable=np.nan)
     readable = ~np.isnan(ratios)
     if not readable.any():
         return Buckets(sizes[:1], np.zeros(len(source), dtype=int))

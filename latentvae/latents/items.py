@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from latentvae.data import (
     UnreadableImage,
     open_source,
 )
-from latentvae.data.pixels import Picture as ImagePicture
+from latentvae.data.split import Subset
 from latentvae.errors import UserError
 
 
@@ -33,31 +34,17 @@ class Labels:
     class_names: list[str] | None
 
 
-@dataclass(frozen=True)
-class SomeItems:
-    """An image source that holds some images of another source.
+class SomeItems(Subset):
+    """Some images of a source, with the name that the user gave to the data.
 
-    Attributes:
-        whole: the source of all images.
-        numbers: numbers of the images in `whole`, in rising order.
-        given: the name by which the user gave the data.
+    Args:
+        source, indices: see `Subset`.
+        given: how the user named the data, for the manifest.
     """
 
-    whole: ImageSource
-    numbers: list[int]
-    given: str
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, index: int, /) -> str:
-        return self.whole.name(self.numbers[index])
-
-    def read(self, index: int, /, *, at_least: int | None = None) -> ImagePicture:
-        return self.whole.read(self.numbers[index], at_least=at_least)
-
-    def size(self, index: int, /) -> tuple[int, int]:
-        return self.whole.size(self.numbers[index])
+    def __init__(self, source: ImageSource, indices: Sequence[int], given: str) -> None:
+        super().__init__(source, indices)
+        self.given = given
 
 
 class Picture(NamedTuple):
@@ -122,10 +109,10 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
     """
     if isinstance(source, SomeItems):
-        labels = find_labels(source.whole, label_column=label_column)
+        labels = find_labels(source.source, label_column=label_column)
         if labels is None:
             return None
-        return Labels([labels.values[number] for number in source.numbers], labels.class_names)
+        return Labels([labels.values[number] for number in source.indices], labels.class_names)
     if isinstance(source, HubImages):
         found = source.labels(label_column)
         return None if found is None else Labels(*found)
