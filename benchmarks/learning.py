@@ -1,271 +1,436 @@
-"""Compare how much `train/train_kl.py` and the plain script (reference.py) learn in equal time.
+"""Compare how much training recipes learn in equal time, as curves of PSNR and LPIPS.
 
-    python benchmarks/learning.py --data photos --validation_data unseen --out learning --minutes 45
+    python benchmarks/learning.py --recipes kl_small plain_kl_small reference --data photos \
+        --validation_data unseen --minutes 15 --seeds 0 1 --json learning.json
 
-The script prints a table and writes learning.json.
+A recipe is a preset, your own YAML file, a file in benchmarks/recipes, or `reference` (the plain
+script, reference.py). A YAML file may name the preset that it changes: `preset: kl_small`.
 
-The two trainings are called arms. Both arms have the same network (`kl_small`), loss weights, batch
-size, peak learning rate and schedule. First, the script measures the speeds of both arms in turns,
-on an idle machine. From the speed of an arm it computes how many updates fit into the given time.
-So the machine may do other work during the trainings. Finally, the networks are measured on unseen
-images at twice the training resolution.
+First, the script measures each recipe's start (the seconds before the first update) and its seconds
+per update. Do this on an idle machine. From these it computes how many updates fit into the given
+time. The script then trains every recipe with every seed, so the machine may do other work during
+the trainings. It measures the averaged weights at several points of each training, on unseen
+images.
 
-If you run the same command again, it keeps the existing speeds and networks and trains only the
-missing networks. So several commands can train different arms and seeds at the same time (`--arms`,
-`--seeds`).
+The script writes the JSON file and a plot beside it (learning.png). If you run the same command
+again, it keeps what is measured and trained, and continues interrupted trainings.
 """
 
+import dataclasses
 import json
+import os
+import subprocess
 import sys
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
-from typing import Any, Literal
+from statistics import mean, median
+from typing import Any
 
 import torch
-from reference import KL_SCALE, PERCEPTUAL_SCALE, Trained, train_reference
+import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
+from timing import machine
+from tqdm import tqdm
 
-from latentvae.autoencoder import Autoencoder, load
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.data import ImageSource, open_source
+from latentvae.config.presets import preset_names
+from latentvae.data import BadImages, EvalTransform
+from latentvae.engine.checkpoint_files import PREFIX
 from latentvae.engine.log import read_rows
-from latentvae.errors import UserError
-from latentvae.evaluation import METRICS_ONLY, evaluate
+from latentvae.errors import UserError, nearest
+from latentvae.files import read_yaml
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.models import build_autoencoder_kl
-from latentvae.tasks.autoencoder import load_preset, train
+from latentvae.models import Network, build_autoencoder_kl
+from latentvae.tasks.autoencoder import TrainConfig, load_preset
 from latentvae.tasks.autoencoder.config import parse
+from latentvae.tasks.autoencoder.images import open_data
+from latentvae.tasks.autoencoder.run_export import checkpoint_network
+from latentvae.tasks.autoencoder.validate import validate
 
-PRESET = load_preset("kl_small")
-BATCH = PRESET.run.train_batch_size
-Arm = Literal["latentvae", "reference"]
-RATE, WARMUP = PRESET.optimizer.learning_rate, PRESET.optimizer.lr_warmup_steps
-UNTIMED = 10  # number of first updates, which are not timed. train_kl.py logs a row after them.
+HERE = Path(__file__).parent
+REFERENCE = "reference"
+UNTIMED = 10  # number of first updates, which are not timed
+METRICS = {"psnr": "PSNR (dB), higher is better", "lpips": "LPIPS (alex), lower is better"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train on, and for how long."""
+    """Which recipes to train, on what, and for how long."""
 
-    data: str
+    recipes: tuple[str, ...] = ("kl_small", REFERENCE)
+    """Presets, YAML files, files in benchmarks/recipes, or `reference`."""
+
+    data: str = "samples"
     """Folder of training images."""
 
-    validation_data: str
-    """Folder of unseen images."""
-
-    out: Path
-    """Folder for the runs and learning.json."""
+    validation_data: str | None = None
+    """Folder of unseen images. Default: a part of the training images that is not trained on."""
 
     minutes: float = 45.0
-    """Minutes of training for each arm and seed."""
+    """Minutes for each recipe and seed, which include the seconds before the first update."""
 
-    seeds: tuple[int, ...] = (0, 1)
-    """Seeds. Each arm is trained once for each seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds. Each recipe is trained once for each seed."""
+
+    json: Path = Path("learning.json")
+    """File for the results. The plot has the same name and ends with .png."""
+
+    out: Path = Path("learning")
+    """Folder of the trainings."""
+
+    resolution: int | None = None
+    """Side in pixels to which the unseen images are resized and cropped for the measurement.
+    Default: twice the resolution of the training."""
+
+    points: int = 6
+    """Number of points on each curve, evenly spread over the updates."""
 
     threads: int = 2
-    """Number of CPU threads in the measurement of speed, and by default also in the trainings."""
+    """Number of CPU threads when the speed is measured."""
 
-    mixed_precision: str = "bf16"
-    """Precision of train_kl.py. The plain script uses float32, as such scripts do on a CPU."""
+    jobs: int = 1
+    """Number of trainings at the same time. The threads are divided among them."""
 
-    speed_updates: int = 30
-    """Number of updates in each measurement of speed. The first 10 updates are not timed. Each arm
-    is measured twice, and the measurements of both arms alternate."""
-
-    arms: tuple[Arm, ...] = ("latentvae", "reference")
-    """Arms that this command trains. The networks of a seed are measured when all of them exist."""
-
-    run_threads: int | None = None
-    """Number of CPU threads in the trainings. Default: the value of threads."""
+    speed_updates: int = 40
+    """Number of updates when the speed is measured. The first 10 are not timed."""
 
 
-class Arms:
-    """Trains and times the two arms (see the module) with the same images and options."""
+@dataclass(frozen=True)
+class Speed:
+    """The time that a recipe needs on an idle machine, in seconds."""
+
+    start: float
+    """Seconds from the start of the program to the first update."""
+
+    update: float
+    """Median seconds per update."""
+
+    def updates_in(self, minutes: float) -> int:
+        return int((60 * minutes - self.start) / self.update)
+
+    def minutes_of(self, updates: int) -> float:
+        return (self.start + updates * self.update) / 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe to train. `config` is None for the plain script."""
+
+    name: str
+    config: TrainConfig | None
+
+
+def read_recipe(name: str) -> Recipe:
+    """Return the recipe of this name.
+
+    Raises:
+        UserError: there is no such recipe, or its file has a wrong value.
+    """
+    if name == REFERENCE:
+        return Recipe(name, None)
+    path = next((p for p in (Path(name), HERE / "recipes" / f"{name}.yaml") if p.is_file()), None)
+    if path is None:
+        known = [*preset_names(TrainConfig), *_own_recipes(), REFERENCE]
+        if name not in known:
+            raise UserError(
+                f"recipe '{name}' is neither a YAML file nor one of {', '.join(known)}"
+                f"{nearest(name, known)}"
+            )
+        return Recipe(name, load_preset(name))
+
+    values = read_yaml(path) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"recipe '{path}' must hold sections, not a {type(values).__name__}")
+    preset = values.pop("preset", None)
+    if preset is not None:
+        base = load_preset(preset).model_dump()
+        values = {k: v | values.get(k, {}) if isinstance(v, dict) else v for k, v in base.items()}
+    return Recipe(path.stem, parse(values, source=str(path)))
+
+
+def _own_recipes() -> list[str]:
+    return sorted(path.stem for path in (HERE / "recipes").glob("*.yaml"))
+
+
+class Trainings:
+    """Times and trains recipes in processes of their own. Each has a folder in `options.out`."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.source: ImageSource = open_source(options.data, split="train")
-        self.perceptual = PerceptualLoss(load_lpips("vgg"))
+        validation = options.validation_data
+        self.data = ["--train_data_dir", options.data]
+        self.data += [] if validation is None else ["--validation_data_dir", validation]
 
-    def speed(self, arm: Arm) -> float:
-        """Return the mean seconds per update of an arm, without its first updates."""
-        n, threads = self.options.speed_updates, self.options.threads
-        if arm == "reference":
-            return mean(self._reference(n, seed=0, threads=threads).seconds[UNTIMED:])
-        out = self.options.out / "speed"
-        self._train(n, seed=0, out=out, overwrite=True, threads=threads)
-        rows = [row for row in read_rows(out / "log.jsonl") if "time/images_per_second" in row]
-        speeds = [row["time/images_per_second"] for row in rows if row["update"] > UNTIMED]
-        return mean(BATCH / speed for speed in speeds)
+    def speed(self, recipe: Recipe) -> Speed:
+        """Return the speed of a recipe, measured now or by an earlier command."""
+        out = self.options.out / recipe.name
+        known, config = out / "speed.json", self._config_file(recipe).read_text()
+        if known.exists():
+            saved = json.loads(known.read_text())
+            if saved.pop("config") == config:
+                return Speed(**saved)
 
-    def finish(self, arm: Arm, updates: int, *, seed: int) -> None:
-        """Train the network of an arm, unless an earlier command has trained it.
+        # The log has a row after every `UNTIMED` updates.
+        folder, rows = out / "speed", out / "speed" / "log.jsonl"
+        command = self._command(recipe, folder, seed=0, updates=self.options.speed_updates)
+        begin, seen = time.time(), None
+        process = self._started(command, out / "speed.txt", threads=self.options.threads)
+        while process.poll() is None:
+            if seen is None and rows.exists() and rows.stat().st_mtime > begin:
+                if any(row["update"] >= UNTIMED for row in read_rows(rows)):
+                    seen = time.time()
+            time.sleep(0.02)
+        _check(process, out / "speed.txt")
 
-        An unfinished run of the arm "latentvae" is resumed.
-        """
-        out, threads = self.options.out / f"seed{seed}", self.options.run_threads
-        threads = threads or self.options.threads
-        if arm == "latentvae":
-            self._train(updates, seed=seed, out=out / arm, overwrite=False, threads=threads)
-        elif not (out / "reference, averaged").exists():
-            trained = self._reference(updates, seed=seed, threads=threads)
-            trained.raw.save_pretrained(out / "reference")
-            trained.averaged.save_pretrained(out / "reference, averaged")
+        speeds = [r for r in read_rows(rows) if "time/images_per_second" in r]
+        batch = speeds[0]["images"] / speeds[0]["update"]
+        timed = [batch / r["time/images_per_second"] for r in speeds if r["update"] > UNTIMED]
+        first = batch / speeds[0]["time/images_per_second"]
+        assert seen is not None and speeds[0]["update"] == UNTIMED
+        speed = Speed(start=max(seen - begin - UNTIMED * first, 0.0), update=median(timed))
+        known.write_text(json.dumps(dataclasses.asdict(speed) | {"config": config}))
+        return speed
 
-    def networks(self, seed: int) -> dict[str, Autoencoder]:
-        """Return the networks of a seed by name, or an empty dict if a network is missing."""
-        out = self.options.out / f"seed{seed}"
-        paths = {
-            "latentvae": out / "latentvae/export",
-            "reference": out / "reference",
-            "reference, averaged": out / "reference, averaged",
+    def train(self, recipe: Recipe, updates: int, *, seed: int) -> Path:
+        """Train a recipe, and return the folder of the run. A finished run is not repeated."""
+        folder = self.options.out / recipe.name / f"seed{seed}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if recipe.config is None and (folder / f"{updates}.safetensors").exists():
+            return folder
+        command = self._command(recipe, folder, seed=seed, updates=updates)
+        log = folder.with_suffix(".txt")
+        threads = max(1, self.options.threads // self.options.jobs)
+        process = self._started(command, log, threads=threads)
+        process.wait()
+        _check(process, log)
+        return folder
+
+    def points(self, updates: int) -> list[int]:
+        """Return the updates at which the weights are saved, for a run of so many updates."""
+        step = max(1, updates // self.options.points)
+        return [*range(step, updates - step // 2, step), updates]
+
+    def _command(self, recipe: Recipe, folder: Path, *, seed: int, updates: int) -> list[str]:
+        step = str(max(1, updates // self.options.points))
+        if recipe.config is None:
+            own = {"out": folder, "seed": seed, "updates": updates, "save_every": step}
+            return [sys.executable, str(HERE / "reference.py"), *_flags(own), *self.data]
+        own = {
+            "config": self._config_file(recipe),
+            "output_dir": folder,
+            "seed": seed,
+            "max_train_steps": updates,
+            "checkpointing_steps": step,
+            "checkpoints_total_limit": 10 * self.options.points,
+            "validation_steps": updates,
+            "max_validation_images": 8,
+            "log_steps": UNTIMED,
         }
-        if not all(path.exists() for path in paths.values()):
-            return {}
-        return {name: load(path) for name, path in paths.items()}
+        again = ["--overwrite_output_dir"] if folder.name == "speed" else []
+        return [sys.executable, "-m", "latentvae.cli.train", *_flags(own), *again, *self.data]
 
-    def _train(self, updates: int, *, seed: int, out: Path, overwrite: bool, threads: int) -> None:
-        """Train with `latentvae.tasks.autoencoder.train`, as train_kl.py does."""
-        torch.set_num_threads(threads)
+    def _config_file(self, recipe: Recipe) -> Path:
+        """Write the options of a recipe to a file that `--config` reads."""
+        path = self.options.out / recipe.name / "recipe.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {} if recipe.config is None else recipe.config.model_dump(mode="json")
+        values.pop("config", None)
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
 
-        # options that differ from the preset
-        values: dict[str, dict[str, Any]] = {
-            "data": {
-                "train_data_dir": self.options.data,
-                "validation_data_dir": self.options.validation_data,
-                "max_validation_images": 8,
-            },
-            "objective": {
-                "rec_loss": "l2",
-                "lpips_net": "vgg",
-                "perceptual_scale": PERCEPTUAL_SCALE,
-                "kl_scale": KL_SCALE,
-            },
-            "discriminator": {"disc_scale": 0.0},
-            "run": {
-                "output_dir": str(out),
-                "overwrite_output_dir": overwrite,
-                "seed": seed,
-                "max_train_steps": updates,
-                "validation_steps": updates,
-                "log_steps": UNTIMED,
-                "mixed_precision": self.options.mixed_precision,
-            },
-        }
+    def _started(self, command: list[str], log: Path, *, threads: int) -> Any:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            return subprocess.Popen(  # noqa: S603
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
 
-        preset = PRESET.model_dump()
-        changed = {name: preset[name] | section for name, section in values.items()}
-        train(parse(preset | changed, source="learning.py"))
 
-    def _reference(self, updates: int, *, seed: int, threads: int) -> Trained:
-        torch.set_num_threads(threads)
-        torch.manual_seed(seed)
-        shape: dict[str, Any] = PRESET.model.shape() | {
-            "initial_posterior_logvar": 0.0
-        }  # the initial value in diffusers
-        return train_reference(
-            build_autoencoder_kl(**shape),
-            self.source,
-            self.perceptual,
-            resolution=PRESET.data.size[0],
-            batch_size=BATCH,
-            updates=updates,
-            learning_rate=RATE,
-            warmup=WARMUP,
-            seed=seed,
+def _flags(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def _check(process: Any, log: Path) -> None:
+    """Raise an error with the last line of a training's output if the training failed."""
+    if process.returncode:
+        lines = log.read_text().strip().splitlines() or [""]
+        raise UserError(
+            f"a training ended with exit code {process.returncode}. Its output is in '{log}' and "
+            f"ends with: {lines[-1]}"
         )
 
 
-def measured(
-    models: dict[str, Autoencoder], options: Options, *, out: Path
-) -> dict[str, dict[str, float]]:
-    """Return each model's mean PSNR, SSIM and LPIPS at twice the training resolution.
+class Measurements:
+    """Measures networks on the unseen images: PSNR, SSIM and LPIPS (alex) of reconstructions."""
 
-    The models reconstruct the images of `options.validation_data`.
-    """
-    report = evaluate(
-        models,
-        open_source(options.validation_data),
-        out,
-        data_name=options.validation_data,
-        lpips={net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")},
-        plan=replace(METRICS_ONLY, resolution=2 * PRESET.data.size[0]),
-    ).to_dict()
-    metrics = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
-    return {
-        name: {metric: model["metrics"][metric]["mean"] for metric in metrics}
-        for name, model in report["models"].items()
-    }
+    def __init__(self, options: Options, trainings: Trainings) -> None:
+        self.options, self.trainings = options, trainings
+        self.perceptual = PerceptualLoss(load_lpips("alex"))
+
+    def curve(
+        self, recipe: Recipe, folder: Path, updates: int, *, seed: int
+    ) -> list[dict[str, float]]:
+        """Return the metrics of a run's weights at each point, saved for the next command."""
+        saved = folder / "curve.json"
+        curve = json.loads(saved.read_text()) if saved.exists() else []
+        done = {point["update"] for point in curve}
+        for update in self.trainings.points(updates):
+            if update not in done:
+                net = self._network(recipe, folder, update)
+                curve.append({"update": update, **self._measured(recipe, net, seed=seed)})
+                saved.write_text(json.dumps(curve))
+        return curve
+
+    def _network(self, recipe: Recipe, folder: Path, update: int) -> Network:
+        if recipe.config is None:
+            net: Any = build_autoencoder_kl(**load_preset("kl_small").model.shape())
+            net.load_state_dict(load_file(folder / f"{update}.safetensors"))
+            return net.eval()
+        return checkpoint_network(recipe.config, folder / f"{PREFIX}{update}", base=None)
+
+    def _measured(self, recipe: Recipe, net: Network, *, seed: int) -> dict[str, float]:
+        config = (recipe.config or load_preset("kl_small")).with_changes(
+            {
+                "data": {
+                    "train_data_dir": self.options.data,
+                    "validation_data_dir": self.options.validation_data,
+                },
+                "run": {"seed": seed},  # decides which images are held out
+            }
+        )
+        _, images = open_data(config)
+        side = self.options.resolution or 2 * config.data.size[0]
+        found = validate(
+            net,
+            images,
+            transform=EvalTransform(side),
+            perceptual=self.perceptual,
+            batch_size=8,
+            limit=len(images),
+            device=torch.device("cpu"),
+            bad=BadImages(),
+        )
+        return {name.removeprefix("validation/"): value for name, value in found.items()}
 
 
 def run(options: Options) -> None:
-    """Measure both arms' speeds, train both arms, and measure the quality of their networks."""
-    if options.speed_updates < 2 * UNTIMED:
-        raise UserError(
-            f"speed_updates must be at least {2 * UNTIMED}, because the first {UNTIMED} are not "
-            f"timed (got {options.speed_updates})."
+    """Measure all speeds, train all recipes, and measure all curves."""
+    _check_options(options)
+    recipes = [read_recipe(name) for name in options.recipes]
+    trainings = Trainings(options)
+
+    # speeds, one after another
+    speeds = {recipe.name: trainings.speed(recipe) for recipe in recipes}
+    updates = {name: speed.updates_in(options.minutes) for name, speed in speeds.items()}
+    for name, speed in speeds.items():
+        print(
+            f"{name}: starts in {speed.start:.1f} s, then {speed.update:.3f} s per update, so "
+            f"{updates[name]:,} updates in {options.minutes:g} minutes",
+            flush=True,
         )
+        if updates[name] < options.points:
+            raise UserError(
+                f"minutes must be larger: in {options.minutes:g} minutes, {name} makes "
+                f"{max(updates[name], 0)} updates, fewer than the {options.points} points."
+            )
 
-    # speeds and networks
-    arms = Arms(options)
-    speeds = _speeds(arms, options)
-    updates = {arm: int(60 * options.minutes / min(seconds)) for arm, seconds in speeds.items()}
-    for seed in options.seeds:
-        for arm in options.arms:
-            arms.finish(arm, updates[arm], seed=seed)
-            print(f"seed {seed}, {arm}: {updates[arm]:,} updates are done", flush=True)
+    # trainings
+    todo = [(recipe, seed) for seed in options.seeds for recipe in recipes]
 
-    # metrics of each seed
-    result: dict[str, Any] = {
+    def train(job: tuple[Recipe, int]) -> Path:
+        return trainings.train(job[0], updates[job[0].name], seed=job[1])
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = list(tqdm(pool.map(train, todo), "training", total=len(todo), unit="run"))
+
+    # curves
+    torch.set_num_threads(options.threads)
+    measurements, runs = Measurements(options, trainings), []
+    for (recipe, seed), folder in zip(todo, folders, strict=True):
+        speed = speeds[recipe.name]
+        curve = measurements.curve(recipe, folder, updates[recipe.name], seed=seed)
+        curve = [{"minutes": speed.minutes_of(int(p["update"]))} | p for p in curve]
+        runs.append({"recipe": recipe.name, "seed": seed, "curve": curve})
+        _write(options, recipes, speeds, runs)
+    Console(width=110).print(table(runs))
+
+
+def _check_options(options: Options) -> None:
+    for name, least in (("speed_updates", 2 * UNTIMED), ("points", 1), ("jobs", 1)):
+        if (given := getattr(options, name)) < least:
+            raise UserError(f"{name} must be at least {least} (got {given}).")
+    stems = [Path(name).stem for name in options.recipes]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UserError(f"two recipes are called '{twice[0]}'. Rename one of the files.")
+
+
+def _write(
+    options: Options, recipes: Sequence[Recipe], speeds: dict[str, Speed], runs: Sequence[Any]
+) -> None:
+    """Write the JSON file and the plot."""
+    result = {
+        "machine": machine(),
         "minutes": options.minutes,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "seconds_per_update": speeds,
-        "updates": updates,
-        "seeds": {},
+        "data": options.data,
+        "validation_data": options.validation_data,
+        "recipes": {
+            recipe.name: {
+                "seconds_before_first_update": speeds[recipe.name].start,
+                "seconds_per_update": speeds[recipe.name].update,
+                "options": None if recipe.config is None else recipe.config.model_dump(mode="json"),
+            }
+            for recipe in recipes
+        },
+        "runs": list(runs),
     }
-    for seed in options.seeds:
-        if not (networks := arms.networks(seed)):
-            print(f"seed {seed}: not measured yet, because not all of its networks are trained")
-            continue
-        result["seeds"][seed] = measured(
-            networks, options, out=options.out / f"seed{seed}" / "report"
-        )
-        Console().print(_table(result, seed))
-        (options.out / "learning.json").write_text(json.dumps(result, indent=1))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(runs, options.json.with_suffix(".png"))
 
 
-def _speeds(arms: Arms, options: Options) -> dict[Arm, list[float]]:
-    """Return the seconds per update of both arms, measured twice in turns.
+def plot(runs: Sequence[Any], path: Path) -> None:
+    """Draw PSNR and LPIPS against minutes: a colour for each recipe, a line for each seed."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
+    names = list(dict.fromkeys(entry["recipe"] for entry in runs))
+    for axes, (metric, label) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+        for entry in runs:
+            number = names.index(entry["recipe"])
+            first = entry is next(other for other in runs if other["recipe"] == entry["recipe"])
+            minutes, values = zip(*((p["minutes"], p[metric]) for p in entry["curve"]), strict=True)
+            own = f" {entry['recipe']}" if first else None
+            axes.plot(minutes, values, marker=".", color=f"C{number}", label=own)
+        axes.set(xlabel="minutes", ylabel=label)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    figure.savefig(path)
 
-    If an earlier command has saved the speeds in a file, they are read from that file instead.
-    Both arms run in one process. So the memory allocator settings of `train` also hold for the
-    plain script.
-    """
-    path = options.out / "speed.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    speeds: dict[Arm, list[float]] = {"latentvae": [], "reference": []}
-    for _ in range(2):
-        for arm, seconds in speeds.items():
-            seconds.append(arms.speed(arm))
-    path.write_text(json.dumps(speeds))
-    return speeds
 
-
-def _table(result: dict[str, Any], seed: int) -> Table:
-    table = Table(
-        title=(f"seed {seed}, {result['minutes']:g} minutes on {result['threads']} threads")
-    )
-    for column in ("arm", "updates", "PSNR (dB)", "SSIM", "LPIPS alex", "LPIPS vgg"):
-        table.add_column(column)
-    for name, values in result["seeds"][seed].items():
-        updates = result["updates"][name.split(",")[0]]
-        numbers = [f"{values['psnr']:.2f}", *(f"{v:.3f}" for k, v in values.items() if k != "psnr")]
-        table.add_row(name, str(updates), *numbers)
-    return table
+def table(runs: Sequence[Any]) -> Table:
+    """Return a table of the last point of every run, and the mean over the seeds of a recipe."""
+    shown = Table(title="at the end of each training, on the unseen images")
+    for column in ("recipe", "seed", "updates", "minutes", "PSNR (dB)", "SSIM", "LPIPS alex"):
+        shown.add_column(column)
+    for name in dict.fromkeys(entry["recipe"] for entry in runs):
+        ends = [(entry["seed"], entry["curve"][-1]) for entry in runs if entry["recipe"] == name]
+        rows = [(str(seed), end) for seed, end in ends]
+        if len(ends) > 1:
+            keys = ("update", "minutes", *METRICS, "ssim")
+            rows.append(("mean", {key: mean(end[key] for _, end in ends) for key in keys}))
+        for seed, end in rows:
+            numbers = [f"{end['psnr']:.2f}", f"{end['ssim']:.3f}", f"{end['lpips']:.3f}"]
+            updates = f"{end['update']:,.0f}"
+            shown.add_row(name, seed, updates, f"{end['minutes']:.1f}", *numbers)
+    return shown
 
 
 def main() -> None:

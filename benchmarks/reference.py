@@ -15,14 +15,19 @@ are corrected:
 - The weights of the model are not cast after the optimiser is built.
 - The learning-rate schedule counts the updates of the model.
 - There is no computation for a discriminator before it starts.
-- Both the raw and the averaged weights are kept.
+
+    python benchmarks/reference.py --train_data_dir photos --updates 3000 --out plain
+
+The script writes the weights as <update>.safetensors, and log.jsonl with the speed. It keeps the
+raw weights: in our comparison, its averaged weights were no better
+(docs/experiments/learning.md).
 """
 
-import copy
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,14 +37,23 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.memory import keep_freed_memory
 from latentvae.data import ImageSource
-from latentvae.losses.perceptual import PerceptualLoss
+from latentvae.engine.log import append_row
+from latentvae.errors import UserError
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models import build_autoencoder_kl
+from latentvae.tasks.autoencoder import load_preset
+from latentvae.tasks.autoencoder.images import open_data
 
 KL_SCALE, PERCEPTUAL_SCALE = 1e-6, 0.5
 EMA_DECAY = 0.999
+LOG_STEPS = 10
 
 
 class CentreCrops(Dataset[Tensor]):
@@ -67,15 +81,27 @@ class CentreCrops(Dataset[Tensor]):
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The networks after a training, and the seconds of each update.
+class Options:
+    """What to train on, and for how long."""
 
-    One network has the raw weights, and the other network has the averaged weights.
-    """
+    train_data_dir: str
+    """Folder of training images."""
 
-    raw: AutoencoderKL
-    averaged: AutoencoderKL
-    seconds: list[float]
+    out: Path
+    """Folder for the weights and log.jsonl."""
+
+    updates: int
+    """Number of updates."""
+
+    validation_data_dir: str | None = None
+    """Folder of unseen images. By default, the images that `train_kl.py` would hold out are not
+    trained on."""
+
+    save_every: int = 500
+    """Number of updates between saves of the weights. The last update is always saved."""
+
+    seed: int = 0
+    """Seed of weights, image order and held-out images."""
 
 
 def train_reference(
@@ -89,9 +115,12 @@ def train_reference(
     learning_rate: float,
     warmup: int,
     seed: int,
-) -> Trained:
-    """Train ``net`` in place, with a cosine learning-rate schedule over ``updates`` updates."""
-    # data, optimiser, schedule and average
+) -> Iterator[float]:
+    """Train ``net`` in place, and yield the seconds of each update after it is made.
+
+    The learning rate follows a cosine schedule over ``updates`` updates.
+    """
+    # data, optimiser and schedule
     torch.manual_seed(seed)
     loader = DataLoader(CentreCrops(source, resolution), batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -102,8 +131,8 @@ def train_reference(
     batches = _endless(loader)
 
     # updates
-    ends = [time.perf_counter()]
     for _ in range(updates):
+        start = time.perf_counter()
         loss = reference_loss(net, next(batches), perceptual)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -111,11 +140,7 @@ def train_reference(
         schedule.step()
         optimizer.zero_grad(set_to_none=False)
         ema.step(net.parameters())
-        ends.append(time.perf_counter())
-
-    averaged = copy.deepcopy(net)
-    ema.copy_to(averaged.parameters())
-    return Trained(net, averaged, [end - start for start, end in pairwise(ends)])
+        yield time.perf_counter() - start
 
 
 def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLoss) -> Tensor:
@@ -136,3 +161,58 @@ def reference_loss(net: AutoencoderKL, images: Tensor, perceptual: PerceptualLos
 def _endless(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
     while True:
         yield from loader
+
+
+def run(options: Options) -> None:
+    """Train the plain script's network, and save its weights."""
+    # images and network, as `kl_small` has them
+    keep_freed_memory(torch.device("cpu"))
+    config = load_preset("kl_small").with_changes(
+        {
+            "data": {
+                "train_data_dir": options.train_data_dir,
+                "validation_data_dir": options.validation_data_dir,
+            },
+            "run": {"seed": options.seed},
+        }
+    )
+    source: Any = open_data(config)[0]  # a folder, not a stream
+    torch.manual_seed(options.seed)
+    shape: dict[str, Any] = config.model.shape() | {"initial_posterior_logvar": 0.0}
+    net = build_autoencoder_kl(**shape)
+
+    # updates
+    batch, seconds = config.run.train_batch_size, 0.0
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "log.jsonl").unlink(missing_ok=True)
+    trained = train_reference(
+        net,
+        source,
+        PerceptualLoss(load_lpips("vgg")),
+        resolution=config.data.size[0],
+        batch_size=batch,
+        updates=options.updates,
+        learning_rate=config.optimizer.learning_rate,
+        warmup=config.optimizer.lr_warmup_steps,
+        seed=options.seed,
+    )
+    for update, elapsed in enumerate(trained, start=1):
+        seconds += elapsed
+        if update % LOG_STEPS == 0:
+            speed = LOG_STEPS * batch / seconds
+            row = {"update": update, "images": update * batch, "time/images_per_second": speed}
+            append_row(options.out / "log.jsonl", row)
+            seconds = 0.0
+        if update % options.save_every == 0 or update == options.updates:
+            save_file(net.state_dict(), options.out / f"{update}.safetensors")
+
+
+def main() -> None:
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="reference.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

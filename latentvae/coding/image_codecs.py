@@ -1,7 +1,8 @@
 """Encode images with Pillow's codecs, to compare them with models. Rates count whole files."""
 
-import bisect
 import io
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,6 +83,7 @@ def encode_at_rate(
             search. The search adds the files that it encodes.
     """
     files = {} if files is None else files
+    target = bpp * image.width * image.height / 8  # bytes
 
     def file(quality: int) -> bytes:
         if quality not in files:
@@ -89,11 +91,26 @@ def encode_at_rate(
         return files[quality]
 
     def enough(quality: int) -> bool:
-        return bits_per_pixel(file(quality), image) >= bpp
+        return len(file(quality)) >= target
 
-    # search between the two known qualities that are nearest to `bpp`
+    # the two known qualities that are nearest to `bpp`
     low = max((quality for quality in files if not enough(quality)), default=0)
-    high = min((quality for quality in files if quality > low), default=100)
-    quality = low + 1 + bisect.bisect_left(range(low + 1, high), True, key=enough)
-    quality = min(quality, 100)
+    high = min((quality for quality in files if quality > low), default=101)
+
+    # Narrow them down to neighbours. The logarithm of the rate is nearly linear in the quality, so
+    # interpolation needs about half as many files as halving. Every third step halves, in case the
+    # rate is far from linear.
+    for step in itertools.count(1):
+        if high - low <= 1:
+            break
+        halve = low not in files or high not in files or step % 3 == 0
+        share = 0.5 if halve else _share(*(len(files[quality]) for quality in (low, high)), target)
+        quality = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        low, high = (low, quality) if enough(quality) else (quality, high)
+    quality = min(high, 100)
     return file(quality), quality
+
+
+def _share(low: int, high: int, target: float) -> float:
+    """Return the place of `target` between two file sizes on a logarithmic scale, 0 to 1."""
+    return math.log(target / low) / math.log(high / low) if low < target < high else 0.5

@@ -30,6 +30,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from latentvae.compute.precision import has_instructions
 from latentvae.compute.upsampling import (
     FoldedUpsample2D,
     fold_kernel,
@@ -65,21 +66,6 @@ def build_fast(net: Any) -> Any:
     for half in halves:
         _make_fast(half)
     return copied
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies faster in bfloat16 than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and _has_instructions("avx512_bf16", "amx_bf16")
-
-
-def _has_instructions(*names: str) -> bool:
-    """Return whether the processor has one of these sets of instructions."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
-        return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in names)
 
 
 def sharing_copy(net: Any) -> Any:
@@ -136,7 +122,7 @@ def _wide_parts(half: Any) -> Iterator[nn.Module]:
     """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
-    if not (known and on_cpu and has_winograd()) or _has_instructions("amx_bf16"):
+    if not (known and on_cpu and has_winograd()) or has_instructions("amx_bf16"):
         return
     for module in half.modules():
         if type(module) is InPlaceResnetBlock2D and module.out_channels >= WIDE:

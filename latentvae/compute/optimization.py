@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from latentvae.compute.inference import build_exact, build_fast, multiplies_bfloat16
+from latentvae.compute.inference import build_exact, build_fast
 from latentvae.compute.memory import keep_freed_memory
-from latentvae.compute.precision import full_float32
+from latentvae.compute.precision import full_float32, multiplies_bfloat16
 from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 

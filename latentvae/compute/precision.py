@@ -1,9 +1,9 @@
-"""Compute float32 as float32 on GPUs, not as TensorFloat-32 (TF32).
+"""Choose the precision of products: full float32, or bfloat16 where that is faster.
 
-By default torch computes the convolutions of float32 networks in TF32 on NVIDIA GPUs since Ampere.
-TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about 0.2% from latents on
-a CPU, and tokens near a boundary between two codes change. Training keeps torch's default, because
-TF32 is faster and errors of this size do not matter in training.
+By default torch computes the convolutions of float32 networks in TensorFloat-32 (TF32) on NVIDIA
+GPUs since Ampere. TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about
+0.2% from latents on a CPU, and tokens near a boundary between two codes change. Training keeps
+torch's default, because TF32 is faster and errors of this size do not matter in training.
 """
 
 from collections.abc import Iterator
@@ -28,3 +28,18 @@ def full_float32() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies faster in bfloat16 than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and has_instructions("avx512_bf16", "amx_bf16")
+
+
+def has_instructions(*names: str) -> bool:
+    """Return whether the processor has one of these sets of instructions."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in names)

@@ -164,12 +164,14 @@ class RunConfig(Section):
     )
     # The launcher may set the precision, so this option may change on resume. The engine checks
     # separately that the precision itself is the same as before.
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, MayChange()] = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"] | None, MayChange()] = Field(
         default=None,
         description=(
             "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
-            "float32. `no` computes in float32. The default is the precision that you give to "
-            "`accelerate launch`. `fp16` is not supported."
+            "float32. `no` computes in float32. `auto` is bf16 if the machine multiplies bfloat16 "
+            "faster, else no; a resumed run keeps the precision that it was started with. The "
+            "default is the precision that you give to `accelerate launch`. `fp16` is not "
+            "supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")

@@ -28,7 +28,7 @@ from latentvae.engine.non_finite import describe
 from latentvae.engine.plan import plan, warnings
 from latentvae.engine.processes import end_accelerator, start_accelerator
 from latentvae.engine.publishing import check_push, push_export, repository
-from latentvae.engine.resume import find_start, take_folder
+from latentvae.engine.resume import find_start, settle_precision, take_folder
 from latentvae.engine.run_options import check_options
 from latentvae.engine.schedule import learning_rate
 from latentvae.engine.signals import Interrupt
@@ -68,6 +68,7 @@ def train(task: Task) -> Path:
     task.config = checked(task.config)
     task.check()
     folder = check_options(task.config.run)
+    task.config = settle_precision(task.config, folder)
     task.open()
 
     # the run

@@ -4,6 +4,7 @@ import gc
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +13,13 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 from torch import nn
 
+from latentvae.compute.precision import multiplies_bfloat16
 from latentvae.config.run_config import RunConfig
+from latentvae.distributed import gather_objects
 from latentvae.errors import UserError
 
 DTYPES = {"no": None, "bf16": torch.bfloat16}  # autocast's dtype by mixed_precision
@@ -32,8 +36,9 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
     # Without this reset, the precision of an earlier run in this process would remain.
     AcceleratorState._reset_state()
 
+    automatic = options.mixed_precision == "auto"
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
+        mixed_precision=fastest_precision() if automatic else options.mixed_precision,
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
         kwargs_handlers=[
@@ -46,7 +51,20 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
             f"the launcher asks for mixed precision {accelerator.mixed_precision}, which fails "
             "with two optimizers on one gradient scaler. Allowed are bf16 and no."
         )
+    chosen = sorted(set(gather_objects(accelerator.mixed_precision)))
+    if len(chosen) > 1:
+        raise UserError(
+            f"the processes of this run choose different precisions ({' and '.join(chosen)}), "
+            "because their machines differ. Give --mixed_precision no or bf16."
+        )
     return accelerator
+
+
+def fastest_precision() -> Literal["no", "bf16"]:
+    """Return `bf16` if the device of this process multiplies bfloat16 faster than float32."""
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    device = torch.device("cpu" if use_cpu else "cuda")
+    return "bf16" if multiplies_bfloat16(device) else "no"
 
 
 def end_accelerator(accelerator: Accelerator) -> None:

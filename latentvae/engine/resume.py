@@ -22,6 +22,7 @@ from latentvae.engine.checkpoint_files import (
     update_of,
 )
 from latentvae.engine.lock import LOCK_NAME
+from latentvae.engine.processes import fastest_precision
 from latentvae.engine.task import Task
 from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
@@ -81,6 +82,20 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     if not isinstance(values, dict) or not values.keys() >= set(schema.model_fields):
         raise UserError(f"'{path}' is not the configuration of a run")
     return parse(values, schema, source=str(path))
+
+
+def settle_precision(config: Config, folder: Path) -> Config:
+    """Return the options with the precision that `mixed_precision` `auto` stands for.
+
+    A run that exists in `folder` keeps its precision. A new run gets the precision that is fastest
+    on this machine. The run's config.yaml then records this precision.
+    """
+    if config.run.mixed_precision != "auto":
+        return config
+    saved = None
+    if not config.run.overwrite_output_dir and (folder / CONFIG_NAME).is_file():
+        saved = read_config(folder / CONFIG_NAME, type(config)).run.mixed_precision
+    return config.with_changes({"run": {"mixed_precision": saved or fastest_precision()}})
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:

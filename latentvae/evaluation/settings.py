@@ -120,8 +120,8 @@ class Plan:
 FULL = Plan()
 QUICK = Plan(
     lpips_nets=("alex",),
-    qualities=(5, 20, 50, 80, 95),
-    noise_psnr=(18, 30),
+    qualities=(10, 50, 90),
+    noise_psnr=(30,),
     prior_images=4,
     gain_images=1,
     passport_images=1,

@@ -1,23 +1,30 @@
-"""What is learned in equal time: that both arms' speeds are of the same updates."""
+"""What is learned in equal time: speeds, budgets, recipes and curves."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
 
 from latentvae.data import open_source
-from latentvae.engine.log import append_row
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import build_autoencoder_kl
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+TINY = """
+preset: kl_small
+model: {block_out_channels: [8, 8], latent_channels: 2, norm_num_groups: 2}
+data: {resolution: 16}
+objective: {perceptual_scale: 0.0}
+discriminator: {disc_scale: 0.0}
+run: {train_batch_size: 2}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +34,88 @@ def script() -> Iterator[ModuleType]:
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_the_first_updates_of_neither_arm_count(
+def test_the_start_counts_as_training_time(script: ModuleType) -> None:
+    speed = script.Speed(start=30.0, update=0.5)
+    assert speed.updates_in(5) == 540
+    assert speed.minutes_of(540) == 5.0
+
+
+def test_a_recipe_changes_only_what_it_says(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: kl_small\noptimizer: {learning_rate: 0.01}\n")
+    own, preset = script.read_recipe(str(path)), script.read_recipe("kl_small")
+    assert own.name == "mine" and own.config.optimizer.learning_rate == 0.01
+    own.config.optimizer.learning_rate = preset.config.optimizer.learning_rate
+    assert own.config.model_dump() == preset.config.model_dump()
+
+
+def test_every_recipe_of_the_folder_can_be_read(script: ModuleType) -> None:
+    names = sorted(path.stem for path in (BENCHMARKS / "recipes").glob("*.yaml"))
+    assert names and all(script.read_recipe(name).config is not None for name in names)
+    with pytest.raises(UserError, match="did you mean 'kl_small'"):
+        script.read_recipe("kl_smal")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speed_updates": 19}, "speed_updates must be at least 20"),
+        ({"points": 0}, "points must be at least 1"),
+        ({"recipes": ("a.yaml", "b/a.yaml")}, "two recipes are called 'a'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    script: ModuleType, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        script.run(script.Options(out=tmp_path, json=tmp_path / "l.json", **options))
+
+
+@pytest.mark.slow  # starts five training processes
+def test_curves_of_two_recipes(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(_: Any, n: int, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(seconds=[9.0] * 10 + [1.0] * 10 + [4.0] * (n - 20))
-
-    def train(_: Any, n: int, *, out: Path, **__: Any) -> None:
-        out.mkdir()
-        for update in range(10, n + 1, 10):
-            speed = script.BATCH / {10: 9.0, 20: 1.0}.get(update, 4.0)
-            append_row(out / "log.jsonl", {"update": update, "time/images_per_second": speed})
-
-    monkeypatch.setattr(script.Arms, "_reference", trained)
-    monkeypatch.setattr(script.Arms, "_train", train)
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
     options = script.Options(
-        data="samples", validation_data="samples", out=tmp_path, speed_updates=40
+        recipes=("tiny.yaml", "reference"),
+        minutes=0.15,
+        seeds=(3,),
+        json=Path("results/learning.json"),
+        points=2,
+        speed_updates=20,
+        resolution=32,
     )
-    arms = script.Arms(options)
-    assert arms.speed("reference") == arms.speed("latentvae") == 3.0
-    with pytest.raises(UserError, match="at least 20"):
-        script.run(replace(options, speed_updates=19))
+    monkeypatch.setattr(script.Speed, "updates_in", lambda *_: 5)
+    script.run(options)
+
+    result = json.loads(options.json.read_text())
+    assert [run["recipe"] for run in result["runs"]] == ["tiny", "reference"]
+    for run in result["runs"]:
+        assert [point["update"] for point in run["curve"]] == [2, 5]
+        minutes = [point["minutes"] for point in run["curve"]]
+        cost = result["recipes"][run["recipe"]]
+        passed = cost["seconds_before_first_update"] + 5 * cost["seconds_per_update"]
+        assert minutes == sorted(minutes) and minutes[-1] == pytest.approx(passed / 60)
+        assert len({point["psnr"] for point in run["curve"]}) == 2  # two sets of weights
+        assert all(5 < point["psnr"] < 40 and point["lpips"] > 0 for point in run["curve"])
+    assert options.json.with_suffix(".png").stat().st_size > 0
+
+    # the same command again repeats no training
+    before = options.json.read_text()
+    monkeypatch.setattr(script.Trainings, "_started", None)
+    monkeypatch.setattr(
+        script.Trainings,
+        "train",
+        lambda self, recipe, updates, *, seed: self.options.out / recipe.name / f"seed{seed}",
+    )
+    script.run(options)
+    assert json.loads(options.json.read_text())["runs"] == json.loads(before)["runs"]
 
 
 def test_every_update_of_the_reference_is_timed(script: ModuleType) -> None:
     torch.manual_seed(0)
-    trained = script.train_reference(
+    trained = importlib.import_module("reference").train_reference(
         build_autoencoder_kl(block_out_channels=(8, 8), norm_num_groups=4),
         open_source("samples", split="train"),
         PerceptualLoss(load_lpips("alex")),
@@ -63,4 +126,5 @@ def test_every_update_of_the_reference_is_timed(script: ModuleType) -> None:
         warmup=1,
         seed=0,
     )
-    assert len(trained.seconds) == 3 and min(trained.seconds) > 0
+    seconds = list(trained)
+    assert len(seconds) == 3 and min(seconds) > 0

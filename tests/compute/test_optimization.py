@@ -136,7 +136,7 @@ def test_fast_is_in_bfloat16_and_near(name: str, monkeypatch: pytest.MonkeyPatch
 @needs_winograd
 @torch.inference_mode()
 def test_wide_blocks_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_has_instructions", lambda *names: names != ("amx_bf16",))
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: names != ("amx_bf16",))
     monkeypatch.setattr(inference, "WIDE", 64)
     net = kl()
     mixed = inference.build_fast(net)

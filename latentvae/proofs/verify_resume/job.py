@@ -182,12 +182,13 @@ class Job:
         )
 
     def _launch(self, name: str, *, output: str) -> Launch:
+        precision = self.config.run.mixed_precision
         command = training_command(
             self.task.launch,
             self.work / "config.yaml",
             self.work / name,
             processes=self.processes,
-            precision=self.config.run.mixed_precision or "no",
+            precision="no" if precision in (None, "auto") else precision,
         )
         return Launch(
             command,

@@ -104,9 +104,7 @@ def export_folder(
         reasons = "".join(f". {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
     base, update = read_base(folder, config.model.architecture), update_of(checkpoint)
-    net = build_net(config, base)
-    load_weights(net, _weights(checkpoint, averaged=config.optimizer.use_ema))
-    net.eval()
+    net = checkpoint_network(config, checkpoint, base=base)
 
     # export
     train, validation = open_data(config)
@@ -126,6 +124,24 @@ def export_folder(
         repo_id = repository(hub_model_id, folder)
         message = f"Autoencoder after update {update:,}"
         push_export(out, repo_id=repo_id, private=hub_private_repo, message=message)
+
+
+def checkpoint_network(config: TrainConfig, checkpoint: Path, *, base: Base | None) -> Network:
+    """Return the network of a run with the weights of a checkpoint, in eval mode.
+
+    The weights are the averaged weights if the run averages them (`use_ema`).
+
+    Args:
+        config: the run's options.
+        checkpoint: the checkpoint's folder.
+        base: the pretrained network of a fine-tuning, or None.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+    """
+    net = build_net(config, base)
+    load_weights(net, _weights(checkpoint, averaged=config.optimizer.use_ema))
+    return net.eval()
 
 
 def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
