@@ -25,15 +25,12 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
     --num_cpu_threads_per_process $(CORES)
 
 demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (eight minutes)
-	$(LAUNCH) train/train_kl.py --config kl_small --train_data_dir samples --output_dir runs/demo \
-	    --init linear --optimizer muon --muon_learning_rate 3e-4 --lr_warmup_steps 30 \
+	$(LAUNCH) train/train_kl.py --config kl_small_d16 --train_data_dir samples --output_dir runs/demo \
 	    --max_train_steps 450 --disc_scale 0 --crop_min_side 0.15 --validation_steps 150 --seed 0
 	$(BIN)/python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report \
 	    --quick --overwrite
-	@echo "model:    runs/demo/export (loads with diffusers.AutoencoderKL.from_pretrained)"
-	@echo "pictures: runs/demo/samples/*.png, runs/demo/pipeline.png, runs/demo/report/sheet.png, runs/demo/report/rate.png"
-	@echo "report:   runs/demo/report/report.json"
+	@cat train/demo_end.txt
 
 test: $(STAMP)  ## Run the tests (some minutes), on all cores; WORKERS=0 for one after another
 	$(PARALLEL)

@@ -84,6 +84,8 @@ def config_from_arguments(
     name = _config_flag(arguments) or default_config
     steps = _max_train_steps(arguments)
     preset = load_preset(name, schema, max_train_steps=steps) if name else schema()
+    if (recipe := _recipe_flag(arguments)) is not None:
+        preset = preset.with_recipe(recipe)
 
     # the flags
     flags = _read_options(
@@ -247,6 +249,19 @@ def _config_flag(arguments: list[str]) -> str | None:
     if len(given) > 1:
         raise UserError(f"--config is given {len(given)} times: {', '.join(given)}. Give it once.")
     return given[0] if given else None
+
+
+def _recipe_flag(arguments: list[str]) -> str | None:
+    """Return the value of --recipe, which changes the defaults of other flags.
+
+    A wrong value is reported when the flags are read.
+    """
+    from latentvae.tasks.autoencoder.config import RECIPES
+
+    flag = "--recipe"
+    given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    given += [after for a, after in itertools.pairwise(arguments) if a == flag]
+    return given[-1] if given and given[-1] in RECIPES else None
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:

@@ -185,6 +185,13 @@ class DataConfig(Section):
             "shorter side."
         ),
     )
+    crop_max_side: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description=(
+            "Largest side of the area that `random_resized` crops, as a share of the image's "
+            "shorter side. A small value trains on fine detail."
+        ),
+    )
     random_flip: bool = Field(
         default=True,
         description="Mirror each training image left to right with a probability of one half.",
@@ -257,6 +264,12 @@ class DataConfig(Section):
             raise ValueError(
                 "value_range must be the pixel value that becomes black, then a greater one that "
                 f"becomes white (got {low:g} {high:g})."
+            )
+
+        if self.crop_min_side > self.crop_max_side:
+            raise ValueError(
+                f"crop_min_side must be at most crop_max_side (got {self.crop_min_side:g} and "
+                f"{self.crop_max_side:g})."
             )
 
         # one source of images

@@ -71,6 +71,10 @@ class ModelConfig(Pretrained):
         description="Number of latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16.",
     )
 
+    def starts_linear(self, image_channels: int) -> bool:
+        """Return whether a new network for such images starts at a linear code."""
+        return False
+
     @property
     def kind(self) -> str:
         """Name of the network, for messages."""

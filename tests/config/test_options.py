@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -21,6 +22,7 @@ from latentvae.option_marks import Elsewhere, marks
 from latentvae.proofs.preflight import preflight
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.config import TrainConfig, load_preset, parse
+from latentvae.tasks.autoencoder.images import train_transform
 from tests.tasks.autoencoder.small import small_config
 
 PRESETS = {
@@ -42,6 +44,7 @@ PRESETS = {
     "dvae_f8": (8, 256),
     "simvq_f16": (16, 256),
     "kl_small": (8, 4),
+    "kl_small_d16": (8, 16),
     "sd_decoder_finetune": (8, 4),
     "sdxl_decoder_finetune": (8, 4),
     "flux_decoder_finetune": (8, 16),
@@ -152,6 +155,10 @@ def test_the_home_folder_is_meant_in_a_flag_that_the_shell_leaves_alone(
         (
             ["--crops_per_image", "5"],
             "8 is not a multiple of crops_per_image 5. The nearest multiple is 10.",
+        ),
+        (
+            ["--crop_max_side", "0.3"],
+            "crop_min_side must be at most crop_max_side (got 0.5 and 0.3)",
         ),
         (["--resolution", "big"], "--resolution"),
         (["--learning_rate", "-1"], "learning_rate is -1.0, but should be greater than 0"),
@@ -335,3 +342,10 @@ def test_options_set_by_assignment_are_checked_too(
     with pytest.raises(UserError, match=re.escape(said)):
         call(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_crops_have_the_sides_that_the_options_give() -> None:
+    sides = {"crop_min_side": 0.12, "crop_max_side": 0.4}
+    transform = train_transform(TrainConfig().with_changes({"data": sides}))
+    shares = [transform.draw(np.random.default_rng(i)).share for i in range(200)]
+    assert 0.12 <= min(shares) < 0.14 and 0.38 < max(shares) <= 0.4

@@ -44,12 +44,13 @@ class ConvolutionalConfig(ModelConfig):
 class AttentionConfig(ConvolutionalConfig):
     """Options of residual blocks with GroupNorm, of self-attention, and of the first weights."""
 
-    init: Annotated[Literal["random", "linear"], OfTheRun()] = Field(
+    init: Annotated[Literal["random", "linear", "auto"], OfTheRun()] = Field(
         default="random",
         description=(
             "Weights of a new network. `linear` starts at the linear code of the network's size: "
             "principal components of patches of the training images. The network then learns from "
-            "fewer updates. `random` starts at random weights."
+            "fewer updates. `random` starts at random weights. `auto` is linear for every new "
+            "network that can start there, else random."
         ),
     )
 
@@ -72,24 +73,46 @@ class AttentionConfig(ConvolutionalConfig):
 
     @model_validator(mode="after")
     def _check_init(self) -> "AttentionConfig":
-        if self.init == "linear" and self.pretrained_model_name_or_path is not None:
-            raise ValueError(
-                "init linear is for new networks, but pretrained_model_name_or_path gives the "
-                "weights. Leave init out."
-            )
-        if self.init == "linear" and self.pixel_likelihood is not None:
-            raise ValueError(
-                f"init linear needs a decoder of images, but likelihood {self.pixel_likelihood} "
-                "makes it return parameters. Give --init random."
-            )
-        if self.init == "linear" and len(self.block_out_channels) < 2:
-            raise ValueError(
-                "init linear needs at least 2 levels, but block_out_channels has 1. Give --init "
-                "random."
-            )
-        if self.init == "linear" and (reason := self.bottleneck.why_no_linear_start):
-            raise ValueError(f"init linear does not work with {self.kind}: {reason}")
+        if self.init == "linear" and (reason := self.why_no_linear_start):
+            raise ValueError(f"init linear {reason}")
         return self
+
+    def starts_linear(self, image_channels: int) -> bool:
+        """Return whether a new network for such images starts at a linear code."""
+        if self.init != "auto":
+            return self.init == "linear"
+        widths = {self.block_out_channels[-1]: 1, self.block_out_channels[0]: image_channels}
+        return not self.why_no_linear_start and all(
+            norm_capacity(width, self.norm_num_groups) >= numbers
+            for width, numbers in widths.items()
+        )
+
+    @property
+    def why_no_linear_start(self) -> str:
+        """The reason why the network cannot start at a linear code, with advice, or ""."""
+        if self.pretrained_model_name_or_path is not None:
+            return (
+                "is for new networks, but pretrained_model_name_or_path gives the weights. Leave "
+                "init out."
+            )
+        if self.pixel_likelihood is not None:
+            return (
+                f"needs a decoder of images, but likelihood {self.pixel_likelihood} makes it "
+                "return parameters. Give --init random."
+            )
+        if len(self.block_out_channels) < 2:
+            return "needs at least 2 levels, but block_out_channels has 1. Give --init random."
+        if reason := self.bottleneck.why_no_linear_start:
+            return f"does not work with {self.kind}: {reason}"
+        return ""
+
+
+def norm_capacity(channels: int, groups: int) -> int:
+    """Return how many numbers can pass through a GroupNorm and SiLU as pairs (x, -x).
+
+    Each group with pairs also needs two constant channels, see `linear_start`.
+    """
+    return max((channels // groups - 2) // 2, 0) * groups
 
 
 def block_types(num_levels: int, attention_levels: Sequence[int]) -> tuple[Any, Any]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from latentvae.errors import UserError
 from latentvae.linear_code import LinearCode, PatchMoments
+from latentvae.models.conv.conv_config import norm_capacity
 
 # Before the last GroupNorm, the numbers of the linear code are multiplied by ENCODER_SCALE or
 # DECODER_SCALE. The constant channels have the larger value CONSTANT, so that the statistics of the
@@ -98,7 +99,7 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
     kept = codes[0].basis.shape[0]
     narrowest = min(len(conv.weight) for conv in joins)
     fitting = min(narrowest, len(encoder.conv_out.weight), len(codes[-1].basis))
-    count_d = min(d, fitting, _Layout.capacity(encoder.conv_norm_out))
+    count_d = min(d, fitting, _capacity(encoder.conv_norm_out))
     layout = _Layout(encoder.conv_norm_out, count=count_d)
     variances = codes[-1].variances[:count_d]
     scales = variances.clamp_min(LEAST_VARIANCE * variances[0]).rsqrt()
@@ -206,7 +207,7 @@ class _Layout:
 
     def __init__(self, norm: nn.GroupNorm, *, count: int) -> None:
         self.norm = norm
-        if count > self.capacity(norm) or count == 0:
+        if count > _capacity(norm) or count == 0:
             raise _too_narrow(count)
         size = norm.num_channels // norm.num_groups
         per_group = (size - 2) // 2
@@ -221,11 +222,6 @@ class _Layout:
                     channels[2 * pairs : 2 * pairs + (size - 2 * pairs) // 2 * 2],
                 )
             )
-
-    @staticmethod
-    def capacity(norm: nn.GroupNorm) -> int:
-        """Return how many numbers can pass through a norm as pairs (x, -x)."""
-        return max((norm.num_channels // norm.num_groups - 2) // 2, 0) * norm.num_groups
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -264,6 +260,10 @@ class _Layout:
         for number, (plus, minus) in enumerate(self.pairs):
             conv.weight[number, plus, 1, 1] = 1 / scale
             conv.weight[number, minus, 1, 1] = -1 / scale
+
+
+def _capacity(norm: nn.GroupNorm) -> int:
+    return norm_capacity(norm.num_channels, norm.num_groups)
 
 
 def _zero_branches(module: nn.Module) -> None:

@@ -20,6 +20,12 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
+# Each recipe sets these options of a preset, as far as the preset has them.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "preset": {},
+    "published": {"model": {"init": "random"}, "optimizer": {"optimizer": "adamw"}},
+    "fast": {"model": {"init": "auto"}, "optimizer": {"optimizer": "muon"}},
+}
 BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
 
 
@@ -90,12 +96,31 @@ class TrainConfig(JobConfig):
             "file or preset."
         ),
     )
+    recipe: Annotated[Literal["preset", "published", "fast"], MayChange()] = Field(
+        default="preset",
+        description=(
+            "How the model learns. `published` is the recipe of the original works: random weights "
+            "and AdamW. `fast` starts at a linear code and trains by Muon. `preset` leaves this to "
+            "the preset: the small presets are fast, the large presets are published. The flags "
+            "--init, --optimizer and others override the recipe."
+        ),
+    )
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: AutoencoderRunConfig = AutoencoderRunConfig()
+
+    def with_recipe(self, recipe: str) -> "TrainConfig":
+        """Return a copy in which this recipe sets the options that the run's network has."""
+        changes = {
+            section: {
+                name: v for name, v in values.items() if hasattr(getattr(self, section), name)
+            }
+            for section, values in RECIPES[recipe].items()
+        }
+        return self.with_changes(changes)
 
     def may_change(self, then: JobConfig) -> frozenset[str]:
         assert isinstance(then, TrainConfig)
@@ -138,6 +163,11 @@ class TrainConfig(JobConfig):
         # Both are powers of 2, so the larger number is a multiple of the smaller one.
         multiple = max(self.model.f, BUCKET_MULTIPLE)
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
+
+    @property
+    def starts_linear(self) -> bool:
+        """Whether the run's new network starts at a linear code."""
+        return self.model.starts_linear(self.data.image_channels)
 
     @property
     def discriminator_start(self) -> int:

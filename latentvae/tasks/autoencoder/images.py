@@ -91,7 +91,7 @@ def train_transform(config: TrainConfig) -> TrainTransform:
     return TrainTransform(
         data.size,
         crop=data.crop,
-        crop_scale=(data.crop_min_side, 1.0),
+        crop_scale=(data.crop_min_side, data.crop_max_side),
         random_flip=data.random_flip,
         interpolation=data.image_interpolation_mode,
         resize_with=data.resize_with,

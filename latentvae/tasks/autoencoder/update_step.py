@@ -65,7 +65,7 @@ class LearningAutoencoder(Task):
         # network and objective
         config, self.accelerator = self.config, accelerator
         net = build_net(config, self.base)
-        starts_linear = getattr(config.model, "init", "random") == "linear" and not resumed
+        starts_linear = config.starts_linear and not resumed
         if starts_linear:
             start_linear(
                 config,
