@@ -1,21 +1,23 @@
 """Compare how much training recipes learn in equal time, as curves of PSNR and LPIPS.
 
-    python benchmarks/learning.py --recipes kl_small plain_kl_small reference --data photos \
+    python benchmarks/learning.py --recipes no_disc no_disc_random_adamw --data photos \
         --validation_data unseen --minutes 15 --seeds 0 1 --json learning.json
 
 A recipe is a preset, your own YAML file, a file in benchmarks/recipes, or `reference` (the plain
 script, reference.py). A YAML file may name the preset that it changes: `preset: kl_small`.
 
 First, the script measures each recipe's start (the seconds before the first update) and its seconds
-per update. Do this on an idle machine. From these it computes how many updates fit into the given
-time. The script then trains every recipe with every seed, so the machine may do other work during
-the trainings. It measures the averaged weights at several points of each training, on unseen
-images.
+per update, before and after the start of the discriminator. Do this on an idle machine. From these
+it computes how many updates fit into the given time. The script then trains every recipe with every
+seed, so the machine may do other work during the trainings. It measures the weights at several
+points of each training, on unseen images. The weights are averaged if the recipe averages them.
 
 The script writes the JSON file and a plot beside it (learning.png). If you run the same command
-again, it keeps what is measured and trained, and continues interrupted trainings.
+again, it keeps what is measured and trained. It continues an interrupted training of a preset, and
+starts an interrupted `reference` anew.
 """
 
+import bisect
 import dataclasses
 import json
 import os
@@ -39,10 +41,11 @@ from timing import machine
 from tqdm import tqdm
 
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.config.presets import preset_names
+from latentvae.config.presets import preset_names, presets_folder
 from latentvae.data import BadImages, EvalTransform
 from latentvae.engine.checkpoint_files import PREFIX
 from latentvae.engine.log import read_rows
+from latentvae.engine.resume import CONFIG_NAME
 from latentvae.errors import UserError, nearest
 from latentvae.files import read_yaml
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -56,14 +59,14 @@ from latentvae.tasks.autoencoder.validate import validate
 HERE = Path(__file__).parent
 REFERENCE = "reference"
 UNTIMED = 10  # number of first updates, which are not timed
-METRICS = {"psnr": "PSNR (dB), higher is better", "lpips": "LPIPS (alex), lower is better"}
+METRICS = {"psnr": "PSNR (dB), higher is better", "lpips_alex": "LPIPS (alex), lower is better"}
 
 
 @dataclass(frozen=True)
 class Options:
     """Which recipes to train, on what, and for how long."""
 
-    recipes: tuple[str, ...] = ("kl_small", REFERENCE)
+    recipes: tuple[str, ...] = ("no_disc", REFERENCE)
     """Presets, YAML files, files in benchmarks/recipes, or `reference`."""
 
     data: str = "samples"
@@ -109,21 +112,49 @@ class Speed:
     """Seconds from the start of the program to the first update."""
 
     update: float
-    """Median seconds per update."""
+    """Median seconds per update, while the discriminator does not learn."""
 
-    def updates_in(self, minutes: float) -> int:
-        return int((60 * minutes - self.start) / self.update)
+    with_discriminator: float | None = None
+    """Median seconds per update, while the discriminator learns."""
 
-    def minutes_of(self, updates: int) -> float:
-        return (self.start + updates * self.update) / 60
+    def updates_in(self, minutes: float, recipe: "Recipe") -> int:
+        """Return the largest number of updates that fit into the time."""
+        most = max(int(60 * minutes / self.update), 0)
+        return bisect.bisect_right(
+            range(1, most + 1), minutes, key=lambda n: self.minutes_of(n, recipe, total=n)
+        )
+
+    def minutes_of(self, updates: int, recipe: "Recipe", *, total: int) -> float:
+        """Return the minutes of the first `updates` updates of a training of `total` updates."""
+        later = max(updates - recipe.discriminator_start(total), 0)
+        cost = self.update if self.with_discriminator is None else self.with_discriminator
+        return (self.start + (updates - later) * self.update + later * cost) / 60
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe to train. `config` is None for the plain script."""
+    """A recipe to train. `values` are its options by section, or None for the plain script."""
 
     name: str
-    config: TrainConfig | None
+    values: dict[str, Any] | None
+
+    def config(self, updates: int | None = None) -> TrainConfig:
+        """Return all options, for a training of so many updates. The plain script has kl_small's.
+
+        Options that are a share of the run depend on the number of updates.
+        """
+        if self.values is None:
+            return load_preset("kl_small")
+        run = self.values.get("run", {}) | ({"max_train_steps": updates} if updates else {})
+        return parse(self.values | {"run": run}, source=f"recipe {self.name}")
+
+    def discriminator_start(self, updates: int) -> int:
+        """Return the first update in which the discriminator learns, at most `updates`."""
+        if self.values is None:
+            return updates
+        config = self.config(updates)
+        has_one = config.discriminator.disc_scale > 0
+        return min(config.discriminator_start, updates) if has_one else updates
 
 
 def read_recipe(name: str) -> Recipe:
@@ -134,28 +165,40 @@ def read_recipe(name: str) -> Recipe:
     """
     if name == REFERENCE:
         return Recipe(name, None)
-    path = next((p for p in (Path(name), HERE / "recipes" / f"{name}.yaml") if p.is_file()), None)
+    places = (Path(name), HERE / "recipes" / f"{name}.yaml", presets_folder() / f"{name}.yaml")
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
-        known = [*preset_names(TrainConfig), *_own_recipes(), REFERENCE]
-        if name not in known:
-            raise UserError(
-                f"recipe '{name}' is neither a YAML file nor one of {', '.join(known)}"
-                f"{nearest(name, known)}"
-            )
-        return Recipe(name, load_preset(name))
+        own = [place.stem for place in (HERE / "recipes").glob("*.yaml")]
+        known = sorted([*preset_names(TrainConfig), *own, REFERENCE])
+        raise UserError(
+            f"recipe '{name}' is neither a YAML file nor one of {', '.join(known)}"
+            f"{nearest(name, known)}"
+        )
 
+    values = _read_sections(path)
+    if (preset := values.pop("preset", None)) is not None:
+        load_preset(preset)  # raises an error if there is none
+        values = _merged(_read_sections(presets_folder() / f"{preset}.yaml"), values)
+    recipe = Recipe(path.stem, values)
+    recipe.config()  # raises an error if a value is wrong
+    return recipe
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(f"recipe '{path}' must hold sections, not a {type(values).__name__}")
-    preset = values.pop("preset", None)
-    if preset is not None:
-        base = load_preset(preset).model_dump()
-        values = {k: v | values.get(k, {}) if isinstance(v, dict) else v for k, v in base.items()}
-    return Recipe(path.stem, parse(values, source=str(path)))
+    return values
 
 
-def _own_recipes() -> list[str]:
-    return sorted(path.stem for path in (HERE / "recipes").glob("*.yaml"))
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return nested options, in which the values of `own` replace those of `base`."""
+    both = {k: _merged(base[k], v) for k, v in own.items() if _nested(v) and _nested(base.get(k))}
+    return base | own | both
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 class Trainings:
@@ -169,16 +212,39 @@ class Trainings:
 
     def speed(self, recipe: Recipe) -> Speed:
         """Return the speed of a recipe, measured now or by an earlier command."""
-        out = self.options.out / recipe.name
-        known, config = out / "speed.json", self._config_file(recipe).read_text()
-        if known.exists():
-            saved = json.loads(known.read_text())
-            if saved.pop("config") == config:
+        path = self.options.out / recipe.name / "speed.json"
+        measured_for = {
+            "options": recipe.values,
+            "threads": self.options.threads,
+            "data": self.options.data,
+            "updates": self.options.speed_updates,
+        }
+        if path.exists():
+            saved = json.loads(path.read_text())
+            if saved.pop("measured_for") == measured_for:
                 return Speed(**saved)
 
-        # The log has a row after every `UNTIMED` updates.
+        start, update = self._measured(recipe, learning=False)
+        later = None
+        if recipe.values is not None and recipe.config().discriminator.disc_scale > 0:
+            _, later = self._measured(recipe, learning=True)
+        speed = Speed(start, update, later)
+        path.write_text(json.dumps(dataclasses.asdict(speed) | {"measured_for": measured_for}))
+        return speed
+
+    def _measured(self, recipe: Recipe, *, learning: bool) -> tuple[float, float]:
+        """Return the seconds before the first update, and the median seconds per update.
+
+        Args:
+            learning: whether the discriminator learns.
+        """
+        out, n = self.options.out / recipe.name, self.options.speed_updates
         folder, rows = out / "speed", out / "speed" / "log.jsonl"
-        command = self._command(recipe, folder, seed=0, updates=self.options.speed_updates)
+        command = self._command(recipe, folder, seed=0, updates=n)
+        if recipe.values is not None:
+            command += ["--overwrite_output_dir", "--disc_start", str(0 if learning else n)]
+
+        # The log has a row after every `UNTIMED` updates.
         begin, seen = time.time(), None
         process = self._started(command, out / "speed.txt", threads=self.options.threads)
         while process.poll() is None:
@@ -188,23 +254,21 @@ class Trainings:
             time.sleep(0.02)
         _check(process, out / "speed.txt")
 
-        speeds = [r for r in read_rows(rows) if "time/images_per_second" in r]
+        speeds = [row for row in read_rows(rows) if "time/images_per_second" in row]
         batch = speeds[0]["images"] / speeds[0]["update"]
         timed = [batch / r["time/images_per_second"] for r in speeds if r["update"] > UNTIMED]
         first = batch / speeds[0]["time/images_per_second"]
         assert seen is not None and speeds[0]["update"] == UNTIMED
-        speed = Speed(start=max(seen - begin - UNTIMED * first, 0.0), update=median(timed))
-        known.write_text(json.dumps(dataclasses.asdict(speed) | {"config": config}))
-        return speed
+        return max(seen - begin - UNTIMED * first, 0.0), median(timed)
 
     def train(self, recipe: Recipe, updates: int, *, seed: int) -> Path:
         """Train a recipe, and return the folder of the run. A finished run is not repeated."""
-        folder = self.options.out / recipe.name / f"seed{seed}"
+        folder = self.options.out / recipe.name / f"seed{seed}, {updates} updates"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if recipe.config is None and (folder / f"{updates}.safetensors").exists():
+        if recipe.values is None and (folder / f"{updates}.safetensors").exists():
             return folder
         command = self._command(recipe, folder, seed=seed, updates=updates)
-        log = folder.with_suffix(".txt")
+        log = folder.with_name(f"{folder.name}.txt")
         threads = max(1, self.options.threads // self.options.jobs)
         process = self._started(command, log, threads=threads)
         process.wait()
@@ -218,7 +282,7 @@ class Trainings:
 
     def _command(self, recipe: Recipe, folder: Path, *, seed: int, updates: int) -> list[str]:
         step = str(max(1, updates // self.options.points))
-        if recipe.config is None:
+        if recipe.values is None:
             own = {"out": folder, "seed": seed, "updates": updates, "save_every": step}
             return [sys.executable, str(HERE / "reference.py"), *_flags(own), *self.data]
         own = {
@@ -232,16 +296,13 @@ class Trainings:
             "max_validation_images": 8,
             "log_steps": UNTIMED,
         }
-        again = ["--overwrite_output_dir"] if folder.name == "speed" else []
-        return [sys.executable, "-m", "latentvae.cli.train", *_flags(own), *again, *self.data]
+        return [sys.executable, "-m", "latentvae.cli.train", *_flags(own), *self.data]
 
     def _config_file(self, recipe: Recipe) -> Path:
         """Write the options of a recipe to a file that `--config` reads."""
         path = self.options.out / recipe.name / "recipe.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {} if recipe.config is None else recipe.config.model_dump(mode="json")
-        values.pop("config", None)
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        path.write_text(yaml.safe_dump(recipe.values, sort_keys=False))
         return path
 
     def _started(self, command: list[str], log: Path, *, threads: int) -> Any:
@@ -274,31 +335,33 @@ class Measurements:
 
     def __init__(self, options: Options, trainings: Trainings) -> None:
         self.options, self.trainings = options, trainings
-        self.perceptual = PerceptualLoss(load_lpips("alex"))
+        self.lpips = {net: PerceptualLoss(load_lpips(net)) for net in ("alex", "vgg")}
 
     def curve(
         self, recipe: Recipe, folder: Path, updates: int, *, seed: int
     ) -> list[dict[str, float]]:
         """Return the metrics of a run's weights at each point, saved for the next command."""
-        saved = folder / "curve.json"
-        curve = json.loads(saved.read_text()) if saved.exists() else []
-        done = {point["update"] for point in curve}
+        path = folder / "curve.json"
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        measured_on = [self.options.validation_data, self.options.resolution]
+        if saved.get("measured_on") != measured_on:
+            saved = {"measured_on": measured_on, "points": {}}
         for update in self.trainings.points(updates):
-            if update not in done:
+            if str(update) not in saved["points"]:
                 net = self._network(recipe, folder, update)
-                curve.append({"update": update, **self._measured(recipe, net, seed=seed)})
-                saved.write_text(json.dumps(curve))
-        return curve
+                saved["points"][str(update)] = self._measured(recipe, net, seed=seed)
+                path.write_text(json.dumps(saved))
+        return [{"update": u, **saved["points"][str(u)]} for u in self.trainings.points(updates)]
 
     def _network(self, recipe: Recipe, folder: Path, update: int) -> Network:
-        if recipe.config is None:
+        if recipe.values is None:
             net: Any = build_autoencoder_kl(**load_preset("kl_small").model.shape())
             net.load_state_dict(load_file(folder / f"{update}.safetensors"))
             return net.eval()
-        return checkpoint_network(recipe.config, folder / f"{PREFIX}{update}", base=None)
+        return checkpoint_network(recipe.config(), folder / f"{PREFIX}{update}", base=None)
 
     def _measured(self, recipe: Recipe, net: Network, *, seed: int) -> dict[str, float]:
-        config = (recipe.config or load_preset("kl_small")).with_changes(
+        config = recipe.config().with_changes(
             {
                 "data": {
                     "train_data_dir": self.options.data,
@@ -309,17 +372,21 @@ class Measurements:
         )
         _, images = open_data(config)
         side = self.options.resolution or 2 * config.data.size[0]
-        found = validate(
-            net,
-            images,
-            transform=EvalTransform(side),
-            perceptual=self.perceptual,
-            batch_size=8,
-            limit=len(images),
-            device=torch.device("cpu"),
-            bad=BadImages(),
-        )
-        return {name.removeprefix("validation/"): value for name, value in found.items()}
+        measured: dict[str, float] = {}
+        for backbone, perceptual in self.lpips.items():
+            found = validate(
+                net,
+                images,
+                transform=EvalTransform(side),
+                perceptual=perceptual,
+                batch_size=8,
+                limit=len(images),
+                device=torch.device("cpu"),
+                bad=BadImages(),
+            )
+            found = {name.removeprefix("validation/"): value for name, value in found.items()}
+            measured |= found | {f"lpips_{backbone}": found.pop("lpips")}
+        return measured
 
 
 def run(options: Options) -> None:
@@ -330,11 +397,13 @@ def run(options: Options) -> None:
 
     # speeds, one after another
     speeds = {recipe.name: trainings.speed(recipe) for recipe in recipes}
-    updates = {name: speed.updates_in(options.minutes) for name, speed in speeds.items()}
+    updates = {r.name: speeds[r.name].updates_in(options.minutes, r) for r in recipes}
     for name, speed in speeds.items():
+        later = speed.with_discriminator
+        learning = "" if later is None else f" ({later:.3f} s with the discriminator)"
         print(
-            f"{name}: starts in {speed.start:.1f} s, then {speed.update:.3f} s per update, so "
-            f"{updates[name]:,} updates in {options.minutes:g} minutes",
+            f"{name}: starts in {speed.start:.1f} s, then {speed.update:.3f} s per update"
+            f"{learning}, so {updates[name]:,} updates in {options.minutes:g} minutes",
             flush=True,
         )
         if updates[name] < options.points:
@@ -358,10 +427,25 @@ def run(options: Options) -> None:
     for (recipe, seed), folder in zip(todo, folders, strict=True):
         speed = speeds[recipe.name]
         curve = measurements.curve(recipe, folder, updates[recipe.name], seed=seed)
-        curve = [{"minutes": speed.minutes_of(int(p["update"]))} | p for p in curve]
-        runs.append({"recipe": recipe.name, "seed": seed, "curve": curve})
+        for point in curve:
+            done, total = int(point["update"]), updates[recipe.name]
+            point["minutes"] = speed.minutes_of(done, recipe, total=total)
+        runs.append(
+            {
+                "recipe": recipe.name,
+                "seed": seed,
+                "mixed_precision": _precision(folder),
+                "curve": curve,
+            }
+        )
         _write(options, recipes, speeds, runs)
     Console(width=110).print(table(runs))
+
+
+def _precision(folder: Path) -> str:
+    """Return the precision that a training used. The plain script computes in float32."""
+    path = folder / CONFIG_NAME
+    return (read_yaml(path)["run"]["mixed_precision"] or "no") if path.exists() else "no"
 
 
 def _check_options(options: Options) -> None:
@@ -386,7 +470,8 @@ def _write(
             recipe.name: {
                 "seconds_before_first_update": speeds[recipe.name].start,
                 "seconds_per_update": speeds[recipe.name].update,
-                "options": None if recipe.config is None else recipe.config.model_dump(mode="json"),
+                "seconds_with_discriminator": speeds[recipe.name].with_discriminator,
+                "options": recipe.values,
             }
             for recipe in recipes
         },
@@ -418,16 +503,18 @@ def plot(runs: Sequence[Any], path: Path) -> None:
 def table(runs: Sequence[Any]) -> Table:
     """Return a table of the last point of every run, and the mean over the seeds of a recipe."""
     shown = Table(title="at the end of each training, on the unseen images")
-    for column in ("recipe", "seed", "updates", "minutes", "PSNR (dB)", "SSIM", "LPIPS alex"):
+    columns = ("recipe", "seed", "updates", "minutes", "PSNR (dB)", "SSIM", "LPIPS alex")
+    for column in (*columns, "LPIPS vgg"):
         shown.add_column(column)
     for name in dict.fromkeys(entry["recipe"] for entry in runs):
         ends = [(entry["seed"], entry["curve"][-1]) for entry in runs if entry["recipe"] == name]
         rows = [(str(seed), end) for seed, end in ends]
         if len(ends) > 1:
-            keys = ("update", "minutes", *METRICS, "ssim")
+            keys = ("update", "minutes", "psnr", "ssim", "lpips_alex", "lpips_vgg")
             rows.append(("mean", {key: mean(end[key] for _, end in ends) for key in keys}))
         for seed, end in rows:
-            numbers = [f"{end['psnr']:.2f}", f"{end['ssim']:.3f}", f"{end['lpips']:.3f}"]
+            metrics = [f"{end[name]:.3f}" for name in ("ssim", "lpips_alex", "lpips_vgg")]
+            numbers = [f"{end['psnr']:.2f}", *metrics]
             updates = f"{end['update']:,.0f}"
             shown.add_row(name, seed, updates, f"{end['minutes']:.1f}", *numbers)
     return shown

@@ -7,8 +7,8 @@ those of Stable Diffusion 1. The other networks of the pipelines are tiny and ha
 The script writes three pictures side by side.
 
 1. A held-out photo.
-2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, one
-    step of an untrained network and `vae.decode`.
+2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, two
+    steps of an untrained network and `vae.decode`.
 3. A text-to-image picture from the same networks. The picture shows decoded noise, because of
     the random weights. The autoencoder alone also decodes the pipeline's latents. Both decoded
     pictures must be equal, bit by bit.

@@ -5,8 +5,9 @@
 
 `--config` takes a YAML file or the name of a preset. Every flag below overrides a value of this
 config. To resume a run that was interrupted, run the same command again. `--preflight` trains a few
-updates to check the run, and then exits. `--train_data_dir samples` trains on the photos that come
-with scikit-image.
+updates to check the run, and then exits. `--recipe fast` starts at a linear code and trains by Muon
+(`--init auto --optimizer muon`). `--recipe published` starts at random weights and trains by AdamW.
+`--train_data_dir samples` trains on the photos that come with scikit-image.
 """
 
 import sys

@@ -36,6 +36,7 @@ from latentvae.cli.option_list import (
     read_list,
 )
 from latentvae.config.presets import presets_folder, unknown_config
+from latentvae.config.recipes import FLAG, take_recipe, with_recipe
 from latentvae.errors import RunError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -80,12 +81,11 @@ def config_from_arguments(
     # the preset, whose values are the defaults of the flags
     from latentvae.config.presets import load_preset, parse
 
-    arguments = list(arguments)
+    arguments, recipe = take_recipe(arguments)
     name = _config_flag(arguments) or default_config
     steps = _max_train_steps(arguments)
     preset = load_preset(name, schema, max_train_steps=steps) if name else schema()
-    if (recipe := _recipe_flag(arguments)) is not None:
-        preset = preset.with_recipe(recipe)
+    preset = preset if recipe is None else with_recipe(preset, recipe)
 
     # the flags
     flags = _read_options(
@@ -113,7 +113,7 @@ def check_early(
     `config_from_arguments` takes the same arguments and checks them again.
     """
     # the preset, by its name or its file
-    arguments, listed = list(arguments), read_list()
+    arguments, listed = take_recipe(arguments)[0], read_list()
     name = _config_flag(arguments) or default_config
     path = Path(name)
     if path.is_file() and path.resolve().parent == presets_folder().resolve():
@@ -199,7 +199,7 @@ def _check_flags(
             raise UserError(f"unknown option '{flag}'; did you mean '--{name}'?")
         called = f"'{flag}'" if name == given else f"'{flag}' (here '--{name}')"
         _check_option_of_others(name, chosen, presets(), config=config, called=called)
-    check_names(arguments, [*names, *also])
+    check_names(arguments, [*names, *also, FLAG.removeprefix("--")])
     check_switches(arguments, [option.name for option in visible if option.kind == "bool"])
 
 
@@ -249,19 +249,6 @@ def _config_flag(arguments: list[str]) -> str | None:
     if len(given) > 1:
         raise UserError(f"--config is given {len(given)} times: {', '.join(given)}. Give it once.")
     return given[0] if given else None
-
-
-def _recipe_flag(arguments: list[str]) -> str | None:
-    """Return the value of --recipe, which changes the defaults of other flags.
-
-    A wrong value is reported when the flags are read.
-    """
-    from latentvae.tasks.autoencoder.config import RECIPES
-
-    flag = "--recipe"
-    given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
-    given += [after for a, after in itertools.pairwise(arguments) if a == flag]
-    return given[-1] if given and given[-1] in RECIPES else None
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:

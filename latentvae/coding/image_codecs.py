@@ -91,7 +91,7 @@ def encode_at_rate(
         return files[quality]
 
     def enough(quality: int) -> bool:
-        return len(file(quality)) >= target
+        return bits_per_pixel(file(quality), image) >= bpp
 
     # the two known qualities that are nearest to `bpp`
     low = max((quality for quality in files if not enough(quality)), default=0)

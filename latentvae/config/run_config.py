@@ -328,10 +328,6 @@ class JobConfig(Section):
         """
         return ""
 
-    def with_recipe(self, recipe: str) -> Self:
-        """Return a copy in which this recipe sets options. Only some tasks have recipes."""
-        return self
-
     def with_changes(self, sections: Mapping[str, Mapping[str, Any]]) -> Self:
         """Return a copy in which some options have other values.
 

@@ -1,5 +1,6 @@
 """Connect and disconnect the processes of a run, and wrap modules in autocast and DDP."""
 
+import contextlib
 import gc
 import warnings
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch import nn
 
 from latentvae.compute.precision import multiplies_bfloat16
 from latentvae.config.run_config import RunConfig
-from latentvae.distributed import gather_objects
+from latentvae.distributed import gather_objects, launched_device
 from latentvae.errors import UserError
 
 DTYPES = {"no": None, "bf16": torch.bfloat16}  # autocast's dtype by mixed_precision
@@ -55,16 +56,18 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
     if len(chosen) > 1:
         raise UserError(
             f"the processes of this run choose different precisions ({' and '.join(chosen)}), "
-            "because their machines differ. Give --mixed_precision no or bf16."
+            "because their machines or their output folders differ. Give --mixed_precision no or "
+            "bf16."
         )
     return accelerator
 
 
 def fastest_precision() -> Literal["no", "bf16"]:
     """Return `bf16` if the device of this process multiplies bfloat16 faster than float32."""
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    device = torch.device("cpu" if use_cpu else "cuda")
-    return "bf16" if multiplies_bfloat16(device) else "no"
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    device = torch.device("cpu" if use_cpu else launched_device())
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return "bf16" if multiplies_bfloat16(device) else "no"
 
 
 def end_accelerator(accelerator: Accelerator) -> None:

@@ -87,15 +87,16 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 def settle_precision(config: Config, folder: Path) -> Config:
     """Return the options with the precision that `mixed_precision` `auto` stands for.
 
-    A run that exists in `folder` keeps its precision. A new run gets the precision that is fastest
-    on this machine. The run's config.yaml then records this precision.
+    A run that exists in `folder` keeps its precision, which may be the launcher's (None). A new run
+    gets the precision that is fastest on this machine. The run's config.yaml then records it.
     """
     if config.run.mixed_precision != "auto":
         return config
-    saved = None
     if not config.run.overwrite_output_dir and (folder / CONFIG_NAME).is_file():
-        saved = read_config(folder / CONFIG_NAME, type(config)).run.mixed_precision
-    return config.with_changes({"run": {"mixed_precision": saved or fastest_precision()}})
+        chosen = read_config(folder / CONFIG_NAME, type(config)).run.mixed_precision
+    else:
+        chosen = fastest_precision()
+    return config.with_changes({"run": {"mixed_precision": chosen}})
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:

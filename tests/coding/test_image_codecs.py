@@ -1,6 +1,8 @@
 """Image codecs: real files, more bits for more quality."""
 
 import io
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +39,21 @@ def test_encode_at_rate_takes_the_smallest_file_that_is_large_enough() -> None:
     assert bits_per_pixel(codec.encode(picture, quality=quality - 1), picture) < 3.0
     largest = max(len(codec.encode(picture, quality=q)) for q in range(1, 101))
     assert len(encode_at_rate(codec, picture, bpp=1000.0)[0]) == largest
+
+
+@pytest.mark.parametrize("known", [(), (10, 50, 90), (1, 100)])
+def test_encode_at_rate_finds_the_quality_in_few_files(known: tuple[int, ...]) -> None:
+    rng, picture = np.random.default_rng(0), Image.new("RGB", (10, 8))
+    encoded = 0
+    for bpp in rng.uniform(0.1, 400, size=60):
+        sizes = np.sort(np.exp(rng.uniform(0, 8, size=101)).astype(int) + 1)
+        codec: Any = SimpleNamespace(encode=lambda _, quality, sizes=sizes: bytes(sizes[quality]))
+        files = {quality: bytes(sizes[quality]) for quality in known}
+        content, quality = encode_at_rate(codec, picture, bpp=bpp, files=files)
+        enough = [q for q in range(1, 101) if 8 * sizes[q] / 80 >= bpp]
+        assert quality == min(enough, default=100) and len(content) == sizes[quality]
+        encoded += len(files) - len(known)
+    assert encoded / 60 < 7.5  # halving needs 7 files, if none is known
 
 
 def test_rows_are_of_real_files() -> None:

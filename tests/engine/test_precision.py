@@ -1,5 +1,6 @@
 """`mixed_precision auto`: the fastest precision of the machine, and the same one on resume."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from latentvae.engine import processes
 from latentvae.engine.resume import read_config, settle_precision, write_config
 from latentvae.errors import UserError
+from latentvae.tasks.autoencoder import TrainConfig, train
 from tests.engine.regression import RegressionConfig
+from tests.tasks.autoencoder.small import small_config
 
 
 def _config(precision: str | None, **run: object) -> RegressionConfig:
@@ -29,6 +32,14 @@ def test_the_machine_decides(
     assert processes.start_accelerator(_config("auto").run, tmp_path).mixed_precision == precision
 
 
+def test_a_training_writes_its_choice_into_the_config(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _machine(monkeypatch, bfloat16=True)
+    train(small_config(tmp_path, mixed_precision="auto", max_train_steps=1))
+    assert read_config(tmp_path / "config.yaml", TrainConfig).run.mixed_precision == "bf16"
+
+
 def test_a_precision_that_the_user_gives_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -44,6 +55,11 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch, tmp_
     write_config(first, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml", RegressionConfig).run.mixed_precision == "bf16"
 
+    # a run of the launcher's precision keeps that
+    write_config(_config(None), tmp_path / "config.yaml")
+    assert settle_precision(_config("auto"), tmp_path).run.mixed_precision is None
+    write_config(first, tmp_path / "config.yaml")
+
     # on another machine
     _machine(monkeypatch, bfloat16=False)
     resumed = settle_precision(_config("auto"), tmp_path)
@@ -55,12 +71,13 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
     monkeypatch.setattr(processes, "multiplies_bfloat16", asked.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "launched_device", lambda: "cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     processes.fastest_precision()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     processes.fastest_precision()
-    assert [device.type for device in asked] == ["cuda", "cpu"]
+    assert [str(device) for device in asked] == ["cuda:1", "cpu"]
 
 
 def test_ranks_that_choose_differently_are_an_error(

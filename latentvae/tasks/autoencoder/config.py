@@ -20,12 +20,6 @@ from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 
-# Each recipe sets these options of a preset, as far as the preset has them.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "preset": {},
-    "published": {"model": {"init": "random"}, "optimizer": {"optimizer": "adamw"}},
-    "fast": {"model": {"init": "auto"}, "optimizer": {"optimizer": "muon"}},
-}
 BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
 
 
@@ -96,31 +90,12 @@ class TrainConfig(JobConfig):
             "file or preset."
         ),
     )
-    recipe: Annotated[Literal["preset", "published", "fast"], MayChange()] = Field(
-        default="preset",
-        description=(
-            "How the model learns. `published` is the recipe of the original works: random weights "
-            "and AdamW. `fast` starts at a linear code and trains by Muon. `preset` leaves this to "
-            "the preset: the small presets are fast, the large presets are published. The flags "
-            "--init, --optimizer and others override the recipe."
-        ),
-    )
     model: AnyModelConfig = KLModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: AutoencoderRunConfig = AutoencoderRunConfig()
-
-    def with_recipe(self, recipe: str) -> "TrainConfig":
-        """Return a copy in which this recipe sets the options that the run's network has."""
-        changes = {
-            section: {
-                name: v for name, v in values.items() if hasattr(getattr(self, section), name)
-            }
-            for section, values in RECIPES[recipe].items()
-        }
-        return self.with_changes(changes)
 
     def may_change(self, then: JobConfig) -> frozenset[str]:
         assert isinstance(then, TrainConfig)

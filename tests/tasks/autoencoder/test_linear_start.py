@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from latentvae.cli.train import config_from_arguments
-from latentvae.config.presets import preset_names
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
-from latentvae.tasks.autoencoder import TrainConfig, linear_start, load_preset, train
+from latentvae.tasks.autoencoder import linear_start, train
 from tests.faults.kills import assert_same
 from tests.forks import ranks
 from tests.tasks.autoencoder.small import broken_off, small_config
@@ -140,29 +138,3 @@ def test_auto_starts_linear_where_it_can(
 ) -> None:
     own = WIDE | {"init": "auto"} | model
     assert small_config(tmp_path, model=own).starts_linear is linear
-
-
-@pytest.mark.parametrize(
-    ("flags", "found"),
-    [
-        (["--config", "kl_small"], ("preset", "auto", "muon")),
-        (["--config", "kl_small", "--recipe", "published"], ("published", "random", "adamw")),
-        (["--config", "kl_f8"], ("preset", "random", "adamw")),
-        (["--config", "kl_f8", "--recipe=fast"], ("fast", "auto", "muon")),
-        (["--config", "kl_f8", "--recipe", "fast", "--init", "random"], ("fast", "random", "muon")),
-        (["--config", "dc_f32", "--recipe", "fast"], ("fast", None, "muon")),
-    ],
-)
-def test_a_recipe_sets_defaults_and_flags_override_it(
-    flags: list[str], found: tuple[str, str | None, str]
-) -> None:
-    chosen = config_from_arguments(flags, description="")
-    init = getattr(chosen.model, "init", None)
-    assert (chosen.recipe, init, chosen.optimizer.optimizer) == found
-
-
-def test_every_large_preset_keeps_the_published_recipe() -> None:
-    small = {"kl_small", "kl_small_d16", "vq_small"}
-    for name in set(preset_names(TrainConfig)) - small:
-        preset = load_preset(name)
-        assert preset.with_recipe("published") == preset
