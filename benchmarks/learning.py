@@ -371,6 +371,8 @@ class Measurements:
             }
         )
         _, images = open_data(config)
+
+        # PSNR and SSIM, and LPIPS with each backbone
         side = self.options.resolution or 2 * config.data.size[0]
         measured: dict[str, float] = {}
         for backbone, perceptual in self.lpips.items():

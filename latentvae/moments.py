@@ -90,7 +90,7 @@ class RunningMoments:
         self.count = total
 
     def join(self, other: "RunningMoments") -> None:
-        """Add all observations of ``other``, which does not change."""
+        """Add all observations of ``other``. ``other`` itself stays the same."""
         if other.count == 0:
             return
         self._fit(other.num_features)

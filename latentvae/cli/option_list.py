@@ -133,8 +133,8 @@ def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
 def flags_class(group: Group) -> type:
     """Return a dataclass for tyro whose fields are the options of a group.
 
-    tyro does not check the values of options with choices, because pydantic reports wrong values.
-    The help lists the choices.
+    The help lists the choices of an option. tyro does not check a value against these choices.
+    pydantic makes this check, and its message names a value that is not allowed.
     """
     fields: list[Any] = []
     for member in group.members:

@@ -2,8 +2,9 @@
 
 By default torch computes the convolutions of float32 networks in TensorFloat-32 (TF32) on NVIDIA
 GPUs since Ampere. TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about
-0.2% from latents on a CPU, and tokens near a boundary between two codes change. Training keeps
-torch's default, because TF32 is faster and errors of this size do not matter in training.
+0.2% from latents on a CPU, and a latent near the boundary between two codes can get another token.
+Training keeps torch's default, because TF32 is faster and errors of this size do not matter in
+training.
 """
 
 from collections.abc import Iterator

@@ -247,7 +247,7 @@ class Family:
         """Return the options of the original code's class, except those of the network's shape.
 
         The original code is the code of arXiv:2012.09841 and arXiv:2112.10752. The result is None
-        if this code has no such class.
+        if the original code has no matching class.
         """
         return None
 

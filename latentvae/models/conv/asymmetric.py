@@ -37,8 +37,8 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
     up_block_out_channels: Widths = Field(
         default=(192, 384, 768, 768),
         description=(
-            "Number of channels of each decoder level, from full resolution down. For a number w, "
-            "the levels must have w, 2 w, 4 w and 4 w channels."
+            "Number of channels of each decoder level, from full resolution down. The four "
+            "levels must have w, 2 w, 4 w and 4 w channels, where w can be any number."
         ),
     )
     layers_per_up_block: Positive = Field(
