@@ -26,7 +26,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 
 demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (eight minutes)
 	$(LAUNCH) train/train_kl.py --config kl_small_d16 --train_data_dir samples --output_dir runs/demo \
-	    --muon_learning_rate 3e-4 --max_train_steps 500 --disc_scale 0 --crop_min_side 0.12 --crop_max_side 0.4 \
+	    --muon_learning_rate 5e-4 --max_train_steps 500 --disc_scale 0 --crop_min_side 0.1 --crop_max_side 0.25 \
 	    --validation_steps 250 --seed 0
 	$(BIN)/python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 	$(BIN)/python benchmarks/compression.py --model runs/demo/export --data samples --out runs/demo/report \
