@@ -24,7 +24,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(CORES)
 
-demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (eight minutes)
+demo: $(STAMP)  ## Train on sample photos, export, run in a diffusers pipeline, compare with JPEG (up to eight minutes)
 	$(LAUNCH) train/train_kl.py --config kl_small_d16 --train_data_dir samples --output_dir runs/demo \
 	    --muon_learning_rate 5e-4 --max_train_steps 500 --disc_scale 0 --crop_min_side 0.1 --crop_max_side 0.25 \
 	    --validation_steps 250 --seed 0

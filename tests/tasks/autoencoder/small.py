@@ -96,6 +96,8 @@ def as_flags(config: TrainConfig) -> list[str]:
     flags: list[str] = []
     no_flags = ("config", *marked(TrainConfig, ChosenByPreset))
     for name, value in flat(config).items():
+        if name == "mixed_precision":
+            value = value or "no"  # the preset's `auto` depends on the machine
         if name in no_flags or value is None:
             continue
         if isinstance(value, bool):
