@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FAULTS = sorted((ROOT / "docs" / "faults").glob("*.md"))
-SWITCHES = {"config", "preflight", "help"}  # of the training scripts, beside the options
+SWITCHES = {"config", "preflight", "recipe", "help"}  # of the training scripts, beside the options
 OTHER_PROGRAMS = set(
     "cpu dynamo_backend gpus-per-node init logdir machine_rank main_process_ip main_process_port "
     "max_restarts multi_gpu nnodes no-deps nproc_per_node ntasks-per-node num_machines "

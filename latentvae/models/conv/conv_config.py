@@ -48,9 +48,9 @@ class AttentionConfig(ConvolutionalConfig):
         default="random",
         description=(
             "Weights of a new network. `linear` starts at the linear code of the network's size: "
-            "principal components of patches of the training images. The network then learns from "
-            "fewer updates. `random` starts at random weights. `auto` is linear for every new "
-            "network that can start there, else random."
+            "principal components of patches of the training images. With this start, the network "
+            "needs fewer updates to reach the same quality. `random` starts at random weights. "
+            "`auto` is linear for every new network that can start there, else random."
         ),
     )
 
