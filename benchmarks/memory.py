@@ -246,7 +246,10 @@ def _norms_in_float32() -> Iterator[None]:
 
 
 def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
-    """Return the options of a preset, with a discriminator that learns from the start."""
+    """Return the options of a preset, with a discriminator that learns from the start.
+
+    The network has random weights, because a linear start needs memory before the first update.
+    """
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}
     run["global_batch_size"] = None  # because `batch_size` is the number of images of one process
@@ -257,6 +260,8 @@ def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfi
         "run": run,
         "data": {} if options.resolution is None else {"resolution": options.resolution},
     }
+    if hasattr(preset.model, "init"):
+        sections["model"] = {"init": "random"}
     return preset.with_changes(sections)
 
 

@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = """
 preset: kl_small
 model: {block_out_channels: [8, 8], latent_channels: 2, norm_num_groups: 2}
-data: {resolution: 16}
+data: {resolution: 32}
 objective: {perceptual_scale: 0.0}
 discriminator: {disc_scale: 0.0}
 run: {train_batch_size: 2}
@@ -119,7 +119,7 @@ def test_curves_of_two_recipes(
         json=Path("results/learning.json"),
         points=2,
         speed_updates=20,
-        resolution=32,
+        resolution=64,
     )
     monkeypatch.setattr(script.Speed, "updates_in", lambda *_: 5)
     script.run(options)
