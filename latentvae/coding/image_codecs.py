@@ -98,8 +98,8 @@ def encode_at_rate(
     high = min((quality for quality in files if quality > low), default=101)
 
     # Narrow them down to neighbours. The logarithm of the rate is nearly linear in the quality, so
-    # interpolation needs about half as many files as halving. Every third step halves, in case the
-    # rate is far from linear.
+    # interpolation needs fewer files than halving. Every third step halves, in case the rate is far
+    # from linear.
     for step in itertools.count(1):
         if high - low <= 1:
             break
