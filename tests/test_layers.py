@@ -45,6 +45,7 @@ ALLOWED = {
     "autoencoder": BASE | {"models", "compute", "pictures"},
     "latents": BASE
     | {"bottlenecks", "models", "compute", "data", "metrics", "pictures", "coding", "autoencoder"},
+    "priors": BASE | {"models", "compute", "pictures", "latents"},
     "export": BASE | {"bottlenecks", "models", "compute", "latents"},
     "report": {"errors", "files", "text"},  # it reads report.json alone, and measures nothing
     "evaluation": BASE
@@ -55,12 +56,12 @@ ALLOWED = {
     "engine": BASE | {"data", "config", "compute", "export"},
     "tasks": BASE
     | {"bottlenecks", "likelihoods", "models", "losses", "metrics", "data", "pictures", "latents"}
-    | {"compute", "config", "export", "engine"},
+    | {"compute", "config", "export", "engine", "priors"},
     "proofs": BASE
-    | {"models", "losses", "metrics", "data", "compute", "config", "engine", "tasks"},
+    | {"models", "losses", "metrics", "data", "compute", "config", "engine", "priors", "tasks"},
     "cli": BASE
     | {"config", "reconstruct", "report", "evaluation", "latents", "export", "engine", "tasks"}
-    | {"proofs", "autoencoder", "data", "losses", "metrics", "compute"},
+    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute"},
     "__init__": {"autoencoder", "latents", "tasks"},
 }
 ACCELERATE = {"engine", "tasks"}

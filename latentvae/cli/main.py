@@ -3,18 +3,19 @@
 import inspect
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
+from latentvae.cli.prior_commands import Sample, train_prior_command
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from latentvae.tasks.autoencoder.config import TrainConfig
+    from latentvae.engine.task import Task
 
 
 @dataclass(frozen=True)
@@ -439,14 +440,14 @@ class VerifyResume:
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the flags of training describe, and exit."""
         from latentvae.proofs.verify_resume import verify_resume
-        from latentvae.tasks.autoencoder.task import AutoencoderTask
 
         # The launched trainings have process sessions of their own, so SIGTERM does not reach them.
         # sys.exit raises an exception here, and `verify_resume` then ends the trainings.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
-        config = training_config(options.pop("config"), flags, also=list(options))
-        raise SystemExit(verify_resume(AutoencoderTask, config, **options))
+        name = options.pop("config")
+        task, config = run_of(name, flags, also=list(options))
+        raise SystemExit(verify_resume(task, config, **options))
 
 
 @dataclass(frozen=True)
@@ -479,13 +480,19 @@ class Preflight:
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the flags of training describe, and exit."""
         from latentvae.proofs.preflight import preflight
+        from latentvae.proofs.prior_preflight import prior_preflight
+        from latentvae.tasks.prior.config import PriorConfig
 
-        config = training_config(self.config, flags, also=["json"])
+        _, config = run_of(self.config, flags, also=["json"])
+        if isinstance(config, PriorConfig):
+            raise SystemExit(prior_preflight(config, json=self.json))
         raise SystemExit(preflight(config, json=self.json))
 
 
-def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "TrainConfig":
-    """Return the options of a run, for a command that also takes the flags of training.
+def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
+    """Return the task and the options of a run, for a command that takes the flags of training.
+
+    The sections of the config decide whether the run trains an autoencoder or a prior.
 
     Args:
         config: preset or YAML file.
@@ -494,10 +501,18 @@ def training_config(config: str, flags: Sequence[str], *, also: Sequence[str]) -
             them.
     """
     from latentvae.cli.train import config_from_arguments
+    from latentvae.config.presets import belongs_to
+    from latentvae.tasks.autoencoder.task import AutoencoderTask
+    from latentvae.tasks.prior.task import PriorTask
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
         raise UserError(f"--config is not allowed here, because '{config}' is already the config")
-    return config_from_arguments(["--config", config, *flags], description="", also=also)
+    arguments = ["--config", config, *flags]
+    autoencoder = belongs_to(config, AutoencoderTask.config_class)
+    if belongs_to(config, PriorTask.config_class) and not autoencoder:
+        schema = PriorTask.config_class
+        return PriorTask, config_from_arguments(arguments, description="", schema=schema, also=also)
+    return AutoencoderTask, config_from_arguments(arguments, description="", also=also)
 
 
 Command = (
@@ -508,6 +523,7 @@ Command = (
     | type[Convert]
     | type[Encode]
     | type[Decode]
+    | type[Sample]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -518,14 +534,15 @@ COMMANDS: dict[str, Command] = {
     "convert": Convert,
     "encode": Encode,
     "decode": Decode,
+    "sample": Sample,
 }
 
 
-TRAIN = "train"
 SCRIPTS = """\
 Scripts of the repository:
   train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
   train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
+  train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -556,6 +573,12 @@ def train_command(arguments: Sequence[str]) -> None:
     run_training(arguments, description=inspect.cleandoc(train_command.__doc__ or ""))
 
 
+TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "train-prior": train_prior_command,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. After a wrong argument, print one sentence and exit with code 2."""
     with settled_output():
@@ -569,8 +592,8 @@ def _run(arguments: Sequence[str]) -> None:
     try:
         name = _name(arguments)
         prog = f"latentvae {name}"
-        if name == TRAIN:
-            train_command(arguments[1:])
+        if name in TRAINING:
+            TRAINING[name](arguments[1:])
         elif name in COMMANDS_OF_RUNS:
             options, flags = parse_known(COMMANDS_OF_RUNS[name], arguments[1:], prog=prog)
             options.run(flags)
@@ -581,7 +604,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _name(arguments: Sequence[str]) -> str:
-    known = [TRAIN, *COMMANDS, *COMMANDS_OF_RUNS]
+    known = [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
             f"a command is missing. Give one of {', '.join(known)}. `latentvae --help` explains "
@@ -594,7 +617,7 @@ def _name(arguments: Sequence[str]) -> str:
 
 
 def _overview() -> str:
-    commands = {TRAIN: train_command, **COMMANDS, **COMMANDS_OF_RUNS}
+    commands = {**TRAINING, **COMMANDS, **COMMANDS_OF_RUNS}
     first = {name: (command.__doc__ or "").splitlines()[0] for name, command in commands.items()}
     lines = [f"  latentvae {name:<13} {text}" for name, text in first.items()]
     return "\n".join(["Commands (each has --help):", *lines, "", SCRIPTS])

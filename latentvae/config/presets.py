@@ -26,6 +26,16 @@ def preset_names(schema: type[JobConfig]) -> list[str]:
     return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
 
 
+def belongs_to(name_or_path: str, schema: type[JobConfig]) -> bool:
+    """Return whether a preset or YAML file has only sections of this task."""
+    path = Path(name_or_path)
+    path = path if path.is_file() else presets_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        return False
+    values = read_yaml(path) or {}
+    return isinstance(values, dict) and values.keys() <= schema.model_fields.keys()
+
+
 @cache
 def _preset_sections(folder: Path) -> dict[str, frozenset[str]]:
     """Return the sections in each preset. The result is cached, because reading files is slow."""

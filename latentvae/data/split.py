@@ -247,11 +247,30 @@ def _hold_out(
         shared = [_unit_hash(file_of_page(source.name(i)), seed) for i in range(len(source))]
         if shared.count(min(shared)) <= max(1, 2 * share * len(source)):
             draws = shared
-    first, last = min(draws), max(draws)
-    held_out = [draw == first or (draw < share and draw != last) for draw in draws]
-    parts = ([i for i, held in enumerate(held_out) if held is part] for part in (False, True))
+    chosen = _lowest(draws, share)
+    parts = ([i for i, held in enumerate(chosen) if held is part] for part in (False, True))
     kept, validation_part = parts
     return Subset(source, kept), Subset(source, validation_part)
+
+
+def held_out(names: Sequence[str], *, share: float, seed: int) -> list[bool]:
+    """Return for each image whether it is held out for validation, by a hash of its name.
+
+    Raises:
+        UserError: there are fewer than two different names.
+    """
+    if len(set(names)) < 2:
+        raise UserError(
+            f"there are {len(set(names))} images. Give at least two, so that one can be held out "
+            "for validation."
+        )
+    return _lowest([_unit_hash(name, seed) for name in names], share)
+
+
+def _lowest(draws: Sequence[float], share: float) -> list[bool]:
+    """Return which draws are below `share`. At least one draw is chosen, and one is not."""
+    first, last = min(draws), max(draws)
+    return [draw == first or (draw < share and draw != last) for draw in draws]
 
 
 def _limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:

@@ -57,7 +57,7 @@ def _settle(folder: Path) -> None:
     Without this step, the files of safetensors would have the permissions 0600.
     """
     mode = (folder / "README.md").stat().st_mode & 0o777
-    for file in folder.iterdir():
+    for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(mode)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

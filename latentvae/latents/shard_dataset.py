@@ -76,6 +76,19 @@ class ShardReader:
             raise self._damaged(shard)
         return rows[row : row + 1][0]
 
+    def whole(self, name: str) -> Tensor:
+        """Return the stored tensor `name` of all items, (n, ...).
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        parts = []
+        for shard, listed in enumerate(self.manifest.shards):
+            parts.append(self._slice(shard, name)[:])
+            if len(parts[-1]) != listed.items:
+                raise self._damaged(shard)
+        return torch.cat(parts)
+
     def payload(self, index: int) -> Tensor:
         """Return an item's tokens in 0..K - 1, or its latent, as stored.
 

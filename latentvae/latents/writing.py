@@ -99,20 +99,32 @@ def _write_shard(
             encoded.append(_encode(model, torch.stack(images), content))
 
     # tensors of all items
-    names = [p.name for p in read]
     tensors = _joined(encoded, content)
     tensors["sizes"] = torch.tensor([p.size for p in read], dtype=torch.int32).reshape(-1, 2)
-    tensors.update(pack_names(names))
     if labels is not None:
         values = [labels.values[p.number] for p in read]
         tensors["labels"] = torch.tensor(values, dtype=torch.int64)
+    header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
+    save_shard(out, header, tensors, names=[p.name for p in read])
 
-    # Write the files, the shard last.
+
+def save_shard(
+    out: Path, header: ShardHeader, tensors: dict[str, Tensor], *, names: Sequence[str]
+) -> None:
+    """Write the files of a shard, the safetensors file last.
+
+    Args:
+        out: folder of the shards.
+        header: the shard's number and content.
+        tensors: the tensors of the shard's items by name, without their names.
+        names: name of each item.
+    """
+    shard, content = header.shard, header.content
     if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows.
         table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
         write_file(table_path(out, shard), table, owner=shard)
-    header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
-    write_file(shard_path(out, shard), shard_bytes(tensors, header), owner=shard)
+    data = shard_bytes({**tensors, **pack_names(names)}, header)
+    write_file(shard_path(out, shard), data, owner=shard)
 
 
 def _encode(model: Autoencoder, images: Tensor, content: Content) -> dict[str, Tensor]:

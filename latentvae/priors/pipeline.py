@@ -1,0 +1,139 @@
+"""A diffusers pipeline that turns classes or prompts into pictures: prior and tokenizer together.
+
+condition -> TokenTransformer -> tokens -> tokenizer's decoder -> pictures
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from latentvae.errors import UserError, nearest
+from latentvae.models import calls
+from latentvae.pictures import OutputType, convert
+from latentvae.priors.sampling import Sampling, sample_tokens
+from latentvae.priors.text import encode_prompts
+from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer
+
+
+class TokenPipeline(DiffusionPipeline):
+    """Pictures from a prior over tokens and the tokenizer that decodes them.
+
+        pipe = TokenPipeline.from_pretrained("runs/prior/export")
+        pictures = pipe(["church", "church"], guidance_scale=2.0, seed=0).images
+
+    Args:
+        transformer: the prior.
+        vqvae: the tokenizer, of any class that latentvae can load.
+        text_encoder: encoder of prompts, for a prior with text.
+        tokenizer: splits prompts into words for `text_encoder`.
+    """
+
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->transformer->vqvae"
+
+    def __init__(
+        self,
+        transformer: TokenTransformer,
+        vqvae: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        classes: str | int | Sequence[str | int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_images: int | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        output_type: OutputType = "pil",
+    ) -> ImagePipelineOutput:
+        """Return pictures, one for each class or prompt.
+
+        Args:
+            classes: names or numbers of classes, for a prior with classes.
+            prompt: texts, for a prior with text.
+            num_images: number of pictures. One class or prompt is then used for all of them.
+            guidance_scale, temperature, top_k, top_p: see `Sampling`.
+            seed: seed of the random numbers. The same seed gives the same pictures.
+            output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
+
+        Raises:
+            UserError: the prior has no such class, or has no classes or no text.
+        """
+        labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        count = num_images or max(len(labels), len(prompts), 1)
+        numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
+        text = self.encode(spread_over(list(prompts), count, "prompts")) if prompts else None
+
+        options = Sampling(guidance_scale, temperature, top_k, top_p)
+        chosen = torch.tensor(numbers or [NO_CLASS] * count)
+        tokens = sample_tokens(self.transformer, chosen, text=text, options=options, seed=seed)
+        return ImagePipelineOutput(images=convert(self.decode(tokens), output_type))
+
+    def class_number(self, label: str | int) -> int:
+        """Return the number of a class, given by its name or number.
+
+        Raises:
+            UserError: the prior has no classes, or no such class.
+        """
+        config = self.transformer.config
+        count, names = config["num_classes"], list(config["class_names"] or [])
+        if not count:
+            raise UserError(f"this prior has no classes, so it cannot take the class '{label}'.")
+        if label in names:
+            return names.index(str(label))
+        if isinstance(label, int) or (isinstance(label, str) and label.isdecimal()):
+            if 0 <= int(label) < count:
+                return int(label)
+        known = ", ".join(names) if names else f"0 to {count - 1}"
+        raise UserError(
+            f"there is no class '{label}'. The classes are {known}{nearest(str(label), names)}"
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Return the states of prompts.
+
+        Raises:
+            UserError: the prior has no text encoder.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise UserError(
+                f"this prior has no text encoder, so it cannot take the prompt '{prompts[0]}'. "
+                "Give a class, or train a prior with --text_encoder."
+            )
+        return encode_prompts(prompts, self.tokenizer, self.text_encoder)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Decode tokens (B, T) to images (B, C, H, W) in [-1, 1]."""
+        shape = self.transformer.config["item_shape"]
+        images = calls.decode_indices(self.vqvae, tokens.reshape(len(tokens), *shape))
+        return images.float().clamp(-1.0, 1.0)
+
+
+def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
+    """Return `count` values: one value is repeated, and several must be that many.
+
+    Raises:
+        UserError: the number of values is neither 0 nor 1 nor `count`.
+    """
+    if len(values) == 1:
+        return values * count
+    if values and len(values) != count:
+        raise UserError(f"there are {len(values)} {name} for {count} images. Give 1 or {count}.")
+    return values

@@ -1,0 +1,195 @@
+"""Write sampled pictures of an exported prior, and their tokens (`latentvae sample`)."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from pydantic import ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.compute.precision import full_float32
+from latentvae.errors import UserError
+from latentvae.files import read_text
+from latentvae.latents.finishing import finish
+from latentvae.latents.formats.shards import DTYPES, Content, ShardHeader
+from latentvae.latents.writing import save_shard
+from latentvae.pictures import to_pil
+from latentvae.priors.grid import save_grid
+from latentvae.priors.pipeline import TokenPipeline
+from latentvae.priors.sampling import Sampling, sample_tokens
+from latentvae.priors.transformer import NO_CLASS, Text
+
+TOKENS_NAME = "tokens.json"  # file of an export: the content of the tokens that the prior learned
+GRID_NAME = "grid.png"
+GRID_IMAGES = 64  # number of pictures that the grid shows at most
+
+
+@full_float32()
+def sample_folder(
+    prior: Path,
+    out: Path,
+    *,
+    num: int,
+    class_name: str | None = None,
+    prompt: str | None = None,
+    options: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    tokens: bool = False,
+    device: str | None = None,
+) -> list[Path]:
+    """Sample pictures, and write `00000.png` and so on, and a grid, into `out`.
+
+    Args:
+        prior: an export of a prior, or a run that has finished.
+        num: number of pictures.
+        class_name: name or number of their class. By default, a prior with classes takes all
+            classes in turn.
+        prompt: their text, for a prior with text.
+        options: how tokens are drawn.
+        seed: seed of the random numbers. The pictures depend neither on `num` nor on `batch_size`.
+        batch_size: pictures that are sampled at once.
+        tokens: also write the tokens to `out`/tokens, as shards that `latentvae decode` reads.
+        device: device of the computation. None takes the GPU if there is one.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        UserError: an option is wrong, or `out` holds other files.
+    """
+    # checks
+    if num < 1 or batch_size < 1:
+        raise UserError(f"num and batch_size must be at least 1 (got {num} and {batch_size}).")
+    folder = find_export(prior)
+    pipeline = open_prior(folder, device=device)
+    content = read_content(folder)
+    classes = chosen_classes(pipeline, class_name, num, guided=options.guidance != 1)
+    text = _text(pipeline, prompt, options)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"'{out}' exists and is not empty. Give another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    # pictures
+    paths, drawn, shown = list[Path](), list[Tensor](), list[Tensor]()
+    for start in tqdm(range(0, num, batch_size), desc=folder.name, unit="batch", disable=None):
+        numbers = range(start, min(start + batch_size, num))
+        sequences = sample_tokens(
+            pipeline.transformer,
+            classes[start : numbers.stop],
+            text=_repeated(text, len(numbers)),
+            options=options,
+            seed=seed,
+            numbers=numbers,
+        )
+        images = pipeline.decode(sequences)
+        drawn.append(sequences.cpu())
+        for number, picture in zip(numbers, to_pil(images), strict=True):
+            paths.append(out / f"{number:05d}.png")
+            picture.save(paths[-1])
+        shown += [images.cpu()] if start < GRID_IMAGES else []
+    save_grid(torch.cat(shown)[:GRID_IMAGES], out / GRID_NAME)
+
+    if tokens:
+        write_samples(out / "tokens", torch.cat(drawn), classes, content, folder=folder)
+    return paths
+
+
+def find_export(prior: Path) -> Path:
+    """Return the folder of an exported prior, given this folder or its run.
+
+    Raises:
+        UserError: there is no such folder, or it holds no prior.
+    """
+    for folder in (prior, prior / "export"):
+        if (folder / "model_index.json").is_file() and (folder / TOKENS_NAME).is_file():
+            return folder
+    if (prior / "config.yaml").is_file():
+        raise UserError(
+            f"the run '{prior}' has no export of a prior yet. Run its training command again, "
+            "until it is done."
+        )
+    raise UserError(
+        f"'{prior}' is no prior. Give a run of train_prior.py, or the folder `export` in it."
+    )
+
+
+def open_prior(folder: Path, *, device: str | None = None) -> TokenPipeline:
+    """Load an exported prior in eval mode."""
+    logging.disable_progress_bar()
+    pipeline = TokenPipeline.from_pretrained(folder, use_safetensors=True)
+    for part in (pipeline.transformer, pipeline.vqvae):
+        part.eval()
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def read_content(folder: Path) -> Content:
+    """Return the content of the tokens that an exported prior learned."""
+    path = folder / TOKENS_NAME
+    try:
+        return Content.model_validate_json(read_text(path))
+    except ValidationError as error:
+        raise UserError(f"'{path}' was not written by train_prior.py.") from error
+
+
+def chosen_classes(
+    pipeline: TokenPipeline, class_name: str | None, num: int, *, guided: bool
+) -> Tensor:
+    """Return the class of each picture, (num,). Without a name, all classes are taken in turn.
+
+    Raises:
+        UserError: there is no such class, or guidance is asked of a prior without condition.
+    """
+    if class_name is not None:
+        return torch.full((num,), pipeline.class_number(class_name))
+    if count := pipeline.transformer.config["num_classes"]:
+        return torch.arange(num) % count
+    if guided and pipeline.text_encoder is None:
+        raise UserError("guidance needs a prior with classes or text. Leave guidance out.")
+    return torch.full((num,), NO_CLASS)
+
+
+def _text(pipeline: TokenPipeline, prompt: str | None, options: Sampling) -> Text | None:
+    if prompt is not None:
+        return pipeline.encode([prompt])
+    if options.guidance != 1 and pipeline.text_encoder is not None:
+        raise UserError("guidance needs a prompt. Give --prompt, or leave guidance out.")
+    return None
+
+
+def _repeated(text: Text | None, count: int) -> Text | None:
+    if text is None:
+        return None
+    return Text(text.states.expand(count, -1, -1), text.mask.expand(count, -1))
+
+
+def write_samples(
+    out: Path, sequences: Tensor, classes: Tensor, content: Content, *, folder: Path
+) -> None:
+    """Write sampled tokens (n, T) as shards, with the manifest of `latentvae encode`."""
+    # what the shards hold
+    count, labels = len(sequences), content.labels and int(classes.min()) >= 0
+    items = sequences.reshape(count, *content.item_shape).to(DTYPES[content.dtype])
+    content = content.model_copy(
+        update={
+            "num_source_items": count,
+            "data_sha256": hashlib.sha256(items.numpy().tobytes()).hexdigest(),
+            "labels": labels,
+            "class_names": content.class_names if labels else None,
+        }
+    )
+
+    # the shards, and the manifest that marks them as complete
+    out.mkdir(parents=True, exist_ok=True)
+    for shard in range(content.num_shards):
+        rows = content.items_of(shard)
+        part = slice(rows.start, rows.stop)
+        tensors = {"indices": items[part]}
+        tensors["sizes"] = torch.tensor([content.size] * len(rows), dtype=torch.int32)
+        if labels:
+            tensors["labels"] = classes[part]
+        header = ShardHeader(content=content, shard=shard, unreadable=[])
+        save_shard(out, header, tensors, names=[f"{number:05d}" for number in rows])
+    finish(out, content, model=str(folder / "vqvae"), data=str(folder), rank=0)

@@ -1,0 +1,56 @@
+"""Encode prompts with a text encoder of `transformers`, for a prior with text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentvae.errors import UserError
+from latentvae.priors.transformer import Text
+
+MAX_WORDS = 120  # as in LlamaGen. Longer prompts are cut.
+
+
+def load_text_encoder(path: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the encoder in a folder of `transformers`, or in a Hub repository.
+
+    The encoder of T5 or CLIP is loaded without its other half. The encoder is frozen.
+
+    Raises:
+        UserError: `transformers` is not installed, or the folder holds no text encoder.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"text_encoder '{path}' needs the package transformers (pip install transformers)."
+        ) from error
+
+    here = {"local_files_only": Path(path).exists()}
+    try:
+        config = AutoConfig.from_pretrained(path, use_safetensors=True, **here)
+        encoders = AutoModelForTextEncoding._model_mapping
+        kind: Any = AutoModelForTextEncoding if type(config) in encoders else AutoModel
+        encoder = kind.from_pretrained(path, use_safetensors=True, **here)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_safetensors=True, **here)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"text_encoder '{path}' is not a text encoder that transformers can load: {reason}"
+        ) from error
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
+    """Return the last hidden states of prompts, (B, S, C), float32, with their mask.
+
+    S is the length of the longest prompt, at most `MAX_WORDS`.
+    """
+    longest = min(MAX_WORDS, tokenizer.model_max_length)
+    words = tokenizer(
+        list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    ).to(encoder.device)
+    states = encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)
+    return Text(states.last_hidden_state.float(), words.attention_mask.bool())

@@ -1,0 +1,289 @@
+"""A decoder-only transformer over the tokens of images, as in LlamaGen (arXiv:2406.06525).
+
+    condition, token 0, ..., token T - 2 -> blocks -> logits of token 0, 1, ..., T - 1
+
+Tokens of several levels form one sequence, coarsest level first, each level row by row. Slot t
+reads token t - 1 and predicts token t. Slot 0 reads the condition. Positions are 2-D rotary
+embeddings (arXiv:2104.09864) of the predicted token, and a learned embedding beside them.
+
+`B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NO_CLASS = -1  # the class of an image without a class, and of an image whose condition is dropped
+ROTARY_BASE = 10_000.0
+
+
+@dataclass
+class TokenLogits(BaseOutput):
+    """Output of `TokenTransformer`.
+
+    Attributes:
+        logits: (B, T, K), float32 or the dtype of the weights. Entry t depends only on the
+            condition and on tokens 0 to t - 1.
+    """
+
+    logits: Tensor = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The states of a text encoder.
+
+    Attributes:
+        states: (B, S, C).
+        mask: (B, S), bool: True for tokens of the text, False for padding. A row without True means
+            "no text".
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+class TokenTransformer(ModelMixin, ConfigMixin):
+    """A transformer that predicts each token of an image from the tokens before it.
+
+        net = TokenTransformer(num_codes=1024, levels=[(8, 8)], num_classes=10)
+        logits = net(indices, classes).logits  # indices (B, 64), classes (B,) -> (B, 64, 1024)
+
+    Args:
+        num_codes: K, the number of codes of each level.
+        levels: (height, width) in tokens of each level, coarsest level first. A residual tokenizer
+            with L levels has the same size L times.
+        item_shape: shape in which the tokenizer takes the tokens of an image, such as (8, 8). The
+            transformer itself does not use it. None is the shape of one level, or (T,).
+        num_classes: number of classes of the condition, 0 for none.
+        text_channels: channels C of the text encoder's states, 0 for a model without text.
+        width: channels of the transformer, a multiple of 4 * num_heads.
+        depth: number of blocks.
+        num_heads: number of attention heads.
+        dropout: share of values that training drops in each residual branch and in the inputs.
+        class_names: names of the classes 0, 1, 2 and so on, if they have names.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_codes: int = 1024,
+        levels: Sequence[tuple[int, int]] = ((8, 8),),
+        item_shape: Sequence[int] | None = None,
+        num_classes: int = 0,
+        text_channels: int = 0,
+        width: int = 256,
+        depth: int = 6,
+        num_heads: int = 8,
+        dropout: float = 0.1,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.level_sizes = [height * width for height, width in levels]
+        tokens = sum(self.level_sizes)
+        if item_shape is None:
+            shape = levels[0] if len(levels) == 1 else (tokens,)
+            self.register_to_config(item_shape=tuple(shape))
+
+        # inputs
+        self.condition = nn.Embedding(num_classes + 1, width)  # the last row means "no class"
+        self.text = nn.Linear(text_channels, width) if text_channels else None
+        self.tokens = nn.Embedding(num_codes * len(levels), width)  # each level has its own rows
+        self.places = nn.Embedding(tokens, width)
+        self.drop = nn.Dropout(dropout)
+
+        # blocks
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.outputs = nn.ModuleList(nn.Linear(width, num_codes, bias=False) for _ in levels)
+
+        # what does not learn
+        levels_of = torch.arange(len(levels)).repeat_interleave(torch.tensor(self.level_sizes))
+        self.register_buffer("offsets", levels_of * num_codes, persistent=False)
+        self.register_buffer("angles", rotary_angles(levels, width // num_heads), persistent=False)
+        self.apply(_initialise)
+        for output in self.outputs:
+            nn.init.zeros_(output.weight)  # so training starts at a loss of log K
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens of an image."""
+        return len(self.offsets)
+
+    def level_of(self, place: int) -> int:
+        """Return the level of token number `place` of an image."""
+        return int(self.offsets[place]) // self.config["num_codes"]
+
+    def forward(
+        self,
+        indices: Tensor,
+        classes: Tensor | None = None,
+        text: Text | None = None,
+        return_dict: bool = True,
+    ) -> TokenLogits | tuple[Tensor]:
+        """Return the logits of every token, given the condition and the tokens before it.
+
+        Args:
+            indices: (B, T), int64 in 0..K - 1.
+            classes: (B,), int64. `NO_CLASS` and None mean "no class".
+            text: states of a text encoder, for a model with `text_channels`.
+        """
+        hidden, mask = self._inputs(indices[:, :-1], classes, text)
+        angles = self._angles(hidden.shape[1])
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(block, hidden, angles, mask)
+            else:
+                hidden = block(hidden, angles, mask)
+
+        # each level has its own output layer
+        by_level = self.norm(hidden[:, -self.num_tokens :]).split(self.level_sizes, dim=1)
+        logits = torch.cat(
+            [output(x) for output, x in zip(self.outputs, by_level, strict=True)], dim=1
+        )
+        return TokenLogits(logits=logits) if return_dict else (logits,)
+
+    def _inputs(
+        self, indices: Tensor, classes: Tensor | None, text: Text | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the inputs (B, S + 1 + t, W) of all slots for t tokens, and the attention mask."""
+        start = self.embed_condition(len(indices), classes)
+        before = self.tokens(indices + self.offsets[: indices.shape[1]])
+        hidden = torch.cat([start, before], dim=1)
+        hidden = self.drop(hidden + self.places.weight[: hidden.shape[1]])
+        if text is None:
+            return hidden, None
+        words, mask = self.embed_text(text, after=hidden.shape[1])
+        return torch.cat([words, hidden], dim=1), mask
+
+    def embed_condition(self, batch: int, classes: Tensor | None) -> Tensor:
+        """Return the embedding of the classes, (B, 1, W)."""
+        none = self.condition.num_embeddings - 1
+        if classes is None:
+            classes = torch.full((batch,), none, device=self.condition.weight.device)
+        return self.condition(torch.where(classes == NO_CLASS, none, classes))[:, None]
+
+    def embed_text(self, text: Text, *, after: int) -> tuple[Tensor, Tensor]:
+        """Return the slots of a text (B, S, W), and a mask for these and `after` more slots.
+
+        The mask (B, 1, S + after, S + after) is causal and hides padding. A slot always sees
+        itself, so that no row of the mask is empty.
+        """
+        if self.text is None:
+            raise ValueError("this transformer has no text_channels, so it takes no text")
+        slots = text.states.shape[1] + after
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=text.mask.device).tril()
+        seen = F.pad(text.mask, (0, after), value=True)[:, None, None]
+        itself = torch.eye(slots, dtype=torch.bool, device=text.mask.device)
+        return self.text(text.states.to(self.text.weight.dtype)), (causal & seen) | itself
+
+    def _angles(self, slots: int) -> Tensor:
+        """Return the rotary angles (slots, D / 2). Slots of a text are not rotated."""
+        text_slots = slots - self.num_tokens
+        return F.pad(self.angles, (0, 0, text_slots, 0)) if text_slots else self.angles
+
+
+class Block(nn.Module):
+    """A block of attention and SwiGLU, each after RMSNorm, as in Llama (arXiv:2302.13971)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        hidden = -(-8 * width // 3 // 64) * 64  # two thirds of 4 W, up to a multiple of 64
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
+        """Return the next hidden states (B, T, W).
+
+        Args:
+            x: (B, T, W).
+            angles: rotary angles of the slots in `x`, (T, D / 2) for heads of D channels.
+            mask: (B, 1, T, keys), True where a slot may look. None is causal attention, or with a
+                cache attention to all slots so far.
+            cache: keys and values of earlier slots, which are extended by those of `x`.
+        """
+        # attention
+        pattern = "b t (three h d) -> three b h t d"
+        q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, h=self.heads)
+        q, k = rotate(q, angles), rotate(k, angles)
+        causal = mask is None and q.shape[2] > 1
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = x + self.drop(self.out(rearrange(seen, "b h t d -> b t (h d)")))
+
+        # SwiGLU
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.drop(self.down(F.silu(gate) * up))
+
+
+class Cache:
+    """Keys and values of the slots that a block has seen, for sampling token by token."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._length = 0
+
+    def extend(self, keys: Tensor, values: Tensor, *, room: int = 64) -> tuple[Tensor, Tensor]:
+        """Add the keys and values (B, heads, t, D) of new slots. Return those of all slots."""
+        end = self._length + keys.shape[2]
+        if self._keys is None or self._values is None:
+            self._keys, self._values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
+        elif end > self._keys.shape[2]:  # grow to twice the length, so that copies are rare
+            room = self._keys.shape[2]
+            self._keys, self._values = (
+                F.pad(x, (0, 0, 0, room)) for x in (self._keys, self._values)
+            )
+        self._keys[:, :, self._length : end] = keys
+        self._values[:, :, self._length : end] = values
+        self._length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+def rotary_angles(levels: Sequence[tuple[int, int]], head_channels: int) -> Tensor:
+    """Return the rotary angle of each token and pair of channels, (T, head_channels / 2).
+
+    Half of the pairs rotate with the row, the others with the column. Rows and columns are those of
+    the finest level, so tokens of all levels at the same place of the image have equal angles.
+    """
+    pairs = head_channels // 4
+    speeds = ROTARY_BASE ** (-torch.arange(pairs) / pairs)
+    rows, columns = max(height for height, _ in levels), max(width for _, width in levels)
+    angles = []
+    for height, width in levels:
+        y = (torch.arange(height) + 0.5) * rows / height
+        x = (torch.arange(width) + 0.5) * columns / width
+        grid = torch.cartesian_prod(y, x)  # (height * width, 2), row by row
+        angles.append(rearrange(grid[:, :, None] * speeds, "t side pair -> t (side pair)"))
+    return torch.cat(angles)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate pairs of channels of x (B, heads, T, D) by angles (T, D / 2)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

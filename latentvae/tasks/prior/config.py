@@ -1,0 +1,152 @@
+"""Options of a run that trains a prior on tokens."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
+from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share
+
+
+class TokensConfig(Section):
+    """Options of the tokens that the prior learns from."""
+
+    tokens: Annotated[tuple[str, ...], MayChange(), Elsewhere("train_data_dir data data_dir")] = (
+        Field(
+            default=(),
+            description=(
+                "Folders of tokens that `latentvae encode` wrote with one tokenizer. Several "
+                "folders are joined."
+            ),
+        )
+    )
+    validation_tokens: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            "Folder of tokens for validation. By default, a share of the images in `tokens` is "
+            "held out (see validation_share)."
+        ),
+    )
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.05,
+        description=(
+            "Share of the images that is held out for validation. A hash of the image's name "
+            "decides whether an image is held out."
+        ),
+    )
+    max_validation_images: Annotated[Positive, MayChange()] = Field(
+        default=1000,
+        description=(
+            "Largest number of images in a validation. If there are more, this many are chosen at "
+            "equal distances."
+        ),
+    )
+    tokenizer: Annotated[str | None, MayChange(), Elsewhere("vq_model vqvae")] = Field(
+        default=None,
+        description=(
+            "Tokenizer that made the tokens, for pictures of samples and for the export. By "
+            "default, it is the tokenizer that the manifest of the tokens names."
+        ),
+    )
+    shuffle_tokens: bool = Field(
+        default=False,
+        description=(
+            "Shuffle the tokens within each image. This is a control experiment: a prior should "
+            "be clearly better without this option."
+        ),
+    )
+
+
+class NetworkConfig(Section):
+    """Options of the prior's network and of its condition."""
+
+    width: Annotated[Positive, Elsewhere("dim n_embd d_model hidden_size")] = Field(
+        default=256, description="Number of channels, a multiple of 4 times num_heads."
+    )
+    depth: Annotated[Positive, Elsewhere("n_layer num_layers layers")] = Field(
+        default=6, description="Number of blocks."
+    )
+    num_heads: Annotated[Positive, Elsewhere("n_head heads")] = Field(
+        default=8, description="Number of attention heads in each block."
+    )
+    dropout: Share = Field(
+        default=0.1, description="Share of values that are dropped in training, in each block."
+    )
+    condition: Literal["auto", "class", "text", "none"] = Field(
+        default="auto",
+        description=(
+            "What the prior is told about an image. `class` is the image's class. `text` is the "
+            "image's caption (see captions and text_encoder). `auto` is text if there are "
+            "captions, else class if the tokens have classes, else none."
+        ),
+    )
+    condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
+        default=0.1,
+        description=(
+            "Share of the training images whose condition is dropped. Sampling with guidance needs "
+            "a value above 0."
+        ),
+    )
+    captions: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is '
+            "the name of an image in the tokens."
+        ),
+    )
+    text_encoder: str | None = Field(
+        default=None,
+        description=(
+            "Frozen text encoder for captions: a folder or Hub id that the package transformers "
+            "loads, such as a T5 or CLIP text encoder."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "NetworkConfig":
+        if self.width % (4 * self.num_heads):
+            step = 4 * self.num_heads
+            near = max(round(self.width / step), 1) * step
+            raise ValueError(
+                f"width {self.width} is not a multiple of 4 times num_heads ({step}). The nearest "
+                f"multiple is {near}."
+            )
+        if self.condition == "text" and self.captions is None:
+            raise ValueError("condition text needs captions. Give --captions FILE.")
+        if (self.captions is None) != (self.text_encoder is None):
+            given, missing = ("captions", "text_encoder")
+            if self.captions is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} needs {missing} too. Give both or none of them.")
+        return self
+
+
+class PriorRunConfig(RunConfig):
+    """Options of the run: its length, batch size, precision, files and logs."""
+
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass. This saves memory but takes more time."
+        ),
+    )
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
+        default=40,
+        description="Number of sampled images in each picture of samples, spread over the classes.",
+    )
+
+
+class PriorConfig(JobConfig):
+    """All options of a run that trains a prior."""
+
+    config: Annotated[str, MayChange()] = Field(
+        default="prior_small",
+        description=(
+            "YAML file with options, or the name of a preset. Flags override the values in the "
+            "file or preset."
+        ),
+    )
+    tokens: TokensConfig = TokensConfig()
+    prior: NetworkConfig = NetworkConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: PriorRunConfig = PriorRunConfig()

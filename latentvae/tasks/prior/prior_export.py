@@ -1,0 +1,171 @@
+"""Export a prior as a diffusers pipeline, with its tokenizer inside and a model card."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers.utils import logging
+
+from latentvae.config.run_config import flat
+from latentvae.engine.log import read_rows, sample_path
+from latentvae.errors import UserError
+from latentvae.export.card import public_value
+from latentvae.export.export_folder import written_whole
+from latentvae.latents.opening import open_model
+from latentvae.option_marks import Private, marked
+from latentvae.priors.pipeline import TokenPipeline
+from latentvae.priors.sample import TOKENS_NAME
+from latentvae.tasks.prior.config import PriorConfig
+from latentvae.tasks.prior.tokens import TokenData
+
+CARD = """---
+library_name: diffusers
+tags: [latentvae, autoregressive, image-generation, vq]
+---
+
+# {name}
+
+An autoregressive prior over the tokens of a tokenizer, trained with latentvae. It has {millions} M
+parameters and predicts {tokens} tokens of {codes:,} codes for an image. Condition: {condition}.
+
+![Samples](samples.png)
+
+Samples of the averaged weights, not selected.
+
+## Use
+
+```python
+from latentvae.priors import TokenPipeline
+
+pipe = TokenPipeline.from_pretrained("path/to/this/folder")
+pictures = pipe({example}).images
+```
+
+`latentvae sample path/to/this/folder --num 16 --out pictures` writes pictures.
+
+## Metrics
+
+| bits per token | value |
+|---|---|
+{rows}
+
+Means over {images:,} unseen images after update {update:,}. The codes with the lowest bits per
+token are predicted best.
+
+## Training
+
+```yaml
+{options}```
+"""
+
+
+def open_tokenizer(path: str | None, data: TokenData) -> Any:
+    """Return the tokenizer that made the tokens.
+
+    Args:
+        path: the tokenizer's folder. None takes the folder that the tokens' manifest names.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has other weights than the tokens' tokenizer.
+    """
+    try:
+        tokenizer = open_model(path or data.model, device="cpu")
+    except UserError as error:
+        if path is not None:
+            raise
+        raise UserError(
+            f"{error} (The manifest of the tokens names this tokenizer. Give another with "
+            "--tokenizer.)"
+        ) from error
+    if tokenizer.info()["weights_sha256"] != data.content.model_sha256:
+        raise UserError(
+            f"tokenizer '{path or data.model}' has other weights than the tokenizer that made the "
+            f"tokens ('{data.model}'). Give that tokenizer, or encode the images again."
+        )
+    return tokenizer
+
+
+def export_prior(
+    pipeline: TokenPipeline,
+    out: Path,
+    *,
+    config: PriorConfig,
+    data: TokenData,
+    update: int,
+    folder: Path,
+) -> float | None:
+    """Write the pipeline as a folder, and check that it loads with the same logits.
+
+    Returns:
+        The bits per token of the last validation, or None if there was none.
+
+    Raises:
+        RuntimeError: the loaded prior differs from the trained one.
+    """
+    rows = [r for r in read_rows(folder / "log.jsonl") if "validation/bits_per_token" in r]
+    row = next((r for r in rows if r["update"] == update), {})
+
+    with written_whole(out) as part:
+        pipeline.save_pretrained(part)
+        (part / TOKENS_NAME).write_text(data.content.model_dump_json(indent=1) + "\n")
+        grid = sample_path(folder, update)
+        if grid.is_file():
+            (part / "samples.png").write_bytes(grid.read_bytes())
+        text = _card(pipeline, config, data, row, update=update, name=folder.resolve().name)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        _check_equal(pipeline, part, data)
+    return row.get("validation/bits_per_token")
+
+
+def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
+    """Load the folder, and compare logits and weights with the trained pipeline."""
+    logging.disable_progress_bar()
+    loaded = TokenPipeline.from_pretrained(folder, use_safetensors=True)
+    batch = data.validation.rows(range(min(2, len(data.validation))))
+    net = pipeline.transformer
+    device = net.device
+    with torch.no_grad():
+        ours = net(batch.indices.to(device)).logits
+        theirs = loaded.transformer.to(device)(batch.indices.to(device)).logits
+    difference = (ours - theirs).abs().max().item()
+    if difference > 1e-4:
+        raise RuntimeError(f"the export's logits differ by {difference:.2g} from the trained prior")
+
+
+def _card(
+    pipeline: TokenPipeline,
+    config: PriorConfig,
+    data: TokenData,
+    row: dict[str, Any],
+    *,
+    update: int,
+    name: str,
+) -> str:
+    net, private = pipeline.transformer, marked(PriorConfig, Private)
+    names = {
+        "validation/bits_per_token": "this prior (bits_per_token)",
+        "validation/bits_wrong_class": "this prior, given a wrong class",
+        "validation/bits_unigram": "codes by their frequencies (unigram)",
+    }
+    values = {words: row[key] for key, words in names.items() if key in row}
+    values["equally likely codes"] = math.log2(net.config["num_codes"])
+
+    classes = list(net.config["class_names"] or range(net.config["num_classes"]))
+    condition = f"{len(classes)} classes" if classes else "text" if net.text else "none"
+    options = {k: public_value(v) for k, v in flat(config).items() if k not in private}
+    options["tokens"] = [public_value(folder) for folder in config.tokens.tokens]
+    example = [repr(classes[0])] if classes else ['prompt="a photo"'] if net.text else []
+    return CARD.format(
+        name=name,
+        millions=f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}",
+        tokens=net.num_tokens,
+        codes=net.config["num_codes"],
+        condition=condition,
+        example=", ".join([*example, "num_images=4"]),
+        rows="\n".join(f"| {words} | {value:.3f} |" for words, value in values.items()),
+        images=len(data.validation),
+        update=update,
+        options=yaml.safe_dump(options, sort_keys=False),
+    )

@@ -1,0 +1,345 @@
+"""Define the task "prior": train a transformer to predict the tokens of images.
+
+    export = engine.loop.train(PriorTask(config))
+
+`B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.data import IndexSampler
+from latentvae.distributed import gather_objects, is_main, rank, world_size
+from latentvae.engine.task import Learner, Task
+from latentvae.errors import UserError
+from latentvae.priors.grid import save_grid
+from latentvae.priors.pipeline import TokenPipeline
+from latentvae.priors.sampling import sample_tokens
+from latentvae.priors.text import encode_prompts, load_text_encoder
+from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer
+from latentvae.tasks.prior.config import PriorConfig
+from latentvae.tasks.prior.prior_export import export_prior, open_tokenizer
+from latentvae.tasks.prior.tokens import Batch, open_tokens, read_captions, unigram_bits
+
+PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
+
+
+class PriorTask(Task):
+    """Train a prior on the tokens of images.
+
+    Attributes:
+        data: tokens to train on and to validate on.
+        tokenizer: the tokenizer that made the tokens.
+        net: the transformer, not wrapped by DDP.
+        condition: what the prior is told about an image: "class", "text" or "none".
+    """
+
+    config: PriorConfig
+    config_class = PriorConfig
+    title, unit, shown = "Prior", "images", ("loss/bits_per_token",)
+    launch = ("-m", "latentvae.cli.train_prior")
+
+    # before the run
+
+    def open(self) -> None:
+        options = self.config.prior
+        self.data = open_tokens(self.config.tokens, seed=self.config.run.seed)
+        self.tokenizer = open_tokenizer(self.config.tokens.tokenizer, self.data)
+        self.condition = self._condition()
+        self.texts: dict[str, str] = {}
+        self.words: Any = None
+        self.encoder: Any = None
+        if self.condition == "text":
+            assert options.captions is not None and options.text_encoder is not None
+            names = [*self.data.train.names, *self.data.validation.names]
+            self.texts = dict(zip(names, read_captions(options.captions, names), strict=True))
+            self.words, self.encoder = load_text_encoder(options.text_encoder)
+        self.unigram = self._unigram()
+
+    def _condition(self) -> str:
+        """Return the condition that `condition auto` stands for, after a check."""
+        asked, has_classes = self.config.prior.condition, self.data.content.labels
+        if asked == "auto":
+            texts = self.config.prior.captions is not None
+            return "text" if texts else "class" if has_classes else "none"
+        if asked == "class" and not has_classes:
+            raise UserError(
+                f"condition class needs tokens with classes, but '{self.config.tokens.tokens[0]}' "
+                "has none. Give --condition none, or encode images that lie in one folder per "
+                "class."
+            )
+        return asked
+
+    def _unigram(self) -> float:
+        """Return the bits per token of codes drawn by their frequencies in each level."""
+        sizes = [height * width for height, width in self.data.levels]
+        parts = zip(
+            self.data.train.sequences.split(sizes, dim=1),
+            self.data.validation.sequences.split(sizes, dim=1),
+            sizes,
+            strict=True,
+        )
+        codes = self.data.content.num_codes or 0
+        bits = [unigram_bits(train, held, num_codes=codes) * n for train, held, n in parts]
+        return sum(bits) / sum(sizes)
+
+    def check_processes(self, processes: int) -> None:
+        self._sampler(rank=0, processes=processes, start=0)  # raises if a rank has no batch
+
+    def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        options, content = self.config.prior, self.data.content
+        self.accelerator = accelerator
+        has_classes = self.condition == "class"
+        self.net = TokenTransformer(
+            num_codes=content.num_codes or 0,
+            levels=self.data.levels,
+            item_shape=content.item_shape,
+            num_classes=self._num_classes() if has_classes else 0,
+            text_channels=self.encoder.config.hidden_size if self.encoder is not None else 0,
+            width=options.width,
+            depth=options.depth,
+            num_heads=options.num_heads,
+            dropout=options.dropout,
+            class_names=content.class_names if has_classes else None,
+        )
+        if self.config.run.gradient_checkpointing:
+            self.net.enable_gradient_checkpointing()
+        if self.encoder is not None:
+            self.encoder.to(accelerator.device)
+
+        linear = [part for part in self.net.blocks.modules() if isinstance(part, nn.Linear)]
+        learner = Learner.with_optimizer(
+            TrainedPrior(self.net),
+            accelerator,
+            self.config.optimizer,
+            averaged=self.net,
+            matrices=[part.weight for part in linear],
+        )
+        self.learners = {"model": learner}
+
+    def _num_classes(self) -> int:
+        if self.data.content.class_names is not None:
+            return len(self.data.content.class_names)
+        return int(max(self.data.train.classes.max(), self.data.validation.classes.max())) + 1
+
+    def identity(self) -> dict[str, Any]:
+        content = self.data.content
+        return {"tokens": len(self.data.train), "model_sha256": content.model_sha256}
+
+    def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
+        return IndexSampler(
+            len(self.data.train),
+            self.config.run.train_batch_size,
+            seed=self.config.run.seed,
+            rank=rank,
+            world_size=processes,
+            start_step=start,
+        )
+
+    def batches(self, *, start_step: int) -> Iterable[Batch]:
+        sampler = self._sampler(rank=rank(), processes=world_size(), start=start_step)
+        self.steps_per_epoch = sampler.steps_per_epoch
+        return self._rows(sampler)
+
+    def _rows(self, sampler: IndexSampler) -> Iterator[Batch]:
+        for places in sampler:
+            yield self.data.train.rows([index for _, index in places])
+
+    def plan(self) -> dict[str, str]:
+        content, size = self.data.content, sum(p.numel() for p in self.net.parameters())
+        shape = " x ".join(map(str, content.item_shape))
+        uniform = math.log2(content.num_codes or 1)
+        kinds = {
+            "class": f"{self.net.config['num_classes']} classes",
+            "text": "captions",
+            "none": "none",
+        }
+        dropped = f", dropped for {self.config.prior.condition_dropout:.0%} of the images"
+        return {
+            "prior": f"TokenTransformer, {size / 1e6:.1f} M parameters",
+            "tokens": (
+                f"{shape} tokens of {content.num_codes:,} codes, {len(self.data.train):,} images "
+                f"to train, {len(self.data.validation):,} to validate"
+            ),
+            "condition": kinds[self.condition] + dropped * (self.condition != "none"),
+            "to beat": (
+                f"{uniform:.3f} bits per token for equally likely codes, {self.unigram:.3f} for "
+                "the frequencies of the codes"
+            ),
+        }
+
+    def warnings(self) -> list[str]:
+        if self.condition != "none" and not self.config.prior.condition_dropout:
+            return ["condition_dropout is 0, so sampling with guidance will not work."]
+        return []
+
+    # an update
+
+    def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        indices, classes, text = self._moved(batch, self.data.train.names)
+        classes, text = self.drop_condition(classes, text)
+        loss = self.learners["model"].prepared(indices, classes, text)
+        (loss / self.config.run.gradient_accumulation_steps).backward()
+        return {"loss/bits_per_token": loss.detach() / math.log(2)}
+
+    def _moved(
+        self, batch: Batch, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None, Text | None]:
+        """Return tokens, classes and text of a batch on the device."""
+        indices = batch.indices.to(self.device)
+        if self.condition == "text":
+            prompts = [self.texts[names[number]] for number in batch.numbers]
+            return indices, None, encode_prompts(prompts, self.words, self.encoder)
+        return indices, batch.classes.to(self.device) if self.condition == "class" else None, None
+
+    def drop_condition(
+        self, classes: Tensor | None, text: Text | None
+    ) -> tuple[Tensor | None, Text | None]:
+        """Drop the condition of some images, chosen by the global random generator."""
+        share = self.config.prior.condition_dropout
+        if classes is not None:
+            dropped = torch.rand(classes.shape, device=classes.device) < share
+            classes = classes.masked_fill(dropped, NO_CLASS)
+        if text is not None:
+            dropped = torch.rand(len(text.mask), 1, device=text.mask.device) < share
+            text = Text(text.states, text.mask & ~dropped)
+        return classes, text
+
+    # between updates
+
+    @torch.no_grad()
+    def validate(self, update: int) -> dict[str, float]:
+        # this rank's images
+        table, step = self.data.validation, self.config.run.eval_batch_size
+        mine = range(rank(), len(table), world_size())
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(mine), step):
+            batch = table.rows(mine[start : start + step])
+            for name, bits in self._bits(batch).items():
+                bits = bits.cpu().double().sum(dim=0)
+                sums[name] = sums[name] + bits if name in sums else bits
+
+        # means over all ranks
+        parts: list[dict[str, Tensor]] = gather_objects(sums)
+        names = next(iter(part for part in parts if part))
+        means = {
+            name: sum(part[name] for part in parts if part) / len(table) for name in names
+        }  # each (T,)
+        values = {name: bits.mean().item() for name, bits in means.items()}
+        return {
+            "validation/bits_per_token": values["right"],
+            **self._level_bits(means["right"]),
+            **({"validation/bits_wrong_class": values["wrong"]} if "wrong" in values else {}),
+            "validation/bits_unigram": self.unigram,
+            "validation/images": len(table),
+        }
+
+    def _bits(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the bits (B, T) of each token, for the right condition and for a wrong class."""
+        indices, classes, text = self._moved(batch, self.data.validation.names)
+        bits = {"right": token_bits(self.net, indices, classes, text)}
+        if classes is not None and (count := self.net.config["num_classes"]) > 1:
+            bits["wrong"] = token_bits(self.net, indices, (classes + 1) % count, None)
+        return bits
+
+    def _level_bits(self, bits: Tensor) -> dict[str, float]:
+        """Return the mean bits of each level, if there are several. `bits` are (T,)."""
+        if len(self.net.level_sizes) == 1:
+            return {}
+        levels = enumerate(bits.split(self.net.level_sizes))
+        return {f"validation/bits_level{i}": part.mean().item() for i, part in levels}
+
+    def validation_line(self, values: Mapping[str, float]) -> str:
+        wrong = values.get("validation/bits_wrong_class")
+        return (
+            f"{values['validation/bits_per_token']:.3f} bits per token"
+            + (f" ({wrong:.3f} with a wrong class)" if wrong is not None else "")
+            + f" on {values['validation/images']:,} unseen images"
+        )
+
+    def save_samples(self, path: Path) -> bool:
+        """Draw a picture of samples, the same number for each class or caption."""
+        count = self.config.run.num_sample_images
+        classes, text, labels = self._sample_conditions(count)
+        tokens = sample_tokens(self.net, classes, text=text, seed=self.config.run.seed)
+        tokenizer = self.tokenizer.net.to(self.device)
+        images = TokenPipeline(self.net, tokenizer).decode(tokens)
+        save_grid(images, path, labels=labels)
+        return True
+
+    def _sample_conditions(self, count: int) -> tuple[Tensor, Text | None, list[str] | None]:
+        """Return classes and texts of the sampled images, and the labels of the picture's rows."""
+        names = self.data.content.class_names
+        if self.condition == "class":
+            classes = self.net.config["num_classes"]
+            rows = min(classes, count)
+            columns = count // rows
+            numbers = torch.arange(rows).repeat_interleave(columns)
+            labels = [names[i] if names else f"class {i}" for i in range(rows)]
+            return numbers, None, labels
+        classes = torch.full((count,), NO_CLASS)
+        if self.condition == "text":
+            chosen = [self.texts[name] for name in self.data.validation.names[:count]]
+            classes = classes[: len(chosen)]
+            return classes, encode_prompts(chosen, self.words, self.encoder), None
+        return classes, None, None
+
+    # the end
+
+    def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
+        if not is_main():
+            return {}
+        pipeline = TokenPipeline(self.net, self.tokenizer.net, self.encoder, self.words)
+        bits = export_prior(
+            pipeline, out, config=self.config, data=self.data, update=update, folder=folder
+        )
+        return {"export/bits_per_token": bits} if bits is not None else {}
+
+    def has_export(self, out: Path) -> bool:
+        return (out / "model_index.json").is_file()
+
+    def done(self, out: Path) -> str:
+        return f"done: {out}. `latentvae sample {out} --out pictures` draws pictures."
+
+    # proofs
+
+    @classmethod
+    def shortened(cls, config: PriorConfig, *, updates: int) -> PriorConfig:
+        return config.with_changes({"run": {"num_sample_images": 1}})
+
+    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
+        sampler = self._sampler(rank=rank, processes=processes, start=start)
+        return [step for _, step in zip(range(start, stop), sampler, strict=False)]
+
+
+class TrainedPrior(nn.Module):
+    """The module that training calls. It returns the loss: the mean nats per token, a scalar.
+
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
+    the network is inside, and validation computes in float32.
+    """
+
+    def __init__(self, net: TokenTransformer) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, indices: Tensor, classes: Tensor | None, text: Text | None) -> Tensor:
+        logits = self.net(indices, classes, text).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), indices.flatten())
+
+
+def token_bits(
+    net: nn.Module, indices: Tensor, classes: Tensor | None, text: Text | None
+) -> Tensor:
+    """Return the bits of each token of images, (B, T), float32."""
+    logits = net(indices, classes, text).logits.float()
+    nats = F.cross_entropy(rearrange(logits, "b t k -> b k t"), indices, reduction="none")
+    return nats / math.log(2)

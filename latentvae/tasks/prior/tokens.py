@@ -1,0 +1,208 @@
+"""Open folders of tokens as one table in memory, and hold out some images for validation.
+
+`n` images, `T` tokens of an image, `K` codes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentvae.data import spread
+from latentvae.data.split import held_out
+from latentvae.errors import UserError
+from latentvae.latents.formats.shards import Content
+from latentvae.latents.shard_dataset import TokenDataset
+from latentvae.priors.transformer import NO_CLASS
+from latentvae.tasks.prior.config import TokensConfig
+
+
+class Batch(NamedTuple):
+    """Images of one micro-step.
+
+    Attributes:
+        indices: (B, T), int64.
+        classes: (B,), int64, `NO_CLASS` for an image without a class.
+        numbers: number of each image in the table.
+    """
+
+    indices: Tensor
+    classes: Tensor
+    numbers: list[int]
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of images, in memory.
+
+    Attributes:
+        sequences: (n, T), in the integer type of the shards.
+        classes: (n,), int64, `NO_CLASS` for an image without a class.
+        names: name of each image.
+    """
+
+    sequences: Tensor
+    classes: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """Return the images with these numbers."""
+        chosen = torch.as_tensor(numbers)
+        return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
+
+    def some(self, numbers: Sequence[int]) -> "TokenTable":
+        """Return a table of the images with these numbers."""
+        chosen = torch.as_tensor(numbers, dtype=torch.int64)
+        return TokenTable(
+            self.sequences[chosen], self.classes[chosen], [self.names[i] for i in numbers]
+        )
+
+    def shuffled(self, seed: int) -> "TokenTable":
+        """Return a table in which the tokens of each image are in an order of their own."""
+        n, length = self.sequences.shape
+        orders = [np.random.default_rng([seed, i]).permutation(length) for i in range(n)]
+        order = torch.from_numpy(np.stack(orders))
+        return TokenTable(self.sequences.gather(1, order), self.classes, self.names)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Tokens to train on and to validate on, and what they are.
+
+    Attributes:
+        content: the content of the first folder's manifest.
+        model: the tokenizer that the manifest names.
+        levels: (height, width) of each level in tokens, coarsest level first.
+    """
+
+    train: TokenTable
+    validation: TokenTable
+    content: Content
+    model: str
+    levels: tuple[tuple[int, int], ...]
+
+
+def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
+    """Read all tokens, and choose those for validation.
+
+    Raises:
+        UserError: a folder holds no tokens or damaged tokens, or the folders do not fit together.
+    """
+    if not options.tokens:
+        raise UserError(
+            "tokens is missing. Give a folder that `latentvae encode` wrote, such as "
+            "--tokens tokens/train."
+        )
+
+    # the folders
+    first, *others = [TokenDataset(folder) for folder in options.tokens]
+    for other in others:
+        check_alike(first, other)
+    train = _joined([first, *others])
+
+    # validation
+    if options.validation_tokens is not None:
+        held = TokenDataset(options.validation_tokens)
+        check_alike(first, held)
+        validation = _joined([held])
+    else:
+        chosen = held_out(train.names, share=options.validation_share, seed=seed)
+        parts = [[i for i, held in enumerate(chosen) if held is part] for part in (False, True)]
+        train, validation = train.some(parts[0]), train.some(parts[1])
+    validation = validation.some(spread(len(validation), options.max_validation_images))
+
+    if options.shuffle_tokens:
+        train, validation = train.shuffled(seed), validation.shuffled(seed + 1)
+    content = first.content
+    return TokenData(train, validation, content, first.reader.manifest.model, levels_of(content))
+
+
+def check_alike(first: TokenDataset, other: TokenDataset) -> None:
+    """Raise UserError unless two folders hold tokens of one tokenizer, size and set of classes."""
+    same = {
+        "num_codes": "codes K",
+        "item_shape": "shape of tokens",
+        "model_sha256": "tokenizer weights",
+        "class_names": "class names",
+    }
+    for name, words in same.items():
+        ours, theirs = getattr(first.content, name), getattr(other.content, name)
+        if ours != theirs:
+            values = "" if name == "model_sha256" else f" ({theirs}, not {ours})"
+            raise UserError(
+                f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
+                "Encode both with the same tokenizer, resolution and classes."
+            )
+
+
+def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
+    """Return (height, width) of each level of an image's tokens, coarsest level first."""
+    if (levels := getattr(content, "levels", None)) is not None:
+        return levels
+    *repeated, height, width = content.item_shape
+    return ((height, width),) * (repeated[0] if repeated else 1)
+
+
+def read_captions(path: str, names: Sequence[str]) -> list[str]:
+    """Return the caption of each image from a JSON Lines file of {"id": ..., "text": ...}.
+
+    Raises:
+        UserError: the file cannot be read, or an image has no caption.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"captions '{path}' cannot be read: {error}") from error
+
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            found[row["id"]] = row["text"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}}, not '
+                f"{line[:80]!r}"
+            ) from error
+
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"captions '{path}' has no text for {len(missing):,} of {len(names):,} images. The "
+            f"first is '{missing[0]}'."
+        )
+    return [found[name] for name in names]
+
+
+def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
+    """Return the bits per token of codes drawn independently with their frequencies in training.
+
+    Every code counts once more than it occurs, so that no code has probability 0.
+
+    Args:
+        train: tokens of one level, any shape.
+        validation: tokens of the same level, on which the bits are measured.
+    """
+    counts = torch.bincount(train.long().flatten(), minlength=num_codes).double() + 1
+    bits = -(counts / counts.sum()).log2()
+    return bits[validation.long().flatten()].mean().item()
+
+
+def _joined(folders: Sequence[TokenDataset]) -> TokenTable:
+    sequences, classes, names = [], [], list[str]()
+    for folder in folders:
+        reader = folder.reader
+        reader.check()
+        sequences.append(reader.whole(reader.content.payload).flatten(1))
+        none = torch.full((len(reader),), NO_CLASS)
+        classes.append(reader.whole("labels") if reader.content.labels else none)
+        names += reader.names()
+    return TokenTable(torch.cat(sequences), torch.cat(classes), names)
