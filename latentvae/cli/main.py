@@ -289,6 +289,10 @@ class Encode:
     """Use every page of a TIFF file as a separate image. By default, only the first page is
     used."""
 
+    flip: bool = False
+    """Mirror every image left to right. A generator that learns from mirrored shards beside plain
+    ones has twice as many images."""
+
     label_column: str | None = None
     """Column of a table that holds the class of each image. The default is `label`. For folders and
     tar files, the first-level folder of an image is its class."""

@@ -60,6 +60,7 @@ def encode_folder(
     ignore_icc: bool = False,
     max_pixels: int | None = None,
     all_pages: bool = False,
+    flip: bool = False,
     label_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
@@ -93,6 +94,7 @@ def encode_folder(
             these files are converted to sRGB.
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
         all_pages: make every page of a TIFF a separate item. By default the first page is used.
+        flip: mirror every image left to right.
         label_column: column of a table with the labels. None takes `label`, if it exists.
         overwrite: replace shards of another model or other data. Data is compared by the names
             and labels of the images, not by their pixels.
@@ -142,6 +144,7 @@ def encode_folder(
         value_range=value_range,
         ignore_icc=ignore_icc,
         max_pixels=max_pixels,
+        flip=flip,
         shard_items=shard_items,
         dtype=dtype,
         moments=moments,
@@ -157,7 +160,7 @@ def encode_folder(
     write_shards(
         out,
         [shard for shard in mine if not shard_path(out, shard).exists()],
-        Pictures(source, transform),
+        Pictures(source, transform, flip=flip),
         model=model,
         content=content,
         labels=labels,

@@ -63,12 +63,16 @@ class Picture(NamedTuple):
 class Pictures(Dataset[Picture]):
     """A data set that reads and transforms the images of a source, by number.
 
-    For an image that cannot be read, `Picture.reason` says why.
+    For an image that cannot be read, `Picture.reason` says why. With `flip`, images are mirrored
+    left to right.
     """
 
-    def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
+    def __init__(
+        self, source: ImageSource, transform: EvalTransform, *, flip: bool = False
+    ) -> None:
         self.source = source
         self.transform = transform
+        self.flip = flip
 
     def __getitem__(self, index: int) -> Picture:
         name = self.source.name(index)
@@ -77,7 +81,9 @@ class Pictures(Dataset[Picture]):
         except UnreadableImage as error:
             return Picture(index, name, None, (0, 0), error.reason)
         width, height = image.size
-        return Picture(index, name, self.transform(image), (height, width), "")
+        pixels = self.transform(image)
+        pixels = pixels.flip(2) if self.flip else pixels
+        return Picture(index, name, pixels, (height, width), "")
 
 
 def open_items(

@@ -68,7 +68,7 @@ def test_the_snippet_of_the_docs_gives_the_same_picture(
 def test_the_generator_of_the_docs_draws_each_class(
     tokens: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / "docs" / "generate.md").read_text()
+    text = (ROOT / "docs" / "own-generator.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     code = code.replace('"runs/tokens/export"', repr(str(tokenizer)))
     monkeypatch.chdir(tokens.parent)

@@ -24,6 +24,7 @@ from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.formats.shards import shard_path
+from latentvae.latents.shard_dataset import ShardReader
 from latentvae.metrics.tokens import TokenUsage
 from tests.icc import ADOBE_RGB
 from tests.latents.conftest import contents
@@ -486,3 +487,16 @@ def test_colour_profiles_become_srgb_unless_they_are_ignored(
     assert torch.equal(found["adobe", False], found["srgb", False])
     assert torch.equal(found["adobe", True], found["raw", True])
     assert not torch.equal(found["srgb", False], found["raw", True])
+
+
+def test_flipped_images_have_the_tokens_of_mirrored_files(tokenizer: Path, tmp_path: Path) -> None:
+    for index in range(4):  # of the size that is encoded, so nothing is resized
+        noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        for name, pixels in (("plain", noise), ("mirrored", noise[:, ::-1])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name / f"{index}.png")
+    encode_folder(tokenizer, tmp_path / "mirrored", tmp_path / "a", resolution=16)
+    encode_folder(tokenizer, tmp_path / "plain", tmp_path / "b", resolution=16, flip=True)
+    files, flips = (ShardReader(tmp_path / name).whole("indices") for name in "ab")
+    assert torch.equal(files, flips)
+    assert ShardReader(tmp_path / "b").content.flip

@@ -82,6 +82,7 @@ class Content(_Strict):
         image_channels, value_range, ignore_icc, max_pixels: format of every image,
             see `data.PixelFormat`.
         resolution: side of a square, or (height, width), in pixels.
+        flip: whether the images were mirrored left to right.
         data_sha256: hash of the sorted names and the labels, not of the pictures.
         shard_items: items of the source per shard.
         optimize: mode of faster computation that encoded the images, see `compute.optimization`.
@@ -105,6 +106,7 @@ class Content(_Strict):
     resolution: int | tuple[int, int]
     interpolation: str
     crop: Literal["center"] = "center"
+    flip: bool = False
     num_source_items: int = Field(ge=1)
     data_sha256: str
     labels: bool
