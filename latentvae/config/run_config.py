@@ -97,8 +97,8 @@ class OptimizerConfig(Section):
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop the run after this many updates in a row with a gradient that is not finite. If "
-            "there are fewer in a row, the run skips these updates and continues."
+            "Stop the run after this many updates in a row with a gradient that is not finite. "
+            "Until then, the run skips each such update and continues."
         ),
     )
     use_ema: bool = Field(

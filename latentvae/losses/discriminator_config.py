@@ -132,7 +132,7 @@ class DiscriminatorConfig(Section):
     discriminator_from: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Folder of an earlier run, whose discriminator the new run starts with. Use "
+            "Folder of an earlier run. The new run starts with the discriminator of that run. Use "
             "this option together with pretrained_model_name_or_path, which loads only the "
             "autoencoder."
         ),

@@ -23,7 +23,7 @@ def build_objective(
     likelihood: Likelihood | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Objective:
-    """Return the objective with the terms, weights and policies of the options.
+    """Return the objective: the terms of the loss with their weights, as the options ask.
 
     Args:
         options: options of the model's loss.

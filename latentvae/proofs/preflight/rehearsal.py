@@ -133,7 +133,7 @@ class Rehearsal:
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the user's configuration for a few updates in another folder.
+    """Return a copy of the user's configuration, for a short run in another folder.
 
     The short run has the full learning rate from the start, an early discriminator and no trackers.
     """

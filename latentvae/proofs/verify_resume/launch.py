@@ -25,7 +25,7 @@ POLL_SECONDS = 0.002  # a save of a small network takes about ten times as long
 
 
 class Hung(Exception):
-    """A launch did not end in its time and was killed."""
+    """Raised if a launch did not end within the time limit and was killed."""
 
 
 def training_command(
