@@ -228,11 +228,11 @@ def test_shards_load_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_vit_vqgan_base() -> None:
-    """91 million parameters in encoder and decoder (arXiv:2110.04627, table 2: base)."""
+    """12 + 12 blocks, each with as many weights as a block with a plain feed-forward layer."""
     with torch.device("meta"):
         net: Any = ViTTokenizer()
     blocks = [block for half in (net.encoder, net.decoder) for block in half.transformer.blocks]
-    plain = 12 * 768**2  # matrices of a block with a feed-forward layer of 4 x 768 channels
+    plain = (4 + 2 * 4) * 768**2  # attention, and two layers with 4 x 768 channels between
     assert len(blocks) == 24
     for block in blocks:
         assert sum(p.numel() for p in block.parameters()) == pytest.approx(plain, rel=1e-3)
