@@ -61,7 +61,8 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.image import psnr, to_8bit
 from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import DiscreteAutoencoder
-from latentvae.models.conv.vq import DiscreteTrainingWrapper, build_discrete
+from latentvae.models.conv.vq import build_discrete
+from latentvae.models.tokenizer_family import DiscreteTrainingWrapper
 from latentvae.tasks.autoencoder import load_preset
 from latentvae.tasks.autoencoder.backward import backward_model
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate
@@ -106,7 +107,7 @@ class Options:
     batch_size: int = 16
     """Number of images per update."""
 
-    channels: int = PRESET.model.block_out_channels[0]
+    channels: int = PRESET.model.shape()["block_out_channels"][0]
     """Number of channels of the network's first level. The ratios between the levels are those of
     the preset."""
 
@@ -189,7 +190,7 @@ def _network(
         vectors: number of vectors in an update.
         channels: number of channels of the first level.
     """
-    widths = PRESET.model.block_out_channels
+    widths = PRESET.model.shape()["block_out_channels"]
     shape: dict[str, Any] = PRESET.model.shape() | {
         "block_out_channels": [width * channels // widths[0] for width in widths],
         "quantizer": kind.ours,

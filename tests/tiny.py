@@ -22,7 +22,12 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentvae.models import DiscreteAutoencoder, build_autoencoder_kl
+from latentvae.models import (
+    DiscreteAutoencoder,
+    ViTAutoencoderKL,
+    ViTTokenizer,
+    build_autoencoder_kl,
+)
 from latentvae.models.conv.asymmetric import build_asymmetric_kl
 from latentvae.models.dc.dc import build_autoencoder_dc
 
@@ -97,9 +102,39 @@ def tokenizer(name: str, **options: Any) -> DiscreteAutoencoder:
     with torch.no_grad():
         net.decoder.conv_out.weight.mul_(3.0)
         net.quant_conv.weight.mul_(20.0)  # features of a length of their own
+    start_codes(net)
+    return net
+
+
+def start_codes(net: Any) -> None:
+    """Put a learned codebook where the features of photos lie."""
+    with torch.no_grad():
         features = net.encode(photos(8)).latents
     vectors = features.movedim(1, 3).flatten(0, 2)
     net.quantize.initialise(vectors, generator=torch.Generator().manual_seed(1))
+
+
+VIT: dict[str, Any] = {  # f = 4
+    "patch_size": 4,
+    "encoder_channels": 16,
+    "encoder_blocks": 1,
+    "decoder_channels": 24,
+    "decoder_blocks": 2,
+    "attention_head_dim": 8,
+}
+
+
+def vit_kl(**options: Any) -> ViTAutoencoderKL:
+    torch.manual_seed(0)
+    return ViTAutoencoderKL(**VIT | {"latent_channels": 4} | options).eval()
+
+
+def vit_vq(name: str, **options: Any) -> ViTTokenizer:
+    """One of `STOCK | OTHER`, with codes where the features lie."""
+    torch.manual_seed(0)
+    shape = VIT | {"latent_channels": 16} | options
+    net = ViTTokenizer(**shape, quantizer=(STOCK | OTHER)[name]).eval()
+    start_codes(net)
     return net
 
 
@@ -154,6 +189,13 @@ TRAINABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "asymmetric": {"asymmetric": asymmetric},
     "dc": {"dc": dc},
     "vq": {name: partial(tokenizer, name) for name in STOCK | OTHER},
+    "vit_kl": {"vit_kl": vit_kl, "vit_kl_conv": partial(vit_kl, decoder_head="conv")},
+    "vit_vq": {
+        "vit_sphere": partial(vit_vq, "sphere"),
+        "vit_fsq": partial(vit_vq, "fsq", decoder_head="conv"),
+        "vit_residual": partial(vit_vq, "residual"),
+        "vit_gumbel": partial(vit_vq, "gumbel"),
+    },
 }
 FOREIGN: dict[str, Callable[..., Any]] = {
     "stock_vq": stock_vq,

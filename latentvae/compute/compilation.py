@@ -38,6 +38,8 @@ def not_compiled() -> Iterator[None]:
 
 def _blocks(net: Any) -> Iterator[nn.Module]:
     for part in (net.encoder, net.decoder):
+        if (transformer := getattr(part, "transformer", None)) is not None:
+            yield from transformer.blocks
         for name in ("down_blocks", "mid_block", "up_blocks"):
             found = getattr(part, name, None)
             yield from found if isinstance(found, nn.ModuleList | nn.Sequential) else ()

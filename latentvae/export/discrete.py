@@ -2,11 +2,11 @@
 
 A tokenizer is exported as a stock class of diffusers if that class finds the same codes. So a
 tokenizer with VQ, LFQ or BSQ becomes a `VQModel`. A tokenizer with FSQ, residual VQ or
-Gumbel-softmax stays a `DiscreteAutoencoder`.
+Gumbel-softmax stays a `DiscreteAutoencoder`, and a vision transformer stays a `ViTTokenizer`.
 
 A `VQModel` searches the nearest code with its own arithmetic. The search may find another code if
 the distances of two codes differ only by rounding. Such ties are counted. A tokenizer with many
-ties stays a `DiscreteAutoencoder`. Untrained codes cause many ties, because they are short compared
+ties keeps its own class. Untrained codes cause many ties, because they are short compared
 with the features.
 
 `z` feature, `c` code, `K` codes, `L` levels.
@@ -39,7 +39,7 @@ class TokenizerReport:
 
     Args:
         path: the folder of the export.
-        network: the class that loads the export, `"VQModel"` or `"DiscreteAutoencoder"`.
+        network: the class that loads the export: `"VQModel"` or the tokenizer's own class.
         reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         num_codes, num_levels: K and L.

@@ -12,6 +12,8 @@ from latentvae.models.network import Network
 from latentvae.models.single_file import SINGLE_FILE_KINDS, SingleFileKind
 from latentvae.models.table import FAMILIES, family_of
 from latentvae.models.trainable import DiscreteFamily, TrainableFamily
+from latentvae.models.vit.vit_kl import ViTAutoencoderKL
+from latentvae.models.vit.vit_vq import ViTTokenizer
 from latentvae.models.wrapper import TrainingWrapper, keep_batch_statistics
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "SingleFileKind",
     "TrainableFamily",
     "TrainingWrapper",
+    "ViTAutoencoderKL",
+    "ViTTokenizer",
     "build_autoencoder_kl",
     "downsampling_factor",
     "family_of",

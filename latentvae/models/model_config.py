@@ -59,13 +59,6 @@ class ModelConfig(Pretrained):
     """
 
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
-    block_out_channels: Widths = Field(
-        default=(128, 256, 512, 512),
-        description=(
-            "Number of channels of each level of the network, from full resolution down. The "
-            "downsampling factor f is 2 ** (number of levels - 1)."
-        ),
-    )
     latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
         default=4,
         description="Number of latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16.",
@@ -120,11 +113,28 @@ class ModelConfig(Pretrained):
 
     @property
     def f(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
+        """Downsampling factor, the pixels on a side of one latent position."""
+        raise NotImplementedError  # Each kind of network computes f from its own options.
 
     def shape(self) -> dict[str, Any]:
         """Return the arguments that build the network: all options without the mark `OfTheRun`."""
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
+
+
+class LevelsConfig(ModelConfig):
+    """Options of a network with levels, each of which halves the height and width of the maps."""
+
+    block_out_channels: Widths = Field(
+        default=(128, 256, 512, 512),
+        description=(
+            "Number of channels of each level of the network, from full resolution down. The "
+            "downsampling factor f is 2 ** (number of levels - 1)."
+        ),
+    )
+
+    @property
+    def f(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
 
     def check_levels(self, name: str, levels: tuple[int, ...]) -> None:
         for level in levels:

@@ -18,6 +18,8 @@ from latentvae.models.foreign import RAEFamily
 from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
+from latentvae.models.vit.vit_kl import ViTKLFamily
+from latentvae.models.vit.vit_vq import ViTVQFamily
 from latentvae.option_marks import tag_in
 
 # Keys are the names that a preset gives as `architecture`.
@@ -26,6 +28,8 @@ FAMILIES: dict[str, TrainableFamily] = {
     "asymmetric": AsymmetricFamily(),
     "dc": DCFamily(),
     "vq": VQFamily(),
+    "vit_kl": ViTKLFamily(),
+    "vit_vq": ViTVQFamily(),
 }
 
 # Keys are names of diffusers' classes, because older releases do not have all classes.

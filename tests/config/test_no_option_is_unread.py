@@ -15,6 +15,8 @@ from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.kl import build_autoencoder_kl
 from latentvae.models.dc.dc import build_autoencoder_dc
 from latentvae.models.table import MODELS
+from latentvae.models.vit.vit_kl import ViTAutoencoderKL
+from latentvae.models.vit.vit_vq import ViTTokenizer
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 BUILDERS: dict[str, Any] = {
@@ -22,6 +24,8 @@ BUILDERS: dict[str, Any] = {
     "asymmetric": build_asymmetric_kl,
     "dc": build_autoencoder_dc,
     "vq": DiscreteAutoencoder,
+    "vit_kl": ViTAutoencoderKL,
+    "vit_vq": ViTTokenizer,
 }
 PACKAGE = Path(latentvae.__file__).parent
 

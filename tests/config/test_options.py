@@ -43,6 +43,9 @@ PRESETS = {
     "rq_f16": (16, 256),
     "dvae_f8": (8, 256),
     "simvq_f16": (16, 256),
+    "vit_vq_small": (8, 192),
+    "vit_vq_base": (8, 768),
+    "vit_kl_base": (16, 16),
     "kl_small": (8, 4),
     "kl_small_d16": (8, 16),
     "sd_decoder_finetune": (8, 4),
@@ -83,7 +86,7 @@ def test_kl_f8_d16_has_the_shape_of_sd3s_autoencoder() -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_leaf_names_are_unique(architecture: str, quantizer: str) -> None:
     model: dict[str, Any] = {"architecture": architecture}
-    if architecture == "vq":
+    if MODELS[architecture]().has_codes:
         model["quantizer"] = {"type": quantizer}
     config = parse({"model": model}, source="test")
     names = list(leaves(config))
@@ -201,7 +204,7 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
             "at most 16,777,216 codes, but (1000, 1000, 1000) give 1,000,000,000",
         ),
         ("lfq_f16 --num_bits 25", "num_bits is 25"),
-        ("fsq_f8 --no-l2_normalize", "only for the presets vq_f16, vq_f16_l2, vq_f4, vq_f8"),
+        ("fsq_f8 --no-l2_normalize", "only for the presets vit_vq_base, vit_vq_small, vq_f16"),
         (
             "kl_small --commitment_weight 1",
             "has no meaning for config kl_small, only for the presets",

@@ -12,6 +12,10 @@ _MODEL: dict[str, Any] = {
     "layers_per_up_block": 1,
     "encoder_layers_per_block": lambda layers: [1] * len(layers),
     "decoder_layers_per_block": lambda layers: [1] * len(layers),
+    "encoder_channels": 8,
+    "encoder_blocks": 1,
+    "decoder_channels": 8,
+    "decoder_blocks": 1,
     "attention_head_dim": 4,
     "norm_num_groups": 4,
     "latent_channels": 4,
@@ -35,11 +39,12 @@ def tiny_preset(name: str, **changes: dict[str, Any]) -> TrainConfig:
     Args:
         changes: other options, by section; "quantizer" is a section too.
     """
-    values = load_preset(name).model_dump(mode="json", exclude={"config"})
+    preset = load_preset(name)
+    values = preset.model_dump(mode="json", exclude={"config"})
     model = values["model"]
     _replace(model, _MODEL)
     _replace(model.get("quantizer", {}), _QUANTIZER)
-    values["data"]["resolution"] = 2 ** len(model["block_out_channels"])  # twice f
+    values["data"]["resolution"] = 2 * preset.model.f
     for section, options in changes.items():
         (model if section == "quantizer" else values)[section] |= options
     return parse(values, source=name)

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from latentvae.models.model_config import ModelConfig
+from latentvae.models.model_config import LevelsConfig
 from latentvae.option_marks import Count, OfTheRun, Positive
 
 # Options that have the same name in the config of the network in diffusers.
 ENCODER = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 
 
-class ConvolutionalConfig(ModelConfig):
+class ConvolutionalConfig(LevelsConfig):
     """Options of residual blocks with GroupNorm."""
 
     layers_per_block: Positive = Field(

@@ -12,42 +12,23 @@ classes into the other.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
-from diffusers.models.autoencoders.vq_model import VQEncoderOutput
-from diffusers.utils import BaseOutput
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from latentvae.bottlenecks import Quantizer, build_quantizer
 from latentvae.errors import UserError
-from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.conv_config import block_types
-
-LIKELIHOODS = {"logit_laplace": LogitLaplace}
+from latentvae.models.tokenizer import LIKELIHOODS, Tokenizer
 
 # This quantiser and the class's default widths are from taming-transformers'
 # configs/imagenet_vqgan.yaml.
 _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
 
 
-@dataclass
-class TokenOutput(BaseOutput):
-    """Output of `tokenize`: the code indices of images.
-
-    Attributes:
-        indices: (B, h, w), or (B, L, h, w) with L levels. The values are int64 in 0..K - 1, row by
-            row from the top left.
-    """
-
-    indices: Tensor = None  # type: ignore[assignment]
-
-
-class DiscreteAutoencoder(ModelMixin, ConfigMixin):
+class DiscreteAutoencoder(Tokenizer):
     """VQGAN with a quantiser of this package, and with diffusers' methods and file format.
 
         net = DiscreteAutoencoder.from_pretrained(folder)
@@ -64,9 +45,6 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
     """
-
-    _supports_gradient_checkpointing = True
-    quantize: Any
 
     @register_to_config
     def __init__(
@@ -109,71 +87,8 @@ class DiscreteAutoencoder(ModelMixin, ConfigMixin):
         self.post_quant_conv = nn.Conv2d(quantize.code_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, maps, up_block_types=up, **shape)
 
-    @torch.no_grad()
-    def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Replace the quantiser by a quantiser of the same shape with other training options.
-
-        The codes, train or eval mode, dtype and device do not change.
-        """
-        old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
-        module: Any = new
-        module.load_state_dict(old, strict=False)
-        for name, part in module.named_modules():
-            averages = getattr(part, "embed_sum", None)
-            if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
-                averages.copy_(part.weight)  # as if each code were the mean of one vector
-            # Reset the averages of how often codes are used: they depend on `restart_threshold`.
-            if (start_usage := getattr(part, "start_usage", None)) is not None:
-                part.usage.fill_(start_usage)
-        self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
-        self.register_to_config(quantizer=dict(quantizer))
-
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
-        """Encode images to features (B, c, h, w) before quantisation, as `VQModel` does."""
         height, width = images.shape[2:]
         if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
             raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
-        features = self.quant_conv(self.encoder(images))
-        return VQEncoderOutput(latents=features) if return_dict else (features,)
-
-    def decode(
-        self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
-    ) -> Any:
-        """Quantise features (B, c, h, w) and decode them to images.
-
-        With `force_not_quantize`, `latents` are codes z (B, D, h, w), which are only decoded.
-        """
-        z = latents if force_not_quantize else self.quantize(latents).z
-        sample = self.decode_parameters(z.to(self.dtype))
-        if self.likelihood is not None:
-            sample = self.likelihood.mean(sample)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def decode_parameters(self, z: Tensor) -> Tensor:
-        """Decode codes z (B, D, h, w) to images, or to the parameters of their likelihood."""
-        return self.decoder(self.post_quant_conv(z))
-
-    @torch.no_grad()
-    def tokenize(self, images: Tensor) -> TokenOutput:
-        """Return the code indices of images (B, C, H, W) in [-1, 1]."""
-        return TokenOutput(indices=self.quantize(self.encode(images).latents).indices)
-
-    @torch.no_grad()
-    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Decode code indices to images. The indices are integers of any dtype.
-
-        Raises:
-            UserError: the indices are not integers in 0..K - 1.
-        """
-        if indices.is_floating_point():
-            raise UserError(f"indices must be integers (got {indices.dtype})")
-        indices = indices.long()  # torch has no minimum of uint16 and no embedding of uint8
-        low, high = (int(value) for value in indices.aminmax())  # waits for the device
-        if low < 0 or high >= self.quantize.num_codes:
-            last = self.quantize.num_codes - 1
-            raise UserError(f"indices must be in 0..{last} (got {low}..{high})")
-        return self.decode(self.quantize.codes(indices), True, return_dict)
-
-    def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """Encode, quantise and decode images. Return the reconstruction."""
-        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+        return super().encode(images, return_dict)

@@ -1,20 +1,12 @@
-"""The trainable tokenizer: VQGAN's network with any quantiser of `latentvae.bottlenecks`.
-
-`B` batch, `C` image channels, `h w` latent positions, `K` codes, `L` levels.
-"""
+"""The trainable tokenizer: VQGAN's network with any quantiser of `latentvae.bottlenecks`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from diffusers import VQModel
 from pydantic import Field
 from torch import Tensor
 
-from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
-from latentvae.bottlenecks.table import QUANTIZERS, AnyQuantizerConfig
-from latentvae.bottlenecks.vector import VectorConfig
-from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.conv_config import ENCODER, AttentionConfig
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import (
@@ -23,16 +15,13 @@ from latentvae.models.conv.stock_vq import (
     to_vq_model,
     why_no_vq_model,
 )
-from latentvae.models.family import Codes, LatentShape, Usage
-from latentvae.models.model_config import ModelConfig
-from latentvae.models.network import Computation, Network
-from latentvae.models.trainable import DiscreteFamily
-from latentvae.models.wrapper import TrainingWrapper
+from latentvae.models.family import LatentShape
+from latentvae.models.network import Network
+from latentvae.models.tokenizer_family import TokenizerConfig, TokenizerFamily
 from latentvae.option_marks import Positive
-from latentvae.outputs import AutoencoderOutput, Latent
 
 
-class VQModelConfig(AttentionConfig):
+class VQModelConfig(AttentionConfig, TokenizerConfig):
     """Options of the network: VQGAN with a quantiser of your choice.
 
     The downsampling factor f is 2 ** (number of levels - 1).
@@ -46,46 +35,6 @@ class VQModelConfig(AttentionConfig):
             "the quantiser."
         ),
     )
-    likelihood: Literal["logit_laplace"] | None = Field(
-        default=None,
-        description=(
-            "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. The "
-            "decoder then returns the parameters of this likelihood, and the negative "
-            "log-likelihood replaces rec_loss."
-        ),
-    )
-    quantizer: AnyQuantizerConfig = VectorConfig()
-
-    @property
-    def kind(self) -> str:
-        return f"{self.architecture} ({self.quantizer.type})"
-
-    @property
-    def posterior(self) -> Literal["categorical"] | None:
-        return "categorical" if self.has_kl else None
-
-    @property
-    def kl_channels(self) -> int:
-        return 1
-
-    @property
-    def bottleneck(self) -> BottleneckConfig:
-        return self.quantizer
-
-    @property
-    def has_codes(self) -> bool:
-        return True
-
-    @property
-    def pixel_likelihood(self) -> str | None:
-        return self.likelihood
-
-    @property
-    def draws_noise(self) -> bool:
-        return self.has_kl  # Gumbel-softmax
-
-    def shape(self) -> dict[str, Any]:
-        return super().shape() | {"quantizer": self.quantizer.arguments()}
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
@@ -94,47 +43,11 @@ def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoen
     return DiscreteAutoencoder(**channels, **options)
 
 
-class DiscreteTrainingWrapper(TrainingWrapper):
-    """Training wrapper that encodes, quantises and decodes images.
-
-    Its output has all values that the objective and the update of the codebook need.
-    """
-
-    def forward(
-        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
-    ) -> AutoencoderOutput:
-        # Features and their codes
-        features = self.net.encode(images).latents
-        quantized = self.net.quantize(features, temperature=temperature)
-
-        # Convert the quantiser's KL from a mean in nats per token to a sum for each image
-        losses = dict(quantized.losses)
-        kl = losses.pop("kl", None)
-        tokens = quantized.indices[0].numel()
-        kl_per_channel = None if kl is None else (kl * tokens).expand(len(images), 1)
-
-        latent = Latent(
-            z=quantized.z,
-            kl=None if kl_per_channel is None else kl_per_channel.sum(dim=1),
-            kl_per_channel=kl_per_channel,
-            indices=quantized.indices,
-            features=features,
-            losses=losses,
-            statistics=quantized.statistics,
-        )
-        return AutoencoderOutput(
-            recon=self.net.decode_parameters(quantized.z),
-            latents=(latent,),
-            output_logvar=self.output_logvar,
-        )
-
-
-class VQFamily(DiscreteFamily):
+class VQFamily(TokenizerFamily):
     """Family of `DiscreteAutoencoder`, exported as a `VQModel` with the same codes if possible."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig
-    wrapper = DiscreteTrainingWrapper
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
@@ -150,58 +63,9 @@ class VQFamily(DiscreteFamily):
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
         return from_vq_model(net) if isinstance(net, VQModel) else super().adapt(net, options)
 
-    def merge_options(
-        self, options: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the run's options with the pretrained network's shape.
-
-        If run and network have a quantiser of the same type, the run's options decide how the
-        quantiser learns.
-        """
-        own = self.options_of(config)
-        same = options["quantizer"]["type"] == own["quantizer"]["type"]
-        shape = QUANTIZERS[own["quantizer"]["type"]].config().shape_of(own["quantizer"])
-        own["quantizer"] = (options["quantizer"] if same else {}) | shape
-        return {**options, **own}
-
-    def apply_options(self, net: Network, options: ModelConfig) -> None:
-        module: Any = net
-        module.requantize(options.bottleneck.arguments())
-
     def latent_shape(self, net: Network) -> LatentShape:
         f = 2 ** (len(net.config["block_out_channels"]) - 1)
         return LatentShape(f, self.quantizer(net).in_channels)
-
-    def likelihood(self, net: Network) -> LogitLaplace | None:
-        module: Any = net
-        return module.likelihood
-
-    def codes(self, net: Network) -> Codes:
-        quantizer, kind = self.quantizer(net), net.config["quantizer"]["type"]
-        return Codes(
-            kind,
-            number=quantizer.num_codes,
-            levels=quantizer.num_levels,
-            codebooks=quantizer.num_codebooks,
-            channels=quantizer.code_channels,
-        )
-
-    @torch.no_grad()
-    def tokenize(self, net: Network, z: Tensor) -> Tensor:
-        return self.quantizer(net)(z).indices
-
-    @torch.no_grad()
-    def decode_indices(
-        self, net: Network, indices: Tensor, *, computation: Computation | None = None
-    ) -> Tensor:
-        module: Any = net
-        if computation is None:
-            return module.decode_indices(indices).sample
-        codes = self.quantizer(net).codes(indices)
-        return computation.decode(net, codes, force_not_quantize=True).sample
-
-    def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
-        return self.decode_indices(net, indices)
 
     def why_not_stock(self, options: Mapping[str, Any]) -> str:
         return why_no_vq_model(options["quantizer"], options["likelihood"])
@@ -212,11 +76,3 @@ class VQFamily(DiscreteFamily):
 
     def fit_stock(self, net: Network, stock: Network, images: Tensor) -> float:
         return scale_features(net, stock, images)
-
-    def usage(self, net: Network) -> Usage:
-        return Usage(
-            package="latentvae.models",
-            snippet="""\
-indices = vae.tokenize(images).indices  # images (B, {channels}, H, W){kind} in [-1, 1]
-recon = vae.decode_indices(indices).sample""",
-        )

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentvae.models.family import LatentShape, Usage
-from latentvae.models.model_config import ModelConfig, levels_with
+from latentvae.models.model_config import LevelsConfig, levels_with
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
 from latentvae.models.wrapper import TrainingWrapper
@@ -21,7 +21,7 @@ from latentvae.option_marks import Count, Positive
 from latentvae.outputs import AutoencoderOutput, Latent
 
 
-class DCModelConfig(ModelConfig):
+class DCModelConfig(LevelsConfig):
     """Options of the network: diffusers' AutoencoderDC, which has no posterior.
 
     The downsampling factor f is 2 ** (number of levels - 1).

@@ -5,6 +5,7 @@
 the name of a section. Flags have the same names as in Hugging Face's training scripts.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,8 +136,7 @@ class TrainConfig(JobConfig):
         """Return the image sizes of training (`train_sizes`) at the resolution `size` (pixels)."""
         if not self.data.aspect_ratio_buckets:
             return (size,)
-        # Both are powers of 2, so the larger number is a multiple of the smaller one.
-        multiple = max(self.model.f, BUCKET_MULTIPLE)
+        multiple = math.lcm(self.model.f, BUCKET_MULTIPLE)
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
 
     @property

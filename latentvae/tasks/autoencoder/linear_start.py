@@ -4,6 +4,7 @@ The linear code is the principal components of patches of training images, which
 augmented as in training. Rank 0 computes the weights and sends them to all ranks.
 """
 
+import math
 import time
 from typing import Any
 
@@ -65,7 +66,7 @@ def _start(
     codebook_images: ImageSource,
 ) -> None:
     start, bottleneck = time.monotonic(), config.model.bottleneck
-    codes = patch_codes(pictures, levels=len(config.model.block_out_channels) - 1)
+    codes = patch_codes(pictures, levels=int(math.log2(config.model.f)))
     d = family_of(net).latent_shape(net).channels
     start_encoder(net, codes, d=d, whiten=bottleneck.whitened_start)
 

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+import latentvae
 from latentvae.cli.train import config_from_arguments
 from latentvae.engine.log import read_rows
 from latentvae.errors import UserError
@@ -31,6 +32,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_levels": [2],
         "attention_head_dim": 8,
     },
+}
+VIT: dict[str, Any] = {
+    "patch_size": 8,
+    "encoder_channels": 8,
+    "encoder_blocks": 1,
+    "decoder_channels": 16,
+    "decoder_blocks": 1,
+    "attention_head_dim": 8,
+}
+MODELS["vit_kl"] = {"architecture": "vit_kl", "decoder_head": "conv", **VIT}
+MODELS["vit_vq"] = {
+    "architecture": "vit_vq",
+    "latent_channels": 8,
+    "quantizer": {"type": "vq", "num_codes": 32, "code_channels": 4, "restart_threshold": 0.2},
+    **VIT,
 }
 CLASSES = {"asymmetric": "AsymmetricAutoencoderKL", "dc": "AutoencoderDC"}
 
@@ -74,6 +90,24 @@ def test_a_larger_decoder_learns_on_a_frozen_encoder(tmp_path: Path) -> None:
     assert torch.equal(ours, theirs)
     assert tuned.config["scaling_factor"] == 0.5
     assert "bit for bit that of the base" in (export / "README.md").read_text()
+
+
+@pytest.mark.parametrize("architecture", ["vit_kl", "vit_vq"])
+def test_a_vision_transformer_resumes_and_is_fine_tuned(architecture: str, tmp_path: Path) -> None:
+    options = {"max_train_steps": 3, "gradient_checkpointing": True, "optimizer": "muon"}
+    whole = train(small_config(tmp_path / "whole", MODELS[architecture], **options))
+    broken_off(tmp_path / "whole", tmp_path / "broken", update=2)
+    broken = train(small_config(tmp_path / "broken", MODELS[architecture], **options))
+    base, again = latentvae.load(whole), latentvae.load(broken)
+    expected, found = base.net.state_dict(), again.net.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+    model = {"pretrained_model_name_or_path": str(whole), "freeze_encoder": True}
+    config = small_config(tmp_path / "tuned", MODELS[architecture] | {"patch_size": 4} | model)
+    tuned, images = latentvae.load(train(config)), torch.rand(2, 3, 32, 40) * 2 - 1
+    assert torch.equal(tuned.encode(images), base.encode(images))
+    assert not torch.equal(tuned.reconstruct(images), base.reconstruct(images))
+    assert tuned.net.config["scaling_factor"] == base.net.config["scaling_factor"] != 1.0
 
 
 def test_a_base_of_another_kind_is_named(tmp_path: Path) -> None:

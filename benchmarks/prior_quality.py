@@ -1,0 +1,279 @@
+"""Measure the samples of priors beside real photos, reconstructions and independent tokens.
+
+    python benchmarks/prior_quality.py --priors runs/prior0 runs/prior1 runs/prior2 \
+        --data imagenette/train --unseen imagenette/val --json prior.json
+
+`data` holds the photos that the prior and its tokenizer learned from, in one folder per class, and
+`unseen` holds other photos of the same classes. All photos are resized as the tokens were encoded.
+
+The columns of the table:
+
+- kd: kernel distance to the unseen photos, the unbiased MMD^2 of (x . y / D + 1)^3. The features
+  are relu5_3 of LPIPS' VGG16, so this is no FID. Lower is better.
+- class: share of the images whose class is the intended one. Ten nearest training photos vote, with
+  the same features (`class vgg`) or with the tokenizer's features (`class codes`).
+- near: median distance to the nearest of N training photos, divided by the same for N unseen
+  photos. A value well below 1 means copies.
+
+Rows beside the priors: real training photos, their reconstructions, and tokens drawn independently
+with the frequencies of the training tokens (unigram). Each image of a row is independent of the
+unseen photos. Several priors, such as those of several seeds, get a row each and a mean.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import machine
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.data import EvalTransform, ImageFolder
+from latentvae.errors import UserError
+from latentvae.latents.formats.shards import Content
+from latentvae.latents.items import find_labels
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.metrics.distribution import trunk_features
+from latentvae.models import calls
+from latentvae.priors.sample import chosen_classes, find_export, open_prior, read_content
+from latentvae.priors.sampling import Sampling, sample_tokens
+
+NEIGHBOURS = 10
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which priors to measure, on what."""
+
+    priors: tuple[str, ...]
+    """Exports of priors or their runs, such as those of several seeds. All have one tokenizer."""
+
+    data: str
+    """Folder of the training photos, in one folder per class."""
+
+    unseen: str
+    """Folder of photos that neither the prior nor its tokenizer learned from."""
+
+    num: int = 1000
+    """Number of samples of each prior."""
+
+    guidance: float = 1.0
+    """Weight of classifier-free guidance."""
+
+    temperature: float = 1.0
+    """Divide the logits by this number."""
+
+    top_k: int = 0
+    """Draw from this many most likely codes only. 0 draws from all codes."""
+
+    seed: int = 0
+    """Seed of the samples."""
+
+    json: Path = Path("prior.json")
+    """File for the results."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Features and codes of a set of images, and their classes.
+
+    Attributes:
+        vgg: (N, 512). codes: (N, D h w). classes: (N,).
+    """
+
+    vgg: Tensor
+    codes: Tensor
+    classes: Tensor
+
+
+class Features:
+    """Computes features of images, and the codes of the tokenizer."""
+
+    def __init__(self, tokenizer: Autoencoder) -> None:
+        self.tokenizer = tokenizer
+        self.vgg = PerceptualLoss(load_lpips("vgg"))
+
+    @torch.inference_mode()
+    def of(self, batches: Iterator[tuple[Tensor, Tensor]], total: int, name: str) -> Images:
+        """Return the features of batches of (images in [-1, 1], classes)."""
+        vgg, codes, classes = list[Tensor](), list[Tensor](), list[Tensor]()
+        for images, labels in tqdm(batches, total=-(-total // BATCH), desc=name, disable=None):
+            vgg.append(trunk_features(self.vgg.features(images)))
+            codes.append(self.tokenizer.encode(images).flatten(1))
+            classes.append(labels)
+        return Images(torch.cat(vgg), torch.cat(codes), torch.cat(classes))
+
+    @torch.inference_mode()
+    def reconstructed(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Any]:
+        for images, labels in batches:
+            tokens = self.tokenizer.encode_tokens(images)
+            yield self.tokenizer.decode_tokens(tokens), labels
+
+
+def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
+    """Return batches of photos with their classes, and the number of photos.
+
+    Raises:
+        UserError: the folder has other classes than the tokens.
+    """
+    source = ImageFolder(folder)
+    labels = find_labels(source, label_column=None)
+    if labels is None or labels.class_names != names:
+        raise UserError(f"'{folder}' has other classes than the tokens ({', '.join(names)}).")
+    transform, classes = EvalTransform(content.resolution), torch.tensor(labels.values)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(source), BATCH):
+            rows = range(start, min(start + BATCH, len(source)))
+            pixels = torch.stack([transform(source.read(row)) for row in rows])
+            yield pixels, classes[start : rows.stop]
+
+    return batches, len(source)
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """Return the unbiased MMD^2 of two independent sets of features, (N, D) and (M, D)."""
+    x, y = x.double(), y.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
+
+
+def class_share(images: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
+    """Return the share of images whose class is that of most of their nearest training images."""
+    nearest = torch.cdist(images, train).topk(NEIGHBOURS, largest=False).indices
+    found = train_classes[nearest].mode(dim=1).values
+    return (found == classes).double().mean().item()
+
+
+def nearness(images: Tensor, train: Tensor, unseen: Tensor, *, seed: int) -> float:
+    """Return the median distance to the nearest training image over that to an unseen image.
+
+    Both sets have equally many images. Training images are drawn at random.
+    """
+    count = min(len(train), len(unseen))
+    draws = torch.Generator().manual_seed(seed)
+    some = train[torch.randperm(len(train), generator=draws)[:count]]
+    to_train, to_unseen = (torch.cdist(images, s).amin(dim=1) for s in (some, unseen[:count]))
+    return (to_train.median() / to_unseen.median()).item()
+
+
+def measured(images: Images, train: Images, unseen: Images, *, seed: int) -> dict[str, float]:
+    return {
+        "kd": kernel_distance(images.vgg, unseen.vgg),
+        "class vgg": class_share(images.vgg, images.classes, train.vgg, train.classes),
+        "class codes": class_share(images.codes, images.classes, train.codes, train.classes),
+        "near vgg": nearness(images.vgg, train.vgg, unseen.vgg, seed=seed),
+        "near codes": nearness(images.codes, train.codes, unseen.codes, seed=seed),
+    }
+
+
+def samples(options: Options, prior: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of sampled images and their classes."""
+    pipe = open_prior(prior, device="cpu")
+    sampling = Sampling(options.guidance, options.temperature, options.top_k)
+    classes = chosen_classes(pipe, None, options.num, guided=False)
+    for start in range(0, options.num, BATCH):
+        numbers = range(start, min(start + BATCH, options.num))
+        chosen = classes[start : numbers.stop]
+        drawn = sample_tokens(
+            pipe.transformer, chosen, options=sampling, seed=options.seed, numbers=numbers
+        )
+        yield pipe.decode(drawn), chosen
+
+
+@torch.inference_mode()
+def unigram(
+    options: Options, tokenizer: Autoencoder, train: Any, num_classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of images whose tokens are drawn independently, by their frequencies."""
+    tokens = torch.cat([tokenizer.encode_tokens(images) for images, _ in train])
+    assert tokenizer.num_codes is not None
+    counts = torch.bincount(tokens.flatten(), minlength=tokenizer.num_codes).double()
+    draws = torch.Generator().manual_seed(options.seed)
+    for start in range(0, options.num, BATCH):
+        count = min(BATCH, options.num - start)
+        shape = (count, *tokens.shape[1:])
+        size = int(torch.tensor(shape).prod())
+        drawn = counts.multinomial(size, replacement=True, generator=draws).reshape(shape)
+        images = calls.decode_indices(tokenizer.net, drawn).clamp(-1, 1)
+        yield images, torch.arange(start, start + count) % num_classes
+
+
+def run(options: Options) -> None:
+    """Measure all sets of images, print the table, and write the results."""
+    # priors and photos
+    folders = [find_export(Path(prior)) for prior in options.priors]
+    content, names = read_content(folders[0]), list(read_content(folders[0]).class_names or [])
+    for folder in folders[1:]:
+        if read_content(folder).model_sha256 != content.model_sha256:
+            raise UserError(f"'{folder}' has another tokenizer than '{folders[0]}'.")
+    tokenizer = Autoencoder(open_prior(folders[0], device="cpu").vqvae, name="tokenizer")
+    features = Features(tokenizer)
+    seen, count = photos(options.data, content, names)
+    other, other_count = photos(options.unseen, content, names)
+
+    # real photos, and what lies between
+    train = features.of(seen(), count, "training photos")
+    unseen = features.of(other(), other_count, "unseen photos")
+    seed = options.seed
+    rows = {"training photos": {"kd": kernel_distance(train.vgg, unseen.vgg)}}
+    recon = features.of(features.reconstructed(seen()), count, "reconstructions")
+    rows["their reconstructions"] = {"kd": kernel_distance(recon.vgg, unseen.vgg)}
+    own = features.of(features.reconstructed(other()), other_count, "unseen reconstructions")
+    rows["unseen reconstructions"] = {
+        name: value
+        for name, value in measured(own, train, unseen, seed=seed).items()
+        if name.startswith("class")
+    }
+    tokens = unigram(options, tokenizer, seen(), len(names))
+    found = features.of(tokens, options.num, "unigram")
+    rows["unigram"] = measured(found, train, unseen, seed=seed)
+
+    # priors
+    priors = {}
+    for folder, given in zip(folders, options.priors, strict=True):
+        found = features.of(samples(options, folder), options.num, given)
+        priors[given] = measured(found, train, unseen, seed=seed)
+    rows |= priors
+    if len(priors) > 1:
+        for name, statistic in (("mean", mean), ("standard deviation", pstdev)):
+            rows[f"priors, {name}"] = {
+                key: statistic([row[key] for row in priors.values()])
+                for key in next(iter(priors.values()))
+            }
+
+    _show(rows)
+    saved = {"machine": machine(), "options": vars(options) | {"json": str(options.json)}}
+    options.json.write_text(json.dumps(saved | {"rows": rows}, indent=1) + "\n")
+
+
+def _show(rows: dict[str, dict[str, float]]) -> None:
+    keys = list(rows["unigram"])
+    table = Table("images", *keys)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[key]:.4f}" if key in values else "" for key in keys))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    try:
+        run(parse_options(Options, sys.argv[1:], prog="prior_quality.py", description=__doc__))
+    except UserError as error:
+        exit_with(error)

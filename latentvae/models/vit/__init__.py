@@ -1,0 +1,1 @@
+"""Autoencoders whose encoder and decoder are vision transformers."""
