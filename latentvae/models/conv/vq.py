@@ -170,14 +170,14 @@ class VQFamily(DiscreteFamily):
 
     def latent_shape(self, net: Network) -> LatentShape:
         f = 2 ** (len(net.config["block_out_channels"]) - 1)
-        return LatentShape(f, self.quantizer(net).in_channels)
+        return LatentShape(f, self.quantizers(net)[0].in_channels)
 
     def likelihood(self, net: Network) -> LogitLaplace | None:
         module: Any = net
         return module.likelihood
 
     def codes(self, net: Network) -> Codes:
-        quantizer, kind = self.quantizer(net), net.config["quantizer"]["type"]
+        (quantizer,), kind = self.quantizers(net), net.config["quantizer"]["type"]
         return Codes(
             kind,
             number=quantizer.num_codes,
@@ -188,7 +188,7 @@ class VQFamily(DiscreteFamily):
 
     @torch.no_grad()
     def tokenize(self, net: Network, z: Tensor) -> Tensor:
-        return self.quantizer(net)(z).indices
+        return self.quantizers(net)[0](z).indices
 
     @torch.no_grad()
     def decode_indices(
@@ -197,7 +197,7 @@ class VQFamily(DiscreteFamily):
         module: Any = net
         if computation is None:
             return module.decode_indices(indices).sample
-        codes = self.quantizer(net).codes(indices)
+        codes = self.quantizers(net)[0].codes(indices)
         return computation.decode(net, codes, force_not_quantize=True).sample
 
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
