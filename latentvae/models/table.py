@@ -18,6 +18,7 @@ from latentvae.models.foreign import RAEFamily
 from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
+from latentvae.models.vqvae2.vqvae2 import VQVAE2Family
 from latentvae.option_marks import tag_in
 
 # Keys are the names that a preset gives as `architecture`.
@@ -26,6 +27,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "asymmetric": AsymmetricFamily(),
     "dc": DCFamily(),
     "vq": VQFamily(),
+    "vqvae2": VQVAE2Family(),
 }
 
 # Keys are names of diffusers' classes, because older releases do not have all classes.
