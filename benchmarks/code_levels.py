@@ -213,6 +213,7 @@ def bits_of_bottom(
     epochs: int = 2,
 ) -> float:
     """Fit a `Predictor` on training tokens. Return bits per bottom code of unseen photos."""
+    # fit on training tokens
     torch.manual_seed(seed)
     model = Predictor(codes, top=top, context=context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -227,6 +228,8 @@ def bits_of_bottom(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    # measure unseen tokens
     with torch.no_grad():
         logits = model(*unseen_maps).flatten(0, 2)
         return F.cross_entropy(logits, unseen_maps[1].flatten()).item() / float(np.log(2))

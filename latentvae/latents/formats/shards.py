@@ -7,12 +7,13 @@
 A shard has these tensors:
 
     indices (n, h, w) or (n, L, h, w)   tokens, in the smallest of uint8, uint16, int32
-                                        (with `levels`: see `models.levels`)
     latents (n, d, h, w)                or latents: posterior means
     stds (n, d, h, w)                   with --moments: their standard deviations
     labels (n)                          int64, if the data has classes
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
+
+`models.levels` describes tokens of levels of several sizes, whose sizes `Content.levels` lists.
 
 Shard s holds the `shard_items` items from item s * shard_items on. Items that cannot be read are
 left out. Every file is written under a temporary name, synced and renamed, so a file that exists is

@@ -67,6 +67,7 @@ class CodebookUpdate:
             for place, book in enumerate(self._books)
             if book.filled
         ]
+
         return {"tokens/restarted": torch.stack(restarted).sum().float()} if restarted else {}
 
     def clear(self) -> None:
