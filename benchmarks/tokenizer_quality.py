@@ -150,7 +150,7 @@ class Training:
             latent_weights=kind.weights | {"theirs": 1.0},
         )
         self.optimizer = torch.optim.AdamW(self.net.parameters(), weight_decay=0.0, fused=True)
-        self.codebook = CodebookUpdate(self.net.quantize, seed=seed)
+        self.codebook = CodebookUpdate((self.net.quantize,), seed=seed)
         self.done = 0
 
     def update(self) -> None:

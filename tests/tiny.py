@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentvae.models import (
+    VQVAE2,
     DiscreteAutoencoder,
     ViTAutoencoderKL,
     ViTTokenizer,
@@ -138,6 +139,25 @@ def vit_vq(name: str, **options: Any) -> ViTTokenizer:
     return net
 
 
+def vqvae2(levels: int = 2, **options: Any) -> VQVAE2:
+    """Levels of f = 4 and 2 as after training: each codebook lies where its features do."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"block_out_channels": (8,) * levels, "code_levels": levels}
+    shape |= {"layers_per_block": 1, "residual_channels": 4, "latent_channels": 8}
+    codes = {"type": "vq", "ema_decay": 0.9, **CODEBOOK}
+    net = VQVAE2(**shape | {"quantizer": codes} | options).eval()
+    with torch.no_grad():
+        for part in (*net.quant_conv, *net.condition):
+            next(iter(part.parameters())).mul_(10.0)  # features of a length of their own
+    for place, quantizer in enumerate(net.quantize):
+        with torch.no_grad():
+            features = net.quantize_levels(net.encode(photos(8)).latents)[0][place]
+        vectors: Any = features.movedim(1, 3).flatten(0, 2)
+        own: Any = quantizer
+        own.initialise(vectors, generator=torch.Generator().manual_seed(1))
+    return net
+
+
 def stock_vq(**options: Any) -> VQModel:
     torch.manual_seed(0)
     widths: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 8}
@@ -196,6 +216,7 @@ TRAINABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "vit_residual": partial(vit_vq, "residual"),
         "vit_gumbel": partial(vit_vq, "gumbel"),
     },
+    "vqvae2": {"vqvae2": vqvae2, "three_levels": partial(vqvae2, 3)},
 }
 FOREIGN: dict[str, Callable[..., Any]] = {
     "stock_vq": stock_vq,

@@ -1,10 +1,12 @@
 """The table of all bottlenecks. A new bottleneck needs its own file and an entry here."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Discriminator, Tag
 from torch import nn
 
@@ -83,3 +85,25 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
             f"{nearest(type, QUANTIZERS)}"
         )
     return QUANTIZERS[type].build(arguments)
+
+
+@torch.no_grad()
+def rebuilt_quantizer(old: Quantizer, arguments: Mapping[str, Any]) -> Quantizer:
+    """Return a quantiser of the same shape as `old` with other training options.
+
+    The codes and the train or eval mode are those of `old`.
+
+    Args:
+        arguments: `type` and arguments of the new quantiser.
+    """
+    values, new = old.state_dict(), build_quantizer(**arguments)
+    new.load_state_dict(values, strict=False)
+    for name, part in new.named_modules():
+        averages: Any = getattr(part, "embed_sum", None)
+        if averages is not None and f"{name}.embed_sum".lstrip(".") not in values:
+            averages.copy_(part.weight)  # as if each code were the mean of one vector
+        # Reset the averages of how often codes are used: they depend on `restart_threshold`.
+        usage: Any = getattr(part, "usage", None)
+        if (start_usage := getattr(part, "start_usage", None)) is not None:
+            usage.fill_(start_usage)
+    return new.train(old.training)

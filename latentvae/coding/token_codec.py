@@ -2,6 +2,8 @@
 
     content = encode_tokens(indices, num_codes=16384)  # int (h, w)
     indices = decode_tokens(content)                   # int64 (h, w), from the bytes alone
+    content = encode_levels([top, bottom], num_codes=512)  # several codebooks in one file
+    top, bottom = decode_levels(content)
 
 The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
 codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K). This is the mean
@@ -15,7 +17,7 @@ tokens before it, so the work is K log n instead of K n.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,8 @@ from numpy.typing import NDArray
 from latentvae.coding.bitstream import Integers, damaged, decode_symbols, pack, unpack
 from latentvae.errors import UserError
 
-TOKEN_MAGIC = b"LVT\x01"  # the last byte is the format's version
+TOKEN_MAGIC, LEVELS_MAGIC = b"LVT\x01", b"LVM\x01"  # the last byte is the format's version
+MAX_LEVELS = 8
 MAX_CODES = 2**20
 MAX_TOKENS = 2**24
 # The values of `a`. A file holds the number of the value, from 1, or 0 for a uniform distribution.
@@ -46,14 +49,8 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
     _check_tokens(indices, num_codes)
     tokens = indices.reshape(-1).astype(np.int64)
     choice = _cheapest(tokens, num_codes)
-
-    # block by block, with a model of the earlier blocks
     coder = stream.queue.RangeEncoder()
-    model = _Model(num_codes, choice)
-    for block in _blocks(len(tokens)):
-        if num_codes > 1:
-            coder.encode(tokens[block].astype(np.int32), model.current())
-        model.update(tokens[block])
+    _encode(coder, tokens, num_codes, choice)
     return pack(TOKEN_MAGIC, [num_codes, choice, *indices.shape], coder)
 
 
@@ -69,21 +66,81 @@ def decode_tokens(content: bytes) -> Integers:
         raise damaged()
     num_codes, choice, *shape = numbers
     count = math.prod(shape)
-    if not (1 <= num_codes <= MAX_CODES and 1 <= count <= MAX_TOKENS):
+    _check_header(num_codes, choice, count)
+    tokens = _decode(coder, count, num_codes, choice)
+    if not coder.maybe_exhausted():
         raise damaged()
-    if choice > len(CONCENTRATIONS):
-        raise damaged()
+    return tokens.reshape(shape)
 
-    # block by block, as the encoder did
+
+def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> bytes:
+    """Return one image's maps of codes as one complete file. Each map has its own counts.
+
+    Args:
+        levels: the indices (h, w) of each level, in 0..num_codes - 1. At most MAX_LEVELS levels.
+        num_codes: K, the number of codes of each level, at most 2**20.
+
+    Raises:
+        ValueError, UserError: as `encode_tokens`.
+    """
+    if not 1 <= len(levels) <= MAX_LEVELS or any(level.ndim != 2 for level in levels):
+        shapes = [level.shape for level in levels]
+        raise ValueError(f"1 to {MAX_LEVELS} levels of shape (h, w) can be encoded (got {shapes}).")
+    numbers, coder = [num_codes], stream.queue.RangeEncoder()
+    for level in levels:
+        _check_tokens(level, num_codes)
+        tokens = level.reshape(-1).astype(np.int64)
+        choice = _cheapest(tokens, num_codes)
+        numbers += [choice, *level.shape]
+        _encode(coder, tokens, num_codes, choice)
+    return pack(LEVELS_MAGIC, numbers, coder)
+
+
+def decode_levels(content: bytes) -> list[Integers]:
+    """Return the maps of a file that `encode_levels` wrote, int64 (h, w) each.
+
+    Raises:
+        UserError: the bytes are damaged, incomplete or another kind of file.
+    """
+    numbers, coder = unpack(LEVELS_MAGIC, content)
+    if len(numbers) % 3 != 1 or not 4 <= len(numbers) <= 1 + 3 * MAX_LEVELS:
+        raise damaged()
+    num_codes, *rest = numbers
+    levels = []
+    for choice, height, width in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        _check_header(num_codes, choice, height * width)
+        tokens = _decode(coder, height * width, num_codes, choice)
+        levels.append(tokens.reshape(height, width))
+    if not coder.maybe_exhausted():
+        raise damaged()
+    return levels
+
+
+def _encode(coder: Any, tokens: Integers, num_codes: int, choice: int) -> None:
+    """Write tokens (n,) block by block, with a model of the earlier blocks."""
+    model = _Model(num_codes, choice)
+    for block in _blocks(len(tokens)):
+        if num_codes > 1:
+            coder.encode(tokens[block].astype(np.int32), model.current())
+        model.update(tokens[block])
+
+
+def _decode(coder: Any, count: int, num_codes: int, choice: int) -> Integers:
+    """Read `count` tokens block by block, as the encoder did."""
     tokens = np.zeros(count, np.int64)
     model = _Model(num_codes, choice)
     for block in _blocks(count):
         if num_codes > 1:
             tokens[block] = decode_symbols(coder, model.current(), block.stop - block.start)
         model.update(tokens[block])
-    if not coder.maybe_exhausted():
+    return tokens
+
+
+def _check_header(num_codes: int, choice: int, count: int) -> None:
+    if not (1 <= num_codes <= MAX_CODES and 1 <= count <= MAX_TOKENS):
         raise damaged()
-    return tokens.reshape(shape)
+    if choice > len(CONCENTRATIONS):
+        raise damaged()
 
 
 def _check_tokens(indices: NDArray[np.integer], num_codes: int) -> None:

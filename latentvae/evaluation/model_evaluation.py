@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
 from latentvae.coding.latent_codec import channel_steps, decode_latent, encode_latent
-from latentvae.coding.token_codec import MAX_CODES, decode_tokens, encode_tokens
+from latentvae.coding.token_codec import MAX_CODES
 from latentvae.evaluation.curves import SIGNS, Curves
 from latentvae.evaluation.entropy_models import Posterior, Priors
 from latentvae.evaluation.measures import (
@@ -23,7 +23,12 @@ from latentvae.evaluation.measures import (
     Row,
     row,
 )
-from latentvae.evaluation.protocol import LATENT_BITS
+from latentvae.evaluation.rates import (
+    decode_indices,
+    encode_indices,
+    level_bits_of,
+    raw_bits,
+)
 from latentvae.evaluation.saved_progress import Accumulator
 from latentvae.evaluation.settings import KERNEL_IMAGES, Plan
 from latentvae.metrics import to_8bit
@@ -112,7 +117,9 @@ class ModelMeasures:
         codes = calls.codes(model.net)
         if not {"latent", "rate"} & set(plan.sections):
             codes = None
+        self.codes = codes
         self.tokens = None if codes is None else TokenUsage(codes.number, codebooks=codes.codebooks)
+        self.level_bits = level_bits_of(codes) if self._codes_tokens else None
 
     def parts(self) -> dict[str, Accumulator]:
         """Return the sums over pictures by name. A saved evaluation needs them to continue."""
@@ -123,6 +130,7 @@ class ModelMeasures:
             "latent": self.latent,
             "priors": self.priors,
             "tokens": self.tokens,
+            "level_bits": self.level_bits,
             **self.distances,
         }
         return {name: part for name, part in kept.items() if part is not None}
@@ -227,7 +235,7 @@ class ModelMeasures:
             distribution=self._distribution(),
             info=self._info(),
             latent=latent,
-            tokens=dict(self.tokens.result()) if self.tokens and self.measured else None,
+            tokens=self._token_report(),
             passport=passport,
             speed=speed,
             warnings=warnings,
@@ -276,13 +284,15 @@ class ModelMeasures:
 
         The list is empty if the model has more than MAX_CODES codes.
         """
-        assert self.model.num_codes is not None
+        assert self.codes is not None
         indices = calls.tokenize(self.model.net, z)
-        usage.update(indices)
-        if not self._codes_tokens or self.model.num_codes > MAX_CODES:
+        usage.update(self.codes.by_codebook(indices))
+        if not self._codes_tokens or self.codes.number > MAX_CODES:
             return []
-        content = encode_tokens(indices[0].cpu().numpy(), num_codes=self.model.num_codes)
-        decoded = torch.from_numpy(decode_tokens(content))[None].to(z.device)
+        if self.level_bits is not None:
+            self.level_bits.update(indices[0], pixels=original.pixels)
+        content = encode_indices(indices[0], self.codes)
+        decoded = decode_indices(content, self.codes)[None].to(z.device)
         size = original.images.shape[2], original.images.shape[3]
         images: Any = self.model.decode_tokens(decoded, size=size)
         recon = to_8bit(images).to(original.images.device)
@@ -358,6 +368,16 @@ class ModelMeasures:
             **{name: part.result() for name, part in found.items()},
         )
 
+    def _token_report(self) -> dict[str, Any] | None:
+        """Return how the codes are used. With levels of several sizes, also the bits of each."""
+        if self.tokens is None or not self.measured:
+            return None
+        found: dict[str, Any] = dict(self.tokens.result())
+        if self.level_bits is not None:
+            for level, bpp in zip(found["levels"], self.level_bits.result(), strict=True):
+                level["coded_bpp"] = bpp
+        return found
+
     def _latent_report(self) -> dict[str, Any] | None:
         if self.latent is None or self.latent.positions < 2:
             return None
@@ -375,14 +395,3 @@ class ModelMeasures:
         if self.model.latent_channels > MAX_CORRELATED:
             del found["correlation"]
         return found
-
-
-def raw_bits(model: Autoencoder, z: Tensor) -> float:
-    """Return the number of bits of one image's latent (1, d, h, w) without entropy coding.
-
-    A tokenizer needs log2(number of codes) bits per token.
-    """
-    if model.num_codes is None:
-        return LATENT_BITS * z.numel()
-    tokens = calls.num_levels(model.net) * z.shape[2] * z.shape[3]
-    return math.log2(model.num_codes) * tokens

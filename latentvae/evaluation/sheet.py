@@ -12,8 +12,9 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.coding.image_codecs import CODECS, bits_per_pixel, encode_at_rate
 from latentvae.data import to_tensor
 from latentvae.errors import printable
-from latentvae.evaluation.model_evaluation import Shown, raw_bits
+from latentvae.evaluation.model_evaluation import Shown
 from latentvae.evaluation.picture_source import to_picture
+from latentvae.evaluation.rates import raw_bits
 from latentvae.metrics import psnr, to_8bit
 
 CROP = 320  # largest side in pixels of the centre of a picture that a sheet shows

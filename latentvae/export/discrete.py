@@ -259,7 +259,7 @@ def _check_ties(
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
     where = (ours != theirs).cpu()
-    codes = discrete_family(trained).quantizer(trained).codes
+    codes = discrete_family(trained).quantizers(trained)[0].codes
     z, near, far = (
         vectors.cpu().double().movedim(1, 3)[where]
         for vectors in (features, codes(ours), codes(theirs))

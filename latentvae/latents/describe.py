@@ -9,11 +9,13 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError, nearest
 from latentvae.latents.formats.shards import (
     LATENT_ORDER,
+    LEVEL_ORDER,
     TOKEN_ORDER,
     Content,
     Normalization,
     index_dtype,
 )
+from latentvae.models import calls
 
 LATENT_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -45,15 +47,18 @@ def describe(
     _check_options(model, shard_items=shard_items, dtype=dtype, moments=moments)
     tokens = model.num_codes is not None
     norm = model.normalization
+    shape = _item_shape(model, resolution, moments=moments)
+    levels = _levels(model, shape)
 
     return Content.model_validate(
         {
             # the items
             "kind": "tokens" if tokens else "latents",
             "dtype": index_dtype(model.num_codes or 0) if tokens else dtype or "float16",
-            "item_shape": _item_shape(model, resolution, moments=moments),
-            "order": TOKEN_ORDER if tokens else LATENT_ORDER,
+            "item_shape": shape,
+            "order": LEVEL_ORDER if levels else TOKEN_ORDER if tokens else LATENT_ORDER,
             "num_codes": model.num_codes,
+            "levels": levels,
             "moments": moments,
             "normalization": None
             if tokens
@@ -150,6 +155,14 @@ def _item_shape(
             f"'{model.name}' has no posterior, so it has no standard deviations. Leave out moments."
         )
     return tuple(mean.shape[1:])
+
+
+def _levels(model: Autoencoder, item_shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """Return (h, w) of each level of tokens, coarsest first, or None if all have one size."""
+    codes = calls.codes(model.net)
+    if codes is None or codes.maps == 1:
+        return None
+    return codes.map_sizes(item_shape[-2], item_shape[-1])
 
 
 def _list(values: Tensor) -> list[float]:

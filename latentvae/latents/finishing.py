@@ -7,6 +7,7 @@ Symbols: `K` codes, `L` levels, `h w` latent positions.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentvae.coding.token_codec import MAX_CODES, encode_tokens
+from latentvae.coding.token_codec import MAX_CODES, encode_levels, encode_tokens
 from latentvae.errors import UserError
 from latentvae.latents import LatentStatistics
 from latentvae.latents.formats.shard_parquet import CARD
@@ -32,6 +33,7 @@ from latentvae.latents.formats.shards import (
     write_file,
 )
 from latentvae.metrics.tokens import TokenUsage
+from latentvae.models.levels import split_levels
 
 CODED_IMAGES = 64  # number of images, evenly spread, whose coded size is measured
 
@@ -102,34 +104,57 @@ def load_shard(out: Path, shard: int) -> Tensor:
 
 
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
-    """Return usage statistics of the codes, and bits per pixel without and with entropy coding."""
+    """Return usage statistics of the codes, and bits per pixel without and with entropy coding.
+
+    With `content.levels`, `levels` has the same statistics of each level, coarsest first.
+    """
     assert content.num_codes is not None
 
     # pass over all shards
-    usage, total, first = TokenUsage(content.num_codes), sum(counts), 0
+    parts = 1 if content.levels is None else len(content.levels)
+    usage, total, first = TokenUsage(content.num_codes, codebooks=parts), sum(counts), 0
     chosen = {i * total // CODED_IMAGES for i in range(CODED_IMAGES)} if total else set[int]()
-    coded: list[int] = []
+    coded: list[list[int]] = []
     for shard, count in enumerate(counts):
-        indices = load_shard(out, shard).long()
+        indices = _by_level(load_shard(out, shard).long(), content)
         usage.update(indices)
         rows = [item - first for item in sorted(chosen) if first <= item < first + count]
         if content.num_codes <= MAX_CODES:
-            coded += [_coded_bits(indices[row], content.num_codes) for row in rows]
+            coded += [_coded_bits([own[row] for own in indices], content) for row in rows]
         first += count
 
     # bits per pixel
+    report: dict[str, Any] = dict(usage.result())
+    _add_bits(report, math.prod(content.item_shape), content, coded=[bits[0] for bits in coded])
+    for place, level in enumerate(content.levels or ()):
+        own = [bits[1 + place] for bits in coded]
+        _add_bits(report["levels"][place], math.prod(level), content, coded=own)
+    return _rounded(report)
+
+
+def _by_level(indices: Tensor, content: Content) -> list[Tensor]:
+    return [indices] if content.levels is None else split_levels(indices, content.levels)
+
+
+def _add_bits(
+    report: dict[str, Any], tokens: int, content: Content, *, coded: Sequence[int]
+) -> None:
+    """Add bits per pixel to a report: raw, and the mean size of an image's file `coded` (bits)."""
     pixels = math.prod(content.size)
-    raw = math.prod(content.item_shape) * math.log2(content.num_codes) / pixels
-    report = {name: _rounded(value) for name, value in usage.result().items()}
-    report["raw_bpp"] = _rounded(raw)
+    report["raw_bpp"] = tokens * math.log2(content.num_codes or 1) / pixels
     if coded:
-        report["coded_bpp"] = _rounded(sum(coded) / len(coded) / pixels)
+        report["coded_bpp"] = sum(coded) / len(coded) / pixels
         report["coded_images"] = len(coded)
-    return report
 
 
-def _coded_bits(indices: Tensor, num_codes: int) -> int:
-    return 8 * len(encode_tokens(indices.numpy(), num_codes=num_codes))
+def _coded_bits(levels: Sequence[Tensor], content: Content) -> list[int]:
+    """Return the bits of the file of all levels. With several, also of a file of each level."""
+    assert content.num_codes is not None
+    num_codes, maps = content.num_codes, [level.numpy() for level in levels]
+    files = [encode_tokens(level, num_codes=num_codes) for level in maps]
+    if content.levels is not None:
+        files.insert(0, encode_levels(maps, num_codes=num_codes))
+    return [8 * len(file) for file in files]
 
 
 def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
@@ -153,5 +178,9 @@ def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[s
 def _rounded(value: Any) -> Any:
     """Round floats to nine digits, because threads may change the last digits of a sum."""
     if isinstance(value, torch.Tensor):
-        return [_rounded(item) for item in value.tolist()]
+        return _rounded(value.tolist())
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -227,6 +227,9 @@ class _Cached(Dataset[dict[str, Any]]):
 class TokenDataset(_Cached):
     """A data set of tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
 
+    If the tokens have levels of several sizes, `levels` lists the sizes, and `indices.flatten()` is
+    the sequence of tokens, coarsest level first.
+
     `label` exists if the data has classes (-1 means "none"). A DataLoader may use any number of
     workers. An item is loaded when it is needed.
 
@@ -241,6 +244,11 @@ class TokenDataset(_Cached):
         """Number of codes K of the tokenizer that made the tokens."""
         assert self.content.num_codes is not None
         return self.content.num_codes
+
+    @property
+    def levels(self) -> tuple[tuple[int, int], ...] | None:
+        """Size (h, w) of each level of tokens, coarsest first. None if there is only one size."""
+        return self.content.levels
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"indices": self.reader.payload(index).long(), **self._annotations(index)}

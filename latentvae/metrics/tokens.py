@@ -39,32 +39,26 @@ class TokenUsage:
     Args:
         num_codes: K, the number of codes of each codebook.
         codebooks: L, the number of codebooks. With several, level l of indices (B, L, h, w) belongs
-            to codebook l.
+            to codebook l. `update` also takes a list with the indices of each codebook.
     """
 
     def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
         self._counts = torch.zeros(codebooks, num_codes, dtype=torch.int64)
 
-    def update(self, indices: Tensor) -> None:
+    def update(self, indices: Tensor | Sequence[Tensor]) -> None:
         """Add integer indices in 0..K - 1.
 
         Args:
-            indices: any shape, but (B, L, h, w) for several codebooks.
+            indices: any shape, but (B, L, h, w) for several codebooks. Or a list of L tensors of
+                any shape, one for each codebook.
         """
         codebooks, num_codes = self._counts.shape
-        indices = indices.detach().cpu()
-        flat = indices.flatten()
-        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
-            seen = f"{int(flat.min())}..{int(flat.max())}"
-            raise ValueError(f"Indices must be in 0..{num_codes - 1} (got {seen}).")
-        if codebooks > 1 and (indices.ndim != 4 or indices.shape[1] != codebooks):
-            shape = tuple(indices.shape)
-            raise ValueError(
-                f"Indices of {codebooks} codebooks must be (B, {codebooks}, h, w) (got {shape})."
-            )
-        parts = [flat] if codebooks == 1 else indices.unbind(1)
-        for counts, part in zip(self._counts, parts, strict=True):
-            counts += torch.bincount(part.flatten(), minlength=num_codes)
+        for counts, part in zip(self._counts, _by_codebook(indices, codebooks), strict=True):
+            flat = part.detach().cpu().flatten()
+            if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_codes:
+                seen = f"{int(flat.min())}..{int(flat.max())}"
+                raise ValueError(f"Indices must be in 0..{num_codes - 1} (got {seen}).")
+            counts += torch.bincount(flat, minlength=num_codes)
 
     def result(self) -> TokenReport:
         """Return the statistics of all codebooks together, and of each codebook if L > 1."""
@@ -97,6 +91,19 @@ class TokenUsage:
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Set the counts to those of a `state_dict`."""
         self._counts = torch.from_numpy(state["counts"].copy())
+
+
+def _by_codebook(indices: Tensor | Sequence[Tensor], codebooks: int) -> Sequence[Tensor]:
+    if not isinstance(indices, Tensor):
+        return indices
+    if codebooks == 1:
+        return [indices]
+    if indices.ndim != 4 or indices.shape[1] != codebooks:
+        shape = tuple(indices.shape)
+        raise ValueError(
+            f"Indices of {codebooks} codebooks must be (B, {codebooks}, h, w) (got {shape})."
+        )
+    return indices.unbind(1)
 
 
 def _level_report(counts: Tensor) -> LevelReport:

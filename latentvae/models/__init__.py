@@ -14,11 +14,13 @@ from latentvae.models.table import FAMILIES, family_of
 from latentvae.models.trainable import DiscreteFamily, TrainableFamily
 from latentvae.models.vit.vit_kl import ViTAutoencoderKL
 from latentvae.models.vit.vit_vq import ViTTokenizer
+from latentvae.models.vqvae2.network import VQVAE2
 from latentvae.models.wrapper import TrainingWrapper, keep_batch_statistics
 
 __all__ = [
     "FAMILIES",
     "SINGLE_FILE_KINDS",
+    "VQVAE2",
     "DiscreteAutoencoder",
     "DiscreteFamily",
     "Family",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from latentvae.bottlenecks import Quantizer
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
+from latentvae.models.levels import split_levels
 from latentvae.models.network import Computation, Network
 from latentvae.models.normalization import LatentNormalization, from_config
 from latentvae.models.tiling import Tiling, read_tiling
@@ -53,10 +54,13 @@ class Codes:
 
     Args:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
-        number: number of codes K of each level.
-        levels: number of codes per position L. A residual quantiser has more than 1.
-        codebooks: number of codebooks: 1 if all levels share a codebook, otherwise L.
+        number: number of codes K of each codebook.
+        levels: number of codes per position L. A residual quantiser has more than 1. A network with
+            maps of several sizes has 1 + 4 + ..., see `models.levels`.
+        codebooks: number of codebooks, such as 1 if all levels share a codebook.
         channels: code width D.
+        maps: number of maps of codes. With several, each map is twice as fine as the map before it
+            and has its own codebook.
     """
 
     kind: str
@@ -64,6 +68,20 @@ class Codes:
     levels: int
     codebooks: int
     channels: int
+    maps: int = 1
+
+    def by_codebook(self, indices: Tensor) -> list[Tensor]:
+        """Return the indices (B, h_l, w_l) of each codebook. `indices` are (B, L, h, w).
+
+        If there is one codebook, the indices may have any shape.
+        """
+        if self.maps > 1:
+            return split_levels(indices, self.map_sizes(indices.shape[-2], indices.shape[-1]))
+        return [indices] if self.codebooks == 1 else list(indices.unbind(1))
+
+    def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return (h_l, w_l) of each map, coarsest first, for a coarsest map of height x width."""
+        return [(2**i * height, 2**i * width) for i in range(self.maps)]
 
 
 @dataclass(frozen=True)
@@ -203,9 +221,12 @@ class Family:
         for part in self.latent_side(net):
             part.requires_grad_(False)
 
-    def quantizer(self, net: Network) -> Quantizer | None:
-        """Return the bottleneck whose codes are trained, or None."""
-        return None
+    def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
+        """Return the bottleneck of each latent whose codes are trained, in the latents' order.
+
+        The result is empty if the network is not trained as a tokenizer.
+        """
+        return ()
 
     def likelihood(self, net: Network) -> LogitLaplace | None:
         """Return the pixel likelihood whose parameters the decoder returns.

@@ -20,6 +20,7 @@ from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
 from latentvae.models.vit.vit_kl import ViTKLFamily
 from latentvae.models.vit.vit_vq import ViTVQFamily
+from latentvae.models.vqvae2.vqvae2 import VQVAE2Family
 from latentvae.option_marks import tag_in
 
 # Keys are the names that a preset gives as `architecture`.
@@ -30,6 +31,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vq": VQFamily(),
     "vit_kl": ViTKLFamily(),
     "vit_vq": ViTVQFamily(),
+    "vqvae2": VQVAE2Family(),
 }
 
 # Keys are names of diffusers' classes, because older releases do not have all classes.

@@ -15,9 +15,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentvae.bottlenecks import build_quantizer
+from latentvae.bottlenecks.table import rebuilt_quantizer
 from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 
@@ -58,23 +58,13 @@ class Tokenizer(ModelMixin, ConfigMixin):
     decoder: Any
     likelihood: LogitLaplace | None
 
-    @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
         """Replace the quantiser by a quantiser of the same shape with other training options.
 
         The codes, train or eval mode, dtype and device do not change.
         """
-        old, new = self.quantize.state_dict(), build_quantizer(**quantizer)
-        module: Any = new
-        module.load_state_dict(old, strict=False)
-        for name, part in module.named_modules():
-            averages = getattr(part, "embed_sum", None)
-            if averages is not None and f"{name}.embed_sum".lstrip(".") not in old:
-                averages.copy_(part.weight)  # as if each code were the mean of one vector
-            # Reset the averages of how often codes are used: they depend on `restart_threshold`.
-            if (start_usage := getattr(part, "start_usage", None)) is not None:
-                part.usage.fill_(start_usage)
-        self.quantize = module.to(self.device, self.dtype).train(self.quantize.training)
+        rebuilt: nn.Module = rebuilt_quantizer(self.quantize, quantizer)
+        self.quantize = rebuilt.to(self.device, self.dtype)
         self.register_to_config(quantizer=dict(quantizer))
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:

@@ -130,7 +130,7 @@ class TokenizerFamily(DiscreteFamily):
         return module.likelihood
 
     def codes(self, net: Network) -> Codes:
-        quantizer, kind = self.quantizer(net), net.config["quantizer"]["type"]
+        (quantizer,), kind = self.quantizers(net), net.config["quantizer"]["type"]
         return Codes(
             kind,
             number=quantizer.num_codes,
@@ -141,7 +141,7 @@ class TokenizerFamily(DiscreteFamily):
 
     @torch.no_grad()
     def tokenize(self, net: Network, z: Tensor) -> Tensor:
-        return self.quantizer(net)(z).indices
+        return self.quantizers(net)[0](z).indices
 
     @torch.no_grad()
     def decode_indices(
@@ -150,7 +150,7 @@ class TokenizerFamily(DiscreteFamily):
         module: Any = net
         if computation is None:
             return module.decode_indices(indices).sample
-        codes = self.quantizer(net).codes(indices)
+        codes = self.quantizers(net)[0].codes(indices)
         return computation.decode(net, codes, force_not_quantize=True).sample
 
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ class TrainableFamily(Family, ABC):
 class DiscreteFamily(TrainableFamily):
     """Family of a tokenizer, whose quantiser is `net.quantize`.
 
+    A network with several latents overrides `quantizers` and `features`.
+
     If a class of diffusers finds the same codes, the export is a network of this class. Otherwise
     it is a network of the tokenizer's own class.
     """
@@ -118,12 +120,16 @@ class DiscreteFamily(TrainableFamily):
 
     def freeze_encoder(self, net: Network) -> None:
         super().freeze_encoder(net)
-        module: Any = net
-        module.quantize.eval()  # otherwise a codebook of moving averages would still change
+        for quantizer in self.quantizers(net):
+            quantizer.eval()  # otherwise a codebook of moving averages would still change
 
-    def quantizer(self, net: Network) -> Quantizer:
+    def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
         module: Any = net
-        return module.quantize
+        return (module.quantize,)
+
+    def features(self, net: Network, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the features (B, c, h, w) that each of the quantisers reads."""
+        return (net.encode(images).latents,)
 
     @abstractmethod
     def codes(self, net: Network) -> Codes: ...

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from latentvae.coding.token_codec import decode_tokens, encode_tokens
+from latentvae.coding.token_codec import (
+    decode_levels,
+    decode_tokens,
+    encode_levels,
+    encode_tokens,
+)
 from latentvae.errors import UserError
 
 WRITTEN = "4c565401006ede27048004060408de0280009c0e4c502d6d6ebd2ac6b551"  # 4 x 8 tokens, K = 512
@@ -30,6 +35,30 @@ def test_round_trip_is_exact(data: st.DataObject, num_codes: int) -> None:
     decoded = decode_tokens(encode_tokens(tokens, num_codes=num_codes))
     assert decoded.dtype == np.int64
     assert np.array_equal(decoded, tokens)  # of equal shape too
+
+
+@pytest.mark.parametrize("num_codes", [1, 16, 512])
+def test_levels_share_a_file_and_not_their_counts(num_codes: int) -> None:
+    draw = np.random.default_rng(0)
+    top = np.full((4, 6), num_codes - 1)
+    bottom = draw.integers(0, num_codes, (8, 12))
+    content = encode_levels([top, bottom], num_codes=num_codes)
+    decoded = decode_levels(content)
+    assert [level.shape for level in decoded] == [(4, 6), (8, 12)]
+    assert all(np.array_equal(a, b) for a, b in zip(decoded, (top, bottom), strict=True))
+    files = [encode_tokens(level, num_codes=num_codes) for level in (top, bottom)]
+    assert len(content) < sum(map(len, files)) <= len(content) + HEADER
+
+
+def test_damaged_levels_are_refused() -> None:
+    content = encode_levels([np.zeros((2, 2), int), np.ones((4, 4), int)], num_codes=4)
+    for wrong in (content[:-4], content[:20] + b"x" + content[21:], b"LVT" + content[3:], b""):
+        with pytest.raises(UserError):
+            decode_levels(wrong)
+    with pytest.raises(ValueError, match="1 to 8 levels"):
+        encode_levels([], num_codes=4)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.3 \(got 4\.\.4\)"):
+        encode_levels([np.full((2, 2), 4)], num_codes=4)
 
 
 def test_a_file_of_an_earlier_process_is_read() -> None:

@@ -10,6 +10,7 @@ import pytest
 import latentvae
 from latentvae.bottlenecks import BOTTLENECKS
 from latentvae.config.run_config import flat
+from latentvae.models import VQVAE2
 from latentvae.models.conv.asymmetric import build_asymmetric_kl
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.kl import build_autoencoder_kl
@@ -26,6 +27,7 @@ BUILDERS: dict[str, Any] = {
     "vq": DiscreteAutoencoder,
     "vit_kl": ViTAutoencoderKL,
     "vit_vq": ViTTokenizer,
+    "vqvae2": VQVAE2,
 }
 PACKAGE = Path(latentvae.__file__).parent
 

@@ -34,6 +34,8 @@ PRESETS = {
     "dc_f32": (32, 32),
     "sd_asymmetric": (8, 4),
     "vq_small": (8, 64),
+    "vqvae2_small": (8, 64),
+    "vqvae2_256": (8, 128),
     "vq_f4": (4, 3),
     "vq_f8": (8, 4),
     "vq_f16": (16, 256),

@@ -15,7 +15,14 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 from tests.tiny import FOREIGN, TINY, TRAINABLE, images, largest
 
 TRAINED = {name: FAMILIES[kind] for kind, nets in TRAINABLE.items() for name in nets}
-TOKENIZERS = [*TRAINABLE["vq"], *TRAINABLE["vit_vq"], "stock_vq", "movq", "amused"]
+TOKENIZERS = [
+    *TRAINABLE["vq"],
+    *TRAINABLE["vit_vq"],
+    *TRAINABLE["vqvae2"],
+    "stock_vq",
+    "movq",
+    "amused",
+]
 
 # The table itself.
 

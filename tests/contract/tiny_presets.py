@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from latentvae.models.table import MODELS
 from latentvae.tasks.autoencoder.config import TrainConfig, load_preset, parse
 
 # Only options that a preset's section has are replaced. Lengths and kinds stay the preset's own.
@@ -44,7 +45,7 @@ def tiny_preset(name: str, **changes: dict[str, Any]) -> TrainConfig:
     model = values["model"]
     _replace(model, _MODEL)
     _replace(model.get("quantizer", {}), _QUANTIZER)
-    values["data"]["resolution"] = 2 * preset.model.f
+    values["data"]["resolution"] = 2 * MODELS[model["architecture"]].model_validate(model).f
     for section, options in changes.items():
         (model if section == "quantizer" else values)[section] |= options
     return parse(values, source=name)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.coding.image_codecs import available_codecs, bits_per_pixel
+from latentvae.coding.token_codec import encode_tokens
 from latentvae.errors import UserError
 from latentvae.evaluation import METRICS_ONLY, Plan, evaluate
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -23,6 +24,7 @@ from latentvae.report import Report
 from latentvae.report.schema import SCHEMA_FILE, json_schema
 from tests.evaluation.conftest import Photos, evaluate_module, photo
 from tests.evaluation.pixel_networks import Fault, Pixels, pixels
+from tests.tiny import vqvae2
 
 METRICS = replace(METRICS_ONLY, lpips_nets=("alex",))
 SMALL = replace(METRICS, qualities=(20, 90), noise_psnr=(20, 40), prior_images=2, gain_images=1)
@@ -353,6 +355,25 @@ def test_levels_of_tokens_are_counted_and_coded(run: Any, shared: bool) -> None:
     assert found.tokens["tokens"] == levels.numel()
     perplexities = [level["perplexity"] for level in found.tokens["levels"]]
     assert found.tokens["perplexity"] == pytest.approx(sum(perplexities) / 2)
+
+
+def test_each_level_of_several_sizes_has_its_bits(run: Any) -> None:
+    model = Autoencoder(vqvae2(), name="levels")
+    found = run(model, plan=replace(SMALL, passport_images=1)).models["m"]
+    (point,) = found.rate.points
+    assert point.psnr == pytest.approx(found.metrics.psnr.mean)  # the very same picture
+    top, bottom = found.tokens["levels"]
+    assert bottom["tokens"] == 4 * top["tokens"]
+    pictures = [p for p in PHOTOS.pictures if p]
+    expected: list[list[float]] = [[], []]
+    for picture in pictures:
+        maps = vqvae2().maps(model.encode_tokens(picture))
+        for own, level in zip(expected, maps, strict=True):
+            content = encode_tokens(level[0].numpy(), num_codes=32)
+            own.append(8 * len(content) / (picture.width * picture.height))
+    for level, own in zip((top, bottom), expected, strict=True):
+        assert level["coded_bpp"] == pytest.approx(sum(own) / len(own))
+    assert point.bpp < top["coded_bpp"] + bottom["coded_bpp"]  # one header instead of two
 
 
 def test_more_codes_than_a_file_can_hold_have_no_bitstream(run: Any) -> None:

@@ -32,6 +32,15 @@ def test_token_usage_equals_scipy() -> None:
     assert result["raw_bits"] == 9.0
 
 
+def test_a_list_has_the_indices_of_each_codebook() -> None:
+    usage = TokenUsage(4, codebooks=2)
+    usage.update([torch.zeros(2, 1, 1, dtype=torch.int64), torch.arange(4).view(1, 2, 2)])
+    levels = usage.result().get("levels", [])
+    assert [(level["tokens"], level["num_codes_used"]) for level in levels] == [(2, 1), (4, 4)]
+    with pytest.raises(ValueError):
+        usage.update([torch.zeros(2, 1, 1, dtype=torch.int64)])
+
+
 def test_token_usage_of_even_and_collapsed_codes() -> None:
     even = usage_of(torch.arange(2**18), num_codes=2**18).result()
     assert even["usage"] == 1.0

@@ -13,12 +13,14 @@ A shard has these tensors:
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
 
+`models.levels` describes tokens of levels of several sizes, whose sizes `Content.levels` lists.
+
 Shard s holds the `shard_items` items from item s * shard_items on. Items that cannot be read are
 left out. Every file is written under a temporary name, synced and renamed, so a file that exists is
 complete. A shard's header says to which encoding the shard belongs. The bytes depend only on the
 content.
 
-Symbols: `n` items, `L` levels of a residual tokenizer, `d` latent channels, `h w` latent positions,
+Symbols: `n` items, `L` codes per position, `d` latent channels, `h w` latent positions,
 `K` codes.
 """
 
@@ -47,11 +49,15 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# These two texts are part of a shard's header, and headers are compared. So if a text changes, old
+# These texts are part of a shard's header, and headers are compared. So if a text changes, old
 # shards count as shards of another encoding.
 TOKEN_ORDER = (
     "row-major: indices[y, x] is the code of row y (top first) and column x (left first); "
     "of L levels indices[level, y, x], coarsest level first"
+)
+LEVEL_ORDER = (
+    "indices.reshape(-1) is one sequence of all levels: coarsest level first, each level row by "
+    "row (top first) and from the left; `levels` lists the (h, w) of each level"
 )
 LATENT_ORDER = "latents[channel, y, x], row y from the top, column x from the left; not scaled"
 
@@ -77,7 +83,10 @@ class Content(_Strict):
     Attributes:
         item_shape: (h, w) or (L, h, w) of tokens, (d, h, w) of latents.
         order: the meaning of the dimensions, in words.
-        num_codes: number of codes K, for tokens.
+        num_codes: number of codes K, for tokens. With `levels`, each level has its own K codes.
+        levels: (h, w) of each level, coarsest first, for tokens of levels of several sizes. The
+            item's tokens, flattened, are the tokens of one level after the other. None for other
+            tokens and for latents.
         moments: whether the shards also hold the posterior's standard deviations.
         image_channels, value_range, ignore_icc, max_pixels: format of every image,
             see `data.PixelFormat`.
@@ -94,6 +103,7 @@ class Content(_Strict):
     item_shape: tuple[int, ...]
     order: str
     num_codes: int | None = Field(default=None, ge=1)
+    levels: tuple[tuple[int, int], ...] | None = None
     moments: bool = False
     normalization: Normalization | None = None
     model_class: str

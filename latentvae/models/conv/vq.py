@@ -65,7 +65,7 @@ class VQFamily(TokenizerFamily):
 
     def latent_shape(self, net: Network) -> LatentShape:
         f = 2 ** (len(net.config["block_out_channels"]) - 1)
-        return LatentShape(f, self.quantizer(net).in_channels)
+        return LatentShape(f, self.quantizers(net)[0].in_channels)
 
     def why_not_stock(self, options: Mapping[str, Any]) -> str:
         return why_no_vq_model(options["quantizer"], options["likelihood"])

@@ -131,8 +131,7 @@ def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
 
     # norms by part
     encoder = [p for part in family.latent_side(net) for p in part.parameters()]
-    quantizer = family.quantizer(net)
-    codes = [] if quantizer is None else list(quantizer.parameters())
+    codes = [p for quantizer in family.quantizers(net) for p in quantizer.parameters()]
     found = Probe(images=images, out=caught["out"], logged=logged)
     return replace(
         found,

@@ -96,8 +96,8 @@ def start_codebook(
             images_per_update=per_process * accelerator.num_processes,
             seed=run.seed,
         )
-    quantizer: Any = FAMILIES[config.model.architecture].quantizer(net)
-    send_from_main(quantizer.state_dict().values())  # DDP would not send buffers
+    for quantizer in FAMILIES[config.model.architecture].quantizers(net):
+        send_from_main(quantizer.state_dict().values())  # DDP would not send buffers
 
 
 def discriminator_of(config: TrainConfig) -> Discriminator | None:

@@ -5,18 +5,18 @@ The codes are initialised by k-means and updated from the vectors of all ranks.
 `N` vectors, `c` feature channels, `K` codes.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from latentvae.bottlenecks import Quantizer
 from latentvae.data import EvalTransform, ImageSource, UnreadableImage
 from latentvae.distributed import all_reduce_sum, gather_cat
 from latentvae.engine.randomness import Stream, generator_for
 from latentvae.errors import UserError
-from latentvae.models import Network, family_of
-from latentvae.outputs import AutoencoderOutput
+from latentvae.models import DiscreteFamily, Network, family_of
+from latentvae.outputs import AutoencoderOutput, Latent
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 START_BATCH = 16  # images encoded at a time
@@ -27,22 +27,18 @@ class CodebookUpdate:
     """Gathers statistics over the micro-steps and ranks of an update, then updates the codes.
 
     Args:
-        quantizer: the bottleneck, not wrapped by DDP.
+        quantizers: the bottleneck of each latent, not wrapped by DDP. Empty without codes.
         seed: seeds the choice of vectors at which unused codes restart.
     """
 
-    def __init__(self, quantizer: Any, *, seed: int) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizers: Sequence[Quantizer], *, seed: int) -> None:
+        self._books = [_Book(quantizer) for quantizer in quantizers]
         self.seed = seed
-        self._sums: dict[str, Tensor] = {}
-        self._features: Tensor | None = None
 
     def add(self, out: AutoencoderOutput) -> None:
         """Add the statistics of one micro-step."""
-        for latent in out.latents:  # only the latent of the quantizer has statistics
-            for name, value in (latent.statistics or {}).items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-                self._features = latent.features
+        for book, latent in zip(self._books, out.latents, strict=False):
+            book.add(latent)
 
     @torch.no_grad()
     def apply(
@@ -62,18 +58,60 @@ class CodebookUpdate:
         Returns:
             Values to log.
         """
-        if not self._sums or self._features is None:
-            return {}
+        restarted = [
+            book.apply(
+                optimizer=optimizer,
+                averages=averages,
+                generator=generator_for(Stream.CODEBOOK, self.seed, update, *_latent(place)),
+            )
+            for place, book in enumerate(self._books)
+            if book.filled
+        ]
 
+        return {"tokens/restarted": torch.stack(restarted).sum().float()} if restarted else {}
+
+    def clear(self) -> None:
+        for book in self._books:
+            book.clear()
+
+
+class _Book:
+    """The quantiser of one latent, with the statistics of an update."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.clear()
+
+    def clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._features: Tensor | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether there are statistics to learn from."""
+        return bool(self._sums)
+
+    def add(self, latent: Latent) -> None:
+        for name, value in (latent.statistics or {}).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._features = latent.features
+
+    def apply(
+        self,
+        *,
+        optimizer: torch.optim.Optimizer,
+        averages: Mapping[nn.Parameter, Tensor],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Update the codes, and return the number of restarted codes."""
         # update the codes
+        assert self._features is not None
         sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
         vectors = self._features.detach().float().movedim(1, -1).flatten(0, -2)  # (N, c)
         restarts = self.quantizer.restart_threshold > 0
         before = {w: w.clone() for w in self.quantizer.parameters()} if restarts else {}
         restarted = self.quantizer.update(
-            sums,
-            features=gather_cat(vectors) if restarts else vectors,
-            generator=generator_for(Stream.CODEBOOK, self.seed, update),
+            sums, features=gather_cat(vectors) if restarts else vectors, generator=generator
         )
 
         # averages and moments follow codes that restart
@@ -84,10 +122,12 @@ class CodebookUpdate:
             for moment in optimizer.state.get(weight, {}).values():
                 if moment.shape == weight.shape:
                     moment.masked_fill_(changed, 0.0)
-        return {"tokens/restarted": restarted.float()}
+        return restarted
 
-    def clear(self) -> None:
-        self._sums, self._features = {}, None
+
+def _latent(place: int) -> tuple[int, ...]:
+    """Return the counters that give each latent its own random numbers. The first needs none."""
+    return (2, place) if place else ()
 
 
 @torch.no_grad()
@@ -101,6 +141,9 @@ def initialise_codebook(
 ) -> None:
     """Initialise the codes by k-means on the untrained encoder's features of random images.
 
+    The features of a latent may depend on the codes of earlier latents. So the codes of one latent
+    after the other are initialised.
+
     Args:
         net: the network, whose codes are changed.
         source: training images.
@@ -111,36 +154,40 @@ def initialise_codebook(
     Raises:
         UserError: no image can be read.
     """
-    # gather vectors
-    quantizer = family_of(net).quantizer(net)
-    assert quantizer is not None, type(net)
-    wanted = START_VECTORS * quantizer.num_codes
-    print(f"encoding images for {wanted:,} vectors, from which k-means makes the codes", flush=True)
-    vectors: list[Tensor] = []
-    vectors_per_image = 0
-    for images in _batches(source, transform, seed=seed):
-        features = net.encode(images.to(net.device)).latents
-        vectors_per_image = features[0, 0].numel()
-        vectors.append(features.movedim(1, -1).flatten(0, -2))
-        if sum(map(len, vectors)) >= wanted:
-            break
-    if not vectors:
-        raise UserError(f"none of the {len(source):,} images for k-means can be read")
-
-    found = torch.cat(vectors)[:wanted]
-    if len(found) < quantizer.num_codes:
+    family = family_of(net)
+    assert isinstance(family, DiscreteFamily), type(net)
+    for place, quantizer in enumerate(family.quantizers(net)):
+        # gather vectors
+        wanted = START_VECTORS * quantizer.num_codes
         print(
-            f"k-means has {len(found):,} vectors for {quantizer.num_codes:,} codes. Some codes "
-            "start equal and stay unused until they restart (restart_threshold)."
+            f"encoding images for {wanted:,} vectors, from which k-means makes the codes",
+            flush=True,
         )
+        vectors: list[Tensor] = []
+        vectors_per_image = 0
+        for images in _batches(source, transform, seed=seed):
+            features = family.features(net, images.to(net.device))[place]
+            vectors_per_image = features[0, 0].numel()
+            vectors.append(features.movedim(1, -1).flatten(0, -2))
+            if sum(map(len, vectors)) >= wanted:
+                break
+        if not vectors:
+            raise UserError(f"none of the {len(source):,} images for k-means can be read")
 
-    # k-means
-    print(f"k-means of {len(found):,} vectors for {quantizer.num_codes:,} codes", flush=True)
-    quantizer.initialise(
-        found,
-        generator=generator_for(Stream.CODEBOOK, seed, 0),
-        batch_vectors=images_per_update * vectors_per_image,
-    )
+        found = torch.cat(vectors)[:wanted]
+        if len(found) < quantizer.num_codes:
+            print(
+                f"k-means has {len(found):,} vectors for {quantizer.num_codes:,} codes. Some codes "
+                "start equal and stay unused until they restart (restart_threshold)."
+            )
+
+        # k-means
+        print(f"k-means of {len(found):,} vectors for {quantizer.num_codes:,} codes", flush=True)
+        quantizer.initialise(
+            found,
+            generator=generator_for(Stream.CODEBOOK, seed, 0, *_latent(place)),
+            batch_vectors=images_per_update * vectors_per_image,
+        )
 
 
 def _batches(source: ImageSource, transform: EvalTransform, *, seed: int) -> Iterator[Tensor]:

@@ -110,9 +110,9 @@ def _gather(config: TrainConfig, loader: Any) -> Tensor:
 def _latents(net: Network, pictures: Tensor, *, seed: int) -> Tensor:
     """Return the decoder's input (N, d, h, w): samples of the posterior, or codes."""
     family, generator = family_of(net), generator_for(Stream.WEIGHTS, seed, 1)
-    quantizer = family.quantizer(net)
+    quantizers = family.quantizers(net)  # at most one: only networks with one latent start here
     found = []
     for part in pictures.split(CHUNK):
-        z = family.encode(net, part.to(net.device), sample=quantizer is None, generator=generator)
-        found.append((z if quantizer is None else quantizer(z).z).cpu())
+        z = family.encode(net, part.to(net.device), sample=not quantizers, generator=generator)
+        found.append((quantizers[0](z).z if quantizers else z).cpu())
     return torch.cat(found)

@@ -118,7 +118,7 @@ class LearningAutoencoder(Task):
 
         # state, codes and active units
         self.progress = AutoencoderState(discriminator_start=config.discriminator_start)
-        self.codebook = CodebookUpdate(family_of(net).quantizer(net), seed=config.run.seed)
+        self.codebook = CodebookUpdate(family_of(net).quantizers(net), seed=config.run.seed)
         self.units = ActiveUnits(config.model.latent_channels, device=accelerator.device)
         self._means: list[Tensor] = []  # posterior means of this update
 

@@ -88,11 +88,11 @@ def validate(
     for images, _ in shard:
         images = images.to(device)
         z = calls.encode(net, images)
-        if usage is None:
+        if codes is None or usage is None:
             recon = calls.decode(net, z)
         else:
             indices = calls.tokenize(net, z)
-            usage.update(indices)
+            usage.update(codes.by_codebook(indices))
             recon = calls.decode_indices(net, indices)
         recon = round_alike(recon.clamp(-1.0, 1.0), images)
 

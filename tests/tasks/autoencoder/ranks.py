@@ -68,6 +68,9 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 def model(quantizer: str | None) -> dict[str, Any] | None:
     if quantizer is None:
         return None
+    if quantizer == "levels":
+        shape = {"block_out_channels": [8, 8], "layers_per_block": 1, "residual_channels": 4}
+        return {"architecture": "vqvae2", "quantizer": QUANTIZERS["average"], **shape}
     shape = {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4}
     return {"architecture": "vq", "quantizer": QUANTIZERS[quantizer], **shape}
 

@@ -41,12 +41,13 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["average", "entropy", "lfq"])
+@pytest.mark.parametrize("quantizer", ["average", "entropy", "lfq", "levels"])
 def test_a_codebook_of_two_ranks_is_that_of_one_process_with_the_joined_batch(
     tmp_path: Path, quantizer: str
 ) -> None:
     one = of_one_and_of_two(tmp_path, quantizer=quantizer)
     expected = {"average": "buffer/embed_sum", "entropy": "model/net.quantize.weight", "lfq": ""}
+    expected["levels"] = "buffer/1.embed_sum"
     assert not expected[quantizer] or expected[quantizer] in one
 
 

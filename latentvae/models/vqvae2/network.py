@@ -1,0 +1,219 @@
+"""VQ-VAE-2: a tokenizer whose levels of codes describe an image from coarse to fine.
+
+The source is Razavi et al. 2019, arXiv:1906.00446. With two levels (the paper's top and bottom):
+
+    images (B, C, H, W) -> encoder -> features of each level -> quant_conv -> z (folded)
+    top features -> quantize[0] -> top codes
+    bottom features + condition(top codes) -> quantize[1] -> bottom codes
+    all codes -> post_quant_conv -> (B, d, H/f_b, W/f_b) -> decoder -> recon (B, C, H, W)
+
+Each level is twice as fine as the level before it. The paper concatenates the bottom's features
+with the decoded top codes, and projects them to the code width. Here, each of the two is projected
+by itself and the results are added, which is the same.
+
+`B` batch, `C` image channels, `D` code width, `P` codes per coarsest position, `h w` coarsest
+positions, `f` downsampling factor of the coarsest level.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from torch import Tensor, nn
+
+from latentvae.bottlenecks import Quantized, build_quantizer
+from latentvae.bottlenecks.table import rebuilt_quantizer
+from latentvae.errors import UserError
+from latentvae.models.levels import join_levels, split_levels
+from latentvae.models.tokenizer import TokenOutput
+from latentvae.models.vqvae2.blocks import Condition, Decoder, Encoder, Upsample
+
+# The paper's codebooks (table 4).
+_QUANTIZER = {"type": "vq", "num_codes": 512, "code_channels": 64, "ema_decay": 0.99}
+
+
+class FoldLevels(nn.Module):
+    """Fold the features of all levels into one tensor of the coarsest level's size.
+
+    A level that is s times as fine as the coarsest gives s x s times its channels.
+    """
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return z (B, P D, h, w) of features (B, D, h_l, w_l), coarsest first."""
+        return torch.cat([F.pixel_unshuffle(x, 2**i) for i, x in enumerate(features)], dim=1)
+
+
+class VQVAE2(ModelMixin, ConfigMixin):
+    """VQ-VAE-2 with diffusers' methods and file format.
+
+        net = VQVAE2.from_pretrained(folder)
+        indices = net.tokenize(images).indices  # (B, 5, H / 8, W / 8) with two levels
+        top, bottom = net.maps(indices)  # (B, H / 8, W / 8) and (B, H / 4, W / 4)
+        recon = net.decode_indices(indices).sample
+
+    Args:
+        block_out_channels: number of channels after each halving of the resolution.
+            f = 2 ** (number of halvings).
+        code_levels: number of levels of codes, which belong to the last halvings.
+        layers_per_block: number of residual blocks of each level in encoder, decoder and condition.
+        residual_channels: number of channels inside a residual block.
+        latent_channels: number of channels of the decoder's input.
+        quantizer: `type` "vq" and the arguments of `VectorQuantizer`. Each level has a quantiser
+            with its own codes.
+        sample_size: side of the training images in pixels.
+        scaling_factor: 1 / std of the features.
+
+    Raises:
+        UserError: there are more levels of codes than halvings.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (64, 128, 128),
+        code_levels: int = 2,
+        layers_per_block: int = 2,
+        residual_channels: int = 64,
+        latent_channels: int = 128,
+        quantizer: Mapping[str, Any] = _QUANTIZER,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        widths = tuple(block_out_channels)
+        if not 1 <= code_levels <= len(widths):
+            raise UserError(
+                f"code_levels must be 1 to {len(widths)}, the number of widths in "
+                f"block_out_channels (got {code_levels})"
+            )
+        shape = {"layers": layers_per_block, "inner": residual_channels}
+        quantizers = [build_quantizer(**quantizer) for _ in range(code_levels)]
+        D, own = quantizers[0].code_channels, widths[-code_levels:][::-1]  # coarsest first
+
+        # Parts, in the order in which images pass through them
+        self.encoder = Encoder(in_channels, widths, levels=code_levels, **shape)
+        self.quant_conv = nn.ModuleList([nn.Conv2d(width, D, 1) for width in own])
+        self.fold = FoldLevels()
+        self.condition = nn.ModuleList([Condition(D, width, **shape) for width in own[1:]])
+        self.quantize = nn.ModuleList(quantizers)
+        self.post_quant_conv = nn.ModuleList(
+            [Upsample(D, latent_channels, doublings=i) for i in reversed(range(code_levels))]
+        )
+        widths = widths[: len(widths) - code_levels + 1]
+        self.decoder = Decoder(latent_channels, out_channels, widths, **shape)
+
+    @property
+    def f(self) -> int:
+        return 2 ** len(self.config["block_out_channels"])
+
+    @torch.no_grad()
+    def requantize(self, quantizer: Mapping[str, Any]) -> None:
+        """Replace all quantisers, see `DiscreteAutoencoder.requantize`."""
+        module: Any = self.quantize
+        rebuilt = nn.ModuleList([rebuilt_quantizer(old, quantizer) for old in module])
+        self.quantize = rebuilt.to(self.device, self.dtype)
+        self.register_to_config(quantizer=dict(quantizer))
+
+    def encode(self, images: Tensor, return_dict: bool = True) -> Any:
+        """Encode images to features z (B, P D, h, w) of all levels before quantisation.
+
+        The features of finer levels are not yet conditioned on coarser codes.
+
+        Raises:
+            UserError: a side of the images is not a multiple of f.
+        """
+        height, width = images.shape[2:]
+        if height % self.f or width % self.f:
+            raise UserError(
+                f"the sides of images must be multiples of f = {self.f} (got {height} x {width})"
+            )
+        found = zip(self.quant_conv, self.encoder(images), strict=True)
+        features = self.fold([project(x) for project, x in found])
+        return VQEncoderOutput(latents=features) if return_dict else (features,)
+
+    def quantize_levels(
+        self, z: Tensor, *, temperature: float = 1.0
+    ) -> tuple[list[Tensor], list[Quantized]]:
+        """Quantise features z (B, P D, h, w), coarsest level first.
+
+        Returns:
+            For each level, the features (B, D, h_l, w_l) that its quantiser reads, and the result.
+        """
+        features: list[Tensor] = []
+        found: list[Quantized] = []
+        for i, (own, quantizer) in enumerate(zip(self._unfolded(z), self.quantize, strict=True)):
+            if i > 0:
+                own = own + self.condition[i - 1](found[-1].z.to(own.dtype))
+            features.append(own)
+            found.append(quantizer(own, temperature=temperature))
+        return features, found
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> Any:
+        """Quantise features z (B, P D, h, w) and decode them to images (B, C, f h, f w)."""
+        _, found = self.quantize_levels(latents)
+        sample = self.decode_codes([level.z for level in found])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
+        """Decode the codes (B, D, h_l, w_l) of all levels, coarsest first, to images."""
+        joined = [up(z.to(self.dtype)) for up, z in zip(self.post_quant_conv, codes, strict=True)]
+        return self.decoder(torch.stack(joined).sum(dim=0))
+
+    def maps(self, indices: Tensor) -> list[Tensor]:
+        """Return the map (B, h_l, w_l) of each level of indices (B, P, h, w), coarsest first."""
+        height, width = indices.shape[-2:]
+        levels = range(len(self.quantize))
+        return split_levels(indices, [(2**i * height, 2**i * width) for i in levels])
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> TokenOutput:
+        """Return the code indices (B, P, h, w) of images (B, C, H, W) in [-1, 1].
+
+        `models.levels` describes their order. `maps` returns the map of each level.
+        """
+        _, found = self.quantize_levels(self.encode(images).latents)
+        return TokenOutput(indices=join_levels([level.indices for level in found]))
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
+        """Decode code indices (B, P, h, w) to images. The indices are integers of any dtype.
+
+        Raises:
+            UserError: the indices have a wrong shape, or are not integers in 0..K - 1.
+        """
+        planes = sum(4**i for i in range(len(self.quantize)))
+        expected = (planes,) if planes > 1 else ()
+        if indices.is_floating_point() or indices.ndim < 3 or indices.shape[1:-2] != expected:
+            shape = ", ".join(["B", *map(str, expected), "h", "w"])
+            raise UserError(
+                f"indices must be integers ({shape}) (got {indices.dtype} {tuple(indices.shape)})"
+            )
+        indices = indices.long()  # torch has no minimum of uint16 and no embedding of uint8
+        quantizers: Any = self.quantize
+        low, high = (int(value) for value in indices.aminmax())  # waits for the device
+        if low < 0 or high >= quantizers[0].num_codes:
+            last = quantizers[0].num_codes - 1
+            raise UserError(f"indices must be in 0..{last} (got {low}..{high})")
+        found = zip(quantizers, self.maps(indices), strict=True)
+        sample = self.decode_codes([quantizer.codes(own) for quantizer, own in found])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> Any:
+        """Encode, quantise and decode images. Return the reconstruction."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+    def _unfolded(self, z: Tensor) -> list[Tensor]:
+        """Return the features (B, D, h_l, w_l) of each level, the opposite of `FoldLevels`."""
+        quantizers: Any = self.quantize
+        D = quantizers[0].code_channels
+        parts = z.split([4**i * D for i in range(len(quantizers))], dim=1)
+        return [F.pixel_shuffle(part, 2**i) for i, part in enumerate(parts)]

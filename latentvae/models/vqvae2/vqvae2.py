@@ -1,0 +1,209 @@
+"""The family of VQ-VAE-2: its options, its training wrapper, and how other code uses it.
+
+`B` batch, `C` channels, `D` code width, `P` codes per coarsest position, `h w` coarsest positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from latentvae.bottlenecks import Quantizer
+from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
+from latentvae.bottlenecks.vector import VectorConfig
+from latentvae.models.family import Codes, LatentShape, Usage
+from latentvae.models.levels import join_levels
+from latentvae.models.model_config import ModelConfig, Widths
+from latentvae.models.network import Computation, Network
+from latentvae.models.trainable import DiscreteFamily
+from latentvae.models.vqvae2.network import VQVAE2
+from latentvae.models.wrapper import TrainingWrapper
+from latentvae.option_marks import Positive
+from latentvae.outputs import AutoencoderOutput, Latent
+
+
+class VQVAE2Config(ModelConfig):
+    """Options of the network: VQ-VAE-2, with a map of codes for each of several levels.
+
+    The downsampling factor f of the coarsest level is 2 ** (number of widths).
+    """
+
+    architecture: Literal["vqvae2"] = "vqvae2"
+    block_out_channels: Widths = Field(
+        default=(64, 128, 128),
+        description=(
+            "Number of channels of each level of the network, from full resolution down. For "
+            "VQ-VAE-2, the first level already has half of the resolution, and the last levels "
+            "have codes."
+        ),
+    )
+    code_levels: Positive = Field(
+        default=2,
+        description=(
+            "Number of levels with codes. Each level is twice as fine as the level before it, and "
+            "has a codebook of num_codes codes. 1 makes a VQ-VAE."
+        ),
+    )
+    layers_per_block: Positive = Field(
+        default=2,
+        description=(
+            "Number of residual blocks per level of the encoder. The decoder has as many at its "
+            "lowest resolution."
+        ),
+    )
+    residual_channels: Positive = Field(
+        default=64, description="Number of channels inside a residual block."
+    )
+    latent_channels: Positive = Field(
+        default=128,
+        description=(
+            "Number of channels of the decoder's input, which joins the codes of all levels."
+        ),
+    )
+    quantizer: VectorConfig = VectorConfig(num_codes=512, code_channels=64, codebook_decay=0.99)
+
+    @model_validator(mode="after")
+    def _check_code_levels(self) -> "VQVAE2Config":
+        if self.code_levels > len(self.block_out_channels):
+            raise ValueError(
+                f"code_levels {self.code_levels} needs as many levels of the network, but "
+                f"block_out_channels has {len(self.block_out_channels)}"
+            )
+        return self
+
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        return self.quantizer
+
+    @property
+    def has_codes(self) -> bool:
+        return True
+
+    @property
+    def f(self) -> int:
+        return 2 ** len(self.block_out_channels)
+
+    def shape(self) -> dict[str, Any]:
+        return super().shape() | {"quantizer": self.quantizer.arguments()}
+
+
+class VQVAE2TrainingWrapper(TrainingWrapper):
+    """Training wrapper whose output has one latent for each level, coarsest first."""
+
+    def forward(
+        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
+    ) -> AutoencoderOutput:
+        z = self.net.encode(images).latents
+        features, found = self.net.quantize_levels(z, temperature=temperature)
+        return AutoencoderOutput(
+            recon=self.net.decode_codes([level.z for level in found]),
+            latents=tuple(
+                Latent(
+                    z=level.z,
+                    indices=level.indices,
+                    features=own,
+                    losses=level.losses,
+                    statistics=level.statistics,
+                )
+                for own, level in zip(features, found, strict=True)
+            ),
+            output_logvar=self.output_logvar,
+        )
+
+
+class VQVAE2Family(DiscreteFamily):
+    """Family of `VQVAE2`. Its latent z holds the features of all levels before quantisation.
+
+    A level's features are not yet conditioned on coarser codes. `tokenize` and `decode` compute the
+    conditions.
+    """
+
+    network = VQVAE2
+    options = VQVAE2Config
+    wrapper = VQVAE2TrainingWrapper
+    why_no_checkpointing = "does not exist for VQ-VAE-2, whose blocks need little memory"
+
+    def build(self, *, image_channels: int = 3, sample_size: int = 256, **options: Any) -> VQVAE2:
+        channels = {"in_channels": image_channels, "out_channels": image_channels}
+        return VQVAE2(**channels, sample_size=sample_size, **options)
+
+    def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        names = set(VQVAE2Config().shape())
+        return {name: config[name] for name in config if name in names}
+
+    def merge_options(
+        self, options: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the run's options with the pretrained network's shape.
+
+        The run's options decide how the codes learn.
+        """
+        own = self.options_of(config)
+        shape = VectorConfig().shape_of(own["quantizer"])
+        return {**options, **own, "quantizer": options["quantizer"] | shape}
+
+    def apply_options(self, net: Network, options: ModelConfig) -> None:
+        module: Any = net
+        module.requantize(options.bottleneck.arguments())
+
+    def latent_shape(self, net: Network) -> LatentShape:
+        codes = self.codes(net)
+        f = 2 ** len(net.config["block_out_channels"])
+        return LatentShape(f, codes.levels * codes.channels)
+
+    def side_multiple(self, net: Network) -> int:
+        return self.latent_shape(net).f
+
+    def latent_side(self, net: Network) -> Any:
+        module: Any = net
+        return iter((module.encoder, module.quant_conv, module.condition, module.quantize))
+
+    def latent_head(self, net: Network) -> Any:
+        module: Any = net
+        return module.fold
+
+    def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
+        module: Any = net
+        return tuple(module.quantize)
+
+    def features(self, net: Network, images: Tensor) -> tuple[Tensor, ...]:
+        module: Any = net
+        return tuple(module.quantize_levels(module.encode(images).latents)[0])
+
+    def codes(self, net: Network) -> Codes:
+        levels, (first, *_) = net.config["code_levels"], self.quantizers(net)
+        return Codes(
+            first.kind,
+            number=first.num_codes,
+            levels=sum(4**i for i in range(levels)),
+            codebooks=levels,
+            channels=first.code_channels,
+            maps=levels,
+        )
+
+    @torch.no_grad()
+    def tokenize(self, net: Network, z: Tensor) -> Tensor:
+        module: Any = net
+        return join_levels([level.indices for level in module.quantize_levels(z)[1]])
+
+    @torch.no_grad()
+    def decode_indices(
+        self, net: Network, indices: Tensor, *, computation: Computation | None = None
+    ) -> Tensor:
+        module: Any = net
+        return module.decode_indices(indices).sample
+
+    def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
+        return self.decode_indices(net, indices)
+
+    def usage(self, net: Network) -> Usage:
+        return Usage(
+            package="latentvae.models",
+            snippet=f"""\
+# images (B, {{channels}}, H, W){{kind}} in [-1, 1], H and W multiples of {self.side_multiple(net)}
+indices = vae.tokenize(images).indices
+maps = vae.maps(indices)  # codes of each level, coarsest first
+recon = vae.decode_indices(indices).sample""",
+        )

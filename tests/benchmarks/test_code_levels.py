@@ -1,0 +1,57 @@
+"""The comparison of two levels with one: what the predictor reads, and errors at equal bits."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "code_levels.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_code_levels", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the option parser reads the source through it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("context", [False, True])
+@torch.no_grad()
+def test_a_code_is_predicted_from_known_codes_alone(
+    script: ModuleType, top: bool, context: bool
+) -> None:
+    torch.manual_seed(0)
+    model = script.Predictor(8, top=top, context=context)
+    tops, bottoms = torch.randint(8, (1, 4, 4)), torch.randint(8, (1, 8, 8))
+    before = model(tops, bottoms)
+
+    # another bottom code changes only the predictions to its right and below
+    other = bottoms.clone()
+    other[0, 3, 5] = (other[0, 3, 5] + 1) % 8
+    changed = (model(tops, other) != before).any(3)[0].nonzero().tolist()
+    assert changed == ([[3, 6], [4, 5]] if context else [])
+
+    # another top code changes only the predictions near it
+    other = tops.clone()
+    other[0, 0, 0] = (other[0, 0, 0] + 1) % 8
+    changed = (model(other, bottoms) != before).any(3)[0]
+    assert changed[:4, :4].all() == top and not changed[4:].any() and not changed[:, 4:].any()
+
+
+def test_errors_are_compared_at_equal_bits(script: ModuleType) -> None:
+    one = {
+        "one level, 4 codes, seed 1": {"bits": 100.0, "mse": 0.4},
+        "one level, 8 codes, seed 1": {"bits": 200.0, "mse": 0.2},
+        "one level, 8 codes, seed 2": {"bits": 150.0, "mse": 9.0},
+    }
+    for bits, expected in ((150.0, 0.3), (90.0, 0.4), (201.0, None)):
+        two = {"two levels, 4 codes, seed 1": {"bits": bits, "mse": 0.1}}
+        found = script.compared({"runs": two | one}, 1)
+        assert found["one_level_mse"] == pytest.approx(expected) and found["bits"] == bits
