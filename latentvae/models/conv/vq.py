@@ -4,19 +4,21 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from pydantic import Field
 from torch import Tensor
 
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.bottlenecks.table import QUANTIZERS, AnyQuantizerConfig
 from latentvae.bottlenecks.vector import VectorConfig
+from latentvae.errors import UserError
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.conv.conv_config import ENCODER, AttentionConfig
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
+from latentvae.models.conv.discretise import from_autoencoder_kl
 from latentvae.models.conv.stock_vq import (
     from_vq_model,
     scale_features,
@@ -28,7 +30,7 @@ from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network
 from latentvae.models.trainable import DiscreteFamily
 from latentvae.models.wrapper import TrainingWrapper
-from latentvae.option_marks import Positive
+from latentvae.option_marks import OfTheRun, Positive, UpdatesOrShare
 from latentvae.outputs import AutoencoderOutput, Latent
 
 
@@ -52,6 +54,23 @@ class VQModelConfig(AttentionConfig):
             "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. The "
             "decoder then returns the parameters of this likelihood, and the negative "
             "log-likelihood replaces rec_loss."
+        ),
+    )
+    quantizer_warmup_steps: Annotated[UpdatesOrShare, OfTheRun()] = Field(
+        default=0,
+        description=(
+            "Number of first updates in which only the new quantiser and the 1x1 convolutions "
+            "beside it learn, when pretrained_model_name_or_path is a KL autoencoder. After these "
+            "updates, the decoder learns too. A value below 1 is a share of max_train_steps. With "
+            "max_train_steps, the decoder never learns."
+        ),
+    )
+    train_encoder: Annotated[bool, OfTheRun()] = Field(
+        default=False,
+        description=(
+            "Also train the encoder, from the same update as the decoder, when "
+            "pretrained_model_name_or_path is a KL autoencoder. By default, the encoder keeps the "
+            "weights of the KL autoencoder."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()
@@ -99,6 +118,12 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
     Its output has all values that the objective and the update of the codebook need.
     """
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the last layer that learns, see `TrainingWrapper.last_layer`."""
+        weight = super().last_layer
+        return weight if weight.requires_grad else self.net.post_quant_conv.weight
 
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
@@ -148,6 +173,13 @@ class VQFamily(DiscreteFamily):
         return {name: config[name] for name in names}
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
+        if isinstance(net, AutoencoderKL):
+            if (likelihood := options["likelihood"]) is not None:
+                raise UserError(
+                    f"likelihood {likelihood} cannot discretise a KL autoencoder, whose decoder "
+                    "makes images. Leave likelihood out."
+                )
+            return from_autoencoder_kl(net, options["quantizer"])
         return from_vq_model(net) if isinstance(net, VQModel) else super().adapt(net, options)
 
     def merge_options(
