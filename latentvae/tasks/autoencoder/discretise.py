@@ -90,6 +90,7 @@ def start_quantizer(
     pictures = training_pictures(config, images)
     if pictures is not None:
         _start(config, net, pictures, accelerator, codebook_images)
+
     for part in (net.quantize, net.quant_conv, net.post_quant_conv):
         send_from_main(part.state_dict().values())
 
@@ -109,6 +110,7 @@ def _start(
         on_sphere=getattr(bottleneck, "l2_normalize", False),
         generator=generator_for(Stream.WEIGHTS, run.seed, 2),
     )
+
     if wants_start(config):
         per_process = run.train_batch_size * run.gradient_accumulation_steps
         initialise_codebook(
@@ -118,6 +120,7 @@ def _start(
             images_per_update=per_process * accelerator.num_processes,
             seed=run.seed,
         )
+
     fit_decoder_side(net, pictures)
     seconds = time.monotonic() - start
     print(f"adapter of the quantiser: {len(pictures)} images, {seconds:.1f} s", flush=True)
