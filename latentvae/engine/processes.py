@@ -81,8 +81,15 @@ def end_accelerator(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def prepare(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Wrap a module in autocast and, with several processes, in DDP."""
+def prepare(accelerator: Accelerator, module: nn.Module, *, some_wait: bool = False) -> nn.Module:
+    """Wrap a module in autocast and, with several processes, in DDP.
+
+    Args:
+        some_wait: whether some parameters get no gradient in some updates. DDP then looks for these
+            parameters in each forward pass. Otherwise it would wait for their gradients.
+    """
+    if accelerator.ddp_handler is not None:  # `start_accelerator` sets it
+        accelerator.ddp_handler.find_unused_parameters = some_wait
     with warnings.catch_warnings():  # newer torch renamed an option, Accelerate uses the old name
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         return accelerator.prepare(module)

@@ -78,6 +78,7 @@ class Learner:
         rate: float | None = None,
         averaged: nn.Module | None = None,
         matrices: Sequence[nn.Parameter] = (),
+        some_wait: bool = False,
     ) -> "Learner":
         """Wrap a module for all processes, create its optimizer, and return both as a learner.
 
@@ -90,6 +91,7 @@ class Learner:
             rate: peak learning rate, by default the learning rate of the options.
             averaged: the part of the module whose weights are averaged.
             matrices: weights that Muon trains if the options ask for it.
+            some_wait: whether some parameters get no gradient in some updates.
         """
         rate = options.learning_rate if rate is None else rate
         adamw: dict[str, Any] = {
@@ -114,7 +116,7 @@ class Learner:
 
         return cls(
             module=module,
-            prepared=prepare(accelerator, module),
+            prepared=prepare(accelerator, module, some_wait=some_wait),
             optimizer=optimizer,
             rate=rate,
             averaged=averaged,

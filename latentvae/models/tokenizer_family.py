@@ -73,6 +73,12 @@ class DiscreteTrainingWrapper(TrainingWrapper):
     Its output has all values that the objective and the update of the codebook need.
     """
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the last layer that learns, see `TrainingWrapper.last_layer`."""
+        weight = super().last_layer
+        return weight if weight.requires_grad else self.net.post_quant_conv.weight
+
     def forward(
         self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> AutoencoderOutput:

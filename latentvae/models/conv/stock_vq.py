@@ -18,10 +18,11 @@ from latentvae.bottlenecks import build_quantizer
 from latentvae.models.conv.conv_config import block_types
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.family import Codes, Family, LatentShape, Usage
+from latentvae.models.model_config import levels_with
 from latentvae.models.network import Computation, Network
 
-# Options that both classes have.
-_SHARED = (
+# Options that both classes have, and diffusers' `AutoencoderKL` too.
+SHARED = (
     "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups "
     "mid_block_add_attention sample_size"
 ).split()
@@ -107,6 +108,20 @@ def _codes_of(net: Any, indices: Tensor) -> Tensor:
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
 
 
+def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the levels with attention of a network in diffusers, by its config.
+
+    Returns:
+        The levels, from full resolution down. None if `DiscreteAutoencoder` cannot have the
+        network's blocks: another activation, or attention at different levels of encoder and
+        decoder.
+    """
+    levels = levels_with("Attn", config["down_block_types"])
+    blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
+    same = blocks == block_types(len(config["block_out_channels"]), levels)
+    return levels if same and config["act_fn"] == "silu" else None
+
+
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     """Convert a stock `VQModel` to a `DiscreteAutoencoder`, which has this package's quantiser.
 
@@ -121,19 +136,14 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     config = net.config
 
     # Networks that `DiscreteAutoencoder` cannot represent
-    if (config["norm_type"], config["act_fn"]) != ("group", "silu"):
-        return None
-    if config["lookup_from_codebook"]:
-        return None
-    attention = [i for i, block in enumerate(config["down_block_types"]) if "Attn" in block]
-    blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
-    if blocks != block_types(len(config["block_out_channels"]), attention):
+    attention = attention_levels(config)
+    if attention is None or config["norm_type"] != "group" or config["lookup_from_codebook"]:
         return None
 
     # The same network with our quantiser
     lengths = net.quantize.embedding.weight.detach().float().norm(dim=1)
     ours = DiscreteAutoencoder(
-        **{name: config[name] for name in (*_SHARED, "scaling_factor")},
+        **{name: config[name] for name in (*SHARED, "scaling_factor")},
         attention_levels=attention,
         quantizer={
             "type": "vq",
@@ -180,7 +190,7 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
     codebook = weights["quantize.embedding.weight"] = net.quantize.listed_codes()
-    config = {name: net.config[name] for name in _SHARED}
+    config = {name: net.config[name] for name in SHARED}
 
     if unit_range:
         _fold_unit_range(weights)

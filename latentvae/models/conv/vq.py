@@ -1,14 +1,16 @@
 """The trainable tokenizer: VQGAN's network with any quantiser of `latentvae.bottlenecks`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from pydantic import Field
 from torch import Tensor
 
+from latentvae.errors import UserError
 from latentvae.models.conv.conv_config import ENCODER, AttentionConfig
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
+from latentvae.models.conv.discretise import from_autoencoder_kl
 from latentvae.models.conv.stock_vq import (
     from_vq_model,
     scale_features,
@@ -18,7 +20,7 @@ from latentvae.models.conv.stock_vq import (
 from latentvae.models.family import LatentShape
 from latentvae.models.network import Network
 from latentvae.models.tokenizer_family import TokenizerConfig, TokenizerFamily
-from latentvae.option_marks import Positive
+from latentvae.option_marks import OfTheRun, Positive, UpdatesOrShare
 
 
 class VQModelConfig(AttentionConfig, TokenizerConfig):
@@ -33,6 +35,23 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
         description=(
             "Number of channels of the encoder's output, before a projection to the channels of "
             "the quantiser."
+        ),
+    )
+    quantizer_warmup_steps: Annotated[UpdatesOrShare, OfTheRun()] = Field(
+        default=0,
+        description=(
+            "Number of first updates in which only the new quantiser and the 1x1 convolutions "
+            "beside it learn, when pretrained_model_name_or_path is a KL autoencoder. After these "
+            "updates, the decoder learns too. A value below 1 is a share of max_train_steps. With "
+            "max_train_steps, the decoder never learns."
+        ),
+    )
+    train_encoder: Annotated[bool, OfTheRun()] = Field(
+        default=False,
+        description=(
+            "Also train the encoder, from the same update as the decoder, when "
+            "pretrained_model_name_or_path is a KL autoencoder. By default, the encoder keeps the "
+            "weights of the KL autoencoder."
         ),
     )
 
@@ -61,6 +80,13 @@ class VQFamily(TokenizerFamily):
         return {name: config[name] for name in names}
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
+        if isinstance(net, AutoencoderKL):
+            if (likelihood := options["likelihood"]) is not None:
+                raise UserError(
+                    f"likelihood {likelihood} cannot discretise a KL autoencoder, whose decoder "
+                    "makes images. Leave likelihood out."
+                )
+            return from_autoencoder_kl(net, options["quantizer"])
         return from_vq_model(net) if isinstance(net, VQModel) else super().adapt(net, options)
 
     def latent_shape(self, net: Network) -> LatentShape:

@@ -125,7 +125,7 @@ class ViTVQFamily(TokenizerFamily):
         return {name: config[name] for name in (*SHAPE, "likelihood", "quantizer")}
 
     def latent_shape(self, net: Network) -> LatentShape:
-        return LatentShape(net.config["patch_size"], self.quantizer(net).in_channels)
+        return LatentShape(net.config["patch_size"], self.quantizers(net)[0].in_channels)
 
     def side_multiple(self, net: Network) -> int:
         return net.config["patch_size"]

@@ -14,6 +14,7 @@ from latentvae.models import family_of
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 from latentvae.tasks.autoencoder.backward import backward_discriminator
+from latentvae.tasks.autoencoder.discretise import trains_encoder
 from latentvae.tasks.autoencoder.fine_tuning import encoder_sha256
 from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR
 
@@ -61,6 +62,10 @@ def frozen(rehearsal: Rehearsal) -> Check:
         faults.append("LPIPS takes gradients")
 
     # encoder
+    discretised = task.base is not None and task.base.discretised
+    keeps_encoder = discretised and not trains_encoder(task.config)
+    if keeps_encoder and _learns(task.net.encoder):
+        faults.append("the encoder takes gradients")
     if task.config.model.freeze_encoder:
         parts = list(family_of(task.net).latent_side(task.net))
         if any(_learns(part) for part in parts):
@@ -69,7 +74,8 @@ def frozen(rehearsal: Rehearsal) -> Check:
             faults.append("the encoder differs from the pretrained encoder")
 
     # verdict
-    kept = "LPIPS and the encoder" if task.config.model.freeze_encoder else "LPIPS"
+    frozen_encoder = task.config.model.freeze_encoder or keeps_encoder
+    kept = "LPIPS and the encoder" if frozen_encoder else "LPIPS"
     return Check(
         name="frozen",
         passed=not faults,

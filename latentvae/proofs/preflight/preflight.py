@@ -31,6 +31,7 @@ from latentvae.proofs.preflight import (
 )
 from latentvae.proofs.preflight.rehearsal import UPDATES, Rehearsal, rehearsed
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.discretise import check_discretising
 from latentvae.tasks.autoencoder.fine_tuning import with_shape_of
 from latentvae.tasks.autoencoder.reach import check_model_learns
 from latentvae.tasks.autoencoder.task import AutoencoderTask
@@ -88,6 +89,7 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     task.check()
     check_options(task.config.run)
     task.open()
+    check_discretising(config, task.base)
     config = with_shape_of(config, task.base)
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)

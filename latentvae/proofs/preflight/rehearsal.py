@@ -143,6 +143,8 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
     copy.run.report_to, copy.run.push_to_hub = "none", False
     copy.discriminator.disc_start = float(DISCRIMINATOR_START)
     copy.discriminator.disc_warmup_steps, copy.discriminator.disc_ramp_steps = 0, 1
+    if hasattr(copy.model, "quantizer_warmup_steps"):  # every part learns, as in most of the run
+        copy = copy.with_changes({"model": {"quantizer_warmup_steps": 0}})
     copy.optimizer.lr_warmup_steps, copy.optimizer.lr_scheduler = 0, "constant"
     return copy
 

@@ -19,7 +19,7 @@ from torch import nn
 from latentvae.engine.checkpoint_files import newest_usable
 from latentvae.errors import UserError
 from latentvae.files import read_json
-from latentvae.models import FAMILIES, Network, family_of, load_network
+from latentvae.models import FAMILIES, Network, calls, family_of, load_network
 from latentvae.models.config_check import check_depth
 from latentvae.tasks.autoencoder.config import TrainConfig, parse
 
@@ -34,6 +34,7 @@ class _Saved(BaseModel):
     encoder_sha256: str
     weights_sha256: str
     whole: bool
+    discretised: bool = False
     config: dict[str, Any]
 
 
@@ -48,6 +49,7 @@ class Base:
         weights_sha256: hash of all weights as they were loaded.
         whole: whether the network has the class that was loaded. False if a new asymmetric decoder
             replaced the pretrained decoder, or if a `VQModel` was converted.
+        discretised: whether a KL autoencoder was loaded, and `net` has a new quantiser.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """
 
@@ -56,6 +58,7 @@ class Base:
     encoder_sha256: str
     weights_sha256: str
     whole: bool
+    discretised: bool = False
     hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
@@ -67,6 +70,7 @@ class Base:
             "encoder_sha256": self.encoder_sha256,
             "weights_sha256": self.weights_sha256,
             "whole": self.whole,
+            "discretised": self.discretised,
             "config": config,
         }
         temporary = folder / f"{BASE_NAME}.tmp"
@@ -123,6 +127,7 @@ def open_base(config: TrainConfig) -> Base | None:
         encoder_sha256(net),
         weights_sha256(net),
         whole=type(net) is type(loaded),
+        discretised=model.has_codes and calls.codes(loaded) is None,
         hub_id=hub_id,
     )
 
@@ -154,6 +159,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
         saved.encoder_sha256,
         saved.weights_sha256,
         whole=saved.whole,
+        discretised=saved.discretised,
         hub_id=saved.hub_id,
     )
 

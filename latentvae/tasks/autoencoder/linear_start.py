@@ -47,15 +47,27 @@ def start_linear(
         UserError: the network has too few channels, or no image can be read.
     """
     # rank 0 computes
-    own = config.with_changes({"data": {"dataloader_num_workers": 0}})
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
-        loader, _ = batches(own, images, start_step=0, pin_memory=False)
-        if is_main():
-            _start(config, net, _gather(config, loader), accelerator, codebook_images)
+    pictures = training_pictures(config, images)
+    if pictures is not None:
+        _start(config, net, pictures, accelerator, codebook_images)
 
     # send its weights to all ranks
     net.to(accelerator.device)
     send_from_main(net.state_dict().values())
+
+
+def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
+    """Return training images (N, C, H, W) with about `PIXELS` pixels in all, as training sees them.
+
+    All ranks call this function, and ranks other than 0 get None.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    own = config.with_changes({"data": {"dataloader_num_workers": 0}})
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+        loader, _ = batches(own, images, start_step=0, pin_memory=False)
+        return _gather(config, loader) if is_main() else None
 
 
 def _start(

@@ -7,6 +7,7 @@ from torch import nn
 
 from latentvae.data import ImageStream
 from latentvae.models import calls
+from latentvae.tasks.autoencoder.discretise import trains_encoder, warmup_steps
 
 if TYPE_CHECKING:
     from latentvae.tasks.autoencoder.task import AutoencoderTask
@@ -33,8 +34,22 @@ def _model(task: "AutoencoderTask") -> str:
     kind = f"{type(task.net).__name__}, {size} M parameters, f = {model.f}, {_bottleneck(task)}"
     if task.base is None:
         return kind
+    if task.base.discretised:
+        return f"{kind}, discretised from {task.base.name}, {_learns(task)}"
     frozen = ", encoder frozen" if model.freeze_encoder else ""
     return f"{kind}, fine-tuned from {task.base.name}{frozen}"
+
+
+def _learns(task: "AutoencoderTask") -> str:
+    """Return which parts of a discretised network learn, and when."""
+    warmup, total = warmup_steps(task.config), task.config.run.max_train_steps
+    rest = "encoder and decoder" if trains_encoder(task.config) else "decoder"
+    frozen = "" if trains_encoder(task.config) else ", encoder frozen"
+    if warmup >= total:
+        return "only the quantiser and its convolutions learn"
+    if warmup == 0:
+        return f"quantiser and {rest} learn{frozen}"
+    return f"the quantiser learns, after update {warmup:,} also the {rest}{frozen}"
 
 
 def _bottleneck(task: "AutoencoderTask") -> str:

@@ -252,6 +252,8 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         )
 
     card = replace(card, base_model=base.hub_id)
+    if base.discretised:
+        return replace(card, description=f"A tokenizer, discretised from {name}.")
     if not config.model.freeze_encoder:
         return replace(card, description=f"Fine-tuned from {name}.")
     if encoder_sha256(net) != base.encoder_sha256:

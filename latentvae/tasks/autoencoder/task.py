@@ -25,6 +25,7 @@ from latentvae.models import calls
 from latentvae.tasks.autoencoder import plan_rows, reach, refusals
 from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, what_to_watch
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.discretise import check_discretising
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
 from latentvae.tasks.autoencoder.images import (
     batches,
@@ -67,6 +68,7 @@ class AutoencoderTask(LearningAutoencoder):
 
     def open(self) -> None:
         self.base = open_base(self.config)
+        check_discretising(self.config, self.base)
         self.config = with_shape_of(self.config, self.base)
         self.train_images, self.validation_images = open_data(self.config)
         self._identity = data_identity(self.train_images)

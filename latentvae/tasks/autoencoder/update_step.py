@@ -30,6 +30,12 @@ from latentvae.tasks.autoencoder.build_parts import (
 )
 from latentvae.tasks.autoencoder.codebook import CodebookUpdate, temperature, wants_start
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.discretise import (
+    start_quantizer,
+    trains_encoder,
+    waiting_parts,
+    warmup_steps,
+)
 from latentvae.tasks.autoencoder.earlier_discriminator import load_discriminator
 from latentvae.tasks.autoencoder.fine_tuning import Base
 from latentvae.tasks.autoencoder.latent_values import latent_values
@@ -74,6 +80,17 @@ class LearningAutoencoder(Task):
                 images=self.train_images,
                 codebook_images=self.statistics_images,
             )
+        discretises = self.base is not None and self.base.discretised
+        if discretises and not resumed:
+            start_quantizer(
+                config,
+                net,
+                accelerator,
+                images=self.train_images,
+                codebook_images=self.statistics_images,
+            )
+        if discretises and not trains_encoder(config):
+            net.encoder.requires_grad_(False)
         self.metric, self.objective = build_losses(config, net, accelerator)
         self.wrapper = build_wrapper(config, net, pretrained=self.base is not None)
         if wants_start(config) and self.base is None and not resumed and not starts_linear:
@@ -92,6 +109,7 @@ class LearningAutoencoder(Task):
         compute_faster(config, net, self.metric, accelerator)
 
         # learners
+        self._waiting = waiting_parts(config, net) if discretises else []
         self.learners = {
             MODEL: Learner.with_optimizer(
                 self.wrapper,
@@ -99,8 +117,10 @@ class LearningAutoencoder(Task):
                 config.optimizer,
                 averaged=net,
                 matrices=FAMILIES[config.model.architecture].matrices(net),
+                some_wait=bool(self._waiting),
             )
         }
+        self._choose_parts(0)
         if self.discriminator is not None:
             self.learners[DISCRIMINATOR] = Learner.with_optimizer(
                 self.discriminator,
@@ -153,7 +173,16 @@ class LearningAutoencoder(Task):
             stop = min(stop, progress.discriminator_stopped)
         return range(start, max(start, stop))
 
+    def _choose_parts(self, update: int) -> None:
+        """Let the waiting parts learn from the end of the quantiser's warm-up on.
+
+        A weight without a gradient is not changed by the optimizer, also not by weight decay.
+        """
+        for part in self._waiting:
+            part.requires_grad_(update >= warmup_steps(self.config))
+
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        self._choose_parts(update)
         options = self.config.run
         adversary, alone = self.adversary(update), self._discriminator_learns_alone(update)
         images = batch.on(self.accelerator.device)

@@ -1,0 +1,205 @@
+"""Make a tokenizer from a trained KL autoencoder: a new quantiser between two 1x1 convolutions.
+
+CODA (arXiv:2503.17760) and ReVQ (arXiv:2507.10547) do the same with adapters of their own.
+
+    KL autoencoder  encoder -> quant_conv -> posterior mean -> post_quant_conv -> y -> decoder
+    tokenizer       encoder -> y -> quant_conv -> quantize -> post_quant_conv -> y -> decoder
+
+The two convolutions of the KL autoencoder are folded into the last convolution of the encoder. So
+`y` is the decoder's input for the posterior mean, and `quant_conv` and `post_quant_conv` of the
+tokenizer are only the adapter of the quantiser. The decoder is the same as before. Without the
+quantiser, the tokenizer reconstructs images as the KL autoencoder does with the posterior mean.
+
+`B` batch, `d` latent channels, `C` channels of the quantiser's features, `D` code width, `N`
+positions.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from latentvae.errors import UserError
+from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
+from latentvae.models.conv.stock_vq import SHARED, attention_levels
+
+CHUNK = 16  # images encoded or decoded at a time
+
+# Largest number of images for the decoder's Jacobian, which takes the most time.
+PROBED = 64
+
+# Smallest variance or importance, as a share of the largest.
+LEAST_SHARE = 1e-6
+
+# Codes carry nothing in directions below this share of the largest.
+LEAST_SINGULAR = 1e-4
+
+# Value of the constant channel, in root mean squares of the length of the other channels. With 2,
+# the start has 0.14 dB less than with 4 (docs/experiments/discretise.md).
+SPHERE_RADIUS = 4.0
+
+
+@torch.no_grad()
+def from_autoencoder_kl(
+    net: AutoencoderKL, quantizer: Mapping[str, Any]
+) -> DiscreteAutoencoder | None:
+    """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
+
+    The adapter is the identity as far as the channels allow. `start_adapter` sets a better one.
+
+    Args:
+        net: the KL autoencoder, in float32.
+        quantizer: type and arguments of the quantiser.
+
+    Returns:
+        The tokenizer. None if `DiscreteAutoencoder` cannot have the blocks of `net`.
+
+    Raises:
+        UserError: the quantiser reads logits.
+    """
+    config = net.config
+    attention = attention_levels(config)
+    if attention is None:
+        return None
+    ours = DiscreteAutoencoder(
+        **{name: config[name] for name in SHARED}, attention_levels=attention, quantizer=quantizer
+    )
+    if ours.quantize.in_channels != ours.quantize.code_channels:
+        raise UserError(
+            f"the quantiser {ours.quantize.kind} cannot discretise a KL autoencoder, because its "
+            "features are logits. Give another preset, such as vq_small."
+        )
+
+    # fold the convolutions around the posterior mean into the encoder's last convolution
+    weights = net.state_dict()
+    weight, bias = (weights[f"encoder.conv_out.{name}"].double() for name in ("weight", "bias"))
+    for name in ("quant_conv", "post_quant_conv"):
+        conv: Any = getattr(net, name)
+        if conv is not None:
+            matrix = conv.weight[:, :, 0, 0].double()
+            weight = einsum(matrix, weight, "o i, i c y x -> o c y x")
+            bias = matrix @ bias + conv.bias
+        weight, bias = (values[: config["latent_channels"]] for values in (weight, bias))
+    weights |= {"encoder.conv_out.weight": weight.float(), "encoder.conv_out.bias": bias.float()}
+
+    # copy all weights
+    for name in ("encoder", "decoder"):
+        prefix = f"{name}."
+        part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        getattr(ours, name).load_state_dict(part)
+    for conv in (ours.quant_conv, ours.post_quant_conv):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return ours
+
+
+@torch.no_grad()
+def start_adapter(
+    net: Any, images: Tensor, *, whiten: bool, on_sphere: bool, generator: torch.Generator
+) -> None:
+    """Set `quant_conv` so that near features are near images, and most variance is kept.
+
+    The nearest code should give the nearest image, not the nearest latent. So the features are
+    measured in pixels: M = E[J' J] is the mean squared change of the pixels for a change of `y`
+    (J is the decoder's Jacobian at one position). The features are the principal components of
+    sqrt(M) y. The first C components lose the least squared error of pixels.
+
+    - If C is larger than d, a random rotation spreads the components over all channels. Distances
+      stay the same, and quantisers that treat each channel alone (FSQ, LFQ) can use every channel.
+    - `whiten` gives every channel the variance 1, because FSQ and LFQ divide all channels equally.
+      Otherwise the mean variance of the components is 1.
+    - A quantiser `on_sphere` divides features by their length, and the length would be lost. So the
+      last channel is a constant. Directions near this axis are again about a flat space.
+
+    Args:
+        net: the tokenizer of `from_autoencoder_kl`.
+        images: (B, 3, H, W) in [-1, 1].
+        generator: random generator on the CPU.
+    """
+    latents, importance = _measured(net, images, generator=generator)
+    mean = latents.mean(0)
+
+    # principal components of the latents, measured in pixels
+    root = _root(importance)
+    covariance = root @ (latents - mean).T.cov(correction=0) @ root
+    variances, axes = torch.linalg.eigh(covariance)
+    variances, axes = variances.flip(0), axes.flip(1)
+    variances = variances.clamp_min(LEAST_SHARE * variances[0])
+
+    channels = net.quantize.in_channels - on_sphere
+    count = min(len(variances), channels)
+    rows = axes.T[:count] @ root
+    rows = rows / (variances[:count, None] if whiten else variances[:count].mean()).sqrt()
+
+    # more channels than components
+    if channels > count:
+        spread = torch.randn(channels, count, generator=generator, dtype=torch.float64)
+        spread = torch.linalg.qr(spread).Q
+        rows = (spread / spread.norm(dim=1, keepdim=True) if whiten else spread) @ rows
+
+    bias = -rows @ mean
+    if on_sphere:
+        rows = torch.cat([rows, torch.zeros_like(rows[:1])])
+        bias = torch.cat([bias, bias.new_full((1,), SPHERE_RADIUS * count**0.5)])
+    _set(net.quant_conv, rows, bias)
+
+
+@torch.no_grad()
+def fit_decoder_side(net: Any, images: Tensor) -> None:
+    """Set `post_quant_conv` so that it predicts `y` from the codes, by least squares.
+
+    Call this function after the codes are set. Without quantisation, the result is the inverse of
+    `quant_conv`.
+    """
+    codes, latents = [], []
+    for part in _chunks(net, images):
+        y = net.encoder(part)
+        codes.append(_rows(net.quantize(net.quant_conv(y)).z))
+        latents.append(_rows(y))
+    z, y = torch.cat(codes), torch.cat(latents)
+
+    # codes may lie in a subspace, so take the smallest solution
+    centre = z.mean(0)
+    solution = torch.linalg.lstsq(
+        z - centre, y - y.mean(0), rcond=LEAST_SINGULAR, driver="gelsd"
+    ).solution.T
+    _set(net.post_quant_conv, solution, y.mean(0) - solution @ centre)
+
+
+def _measured(net: Any, images: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return latents y (N, d), and the importance M (d, d) of their channels for the pixels.
+
+    For random pixels u of variance 1, g = J' u has E[g g'] = J' J.
+    """
+    latents = [net.encoder(part) for part in _chunks(net, images)]
+    gradients = []
+    for y in latents[: PROBED // CHUNK]:
+        with torch.enable_grad():
+            recon = net.decoder(y.requires_grad_())
+        noise = torch.randn(recon.shape, generator=generator).to(recon)
+        gradients.append(_rows(torch.autograd.grad(recon, y, noise)[0]))
+    gradient = torch.cat(gradients)
+    return _rows(torch.cat(latents).detach()), gradient.T @ gradient / len(gradient)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return the square root of a symmetric matrix whose eigenvalues are not negative."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(LEAST_SHARE * values[-1]).sqrt() @ vectors.T
+
+
+def _chunks(net: Any, images: Tensor) -> Iterator[Tensor]:
+    return (part.to(net.device) for part in images.split(CHUNK))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Return maps (B, c, h, w) as rows (N, c) in float64 on the CPU."""
+    return rearrange(values, "B c h w -> (B h w) c").double().cpu()
+
+
+def _set(conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
+    conv.weight.copy_(matrix[:, :, None, None])
+    conv.bias.copy_(bias)  # type: ignore[union-attr]

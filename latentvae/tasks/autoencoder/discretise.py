@@ -1,0 +1,126 @@
+"""Discretise a pretrained KL autoencoder: start its new quantiser, and choose what learns.
+
+First the adapter and the codes are set from training images. Then only the quantiser and its
+adapter learn, for `quantizer_warmup_steps` updates. After that, the decoder learns too.
+"""
+
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentvae.data import ImageSource, ImageStream
+from latentvae.distributed import send_from_main
+from latentvae.engine.randomness import Stream, generator_for
+from latentvae.errors import UserError
+from latentvae.models.conv.discretise import fit_decoder_side, start_adapter
+from latentvae.tasks.autoencoder.codebook import initialise_codebook, wants_start
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.autoencoder.fine_tuning import Base
+from latentvae.tasks.autoencoder.images import eval_transform
+from latentvae.tasks.autoencoder.linear_start import training_pictures
+
+
+def check_discretising(config: TrainConfig, base: Base | None) -> None:
+    """Check the options that concern a new quantiser in a pretrained network.
+
+    Raises:
+        UserError: an option has no meaning. The message names the option and its value.
+    """
+    discretises = base is not None and base.discretised
+    if discretises and config.model.freeze_encoder:
+        raise UserError(
+            "freeze_encoder keeps the tokens of a pretrained tokenizer, but the quantiser of a "
+            "discretised KL autoencoder is new. Leave it out: the encoder keeps its weights "
+            "without train_encoder."
+        )
+    given = {
+        "quantizer_warmup_steps": warmup_steps(config),
+        "train_encoder": trains_encoder(config),
+    }
+    for name, value in given.items():
+        if value and not discretises:
+            raise UserError(
+                f"{name} {value} has an effect only if pretrained_model_name_or_path is a KL "
+                "autoencoder. Leave it out."
+            )
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Return the number of updates in which only the quantiser and its adapter learn."""
+    return getattr(config.model, "quantizer_warmup_steps", 0)
+
+
+def trains_encoder(config: TrainConfig) -> bool:
+    """Return whether the encoder of a discretised KL autoencoder learns after the warm-up."""
+    return getattr(config.model, "train_encoder", False)
+
+
+def waiting_parts(config: TrainConfig, net: Any) -> list[nn.Module]:
+    """Return the parts of a discretised network that learn only after the warm-up."""
+    if warmup_steps(config) == 0:
+        return []
+    return [net.decoder, net.encoder] if trains_encoder(config) else [net.decoder]
+
+
+@torch.no_grad()
+def start_quantizer(
+    config: TrainConfig,
+    net: Any,
+    accelerator: Accelerator,
+    *,
+    images: ImageSource | ImageStream,
+    codebook_images: ImageSource,
+) -> None:
+    """Set the adapter and the codes of a discretised network from training images.
+
+    Rank 0 computes them and sends them to all ranks.
+
+    Args:
+        net: the network, before its upsampling is folded.
+        images: training images.
+        codebook_images: images for k-means.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    net.to(accelerator.device)
+    pictures = training_pictures(config, images)
+    if pictures is not None:
+        _start(config, net, pictures, accelerator, codebook_images)
+
+    for part in (net.quantize, net.quant_conv, net.post_quant_conv):
+        send_from_main(part.state_dict().values())
+
+
+def _start(
+    config: TrainConfig,
+    net: Any,
+    pictures: Tensor,
+    accelerator: Accelerator,
+    codebook_images: ImageSource,
+) -> None:
+    start, run, bottleneck = time.monotonic(), config.run, config.model.bottleneck
+    start_adapter(
+        net,
+        pictures,
+        whiten=bottleneck.whitened_start,
+        on_sphere=getattr(bottleneck, "l2_normalize", False),
+        generator=generator_for(Stream.WEIGHTS, run.seed, 2),
+    )
+
+    if wants_start(config):
+        per_process = run.train_batch_size * run.gradient_accumulation_steps
+        initialise_codebook(
+            net,
+            codebook_images,
+            eval_transform(config),
+            images_per_update=per_process * accelerator.num_processes,
+            seed=run.seed,
+        )
+
+    fit_decoder_side(net, pictures)
+    seconds = time.monotonic() - start
+    print(f"adapter of the quantiser: {len(pictures)} images, {seconds:.1f} s", flush=True)
