@@ -12,12 +12,14 @@ The columns of the table:
   are relu5_3 of LPIPS' VGG16, so this is no FID. Lower is better.
 - class: share of the images whose class is the intended one. Ten nearest training photos vote, with
   the same features (`class vgg`) or with the tokenizer's features (`class codes`).
-- near: median distance to the nearest of N training photos, divided by the same for N unseen
-  photos. A value well below 1 means copies.
+- near: median distance to the nearest training photo, divided by the same median of
+  reconstructions of the unseen photos. A value well below 1 means copies.
+- copies: share of the images that are nearer to a training photo than 99 % of these
+  reconstructions. About 0.01 is normal.
 
 Rows beside the priors: real training photos, their reconstructions, and tokens drawn independently
-with the frequencies of the training tokens (unigram). Each image of a row is independent of the
-unseen photos. Several priors, such as those of several seeds, get a row each and a mean.
+with the frequencies of the training tokens (unigram). Samples have all classes equally often.
+Several priors, such as those of several seeds, get a row each, a mean and a standard deviation.
 """
 
 import json
@@ -25,7 +27,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -33,18 +35,19 @@ from rich.console import Console
 from rich.table import Table
 from timing import machine
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.data import EvalTransform, ImageFolder
+from latentvae.data import EvalTransform, ImageFolder, PixelFormat
 from latentvae.errors import UserError
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.items import find_labels
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.distribution import trunk_features
 from latentvae.models import calls
-from latentvae.priors.sample import chosen_classes, find_export, open_prior, read_content
+from latentvae.priors.sample import find_export, open_prior, read_content
 from latentvae.priors.sampling import Sampling, sample_tokens
 
 NEIGHBOURS = 10
@@ -126,11 +129,15 @@ def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
     Raises:
         UserError: the folder has other classes than the tokens.
     """
-    source = ImageFolder(folder)
+    pixels = PixelFormat(content.image_channels, content.value_range, ignore_icc=content.ignore_icc)
+    source = ImageFolder(folder, pixels=pixels)
     labels = find_labels(source, label_column=None)
     if labels is None or labels.class_names != names:
         raise UserError(f"'{folder}' has other classes than the tokens ({', '.join(names)}).")
-    transform, classes = EvalTransform(content.resolution), torch.tensor(labels.values)
+    transform, classes = (
+        EvalTransform(content.resolution, interpolation=content.interpolation),
+        torch.tensor(labels.values),
+    )
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(source), BATCH):
@@ -158,37 +165,36 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 def class_share(images: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
     """Return the share of images whose class is that of most of their nearest training images."""
     nearest = torch.cdist(images, train).topk(NEIGHBOURS, largest=False).indices
-    found = train_classes[nearest].mode(dim=1).values
-    return (found == classes).double().mean().item()
+    votes = F.one_hot(train_classes[nearest]).sum(dim=1)
+    return (votes.argmax(dim=1) == classes).double().mean().item()
 
 
-def nearness(images: Tensor, train: Tensor, unseen: Tensor, *, seed: int) -> float:
-    """Return the median distance to the nearest training image over that to an unseen image.
+def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
+    """Return the distance of each image to the nearest training image, (N,)."""
+    return torch.cdist(images, train).amin(dim=1)
 
-    Both sets have equally many images. Training images are drawn at random.
+
+def measured(images: Images, train: Images, own: Images) -> dict[str, float]:
+    """Return the classes of images, and how near they are to training images.
+
+    Args:
+        own: reconstructions of the unseen photos, which are no copies of training photos.
     """
-    count = min(len(train), len(unseen))
-    draws = torch.Generator().manual_seed(seed)
-    some = train[torch.randperm(len(train), generator=draws)[:count]]
-    to_train, to_unseen = (torch.cdist(images, s).amin(dim=1) for s in (some, unseen[:count]))
-    return (to_train.median() / to_unseen.median()).item()
-
-
-def measured(images: Images, train: Images, unseen: Images, *, seed: int) -> dict[str, float]:
-    return {
-        "kd": kernel_distance(images.vgg, unseen.vgg),
-        "class vgg": class_share(images.vgg, images.classes, train.vgg, train.classes),
-        "class codes": class_share(images.codes, images.classes, train.codes, train.classes),
-        "near vgg": nearness(images.vgg, train.vgg, unseen.vgg, seed=seed),
-        "near codes": nearness(images.codes, train.codes, unseen.codes, seed=seed),
-    }
+    found = {}
+    for name in ("vgg", "codes"):
+        x, seen, other = getattr(images, name), getattr(train, name), getattr(own, name)
+        found[f"class {name}"] = class_share(x, images.classes, seen, train.classes)
+        near, usual = nearest_distances(x, seen), nearest_distances(other, seen)
+        found[f"near {name}"] = (near.median() / usual.median()).item()
+        found[f"copies {name}"] = (near < usual.quantile(0.01)).double().mean().item()
+    return found
 
 
 def samples(options: Options, prior: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of sampled images and their classes."""
     pipe = open_prior(prior, device="cpu")
     sampling = Sampling(options.guidance, options.temperature, options.top_k)
-    classes = chosen_classes(pipe, None, options.num, guided=False)
+    classes = pipe.all_classes(options.num)
     for start in range(0, options.num, BATCH):
         numbers = range(start, min(start + BATCH, options.num))
         chosen = classes[start : numbers.stop]
@@ -229,31 +235,28 @@ def run(options: Options) -> None:
     seen, count = photos(options.data, content, names)
     other, other_count = photos(options.unseen, content, names)
 
-    # real photos, and what lies between
+    # real photos and their reconstructions
     train = features.of(seen(), count, "training photos")
     unseen = features.of(other(), other_count, "unseen photos")
-    seed = options.seed
-    rows = {"training photos": {"kd": kernel_distance(train.vgg, unseen.vgg)}}
     recon = features.of(features.reconstructed(seen()), count, "reconstructions")
-    rows["their reconstructions"] = {"kd": kernel_distance(recon.vgg, unseen.vgg)}
     own = features.of(features.reconstructed(other()), other_count, "unseen reconstructions")
-    rows["unseen reconstructions"] = {
-        name: value
-        for name, value in measured(own, train, unseen, seed=seed).items()
-        if name.startswith("class")
+    rows = {
+        "training photos": {"kd": kernel_distance(train.vgg, unseen.vgg)},
+        "their reconstructions": {"kd": kernel_distance(recon.vgg, unseen.vgg)},
+        "unseen reconstructions": measured(own, train, own),
     }
-    tokens = unigram(options, tokenizer, seen(), len(names))
-    found = features.of(tokens, options.num, "unigram")
-    rows["unigram"] = measured(found, train, unseen, seed=seed)
+    found = features.of(unigram(options, tokenizer, seen(), len(names)), options.num, "unigram")
+    rows["unigram"] = {"kd": kernel_distance(found.vgg, unseen.vgg), **measured(found, train, own)}
 
     # priors
     priors = {}
     for folder, given in zip(folders, options.priors, strict=True):
         found = features.of(samples(options, folder), options.num, given)
-        priors[given] = measured(found, train, unseen, seed=seed)
+        distance = kernel_distance(found.vgg, unseen.vgg)
+        priors[given] = {"kd": distance, **measured(found, train, own)}
     rows |= priors
     if len(priors) > 1:
-        for name, statistic in (("mean", mean), ("standard deviation", pstdev)):
+        for name, statistic in (("mean", mean), ("standard deviation", stdev)):
             rows[f"priors, {name}"] = {
                 key: statistic([row[key] for row in priors.values()])
                 for key in next(iter(priors.values()))

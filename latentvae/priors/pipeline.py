@@ -33,7 +33,6 @@ class TokenPipeline(DiffusionPipeline):
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]
-    model_cpu_offload_seq = "text_encoder->transformer->vqvae"
 
     def __init__(
         self,
@@ -64,7 +63,8 @@ class TokenPipeline(DiffusionPipeline):
         """Return pictures, one for each class or prompt.
 
         Args:
-            classes: names or numbers of classes, for a prior with classes.
+            classes: names or numbers of classes, for a prior with classes. None takes all classes
+                in turn.
             prompt: texts, for a prior with text.
             num_images: number of pictures. One class or prompt is then used for all of them.
             guidance_scale, temperature, top_k, top_p: see `Sampling`.
@@ -76,14 +76,24 @@ class TokenPipeline(DiffusionPipeline):
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        count = num_images or max(len(labels), len(prompts), 1)
+        count = max(len(labels), len(prompts), 1) if num_images is None else num_images
+        if count < 1:
+            raise UserError(f"num_images must be at least 1 (got {count}).")
         numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
         text = self.encode(spread_over(list(prompts), count, "prompts")) if prompts else None
 
         options = Sampling(guidance_scale, temperature, top_k, top_p)
-        chosen = torch.tensor(numbers or [NO_CLASS] * count)
+        chosen = torch.tensor(numbers) if numbers else self.all_classes(count)
+        if options.guidance != 1 and text is None and int(chosen.max()) == NO_CLASS:
+            raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
         tokens = sample_tokens(self.transformer, chosen, text=text, options=options, seed=seed)
         return ImagePipelineOutput(images=convert(self.decode(tokens), output_type))
+
+    def all_classes(self, count: int) -> Tensor:
+        """Return the class of each of `count` images: all classes in turn, or `NO_CLASS`."""
+        if classes := self.transformer.config["num_classes"]:
+            return torch.arange(count) % classes
+        return torch.full((count,), NO_CLASS)
 
     def class_number(self, label: str | int) -> int:
         """Return the number of a class, given by its name or number.

@@ -49,7 +49,8 @@ def sample_folder(
             classes in turn.
         prompt: their text, for a prior with text.
         options: how tokens are drawn.
-        seed: seed of the random numbers. The pictures depend neither on `num` nor on `batch_size`.
+        seed: seed of the random numbers. Except for rounding, a picture depends neither on `num`
+            nor on `batch_size`.
         batch_size: pictures that are sampled at once.
         tokens: also write the tokens to `out`/tokens, as shards that `latentvae decode` reads.
         device: device of the computation. None takes the GPU if there is one.
@@ -66,10 +67,15 @@ def sample_folder(
     folder = find_export(prior)
     pipeline = open_prior(folder, device=device)
     content = read_content(folder)
-    classes = chosen_classes(pipeline, class_name, num, guided=options.guidance != 1)
-    text = _text(pipeline, prompt, options)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"'{out}' exists and is not empty. Give another folder.")
+    if class_name is None:
+        classes = pipeline.all_classes(num)
+    else:
+        classes = torch.full((num,), pipeline.class_number(class_name))
+    text = None if prompt is None else pipeline.encode([prompt])
+    if options.guidance != 1 and text is None and int(classes.max()) == NO_CLASS:
+        raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise UserError(f"'{out}' exists and is not an empty folder. Give another folder.")
     out.mkdir(parents=True, exist_ok=True)
 
     # pictures
@@ -132,31 +138,6 @@ def read_content(folder: Path) -> Content:
         return Content.model_validate_json(read_text(path))
     except ValidationError as error:
         raise UserError(f"'{path}' was not written by train_prior.py.") from error
-
-
-def chosen_classes(
-    pipeline: TokenPipeline, class_name: str | None, num: int, *, guided: bool
-) -> Tensor:
-    """Return the class of each picture, (num,). Without a name, all classes are taken in turn.
-
-    Raises:
-        UserError: there is no such class, or guidance is asked of a prior without condition.
-    """
-    if class_name is not None:
-        return torch.full((num,), pipeline.class_number(class_name))
-    if count := pipeline.transformer.config["num_classes"]:
-        return torch.arange(num) % count
-    if guided and pipeline.text_encoder is None:
-        raise UserError("guidance needs a prior with classes or text. Leave guidance out.")
-    return torch.full((num,), NO_CLASS)
-
-
-def _text(pipeline: TokenPipeline, prompt: str | None, options: Sampling) -> Text | None:
-    if prompt is not None:
-        return pipeline.encode([prompt])
-    if options.guidance != 1 and pipeline.text_encoder is not None:
-        raise UserError("guidance needs a prompt. Give --prompt, or leave guidance out.")
-    return None
 
 
 def _repeated(text: Text | None, count: int) -> Text | None:

@@ -1,7 +1,7 @@
 """Draw the tokens of images from a `TokenTransformer`, with cached keys and values.
 
-Image number i of a seed has the same tokens in every batch and on every rank, because its random
-numbers depend only on the seed and on i.
+The random numbers of image number i depend only on the seed and on i. So the image is the same in
+every batch and on every rank, except where rounding differs.
 
 `B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
 """
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentvae.errors import UserError
-from latentvae.priors.transformer import NO_CLASS, Cache, Text, TokenTransformer
+from latentvae.priors.transformer import NO_CLASS, Cache, Text, TokenTransformer, with_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(f"temperature must be above 0 (got {self.temperature:g}).")
-        if self.guidance < 0:
+        if not self.guidance >= 0:
             raise UserError(f"guidance must be at least 0 (got {self.guidance:g}).")
         if self.top_k < 0:
             raise UserError(f"top_k must be at least 0 (got {self.top_k}). 0 takes all codes.")
@@ -108,7 +107,8 @@ class Steps:
 
     def __init__(self, net: TokenTransformer, classes: Tensor, text: Text | None = None) -> None:
         self.net, self.classes, self.text = net, classes, text
-        self._caches = [Cache() for _ in net.blocks]
+        slots = net.num_tokens + (0 if text is None else text.states.shape[1])
+        self._caches = [Cache(slots) for _ in net.blocks]
         self._place = 0
 
     def logits(self, before: Tensor | None) -> Tensor:
@@ -118,9 +118,9 @@ class Steps:
             before: the token before it, (B,), or None for the first token.
         """
         net, place = self.net, self._place
-        hidden, mask, angles = self._start() if before is None else self._next(before)
+        hidden, mask, turns = self._start() if before is None else self._next(before)
         for block, cache in zip(net.blocks, self._caches, strict=True):
-            hidden = block(hidden, angles, mask, cache)
+            hidden = block(hidden, turns, mask, cache)
         self._place += 1
         return net.outputs[net.level_of(place)](net.norm(hidden[:, -1])).float()
 
@@ -129,10 +129,10 @@ class Steps:
         net = self.net
         hidden = net.embed_condition(len(self.classes), self.classes) + net.places.weight[:1]
         if self.text is None:
-            return hidden, None, net.angles[:1]
+            return hidden, None, net.turns[:, :1]
         words, mask = net.embed_text(self.text, after=1)
-        angles = F.pad(net.angles[:1], (0, 0, words.shape[1], 0))  # a text is not rotated
-        return torch.cat([words, hidden], dim=1), mask, angles
+        turns = with_text(net.turns[:, :1], words.shape[1])
+        return torch.cat([words, hidden], dim=1), mask, turns
 
     def _next(self, before: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the inputs of the next slot, after the token `before`."""
@@ -142,7 +142,7 @@ class Steps:
         if self.text is not None:
             seen = torch.ones(len(before), place + 1, dtype=torch.bool, device=before.device)
             mask = torch.cat([self.text.mask, seen], dim=1)[:, None, None]
-        return hidden[:, None], mask, net.angles[place : place + 1]
+        return hidden[:, None], mask, net.turns[:, place : place + 1]
 
 
 def draw(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from latentvae.errors import UserError
 from latentvae.priors.transformer import Text
 
-MAX_WORDS = 120  # as in LlamaGen. Longer prompts are cut.
+MAX_TEXT_TOKENS = 120  # as in LlamaGen. Longer prompts are cut.
 
 
 def load_text_encoder(path: str) -> tuple[Any, Any]:
@@ -21,7 +21,14 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
         UserError: `transformers` is not installed, or the folder holds no text encoder.
     """
     try:
-        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModel,
+            AutoModelForTextEncoding,
+            AutoTokenizer,
+            CLIPConfig,
+            CLIPTextModel,
+        )
     except ImportError as error:
         raise UserError(
             f"text_encoder '{path}' needs the package transformers (pip install transformers)."
@@ -32,23 +39,25 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(path, use_safetensors=True, **here)
         encoders = AutoModelForTextEncoding._model_mapping
         kind: Any = AutoModelForTextEncoding if type(config) in encoders else AutoModel
-        encoder = kind.from_pretrained(path, use_safetensors=True, **here)
+        kind = CLIPTextModel if isinstance(config, CLIPConfig) else kind
+        encoder = kind.from_pretrained(path, use_safetensors=True, **here).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, use_safetensors=True, **here)
-    except (OSError, ValueError, KeyError) as error:
+        encode_prompts(["a", "two words"], tokenizer, encoder)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"text_encoder '{path}' is not a text encoder that transformers can load: {reason}"
         ) from error
-    return tokenizer, encoder.eval().requires_grad_(False)
+    return tokenizer, encoder.requires_grad_(False)
 
 
 @torch.no_grad()
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
     """Return the last hidden states of prompts, (B, S, C), float32, with their mask.
 
-    S is the length of the longest prompt, at most `MAX_WORDS`.
+    S is the length of the longest prompt, at most `MAX_TEXT_TOKENS`.
     """
-    longest = min(MAX_WORDS, tokenizer.model_max_length)
+    longest = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
     words = tokenizer(
         list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
     ).to(encoder.device)

@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentvae.models.vit.rotary import grid, rotate, rotations
+
 NO_CLASS = -1  # the class of an image without a class, and of an image whose condition is dropped
-ROTARY_BASE = 10_000.0
 
 
 @dataclass
@@ -111,7 +112,8 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         # what does not learn
         levels_of = torch.arange(len(levels)).repeat_interleave(torch.tensor(self.level_sizes))
         self.register_buffer("offsets", levels_of * num_codes, persistent=False)
-        self.register_buffer("angles", rotary_angles(levels, width // num_heads), persistent=False)
+        turns = rotations(places_of(levels), channels=width // num_heads)
+        self.register_buffer("turns", turns, persistent=False)
         self.apply(_initialise)
         for output in self.outputs:
             nn.init.zeros_(output.weight)  # so training starts at a loss of log K
@@ -140,12 +142,12 @@ class TokenTransformer(ModelMixin, ConfigMixin):
             text: states of a text encoder, for a model with `text_channels`.
         """
         hidden, mask = self._inputs(indices[:, :-1], classes, text)
-        angles = self._angles(hidden.shape[1])
+        turns = self._turns(hidden.shape[1])
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = self._gradient_checkpointing_func(block, hidden, angles, mask)
+                hidden = self._gradient_checkpointing_func(block, hidden, turns, mask)
             else:
-                hidden = block(hidden, angles, mask)
+                hidden = block(hidden, turns, mask)
 
         # each level has its own output layer
         by_level = self.norm(hidden[:, -self.num_tokens :]).split(self.level_sizes, dim=1)
@@ -188,10 +190,15 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         itself = torch.eye(slots, dtype=torch.bool, device=text.mask.device)
         return self.text(text.states.to(self.text.weight.dtype)), (causal & seen) | itself
 
-    def _angles(self, slots: int) -> Tensor:
-        """Return the rotary angles (slots, D / 2). Slots of a text are not rotated."""
-        text_slots = slots - self.num_tokens
-        return F.pad(self.angles, (0, 0, text_slots, 0)) if text_slots else self.angles
+    def _turns(self, slots: int) -> Tensor:
+        """Return the rotations (2, slots, D / 2) of all slots."""
+        return with_text(self.turns, slots - self.num_tokens)
+
+
+def with_text(turns: Tensor, slots: int) -> Tensor:
+    """Put the rotations of a text's slots, which are not rotated, before those of tokens."""
+    cos, sin = turns
+    return torch.stack([F.pad(cos, (0, 0, slots, 0), value=1.0), F.pad(sin, (0, 0, slots, 0))])
 
 
 class Block(nn.Module):
@@ -209,13 +216,13 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, x: Tensor, turns: Tensor, mask: Tensor | None = None, cache: "Cache | None" = None
     ) -> Tensor:
         """Return the next hidden states (B, T, W).
 
         Args:
             x: (B, T, W).
-            angles: rotary angles of the slots in `x`, (T, D / 2) for heads of D channels.
+            turns: rotations of the slots in `x`, (2, T, D / 2) for heads of D channels.
             mask: (B, 1, T, keys), True where a slot may look. None is causal attention, or with a
                 cache attention to all slots so far.
             cache: keys and values of earlier slots, which are extended by those of `x`.
@@ -223,7 +230,7 @@ class Block(nn.Module):
         # attention
         pattern = "b t (three h d) -> three b h t d"
         q, k, v = rearrange(self.qkv(self.norm1(x)), pattern, three=3, h=self.heads)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, turns), rotate(k, turns)
         causal = mask is None and q.shape[2] > 1
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -236,52 +243,40 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the slots that a block has seen, for sampling token by token."""
+    """Keys and values of the slots that a block has seen, for sampling token by token.
 
-    def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    Args:
+        slots: number of slots in all.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._kept: Tensor | None = None  # (2, B, heads, slots, D)
         self._length = 0
 
-    def extend(self, keys: Tensor, values: Tensor, *, room: int = 64) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values (B, heads, t, D) of new slots. Return those of all slots."""
-        end = self._length + keys.shape[2]
-        if self._keys is None or self._values is None:
-            self._keys, self._values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
-        elif end > self._keys.shape[2]:  # grow to twice the length, so that copies are rare
-            room = self._keys.shape[2]
-            self._keys, self._values = (
-                F.pad(x, (0, 0, 0, room)) for x in (self._keys, self._values)
-            )
-        self._keys[:, :, self._length : end] = keys
-        self._values[:, :, self._length : end] = values
-        self._length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        if self._kept is None:
+            batch, heads, _, channels = keys.shape
+            self._kept = keys.new_zeros(2, batch, heads, self.slots, channels)
+        start, self._length = self._length, self._length + keys.shape[2]
+        self._kept[:, :, :, start : self._length] = torch.stack([keys, values])
+        kept_keys, kept_values = self._kept[:, :, :, : self._length]
+        return kept_keys, kept_values
 
 
-def rotary_angles(levels: Sequence[tuple[int, int]], head_channels: int) -> Tensor:
-    """Return the rotary angle of each token and pair of channels, (T, head_channels / 2).
+def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the place (row, column) of each token in the finest level, (T, 2).
 
-    Half of the pairs rotate with the row, the others with the column. Rows and columns are those of
-    the finest level, so tokens of all levels at the same place of the image have equal angles.
+    Tokens of all levels at the same place of the image have the same place. A coarse token lies in
+    the middle of the fine tokens that it covers.
     """
-    pairs = head_channels // 4
-    speeds = ROTARY_BASE ** (-torch.arange(pairs) / pairs)
     rows, columns = max(height for height, _ in levels), max(width for _, width in levels)
-    angles = []
+    places = []
     for height, width in levels:
-        y = (torch.arange(height) + 0.5) * rows / height
-        x = (torch.arange(width) + 0.5) * columns / width
-        grid = torch.cartesian_prod(y, x)  # (height * width, 2), row by row
-        angles.append(rearrange(grid[:, :, None] * speeds, "t side pair -> t (side pair)"))
-    return torch.cat(angles)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs of channels of x (B, heads, T, D) by angles (T, D / 2)."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        scale = torch.tensor([rows / height, columns / width])
+        places.append((grid(height, width) + 0.5) * scale - 0.5)
+    return torch.cat(places)
 
 
 def _initialise(module: nn.Module) -> None:

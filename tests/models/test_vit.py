@@ -12,19 +12,17 @@ from latentvae.compute.compilation import compile_blocks
 from latentvae.errors import UserError
 from latentvae.models import FAMILIES, ViTAutoencoderKL, ViTTokenizer, family_of
 from latentvae.models.vit.networks import to_pixels
-from latentvae.models.vit.rotary import BASE, rotate, rotations
+from latentvae.models.vit.rotary import BASE, grid, rotate, rotations
 from tests.tiny import TINY, VIT, images, largest, vit_kl, vit_vq
 
 NETS = {name: TINY[name] for name in ("vit_sphere", "vit_fsq", "vit_kl", "vit_kl_conv")}
 D = 16  # channels of a head in the tests of positions
-CPU = torch.device("cpu")
-
 # Positions.
 
 
 def logits(height: int, width: int, query: Tensor, key: Tensor) -> Tensor:
     """Logits (h, w, h, w) of one query and one key (D,) that stand at every position."""
-    turns = rotations(height, width, channels=D, device=CPU)
+    turns = rotations(grid(height, width), channels=D)
     queries, keys = (rotate(x.expand(1, 1, height * width, D), turns)[0, 0] for x in (query, key))
     return (queries @ keys.T).view(height, width, height, width)
 
@@ -52,7 +50,7 @@ def test_logits_are_those_of_complex_rotations() -> None:
 
 
 def test_the_size_of_the_grid_does_not_move_a_position() -> None:
-    small, large = (rotations(*size, channels=D, device=CPU) for size in ((2, 3), (4, 5)))
+    small, large = (rotations(grid(*size), channels=D) for size in ((2, 3), (4, 5)))
     corner = large.unflatten(1, (4, 5))[:, :2, :3].flatten(1, 2)
     assert torch.equal(small, corner)
 

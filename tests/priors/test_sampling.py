@@ -22,17 +22,6 @@ def test_cached_steps_have_the_logits_of_one_pass(text: Text | None) -> None:
     torch.testing.assert_close(torch.stack(cached, dim=1), whole, atol=1e-5, rtol=0)
 
 
-def test_a_cache_grows_past_its_first_room() -> None:
-    net = tiny(levels=[(9, 9)])  # more slots than a new cache has room for
-    indices = torch.randint(11, (1, 81))
-    steps = Steps(net, torch.tensor([NO_CLASS]))
-    with torch.no_grad():
-        cached = [steps.logits(None if t == 0 else indices[:, t - 1]) for t in range(81)]
-        torch.testing.assert_close(
-            torch.stack(cached, dim=1), net(indices).logits, atol=1e-5, rtol=0
-        )
-
-
 def test_an_image_depends_on_its_number_and_the_seed_alone() -> None:
     net = tiny(num_classes=2)
     together = sample_tokens(net, CLASSES, seed=3)
@@ -83,6 +72,7 @@ def test_unlikely_codes_are_never_drawn(options: Sampling, kept: set[int]) -> No
     ("values", "named"),
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"guidance": float("nan")}, "guidance must be at least 0"),
         ({"guidance": -1.0}, "guidance must be at least 0"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"top_p": 0.0}, "top_p must be above 0"),

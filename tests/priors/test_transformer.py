@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, rotary_angles, rotate
+from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, places_of
 
 
 def tiny(**options: object) -> TokenTransformer:
@@ -55,22 +55,10 @@ def test_padding_of_a_text_changes_nothing() -> None:
     assert (short - dropped).abs().max() > 1e-2
 
 
-def test_rotations_depend_on_distances_alone() -> None:
-    """Moving query and key by one row and two columns does not change their product."""
-    angles = rotary_angles([(4, 6)], 16).reshape(4, 6, -1)
-    q, k = torch.randn(2, 1, 1, 1, 16)
-    products = [
-        (rotate(q, angles[y, x][None]) * rotate(k, angles[y + 1, x + 3][None])).sum()
-        for y, x in ((0, 0), (1, 2), (2, 1))
-    ]
-    torch.testing.assert_close(products, [products[0]] * 3)
-    other = (rotate(q, angles[0, 0][None]) * rotate(k, angles[3, 1][None])).sum()
-    assert (other - products[0]).abs() > 1e-3
-
-
 def test_levels_share_places_of_the_image() -> None:
-    coarse, *fine = rotary_angles([(1, 1), (2, 2)], 8)
-    torch.testing.assert_close(coarse, torch.stack(fine).mean(dim=0))
+    coarse, *fine = places_of([(1, 1), (2, 2)])
+    assert torch.equal(coarse, torch.stack(fine).mean(dim=0))
+    assert fine[1].tolist() == [0.0, 1.0]  # row 0, column 1
 
 
 def test_checkpointing_has_the_same_gradients() -> None:

@@ -8,7 +8,7 @@ grids of any height and width.
 """
 
 import torch
-from einops import repeat
+from einops import rearrange
 from torch import Tensor
 
 # The largest wavelength is about 2 pi BASE positions. Text models have a base of 10,000, but the
@@ -16,25 +16,23 @@ from torch import Tensor
 BASE = 100.0
 
 
-def rotations(height: int, width: int, *, channels: int, device: torch.device) -> Tensor:
+def grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Return the places (row, column) of a grid's tokens, row by row, (N, 2), float32."""
+    rows, columns = (
+        torch.arange(side, device=device, dtype=torch.float32) for side in (height, width)
+    )
+    return torch.cartesian_prod(rows, columns)
+
+
+def rotations(places: Tensor, *, channels: int) -> Tensor:
     """Return the cosines and sines of all angles, (2, N, D / 2), float32.
 
     Args:
-        height, width: sides h and w of the grid. Its tokens are in the order row by row.
+        places: row and column of each token, (N, 2). They may be fractions.
         channels: D, a multiple of 4.
     """
-    exponents = torch.arange(0, channels, 4, device=device, dtype=torch.float32) / channels
-    rows, columns = (
-        torch.arange(side, device=device, dtype=torch.float32)[:, None] * BASE**-exponents
-        for side in (height, width)
-    )
-    angles = torch.cat(
-        [
-            repeat(rows, "h angle -> (h w) angle", w=width),
-            repeat(columns, "w angle -> (h w) angle", h=height),
-        ],
-        dim=1,
-    )
+    exponents = torch.arange(0, channels, 4, device=places.device, dtype=torch.float32) / channels
+    angles = rearrange(places[:, :, None] * BASE**-exponents, "N side angle -> N (side angle)")
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.models.vit.rotary import rotate, rotations
+from latentvae.models.vit.rotary import grid, rotate, rotations
 
 
 class LayerNorm(nn.LayerNorm):
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         h, w = maps.shape[2:]
-        turns = rotations(h, w, channels=self.head_channels, device=maps.device)
+        turns = rotations(grid(h, w, device=maps.device), channels=self.head_channels)
         x = rearrange(maps, "B c h w -> B (h w) c")
 
         for block in self.blocks:

@@ -73,7 +73,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
     show(wrapped(_heading(rehearsal)), flush=True)
     show(f"  making {UPDATES} updates, then checking what they did", flush=True)
     for check in _checks(rehearsal):
-        checks.append(_joined(check))
+        checks.append(joined(check))
         show(checks[-1], flush=True)
     code = from_main(conclude(checks, json_file=json) if is_main() else 0)
     barrier()  # no rank may end its process group while another rank still waits
@@ -148,7 +148,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
     )
 
 
-def _joined(check: Check) -> Check:
+def joined(check: Check) -> Check:
     """Return the result of a check from the first rank where it failed, otherwise from rank 0."""
     found: list[Check] = gather_objects(check)
     failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]

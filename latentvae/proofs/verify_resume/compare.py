@@ -74,8 +74,8 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
 def _exported(export: Path) -> dict[str, Tensor]:
     """Return the weights of an export, and the scaling and shift factors of its config."""
     found = {
-        f"{path.stem}/{name}": value
-        for path in sorted(export.glob("*.safetensors"))
+        f"{path.relative_to(export).with_suffix('').as_posix()}/{name}": value
+        for path in sorted(export.rglob("*.safetensors"))
         for name, value in load_file(path).items()
     }
     config = export / "config.json"

@@ -75,8 +75,8 @@ class NetworkConfig(Section):
     condition: Literal["auto", "class", "text", "none"] = Field(
         default="auto",
         description=(
-            "What the prior is told about an image. `class` is the image's class. `text` is the "
-            "image's caption (see captions and text_encoder). `auto` is text if there are "
+            "Condition that the prior gets with an image. `class` is the image's class. `text` is "
+            "the image's caption (see captions and text_encoder). `auto` is text if there are "
             "captions, else class if the tokens have classes, else none."
         ),
     )
@@ -132,7 +132,10 @@ class PriorRunConfig(RunConfig):
     )
     num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=40,
-        description="Number of sampled images in each picture of samples, spread over the classes.",
+        description=(
+            "Number of images in each picture of samples. A picture shows at most 10 classes or "
+            "captions."
+        ),
     )
 
 

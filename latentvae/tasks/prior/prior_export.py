@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers.utils import logging
 
 from latentvae.config.run_config import flat
 from latentvae.engine.log import read_rows, sample_path
@@ -17,6 +16,7 @@ from latentvae.latents.opening import open_model
 from latentvae.option_marks import Private, marked
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sample import TOKENS_NAME
+from latentvae.priors.transformer import TokenTransformer
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.tokens import TokenData
 
@@ -30,11 +30,7 @@ tags: [latentvae, autoregressive, image-generation, vq]
 An autoregressive prior over the tokens of a tokenizer, trained with latentvae. It has {millions} M
 parameters and predicts {tokens} tokens of {codes:,} codes for an image. Condition: {condition}.
 
-![Samples](samples.png)
-
-Samples of the averaged weights, not selected.
-
-## Use
+{samples}## Use
 
 ```python
 from latentvae.priors import TokenPipeline
@@ -51,13 +47,19 @@ pictures = pipe({example}).images
 |---|---|
 {rows}
 
-Means over {images:,} unseen images after update {update:,}. The codes with the lowest bits per
-token are predicted best.
+Means over {images:,} unseen images after update {update:,}. Lower is better.
 
 ## Training
 
 ```yaml
 {options}```
+"""
+
+
+SAMPLES = """![Samples](samples.png)
+
+Samples of the averaged weights, not selected.
+
 """
 
 
@@ -96,7 +98,7 @@ def export_prior(
     update: int,
     folder: Path,
 ) -> float | None:
-    """Write the pipeline as a folder, and check that it loads with the same logits.
+    """Write the pipeline as a folder, and check that it loads with the same weights.
 
     Returns:
         The bits per token of the last validation, or None if there was none.
@@ -113,25 +115,31 @@ def export_prior(
         grid = sample_path(folder, update)
         if grid.is_file():
             (part / "samples.png").write_bytes(grid.read_bytes())
-        text = _card(pipeline, config, data, row, update=update, name=folder.resolve().name)
+        values = {"update": update, "name": folder.resolve().name, "samples": grid.is_file()}
+        text = _card(pipeline, config, data, row, **values)
         (part / "README.md").write_text(text, encoding="utf-8")
         _check_equal(pipeline, part, data)
     return row.get("validation/bits_per_token")
 
 
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
-    """Load the folder, and compare logits and weights with the trained pipeline."""
-    logging.disable_progress_bar()
-    loaded = TokenPipeline.from_pretrained(folder, use_safetensors=True)
-    batch = data.validation.rows(range(min(2, len(data.validation))))
-    net = pipeline.transformer
-    device = net.device
+    """Load prior and tokenizer, and compare their weights and results with the trained pipeline."""
+    # the prior
+    ours, batch = pipeline.transformer, data.validation.rows([0])
+    theirs = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)
+    theirs.to(ours.device)
+    for name, value in ours.state_dict().items():
+        if not torch.equal(value, theirs.state_dict()[name]):
+            raise RuntimeError(f"the export's weight {name} differs from the trained prior")
     with torch.no_grad():
-        ours = net(batch.indices.to(device)).logits
-        theirs = loaded.transformer.to(device)(batch.indices.to(device)).logits
-    difference = (ours - theirs).abs().max().item()
-    if difference > 1e-4:
-        raise RuntimeError(f"the export's logits differ by {difference:.2g} from the trained prior")
+        indices = batch.indices.to(ours.device)
+        if not torch.allclose(ours(indices).logits, theirs(indices).logits, atol=1e-4):
+            raise RuntimeError("the export's logits differ from those of the trained prior")
+
+    # the tokenizer
+    loaded = open_model(folder / "vqvae", device="cpu")
+    if loaded.info()["weights_sha256"] != data.content.model_sha256:
+        raise RuntimeError("the export's tokenizer differs from the tokenizer of the tokens")
 
 
 def _card(
@@ -142,6 +150,7 @@ def _card(
     *,
     update: int,
     name: str,
+    samples: bool,
 ) -> str:
     net, private = pipeline.transformer, marked(PriorConfig, Private)
     names = {
@@ -159,6 +168,7 @@ def _card(
     example = [repr(classes[0])] if classes else ['prompt="a photo"'] if net.text else []
     return CARD.format(
         name=name,
+        samples=SAMPLES if samples else "",
         millions=f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}",
         tokens=net.num_tokens,
         codes=net.config["num_codes"],

@@ -5,6 +5,7 @@
 `B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.data import IndexSampler
-from latentvae.distributed import gather_objects, is_main, rank, world_size
+from latentvae.data import IndexSampler, spread
+from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner, Task
 from latentvae.errors import UserError
 from latentvae.priors.grid import save_grid
@@ -30,6 +31,7 @@ from latentvae.tasks.prior.prior_export import export_prior, open_tokenizer
 from latentvae.tasks.prior.tokens import Batch, open_tokens, read_captions, unigram_bits
 
 PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
+MAX_ROWS = 10  # largest number of classes or captions in a picture
 
 
 class PriorTask(Task):
@@ -39,7 +41,7 @@ class PriorTask(Task):
         data: tokens to train on and to validate on.
         tokenizer: the tokenizer that made the tokens.
         net: the transformer, not wrapped by DDP.
-        condition: what the prior is told about an image: "class", "text" or "none".
+        condition: the condition that the prior gets with an image: "class", "text" or "none".
     """
 
     config: PriorConfig
@@ -55,18 +57,22 @@ class PriorTask(Task):
         self.tokenizer = open_tokenizer(self.config.tokens.tokenizer, self.data)
         self.condition = self._condition()
         self.texts: dict[str, str] = {}
+        self._text_channels = 0
         self.words: Any = None
         self.encoder: Any = None
         if self.condition == "text":
             assert options.captions is not None and options.text_encoder is not None
             names = [*self.data.train.names, *self.data.validation.names]
-            self.texts = dict(zip(names, read_captions(options.captions, names), strict=True))
+            self.texts = read_captions(options.captions, names)
             self.words, self.encoder = load_text_encoder(options.text_encoder)
+            example = encode_prompts([self.texts[names[0]]], self.words, self.encoder)
+            self._text_channels = example.states.shape[2]
         self.unigram = self._unigram()
 
     def _condition(self) -> str:
         """Return the condition that `condition auto` stands for, after a check."""
-        asked, has_classes = self.config.prior.condition, self.data.content.labels
+        asked = self.config.prior.condition
+        has_classes = bool((self.data.train.classes != NO_CLASS).any())
         if asked == "auto":
             texts = self.config.prior.captions is not None
             return "text" if texts else "class" if has_classes else "none"
@@ -87,7 +93,7 @@ class PriorTask(Task):
             sizes,
             strict=True,
         )
-        codes = self.data.content.num_codes or 0
+        codes = self.data.num_codes
         bits = [unigram_bits(train, held, num_codes=codes) * n for train, held, n in parts]
         return sum(bits) / sum(sizes)
 
@@ -96,14 +102,13 @@ class PriorTask(Task):
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         options, content = self.config.prior, self.data.content
-        self.accelerator = accelerator
         has_classes = self.condition == "class"
         self.net = TokenTransformer(
-            num_codes=content.num_codes or 0,
+            num_codes=self.data.num_codes,
             levels=self.data.levels,
             item_shape=content.item_shape,
             num_classes=self._num_classes() if has_classes else 0,
-            text_channels=self.encoder.config.hidden_size if self.encoder is not None else 0,
+            text_channels=self._text_channels,
             width=options.width,
             depth=options.depth,
             num_heads=options.num_heads,
@@ -131,8 +136,11 @@ class PriorTask(Task):
         return int(max(self.data.train.classes.max(), self.data.validation.classes.max())) + 1
 
     def identity(self) -> dict[str, Any]:
-        content = self.data.content
-        return {"tokens": len(self.data.train), "model_sha256": content.model_sha256}
+        found = {"tokenizer": self.data.content.model_sha256[:16], **self.data.train.identity()}
+        if self.condition == "text":
+            texts = "\0".join(self.texts[name] for name in self.data.train.names)
+            found["captions"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        return found
 
     def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
         return IndexSampler(
@@ -154,22 +162,22 @@ class PriorTask(Task):
             yield self.data.train.rows([index for _, index in places])
 
     def plan(self) -> dict[str, str]:
-        content, size = self.data.content, sum(p.numel() for p in self.net.parameters())
-        shape = " x ".join(map(str, content.item_shape))
-        uniform = math.log2(content.num_codes or 1)
+        size = sum(p.numel() for p in self.net.parameters())
+        shape = " x ".join(map(str, self.data.content.item_shape))
+        uniform = math.log2(self.data.num_codes)
+        dropped = f"dropped for {self.config.prior.condition_dropout:.0%} of the images"
         kinds = {
-            "class": f"{self.net.config['num_classes']} classes",
-            "text": "captions",
+            "class": f"{self.net.config['num_classes']} classes, {dropped}",
+            "text": f"captions, {dropped}",
             "none": "none",
         }
-        dropped = f", dropped for {self.config.prior.condition_dropout:.0%} of the images"
         return {
             "prior": f"TokenTransformer, {size / 1e6:.1f} M parameters",
             "tokens": (
-                f"{shape} tokens of {content.num_codes:,} codes, {len(self.data.train):,} images "
+                f"{shape} tokens of {self.data.num_codes:,} codes, {len(self.data.train):,} images "
                 f"to train, {len(self.data.validation):,} to validate"
             ),
-            "condition": kinds[self.condition] + dropped * (self.condition != "none"),
+            "condition": kinds[self.condition],
             "to beat": (
                 f"{uniform:.3f} bits per token for equally likely codes, {self.unigram:.3f} for "
                 "the frequencies of the codes"
@@ -181,16 +189,22 @@ class PriorTask(Task):
             return ["condition_dropout is 0, so sampling with guidance will not work."]
         return []
 
+    def memory_advice(self) -> list[str]:
+        advice = super().memory_advice()
+        if not self.config.run.gradient_checkpointing:
+            advice.append("--gradient_checkpointing (slower)")
+        return advice
+
     # an update
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
-        indices, classes, text = self._moved(batch, self.data.train.names)
+        indices, classes, text = self.moved(batch, self.data.train.names)
         classes, text = self.drop_condition(classes, text)
         loss = self.learners["model"].prepared(indices, classes, text)
         (loss / self.config.run.gradient_accumulation_steps).backward()
         return {"loss/bits_per_token": loss.detach() / math.log(2)}
 
-    def _moved(
+    def moved(
         self, batch: Batch, names: Sequence[str]
     ) -> tuple[Tensor, Tensor | None, Text | None]:
         """Return tokens, classes and text of a batch on the device."""
@@ -244,10 +258,12 @@ class PriorTask(Task):
 
     def _bits(self, batch: Batch) -> dict[str, Tensor]:
         """Return the bits (B, T) of each token, for the right condition and for a wrong class."""
-        indices, classes, text = self._moved(batch, self.data.validation.names)
+        indices, classes, text = self.moved(batch, self.data.validation.names)
         bits = {"right": token_bits(self.net, indices, classes, text)}
         if classes is not None and (count := self.net.config["num_classes"]) > 1:
-            bits["wrong"] = token_bits(self.net, indices, (classes + 1) % count, None)
+            # Classes with near names are often similar, so the wrong class is half of them away.
+            wrong = (classes + count // 2) % count
+            bits["wrong"] = token_bits(self.net, indices, wrong.where(classes >= 0, NO_CLASS), None)
         return bits
 
     def _level_bits(self, bits: Tensor) -> dict[str, float]:
@@ -267,41 +283,60 @@ class PriorTask(Task):
 
     def save_samples(self, path: Path) -> bool:
         """Draw a picture of samples, the same number for each class or caption."""
-        count = self.config.run.num_sample_images
-        classes, text, labels = self._sample_conditions(count)
-        tokens = sample_tokens(self.net, classes, text=text, seed=self.config.run.seed)
-        tokenizer = self.tokenizer.net.to(self.device)
-        images = TokenPipeline(self.net, tokenizer).decode(tokens)
-        save_grid(images, path, labels=labels)
+        classes, captions, labels = self._sample_conditions()
+        pipeline = TokenPipeline(self.net, self.tokenizer.net.to(self.device))
+        images = []
+        for start in range(0, len(classes), PICTURE_BATCH):
+            chosen = range(start, min(start + PICTURE_BATCH, len(classes)))
+            text = None
+            if captions:
+                prompts = [captions[number] for number in chosen]
+                text = encode_prompts(prompts, self.words, self.encoder)
+            tokens = sample_tokens(
+                self.net,
+                classes[start : chosen.stop],
+                text=text,
+                seed=self.config.run.seed,
+                numbers=chosen,
+            )
+            images.append(pipeline.decode(tokens).cpu())
+        save_grid(torch.cat(images), path, labels=labels)
         return True
 
-    def _sample_conditions(self, count: int) -> tuple[Tensor, Text | None, list[str] | None]:
-        """Return classes and texts of the sampled images, and the labels of the picture's rows."""
-        names = self.data.content.class_names
+    def _sample_conditions(self) -> tuple[Tensor, list[str], list[str] | None]:
+        """Return classes and captions of the sampled images, and the labels of the rows.
+
+        Classes and captions are spread over all classes and validation images. A row has several
+        images of one class or caption.
+        """
+        count, names = self.config.run.num_sample_images, self.data.content.class_names
+        none = torch.full((count,), NO_CLASS)
+        if self.condition == "none":
+            return none, [], None
+
+        held = self.data.validation.names
+        total = self.net.config["num_classes"] if self.condition == "class" else len(held)
+        chosen = spread(total, min(MAX_ROWS, count))
+        columns = count // len(chosen)
         if self.condition == "class":
-            classes = self.net.config["num_classes"]
-            rows = min(classes, count)
-            columns = count // rows
-            numbers = torch.arange(rows).repeat_interleave(columns)
-            labels = [names[i] if names else f"class {i}" for i in range(rows)]
-            return numbers, None, labels
-        classes = torch.full((count,), NO_CLASS)
-        if self.condition == "text":
-            chosen = [self.texts[name] for name in self.data.validation.names[:count]]
-            classes = classes[: len(chosen)]
-            return classes, encode_prompts(chosen, self.words, self.encoder), None
-        return classes, None, None
+            labels = [names[i] if names else f"class {i}" for i in chosen]
+            return torch.tensor(chosen).repeat_interleave(columns), [], labels
+        captions = [self.texts[held[i]] for i in chosen]
+        repeated = [caption for caption in captions for _ in range(columns)]
+        return none[: len(repeated)], repeated, captions
 
     # the end
 
     def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
-        if not is_main():
-            return {}
-        pipeline = TokenPipeline(self.net, self.tokenizer.net, self.encoder, self.words)
-        bits = export_prior(
-            pipeline, out, config=self.config, data=self.data, update=update, folder=folder
-        )
-        return {"export/bits_per_token": bits} if bits is not None else {}
+        values: dict[str, Any] = {}
+        if is_main():
+            pipeline = TokenPipeline(self.net, self.tokenizer.net, self.encoder, self.words)
+            bits = export_prior(
+                pipeline, out, config=self.config, data=self.data, update=update, folder=folder
+            )
+            values = {"export/bits_per_token": bits} if bits is not None else {}
+        barrier()  # no process may end while the first one still writes
+        return values
 
     def has_export(self, out: Path) -> bool:
         return (out / "model_index.json").is_file()
@@ -313,7 +348,8 @@ class PriorTask(Task):
 
     @classmethod
     def shortened(cls, config: PriorConfig, *, updates: int) -> PriorConfig:
-        return config.with_changes({"run": {"num_sample_images": 1}})
+        few = {"max_validation_images": min(config.tokens.max_validation_images, 8)}
+        return config.with_changes({"tokens": few, "run": {"num_sample_images": 1}})
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
         sampler = self._sampler(rank=rank, processes=processes, start=start)

@@ -3,11 +3,12 @@
 `n` images, `T` tokens of an image, `K` codes.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,12 +66,23 @@ class TokenTable:
             self.sequences[chosen], self.classes[chosen], [self.names[i] for i in numbers]
         )
 
-    def shuffled(self, seed: int) -> "TokenTable":
-        """Return a table in which the tokens of each image are in an order of their own."""
-        n, length = self.sequences.shape
-        orders = [np.random.default_rng([seed, i]).permutation(length) for i in range(n)]
+    def shuffled(self, seed: int, *, level_sizes: Sequence[int]) -> "TokenTable":
+        """Return a table in which each image has an order of its own for the tokens of a level."""
+        orders = []
+        for number in range(len(self)):
+            rng, ends = np.random.default_rng([seed, number]), np.cumsum([0, *level_sizes])
+            parts = zip(ends, level_sizes, strict=False)
+            orders.append(np.concatenate([end + rng.permutation(size) for end, size in parts]))
         order = torch.from_numpy(np.stack(orders))
         return TokenTable(self.sequences.gather(1, order), self.classes, self.names)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the number of images, and a hash of their tokens, classes and names."""
+        digest = hashlib.sha256()
+        for part in (self.sequences, self.classes):
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update("\0".join(self.names).encode(errors="surrogateescape"))
+        return {"images": len(self), "tokens": digest.hexdigest()[:16]}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class TokenData:
         content: the content of the first folder's manifest.
         model: the tokenizer that the manifest names.
         levels: (height, width) of each level in tokens, coarsest level first.
+        num_codes: number of codes K of each level.
     """
 
     train: TokenTable
@@ -88,6 +101,7 @@ class TokenData:
     content: Content
     model: str
     levels: tuple[tuple[int, int], ...]
+    num_codes: int
 
 
 def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
@@ -112,6 +126,13 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
     if options.validation_tokens is not None:
         held = TokenDataset(options.validation_tokens)
         check_alike(first, held)
+        for folder in (first, *others):
+            if folder.content.data_sha256 == held.content.data_sha256:
+                raise UserError(
+                    f"validation_tokens '{options.validation_tokens}' has the same images as "
+                    f"tokens '{folder.reader.folder}'. Give tokens of unseen images, or leave "
+                    "validation_tokens out."
+                )
         validation = _joined([held])
     else:
         chosen = held_out(train.names, share=options.validation_share, seed=seed)
@@ -119,10 +140,13 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
         train, validation = train.some(parts[0]), train.some(parts[1])
     validation = validation.some(spread(len(validation), options.max_validation_images))
 
+    content, levels = first.content, levels_of(first.content)
     if options.shuffle_tokens:
-        train, validation = train.shuffled(seed), validation.shuffled(seed + 1)
-    content = first.content
-    return TokenData(train, validation, content, first.reader.manifest.model, levels_of(content))
+        sizes = [height * width for height, width in levels]
+        train = train.shuffled(seed, level_sizes=sizes)
+        validation = validation.shuffled(seed + 1, level_sizes=sizes)
+    model = first.reader.manifest.model
+    return TokenData(train, validation, content, model, levels, first.num_codes)
 
 
 def check_alike(first: TokenDataset, other: TokenDataset) -> None:
@@ -136,7 +160,8 @@ def check_alike(first: TokenDataset, other: TokenDataset) -> None:
     for name, words in same.items():
         ours, theirs = getattr(first.content, name), getattr(other.content, name)
         if ours != theirs:
-            values = "" if name == "model_sha256" else f" ({theirs}, not {ours})"
+            shown = name in ("num_codes", "item_shape")  # hashes and many names say little
+            values = f" ({theirs}, not {ours})" if shown else ""
             raise UserError(
                 f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
                 "Encode both with the same tokenizer, resolution and classes."
@@ -145,33 +170,38 @@ def check_alike(first: TokenDataset, other: TokenDataset) -> None:
 
 def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
     """Return (height, width) of each level of an image's tokens, coarsest level first."""
-    if (levels := getattr(content, "levels", None)) is not None:
-        return levels
+    if content.levels is not None:
+        return content.levels
     *repeated, height, width = content.item_shape
     return ((height, width),) * (repeated[0] if repeated else 1)
 
 
-def read_captions(path: str, names: Sequence[str]) -> list[str]:
-    """Return the caption of each image from a JSON Lines file of {"id": ..., "text": ...}.
+def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the captions of images by name, from a JSON Lines file of {"id": ..., "text": ...}.
 
     Raises:
         UserError: the file cannot be read, or an image has no caption.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"captions '{path}' cannot be read: {error}") from error
 
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            found[row["id"]] = row["text"]
-        except (ValueError, TypeError, KeyError) as error:
+            name, text = row["id"], row["text"]
+        except (ValueError, TypeError, KeyError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
             raise UserError(
-                f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}}, not '
-                f"{line[:80]!r}"
-            ) from error
+                f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}} with two '
+                f"strings, not {line[:80]!r}"
+            )
+        found[name] = text
 
     missing = [name for name in names if name not in found]
     if missing:
@@ -179,7 +209,7 @@ def read_captions(path: str, names: Sequence[str]) -> list[str]:
             f"captions '{path}' has no text for {len(missing):,} of {len(names):,} images. The "
             f"first is '{missing[0]}'."
         )
-    return [found[name] for name in names]
+    return {name: found[name] for name in names}
 
 
 def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
