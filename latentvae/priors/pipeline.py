@@ -87,7 +87,8 @@ class TokenPipeline(DiffusionPipeline):
         if options.guidance != 1 and text is None and int(chosen.max()) == NO_CLASS:
             raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
         tokens = sample_tokens(self.transformer, chosen, text=text, options=options, seed=seed)
-        return ImagePipelineOutput(images=convert(self.decode(tokens), output_type))
+        images: Any = convert(self.decode(tokens), output_type)
+        return ImagePipelineOutput(images=images)
 
     def all_classes(self, count: int) -> Tensor:
         """Return the class of each of `count` images: all classes in turn, or `NO_CLASS`."""

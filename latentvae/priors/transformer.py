@@ -11,6 +11,7 @@ embeddings (arXiv:2104.09864) of the predicted token, and a learned embedding be
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -74,6 +75,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
+    _gradient_checkpointing_func: Any  # diffusers sets it
 
     @register_to_config
     def __init__(
@@ -115,8 +117,8 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         turns = rotations(places_of(levels), channels=width // num_heads)
         self.register_buffer("turns", turns, persistent=False)
         self.apply(_initialise)
-        for output in self.outputs:
-            nn.init.zeros_(output.weight)  # so training starts at a loss of log K
+        for weight in self.outputs.parameters():
+            nn.init.zeros_(weight)  # so training starts at a loss of log K
 
     @property
     def num_tokens(self) -> int:

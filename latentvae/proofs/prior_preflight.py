@@ -222,7 +222,9 @@ def _causal(rehearsal: PriorRehearsal) -> Check:
     handle.remove()
     net.zero_grad()
 
-    reached = embedded[0].grad[0].abs().sum(dim=1) > 0  # entry i is token i
+    gradient = embedded[0].grad
+    assert gradient is not None
+    reached = gradient[0].abs().sum(dim=1) > 0  # entry i is token i
     later, missing = int(reached[place:].sum()), int((~reached[:place]).sum())
     return Check(
         name="causal",

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -126,7 +126,7 @@ class PriorTask(Task):
             accelerator,
             self.config.optimizer,
             averaged=self.net,
-            matrices=[part.weight for part in linear],
+            matrices=[cast("nn.Parameter", part.weight) for part in linear],
         )
         self.learners = {"model": learner}
 
@@ -242,10 +242,10 @@ class PriorTask(Task):
                 sums[name] = sums[name] + bits if name in sums else bits
 
         # means over all ranks
-        parts: list[dict[str, Tensor]] = gather_objects(sums)
-        names = next(iter(part for part in parts if part))
+        parts: list[dict[str, Tensor]] = [part for part in gather_objects(sums) if part]
         means = {
-            name: sum(part[name] for part in parts if part) / len(table) for name in names
+            name: torch.stack([part[name] for part in parts]).sum(dim=0) / len(table)
+            for name in parts[0]
         }  # each (T,)
         values = {name: bits.mean().item() for name, bits in means.items()}
         return {
