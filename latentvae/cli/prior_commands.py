@@ -40,13 +40,15 @@ class Sample:
     that fit their class or text better, but are less varied."""
 
     temperature: float = 1.0
-    """Divide the logits by this number. Lower values give more likely tokens."""
+    """Divide the logits by this number. Values below 1 prefer likely tokens, and values above 1
+    give more variety."""
 
     top_k: int = 0
     """Draw each token from this many most likely codes only. 0 draws from all codes."""
 
     top_p: float = 1.0
-    """Draw each token from the fewest codes whose probabilities add up to this share only."""
+    """Keep the most likely codes until their probabilities add up to this share, and draw from
+    these only. 1 keeps all codes."""
 
     seed: int = 0
     """Seed of the random numbers. The same seed gives the same pictures."""
@@ -55,7 +57,8 @@ class Sample:
     """Number of pictures that are drawn at once."""
 
     tokens: bool = False
-    """Also write the tokens to the folder `tokens` in `out`. `latentvae decode` reads them."""
+    """Also write the sampled tokens, to the folder `tokens` in `out`. `latentvae decode` reads
+    them."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU if there is one."""

@@ -1,4 +1,4 @@
-"""Generators of tokens and latents, which show what an autoencoder's codes are worth."""
+"""Generators of tokens. They show how well a model can learn the codes of an autoencoder."""
 
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.transformer import TokenTransformer

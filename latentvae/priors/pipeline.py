@@ -27,9 +27,9 @@ class TokenPipeline(DiffusionPipeline):
 
     Args:
         transformer: the prior.
-        vqvae: the tokenizer, of any class that latentvae can load.
+        vqvae: the image tokenizer, of any class that latentvae can load.
         text_encoder: encoder of prompts, for a prior with text.
-        tokenizer: splits prompts into words for `text_encoder`.
+        tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]

@@ -22,12 +22,13 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        guidance: weight g of classifier-free guidance (arXiv:2207.12598). Logits are those without
-            condition plus g times the difference that the condition makes. 1 is no guidance.
+        guidance: weight g of classifier-free guidance (arXiv:2207.12598). The logits are
+            a + g (b - a), with logits a without and b with condition. 1 is no guidance, 0 ignores
+            the condition.
         temperature: logits are divided by it. Above 0. Lower values give more likely tokens.
         top_k: draw only from this many most likely codes. 0 draws from all codes.
-        top_p: draw only from the fewest codes whose probabilities add up to this share
-            (arXiv:1904.09751). 1 draws from all codes.
+        top_p: keep the most likely codes until their probabilities add up to this share, and draw
+            from these only (arXiv:1904.09751). 1 keeps all.
 
     Raises:
         UserError: a value is out of range.
@@ -88,7 +89,7 @@ def sample_tokens(
 
 
 def with_unconditional(classes: Tensor, text: Text | None) -> tuple[Tensor, Text | None]:
-    """Append to each condition of a batch the same images without condition."""
+    """Double the batch: all images with their condition, then the same images without one."""
     classes = torch.cat([classes, torch.full_like(classes, NO_CLASS)])
     if text is not None:
         mask = torch.cat([text.mask, torch.zeros_like(text.mask)])

@@ -15,7 +15,7 @@ MAX_TEXT_TOKENS = 120  # as in LlamaGen. Longer prompts are cut.
 def load_text_encoder(path: str) -> tuple[Any, Any]:
     """Return the tokenizer and the encoder in a folder of `transformers`, or in a Hub repository.
 
-    The encoder of T5 or CLIP is loaded without its other half. The encoder is frozen.
+    Of T5, only the encoder is loaded, and of CLIP only the text encoder. The encoder is frozen.
 
     Raises:
         UserError: `transformers` is not installed, or the folder holds no text encoder.

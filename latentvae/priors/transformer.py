@@ -3,8 +3,9 @@
     condition, token 0, ..., token T - 2 -> blocks -> logits of token 0, 1, ..., T - 1
 
 Tokens of several levels form one sequence, coarsest level first, each level row by row. Slot t
-reads token t - 1 and predicts token t. Slot 0 reads the condition. Positions are 2-D rotary
-embeddings (arXiv:2104.09864) of the predicted token, and a learned embedding beside them.
+reads token t - 1 and predicts token t. Slot 0 reads the class. The slots of a text come before slot
+0. The position of a slot is that of the token it predicts. It enters twice: as a 2-D rotary
+embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the input.
 
 `B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
 """
@@ -270,8 +271,8 @@ class Cache:
 def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
     """Return the place (row, column) of each token in the finest level, (T, 2).
 
-    Tokens of all levels at the same place of the image have the same place. A coarse token lies in
-    the middle of the fine tokens that it covers.
+    Places are in units of the finest level, so that tokens of different levels can be compared.
+    With levels of 8 x 8 and 16 x 16 tokens, the first coarse token has the place (0.5, 0.5).
     """
     rows, columns = max(height for height, _ in levels), max(width for _, width in levels)
     places = []

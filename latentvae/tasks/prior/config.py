@@ -37,8 +37,8 @@ class TokensConfig(Section):
     max_validation_images: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
-            "Largest number of images in a validation. If there are more, this many are chosen at "
-            "equal distances."
+            "Largest number of images in a validation. If there are more, this many are chosen, "
+            "evenly spread over all validation images."
         ),
     )
     tokenizer: Annotated[str | None, MayChange(), Elsewhere("vq_model vqvae")] = Field(
@@ -51,8 +51,8 @@ class TokensConfig(Section):
     shuffle_tokens: bool = Field(
         default=False,
         description=(
-            "Shuffle the tokens within each image. This is a control experiment: a prior should "
-            "be clearly better without this option."
+            "Shuffle the tokens of each image within their level. This is a control experiment: a "
+            "prior should be clearly better without this option."
         ),
     )
 
@@ -83,8 +83,8 @@ class NetworkConfig(Section):
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
         default=0.1,
         description=(
-            "Share of the training images whose condition is dropped. Sampling with guidance needs "
-            "a value above 0."
+            "Probability with which an image loses its condition, drawn anew in each update. "
+            "Sampling with guidance needs a value above 0."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(
@@ -133,8 +133,8 @@ class PriorRunConfig(RunConfig):
     num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=40,
         description=(
-            "Number of images in each picture of samples. A picture shows at most 10 classes or "
-            "captions."
+            "Number of sampled images in each PNG of the run's folder `samples`. A PNG shows at "
+            "most 10 classes or captions."
         ),
     )
 
