@@ -14,6 +14,7 @@ classes into the other.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines look for it in this module
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn

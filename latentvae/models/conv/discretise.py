@@ -26,10 +26,8 @@ from latentvae.errors import UserError
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import SHARED, attention_levels
 
-CHUNK = 16  # images encoded or decoded at a time
-
-# Largest number of images for the decoder's Jacobian, which takes the most time.
-PROBED = 64
+CHUNK_PIXELS = 2**16  # about this many pixels are encoded or decoded at a time
+PROBED_PIXELS = 2**18  # about this many for the decoder's Jacobian, which takes the most time
 
 # Smallest variance or importance, as a share of the largest.
 LEAST_SHARE = 1e-6
@@ -107,8 +105,9 @@ def start_adapter(
     (J is the decoder's Jacobian at one position). The features are the principal components of
     sqrt(M) y. The first C components lose the least squared error of pixels.
 
-    - If C is larger than d, a random rotation spreads the components over all channels. Distances
-      stay the same, and quantisers that treat each channel alone (FSQ, LFQ) can use every channel.
+    - If C is larger than d, a random rotation spreads the components over all channels. Quantisers
+      that treat each channel alone (FSQ, LFQ) can then use every channel. Without `whiten`,
+      distances stay the same.
     - `whiten` gives every channel the variance 1, because FSQ and LFQ divide all channels equally.
       Otherwise the mean variance of the components is 1.
     - A quantiser `on_sphere` divides features by their length, and the length would be lost. So the
@@ -118,6 +117,9 @@ def start_adapter(
         net: the tokenizer of `from_autoencoder_kl`.
         images: (B, 3, H, W) in [-1, 1].
         generator: random generator on the CPU.
+
+    Raises:
+        UserError: the quantiser has too few channels.
     """
     latents, importance = _measured(net, images, generator=generator)
     mean = latents.mean(0)
@@ -130,6 +132,11 @@ def start_adapter(
     variances = variances.clamp_min(LEAST_SHARE * variances[0])
 
     channels = net.quantize.in_channels - on_sphere
+    if channels < 1:
+        raise UserError(
+            "a quantiser of 1 channel on the sphere cannot discretise a KL autoencoder. Give "
+            "--code_channels 2 or more."
+        )
     count = min(len(variances), channels)
     rows = axes.T[:count] @ root
     rows = rows / (variances[:count, None] if whiten else variances[:count].mean()).sqrt()
@@ -176,7 +183,7 @@ def _measured(net: Any, images: Tensor, *, generator: torch.Generator) -> tuple[
     """
     latents = [net.encoder(part) for part in _chunks(net, images)]
     gradients = []
-    for y in latents[: PROBED // CHUNK]:
+    for y in latents[: PROBED_PIXELS // CHUNK_PIXELS]:
         with torch.enable_grad():
             recon = net.decoder(y.requires_grad_())
         noise = torch.randn(recon.shape, generator=generator).to(recon)
@@ -192,7 +199,8 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _chunks(net: Any, images: Tensor) -> Iterator[Tensor]:
-    return (part.to(net.device) for part in images.split(CHUNK))
+    count = max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
+    return (part.to(net.device) for part in images.split(count))
 
 
 def _rows(values: Tensor) -> Tensor:

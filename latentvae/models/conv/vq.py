@@ -42,8 +42,9 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
         description=(
             "Number of first updates in which only the new quantiser and the 1x1 convolutions "
             "beside it learn, when pretrained_model_name_or_path is a KL autoencoder. After these "
-            "updates, the decoder learns too. A value below 1 is a share of max_train_steps. With "
-            "max_train_steps, the decoder never learns."
+            "updates, the decoder learns too. A value below 1 is a share of max_train_steps. Set "
+            "this option if the quality falls in the first updates. With max_train_steps, the "
+            "decoder never learns."
         ),
     )
     train_encoder: Annotated[bool, OfTheRun()] = Field(

@@ -14,6 +14,7 @@ H/p, W/p) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines look for it in this module
 from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import nn

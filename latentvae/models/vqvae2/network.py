@@ -117,7 +117,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Replace all quantisers, see `DiscreteAutoencoder.requantize`."""
+        """Replace all quantisers, see `Tokenizer.requantize`."""
         module: Any = self.quantize
         rebuilt = nn.ModuleList([rebuilt_quantizer(old, quantizer) for old in module])
         self.quantize = rebuilt.to(self.device, self.dtype)

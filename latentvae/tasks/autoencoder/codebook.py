@@ -5,6 +5,7 @@ The codes are initialised by k-means and updated from the vectors of all ranks.
 `N` vectors, `c` feature channels, `K` codes.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -130,6 +131,24 @@ def _latent(place: int) -> tuple[int, ...]:
     return (2, place) if place else ()
 
 
+@contextlib.contextmanager
+def computed_alone(net: Network) -> Iterator[None]:
+    """Put the quantisers in eval mode in this context, for code that only one rank runs.
+
+    In train mode, an entropy loss is averaged over all ranks, and the rank would wait for the
+    others.
+    """
+    quantizers = family_of(net).quantizers(net)
+    modes = [quantizer.training for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.eval()
+        yield
+    finally:
+        for quantizer, mode in zip(quantizers, modes, strict=True):
+            quantizer.train(mode)
+
+
 @torch.no_grad()
 def initialise_codebook(
     net: Network,
@@ -166,7 +185,8 @@ def initialise_codebook(
         vectors: list[Tensor] = []
         vectors_per_image = 0
         for images in _batches(source, transform, seed=seed):
-            features = family.features(net, images.to(net.device))[place]
+            with computed_alone(net):
+                features = family.features(net, images.to(net.device))[place]
             vectors_per_image = features[0, 0].numel()
             vectors.append(features.movedim(1, -1).flatten(0, -2))
             if sum(map(len, vectors)) >= wanted:

@@ -16,7 +16,7 @@ from latentvae.distributed import send_from_main
 from latentvae.engine.randomness import Stream, generator_for
 from latentvae.errors import UserError
 from latentvae.models.conv.discretise import fit_decoder_side, start_adapter
-from latentvae.tasks.autoencoder.codebook import initialise_codebook, wants_start
+from latentvae.tasks.autoencoder.codebook import computed_alone, initialise_codebook, wants_start
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import Base
 from latentvae.tasks.autoencoder.images import eval_transform
@@ -35,6 +35,16 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
             "freeze_encoder keeps the tokens of a pretrained tokenizer, but the quantiser of a "
             "discretised KL autoencoder is new. Leave it out: the encoder keeps its weights "
             "without train_encoder."
+        )
+    if discretises and (reason := config.model.bottleneck.why_no_linear_start):
+        raise UserError(
+            f"the quantiser {config.model.bottleneck.type} of config {config.config} cannot "
+            f"discretise a KL autoencoder: {reason}"
+        )
+    if trains_encoder(config) and warmup_steps(config) >= config.run.max_train_steps:
+        raise UserError(
+            f"train_encoder has no effect, because quantizer_warmup_steps {warmup_steps(config)} "
+            f"lasts until the end of the run ({config.run.max_train_steps} updates). Leave one out."
         )
     given = {
         "quantizer_warmup_steps": warmup_steps(config),
@@ -121,6 +131,7 @@ def _start(
             seed=run.seed,
         )
 
-    fit_decoder_side(net, pictures)
+    with computed_alone(net):
+        fit_decoder_side(net, pictures)
     seconds = time.monotonic() - start
     print(f"adapter of the quantiser: {len(pictures)} images, {seconds:.1f} s", flush=True)

@@ -18,7 +18,7 @@ from latentvae.engine.randomness import Stream, generator_for
 from latentvae.errors import UserError
 from latentvae.models import Network, family_of
 from latentvae.models.conv.linear_start import patch_codes, start_decoder, start_encoder
-from latentvae.tasks.autoencoder.codebook import initialise_codebook, wants_start
+from latentvae.tasks.autoencoder.codebook import computed_alone, initialise_codebook, wants_start
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.images import batches, eval_transform
 
@@ -124,7 +124,8 @@ def _latents(net: Network, pictures: Tensor, *, seed: int) -> Tensor:
     family, generator = family_of(net), generator_for(Stream.WEIGHTS, seed, 1)
     quantizers = family.quantizers(net)  # at most one: only networks with one latent start here
     found = []
-    for part in pictures.split(CHUNK):
-        z = family.encode(net, part.to(net.device), sample=not quantizers, generator=generator)
-        found.append((quantizers[0](z).z if quantizers else z).cpu())
+    with computed_alone(net):
+        for part in pictures.split(CHUNK):
+            z = family.encode(net, part.to(net.device), sample=not quantizers, generator=generator)
+            found.append((quantizers[0](z).z if quantizers else z).cpu())
     return torch.cat(found)

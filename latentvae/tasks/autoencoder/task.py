@@ -25,7 +25,7 @@ from latentvae.models import calls
 from latentvae.tasks.autoencoder import plan_rows, reach, refusals
 from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, what_to_watch
 from latentvae.tasks.autoencoder.config import TrainConfig
-from latentvae.tasks.autoencoder.discretise import check_discretising
+from latentvae.tasks.autoencoder.discretise import check_discretising, warmup_steps
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
 from latentvae.tasks.autoencoder.images import (
     batches,
@@ -327,7 +327,7 @@ class AutoencoderTask(LearningAutoencoder):
     @classmethod
     def shortened(cls, config: TrainConfig, *, updates: int) -> TrainConfig:
         early, discriminator = updates // 4, config.discriminator
-        sections = {
+        sections: dict[str, dict[str, Any]] = {
             "data": {"max_validation_images": min(config.data.max_validation_images, 8)},
             "discriminator": {
                 "disc_start": float(early),
@@ -336,6 +336,8 @@ class AutoencoderTask(LearningAutoencoder):
             },
             "run": {"num_sample_images": 1},
         }
+        if steps := warmup_steps(config):
+            sections["model"] = {"quantizer_warmup_steps": min(steps, early)}
         return config.with_changes(sections)
 
     def check_repeatable(self) -> None:

@@ -18,6 +18,7 @@ from latentvae.engine.resume import write_config
 from latentvae.engine.updates import Updates
 from latentvae.errors import UserError
 from latentvae.latents.decode import decode_folder
+from latentvae.latents.encode import encode_folder
 from latentvae.latents.shard_dataset import TokenDataset
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sample import sample_folder, write_samples
@@ -27,7 +28,8 @@ from latentvae.tasks.prior.task import PriorTask
 from latentvae.tasks.prior.tokens import unigram_bits
 from tests.launch import finish, launch
 from tests.tasks.prior.text_encoder import write_text_encoder
-from tests.tasks.prior.tokens import CLASSES, small_prior, write_patterns
+from tests.tasks.prior.tokens import CLASSES, pictures, small_prior, write_patterns
+from tests.tiny import TRAINABLE
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
@@ -100,8 +102,7 @@ def test_the_command_writes_pictures_and_tokens(run: Path, tmp_path: Path) -> No
     # the tokens decode to the same pictures
     shards = tmp_path / "a" / "tokens"
     assert [item["label"] for item in TokenDataset(shards)] == [1] * 5  # type: ignore[attr-defined]
-    decoded = decode_folder(shards, tmp_path / "decoded")
-    for path in decoded:
+    for path in decode_folder(shards, tmp_path / "decoded"):
         ours, theirs = (np.asarray(Image.open(p)) for p in (path, tmp_path / "a" / path.name))
         assert np.array_equal(ours, theirs)
 
@@ -228,6 +229,24 @@ def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_pat
     captions.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="has no text for 255 of 256 images"):
         PriorTask(small_prior(data[1], tmp_path / "other", prior=text)).open()
+
+
+@pytest.mark.parametrize("name", ["vqvae2", "residual", "gumbel", "vit_fsq"])
+def test_tokens_of_every_kind_are_learned_and_sampled(name: str, tmp_path: Path) -> None:
+    nets = {**TRAINABLE["vqvae2"], **TRAINABLE["vq"], **TRAINABLE["vit_vq"]}
+    nets[name]().save_pretrained(tmp_path / "tokenizer")
+    encode_folder(
+        tmp_path / "tokenizer", pictures(tmp_path / "photos"), tmp_path / "tokens", resolution=8
+    )
+    short = {"max_train_steps": 2, "validation_steps": 2, "train_batch_size": 4}
+    train(PriorTask(small_prior(tmp_path / "tokens", tmp_path / "run", **short)))
+    levels = {key for key in last(tmp_path / "run") if key.startswith("validation/bits_level")}
+    assert len(levels) == {"vqvae2": 2, "residual": 2}.get(name, 0)
+
+    out = tmp_path / "pictures"
+    (path,) = sample_folder(tmp_path / "run", out, num=1, options=Sampling(), tokens=True)
+    (decoded,) = decode_folder(out / "tokens", tmp_path / "decoded")
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(decoded)))
 
 
 def test_bad_input_is_named_before_any_work(
