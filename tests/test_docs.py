@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from latentvae.cli.main import COMMANDS, COMMANDS_OF_RUNS, TRAIN
-from latentvae.config.presets import preset_names
-from latentvae.config.run_config import flat, option_names
+from latentvae.cli.flags import flag_name
+from latentvae.cli.main import COMMANDS, COMMANDS_OF_RUNS
+from latentvae.config.presets import load_preset, preset_names
+from latentvae.config.run_config import JobConfig, flat, option_names
 from latentvae.data import open_source
-from latentvae.tasks.autoencoder.config import TrainConfig, load_preset
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.prior.config import PriorConfig
 from tests.proofs.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -105,10 +107,12 @@ def presets() -> frozenset[str]:
 
 
 @functools.cache
-def options_of(preset: str) -> set[str]:
-    """Return the options that a preset has, or all that any preset has."""
-    known = preset in presets()
-    return SWITCHES | set(flat(load_preset(preset)) if known else option_names(TrainConfig))
+def options_of(preset: str, schema: type[JobConfig] = TrainConfig) -> set[str]:
+    """Return the options that a preset has, or all that any preset of the task has."""
+    if preset in preset_names(PriorConfig):
+        schema = PriorConfig
+    known = preset in preset_names(schema)
+    return SWITCHES | set(flat(load_preset(preset, schema)) if known else option_names(schema))
 
 
 def test_training_commands_have_presets_and_flags_that_exist() -> None:
@@ -126,11 +130,12 @@ def test_commands_of_latentvae_exist_with_their_flags() -> None:
     found = commands(r"(?:^|\s)latentvae(?:\.cli)? ([a-z][a-z-]+)(?=\s)")
     assert {name for _, name, _ in found} >= {"evaluate", "encode", "export", "preflight"}
     for page, name, arguments in found:
-        if name == TRAIN:
-            assert flags_in(arguments) <= options_of(""), (page, name, arguments)
+        if name in ("train", "train-prior"):
+            schema = TrainConfig if name == "train" else PriorConfig
+            assert flags_in(arguments) <= options_of("", schema), (page, name, arguments)
             continue
         command = (COMMANDS | COMMANDS_OF_RUNS)[name]
-        known = {field.name for field in dataclasses.fields(command)}
+        known = {flag_name(field) for field in dataclasses.fields(command)}
         if name in COMMANDS_OF_RUNS:
             known |= options_of(arguments.split()[0])
         assert flags_in(arguments) <= known, (page, name, arguments)
@@ -143,8 +148,10 @@ def test_benchmarks_that_pages_run_exist_with_their_flags() -> None:
 
 
 def test_every_flag_on_a_page_exists() -> None:
-    known = options_of("") | OTHER_PROGRAMS
-    known |= {f.name for c in (COMMANDS | COMMANDS_OF_RUNS).values() for f in dataclasses.fields(c)}
+    known = options_of("") | options_of("", PriorConfig) | OTHER_PROGRAMS
+    known |= {
+        flag_name(f) for c in (COMMANDS | COMMANDS_OF_RUNS).values() for f in dataclasses.fields(c)
+    }
     benchmarks = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     for page in PAGES:
         if page in FAULTS:  # they name flags of other trainers

@@ -62,7 +62,7 @@ def parse_options(
     else:
         fields = dataclasses.fields(options)
         arguments = _sides_last(arguments)
-        check_names(arguments, [_flag_name(field) for field in fields])
+        check_names(arguments, [flag_name(field) for field in fields])
         check_switches(arguments, [field.name for field in fields if field.type is bool])
         context = one_sentence_errors()
 
@@ -72,7 +72,7 @@ def parse_options(
         )
 
 
-def _flag_name(field: "dataclasses.Field[Any]") -> str:
+def flag_name(field: "dataclasses.Field[Any]") -> str:
     """Return the name of a field's flag, which `tyro.conf.arg(name=...)` may change."""
     marks = getattr(field.type, "__metadata__", ())
     return next((m.name for m in marks if getattr(m, "name", None)), field.name)

@@ -29,6 +29,7 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
     Raises:
         UserError: an option has no meaning. The message names the option and its value.
     """
+    # a new quantiser
     discretises = base is not None and base.discretised
     if discretises and config.model.freeze_encoder:
         raise UserError(
@@ -38,14 +39,18 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
         )
     if discretises and (reason := config.model.bottleneck.why_no_linear_start):
         raise UserError(
-            f"the quantiser {config.model.bottleneck.type} of config {config.config} cannot "
-            f"discretise a KL autoencoder: {reason}"
+            f"the network {config.model.kind} of config {config.config} cannot be made from a KL "
+            f"autoencoder: {reason}"
         )
+
+    # when its parts learn
     if trains_encoder(config) and warmup_steps(config) >= config.run.max_train_steps:
         raise UserError(
             f"train_encoder has no effect, because quantizer_warmup_steps {warmup_steps(config)} "
             f"lasts until the end of the run ({config.run.max_train_steps} updates). Leave one out."
         )
+
+    # options without a new quantiser
     given = {
         "quantizer_warmup_steps": warmup_steps(config),
         "train_encoder": trains_encoder(config),
