@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentvae.bottlenecks.bottleneck_config import LearnedCodebookConfig
 from latentvae.data import ImageSource, ImageStream
 from latentvae.distributed import send_from_main
 from latentvae.engine.randomness import Stream, generator_for
@@ -37,10 +38,12 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
             "discretised KL autoencoder is new. Leave it out: the encoder keeps its weights "
             "without train_encoder."
         )
-    if discretises and (reason := config.model.bottleneck.why_no_linear_start):
+    bottleneck = config.model.bottleneck
+    learned = isinstance(bottleneck, LearnedCodebookConfig)
+    if discretises and learned and not bottleneck.starts_by_kmeans:
         raise UserError(
-            f"the network {config.model.kind} of config {config.config} cannot be made from a KL "
-            f"autoencoder: {reason}"
+            f"config {config.config} has a codebook of random codes, and most of them would never "
+            "be near the latents of the KL autoencoder. Give --kmeans_iterations 10."
         )
 
     # when its parts learn

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from latentvae.bottlenecks.vector import VectorQuantizer
 from latentvae.outputs import AutoencoderOutput, Latent
-from latentvae.tasks.autoencoder.codebook import CodebookUpdate
+from latentvae.tasks.autoencoder.codebook import CodebookUpdate, computed_alone
+from tests.tiny import TRAINABLE
 
 
 def output(quantizer: VectorQuantizer, features: Tensor) -> AutoencoderOutput:
@@ -119,3 +120,11 @@ def test_a_cleared_update_starts_anew(after: int) -> None:
         update.add(output(quantizer, torch.randn(1, 2, 3, 3)))
     update.apply(0, optimizer=torch.optim.AdamW([nn.Parameter(before)]), averages={})
     assert torch.equal(quantizer.codebook, before) == (not after)
+
+
+def test_a_rank_that_computes_alone_waits_for_no_other() -> None:
+    """In train mode an entropy loss is averaged over ranks, which would wait for the others."""
+    net = TRAINABLE["vq"]["lfq"]().train()
+    with computed_alone(net):
+        assert not net.quantize.training and net.encoder.training
+    assert net.quantize.training
