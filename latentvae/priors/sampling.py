@@ -50,7 +50,7 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1 (got {self.top_p:g}).")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_tokens(
     net: TokenTransformer,
     classes: Tensor,
