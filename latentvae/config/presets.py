@@ -61,8 +61,8 @@ def load_preset(
     path = Path(name_or_path)
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise unknown_config(name_or_path, preset_names(schema))
+        if name_or_path not in preset_names(schema):
+            raise unknown_config(name_or_path, preset_names(schema))
 
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
@@ -78,6 +78,12 @@ def load_preset(
 def unknown_config(name_or_path: str, presets: Iterable[str]) -> UserError:
     """Return the error about a config that is neither a file nor one of the presets."""
     names = sorted(presets)
+    if (presets_folder() / f"{name_or_path}.yaml").is_file():
+        command = "train" if "prior_small" in names else "train-prior"
+        return UserError(
+            f"the preset '{name_or_path}' is for another command, `latentvae {command}`. The "
+            f"presets here are {', '.join(names)}."
+        )
     return UserError(
         f"config '{name_or_path}' is neither a file nor a preset ({', '.join(names)})"
         f"{nearest(Path(name_or_path).stem, names)}"

@@ -79,8 +79,13 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     if not path.is_file():
         raise UserError(f"'{path.parent}' is not a run: it has no {path.name}")
     values = read_yaml(path)
-    if not isinstance(values, dict) or not values.keys() >= set(schema.model_fields):
+    if not isinstance(values, dict):
         raise UserError(f"'{path}' is not the configuration of a run")
+    if not values.keys() >= set(schema.model_fields):
+        raise UserError(
+            f"'{path}' is not the configuration of a run of this kind. Its sections are "
+            f"{', '.join(map(str, values))}."
+        )
     return parse(values, schema, source=str(path))
 
 

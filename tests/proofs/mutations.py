@@ -222,10 +222,12 @@ def _keep_gradients(learner: Learner) -> None:
 def _unprepared(*, model: bool) -> Inject:
     """The model, or the discriminator, is called as it is."""
 
-    def fault(prepare: Callable[..., nn.Module], accelerator: Any, module: nn.Module) -> nn.Module:
+    def fault(
+        prepare: Callable[..., nn.Module], accelerator: Any, module: nn.Module, **options: Any
+    ) -> nn.Module:
         if isinstance(module, TrainingWrapper) == model:
             return module.to(accelerator.device)
-        return prepare(accelerator, module)
+        return prepare(accelerator, module, **options)
 
     return around(PREPARE, fault)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentvae.cli.main import main
+from latentvae.config.presets import load_preset
 from latentvae.engine.checkpoint_files import load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import Stopped, train
@@ -24,6 +25,8 @@ from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sample import sample_folder, write_samples
 from latentvae.priors.sampling import Sampling
 from latentvae.proofs.prior_preflight import prior_preflight
+from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.task import PriorTask
 from latentvae.tasks.prior.tokens import unigram_bits
 from tests.launch import finish, launch
@@ -277,6 +280,13 @@ def test_bad_input_is_named_before_any_work(
         PriorTask(both).open()
     with pytest.raises(UserError, match="tokens is missing"):
         PriorTask(small_prior(data[1], out, tokens={"tokens": []})).open()
+
+
+def test_presets_of_other_commands_are_named() -> None:
+    with pytest.raises(UserError, match="another command, `latentvae train-prior`"):
+        load_preset("prior_small", TrainConfig)
+    with pytest.raises(UserError, match="'vq_small' is for another command, `latentvae train`"):
+        load_preset("vq_small", PriorConfig)
 
 
 def test_the_unigram_counts_frequencies() -> None:
