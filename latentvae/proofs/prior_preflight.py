@@ -27,7 +27,7 @@ from latentvae.engine.updates import UpdateResult, Updates
 from latentvae.priors.sampling import Steps
 from latentvae.priors.transformer import NO_CLASS, Text
 from latentvae.proofs.checks import Check, check_json_file, conclude, wrapped
-from latentvae.proofs.preflight.preflight import joined
+from latentvae.proofs.preflight.preflight import joined, temporary_folder
 from latentvae.proofs.preflight.rehearsal import fingerprints
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.task import PriorTask
@@ -99,10 +99,7 @@ def _rehearse(config: PriorConfig, stack: contextlib.ExitStack) -> PriorRehearsa
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
     keep_freed_memory(accelerator.device)
-    name = None
-    if is_main():
-        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentvae-preflight-"))
-    training = build_training(task, folder=Path(from_main(name)), accelerator=accelerator)
+    training = build_training(task, folder=temporary_folder(stack), accelerator=accelerator)
 
     # its first updates
     with training.evaluating():

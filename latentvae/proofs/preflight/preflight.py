@@ -95,12 +95,12 @@ def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
     stack.callback(end_accelerator, accelerator)
     config = config.for_processes(accelerator.num_processes)
     keep_freed_memory(accelerator.device)  # like `train`, so that time and memory are the same
-    folder = _temporary(stack)
+    folder = temporary_folder(stack)
     training = build_training(task, folder=folder, accelerator=accelerator)
     return Rehearsal(asked=config, task=task, training=training, updates=Updates(training))
 
 
-def _temporary(stack: contextlib.ExitStack) -> Path:
+def temporary_folder(stack: contextlib.ExitStack) -> Path:
     """Return one temporary folder, which the first process makes and all processes use.
 
     The first process removes the folder when all processes have finished.

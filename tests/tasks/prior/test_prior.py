@@ -27,7 +27,7 @@ from latentvae.priors.sampling import Sampling
 from latentvae.proofs.prior_preflight import prior_preflight
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.prior.config import PriorConfig
-from latentvae.tasks.prior.task import PriorTask
+from latentvae.tasks.prior.task import PriorTask, token_bits
 from latentvae.tasks.prior.tokens import unigram_bits
 from tests.launch import finish, launch
 from tests.tasks.prior.text_encoder import write_text_encoder
@@ -227,6 +227,16 @@ def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_pat
     out = tmp_path / "pictures"
     main(["sample", str(tmp_path / "run"), "--num", "2", *prompt, "--out", str(out)])
     assert len(list(out.glob("0*.png"))) == 2
+
+    # the caption of the other class makes the tokens less likely
+    pipe = TokenPipeline.from_pretrained(tmp_path / "run" / "export")
+    indices = items[0]["indices"].flatten()[None]
+    label = items[0]["label"]
+    right, wrong = (
+        token_bits(pipe.transformer, indices, None, pipe.encode([f"a photo of a {CLASSES[i]}"]))
+        for i in (label, 1 - label)
+    )
+    assert wrong.mean() > right.mean() + 0.2
 
     # each image needs a caption
     captions.write_text(json.dumps(rows[0]) + "\n")
