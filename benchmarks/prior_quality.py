@@ -45,7 +45,7 @@ from latentvae.errors import UserError
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.items import find_labels
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.metrics.distribution import trunk_features
+from latentvae.metrics.distribution import trunk_features, unbiased_mmd
 from latentvae.models import calls
 from latentvae.priors.sample import find_export, open_prior, read_content
 from latentvae.priors.sampling import Sampling, sample_tokens
@@ -148,20 +148,6 @@ def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
     return batches, len(source)
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Return the unbiased MMD^2 of two independent sets of features, (N, D) and (M, D)."""
-    x, y = x.double(), y.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
-
-    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
-
-
 def class_share(images: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
     """Return the share of images whose class is that of most of their nearest training images."""
     nearest = torch.cdist(images, train).topk(NEIGHBOURS, largest=False).indices
@@ -241,18 +227,18 @@ def run(options: Options) -> None:
     recon = features.of(features.reconstructed(seen()), count, "reconstructions")
     own = features.of(features.reconstructed(other()), other_count, "unseen reconstructions")
     rows = {
-        "training photos": {"kd": kernel_distance(train.vgg, unseen.vgg)},
-        "their reconstructions": {"kd": kernel_distance(recon.vgg, unseen.vgg)},
+        "training photos": {"kd": unbiased_mmd(train.vgg, unseen.vgg)},
+        "their reconstructions": {"kd": unbiased_mmd(recon.vgg, unseen.vgg)},
         "unseen reconstructions": measured(own, train, own),
     }
     found = features.of(unigram(options, tokenizer, seen(), len(names)), options.num, "unigram")
-    rows["unigram"] = {"kd": kernel_distance(found.vgg, unseen.vgg), **measured(found, train, own)}
+    rows["unigram"] = {"kd": unbiased_mmd(found.vgg, unseen.vgg), **measured(found, train, own)}
 
     # priors
     priors = {}
     for folder, given in zip(folders, options.priors, strict=True):
         found = features.of(samples(options, folder), options.num, given)
-        distance = kernel_distance(found.vgg, unseen.vgg)
+        distance = unbiased_mmd(found.vgg, unseen.vgg)
         priors[given] = {"kd": distance, **measured(found, train, own)}
     rows |= priors
     if len(priors) > 1:

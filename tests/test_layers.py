@@ -45,7 +45,7 @@ ALLOWED = {
     "autoencoder": BASE | {"models", "compute", "pictures"},
     "latents": BASE
     | {"bottlenecks", "models", "compute", "data", "metrics", "pictures", "coding", "autoencoder"},
-    "priors": BASE | {"models", "compute", "pictures", "latents"},
+    "priors": BASE | {"models", "compute", "pictures", "latents", "autoencoder"},
     "export": BASE | {"bottlenecks", "models", "compute", "latents"},
     "report": {"errors", "files", "text"},  # it reads report.json alone, and measures nothing
     "evaluation": BASE
@@ -58,7 +58,8 @@ ALLOWED = {
     | {"bottlenecks", "likelihoods", "models", "losses", "metrics", "data", "pictures", "latents"}
     | {"compute", "config", "export", "engine", "priors"},
     "proofs": BASE
-    | {"models", "losses", "metrics", "data", "compute", "config", "engine", "priors", "tasks"},
+    | {"models", "losses", "metrics", "data", "compute", "config", "engine", "priors", "tasks"}
+    | {"latents", "autoencoder", "report"},
     "cli": BASE
     | {"config", "reconstruct", "report", "evaluation", "latents", "export", "engine", "tasks"}
     | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute"},

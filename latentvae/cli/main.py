@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
+from latentvae.cli.flow_commands import Prove, train_flow_command
 from latentvae.cli.prior_commands import Sample, train_prior_command
+from latentvae.cli.trainings import training_of
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -483,20 +485,14 @@ class Preflight:
 
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the flags of training describe, and exit."""
-        from latentvae.proofs.preflight import preflight
-        from latentvae.proofs.prior_preflight import prior_preflight
-        from latentvae.tasks.prior.config import PriorConfig
-
         _, config = run_of(self.config, flags, also=["json"])
-        if isinstance(config, PriorConfig):
-            raise SystemExit(prior_preflight(config, json=self.json))
-        raise SystemExit(preflight(config, json=self.json))
+        raise SystemExit(training_of(self.config).preflight(config, json=self.json))
 
 
 def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
     """Return the task and the options of a run, for a command that takes the flags of training.
 
-    The sections of the config decide whether the run trains an autoencoder or a prior.
+    The sections of the config decide what the run trains.
 
     Args:
         config: preset or YAML file.
@@ -505,18 +501,13 @@ def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[
             them.
     """
     from latentvae.cli.train import config_from_arguments
-    from latentvae.config.presets import belongs_to
-    from latentvae.tasks.autoencoder.task import AutoencoderTask
-    from latentvae.tasks.prior.task import PriorTask
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
         raise UserError(f"--config is not allowed here, because '{config}' is already the config")
+    task = training_of(config).task()
     arguments = ["--config", config, *flags]
-    autoencoder = belongs_to(config, AutoencoderTask.config_class)
-    if belongs_to(config, PriorTask.config_class) and not autoencoder:
-        schema = PriorTask.config_class
-        return PriorTask, config_from_arguments(arguments, description="", schema=schema, also=also)
-    return AutoencoderTask, config_from_arguments(arguments, description="", also=also)
+    schema = task.config_class
+    return task, config_from_arguments(arguments, description="", schema=schema, also=also)
 
 
 Command = (
@@ -528,6 +519,7 @@ Command = (
     | type[Encode]
     | type[Decode]
     | type[Sample]
+    | type[Prove]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -539,6 +531,7 @@ COMMANDS: dict[str, Command] = {
     "encode": Encode,
     "decode": Decode,
     "sample": Sample,
+    "prove": Prove,
 }
 
 
@@ -547,6 +540,7 @@ Scripts of the repository:
   train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
   train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
+  train/train_flow.py      Train a flow matching model: `latentvae train-flow` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -580,6 +574,7 @@ def train_command(arguments: Sequence[str]) -> None:
 TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "train-prior": train_prior_command,
+    "train-flow": train_flow_command,
 }
 
 

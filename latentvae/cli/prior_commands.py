@@ -1,26 +1,30 @@
-"""The commands of priors: `latentvae train-prior` and `latentvae sample`."""
+"""The commands of generators: `latentvae train-prior` and `latentvae sample`."""
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from latentvae.errors import UserError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw pictures from a prior: one PNG for each picture, and a grid of them.
+    """Draw pictures from a generator: one PNG for each picture, and a grid of them.
 
-    A prior is a generator of tokens that `latentvae train-prior` has trained. Its export holds the
-    tokenizer too, which decodes the tokens.
+    A generator is a prior on tokens (`latentvae train-prior`) or a flow matching model on latents
+    (`latentvae train-flow`). Its export also holds the autoencoder, which decodes tokens or
+    latents.
 
         latentvae sample runs/prior --num 16 --class church --guidance 2 --out pictures
     """
 
-    prior: Annotated[Path, Positional]
-    """Folder of a finished run of `latentvae train-prior`, or the folder `export` in it."""
+    prior: Annotated[Path, Positional, arg(name="model")]
+    """Folder of a finished run of `latentvae train-prior` or `latentvae train-flow`, or the folder
+    `export` in it."""
 
     out: Path
     """Folder for the pictures. It must be new or empty."""
@@ -39,16 +43,23 @@ class Sample:
     """Weight of classifier-free guidance. 1 is no guidance. Higher values, such as 2, give pictures
     that fit their class or text better, but are less varied."""
 
-    temperature: float = 1.0
-    """Divide the logits by this number. Values below 1 prefer likely tokens, and values above 1
-    give more variety."""
+    temperature: float | None = None
+    """For a prior: divide the logits by this number. Values below 1 prefer likely tokens, and
+    values above 1 give more variety. The default is 1."""
 
-    top_k: int = 0
-    """Draw each token from this many most likely codes only. 0 draws from all codes."""
+    top_k: int | None = None
+    """For a prior: draw each token from this many most likely codes only. By default, from all."""
 
-    top_p: float = 1.0
-    """Keep the most likely codes until their probabilities add up to this share, and draw from
-    these only. 1 keeps all codes."""
+    top_p: float | None = None
+    """For a prior: keep the most likely codes until their probabilities add up to this share, and
+    draw from these only. By default, all codes are kept."""
+
+    steps: int | None = None
+    """For a flow matching model: number of steps from noise to latent. The default is 25."""
+
+    solver: Literal["euler", "heun"] | None = None
+    """For a flow matching model: solver of the steps. heun evaluates the network twice in a step
+    and is more exact. The default is euler."""
 
     seed: int = 0
     """Seed of the random numbers. The same seed gives the same pictures."""
@@ -65,23 +76,57 @@ class Sample:
 
     def run(self) -> None:
         """Draw the pictures and write them."""
+        from latentvae.priors.flow_sample import flow_export
+
+        folder = flow_export(self.prior)
+        pictures = self._from_prior() if folder is None else self._from_flow(folder)
+        print(f"{len(pictures)} pictures and grid.png in {self.out}")
+
+    def _from_prior(self) -> list[Path]:
         from latentvae.priors.sample import sample_folder
         from latentvae.priors.sampling import Sampling
 
-        options = Sampling(self.guidance, self.temperature, self.top_k, self.top_p)
-        pictures = sample_folder(
+        names = {"temperature", "top_k", "top_p"}
+        given = self._given(names, {"steps", "solver"}, kind="a prior on tokens")
+        return sample_folder(
             self.prior,
             self.out,
             num=self.num,
             class_name=self.class_name,
             prompt=self.prompt,
-            options=options,
+            options=Sampling(self.guidance, **given),
             seed=self.seed,
             batch_size=self.batch_size,
             tokens=self.tokens,
             device=self.device,
         )
-        print(f"{len(pictures)} pictures and grid.png in {self.out}")
+
+    def _from_flow(self, folder: Path) -> list[Path]:
+        from latentvae.priors.flow_matching import FlowSampling
+        from latentvae.priors.flow_sample import sample_flow_folder
+
+        others = {"prompt", "temperature", "top_k", "top_p", "tokens"}
+        given = self._given({"steps", "solver"}, others, kind="a flow matching model")
+        return sample_flow_folder(
+            folder,
+            self.out,
+            num=self.num,
+            class_name=self.class_name,
+            options=FlowSampling(self.guidance, **given),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    def _given(self, names: set[str], others: set[str], *, kind: str) -> dict[str, Any]:
+        """Return the given options among `names`. Raise UserError if one of `others` is given."""
+        for name in sorted(others):
+            if getattr(self, name) not in (None, False):
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no meaning for '{self.prior}', which is "
+                    f"{kind}. Leave it out."
+                )
+        return {name: v for name in names if (v := getattr(self, name)) is not None}
 
 
 def train_prior_command(arguments: Sequence[str]) -> None:

@@ -13,6 +13,9 @@ from latentvae.files import read_yaml
 
 Config = TypeVar("Config", bound=JobConfig)
 
+# The section of a preset that shows its command. Presets of `train` have none of these sections.
+COMMANDS = {"train-prior": "prior", "train-flow": "flow"}
+
 
 def presets_folder() -> Path:
     """Return the folder of presets: `presets` of an installed package, or `train/configs`."""
@@ -78,8 +81,8 @@ def load_preset(
 def unknown_config(name_or_path: str, presets: Iterable[str]) -> UserError:
     """Return the error about a config that is neither a file nor one of the presets."""
     names = sorted(presets)
-    if (presets_folder() / f"{name_or_path}.yaml").is_file():
-        command = "train" if "prior_small" in names else "train-prior"
+    if name_or_path in (found := _preset_sections(presets_folder())):
+        command = next((c for c, key in COMMANDS.items() if key in found[name_or_path]), "train")
         return UserError(
             f"the preset '{name_or_path}' is for another command, `latentvae {command}`. The "
             f"presets here are {', '.join(names)}."

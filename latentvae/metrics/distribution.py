@@ -140,6 +140,29 @@ class KernelDistance:
         self._recon = [] if empty else [torch.from_numpy(state["recon"].copy())]
 
 
+def kernel_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """Return the kernel (x . y / D + 1)^3 of all pairs, (N, M), float64, of (N, D) and (M, D)."""
+    return _kernel(x.double(), y.double())
+
+
+def unbiased_mmd(x: Tensor, y: Tensor) -> float:
+    """Return the unbiased MMD^2 of two independent sets of features, (N, D) and (M, D).
+
+    For sets of pairs, such as images and their reconstructions, use `KernelDistance`.
+
+    Raises:
+        ValueError: a set has fewer than 2 rows.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"A kernel distance needs 2 images in each set (got {len(x)}, {len(y)}).")
+
+    def within(rows: Tensor) -> Tensor:
+        k = kernel_matrix(rows, rows)
+        return (k.sum() - k.trace()) / (len(rows) * (len(rows) - 1))
+
+    return (within(x) + within(y) - 2 * kernel_matrix(x, y).mean()).item()
+
+
 def trunk_features(levels: Sequence[Tensor]) -> Tensor:
     """Return the spatial mean of relu5_3, the last level of LPIPS' VGG16, (B, 512), float32.
 

@@ -1,6 +1,7 @@
-"""Generators of tokens. They show how well a model can learn the codes of an autoencoder."""
+"""Generators of tokens and latents. They show how well a model learns an autoencoder's code."""
 
+from latentvae.priors.flow_pipeline import FlowPipeline
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.transformer import TokenTransformer
 
-__all__ = ["TokenPipeline", "TokenTransformer"]
+__all__ = ["FlowPipeline", "TokenPipeline", "TokenTransformer"]

@@ -74,9 +74,7 @@ def sample_folder(
     text = None if prompt is None else pipeline.encode([prompt])
     if options.guidance != 1 and text is None and int(classes.max()) == NO_CLASS:
         raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise UserError(f"'{out}' exists and is not an empty folder. Give another folder.")
-    out.mkdir(parents=True, exist_ok=True)
+    check_new_folder(out)
 
     # pictures
     paths, drawn, shown = list[Path](), list[Tensor](), list[Tensor]()
@@ -103,6 +101,13 @@ def sample_folder(
     return paths
 
 
+def check_new_folder(out: Path) -> None:
+    """Create the folder `out`. Raise UserError if it holds files."""
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise UserError(f"'{out}' exists and is not an empty folder. Give another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def find_export(prior: Path) -> Path:
     """Return the folder of an exported prior, given this folder or its run.
 
@@ -114,11 +119,12 @@ def find_export(prior: Path) -> Path:
             return folder
     if (prior / "config.yaml").is_file():
         raise UserError(
-            f"the run '{prior}' has no export of a prior yet. Run its training command again, "
+            f"the run '{prior}' has no export of a generator yet. Run its training command again, "
             "until it is done."
         )
     raise UserError(
-        f"'{prior}' is no prior. Give a run of train_prior.py, or the folder `export` in it."
+        f"'{prior}' is no prior and no flow matching model. Give a run of train_prior.py or "
+        "train_flow.py, or the folder `export` in it."
     )
 
 

@@ -28,7 +28,13 @@ from latentvae.priors.text import encode_prompts, load_text_encoder
 from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.prior_export import export_prior, open_tokenizer
-from latentvae.tasks.prior.tokens import Batch, open_tokens, read_captions, unigram_bits
+from latentvae.tasks.prior.tokens import (
+    Batch,
+    TokenData,
+    open_tokens,
+    read_captions,
+    unigram_bits,
+)
 
 PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
 MAX_ROWS = 10  # largest number of classes or captions in a picture
@@ -53,8 +59,8 @@ class PriorTask(Task):
 
     def open(self) -> None:
         options = self.config.prior
-        self.data = open_tokens(self.config.tokens, seed=self.config.run.seed)
-        self.tokenizer = open_tokenizer(self.config.tokens.tokenizer, self.data)
+        self.data = self.open_data()
+        self.tokenizer = self.open_tokenizer()
         self.condition = self._condition()
         self.texts: dict[str, str] = {}
         self._text_channels = 0
@@ -68,6 +74,14 @@ class PriorTask(Task):
             example = encode_prompts([self.texts[names[0]]], self.words, self.encoder)
             self._text_channels = example.states.shape[2]
         self.unigram = self._unigram()
+
+    def open_data(self) -> TokenData:
+        """Read the tokens to train on and to validate on."""
+        return open_tokens(self.config.tokens, seed=self.config.run.seed)
+
+    def open_tokenizer(self) -> Any:
+        """Return the tokenizer that made the tokens."""
+        return open_tokenizer(self.config.tokens.tokenizer, self.data)
 
     def _condition(self) -> str:
         """Return the condition that `condition auto` stands for, after a check."""

@@ -120,7 +120,7 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
     first, *others = [TokenDataset(folder) for folder in options.tokens]
     for other in others:
         check_alike(first, other)
-    train = _joined([first, *others])
+    train = joined([first, *others])
 
     # validation
     if options.validation_tokens is not None:
@@ -133,7 +133,7 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
                     f"tokens '{folder.reader.folder}'. Give tokens of unseen images, or leave "
                     "validation_tokens out."
                 )
-        validation = _joined([held])
+        validation = joined([held])
     else:
         chosen = held_out(train.names, share=options.validation_share, seed=seed)
         parts = [[i for i, held in enumerate(chosen) if held is part] for part in (False, True)]
@@ -226,7 +226,7 @@ def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
     return bits[validation.long().flatten()].mean().item()
 
 
-def _joined(folders: Sequence[TokenDataset]) -> TokenTable:
+def joined(folders: Sequence[TokenDataset]) -> TokenTable:
     sequences, classes, names = [], [], list[str]()
     for folder in folders:
         reader = folder.reader

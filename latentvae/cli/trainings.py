@@ -1,0 +1,77 @@
+"""The table of everything that latentvae trains. A new kind of training needs a row here.
+
+The classes are imported only when they are needed, because torch and diffusers take seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentvae.engine.task import Task
+
+
+@dataclass(frozen=True)
+class Training:
+    """A kind of training.
+
+    Attributes:
+        task: returns the class of the task.
+        preflight: checks a run. It takes the options and the keyword `json`, and returns the exit
+            code.
+    """
+
+    task: "Callable[[], type[Task]]"
+    preflight: Callable[..., int]
+
+
+def _autoencoder() -> "type[Task]":
+    from latentvae.tasks.autoencoder.task import AutoencoderTask
+
+    return AutoencoderTask
+
+
+def _check_autoencoder(config: Any, **options: Any) -> int:
+    from latentvae.proofs.preflight import preflight
+
+    return preflight(config, **options)
+
+
+def _prior() -> "type[Task]":
+    from latentvae.tasks.prior.task import PriorTask
+
+    return PriorTask
+
+
+def _check_prior(config: Any, **options: Any) -> int:
+    from latentvae.proofs.prior_preflight import prior_preflight
+
+    return prior_preflight(config, **options)
+
+
+def _flow() -> "type[Task]":
+    from latentvae.tasks.flow.task import FlowTask
+
+    return FlowTask
+
+
+def _check_flow(config: Any, **options: Any) -> int:
+    from latentvae.proofs.flow_preflight import flow_preflight
+
+    return flow_preflight(config, **options)
+
+
+# By command. The first one takes configs that fit several kinds.
+TRAININGS = {
+    "train": Training(_autoencoder, _check_autoencoder),
+    "train-prior": Training(_prior, _check_prior),
+    "train-flow": Training(_flow, _check_flow),
+}
+
+
+def training_of(config: str) -> Training:
+    """Return the kind of training that a preset or YAML file is for, by its sections."""
+    from latentvae.config.presets import belongs_to
+
+    fits = (t for t in TRAININGS.values() if belongs_to(config, t.task().config_class))
+    return next(fits, TRAININGS["train"])

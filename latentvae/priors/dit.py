@@ -1,0 +1,179 @@
+"""A small diffusion transformer for flow matching: diffusers' DiT, with the paper's initialisation.
+
+DiT (Peebles & Xie 2022, arXiv:2212.09748) is `DiTTransformer2DModel`. Three things differ from
+what diffusers builds:
+
+- Layers that the paper starts at zero start at zero here, so that training starts at the loss of
+  a prediction of 0.
+- diffusers drops the label in each block by its own draw. Here the caller drops labels once for all
+  blocks: label number `num_classes` means "no class".
+- `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, of which those
+  above the last class are copies of "no class".
+
+`B` batch, `d` latent channels, `h w` latent positions.
+"""
+
+from typing import Any, cast
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
+
+from latentvae.priors.flow_matching import FlowSampling, integrate, noise_of
+from latentvae.priors.transformer import NO_CLASS
+
+PIPELINE_CLASSES = 1000  # number of classes that diffusers' `DiTPipeline` assumes
+TIME_SCALE = 1000  # sigma 1 is timestep 1000, as in diffusers' schedulers
+
+
+def build_dit(
+    *,
+    channels: int,
+    side: int,
+    num_classes: int,
+    width: int = 256,
+    depth: int = 6,
+    head_dim: int = 32,
+    patch_size: int = 1,
+) -> DiTTransformer2DModel:
+    """Return a new DiT.
+
+    Args:
+        channels: latent channels d.
+        side: height and width of the latent.
+        num_classes: number of classes, 0 for a model without classes.
+        width: channels of a block, a multiple of `head_dim`.
+        depth: number of blocks.
+        head_dim: channels of an attention head.
+        patch_size: side of the patches of latent positions that become one token.
+    """
+    net = DiTTransformer2DModel(
+        num_attention_heads=width // head_dim,
+        attention_head_dim=head_dim,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=depth,
+        sample_size=side,
+        patch_size=patch_size,
+        num_embeds_ada_norm=num_classes,
+    )
+
+    _initialise(net)
+    return callers_drop_labels(net)
+
+
+def callers_drop_labels(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """Switch off the dropping of labels inside the blocks."""
+    for part in net.modules():
+        if isinstance(part, LabelEmbedding):
+            part.dropout_prob = 0.0
+    return net
+
+
+def _initialise(net: DiTTransformer2DModel) -> None:
+    """Initialise as the official code of DiT: Xavier, and zero for modulations and the output."""
+    for part in net.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        if isinstance(part, LabelEmbedding):
+            nn.init.normal_(part.embedding_table.weight, std=0.02)
+
+    patches = cast("nn.Conv2d", net.pos_embed.proj)
+    nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+    assert patches.bias is not None
+    nn.init.zeros_(patches.bias)
+
+    blocks: Any = net.transformer_blocks
+    for block in blocks:
+        for linear in (block.norm1.emb.timestep_embedder.linear_1, _second(block)):
+            nn.init.normal_(linear.weight, std=0.02)
+    zeros = [block.norm1.linear for block in blocks] + [net.proj_out_1, net.proj_out_2]
+    for linear in zeros:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def _second(block: Any) -> nn.Linear:
+    return block.norm1.emb.timestep_embedder.linear_2
+
+
+def num_classes_of(net: DiTTransformer2DModel) -> int:
+    """Return the number of labels of a network, not counting "no class"."""
+    return int(cast("Any", net.config).num_embeds_ada_norm)
+
+
+def velocity(net: nn.Module, x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+    """Return the predicted velocity (B, d, h, w).
+
+    Args:
+        net: the DiT.
+        x: noised latents, (B, d, h, w).
+        sigma: noise levels in [0, 1], (B,).
+        classes: (B,), int64. `NO_CLASS` means "no class".
+    """
+    none = cast("Any", net).config.num_embeds_ada_norm
+    labels = torch.where(classes == NO_CLASS, none, classes)
+    return net(x, timestep=sigma * TIME_SCALE, class_labels=labels).sample
+
+
+@torch.no_grad()
+def sample_latents(
+    net: DiTTransformer2DModel,
+    classes: Tensor,
+    *,
+    options: FlowSampling | None = None,
+    shift: float,
+    seed: int = 0,
+    numbers: range | None = None,
+) -> Tensor:
+    """Draw normalised latents (B, d, h, w) on the network's device.
+
+    Args:
+        net: the DiT, in eval mode.
+        classes: class of each image, (B,). `NO_CLASS` means "no class".
+        options: solver, steps and guidance.
+        shift: shift of the noise levels.
+        seed: seed of the noise.
+        numbers: number of each image, by default 0 to B - 1. The noise of an image depends only on
+            the seed and this number.
+    """
+    options, config = options or FlowSampling(), cast("Any", net.config)
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    numbers = range(len(classes)) if numbers is None else numbers
+    noise = noise_of(shape, seed=seed, numbers=numbers).to(net.device)
+    classes = classes.to(net.device)
+    none = torch.full_like(classes, NO_CLASS)
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        if options.guidance == 1:
+            return velocity(net, x, sigma, classes)
+        both = velocity(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([classes, none]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + options.guidance * (conditional - unconditional)
+
+    return integrate(guided, noise, options=options, shift=shift)
+
+
+def for_pipeline(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """Return a copy with 1,000 classes, which diffusers' `DiTPipeline` can use with guidance.
+
+    Labels from the number of classes on mean "no class".
+
+    Raises:
+        ValueError: the network has more than 1,000 classes.
+    """
+    missing = PIPELINE_CLASSES - num_classes_of(net)
+    if missing < 0:
+        raise ValueError(f"DiTPipeline has at most 1,000 classes (got {num_classes_of(net)})")
+    config = {**net.config, "num_embeds_ada_norm": PIPELINE_CLASSES}
+    copy: Any = DiTTransformer2DModel.from_config(config)
+
+    weights = dict(net.state_dict())
+    for name, value in weights.items():
+        if name.endswith("class_embedder.embedding_table.weight"):
+            weights[name] = torch.cat([value, value[-1:].expand(missing, -1)])
+    copy.load_state_dict(weights)
+    return copy.to(net.device).eval()

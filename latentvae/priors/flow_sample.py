@@ -1,0 +1,95 @@
+"""Write sampled pictures of an exported flow matching model (`latentvae sample`)."""
+
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.compute.precision import full_float32
+from latentvae.errors import UserError
+from latentvae.pictures import to_pil
+from latentvae.priors.flow_matching import FlowSampling
+from latentvae.priors.flow_pipeline import FlowPipeline
+from latentvae.priors.grid import save_grid
+from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
+from latentvae.priors.transformer import NO_CLASS
+
+LATENTS_NAME = "latents.json"  # file of an export: the content of the latents that it learned
+
+
+def flow_export(path: Path) -> Path | None:
+    """Return the folder of an exported flow matching model, given this folder or its run."""
+    for folder in (path, path / "export"):
+        if (folder / "model_index.json").is_file() and (folder / LATENTS_NAME).is_file():
+            return folder
+    return None
+
+
+def open_flow(folder: Path, *, device: str | None = None) -> FlowPipeline:
+    """Load an exported flow matching model in eval mode."""
+    logging.disable_progress_bar()
+    pipeline = FlowPipeline.from_pretrained(folder, use_safetensors=True)
+    for part in (pipeline.transformer, pipeline.vae):
+        part.eval()
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@full_float32()
+def sample_flow_folder(
+    folder: Path,
+    out: Path,
+    *,
+    num: int,
+    class_name: str | None = None,
+    options: FlowSampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> list[Path]:
+    """Sample pictures, and write `00000.png` and so on, and a grid, into `out`.
+
+    Args:
+        folder: an export of a flow matching model.
+        num: number of pictures.
+        class_name: name or number of their class. By default, a model with classes takes all
+            classes in turn.
+        options: solver, steps and guidance.
+        seed: seed of the noise. Except for rounding, a picture depends neither on `num` nor on
+            `batch_size`.
+        batch_size: pictures that are sampled at once.
+        device: device of the computation. None takes the GPU if there is one.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        UserError: an option is wrong, or `out` holds other files.
+    """
+    # checks
+    if num < 1 or batch_size < 1:
+        raise UserError(f"num and batch_size must be at least 1 (got {num} and {batch_size}).")
+    pipeline = open_flow(folder, device=device)
+    if class_name is None:
+        classes = pipeline.all_classes(num)
+    else:
+        classes = torch.full((num,), pipeline.class_number(class_name))
+    if options.guidance != 1 and int(classes.max()) == NO_CLASS:
+        raise UserError("guidance needs a class. Give one, or leave guidance out.")
+    check_new_folder(out)
+
+    # pictures
+    paths, shown = list[Path](), list[Tensor]()
+    for start in tqdm(range(0, num, batch_size), desc=folder.name, unit="batch", disable=None):
+        numbers = range(start, min(start + batch_size, num))
+        chosen = classes[start : numbers.stop]
+        images = pipeline.decode(
+            pipeline.sample(chosen, options=options, seed=seed, numbers=numbers)
+        )
+        for number, picture in zip(numbers, to_pil(images), strict=True):
+            paths.append(out / f"{number:05d}.png")
+            picture.save(paths[-1])
+        shown += [images.cpu()] if start < GRID_IMAGES else []
+    save_grid(torch.cat(shown)[:GRID_IMAGES], out / GRID_NAME)
+    return paths

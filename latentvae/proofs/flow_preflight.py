@@ -1,0 +1,176 @@
+"""Check the run of a flow matching model before it starts (`train_flow.py --preflight`).
+
+The check makes a few updates with the user's latents, precision and processes, and prints a line
+for each check. It neither reads nor writes the run's own folder.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentvae.priors.dit import sample_latents, velocity
+from latentvae.priors.flow_matching import FlowSampling
+from latentvae.priors.transformer import NO_CLASS
+from latentvae.proofs.checks import Check
+from latentvae.proofs.generator_preflight import (
+    DRAWS,
+    Rehearsal,
+    check_checkpoint,
+    check_dropped,
+    check_images,
+    check_ranks,
+    check_updates,
+    check_weights,
+    generator_preflight,
+)
+from latentvae.tasks.flow.config import LatentFlowConfig
+from latentvae.tasks.flow.task import FlowTask
+
+START_TOLERANCE = 0.05  # relative, of the loss
+ROUND_TRIP = 1e-4  # largest difference of latents that are normalised and brought back
+
+
+def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int:
+    """Check a run, and print a line for each check. All ranks must call this.
+
+    Args:
+        config: options of the run.
+        json: file for the results of the checks.
+
+    Returns:
+        The exit code: 0 if all checks hold, 1 if one failed.
+
+    Raises:
+        UserError: an option is wrong, or the latents cannot be used.
+    """
+    return generator_preflight(
+        FlowTask,
+        config,
+        _checks,
+        loss="loss/flow",
+        unit="squared error",
+        metric="validation/loss",
+        json=json,
+    )
+
+
+def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
+    """Yield the checks in order. All ranks must take all of them."""
+    yield check_updates(rehearsal)
+    yield check_weights(rehearsal)
+    yield _scale(rehearsal)
+    yield _start(rehearsal)
+    yield check_images(rehearsal)
+    yield check_ranks(rehearsal)
+    with rehearsal.training.evaluating():
+        yield _direction(rehearsal)
+        if rehearsal.task.num_classes:
+            yield _condition(rehearsal)
+    if rehearsal.task.num_classes:
+        yield _dropped(rehearsal)
+    yield check_checkpoint(rehearsal)
+
+
+def _example(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
+    """Return normalised latents and classes of up to 64 validation images, on the device."""
+    table = rehearsal.task.data.validation
+    return rehearsal.task.moved(table.rows(range(min(len(table), 64))))
+
+
+def _scale(rehearsal: Rehearsal) -> Check:
+    """Check that normalised latents have about unit variance, and can be brought back."""
+    x, _ = _example(rehearsal)
+    norm = rehearsal.task.data.normalization
+    error = (norm.apply(norm.invert(x)) - x).abs().max().item()
+    std = x.std().item()
+    return Check(
+        name="latents",
+        passed=0.5 <= std <= 2.0 and error < ROUND_TRIP,
+        value=f"standard deviation {std:.3f}, round trip within {error:.1g}",
+        expected=f"0.5 to 2, and within {ROUND_TRIP:g}",
+        advice="Give --normalization channel.",
+    )
+
+
+def _start(rehearsal: Rehearsal) -> Check:
+    """Check that the untrained network predicts a velocity of 0.
+
+    Its loss is then the mean square of the velocity: 1 plus the mean square of the latents.
+    """
+    table, norm = rehearsal.task.data.validation, rehearsal.task.data.normalization
+    expected = 1 + norm.apply(table.z.float()).square().mean().item()
+    return Check(
+        name="loss-at-start",
+        passed=math.isclose(rehearsal.start, expected, rel_tol=START_TOLERANCE),
+        value=rehearsal.start,
+        expected=f"about {expected:.3f}, the loss of a prediction of 0",
+        advice="The output layer must start at zero.",
+    )
+
+
+@torch.no_grad()
+def _direction(rehearsal: Rehearsal) -> Check:
+    """Check with an exact velocity that sampling runs from noise to latents.
+
+    A network that returns noise - latent moves the noise onto the latent, whatever the solver does.
+    """
+    x, _ = _example(rehearsal)
+    shift, errors = rehearsal.task.shift, []
+    for solver in ("euler", "heun"):
+        net = _Exact(x)
+        options = FlowSampling(steps=4, solver=solver)  # type: ignore[arg-type]
+        none = torch.full((len(x),), NO_CLASS)
+        found = sample_latents(net, none, options=options, shift=shift)  # type: ignore[arg-type]
+        errors.append((found - x).abs().max().item())
+    return Check(
+        name="sampling",
+        passed=max(errors) < ROUND_TRIP,
+        value=max(errors),
+        expected=f"the exact velocity leads to the latents within {ROUND_TRIP:g}",
+        advice="The signs of velocity and time differ between training and sampling.",
+    )
+
+
+class _Exact(torch.nn.Module):
+    """A network that knows the latents x: the velocity at x_sigma is (x_sigma - x) / sigma."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x, self.device = x, x.device
+        self.config = type(
+            "Config",
+            (),
+            {"in_channels": x.shape[1], "sample_size": x.shape[2], "num_embeds_ada_norm": 0},
+        )
+
+    def forward(self, hidden: Tensor, timestep: Tensor, class_labels: Tensor) -> "_Exact":
+        self.sample = (hidden - self.x) / (timestep / 1000).view(-1, 1, 1, 1)
+        return self
+
+
+@torch.no_grad()
+def _condition(rehearsal: Rehearsal) -> Check:
+    """Check that the class changes the velocity."""
+    x, classes = _example(rehearsal)
+    noise, sigma = torch.randn_like(x), torch.full((len(x),), 0.5, device=x.device)
+    none = torch.full_like(classes, NO_CLASS)
+    net = rehearsal.task.net
+    with_class, without = (velocity(net, noise, sigma, labels) for labels in (classes, none))
+    difference = (with_class - without).abs().max().item()
+    return Check(
+        name="condition",
+        passed=difference > 0,
+        value=difference,
+        expected="the class changes the velocity",
+        advice="The model would ignore its class.",
+    )
+
+
+def _dropped(rehearsal: Rehearsal) -> Check:
+    task = rehearsal.task
+    classes = torch.zeros(DRAWS, dtype=torch.int64, device=task.device)
+    dropped = task.drop_condition(classes) == NO_CLASS
+    return check_dropped(dropped, task.config.flow.condition_dropout)

@@ -1,0 +1,6 @@
+"""Prove what latents or tokens are worth: train small generators on them and on controls."""
+
+from latentvae.proofs.generator_proof.prove import prove
+from latentvae.proofs.generator_proof.settings import ProofSettings
+
+__all__ = ["ProofSettings", "prove"]

@@ -1,0 +1,258 @@
+"""Latents as the subject of a proof. The generator is a DiT that learns by flow matching.
+
+`n` images, `d` latent channels, `h w` latent positions.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.data import spread
+from latentvae.data.split import held_out
+from latentvae.errors import UserError
+from latentvae.latents.opening import open_model
+from latentvae.latents.shard_dataset import LatentDataset
+from latentvae.priors.dit import build_dit, sample_latents
+from latentvae.priors.flow_matching import FlowSampling, noise_of
+from latentvae.proofs.generator_proof.settings import ProofSettings
+from latentvae.proofs.generator_proof.subject import (
+    CODE,
+    Subject,
+    batches,
+    proof_run,
+    read_photos,
+)
+from latentvae.tasks.flow.config import LatentFlowConfig
+from latentvae.tasks.flow.latents import LatentData, LatentTable, joined, measured_normalization
+from latentvae.tasks.flow.task import FlowTask
+
+HEAD_DIM = 32
+
+
+class ProofFlow(FlowTask):
+    """The training of a proof's generator: its latents are given, and it draws no pictures.
+
+    Args:
+        config: options of the run.
+        data: the latents.
+    """
+
+    def __init__(self, config: LatentFlowConfig, data: LatentData) -> None:
+        super().__init__(config)
+        self._given = data
+
+    def open_data(self) -> LatentData:
+        return self._given
+
+    def open_autoencoder(self) -> None:
+        return None
+
+    def save_samples(self, path: Path) -> bool:
+        return False
+
+    def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
+        self.net.save_pretrained(out)
+        return {}
+
+    def has_export(self, out: Path) -> bool:
+        return (out / "config.json").is_file()
+
+
+class LatentSubject(Subject):
+    """A folder of latents that `latentvae encode` wrote.
+
+    Args:
+        folder: the folder.
+        settings: settings of the proof.
+        name: its name in the results.
+        data: the images that were encoded. None takes the data that the manifest names.
+        model: the autoencoder. None takes the one that the manifest names.
+    """
+
+    kind = "latents"
+    tunes_shift = True
+    variants: ClassVar = {
+        CODE: "the latents",
+        "noise": "white noise is added to the latents",
+        "labels": "the classes of the training images are shuffled",
+        "blocks": "mean colours of square blocks of pixels, with about as many values",
+        "permuted": "the positions of all latents are permuted in the same way",
+    }
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: ProofSettings,
+        *,
+        name: str,
+        data: str | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.settings, self.name = settings, name
+        shards = LatentDataset(folder)
+        self.content, manifest = shards.content, shards.reader.manifest
+        table = joined([shards])
+
+        # the split
+        chosen = held_out(table.names, share=settings.held_out, seed=0)
+        train = [i for i, held in enumerate(chosen) if not held]
+        held = [i for i, held in enumerate(chosen) if held]
+        train = [train[i] for i in spread(len(train), settings.max_images)]
+        held = [held[i] for i in spread(len(held), settings.max_images)]
+        self._tables = table.some(train), table.some(held)
+
+        # the pictures
+        path = Path(folder)
+        given = data or manifest.data
+        self.train, self.held = (
+            read_photos(self.content, given, part.names, part.classes, shards=path)
+            for part in self._tables
+        )
+        known = self._tables[0].classes
+        self.num_classes = int(known.max()) + 1 if self.content.labels else 0
+        if self.content.class_names is not None and self.num_classes:
+            self.num_classes = len(self.content.class_names)
+
+        # the autoencoder
+        self.autoencoder: Autoencoder = open_model(model or manifest.model, device=None)
+        if self.autoencoder.info()["weights_sha256"] != self.content.model_sha256:
+            raise UserError(
+                f"'{self.autoencoder.name}' has other weights than the autoencoder of '{folder}' "
+                f"('{manifest.model}'). Give that one with --model."
+            )
+        self._data: dict[str, LatentData] = {}
+        side = table.z.shape[2] * table.z.shape[3]
+        draws = torch.Generator().manual_seed(0)
+        self._order = torch.randperm(side, generator=draws)
+
+    # the variants
+
+    def data(self, variant: str) -> LatentData:
+        """Return the latents of a variant, normalised by the statistics of each channel."""
+        if variant not in self._data:
+            train, held = (self._changed(variant, part) for part in (0, 1))
+            norm = measured_normalization(train, fold=1)
+            shape = tuple(train.z.shape[1:])
+            self._data[variant] = LatentData(
+                train, held, self.content, "", norm, (shape[0], shape[1], shape[2])
+            )
+        return self._data[variant]
+
+    def _changed(self, variant: str, part: int) -> LatentTable:
+        """Return the latents of a part (0: training, 1: held out) after a control's change."""
+        table = self._tables[part]
+        draws = torch.Generator().manual_seed(part)
+        table = dataclasses.replace(table, z=table.z.float(), stds=None)
+        if variant == "noise":
+            scale = self.settings.noise * self._tables[0].z.float().std(dim=(0, 2, 3))
+            noise = torch.randn(table.z.shape, generator=draws) * scale.view(1, -1, 1, 1)
+            return dataclasses.replace(table, z=table.z + noise)
+        if variant == "labels" and part == 0:
+            order = torch.randperm(len(table), generator=draws)
+            return dataclasses.replace(table, classes=table.classes[order])
+        if variant == "blocks":
+            images = (self.train, self.held)[part].images
+            return dataclasses.replace(table, z=self._blocks(images))
+        if variant == "permuted":
+            z = table.z.flatten(2)[:, :, self._order].view(table.z.shape)
+            return dataclasses.replace(table, z=z)
+        return table
+
+    def _blocks(self, images: Tensor) -> Tensor:
+        """Return mean colours (n, 3 k^2, h, w): k x k blocks of pixels for each position.
+
+        k is the largest number with at most as many values as the latent, and at least 1.
+        """
+        channels, height, width = self._tables[0].z.shape[1:]
+        k = max(int((channels / images.shape[1]) ** 0.5), 1)
+        means = F.adaptive_avg_pool2d(images, (k * height, k * width))
+        return F.pixel_unshuffle(means, k)
+
+    def decode(self, variant: str, z: Tensor) -> Tensor:
+        """Decode latents of a variant to pictures in [-1, 1]."""
+        if variant == "blocks":
+            k = round((z.shape[1] / self.content.image_channels) ** 0.5)
+            means = F.pixel_shuffle(z, k)
+            images = F.interpolate(means, size=self.content.size, mode="bicubic", antialias=False)
+            return images.clamp(-1, 1)
+        if variant == "permuted":
+            back = torch.argsort(self._order)
+            z = z.flatten(2)[:, :, back].view(z.shape)
+        images: Any = self.autoencoder.decode(z, size=self.content.size)
+        return images.clamp(-1, 1).cpu()
+
+    # generators
+
+    def task(self, variant: str, *, folder: Path, seed: int, shift: float) -> FlowTask:
+        settings, data = self.settings, self.data(variant)
+        flow = {
+            "width": settings.width,
+            "depth": settings.depth,
+            "head_dim": HEAD_DIM,
+            "shift": shift,
+            "patch_size": patch_for(data.shape[1]),
+        }
+        options = {"flow": flow, **proof_run(settings, folder=folder, seed=seed)}
+        return ProofFlow(LatentFlowConfig.model_validate(options), data)
+
+    def sample(
+        self,
+        variant: str,
+        generator: Path,
+        classes: Tensor,
+        *,
+        shift: float,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> Iterator[Tensor]:
+        net: Any = DiTTransformer2DModel.from_pretrained(generator, use_safetensors=True)
+        net = net.to(self.autoencoder.net.device).eval()
+        settings, norm = self.settings, self.data(variant).normalization
+        options = FlowSampling(guidance, settings.sampling_steps)
+        for numbers in batches(len(classes), settings.batch_size):
+            chosen = classes[numbers.start : numbers.stop]
+            drawn = sample_latents(
+                net, chosen, options=options, shift=shift, seed=seed, numbers=numbers
+            )
+            yield self.decode(variant, norm.invert(drawn.cpu()))
+
+    def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
+        z = self._tables[held].z.float()
+        for numbers in batches(len(z), self.settings.batch_size):
+            yield self.decode(CODE, z[numbers.start : numbers.stop])
+
+    def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
+        """Decode noise: a new DiT predicts a velocity of 0, which leaves the noise as it is."""
+        data = self.data(CODE)
+        for numbers in batches(len(classes), self.settings.batch_size):
+            noise = noise_of(data.shape, seed=seed, numbers=numbers)
+            yield self.decode(CODE, data.normalization.invert(noise))
+
+
+def patch_for(side: int) -> int:
+    """Return the side of a patch, so that a latent has at most 256 tokens."""
+    patch = 1
+    while side // patch > 16 and side % (patch * 2) == 0:
+        patch *= 2
+    return patch
+
+
+def parameters(settings: ProofSettings, *, channels: int, side: int, num_classes: int) -> int:
+    """Return the number of parameters of the generator."""
+    net = build_dit(
+        channels=channels,
+        side=side,
+        num_classes=num_classes,
+        width=settings.width,
+        depth=settings.depth,
+        head_dim=HEAD_DIM,
+        patch_size=patch_for(side),
+    )
+    return sum(p.numel() for p in net.parameters())

@@ -1,0 +1,72 @@
+"""Settings of the generator proof. All generators of a proof are trained with the same settings."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from latentvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class ProofSettings:
+    """What a proof trains and measures. Proofs are comparable only if their settings are equal.
+
+    Args:
+        updates: length of each training, in updates of `batch_size` images.
+        seeds: seeds of the generators. Two or more give a spread.
+        shifts: shifts of the noise levels that are tried with the first seed, for latents.
+        samples: number of pictures that each generator draws, the same number for each class.
+        guidance: weight of classifier-free guidance of the samples whose classes are recognised.
+            All other measures take samples without guidance.
+        width, depth: size of the generator.
+        batch_size: images in an update, and in a batch of samples.
+        learning_rate: peak learning rate. It falls to 0 along a cosine.
+        sampling_steps: number of Euler steps, for latents.
+        noise: standard deviation of the noise of the control `noise`, relative to each channel's.
+            For tokens, the share of tokens that the control replaces by random tokens.
+        max_images: at most this many training images are used, evenly spread.
+        held_out: share of the images that no generator learns from.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    updates: int = 500
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
+    samples: int = 1000
+    guidance: float = 3.0
+    width: int = 192
+    depth: int = 6
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    sampling_steps: int = 25
+    noise: float = 0.5
+    max_images: int = 10_000
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "samples", "width", "depth", "batch_size", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 (got {getattr(self, name)}).")
+        if self.width % 32:
+            near = max(round(self.width / 32), 1) * 32
+            raise UserError(
+                f"width must be a multiple of 32 (got {self.width}). The nearest is {near}."
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds must be different numbers from 0 on (got {self.seeds}).")
+        if not self.shifts or min(self.shifts) <= 0:
+            raise UserError(f"shifts must be above 0 (got {self.shifts}).")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out must be between 0 and 1 (got {self.held_out:g}).")
+        if self.guidance < 0 or self.noise < 0 or self.learning_rate <= 0:
+            raise UserError(
+                "guidance and noise must be at least 0, and learning_rate above 0 (got "
+                f"{self.guidance:g}, {self.noise:g} and {self.learning_rate:g})."
+            )
+        if self.max_images < 20:
+            raise UserError(f"max_images must be at least 20 (got {self.max_images}).")
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return asdict(self) | {"seeds": list(self.seeds), "shifts": list(self.shifts)}

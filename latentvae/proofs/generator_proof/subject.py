@@ -1,0 +1,198 @@
+"""The interface of what a proof examines: a folder of latents or of tokens, with its controls.
+
+A *variant* is the code itself (`code`) or a control, which is the code after a change that should
+make the generator better or worse in a known way.
+
+`n` images, `B` batch.
+"""
+
+import contextlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from latentvae.data import EvalTransform, PixelFormat
+from latentvae.engine.log import read_rows
+from latentvae.engine.loop import train
+from latentvae.engine.task import Task
+from latentvae.errors import UserError
+from latentvae.latents.formats.shards import Content
+from latentvae.latents.items import Pictures, open_items
+from latentvae.proofs.generator_proof.settings import ProofSettings
+
+CODE = "code"  # the variant without any change
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Real pictures with their classes.
+
+    Attributes:
+        images: (n, C, H, W) in [-1, 1], as they were encoded.
+        classes: (n,), int64, -1 for an image without a class.
+        names: name of each picture.
+    """
+
+    images: Tensor
+    classes: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Subject(ABC):
+    """A folder of latents or tokens, split into training and held-out images.
+
+    Attributes:
+        name: name of the folder in the results.
+        content: what the folder holds.
+        train, held: the real pictures.
+        num_classes: number of classes, 0 without classes.
+        variants: the names of the code and of its controls, with what each control changes.
+    """
+
+    kind: ClassVar[str]
+    variants: ClassVar[dict[str, str]]
+    tunes_shift: ClassVar[bool] = False
+
+    name: str
+    content: Content
+    train: Photos
+    held: Photos
+    num_classes: int
+    settings: ProofSettings
+
+    @abstractmethod
+    def task(self, variant: str, *, folder: Path, seed: int, shift: float) -> Task:
+        """Return the task that trains a generator of a variant."""
+
+    @abstractmethod
+    def sample(
+        self,
+        variant: str,
+        generator: Path,
+        classes: Tensor,
+        *,
+        shift: float,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """Draw pictures in batches (B, C, H, W) in [-1, 1].
+
+        Args:
+            variant: the variant that the generator learned.
+            generator: folder that the training exported.
+            classes: class of each picture, (n,).
+            shift: shift of the noise levels.
+            seed: seed of the random numbers.
+            guidance: weight of classifier-free guidance. 1 is no guidance.
+        """
+
+    @abstractmethod
+    def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
+        """Decode the real codes, in batches (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
+        """Draw pictures from a generator that has learned nothing."""
+
+    def fit(self, variant: str, *, folder: Path, seed: int, shift: float) -> Path:
+        """Train a generator, or continue its training. Return the folder of its export.
+
+        The plan and the lines of the training go to `training.txt` in the run's folder.
+        """
+        run = folder / f"{variant}-seed{seed}" / f"shift{shift:g}"
+        run.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            export = train(self.task(variant, folder=run, seed=seed, shift=shift))
+        (run / "training.txt").write_text(text.getvalue(), encoding="utf-8")
+        return export
+
+    def facts(self, export: Path) -> dict[str, float]:
+        """Return the last validation metrics of a training, without the prefix `validation/`."""
+        rows = read_rows(export.parent / "log.jsonl")
+        last = next((r for r in reversed(rows) if "validation/images" in r), {})
+        return {
+            name.removeprefix("validation/"): value
+            for name, value in last.items()
+            if name.startswith("validation/") and name != "validation/images"
+        }
+
+    def classes(self) -> Tensor:
+        """Return the class of each sample (n,): all classes equally often, or -1."""
+        count = self.settings.samples
+        if not self.num_classes:
+            return torch.full((count,), -1)
+        return torch.arange(count) % self.num_classes
+
+
+def read_photos(
+    content: Content, data: str, names: list[str], classes: Tensor, *, shards: Path
+) -> Photos:
+    """Read the pictures that were encoded, by their names.
+
+    Raises:
+        UserError: the data lacks a picture, or it cannot be read.
+    """
+    pixels = PixelFormat(
+        content.image_channels,
+        content.value_range,
+        ignore_icc=content.ignore_icc,
+        max_pixels=content.max_pixels,
+    )
+    source = open_items(data, pixels=pixels)
+    transform = EvalTransform(content.resolution, interpolation=content.interpolation)
+    pictures = Pictures(source, transform, flip=content.flip)
+    places = {source.name(number): number for number in range(len(source))}
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise UserError(
+            f"data '{data}' lacks {len(missing):,} of {len(names):,} images of '{shards}', such as "
+            f"'{missing[0]}'. Give the images that were encoded with --data."
+        )
+
+    images = []
+    for name in names:
+        picture = pictures[places[name]]
+        if picture.image is None:
+            raise UserError(f"'{name}' in data '{data}' cannot be read: {picture.reason}.")
+        images.append(picture.image)
+    return Photos(torch.stack(images), classes, names)
+
+
+def batches(total: int, size: int) -> Iterator[range]:
+    """Yield ranges of at most `size` numbers below `total`."""
+    for start in range(0, total, size):
+        yield range(start, min(start + size, total))
+
+
+def proof_run(settings: ProofSettings, *, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Return the options of a training, by section."""
+    return {
+        "optimizer": {
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": min(50, settings.updates // 4),
+            "ema_decay": 0.99,
+        },
+        "run": {
+            "output_dir": str(folder),
+            "max_train_steps": settings.updates,
+            "train_batch_size": settings.batch_size,
+            "eval_batch_size": settings.batch_size,
+            "checkpointing_steps": max(settings.updates // 4, 1),
+            "checkpoints_total_limit": 1,
+            "validation_steps": settings.updates,
+            "log_steps": max(settings.updates // 20, 1),
+            "mixed_precision": "auto",
+            "seed": seed,
+        },
+    }

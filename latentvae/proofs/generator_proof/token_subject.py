@@ -1,0 +1,226 @@
+"""Tokens as the subject of a proof. The generator is an autoregressive transformer.
+
+`n` images, `T` tokens of an image, `K` codes.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.data import spread
+from latentvae.data.split import held_out
+from latentvae.errors import UserError
+from latentvae.latents.opening import open_model
+from latentvae.latents.shard_dataset import TokenDataset
+from latentvae.models import calls
+from latentvae.priors.sampling import Sampling, sample_tokens
+from latentvae.priors.transformer import TokenTransformer
+from latentvae.proofs.generator_proof.settings import ProofSettings
+from latentvae.proofs.generator_proof.subject import (
+    CODE,
+    Subject,
+    batches,
+    proof_run,
+    read_photos,
+)
+from latentvae.tasks.prior.config import PriorConfig
+from latentvae.tasks.prior.task import PriorTask
+from latentvae.tasks.prior.tokens import TokenData, TokenTable, joined, levels_of
+
+HEAD_DIM = 32
+
+
+class ProofPrior(PriorTask):
+    """The training of a proof's generator: its tokens are given, and it draws no pictures.
+
+    Args:
+        config: options of the run.
+        data: the tokens.
+    """
+
+    def __init__(self, config: PriorConfig, data: TokenData) -> None:
+        super().__init__(config)
+        self._given = data
+
+    def open_data(self) -> TokenData:
+        return self._given
+
+    def open_tokenizer(self) -> None:
+        return None
+
+    def save_samples(self, path: Path) -> bool:
+        return False
+
+    def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
+        self.net.save_pretrained(out)
+        return {}
+
+    def has_export(self, out: Path) -> bool:
+        return (out / "config.json").is_file()
+
+
+class TokenSubject(Subject):
+    """A folder of tokens that `latentvae encode` wrote.
+
+    Args:
+        folder: the folder.
+        settings: settings of the proof.
+        name: its name in the results.
+        data: the images that were encoded. None takes the data that the manifest names.
+        model: the tokenizer. None takes the one that the manifest names.
+    """
+
+    kind = "tokens"
+    variants: ClassVar = {
+        CODE: "the tokens",
+        "noise": "a share of the tokens is replaced by random tokens",
+        "labels": "the classes of the training images are shuffled",
+        "shuffled": "the tokens of each image have a random order of their own",
+        "permuted": "the positions of all tokens are permuted in the same way",
+    }
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: ProofSettings,
+        *,
+        name: str,
+        data: str | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.settings, self.name = settings, name
+        shards = TokenDataset(folder)
+        self.content, manifest = shards.content, shards.reader.manifest
+        self.levels, self.num_codes = levels_of(shards.content), shards.num_codes
+        table = joined([shards])
+
+        # the split
+        chosen = held_out(table.names, share=settings.held_out, seed=0)
+        train = [i for i, held in enumerate(chosen) if not held]
+        held = [i for i, held in enumerate(chosen) if held]
+        train = [train[i] for i in spread(len(train), settings.max_images)]
+        held = [held[i] for i in spread(len(held), settings.max_images)]
+        self._tables = table.some(train), table.some(held)
+
+        # the pictures
+        path, given = Path(folder), data or manifest.data
+        self.train, self.held = (
+            read_photos(self.content, given, part.names, part.classes, shards=path)
+            for part in self._tables
+        )
+        known = self._tables[0].classes
+        self.num_classes = int(known.max()) + 1 if self.content.labels else 0
+        if self.content.class_names is not None and self.num_classes:
+            self.num_classes = len(self.content.class_names)
+
+        # the tokenizer
+        self.tokenizer: Autoencoder = open_model(model or manifest.model, device=None)
+        if self.tokenizer.info()["weights_sha256"] != self.content.model_sha256:
+            raise UserError(
+                f"'{self.tokenizer.name}' has other weights than the tokenizer of '{folder}' "
+                f"('{manifest.model}'). Give that one with --models."
+            )
+        self._data: dict[str, TokenData] = {}
+        draws, orders, start = torch.Generator().manual_seed(0), list[Tensor](), 0
+        for size in self._sizes:
+            orders.append(start + torch.randperm(size, generator=draws))
+            start += size
+        self._order = torch.cat(orders)  # a permutation within each level
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [height * width for height, width in self.levels]
+
+    # the variants
+
+    def data(self, variant: str) -> TokenData:
+        """Return the tokens of a variant."""
+        if variant not in self._data:
+            train, held = (self._changed(variant, part) for part in (0, 1))
+            self._data[variant] = TokenData(
+                train, held, self.content, "", self.levels, self.num_codes
+            )
+        return self._data[variant]
+
+    def _changed(self, variant: str, part: int) -> TokenTable:
+        """Return the tokens of a part (0: training, 1: held out) after a control's change."""
+        table = self._tables[part]
+        draws = torch.Generator().manual_seed(part)
+        if variant == "noise":
+            shape = table.sequences.shape
+            other = torch.randint(self.num_codes, shape, generator=draws)
+            chosen = torch.rand(shape, generator=draws) < self.settings.noise
+            tokens = torch.where(chosen, other, table.sequences.long())
+            return dataclasses.replace(table, sequences=tokens.to(torch.int32))
+        if variant == "labels" and part == 0:
+            order = torch.randperm(len(table), generator=draws)
+            return dataclasses.replace(table, classes=table.classes[order])
+        if variant == "shuffled":
+            return table.shuffled(part, level_sizes=self._sizes)
+        if variant == "permuted":
+            tokens = table.sequences.to(torch.int32)[:, self._order]
+            return dataclasses.replace(table, sequences=tokens)
+        return table
+
+    @torch.inference_mode()
+    def decode(self, variant: str, tokens: Tensor) -> Tensor:
+        """Decode tokens (n, T) of a variant to pictures in [-1, 1]."""
+        if variant == "permuted":
+            tokens = tokens[:, torch.argsort(self._order)]
+        device: torch.device = self.tokenizer.net.device
+        items = tokens.long().reshape(len(tokens), *self.content.item_shape)
+        images = calls.decode_indices(self.tokenizer.net, items.to(device))
+        height, width = self.content.size
+        return images.float().clamp(-1, 1)[:, :, :height, :width].cpu()
+
+    # generators
+
+    def task(self, variant: str, *, folder: Path, seed: int, shift: float) -> PriorTask:
+        settings = self.settings
+        prior = {
+            "width": settings.width,
+            "depth": settings.depth,
+            "num_heads": max(settings.width // HEAD_DIM, 1),
+        }
+        options = {"prior": prior, **proof_run(settings, folder=folder, seed=seed)}
+        return ProofPrior(PriorConfig.model_validate(options), self.data(variant))
+
+    def sample(
+        self,
+        variant: str,
+        generator: Path,
+        classes: Tensor,
+        *,
+        shift: float,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> Iterator[Tensor]:
+        net: Any = TokenTransformer.from_pretrained(generator, use_safetensors=True)
+        net = net.to(self.tokenizer.net.device).eval()
+        sampling = Sampling(guidance)
+        for numbers in batches(len(classes), self.settings.batch_size):
+            drawn = sample_tokens(
+                net,
+                classes[numbers.start : numbers.stop],
+                options=sampling,
+                seed=seed,
+                numbers=numbers,
+            )
+            yield self.decode(variant, drawn.cpu())
+
+    def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
+        tokens = self._tables[held].sequences
+        for numbers in batches(len(tokens), self.settings.batch_size):
+            yield self.decode(CODE, tokens[numbers.start : numbers.stop])
+
+    def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
+        """Decode random tokens: a new transformer finds all codes equally likely."""
+        draws = torch.Generator().manual_seed(seed)
+        for numbers in batches(len(classes), self.settings.batch_size):
+            shape = (len(numbers), sum(self._sizes))
+            yield self.decode(CODE, torch.randint(self.num_codes, shape, generator=draws))

@@ -1,0 +1,163 @@
+"""Options of a run that trains a flow matching model on latents."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
+from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share
+
+
+class LatentsConfig(Section):
+    """Options of the latents that the model learns from."""
+
+    latents: Annotated[tuple[str, ...], MayChange(), Elsewhere("train_data_dir data data_dir")] = (
+        Field(
+            default=(),
+            description=(
+                "Folders of latents that `latentvae encode` wrote with one autoencoder. Several "
+                "folders are joined, such as images and their mirror images (encode --flip)."
+            ),
+        )
+    )
+    validation_latents: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            "Folder of latents for validation. By default, a share of the images in `latents` is "
+            "held out (see validation_share)."
+        ),
+    )
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.05,
+        description=(
+            "Share of the images that is held out for validation. A hash of the image's name "
+            "decides whether an image is held out."
+        ),
+    )
+    max_validation_images: Annotated[Positive, MayChange()] = Field(
+        default=1000,
+        description=(
+            "Largest number of images in a validation. If there are more, this many are chosen, "
+            "evenly spread over all validation images."
+        ),
+    )
+    autoencoder: Annotated[str | None, MayChange(), Elsewhere("vae vae_path")] = Field(
+        default=None,
+        description=(
+            "Autoencoder that made the latents, for pictures of samples and for the export. By "
+            "default, it is the autoencoder that the manifest of the latents names."
+        ),
+    )
+    normalization: Literal["model", "channel"] = Field(
+        default="model",
+        description=(
+            "How latents are brought to about unit variance. `model` shifts and scales them as the "
+            "pipelines of the autoencoder do. `channel` measures mean and standard deviation of "
+            "each channel on the training latents. With `channel`, the export loads with "
+            "latentvae's FlowPipeline, and not with diffusers alone."
+        ),
+    )
+    posterior_sample: bool = Field(
+        default=True,
+        description=(
+            "Learn from new samples of the posterior in each update, if the latents were encoded "
+            "with --moments. Without this option, the model learns from the posterior means."
+        ),
+    )
+
+
+class FlowConfig(Section):
+    """Options of the network, of its condition and of the noise levels."""
+
+    width: Annotated[Positive, Elsewhere("dim d_model hidden_size")] = Field(
+        default=256, description="Number of channels of a block, a multiple of head_dim."
+    )
+    depth: Annotated[Positive, Elsewhere("n_layer num_layers layers")] = Field(
+        default=6, description="Number of blocks."
+    )
+    head_dim: Annotated[Positive, Elsewhere("attention_head_dim")] = Field(
+        default=32, description="Number of channels of each attention head."
+    )
+    patch_size: Positive = Field(
+        default=1,
+        description=(
+            "Side of the patches of latent positions that become one token. It must divide the "
+            "side of the latent. Larger patches compute faster."
+        ),
+    )
+    condition: Literal["auto", "class", "none"] = Field(
+        default="auto",
+        description=(
+            "Condition that the model gets with an image. `class` is the image's class. `auto` is "
+            "class if the latents have classes, else none."
+        ),
+    )
+    condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
+        default=0.1,
+        description=(
+            "Probability with which an image loses its condition, drawn anew in each update. "
+            "Sampling with guidance needs a value above 0."
+        ),
+    )
+    shift: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
+        default="auto",
+        description=(
+            "Shift of the noise levels in training and sampling. Values above 1 give more weight "
+            "to high noise. `auto` is the square root of (values of a latent / 4096), at least 1. "
+            "The best shift depends on the latents, so also try 2 and 4."
+        ),
+    )
+    solver: Annotated[Literal["euler", "heun"], MayChange()] = Field(
+        default="euler",
+        description=(
+            "Solver for the pictures of the run. heun evaluates the network twice in a step and "
+            "is more exact."
+        ),
+    )
+    sampling_steps: Annotated[Positive, MayChange()] = Field(
+        default=25, description="Number of sampling steps for the pictures of the run."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "FlowConfig":
+        if self.width % self.head_dim:
+            near = max(round(self.width / self.head_dim), 1) * self.head_dim
+            raise ValueError(
+                f"width {self.width} is not a multiple of head_dim ({self.head_dim}). The nearest "
+                f"multiple is {near}."
+            )
+        return self
+
+
+class FlowRunConfig(RunConfig):
+    """Options of the run: its length, batch size, precision, files and logs."""
+
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass. This saves memory but takes more time."
+        ),
+    )
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
+        default=40,
+        description=(
+            "Number of sampled images in each PNG of the run's folder `samples`. A PNG shows at "
+            "most 10 classes."
+        ),
+    )
+
+
+class LatentFlowConfig(JobConfig):
+    """All options of a run that trains a flow matching model."""
+
+    config: Annotated[str, MayChange()] = Field(
+        default="flow_small",
+        description=(
+            "YAML file with options, or the name of a preset. Flags override the values in the "
+            "file or preset."
+        ),
+    )
+    latents: LatentsConfig = LatentsConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: FlowRunConfig = FlowRunConfig()

@@ -1,0 +1,225 @@
+"""Open folders of latents as one table in memory, and hold out some images for validation.
+
+`n` images, `B` batch, `d` latent channels, `h w` latent positions.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentvae.data import spread
+from latentvae.data.split import held_out
+from latentvae.errors import UserError
+from latentvae.latents.formats.shards import Content
+from latentvae.latents.shard_dataset import LatentDataset
+from latentvae.latents.statistics import LatentStatistics
+from latentvae.models.normalization import LatentNormalization
+from latentvae.priors.transformer import NO_CLASS
+from latentvae.tasks.flow.config import LatentsConfig
+
+
+class Batch(NamedTuple):
+    """Images of one micro-step.
+
+    Attributes:
+        z: latents as stored, (B, d, h, w), float32.
+        stds: their posterior standard deviations, or None.
+        classes: (B,), int64, `NO_CLASS` for an image without a class.
+        numbers: number of each image in the table.
+    """
+
+    z: Tensor
+    stds: Tensor | None
+    classes: Tensor
+    numbers: list[int]
+
+
+@dataclass(frozen=True)
+class LatentTable:
+    """The latents of images, in memory.
+
+    Attributes:
+        z: (n, d, h, w), in the type of the shards.
+        stds: posterior standard deviations, like `z`, or None.
+        classes: (n,), int64, `NO_CLASS` for an image without a class.
+        names: name of each image.
+    """
+
+    z: Tensor
+    stds: Tensor | None
+    classes: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """Return the images with these numbers."""
+        chosen = torch.as_tensor(numbers)
+        stds = None if self.stds is None else self.stds[chosen].float()
+        return Batch(self.z[chosen].float(), stds, self.classes[chosen], list(numbers))
+
+    def some(self, numbers: Sequence[int]) -> "LatentTable":
+        """Return a table of the images with these numbers."""
+        chosen = torch.as_tensor(numbers, dtype=torch.int64)
+        stds = None if self.stds is None else self.stds[chosen]
+        names = [self.names[i] for i in numbers]
+        return LatentTable(self.z[chosen], stds, self.classes[chosen], names)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the number of images, and a hash of their latents, classes and names."""
+        digest = hashlib.sha256()
+        for part in (self.z, self.classes, *([] if self.stds is None else [self.stds])):
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update("\0".join(self.names).encode(errors="surrogateescape"))
+        return {"images": len(self), "latents": digest.hexdigest()[:16]}
+
+
+@dataclass(frozen=True)
+class LatentData:
+    """Latents to train on and to validate on, and what they are.
+
+    Attributes:
+        content: the content of the first folder's manifest.
+        model: the autoencoder that the manifest names.
+        normalization: how latents are brought to about unit variance.
+        shape: (d, h, w) of normalised latents.
+    """
+
+    train: LatentTable
+    validation: LatentTable
+    content: Content
+    model: str
+    normalization: LatentNormalization
+    shape: tuple[int, int, int]
+
+
+def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
+    """Read all latents, and choose those for validation.
+
+    Raises:
+        UserError: a folder holds no latents or damaged latents, or the folders do not fit together.
+    """
+    if not options.latents:
+        raise UserError(
+            "latents is missing. Give a folder that `latentvae encode` wrote, such as "
+            "--latents latents/train."
+        )
+
+    # the folders
+    first, *others = [LatentDataset(folder) for folder in options.latents]
+    for other in others:
+        check_alike(first, other)
+    train = joined([first, *others])
+
+    # validation
+    if options.validation_latents is not None:
+        held = LatentDataset(options.validation_latents)
+        check_alike(first, held)
+        for folder in (first, *others):
+            if folder.content.data_sha256 == held.content.data_sha256:
+                raise UserError(
+                    f"validation_latents '{options.validation_latents}' has the same images as "
+                    f"latents '{folder.reader.folder}'. Give latents of unseen images, or leave "
+                    "validation_latents out."
+                )
+        validation = joined([held])
+    else:
+        chosen = held_out(train.names, share=options.validation_share, seed=seed)
+        parts = [[i for i, held in enumerate(chosen) if held is part] for part in (False, True)]
+        train, validation = train.some(parts[0]), train.some(parts[1])
+    validation = validation.some(spread(len(validation), options.max_validation_images))
+
+    normalization = _normalization(first.content, train, options.normalization)
+    example = normalization.apply(train.rows([0]).z)
+    channels, height, width = example.shape[1:]
+    return LatentData(
+        train,
+        validation,
+        first.content,
+        first.reader.manifest.model,
+        normalization,
+        (channels, height, width),
+    )
+
+
+def check_alike(first: LatentDataset, other: LatentDataset) -> None:
+    """Raise UserError unless two folders hold latents of one model, size and set of classes."""
+    same = {
+        "item_shape": "shape of latents",
+        "model_sha256": "autoencoder weights",
+        "class_names": "class names",
+        "moments": "moments",
+    }
+    for name, words in same.items():
+        ours, theirs = getattr(first.content, name), getattr(other.content, name)
+        if ours != theirs:
+            shown = name in ("item_shape", "moments")  # hashes and many names say little
+            values = f" ({theirs}, not {ours})" if shown else ""
+            raise UserError(
+                f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
+                "Encode both with the same autoencoder, options and classes."
+            )
+
+
+def _normalization(content: Content, train: LatentTable, kind: str) -> LatentNormalization:
+    """Return the normalisation of the autoencoder's pipelines, or one measured on the latents."""
+    norm = content.normalization
+    assert norm is not None  # every folder of latents has one
+    if kind == "model":
+        return LatentNormalization(
+            1.0, 0.0, torch.tensor(norm.mean), torch.tensor(norm.scale), norm.fold
+        )
+
+    return measured_normalization(train, fold=norm.fold)
+
+
+def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalization:
+    """Return the normalisation by mean and standard deviation of each channel.
+
+    Args:
+        train: the latents that are measured.
+        fold: number of positions on a side that become channels.
+
+    Raises:
+        UserError: a channel is constant.
+    """
+    folded = LatentNormalization(1.0, 0.0, torch.zeros(1), torch.ones(1), fold)
+    statistics = LatentStatistics()
+    for start in range(0, len(train), 1024):
+        statistics.update(folded.apply(train.z[start : start + 1024].float()))
+    mean, std = statistics.channel_mean, statistics.channel_std
+    if (constant := (std < 1e-6).nonzero().flatten().tolist()) != []:
+        raise UserError(
+            f"channel {constant[0]} of the latents is constant, so it has no scale. Give "
+            "--normalization model."
+        )
+    return LatentNormalization(1.0, 0.0, mean.float(), (1 / std).float(), fold)
+
+
+def joined(folders: Sequence[LatentDataset]) -> LatentTable:
+    """Read the latents of folders as one table.
+
+    Raises:
+        UserError: a shard is damaged, or latents are not finite.
+    """
+    latents, stds, classes, names = [], [], [], list[str]()
+    for folder in folders:
+        reader = folder.reader
+        reader.check()
+        latents.append(reader.whole(reader.content.payload))
+        if not latents[-1].isfinite().all():
+            raise UserError(
+                f"'{reader.folder}' has latents that are not finite numbers. Encode the images "
+                "again, with --dtype float32."
+            )
+        stds += [reader.whole("stds")] if reader.content.moments else []
+        none = torch.full((len(reader),), NO_CLASS)
+        classes.append(reader.whole("labels") if reader.content.labels else none)
+        names += reader.names()
+    spreads = torch.cat(stds) if stds else None
+    return LatentTable(torch.cat(latents), spreads, torch.cat(classes), names)
