@@ -29,6 +29,8 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     config = rehearsal.task.config
     if config.objective.perceptual_scale > 0:
         yield lpips_gradient(probe(rehearsal, "lpips"))
+    if rehearsal.task.features is not None:
+        yield feature_gradient(probe(rehearsal, "feature"))
 
     # reconstruction and latent
     pixels = probe(rehearsal, "rec")
@@ -60,6 +62,18 @@ def lpips_gradient(found: Probe) -> Check:
         expected="a norm above 0 at the decoder, from LPIPS alone",
         advice="LPIPS trains nothing. Compute it with gradients to the reconstruction, without "
         "no_grad and detach.",
+    )
+
+
+def feature_gradient(found: Probe) -> Check:
+    """Check that the gradient of the feature loss reaches the decoder, as for LPIPS."""
+    return Check(
+        name="feature-gradient",
+        passed=found.decoder > 0,
+        value=found.decoder,
+        expected="a norm above 0 at the decoder, from the feature loss alone",
+        advice="The feature loss trains nothing. Compute it with gradients to the reconstruction, "
+        "without no_grad and detach.",
     )
 
 
