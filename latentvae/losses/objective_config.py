@@ -37,6 +37,13 @@ class ObjectiveConfig(Section):
         default="l1",
         description="Pixel loss: the mean absolute (l1) or squared (l2) error over image elements.",
     )
+    logit_laplace_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Weight of the logit-Laplace loss, beside the pixel loss: the absolute error of the "
+            "logits of pixels, as in ViT-VQGAN. 0 turns it off."
+        ),
+    )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
         description=(

@@ -207,6 +207,7 @@ def assert_doubled(before: Loss, after: Loss, *names: str) -> None:
 OPTIONS = {
     ("objective", "perceptual_scale"): ["loss/lpips"],
     ("objective", "feature_scale"): ["loss/feature"],
+    ("objective", "logit_laplace_scale"): ["loss/logit_laplace"],
     ("objective", "kl_scale"): ["kl"],
     ("discriminator", "disc_scale"): ["discriminator/adversarial"],
     ("quantizer", "commitment_weight"): ["loss/commitment"],

@@ -43,6 +43,7 @@ def build_objective(
         perceptual_scale=options.perceptual_scale,
         features=features,
         feature_scale=options.feature_scale,
+        logit_laplace_scale=options.logit_laplace_scale,
         kl_scale=options.kl_scale if has_kl else None,
         latent_weights=latent_weights,
         kl_form=kl_form(options),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentvae.losses.adversarial import Adversary, adaptive_weight
 from latentvae.losses.augment import diff_augment
 from latentvae.losses.colors import MID_GREY, to_rgb
+from latentvae.losses.logit_laplace import logit_laplace
 from latentvae.losses.objective.adversarial_weight import AdversarialWeight
 from latentvae.losses.objective.kl_forms import KLFactor, KLForm, PlainKL, WarmUp
 from latentvae.losses.objective.kl_target import KLTarget
@@ -49,6 +50,7 @@ class Objective(nn.Module):
         perceptual_scale: weight of LPIPS. The pixel term has weight 1.
         features: `FeatureLoss` (images, recon) -> (B,), frozen. None leaves the term out.
         feature_scale: weight of the distance of features.
+        logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the term out.
         kl_scale: weight of the KL. None if the latent has no KL.
         latent_weights: weights of the bottleneck's losses, by name.
         kl_form: form of the KL in the loss.
@@ -72,6 +74,7 @@ class Objective(nn.Module):
         kl_scale: float | None,
         features: nn.Module | None = None,
         feature_scale: float = 0.0,
+        logit_laplace_scale: float = 0.0,
         latent_weights: Mapping[str, float] | None = None,
         kl_form: KLForm | None = None,
         kl_factor: KLFactor | None = None,
@@ -84,6 +87,8 @@ class Objective(nn.Module):
         self.pixel_loss: Callable[..., Tensor] = _PIXEL_LOSSES[rec_loss]
         self.perceptual, self.features = perceptual, features
         self.weights = {"rec": 1.0, "lpips": perceptual_scale}
+        if logit_laplace_scale:
+            self.weights["logit_laplace"] = logit_laplace_scale
         if features is not None:
             self.weights["feature"] = feature_scale
         self.weights |= latent_weights or {}
@@ -158,7 +163,7 @@ class Objective(nn.Module):
     ) -> Loss:
         """Return the negative log-likelihood of ``recon``.
 
-        It has the pixel term, LPIPS, the distance of features and the log-variance.
+        It has the pixel terms, LPIPS, the distance of features and the log-variance.
         """
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
@@ -177,14 +182,16 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms that depend on ``recon``, each (B,).
 
-        `rec` is a mean over image elements of all channels. `lpips` and `feature` are absent if
-        they are not used.
+        `rec` and `logit_laplace` are means over image elements of all channels. Terms that are not
+        used are absent.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
         else:
             pixel = self.pixel_loss(recon.float(), images.float(), reduction="none")
         terms = {"rec": pixel.flatten(1).mean(1)}
+        if "logit_laplace" in self.weights:
+            terms["logit_laplace"] = logit_laplace(recon, images).flatten(1).mean(1)
 
         # distances by frozen networks
         networks = {"lpips": self.perceptual, "feature": self.features}
@@ -313,6 +320,7 @@ class Objective(nn.Module):
             rec, lpips: names of the pixel loss and of LPIPS in the text.
         """
         own = {"lpips": lpips, "feature": "feature loss", "kl": "KL"}
+        own["logit_laplace"] = "logit-Laplace"
         named = {name: own.get(name, name.replace("_", " ")) for name in self.weights}
         shown = [name for name, weight in self.weights.items() if weight or name == "kl"]
         text = rec + "".join(
