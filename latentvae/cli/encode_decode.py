@@ -14,6 +14,7 @@ from latentvae.latents.decode import decode_folder
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.encode_buckets import encode_buckets
 from latentvae.latents.formats.shards import Manifest, shard_path
+from latentvae.latents.shard_dataset import ShardReader
 
 SHOWN_CLASSES = 3
 
@@ -64,6 +65,9 @@ def summary(manifest: Manifest, out: Path) -> str:
         f"{content.kind}, {shape} {content.dtype}"
     ]
     lines.append(_classes(manifest, out))
+    if content.captions:
+        count = sum(map(bool, ShardReader(out).captions()))
+        lines.append(f"captions of {count} images")
 
     # bits or scale
     if content.kind == "tokens":

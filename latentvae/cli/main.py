@@ -299,10 +299,14 @@ class Encode:
     """Column of a table that holds the class of each image. The default is `label`. For folders and
     tar files, the first-level folder of an image is its class."""
 
+    caption_column: str | None = None
+    """Column of a table that holds the caption of each image. The default is `text` or `caption`.
+    For folders and tar files, the caption of `a.jpg` is in `a.txt` beside it."""
+
     overwrite: bool = False
     """Replace shards in the folder `out` that were made with another model, other data or other
-    options. The command compares data by the names and labels of the images, not by their
-    pixels."""
+    options. The command compares data by the names, labels and captions of the images, not by
+    their pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16

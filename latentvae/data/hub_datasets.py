@@ -8,6 +8,7 @@ decodes the images, so that a file gives the same image from every source. Prepa
 import glob
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,36 @@ class HubImages:
         stored = list(self._table.select_columns([column or "label"])[column or "label"])
         values = [-1 if stored[row] is None else int(stored[row]) for row in self._order]
         return values, list(kind.names) if isinstance(kind, ClassLabel) else None
+
+    def texts(self, column: str | None, *, default: Sequence[str]) -> list[str] | None:
+        """Return the text of each image from a column of strings. A null value becomes "".
+
+        Args:
+            column: the column. None uses the first column of strings in `default`, or returns None
+                if there is none.
+
+        Raises:
+            UserError: `column` does not exist or holds values of another type.
+        """
+        features = dict(self._table.features)
+        kinds = {name: str(getattr(kind, "dtype", kind)) for name, kind in features.items()}
+        strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+
+        if column is None:
+            column = next((name for name in default if name in strings), None)
+            if column is None:
+                return None
+        elif column not in kinds:
+            near = nearest(column, features)
+            raise UserError(f"there is no column '{column}', only {', '.join(features)}{near}")
+        elif column not in strings:
+            raise UserError(
+                f"column '{column}' must hold one text for each image (got {kinds[column]}). Give "
+                "another column."
+            )
+
+        stored = list(self._table.select_columns([column])[column])
+        return [(stored[row] or "").strip() for row in self._order]
 
     def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
         cell = self.rows[self._order[index]][self.column]

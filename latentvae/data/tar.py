@@ -1,7 +1,8 @@
 """Images in tar files (webdataset shards), read by offset in any order, as from a folder.
 
 https://github.com/webdataset/webdataset. Each member that is an image file is one image. Other
-members (``.cls``, ``.json``, ``.txt``, and a ``.npy`` with an image's key) are not read.
+members (``.cls``, ``.json``, and a ``.npy`` with an image's key) are not read. `tar_index.texts_in`
+reads the captions (``.txt``).
 """
 
 import glob
@@ -46,6 +47,9 @@ class TarShards:
             ``shards/*.tar`` (``~`` allowed).
         pixels: the format of every image. None means 8-bit RGB.
 
+    Attributes:
+        members: name of each image's member in its shard.
+
     Example:
         shards = TarShards("shards/train-{000..012}.tar")
         shards.name(0), shards.read(0).size  # ("0000000.jpg", (64, 64))
@@ -89,6 +93,8 @@ class TarShards:
         named.sort()
         order = [i for _, i, _ in named]
         self.names = [name for name, _, _ in named]
+        inside = [name for index in found for name in index.names]
+        self.members = [inside[i] for i in order]
         self._pages = [page or 0 for _, _, page in named]
         self._shard_of, self._offsets = self._shard_of[order], self._offsets[order]
         self._sizes = self._sizes[order]

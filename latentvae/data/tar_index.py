@@ -24,7 +24,7 @@ import numpy as np
 
 from latentvae.data.formats import readable_suffixes
 from latentvae.data.image_folder import inner_name, is_hidden
-from latentvae.data.left_out import count_left_out, side_cars, suffix
+from latentvae.data.left_out import count_left_out, side_cars, stem, suffix
 from latentvae.errors import UserError
 
 VERSION = 3  # version of the cached index
@@ -81,6 +81,25 @@ def shard_index(path: Path) -> ShardIndex:
             _replace(place, content, mode=stat.st_mode & 0o666)
             break
     return index
+
+
+def texts_in(path: Path, *, largest: int) -> dict[str, str]:
+    """Return the text files (.txt) in a tar file by their names without suffix.
+
+    If the tar file is damaged, the texts before the damage are returned.
+
+    Args:
+        path: the tar file.
+        largest: number of bytes of a text that are read at most.
+    """
+    found: dict[str, str] = {}
+    # Damaged headers raise errors of many types. `shard_index` reports the damage.
+    with contextlib.suppress(Exception), tarfile.open(path, "r:") as tar:
+        for member in _whole_members(tar, path.stat().st_size):
+            name = inner_name(member.name)
+            if suffix(name) == ".txt" and not is_hidden(name) and (file := tar.extractfile(member)):
+                found[stem(name)] = file.read(largest).decode(errors="replace").strip()
+    return found
 
 
 def _walk(path: Path, size: int) -> ShardIndex:

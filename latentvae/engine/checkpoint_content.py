@@ -185,8 +185,8 @@ def _check_same_circumstances(training: Training, values: SavedValues) -> None:
         listed = ", ".join(f"{name}: {then.get(name)} then, {now.get(name)} now" for name in shown)
         first = next(iter(now.values()), "")
         listed = listed or f"{first} with other names"
-        unit = training.task.unit
         raise UserError(
-            f"the training {unit} are not the same as at the start of the run ({listed}). "
+            f"training data or frozen networks are not the same as at the start of the run "
+            f"({listed}). "
             "Restore them, or start a new run in another output_dir."
         )

@@ -36,6 +36,7 @@ def describe(
     data_sha256: str,
     class_names: list[str] | None,
     labels: bool,
+    captions: bool,
 ) -> Content:
     """Return the `Content` of a folder of shards: everything that determines its bytes.
 
@@ -80,6 +81,7 @@ def describe(
             "data_sha256": data_sha256,
             "labels": labels,
             "class_names": class_names,
+            "captions": captions,
             "shard_items": shard_items,
         }
     )

@@ -17,6 +17,7 @@ from latentvae.compute.precision import full_float32
 from latentvae.data import DatasetSpec, EvalTransform, PixelFormat
 from latentvae.distributed import launched_rank
 from latentvae.errors import UserError
+from latentvae.latents.captions import find_captions
 from latentvae.latents.describe import check_resolution, describe
 from latentvae.latents.finishing import finish
 from latentvae.latents.formats.shards import (
@@ -62,6 +63,7 @@ def encode_folder(
     all_pages: bool = False,
     flip: bool = False,
     label_column: str | None = None,
+    caption_column: str | None = None,
     overwrite: bool = False,
     optimize: Optimize | None = None,
     variant: str | None = None,
@@ -96,8 +98,10 @@ def encode_folder(
         all_pages: make every page of a TIFF a separate item. By default the first page is used.
         flip: mirror every image left to right.
         label_column: column of a table with the labels. None takes `label`, if it exists.
+        caption_column: column of a table with the captions. None takes `text` or `caption`, if
+            one of them exists. See `latents.captions` for folders and tar files.
         overwrite: replace shards of another model or other data. Data is compared by the names
-            and labels of the images, not by their pixels.
+            labels and captions of the images, not by their pixels.
         optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
             used.
         variant: variant of the weights in a folder, such as `"fp16"`.
@@ -135,6 +139,7 @@ def encode_folder(
     size = check_resolution(model, resolution)
     transform = EvalTransform(size, interpolation=interpolation)
     labels = find_labels(source, label_column=label_column)
+    captions = find_captions(source, caption_column=caption_column)
 
     # content of the shards
     content = describe(
@@ -149,9 +154,10 @@ def encode_folder(
         dtype=dtype,
         moments=moments,
         num_items=len(source),
-        data_sha256=data_sha256(source, labels),
+        data_sha256=data_sha256(source, labels, captions),
         class_names=labels.class_names if labels else None,
         labels=labels is not None,
+        captions=captions is not None,
     )
 
     # write this rank's missing shards, and the manifest if all shards exist
@@ -164,6 +170,7 @@ def encode_folder(
         model=model,
         content=content,
         labels=labels,
+        captions=captions,
         batch_size=batch_size,
         num_workers=num_workers,
         progress=rank == 0,

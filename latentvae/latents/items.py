@@ -139,10 +139,14 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
     return Labels([classes[name] for name in named], list(classes))
 
 
-def data_sha256(source: ImageSource, labels: Labels | None) -> str:
-    """Return the sha256 of all images' names and labels, in the order of the images."""
+def data_sha256(
+    source: ImageSource, labels: Labels | None, captions: Sequence[str] | None = None
+) -> str:
+    """Return the sha256 of all images' names, labels and captions, in the order of the images."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         label = "" if labels is None else str(labels.values[index])
         digest.update(f"{source.name(index)}\0{label}\0".encode(errors="surrogateescape"))
+        if captions is not None:
+            digest.update(f"{captions[index]}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

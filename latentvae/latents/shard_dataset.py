@@ -101,17 +101,31 @@ class ShardReader:
 
     def name(self, index: int) -> str:
         """Return the image's name in its source."""
-        shard, row = self._locate(index)
-        ends = self._slice(shard, "id_ends")[max(row - 1, 0) : row + 1].tolist()
-        ids = self._slice(shard, "ids")[ends[0] if row else 0 : ends[-1]]
-        return _text(ids.numpy().tobytes())
+        return self._text_of(index, "id")
 
     def names(self) -> list[str]:
         """Return the names of all items."""
+        return self._texts("id")
+
+    def caption(self, index: int) -> str:
+        """Return the image's caption, "" if it has none. The folder must have captions."""
+        return self._text_of(index, "caption")
+
+    def captions(self) -> list[str]:
+        """Return the captions of all items. An item without a caption has an empty text."""
+        return self._texts("caption") if self.content.captions else [""] * len(self)
+
+    def _text_of(self, index: int, kind: str) -> str:
+        shard, row = self._locate(index)
+        ends = self._slice(shard, f"{kind}_ends")[max(row - 1, 0) : row + 1].tolist()
+        data = self._slice(shard, f"{kind}s")[ends[0] if row else 0 : ends[-1]]
+        return _text(data.numpy().tobytes())
+
+    def _texts(self, kind: str) -> list[str]:
         result: list[str] = []
         for shard, listed in enumerate(self.manifest.shards):
-            data = self._slice(shard, "ids")[:].numpy().tobytes()
-            ends = [0, *self._slice(shard, "id_ends")[:].tolist()]
+            data = self._slice(shard, f"{kind}s")[:].numpy().tobytes()
+            ends = [0, *self._slice(shard, f"{kind}_ends")[:].tolist()]
             if len(ends) != listed.items + 1 or ends[-1] != len(data) or ends != sorted(ends):
                 raise self._damaged(shard)
             result += [_text(data[start:end]) for start, end in pairwise(ends)]
@@ -196,7 +210,7 @@ def _text(data: bytes) -> str:
 
 
 class _Cached(Dataset[dict[str, Any]]):
-    """Base class of `TokenDataset` and `LatentDataset`: reader, length, names and labels."""
+    """Base class of `TokenDataset` and `LatentDataset`: reader, length, names, labels, captions."""
 
     kind: str
 
@@ -221,17 +235,21 @@ class _Cached(Dataset[dict[str, Any]]):
         result: dict[str, Any] = {"id": self.reader.name(index)}
         if self.content.labels:
             result["label"] = int(self.reader.read("labels", index))
+        if self.content.captions:
+            result["caption"] = self.reader.caption(index)
         return result
 
 
 class TokenDataset(_Cached):
-    """A data set of tokens: `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int}`.
+    """A data set of tokens.
+
+    An item is `{"indices": int64 (h, w) or (L, h, w), "id": str, "label": int, "caption": str}`.
 
     If the tokens have levels of several sizes, `levels` lists the sizes, and `indices.flatten()` is
     the sequence of tokens, coarsest level first.
 
-    `label` exists if the data has classes (-1 means "none"). A DataLoader may use any number of
-    workers. An item is loaded when it is needed.
+    `label` exists if the data has classes (-1 means "none"), and `caption` if it has captions. A
+    DataLoader may use any number of workers. An item is loaded when it is needed.
 
     Args:
         folder: a folder that `latentvae encode` wrote for a tokenizer.
@@ -255,7 +273,9 @@ class TokenDataset(_Cached):
 
 
 class LatentDataset(_Cached):
-    """A data set of latents: `{"latent": float32 (d, h, w), "id": str, "label": int}`.
+    """A data set of latents: `{"latent": float32 (d, h, w), "id": str, "label": int, ...}`.
+
+    `label` and `caption` exist if the data has classes or captions.
 
     Args:
         folder: a folder that `latentvae encode` wrote for continuous latents.

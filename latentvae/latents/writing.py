@@ -17,7 +17,7 @@ from latentvae.latents.formats.shards import (
     DTYPES,
     Content,
     ShardHeader,
-    pack_names,
+    pack_texts,
     shard_bytes,
     shard_path,
     table_path,
@@ -34,6 +34,7 @@ def write_shards(
     model: Autoencoder,
     content: Content,
     labels: Labels | None,
+    captions: Sequence[str] | None,
     batch_size: int,
     num_workers: int,
     progress: bool,
@@ -53,7 +54,9 @@ def write_shards(
     batches = iter(bar)
     for shard, count in counts.items():
         own = itertools.islice(batches, count)
-        _write_shard(out, shard, own, model=model, content=content, labels=labels)
+        _write_shard(
+            out, shard, own, model=model, content=content, labels=labels, captions=captions
+        )
     bar.close()
 
 
@@ -85,6 +88,7 @@ def _write_shard(
     model: Autoencoder,
     content: Content,
     labels: Labels | None,
+    captions: Sequence[str] | None,
 ) -> None:
     """Encode the batches of one shard, and write its files."""
     read: list[Picture] = []
@@ -105,11 +109,17 @@ def _write_shard(
         values = [labels.values[p.number] for p in read]
         tensors["labels"] = torch.tensor(values, dtype=torch.int64)
     header = ShardHeader(content=content, shard=shard, unreadable=unreadable)
-    save_shard(out, header, tensors, names=[p.name for p in read])
+    texts = None if captions is None else [captions[p.number] for p in read]
+    save_shard(out, header, tensors, names=[p.name for p in read], captions=texts)
 
 
 def save_shard(
-    out: Path, header: ShardHeader, tensors: dict[str, Tensor], *, names: Sequence[str]
+    out: Path,
+    header: ShardHeader,
+    tensors: dict[str, Tensor],
+    *,
+    names: Sequence[str],
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Write the files of a shard, the safetensors file last.
 
@@ -118,12 +128,18 @@ def save_shard(
         header: the shard's number and content.
         tensors: the tensors of the shard's items by name, without their names.
         names: name of each item.
+        captions: caption of each item, if the data has captions.
     """
     shard, content = header.shard, header.content
     if content.kind == "tokens" and names:  # `datasets` cannot read a table without rows.
-        table = table_bytes(tensors["indices"], names=names, labels=tensors.get("labels"))
+        labels = tensors.get("labels")
+        table = table_bytes(tensors["indices"], names=names, labels=labels, captions=captions)
         write_file(table_path(out, shard), table, owner=shard)
-    data = shard_bytes({**tensors, **pack_names(names)}, header)
+
+    texts = pack_texts(names, "id")
+    if captions is not None:
+        texts |= pack_texts(captions, "caption")
+    data = shard_bytes({**tensors, **texts}, header)
     write_file(shard_path(out, shard), data, owner=shard)
 
 

@@ -37,6 +37,13 @@ class ObjectiveConfig(Section):
         default="l1",
         description="Pixel loss: the mean absolute (l1) or squared (l2) error over image elements.",
     )
+    logit_laplace_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Weight of the logit-Laplace loss, beside the pixel loss: the absolute error of the "
+            "logits of pixels, as in ViT-VQGAN. 0 turns it off."
+        ),
+    )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
         description=(
@@ -60,6 +67,18 @@ class ObjectiveConfig(Section):
             "Download the weights of the LPIPS backbone from torchvision's URL if no local file "
             "has them."
         ),
+    )
+    feature_loss: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            "Frozen image network whose features are compared: a folder or Hub id that the package "
+            "transformers loads, such as DINOv2 or ConvNeXt. The loss is 1 minus the cosine "
+            "similarity, a mean over all layers and positions. By default, there is no such loss. "
+            "On resume, another folder must hold the same weights."
+        ),
+    )
+    feature_scale: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="Weight of feature_loss."
     )
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
@@ -134,6 +153,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
+        if self.feature_loss is None and self.feature_scale != 1:
+            raise ValueError(
+                f"feature_scale {self.feature_scale:g} needs feature_loss too. Give the folder of "
+                "an image network, or leave feature_scale out."
+            )
         given = [name for name in marked(type(self), PlacesKL) if getattr(self, name)]
         if len(given) > 1:
             both = " and ".join(f"{name} {getattr(self, name):g}" for name in given[:2])

@@ -66,10 +66,11 @@ def load_lpips(
     return model
 
 
-def weights_id(model: LPIPS) -> str:
+def weights_id(model: nn.Module) -> str:
     """Return the first 16 hexadecimal digits of the sha256 of all the network's values."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.named_buffers()):
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in sorted(values.items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -131,11 +132,11 @@ def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
 
     It is the weighted squared difference of unit features, averaged over space.
     """
-    difference = (_unit(features) - _unit(target)).square()
+    difference = (unit_features(features) - unit_features(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_features(features: Tensor) -> Tensor:
     """Return `features` scaled to unit length over the channels, in float32 or wider.
 
     Where all channels are 0, the gradient of `vector_norm` is 0. The gradient of the square root in

@@ -1,7 +1,8 @@
 """Generators of tokens and latents. They show how well a model learns an autoencoder's code."""
 
+from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.flow_pipeline import FlowPipeline
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.transformer import TokenTransformer
 
-__all__ = ["FlowPipeline", "TokenPipeline", "TokenTransformer"]
+__all__ = ["ByteTextEncoder", "FlowPipeline", "TokenPipeline", "TokenTransformer"]

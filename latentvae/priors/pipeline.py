@@ -29,7 +29,8 @@ class TokenPipeline(DiffusionPipeline):
         transformer: the prior.
         vqvae: the image tokenizer, of any class that latentvae can load.
         text_encoder: encoder of prompts, for a prior with text.
-        tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
+        tokenizer: the text tokenizer, which splits prompts for `text_encoder`. A `ByteTextEncoder`
+            needs none.
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]
@@ -122,10 +123,10 @@ class TokenPipeline(DiffusionPipeline):
         Raises:
             UserError: the prior has no text encoder.
         """
-        if self.text_encoder is None or self.tokenizer is None:
+        if self.text_encoder is None:
             raise UserError(
                 f"this prior has no text encoder, so it cannot take the prompt '{prompts[0]}'. "
-                "Give a class, or train a prior with --text_encoder."
+                "Give a class, or train a prior with captions."
             )
         return encode_prompts(prompts, self.tokenizer, self.text_encoder)
 

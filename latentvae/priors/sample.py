@@ -132,8 +132,9 @@ def open_prior(folder: Path, *, device: str | None = None) -> TokenPipeline:
     """Load an exported prior in eval mode."""
     logging.disable_progress_bar()
     pipeline = TokenPipeline.from_pretrained(folder, use_safetensors=True)
-    for part in (pipeline.transformer, pipeline.vqvae):
-        part.eval()
+    for part in (pipeline.transformer, pipeline.vqvae, pipeline.text_encoder):
+        if part is not None:
+            part.eval()
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -164,6 +165,7 @@ def write_samples(
             "num_source_items": count,
             "data_sha256": hashlib.sha256(items.numpy().tobytes()).hexdigest(),
             "labels": labels,
+            "captions": False,
             "class_names": content.class_names if labels else None,
         }
     )

@@ -1,4 +1,7 @@
-"""Encode prompts with a text encoder of `transformers`, for a prior with text."""
+"""Encode prompts with a text encoder, for a prior with text.
+
+The encoder is one of `transformers`, or a `ByteTextEncoder`, which learned with the prior.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +58,12 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
     """Return the last hidden states of prompts, (B, S, C), float32, with their mask.
 
-    S is the length of the longest prompt, at most `MAX_TEXT_TOKENS`.
+    S is the length of the longest prompt, at most `MAX_TEXT_TOKENS`. Without a tokenizer, the
+    encoder splits texts itself (`ByteTextEncoder`).
     """
+    if tokenizer is None:
+        text = encoder(encoder.split(prompts))
+        return Text(text.states.float(), text.mask)
     longest = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
     words = tokenizer(
         list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"

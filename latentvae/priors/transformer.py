@@ -53,6 +53,19 @@ class Text:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Words:
+    """Texts in parts, which a text encoder that learns turns into states.
+
+    Attributes:
+        ids: (B, S), int64.
+        mask: (B, S), bool, as for `Text`.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
 class TokenTransformer(ModelMixin, ConfigMixin):
     """A transformer that predicts each token of an image from the tokens before it.
 
@@ -117,7 +130,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         self.register_buffer("offsets", levels_of * num_codes, persistent=False)
         turns = rotations(places_of(levels), channels=width // num_heads)
         self.register_buffer("turns", turns, persistent=False)
-        self.apply(_initialise)
+        self.apply(initialise)
         for weight in self.outputs.parameters():
             nn.init.zeros_(weight)  # so training starts at a loss of log K
 
@@ -282,6 +295,7 @@ def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(places)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Draw the weights of a linear layer or an embedding, for `nn.Module.apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

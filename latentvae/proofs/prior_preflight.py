@@ -70,6 +70,8 @@ def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
             yield _condition(rehearsal)
     if rehearsal.task.condition != "none":
         yield _dropped(rehearsal)
+    if rehearsal.task.trains_text:
+        yield _text_learns(rehearsal)
     yield check_checkpoint(rehearsal)
 
 
@@ -87,7 +89,7 @@ def _start(rehearsal: Rehearsal) -> Check:
 def _example(rehearsal: Rehearsal) -> tuple[Tensor, Tensor | None, Text | None]:
     """Return tokens, class and text of the first validation image, on the device."""
     table = rehearsal.task.data.validation
-    return rehearsal.task.moved(table.rows([0]), table.names)
+    return rehearsal.task.moved(table.rows([0]), table)
 
 
 def _causal(rehearsal: Rehearsal) -> Check:
@@ -152,6 +154,26 @@ def _condition(rehearsal: Rehearsal) -> Check:
         value=difference,
         expected="the condition changes the logits",
         advice="The prior would ignore its condition.",
+    )
+
+
+def _text_learns(rehearsal: Rehearsal) -> Check:
+    """Check that the gradient of the loss reaches every weight of the text encoder that learns."""
+    task, table = rehearsal.task, rehearsal.task.data.train
+    numbers = list(range(min(len(table), task.config.run.train_batch_size)))
+    trained = task.learners["model"].module
+    indices, _, words = task.moved(table.rows(numbers), table, encode=False)
+    trained.zero_grad()
+    trained(indices, None, words).backward()
+    weights = dict(task.encoder.named_parameters())
+    without = [name for name, p in weights.items() if p.grad is None or not p.grad.any()]
+    trained.zero_grad()
+    return Check(
+        name="text-encoder",
+        passed=not without,
+        value=f"{len(without)} of {len(weights)} tensors without a gradient",
+        expected="the loss has a gradient for every tensor of the text encoder",
+        advice="The text encoder stays random. Compute its states with gradients.",
     )
 
 

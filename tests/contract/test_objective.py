@@ -35,6 +35,7 @@ WARM_UP = {"kl_warmup_steps": 10}
 VARIANTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "vq with entropy": ("vq_small", {"quantizer": ENTROPY}),
     "learned log-variance": ("kl_small", {"objective": {"learn_logvar": True}}),
+    "feature loss": ("kl_small", {"objective": {"feature_loss": "dinov2", "feature_scale": 0.3}}),
     "warm-up": ("kl_small", {"objective": {"kl_scale": 0.01} | WARM_UP}),
     "free bits": ("kl_small", {"objective": {"kl_scale": 0.01, "free_bits": 0.2} | WARM_UP}),
     "capacity": (
@@ -82,6 +83,7 @@ class Case:
             perceptual=self.perceptual,
             latent_weights=config.model.bottleneck.weights(),
             has_kl=config.model.has_kl,
+            features=self.perceptual if config.objective.feature_loss else None,
             likelihood=getattr(self.wrapper.net, "likelihood", None),
         )
         objective.adversarial = replace(objective.adversarial, adaptive=adaptive, cap=0.7)
@@ -204,6 +206,8 @@ def assert_doubled(before: Loss, after: Loss, *names: str) -> None:
 
 OPTIONS = {
     ("objective", "perceptual_scale"): ["loss/lpips"],
+    ("objective", "feature_scale"): ["loss/feature"],
+    ("objective", "logit_laplace_scale"): ["loss/logit_laplace"],
     ("objective", "kl_scale"): ["kl"],
     ("discriminator", "disc_scale"): ["discriminator/adversarial"],
     ("quantizer", "commitment_weight"): ["loss/commitment"],

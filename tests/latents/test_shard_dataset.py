@@ -16,7 +16,7 @@ from latentvae.latents.formats.shards import (
     ShardFile,
     ShardHeader,
     index_dtype,
-    pack_names,
+    pack_texts,
     read_header,
     sha256_of,
     shard_bytes,
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
         tensors = {"indices": items.byte(), "labels": torch.arange(first, first + count)}
         header = ShardHeader(content=content, shard=shard, unreadable=[])
         path = shard_path(tmp_path, shard)
-        path.write_bytes(shard_bytes({**tensors, **pack_names(names)}, header))
+        path.write_bytes(shard_bytes({**tensors, **pack_texts(names, "id")}, header))
         assert read_header(path) == header
         files.append(ShardFile(items=count, sha256=sha256_of(path)))
         first += count

@@ -1,7 +1,7 @@
 """Write a shard of tokens as a parquet file, for `datasets.load_dataset(DIR)` and others.
 
-Columns: `id` string, `label` int64 (where there are labels), `indices` nested lists of the item's
-shape.
+Columns: `id` string, `label` int64 (where there are labels), `caption` string (where there are
+captions), `indices` nested lists of the item's shape.
 """
 
 import io
@@ -22,16 +22,28 @@ Tokens of images, written by `latentvae encode`: `latentvae.TokenDataset(folder)
 """
 
 
-def table_bytes(indices: Tensor, *, names: Sequence[str], labels: Tensor | None) -> bytes:
+def table_bytes(
+    indices: Tensor,
+    *,
+    names: Sequence[str],
+    labels: Tensor | None,
+    captions: Sequence[str] | None = None,
+) -> bytes:
     """Return the bytes of a parquet file of tokens (n, h, w) or (n, L, h, w)."""
     values = pa.array(indices.numpy().reshape(-1))
     for size in reversed(indices.shape[1:]):
         values = pa.FixedSizeListArray.from_arrays(values, size)
-    # A string in a table must be UTF-8, but a file name may be any bytes.
-    texts = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
-    columns = {"id": pa.array(texts, pa.string())}
+    columns = {"id": _texts(names)}
     if labels is not None:
         columns["label"] = pa.array(labels.numpy())
+    if captions is not None:
+        columns["caption"] = _texts(captions)
     buffer = io.BytesIO()
     pq.write_table(pa.table({**columns, "indices": values}), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def _texts(texts: Sequence[str]) -> pa.Array:
+    # A string in a table must be UTF-8, but a file name may be any bytes.
+    whole = [text.encode(errors="surrogateescape").decode(errors="replace") for text in texts]
+    return pa.array(whole, pa.string())

@@ -10,6 +10,8 @@ A shard has these tensors:
     latents (n, d, h, w)                or latents: posterior means
     stds (n, d, h, w)                   with --moments: their standard deviations
     labels (n)                          int64, if the data has classes
+    captions, caption_ends (n)          texts in UTF-8, as `ids`, if the data has captions. An image
+                                        without a caption has an empty text
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
 
@@ -92,7 +94,7 @@ class Content(_Strict):
             see `data.PixelFormat`.
         resolution: side of a square, or (height, width), in pixels.
         flip: whether the images were mirrored left to right.
-        data_sha256: hash of the sorted names and the labels, not of the pictures.
+        data_sha256: hash of the sorted names, labels and captions, not of the pictures.
         shard_items: items of the source per shard.
         optimize: mode of faster computation that encoded the images, see `compute.optimization`.
     """
@@ -121,6 +123,7 @@ class Content(_Strict):
     data_sha256: str
     labels: bool
     class_names: list[str] | None = None
+    captions: bool = False
     shard_items: int = Field(ge=1)
     optimize: Literal["exact", "fast", "openvino"] | None = None
 
@@ -291,10 +294,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pack_names(names: Sequence[str]) -> dict[str, Tensor]:
-    """Encode names as the tensors `ids` (uint8) and `id_ends` (int64, (n)) of a shard."""
-    encoded = [name.encode(errors="surrogateescape") for name in names]
+def pack_texts(texts: Sequence[str], kind: Literal["id", "caption"]) -> dict[str, Tensor]:
+    """Encode texts as two tensors of a shard, such as `ids` (uint8) and `id_ends` (int64, (n))."""
+    encoded = [text.encode(errors="surrogateescape") for text in texts]
     joined = bytearray(b"".join(encoded))
-    ids = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0).byte()
-    lengths = torch.tensor([len(name) for name in encoded], dtype=torch.int64)
-    return {"ids": ids, "id_ends": lengths.cumsum(0)}
+    data = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0).byte()
+    lengths = torch.tensor([len(text) for text in encoded], dtype=torch.int64)
+    return {f"{kind}s": data, f"{kind}_ends": lengths.cumsum(0)}

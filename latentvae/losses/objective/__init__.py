@@ -2,7 +2,9 @@
 
 The source is Rombach et al. 2022, arXiv:2112.10752, appendix G.
 
-    nll = mean(rec + perceptual_scale * lpips) / exp(output_logvar) + output_logvar
+    error = rec + perceptual_scale * lpips + feature_scale * feature
+            + logit_laplace_scale * logit_laplace
+    nll = mean(error) / exp(output_logvar) + output_logvar
     loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
 
 Each term has a name and a weight. Its policy says how the weight changes during training:
@@ -10,6 +12,8 @@ Each term has a name and a weight. Its policy says how the weight changes during
     term            weight                                  policy
     rec             1                                       constant
     lpips           perceptual_scale                        constant
+    feature         feature_scale                           constant
+    logit_laplace   logit_laplace_scale                     constant
     kl              kl_scale                                constant, warm-up or target. The KL is
                                                             plain, or has free bits or a capacity
     codebook terms  options of the quantizer                constant

@@ -20,6 +20,7 @@ def build_objective(
     perceptual: nn.Module | None,
     latent_weights: Mapping[str, float],
     has_kl: bool,
+    features: nn.Module | None = None,
     likelihood: Likelihood | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Objective:
@@ -30,6 +31,7 @@ def build_objective(
         discriminator: options of the adversarial term.
         perceptual: LPIPS. It is not used if `perceptual_scale` is 0.
         latent_weights: weights of the bottleneck's losses by name, see `Latent.losses`.
+        features: the frozen network of `feature_loss`, if it is used.
         has_kl: whether the network's latents have a KL.
         likelihood: the network's own likelihood, if it has one.
         autocast_dtype: see `Objective`.
@@ -39,6 +41,9 @@ def build_objective(
         rec_loss=options.rec_loss,
         perceptual=perceptual if options.perceptual_scale > 0 else None,
         perceptual_scale=options.perceptual_scale,
+        features=features,
+        feature_scale=options.feature_scale,
+        logit_laplace_scale=options.logit_laplace_scale,
         kl_scale=options.kl_scale if has_kl else None,
         latent_weights=latent_weights,
         kl_form=kl_form(options),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentvae.losses.adversarial import Adversary, adaptive_weight
 from latentvae.losses.augment import diff_augment
 from latentvae.losses.colors import MID_GREY, to_rgb
+from latentvae.losses.logit_laplace import logit_laplace
 from latentvae.losses.objective.adversarial_weight import AdversarialWeight
 from latentvae.losses.objective.kl_forms import KLFactor, KLForm, PlainKL, WarmUp
 from latentvae.losses.objective.kl_target import KLTarget
@@ -47,6 +48,9 @@ class Objective(nn.Module):
         rec_loss: "l1" or "l2".
         perceptual: LPIPS (images, recon) -> (B,), frozen. None leaves the term out.
         perceptual_scale: weight of LPIPS. The pixel term has weight 1.
+        features: `FeatureLoss` (images, recon) -> (B,), frozen. None leaves the term out.
+        feature_scale: weight of the distance of features.
+        logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the term out.
         kl_scale: weight of the KL. None if the latent has no KL.
         latent_weights: weights of the bottleneck's losses, by name.
         kl_form: form of the KL in the loss.
@@ -54,8 +58,8 @@ class Objective(nn.Module):
         adversarial: weight of the adversarial term.
         likelihood: likelihood that replaces the pixel loss if the decoder returns its parameters.
             LPIPS and the discriminator see the likelihood's `mean`.
-        autocast_dtype: dtype of the backbone of LPIPS. The distances stay float32. Default:
-            float32.
+        autocast_dtype: dtype of the networks of LPIPS and of the features. The distances stay
+            float32. Default: float32.
 
     Attributes:
         weights: constant weights by name of the term, without schedules and targets.
@@ -68,6 +72,9 @@ class Objective(nn.Module):
         perceptual: nn.Module | None,
         perceptual_scale: float,
         kl_scale: float | None,
+        features: nn.Module | None = None,
+        feature_scale: float = 0.0,
+        logit_laplace_scale: float = 0.0,
         latent_weights: Mapping[str, float] | None = None,
         kl_form: KLForm | None = None,
         kl_factor: KLFactor | None = None,
@@ -78,8 +85,13 @@ class Objective(nn.Module):
         super().__init__()
         # terms and their constant weights
         self.pixel_loss: Callable[..., Tensor] = _PIXEL_LOSSES[rec_loss]
-        self.perceptual = perceptual
-        self.weights = {"rec": 1.0, "lpips": perceptual_scale, **(latent_weights or {})}
+        self.perceptual, self.features = perceptual, features
+        self.weights = {"rec": 1.0, "lpips": perceptual_scale}
+        if logit_laplace_scale:
+            self.weights["logit_laplace"] = logit_laplace_scale
+        if features is not None:
+            self.weights["feature"] = feature_scale
+        self.weights |= latent_weights or {}
         if kl_scale is not None:
             self.weights["kl"] = kl_scale
 
@@ -149,7 +161,10 @@ class Objective(nn.Module):
         *,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """Return the negative log-likelihood of ``recon``: pixel term, LPIPS and log-variance."""
+        """Return the negative log-likelihood of ``recon``.
+
+        It has the pixel terms, LPIPS, the distance of features and the log-variance.
+        """
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
         means = {f"loss/{name}": term.mean() for name, term in terms.items()}
@@ -167,20 +182,28 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms that depend on ``recon``, each (B,).
 
-        `rec` is a mean over image elements of all channels. `lpips` is absent if LPIPS is not used.
+        `rec` and `logit_laplace` are means over image elements of all channels. Terms that are not
+        used are absent.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
         else:
             pixel = self.pixel_loss(recon.float(), images.float(), reduction="none")
         terms = {"rec": pixel.flatten(1).mean(1)}
-        if self.perceptual is not None:
+        if "logit_laplace" in self.weights:
+            terms["logit_laplace"] = logit_laplace(recon, images).flatten(1).mean(1)
+
+        # distances by frozen networks
+        networks = {"lpips": self.perceptual, "feature": self.features}
+        for name, network in networks.items():
+            if network is None:
+                continue
             with torch.autocast(
                 images.device.type,
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             ):
-                terms["lpips"] = self.perceptual(
+                terms[name] = network(
                     to_rgb(images, background), to_rgb(self.picture(recon), background)
                 )
         return terms
@@ -191,9 +214,7 @@ class Objective(nn.Module):
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
         """Return the negative log-likelihood per image element, up to a constant, a scalar."""
-        error = self.weights["rec"] * terms["rec"]
-        if "lpips" in terms:
-            error = error + self.weights["lpips"] * terms["lpips"]
+        error = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(dim=0)
         return error.mean() / output_logvar.exp() + output_logvar
 
     # Adversarial term
@@ -283,7 +304,7 @@ class Objective(nn.Module):
     def only(self, *names: str) -> "Objective":
         """Return a copy in which only the terms ``names`` have a weight.
 
-        The copy has constant weights and the plain KL. It shares LPIPS with this objective.
+        The copy has constant weights and the plain KL. It shares frozen networks with this one.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
@@ -298,7 +319,8 @@ class Objective(nn.Module):
         Args:
             rec, lpips: names of the pixel loss and of LPIPS in the text.
         """
-        own = {"lpips": lpips, "kl": "KL"}
+        own = {"lpips": lpips, "feature": "feature loss", "kl": "KL"}
+        own["logit_laplace"] = "logit-Laplace"
         named = {name: own.get(name, name.replace("_", " ")) for name in self.weights}
         shown = [name for name, weight in self.weights.items() if weight or name == "kl"]
         text = rec + "".join(

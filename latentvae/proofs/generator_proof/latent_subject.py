@@ -197,6 +197,7 @@ class LatentSubject(Subject):
             "depth": settings.depth,
             "head_dim": HEAD_DIM,
             "shift": shift,
+            "condition": "class" if self.num_classes else "none",
             "patch_size": patch_for(data.shape[1]),
         }
         options = {"flow": flow, **proof_run(settings, folder=folder, seed=seed)}

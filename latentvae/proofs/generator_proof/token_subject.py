@@ -186,6 +186,7 @@ class TokenSubject(Subject):
             "width": settings.width,
             "depth": settings.depth,
             "num_heads": max(settings.width // HEAD_DIM, 1),
+            "condition": "class" if self.num_classes else "none",
         }
         options = {"prior": prior, **proof_run(settings, folder=folder, seed=seed)}
         return ProofPrior(PriorConfig.model_validate(options), self.data(variant))

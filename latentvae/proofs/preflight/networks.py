@@ -55,11 +55,15 @@ def frozen(rehearsal: Rehearsal) -> Check:
     task, faults = rehearsal.task, []
     lpips = task.metric
 
-    # LPIPS
-    if any(module.training for module in lpips.modules()):
-        faults.append("LPIPS is in train mode")
-    if _learns(lpips):
-        faults.append("LPIPS takes gradients")
+    # LPIPS, and the network of the feature loss
+    networks = {"LPIPS": lpips, "the feature network": task.features}
+    for name, network in networks.items():
+        if network is None:
+            continue
+        if any(module.training for module in network.modules()):
+            faults.append(f"{name} is in train mode")
+        if _learns(network):
+            faults.append(f"{name} takes gradients")
 
     # encoder
     discretised = task.base is not None and task.base.discretised

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributions import Laplace, SigmoidTransform, TransformedDistribution
 
 from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
@@ -29,10 +30,14 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     config = rehearsal.task.config
     if config.objective.perceptual_scale > 0:
         yield lpips_gradient(probe(rehearsal, "lpips"))
+    if rehearsal.task.features is not None:
+        yield feature_gradient(probe(rehearsal, "feature"))
 
     # reconstruction and latent
     pixels = probe(rehearsal, "rec")
     yield reconstruction(rehearsal, pixels)
+    if config.objective.logit_laplace_scale > 0:
+        yield logit_laplace(rehearsal, probe(rehearsal, "logit_laplace"))
     if not config.model.freeze_encoder:
         yield latent_gradient(pixels)
     if config.model.has_kl:
@@ -60,6 +65,18 @@ def lpips_gradient(found: Probe) -> Check:
         expected="a norm above 0 at the decoder, from LPIPS alone",
         advice="LPIPS trains nothing. Compute it with gradients to the reconstruction, without "
         "no_grad and detach.",
+    )
+
+
+def feature_gradient(found: Probe) -> Check:
+    """Check that the gradient of the feature loss reaches the decoder, as for LPIPS."""
+    return Check(
+        name="feature-gradient",
+        passed=found.decoder > 0,
+        value=found.decoder,
+        expected="a norm above 0 at the decoder, from the feature loss alone",
+        advice="The feature loss trains nothing. Compute it with gradients to the reconstruction, "
+        "without no_grad and detach.",
     )
 
 
@@ -107,6 +124,30 @@ def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
         gradient=found.at_recon,
         slope=slope,
         stated="the mean over image elements",
+    )
+
+
+def logit_laplace(rehearsal: Rehearsal, found: Probe) -> Check:
+    """Check the logit-Laplace loss against the density of `torch.distributions`.
+
+    Pixels are mapped to [0.1, 0.9] (arXiv:2102.12092, appendix A.3).
+    """
+    recon = found.out.recon.detach().cpu().double().requires_grad_()
+    x, inside = 0.5 + 0.4 * found.images.double(), 0.5 + 0.4 * recon.clamp(-1.0, 1.0)
+    mu = torch.logit(inside) + (recon - recon.clamp(-1.0, 1.0)) * 0.4 / 0.09  # the tangent outside
+    density = TransformedDistribution(Laplace(mu, torch.ones_like(mu)), SigmoidTransform())
+    expected = -density.log_prob(x).mean()
+    weight = rehearsal.task.objective.weights["logit_laplace"]
+    variance = found.out.output_logvar.detach().exp().item()
+    (slope,) = torch.autograd.grad(weight * expected / variance, recon)
+    return _reduction(
+        "logit-laplace",
+        rehearsal,
+        logged=found.logged["loss/logit_laplace"],
+        expected=expected,
+        gradient=found.at_recon,
+        slope=slope,
+        stated="the negative log-density, a mean over image elements",
     )
 
 

@@ -12,6 +12,7 @@ from latentvae.data import ImageSource
 from latentvae.distributed import is_main, send_from_main
 from latentvae.engine.processes import DTYPES
 from latentvae.losses.discriminators import Discriminator, build_discriminator
+from latentvae.losses.feature_loss import FeatureLoss, load_feature_loss
 from latentvae.losses.objective import Objective
 from latentvae.losses.objective.build_objective import build_objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -33,12 +34,23 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
     )
 
 
+def open_features(config: TrainConfig) -> FeatureLoss | None:
+    """Return the frozen network of `feature_loss`, or None without this loss.
+
+    Raises:
+        UserError: there is no such network, or it cannot take the training images.
+    """
+    path = config.objective.feature_loss
+    return None if path is None else load_feature_loss(path, sizes=config.train_sizes)
+
+
 def build_losses(
-    config: TrainConfig, net: Any, accelerator: Accelerator
+    config: TrainConfig, net: Any, accelerator: Accelerator, *, features: FeatureLoss | None
 ) -> tuple[PerceptualLoss, Objective]:
     """Return LPIPS for the validation (always in float32), and the objective.
 
-    The objective may use the same LPIPS network as the validation.
+    The objective may use the same LPIPS network as the validation. `features` is the network of
+    `feature_loss`, if it is used.
     """
     options = config.objective
     metric = PerceptualLoss(
@@ -55,6 +67,7 @@ def build_losses(
         perceptual=metric,
         latent_weights=config.model.bottleneck.weights(),
         has_kl=config.model.has_kl,
+        features=None if features is None else features.to(accelerator.device),
         likelihood=FAMILIES[config.model.architecture].likelihood(net),
         autocast_dtype=DTYPES[accelerator.mixed_precision],
     )

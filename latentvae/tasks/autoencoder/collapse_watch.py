@@ -24,6 +24,7 @@ from pydantic import ConfigDict
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.losses.adversarial import GAN_LOSSES
 from latentvae.losses.posterior import SILENT_KL
+from latentvae.tasks.autoencoder.code_levels import code_states
 from latentvae.tasks.autoencoder.config import TrainConfig
 
 POSTERIOR, CODEBOOK = "posterior_collapse", "codebook_collapse"
@@ -33,9 +34,6 @@ LASTING = 50  # smallest number of updates from the first to the last observatio
 BEGINNING = 100  # updates before the watch starts, because an untrained model looks collapsed
 
 ACTIVE_SHARE = 0.5  # Share of active channels (arXiv:1509.00519).
-USED_SHARE = 0.1  # Share of used codes among the codes that could be used.
-PERPLEXITY_SHARE = 0.05  # Perplexity / usable codes. Low if a few codes take nearly all tokens.
-FALLEN_SHARE = 0.5  # Used codes, as a share of the largest number ever in use.
 # Discriminator's loss, as a share of the loss at logits of 0 (hinge 1, logistic 2 log 2).
 WON_SHARE = 0.05
 WORSE = 1.1  # Validation LPIPS, as a multiple of the best.
@@ -154,10 +152,10 @@ class CollapseWatch:
         self._conditions = {name: Condition(**conditions.get(name, {})) for name in PATIENCE}
         self._best_lpips: float | None = saved.get("best_lpips")
         self._best_update: int = saved.get("best_update", 0)
-        self._most_used: int = saved.get("most_used", 0)
+        self._most_used: dict[str, int] = dict(saved.get("most_used", {}))
         # Values of other validation images cannot be compared.
         if saved and saved.get("validated_on") != watched.validated_on:
-            self._best_lpips, self._best_update, self._most_used = None, 0, 0
+            self._best_lpips, self._best_update, self._most_used = None, 0, {}
         if watched.discriminator_from is None:
             self._conditions[DISCRIMINATOR].holds = False
 
@@ -199,7 +197,7 @@ class CollapseWatch:
             "conditions": {name: asdict(now) for name, now in self._conditions.items()},
             "best_lpips": self._best_lpips,
             "best_update": self._best_update,
-            "most_used": self._most_used,
+            "most_used": dict(self._most_used),
             "validated_on": self.watched.validated_on,
         }
 
@@ -248,24 +246,17 @@ class CollapseWatch:
         )
 
     def _codes(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Check for a collapsed codebook: few codes in use, or many fewer than before."""
+        """Check for a collapsed codebook: few codes in use, or many fewer than before.
+
+        With several codebooks, one that collapses is enough.
+        """
         start, K = self.watched.codes_from, self.watched.num_codes
         if start is None or update <= start or "validation/usage" not in values:
             return []
-        used, perplexity = round(values["validation/usage"] * K), values["validation/perplexity"]
-        usable = min(K, values["validation/tokens"])
-        few = used < max(USED_SHARE * usable, 2) or perplexity < PERPLEXITY_SHARE * usable
-        fallen = used < FALLEN_SHARE * self._most_used
-        once = f" ({self._most_used:,} at most before)" if fallen else ""
-        self._most_used = max(self._most_used, used)
-        return self._observe(
-            CODEBOOK,
-            update,
-            few or fallen,
-            f"the codebook collapses: {used:,} of {K:,} codes are used{once} by "
-            f"{values['validation/tokens']:,.0f} tokens, perplexity {perplexity:.1f}",
-            f"Try {self.watched.codes_remedy}",
-        )
+
+        states = code_states(values, num_codes=K, most_used=self._most_used)
+        there, sentence = next((state for state in states if state[0]), states[0])
+        return self._observe(CODEBOOK, update, there, sentence, f"Try {self.watched.codes_remedy}")
 
     def _lpips(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """Check whether validation LPIPS is much worse than its best. NaN counts as worse."""

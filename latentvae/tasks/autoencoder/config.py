@@ -252,6 +252,11 @@ class TrainConfig(JobConfig):
                 f"rec_loss {self.objective.rec_loss} has no meaning, because likelihood "
                 f"{likelihood} replaces it. Leave it at {ObjectiveConfig().rec_loss}."
             )
+        if scale := self.objective.logit_laplace_scale:
+            raise ValueError(
+                f"logit_laplace_scale {scale:g} needs a decoder that returns pixels, but with "
+                f"likelihood {likelihood} it returns other values. Leave logit_laplace_scale out."
+            )
         if self.objective.rec_target:
             raise ValueError(
                 f"rec_target {self.objective.rec_target:g} needs a pixel error (rec_loss l1 or "

@@ -24,6 +24,7 @@ def plan(task: "AutoencoderTask") -> dict[str, str]:
             f"at {size} px{_pixels(task)}"
         ),
         "objective": _objective(task),
+        **_features(task),
         "discriminator": _discriminator(task),
     }
 
@@ -95,6 +96,13 @@ def _objective(task: "AutoencoderTask") -> str:
     rec = task.config.model.pixel_likelihood or options.rec_loss
     learned = ", learned log-variance" if options.learn_logvar else ""
     return task.objective.formula(rec=rec, lpips=f"LPIPS-{options.lpips_net}") + learned
+
+
+def _features(task: "AutoencoderTask") -> dict[str, str]:
+    if (loss := task.features) is None:
+        return {}
+    kind = f"{type(loss.network).__name__}, {_millions(loss.network)} M parameters, frozen"
+    return {"features": f"{kind}, {loss.num_layers} layers are compared"}
 
 
 def _discriminator(task: "AutoencoderTask") -> str:

@@ -25,7 +25,7 @@ class _Watch(BaseModel):
     conditions: dict[str, Condition] = {}
     best_lpips: float | None = None
     best_update: Count = 0
-    most_used: Count = 0
+    most_used: dict[str, Count] = {}
     validated_on: str = ""
 
 

@@ -23,6 +23,7 @@ from latentvae.errors import UserError, printable
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import calls
 from latentvae.tasks.autoencoder import plan_rows, reach, refusals
+from latentvae.tasks.autoencoder.build_parts import open_features
 from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, what_to_watch
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.discretise import check_discretising, warmup_steps
@@ -71,7 +72,10 @@ class AutoencoderTask(LearningAutoencoder):
         check_discretising(self.config, self.base)
         self.config = with_shape_of(self.config, self.base)
         self.train_images, self.validation_images = open_data(self.config)
+        self.features = open_features(self.config)
         self._identity = data_identity(self.train_images)
+        if self.features is not None:
+            self._identity["feature_loss"] = self.features.weights_id
         self._ratios: Any = None
 
     def check_processes(self, processes: int) -> None:

@@ -17,6 +17,7 @@ from latentvae.engine.task import Averages, Learner, Task
 from latentvae.losses.adversarial import GAN_LOSSES, Adversary, LeCam, lazy_weight
 from latentvae.losses.colors import random_background
 from latentvae.losses.discriminators import power_iteration
+from latentvae.losses.feature_loss import FeatureLoss
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import FAMILIES, family_of
 from latentvae.tasks.autoencoder.backward import backward_discriminator, backward_model
@@ -52,6 +53,7 @@ class LearningAutoencoder(Task):
 
     Attributes:
         base: the pretrained network of a fine-tuning. None without fine-tuning.
+        features: the frozen network of `feature_loss`, or None.
         train_images: opened source of training images.
         validation_images: opened source of validation images.
         wrapper: the training wrapper of the network, not wrapped by DDP. `net` is the network
@@ -64,6 +66,7 @@ class LearningAutoencoder(Task):
 
     config: TrainConfig
     base: Base | None
+    features: FeatureLoss | None
     train_images: ImageSource | ImageStream
     validation_images: ImageSource
 
@@ -91,7 +94,7 @@ class LearningAutoencoder(Task):
             )
         if discretises and not trains_encoder(config):
             net.encoder.requires_grad_(False)
-        self.metric, self.objective = build_losses(config, net, accelerator)
+        self.metric, self.objective = build_losses(config, net, accelerator, features=self.features)
         self.wrapper = build_wrapper(config, net, pretrained=self.base is not None)
         if wants_start(config) and self.base is None and not resumed and not starts_linear:
             start_codebook(config, net, accelerator, self.statistics_images)

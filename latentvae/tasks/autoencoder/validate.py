@@ -64,7 +64,8 @@ def validate(
         `validation/images`. A tokenizer also has `validation/usage` (share of the codes),
         `validation/perplexity`, `validation/entropy_bits` (per token) and `validation/tokens`, over
         all images. At most `validation/tokens` codes can be used. If each level has its own codes,
-        these values are means over the levels.
+        these values are means over the levels, and `validation/usage_level0` and so on are those of
+        each level (also perplexity and tokens).
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -115,10 +116,17 @@ def validate(
 def _token_measures(usage: TokenUsage) -> dict[str, float]:
     """Return the use of the codes over the images of all ranks."""
     joined = TokenUsage.joined(gather_objects(usage.state_dict())).result()
-    tokens = joined["levels"][0]["tokens"] if "levels" in joined else joined["tokens"]
+    levels = joined.get("levels", [])
     names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
     names = ("usage", "perplexity", "entropy_bits")
-    measured = {f"validation/{name}": joined[name] for name in names}
+    measured: dict[str, float] = {f"validation/{name}": joined[name] for name in names}
+    for number, level in enumerate(levels):
+        measured |= {
+            f"validation/usage_level{number}": level["usage"],
+            f"validation/perplexity_level{number}": level["perplexity"],
+            f"validation/tokens_level{number}": level["tokens"],
+        }
+    tokens = levels[0]["tokens"] if levels else joined["tokens"]
     return measured | {"validation/tokens": tokens}  # tokens of one codebook
 
 

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
 from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share
 
+BYTES = "bytes"  # value of `text_encoder` for the encoder that learns with the prior
+
 
 class TokensConfig(Section):
     """Options of the tokens that the prior learns from."""
@@ -76,8 +78,8 @@ class NetworkConfig(Section):
         default="auto",
         description=(
             "Condition that the prior gets with an image. `class` is the image's class. `text` is "
-            "the image's caption (see captions and text_encoder). `auto` is text if there are "
-            "captions, else class if the tokens have classes, else none."
+            "the image's caption (see captions and text_encoder). `auto` is text if the tokens "
+            "have captions or captions is given, else class if they have classes, else none."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
@@ -91,14 +93,16 @@ class NetworkConfig(Section):
         default=None,
         description=(
             'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is '
-            "the name of an image in the tokens."
+            "the name of an image in the tokens. By default, captions are those that `latentvae "
+            "encode` found beside the images."
         ),
     )
-    text_encoder: str | None = Field(
-        default=None,
+    text_encoder: str = Field(
+        default=BYTES,
         description=(
-            "Frozen text encoder for captions: a folder or Hub id that the package transformers "
-            "loads, such as a T5 or CLIP text encoder."
+            "Encoder of captions. `bytes` is a small encoder of the captions' bytes, which learns "
+            "together with the prior. Or a frozen encoder: a folder or Hub id that the package "
+            "transformers loads, such as a T5 or CLIP text encoder."
         ),
     )
 
@@ -111,13 +115,16 @@ class NetworkConfig(Section):
                 f"width {self.width} is not a multiple of 4 times num_heads ({step}). The nearest "
                 f"multiple is {near}."
             )
-        if self.condition == "text" and self.captions is None:
-            raise ValueError("condition text needs captions. Give --captions FILE.")
-        if (self.captions is None) != (self.text_encoder is None):
-            given, missing = ("captions", "text_encoder")
-            if self.captions is None:
-                given, missing = missing, given
-            raise ValueError(f"{given} needs {missing} too. Give both or none of them.")
+        if self.condition in ("class", "none"):
+            for name, given in (
+                ("captions", self.captions is not None),
+                ("text_encoder", self.text_encoder != BYTES),
+            ):
+                if given:
+                    raise ValueError(
+                        f"{name} has no meaning with condition {self.condition}. Leave one of them "
+                        "out."
+                    )
         return self
 
 

@@ -14,8 +14,10 @@ from latentvae.export.card import public_value
 from latentvae.export.export_folder import written_whole
 from latentvae.latents.opening import open_model
 from latentvae.option_marks import Private, marked
+from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sample import TOKENS_NAME
+from latentvae.priors.text import encode_prompts
 from latentvae.priors.transformer import TokenTransformer
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.tokens import TokenData
@@ -123,18 +125,30 @@ def export_prior(
 
 
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
-    """Load prior and tokenizer, and compare their weights and results with the trained pipeline."""
-    # the prior
-    ours, batch = pipeline.transformer, data.validation.rows([0])
-    theirs = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)
-    theirs.to(ours.device)
-    for name, value in ours.state_dict().items():
-        if not torch.equal(value, theirs.state_dict()[name]):
-            raise RuntimeError(f"the export's weight {name} differs from the trained prior")
+    """Load the parts, and compare their weights and results with the trained pipeline."""
+    # the weights that were trained
+    ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
+    theirs: Any = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)
+    pairs, loaded_encoder = [(ours, theirs)], encoder
+    if encoder is not None and words is None:  # it has learned with the prior
+        place = folder / "text_encoder"
+        loaded_encoder = ByteTextEncoder.from_pretrained(place, use_safetensors=True)
+        pairs.append((encoder, loaded_encoder))
+    for trained, loaded in pairs:
+        weights = loaded.to(ours.device).state_dict()
+        for name, value in trained.state_dict().items():
+            if not torch.equal(value, weights[name]):
+                raise RuntimeError(f"the export's weight {name} differs from the trained prior")
+
+    # their results
+    indices, logits = data.validation.rows([0]).indices.to(ours.device), []
     with torch.no_grad():
-        indices = batch.indices.to(ours.device)
-        if not torch.allclose(ours(indices).logits, theirs(indices).logits, atol=1e-4):
-            raise RuntimeError("the export's logits differ from those of the trained prior")
+        for net, reader in ((ours, encoder), (theirs, loaded_encoder)):
+            captions = data.validation.captions[:1]
+            text = None if reader is None else encode_prompts(captions, words, reader)
+            logits.append(net(indices, text=text).logits)
+    if not torch.allclose(*logits, atol=1e-4):
+        raise RuntimeError("the export's logits differ from those of the trained prior")
 
     # the tokenizer
     loaded = open_model(folder / "vqvae", device="cpu")
@@ -156,6 +170,7 @@ def _card(
     names = {
         "validation/bits_per_token": "this prior (bits_per_token)",
         "validation/bits_wrong_class": "this prior, given a wrong class",
+        "validation/bits_wrong_text": "this prior, given a wrong caption",
         "validation/bits_unigram": "codes by their frequencies (unigram)",
     }
     values = {words: row[key] for key, words in names.items() if key in row}

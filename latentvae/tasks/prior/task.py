@@ -8,35 +8,41 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latentvae.data import IndexSampler, spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner, Task
 from latentvae.errors import UserError
+from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.grid import save_grid
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import sample_tokens
 from latentvae.priors.text import encode_prompts, load_text_encoder
-from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer
-from latentvae.tasks.prior.config import PriorConfig
+from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, Words
+from latentvae.tasks.prior.config import BYTES, PriorConfig
 from latentvae.tasks.prior.prior_export import export_prior, open_tokenizer
 from latentvae.tasks.prior.tokens import (
     Batch,
     TokenData,
+    TokenTable,
+    check_captions,
+    mean_unigram_bits,
     open_tokens,
-    read_captions,
-    unigram_bits,
+    with_captions,
 )
+from latentvae.tasks.prior.trained_prior import TrainedPrior, token_bits
 
 PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
+WRONG = ("wrong_class", "wrong_text")
+AnyText = TypeVar("AnyText", Text, Words)
 MAX_ROWS = 10  # largest number of classes or captions in a picture
 
 
@@ -60,20 +66,27 @@ class PriorTask(Task):
     def open(self) -> None:
         options = self.config.prior
         self.data = self.open_data()
+        if options.captions is not None:
+            self.data = with_captions(self.data, options.captions)
         self.tokenizer = self.open_tokenizer()
         self.condition = self._condition()
-        self.texts: dict[str, str] = {}
-        self._text_channels = 0
         self.words: Any = None
         self.encoder: Any = None
         if self.condition == "text":
-            assert options.captions is not None and options.text_encoder is not None
-            names = [*self.data.train.names, *self.data.validation.names]
-            self.texts = read_captions(options.captions, names)
-            self.words, self.encoder = load_text_encoder(options.text_encoder)
-            example = encode_prompts([self.texts[names[0]]], self.words, self.encoder)
-            self._text_channels = example.states.shape[2]
-        self.unigram = self._unigram()
+            check_captions(self.data)
+            if not self.trains_text:
+                self.words, self.encoder = load_text_encoder(options.text_encoder)
+        elif options.text_encoder != BYTES:
+            raise UserError(
+                f"text_encoder '{options.text_encoder}' needs captions, but the tokens have none. "
+                "Give --captions FILE, or leave text_encoder out."
+            )
+        self.unigram = mean_unigram_bits(self.data)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a text encoder learns together with the prior."""
+        return self.condition == "text" and self.config.prior.text_encoder == BYTES
 
     def open_data(self) -> TokenData:
         """Read the tokens to train on and to validate on."""
@@ -88,7 +101,7 @@ class PriorTask(Task):
         asked = self.config.prior.condition
         has_classes = bool((self.data.train.classes != NO_CLASS).any())
         if asked == "auto":
-            texts = self.config.prior.captions is not None
+            texts = any(self.data.train.captions)
             return "text" if texts else "class" if has_classes else "none"
         if asked == "class" and not has_classes:
             raise UserError(
@@ -98,31 +111,26 @@ class PriorTask(Task):
             )
         return asked
 
-    def _unigram(self) -> float:
-        """Return the bits per token of codes drawn by their frequencies in each level."""
-        sizes = [height * width for height, width in self.data.levels]
-        parts = zip(
-            self.data.train.sequences.split(sizes, dim=1),
-            self.data.validation.sequences.split(sizes, dim=1),
-            sizes,
-            strict=True,
-        )
-        codes = self.data.num_codes
-        bits = [unigram_bits(train, held, num_codes=codes) * n for train, held, n in parts]
-        return sum(bits) / sum(sizes)
-
     def check_processes(self, processes: int) -> None:
         self._sampler(rank=0, processes=processes, start=0)  # raises if a rank has no batch
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         options, content = self.config.prior, self.data.content
-        has_classes = self.condition == "class"
+        has_classes, text_channels = self.condition == "class", 0
+
+        # networks
+        if self.trains_text:
+            self.encoder = ByteTextEncoder(dropout=options.dropout)
+        if self.encoder is not None:
+            self.encoder.to(accelerator.device)
+            example = encode_prompts([self.data.train.captions[0]], self.words, self.encoder)
+            text_channels = example.states.shape[2]
         self.net = TokenTransformer(
             num_codes=self.data.num_codes,
             levels=self.data.levels,
             item_shape=content.item_shape,
             num_classes=self._num_classes() if has_classes else 0,
-            text_channels=self._text_channels,
+            text_channels=text_channels,
             width=options.width,
             depth=options.depth,
             num_heads=options.num_heads,
@@ -131,15 +139,15 @@ class PriorTask(Task):
         )
         if self.config.run.gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
-        if self.encoder is not None:
-            self.encoder.to(accelerator.device)
 
-        linear = [part for part in self.net.blocks.modules() if isinstance(part, nn.Linear)]
+        # what learns
+        trained = TrainedPrior(self.net, self.encoder if self.trains_text else None)
+        linear = [part for part in trained.blocks() if isinstance(part, nn.Linear)]
         learner = Learner.with_optimizer(
-            TrainedPrior(self.net),
+            trained,
             accelerator,
             self.config.optimizer,
-            averaged=self.net,
+            averaged=trained,
             matrices=[cast("nn.Parameter", part.weight) for part in linear],
         )
         self.learners = {"model": learner}
@@ -152,8 +160,8 @@ class PriorTask(Task):
     def identity(self) -> dict[str, Any]:
         found = {"tokenizer": self.data.content.model_sha256[:16], **self.data.train.identity()}
         if self.condition == "text":
-            texts = "\0".join(self.texts[name] for name in self.data.train.names)
-            found["captions"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
+            texts = "\0".join(self.data.train.captions).encode(errors="surrogateescape")
+            found["captions"] = hashlib.sha256(texts).hexdigest()[:16]
         return found
 
     def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
@@ -182,7 +190,7 @@ class PriorTask(Task):
         dropped = f"dropped for {self.config.prior.condition_dropout:.0%} of the images"
         kinds = {
             "class": f"{self.net.config['num_classes']} classes, {dropped}",
-            "text": f"captions, {dropped}",
+            "text": f"captions, {dropped}, {self._reader_of_texts()}",
             "none": "none",
         }
         return {
@@ -198,6 +206,14 @@ class PriorTask(Task):
             ),
         }
 
+    def _reader_of_texts(self) -> str:
+        """Return the text encoder in words."""
+        if self.encoder is None:
+            return ""
+        size = sum(p.numel() for p in self.encoder.parameters()) / 1e6
+        learns = "learns with the prior" if self.trains_text else "frozen"
+        return f"read by {type(self.encoder).__name__}, {size:.1f} M parameters, {learns}"
+
     def warnings(self) -> list[str]:
         if self.condition != "none" and not self.config.prior.condition_dropout:
             return ["condition_dropout is 0, so sampling with guidance will not work."]
@@ -212,25 +228,37 @@ class PriorTask(Task):
     # an update
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
-        indices, classes, text = self.moved(batch, self.data.train.names)
+        indices, classes, text = self.moved(batch, self.data.train, encode=not self.trains_text)
         classes, text = self.drop_condition(classes, text)
         loss = self.learners["model"].prepared(indices, classes, text)
         (loss / self.config.run.gradient_accumulation_steps).backward()
         return {"loss/bits_per_token": loss.detach() / math.log(2)}
 
     def moved(
-        self, batch: Batch, names: Sequence[str]
-    ) -> tuple[Tensor, Tensor | None, Text | None]:
-        """Return tokens, classes and text of a batch on the device."""
+        self, batch: Batch, table: TokenTable, *, encode: bool = True
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """Return tokens, classes and text of a batch on the device.
+
+        Args:
+            batch: rows of the table.
+            table: the table, which has the captions.
+            encode: return the states of the text (`Text`). Otherwise return its `Words`, from
+                which a text encoder can learn.
+        """
         indices = batch.indices.to(self.device)
-        if self.condition == "text":
-            prompts = [self.texts[names[number]] for number in batch.numbers]
-            return indices, None, encode_prompts(prompts, self.words, self.encoder)
-        return indices, batch.classes.to(self.device) if self.condition == "class" else None, None
+        if self.condition != "text":
+            known = self.condition == "class"
+            return indices, batch.classes.to(self.device) if known else None, None
+        prompts = [table.captions[number] for number in batch.numbers]
+        return indices, None, self.states(prompts) if encode else self.encoder.split(prompts)
+
+    def states(self, prompts: Sequence[str]) -> Text:
+        """Return the states of prompts, without a gradient."""
+        return encode_prompts(prompts, self.words, self.encoder)
 
     def drop_condition(
-        self, classes: Tensor | None, text: Text | None
-    ) -> tuple[Tensor | None, Text | None]:
+        self, classes: Tensor | None, text: AnyText | None
+    ) -> tuple[Tensor | None, AnyText | None]:
         """Drop the condition of some images, chosen by the global random generator."""
         share = self.config.prior.condition_dropout
         if classes is not None:
@@ -238,7 +266,7 @@ class PriorTask(Task):
             classes = classes.masked_fill(dropped, NO_CLASS)
         if text is not None:
             dropped = torch.rand(len(text.mask), 1, device=text.mask.device) < share
-            text = Text(text.states, text.mask & ~dropped)
+            text = replace(text, mask=text.mask & ~dropped)
         return classes, text
 
     # between updates
@@ -265,20 +293,33 @@ class PriorTask(Task):
         return {
             "validation/bits_per_token": values["right"],
             **self._level_bits(means["right"]),
-            **({"validation/bits_wrong_class": values["wrong"]} if "wrong" in values else {}),
+            **{f"validation/bits_{name}": values[name] for name in WRONG if name in values},
             "validation/bits_unigram": self.unigram,
             "validation/images": len(table),
         }
 
     def _bits(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the bits (B, T) of each token, for the right condition and for a wrong class."""
-        indices, classes, text = self.moved(batch, self.data.validation.names)
+        """Return the bits (B, T) of each token, for the right condition and for a wrong one."""
+        indices, classes, text = self.moved(batch, self.data.validation)
         bits = {"right": token_bits(self.net, indices, classes, text)}
         if classes is not None and (count := self.net.config["num_classes"]) > 1:
             # Classes with near names are often similar, so the wrong class is half of them away.
             wrong = (classes + count // 2) % count
-            bits["wrong"] = token_bits(self.net, indices, wrong.where(classes >= 0, NO_CLASS), None)
+            wrong = wrong.where(classes >= 0, NO_CLASS)
+            bits["wrong_class"] = token_bits(self.net, indices, wrong, None)
+        if text is not None and len(self._other_captions) > 1:
+            prompts = [
+                self._other_captions[self.data.validation.captions[number]]
+                for number in batch.numbers
+            ]
+            bits["wrong_text"] = token_bits(self.net, indices, None, self.states(prompts))
         return bits
+
+    @cached_property
+    def _other_captions(self) -> dict[str, str]:
+        """A wrong caption for each caption of validation: the one half of all captions away."""
+        texts = sorted(set(self.data.validation.captions))
+        return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 
     def _level_bits(self, bits: Tensor) -> dict[str, float]:
         """Return the mean bits of each level, if there are several. `bits` are (T,)."""
@@ -288,11 +329,14 @@ class PriorTask(Task):
         return {f"validation/bits_level{i}": part.mean().item() for i, part in levels}
 
     def validation_line(self, values: Mapping[str, float]) -> str:
-        wrong = values.get("validation/bits_wrong_class")
+        named = {
+            "a wrong class": values.get("validation/bits_wrong_class"),
+            "a wrong caption": values.get("validation/bits_wrong_text"),
+        }
+        wrong = [f" ({bits:.3f} with {name})" for name, bits in named.items() if bits is not None]
         return (
-            f"{values['validation/bits_per_token']:.3f} bits per token"
-            + (f" ({wrong:.3f} with a wrong class)" if wrong is not None else "")
-            + f" on {values['validation/images']:,} unseen images"
+            f"{values['validation/bits_per_token']:.3f} bits per token{''.join(wrong)}"
+            f" on {values['validation/images']:,} unseen images"
         )
 
     def save_samples(self, path: Path) -> bool:
@@ -304,8 +348,7 @@ class PriorTask(Task):
             chosen = range(start, min(start + PICTURE_BATCH, len(classes)))
             text = None
             if captions:
-                prompts = [captions[number] for number in chosen]
-                text = encode_prompts(prompts, self.words, self.encoder)
+                text = self.states([captions[number] for number in chosen])
             tokens = sample_tokens(
                 self.net,
                 classes[start : chosen.stop],
@@ -320,22 +363,22 @@ class PriorTask(Task):
     def _sample_conditions(self) -> tuple[Tensor, list[str], list[str] | None]:
         """Return classes and captions of the sampled images, and the labels of the rows.
 
-        Classes and captions are spread over all classes and validation images. A row has several
-        images of one class or caption.
+        Classes and captions are spread over all classes and all captions of validation images. A
+        row has several images of one class or caption.
         """
         count, names = self.config.run.num_sample_images, self.data.content.class_names
         none = torch.full((count,), NO_CLASS)
         if self.condition == "none":
             return none, [], None
 
-        held = self.data.validation.names
+        held = list(dict.fromkeys(self.data.validation.captions))  # each text once
         total = self.net.config["num_classes"] if self.condition == "class" else len(held)
         chosen = spread(total, min(MAX_ROWS, count))
         columns = count // len(chosen)
         if self.condition == "class":
             labels = [names[i] if names else f"class {i}" for i in chosen]
             return torch.tensor(chosen).repeat_interleave(columns), [], labels
-        captions = [self.texts[held[i]] for i in chosen]
+        captions = [held[i] for i in chosen]
         repeated = [caption for caption in captions for _ in range(columns)]
         return none[: len(repeated)], repeated, captions
 
@@ -368,28 +411,3 @@ class PriorTask(Task):
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
         sampler = self._sampler(rank=rank, processes=processes, start=start)
         return [step for _, step in zip(range(start, stop), sampler, strict=False)]
-
-
-class TrainedPrior(nn.Module):
-    """The module that training calls. It returns the loss: the mean nats per token, a scalar.
-
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
-    the network is inside, and validation computes in float32.
-    """
-
-    def __init__(self, net: TokenTransformer) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, indices: Tensor, classes: Tensor | None, text: Text | None) -> Tensor:
-        logits = self.net(indices, classes, text).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), indices.flatten())
-
-
-def token_bits(
-    net: nn.Module, indices: Tensor, classes: Tensor | None, text: Text | None
-) -> Tensor:
-    """Return the bits of each token of images, (B, T), float32."""
-    logits = net(indices, classes, text).logits.float()
-    nats = F.cross_entropy(rearrange(logits, "b t k -> b k t"), indices, reduction="none")
-    return nats / math.log(2)

@@ -6,7 +6,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +45,13 @@ class TokenTable:
         sequences: (n, T), in the integer type of the shards.
         classes: (n,), int64, `NO_CLASS` for an image without a class.
         names: name of each image.
+        captions: caption of each image, "" for an image without a caption.
     """
 
     sequences: Tensor
     classes: Tensor
     names: list[str]
+    captions: list[str]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -63,8 +65,15 @@ class TokenTable:
         """Return a table of the images with these numbers."""
         chosen = torch.as_tensor(numbers, dtype=torch.int64)
         return TokenTable(
-            self.sequences[chosen], self.classes[chosen], [self.names[i] for i in numbers]
+            self.sequences[chosen],
+            self.classes[chosen],
+            [self.names[i] for i in numbers],
+            [self.captions[i] for i in numbers],
         )
+
+    def captioned(self, captions: dict[str, str]) -> "TokenTable":
+        """Return the table with other captions, by the images' names."""
+        return replace(self, captions=[captions[name] for name in self.names])
 
     def shuffled(self, seed: int, *, level_sizes: Sequence[int]) -> "TokenTable":
         """Return a table in which each image has an order of its own for the tokens of a level."""
@@ -74,7 +83,7 @@ class TokenTable:
             parts = zip(ends, level_sizes, strict=False)
             orders.append(np.concatenate([end + rng.permutation(size) for end, size in parts]))
         order = torch.from_numpy(np.stack(orders))
-        return TokenTable(self.sequences.gather(1, order), self.classes, self.names)
+        return replace(self, sequences=self.sequences.gather(1, order))
 
     def identity(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their tokens, classes and names."""
@@ -212,6 +221,41 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
     return {name: found[name] for name in names}
 
 
+def with_captions(data: TokenData, path: str) -> TokenData:
+    """Return the data with the captions of a file (`read_captions`) in place of their own."""
+    captions = read_captions(path, [*data.train.names, *data.validation.names])
+    tables = data.train.captioned(captions), data.validation.captioned(captions)
+    return replace(data, train=tables[0], validation=tables[1])
+
+
+def check_captions(data: TokenData) -> None:
+    """Raise UserError unless every image has a caption."""
+    tables = (data.train, data.validation)
+    named = [pair for t in tables for pair in zip(t.names, t.captions, strict=True)]
+    missing = [name for name, caption in named if not caption]
+    if len(missing) == len(named):
+        raise UserError(
+            "condition text needs captions, but the tokens have none. Give --captions FILE, or "
+            "encode images that have captions: .txt files beside them, or a column of a table."
+        )
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {len(named):,} images have no caption. The first is "
+            f"'{missing[0]}'. Give every image a caption and encode again, or give --captions FILE "
+            "or --condition none."
+        )
+
+
+def mean_unigram_bits(data: TokenData) -> float:
+    """Return the bits per token of codes drawn by their frequencies in each level."""
+    sizes = [height * width for height, width in data.levels]
+    tables = (data.train, data.validation)
+    parts = [table.sequences.split(sizes, dim=1) for table in tables]
+    pairs = zip(*parts, sizes, strict=True)
+    bits = [unigram_bits(own, held, num_codes=data.num_codes) * n for own, held, n in pairs]
+    return sum(bits) / sum(sizes)
+
+
 def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
     """Return the bits per token of codes drawn independently with their frequencies in training.
 
@@ -227,7 +271,7 @@ def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
 
 
 def joined(folders: Sequence[TokenDataset]) -> TokenTable:
-    sequences, classes, names = [], [], list[str]()
+    sequences, classes, names, captions = [], [], list[str](), list[str]()
     for folder in folders:
         reader = folder.reader
         reader.check()
@@ -235,4 +279,5 @@ def joined(folders: Sequence[TokenDataset]) -> TokenTable:
         none = torch.full((len(reader),), NO_CLASS)
         classes.append(reader.whole("labels") if reader.content.labels else none)
         names += reader.names()
-    return TokenTable(torch.cat(sequences), torch.cat(classes), names)
+        captions += reader.captions()
+    return TokenTable(torch.cat(sequences), torch.cat(classes), names, captions)

@@ -292,7 +292,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
         ({"lpips_weights": "nowhere.pth", "export_profile": "sdxl"}, "LPIPS weights must be a"),
         (
             {"train_data_dir": "{photos}", "resume_from_checkpoint": "checkpoint-2"},
-            "images are not the same as at the start of the run",
+            "frozen networks are not the same as at the start of the run",
         ),
         (
             {"overwrite_output_dir": True, "validation_data_dir": "{bad}"},

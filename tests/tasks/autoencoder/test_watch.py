@@ -146,6 +146,23 @@ def test_codes_that_fall_out_of_use_and_tokens_of_a_few_codes() -> None:
         assert len(told[1]) == expected
 
 
+def test_one_dead_level_of_several_is_seen() -> None:
+    """The means over both levels look healthy."""
+    watching, found = CollapseWatch(WATCHED), []
+    for update in (150, 250):
+        values = {"validation/lpips": 0.2, "validation/usage": 0.5, "validation/perplexity": 400.0}
+        values |= {"validation/tokens": 1024}
+        for level, (used, tokens) in enumerate([(0.002, 1024), (0.998, 4096)]):
+            values[f"validation/usage_level{level}"] = used
+            values[f"validation/perplexity_level{level}"] = 800 * used
+            values[f"validation/tokens_level{level}"] = tokens
+        found = watching.validation(update, values)
+    assert "the codebook of level 0 collapses: 2 of 1,000 codes" in found[0].sentence
+    saved = json.loads(json.dumps(watching.state_dict()))
+    assert saved["most_used"] == {"_level0": 2, "_level1": 998}
+    assert CollapseWatch(WATCHED, saved=saved).state_dict() == watching.state_dict()
+
+
 def test_nan_diverges_and_the_discriminator_is_blamed_for_what_came_after_it() -> None:
     for start, blamed in ((500, False), (50, True)):
         watching = CollapseWatch(Watched(effective_from=start))

@@ -27,8 +27,9 @@ from latentvae.priors.sampling import Sampling
 from latentvae.proofs.prior_preflight import prior_preflight
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.prior.config import PriorConfig
-from latentvae.tasks.prior.task import PriorTask, token_bits
+from latentvae.tasks.prior.task import PriorTask
 from latentvae.tasks.prior.tokens import unigram_bits
+from latentvae.tasks.prior.trained_prior import token_bits
 from tests.launch import finish, launch
 from tests.tasks.prior.text_encoder import write_text_encoder
 from tests.tasks.prior.tokens import CLASSES, pictures, small_prior, write_patterns
@@ -210,14 +211,24 @@ def test_preflight_finds_faults(
     assert f"FAILED {named}" in capsys.readouterr().out
 
 
-def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_path: Path) -> None:
-    items = TokenDataset(data[1])
-    captions = tmp_path / "captions.jsonl"
-    rows = [
+def rows_of(shards: Path) -> list[dict[str, str]]:
+    """A caption for each item, which names its class."""
+    items = TokenDataset(shards)
+    return [
         {"id": items[i]["id"], "text": f"a photo of a {CLASSES[items[i]['label']]}"}
         for i in range(len(items))
     ]
+
+
+def written(rows: list[dict[str, str]], folder: Path) -> Path:
+    captions = folder / "captions.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return captions
+
+
+def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_path: Path) -> None:
+    items, rows = TokenDataset(data[1]), rows_of(data[1])
+    captions = written(rows, tmp_path)
     encoder = write_text_encoder(tmp_path / "encoder", ["a", "photo", "of", *CLASSES])
 
     text = {"captions": str(captions), "text_encoder": str(encoder)}
@@ -242,6 +253,9 @@ def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_pat
     captions.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="has no text for 255 of 256 images"):
         PriorTask(small_prior(data[1], tmp_path / "other", prior=text)).open()
+    without = small_prior(data[1], tmp_path / "other", prior={"text_encoder": str(encoder)})
+    with pytest.raises(UserError, match=r"text_encoder '.*encoder' needs captions"):
+        PriorTask(without).open()
 
 
 @pytest.mark.parametrize("name", ["vqvae2", "residual", "gumbel", "vit_fsq"])

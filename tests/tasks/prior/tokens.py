@@ -1,6 +1,7 @@
 """Token shards for tests of priors: patterns that a tiny prior learns in a second."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,14 @@ def patterns(num: int, *, num_codes: int, length: int) -> tuple[Tensor, Tensor]:
     return (start + torch.arange(length) * (1 + classes[:, None])) % num_codes, classes
 
 
-def write_patterns(root: Path, *, num: int = 256) -> tuple[Path, Path]:
+def halves(num: int, *, num_codes: int, length: int) -> tuple[Tensor, Tensor]:
+    """Sequences of eight codes, the first eight in class 0, and others in class 1."""
+    classes = torch.arange(num) % 2
+    drawn = torch.randint(8, (num, length), generator=torch.Generator().manual_seed(0))
+    return num_codes // 2 * classes[:, None] + drawn, classes
+
+
+def write_patterns(root: Path, *, num: int = 256, make: Any = patterns) -> tuple[Path, Path]:
     """Write a tokenizer, and shards of patterns as if they were its tokens. Return both."""
     tokenizer = root / "tokenizer"
     spread_vq().save_pretrained(tokenizer)
@@ -45,7 +53,7 @@ def write_patterns(root: Path, *, num: int = 256) -> tuple[Path, Path]:
     content = ShardReader(root / "encoded").content
     assert content.num_codes is not None
     length = int(np.prod(content.item_shape))
-    sequences, classes = patterns(num, num_codes=content.num_codes, length=length)
+    sequences, classes = make(num, num_codes=content.num_codes, length=length)
 
     # `write_samples` names the tokenizer inside an export
     (root / "export").mkdir()

@@ -1,0 +1,40 @@
+"""The logit-Laplace loss of ViT-VQGAN, on the pixels that a decoder returns.
+
+DALL-E (arXiv:2102.12092, appendix A.3) maps a pixel in [-1, 1] to x in [eps, 1 - eps], eps = 0.1,
+and gives x the density
+
+    f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
+
+Its decoder returns six maps, three of mu and three of ln b (`likelihoods.LogitLaplace`).
+ViT-VQGAN (arXiv:2110.04627) adds a logit-Laplace loss with weight 0.1 to the L2 loss of its three
+output maps. We found no description of its b. Three maps can only give mu, so here mu is the logit
+of the mapped output, and b is 1. Another constant b would only be another weight.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 0.1
+
+
+def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
+    """Return -ln f(x; mu, 1) of each element in nats, float32 or wider, of any shape.
+
+    Outputs outside of [-1, 1] continue the logit by its tangent. So their gradient is finite and
+    leads back to the image.
+
+    Args:
+        recon: outputs of the decoder, of the images' shape.
+        images: pixels in [-1, 1].
+    """
+    x, mapped = (0.5 + (0.5 - EPS) * pixels.float() for pixels in (images, recon))
+    logit = torch.logit(x)
+    return math.log(2.0) + torch.log(x * (1.0 - x)) + (logit - _logit(mapped)).abs()
+
+
+def _logit(x: Tensor) -> Tensor:
+    """Return the logit in [eps, 1 - eps], and its tangent outside."""
+    inside = x.clamp(EPS, 1.0 - EPS)
+    return torch.logit(inside) + (x - inside) / (EPS * (1.0 - EPS))

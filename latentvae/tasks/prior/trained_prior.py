@@ -1,0 +1,52 @@
+"""The module that the training of a prior calls, and the bits of its tokens.
+
+`B` batch, `T` tokens of an image.
+"""
+
+import math
+from collections.abc import Iterator
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.priors.byte_encoder import ByteTextEncoder
+from latentvae.priors.transformer import Text, TokenTransformer, Words
+
+
+class TrainedPrior(nn.Module):
+    """The module that training calls. It returns the loss: the mean nats per token, a scalar.
+
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
+    the network is inside, and validation computes in float32.
+
+    Args:
+        net: the prior.
+        encoder: a text encoder that learns with the prior. It gets the `Words` of the captions.
+    """
+
+    def __init__(self, net: TokenTransformer, encoder: ByteTextEncoder | None = None) -> None:
+        super().__init__()
+        self.net, self.encoder = net, encoder
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield all modules in the blocks of both networks."""
+        for network in (self.net, self.encoder):
+            if network is not None:
+                yield from network.blocks.modules()
+
+    def forward(self, indices: Tensor, classes: Tensor | None, text: Text | Words | None) -> Tensor:
+        if isinstance(text, Words):
+            assert self.encoder is not None
+            text = self.encoder(text)
+        logits = self.net(indices, classes, text).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), indices.flatten())
+
+
+def token_bits(
+    net: nn.Module, indices: Tensor, classes: Tensor | None, text: Text | None
+) -> Tensor:
+    """Return the bits of each token of images, (B, T), float32."""
+    logits = net(indices, classes, text).logits.float()
+    nats = F.cross_entropy(rearrange(logits, "b t k -> b k t"), indices, reduction="none")
+    return nats / math.log(2)
