@@ -13,11 +13,6 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentvae.autoencoder import Autoencoder
-from latentvae.data import spread
-from latentvae.data.split import held_out
-from latentvae.errors import UserError
-from latentvae.latents.opening import open_model
 from latentvae.latents.shard_dataset import LatentDataset
 from latentvae.priors.dit import build_dit, sample_latents
 from latentvae.priors.flow_matching import FlowSampling, noise_of
@@ -27,7 +22,6 @@ from latentvae.proofs.generator_proof.subject import (
     Subject,
     batches,
     proof_run,
-    read_photos,
 )
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.latents import LatentData, LatentTable, joined, measured_normalization
@@ -95,42 +89,12 @@ class LatentSubject(Subject):
         data: str | None = None,
         model: str | None = None,
     ) -> None:
-        self.settings, self.name = settings, name
         shards = LatentDataset(folder)
-        self.content, manifest = shards.content, shards.reader.manifest
         table = joined([shards])
-
-        # the split
-        chosen = held_out(table.names, share=settings.held_out, seed=0)
-        train = [i for i, held in enumerate(chosen) if not held]
-        held = [i for i, held in enumerate(chosen) if held]
-        train = [train[i] for i in spread(len(train), settings.max_images)]
-        held = [held[i] for i in spread(len(held), settings.max_images)]
-        self._tables = table.some(train), table.some(held)
-
-        # the pictures
-        path = Path(folder)
-        given = data or manifest.data
-        self.train, self.held = (
-            read_photos(self.content, given, part.names, part.classes, shards=path)
-            for part in self._tables
-        )
-        known = self._tables[0].classes
-        self.num_classes = int(known.max()) + 1 if self.content.labels else 0
-        if self.content.class_names is not None and self.num_classes:
-            self.num_classes = len(self.content.class_names)
-
-        # the autoencoder
-        self.autoencoder: Autoencoder = open_model(model or manifest.model, device=None)
-        if self.autoencoder.info()["weights_sha256"] != self.content.model_sha256:
-            raise UserError(
-                f"'{self.autoencoder.name}' has other weights than the autoencoder of '{folder}' "
-                f"('{manifest.model}'). Give that one with --model."
-            )
+        super().__init__(shards, table, settings, name=name, data=data, model=model)
         self._data: dict[str, LatentData] = {}
-        side = table.z.shape[2] * table.z.shape[3]
-        draws = torch.Generator().manual_seed(0)
-        self._order = torch.randperm(side, generator=draws)
+        positions = table.z.shape[2] * table.z.shape[3]
+        self._order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
 
     # the variants
 
@@ -147,11 +111,11 @@ class LatentSubject(Subject):
 
     def _changed(self, variant: str, part: int) -> LatentTable:
         """Return the latents of a part (0: training, 1: held out) after a control's change."""
-        table = self._tables[part]
+        table = self.tables[part]
         draws = torch.Generator().manual_seed(part)
         table = dataclasses.replace(table, z=table.z.float(), stds=None)
         if variant == "noise":
-            scale = self.settings.noise * self._tables[0].z.float().std(dim=(0, 2, 3))
+            scale = self.settings.noise * self.tables[0].z.float().std(dim=(0, 2, 3))
             noise = torch.randn(table.z.shape, generator=draws) * scale.view(1, -1, 1, 1)
             return dataclasses.replace(table, z=table.z + noise)
         if variant == "labels" and part == 0:
@@ -170,7 +134,7 @@ class LatentSubject(Subject):
 
         k is the largest number with at most as many values as the latent, and at least 1.
         """
-        channels, height, width = self._tables[0].z.shape[1:]
+        channels, height, width = self.tables[0].z.shape[1:]
         k = max(int((channels / images.shape[1]) ** 0.5), 1)
         means = F.adaptive_avg_pool2d(images, (k * height, k * width))
         return F.pixel_unshuffle(means, k)
@@ -225,7 +189,7 @@ class LatentSubject(Subject):
             yield self.decode(variant, norm.invert(drawn.cpu()))
 
     def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
-        z = self._tables[held].z.float()
+        z = self.tables[held].z.float()
         for numbers in batches(len(z), self.settings.batch_size):
             yield self.decode(CODE, z[numbers.start : numbers.stop])
 

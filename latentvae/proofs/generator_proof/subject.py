@@ -24,7 +24,10 @@ from latentvae.engine.task import Task
 from latentvae.errors import UserError
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.items import Pictures, open_items
+from latentvae.latents.opening import open_model
+from latentvae.latents.shard_dataset import LatentDataset, TokenDataset
 from latentvae.proofs.generator_proof.settings import ProofSettings
+from latentvae.tasks.shards import ItemTable
 
 CODE = "code"  # the variant without any change
 
@@ -50,7 +53,16 @@ class Photos:
 class Subject(ABC):
     """A folder of latents or tokens, split into training and held-out images.
 
+    Args:
+        shards: the opened folder.
+        table: all of its items.
+        settings: settings of the proof.
+        name: its name in the results.
+        data: the images that were encoded. None takes the data that the manifest names.
+        model: the autoencoder. None takes the one that the manifest names.
+
     Attributes:
+        tables: the items of the training and of the held-out images.
         name: name of the folder in the results.
         content: what the folder holds.
         train, held: the real pictures.
@@ -62,12 +74,39 @@ class Subject(ABC):
     variants: ClassVar[dict[str, str]]
     tunes_shift: ClassVar[bool] = False
 
-    name: str
-    content: Content
-    train: Photos
-    held: Photos
-    num_classes: int
-    settings: ProofSettings
+    def __init__(
+        self,
+        shards: LatentDataset | TokenDataset,
+        table: Any,
+        settings: ProofSettings,
+        *,
+        name: str,
+        data: str | None,
+        model: str | None,
+    ) -> None:
+        self.settings, self.name = settings, name
+        self.content, manifest = shards.content, shards.reader.manifest
+        folder = shards.reader.folder
+
+        # the split, and the pictures
+        parts = table.split(share=settings.held_out, seed=0)
+        self.tables = tuple(part.at_most(settings.max_images) for part in parts)
+        self.train, self.held = (
+            read_photos(self.content, data or manifest.data, part, shards=folder)
+            for part in self.tables
+        )
+        names, known = self.content.class_names, self.tables[0].classes
+        self.num_classes = 0
+        if self.content.labels:
+            self.num_classes = int(known.max()) + 1 if names is None else len(names)
+
+        # the autoencoder
+        self.autoencoder = open_model(model or manifest.model, device=None)
+        if self.autoencoder.info()["weights_sha256"] != self.content.model_sha256:
+            raise UserError(
+                f"'{self.autoencoder.name}' has other weights than the model that encoded "
+                f"'{folder}' ('{manifest.model}'). Give that model with --models."
+            )
 
     @abstractmethod
     def task(self, variant: str, *, folder: Path, seed: int, shift: float) -> Task:
@@ -134,9 +173,7 @@ class Subject(ABC):
         return torch.arange(count) % self.num_classes
 
 
-def read_photos(
-    content: Content, data: str, names: list[str], classes: Tensor, *, shards: Path
-) -> Photos:
+def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) -> Photos:
     """Read the pictures that were encoded, by their names.
 
     Raises:
@@ -152,6 +189,7 @@ def read_photos(
     transform = EvalTransform(content.resolution, interpolation=content.interpolation)
     pictures = Pictures(source, transform, flip=content.flip)
     places = {source.name(number): number for number in range(len(source))}
+    names = items.names
     missing = [name for name in names if name not in places]
     if missing:
         raise UserError(
@@ -165,7 +203,7 @@ def read_photos(
         if picture.image is None:
             raise UserError(f"'{name}' in data '{data}' cannot be read: {picture.reason}.")
         images.append(picture.image)
-    return Photos(torch.stack(images), classes, names)
+    return Photos(torch.stack(images), items.classes, names)
 
 
 def batches(total: int, size: int) -> Iterator[range]:

@@ -11,11 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from latentvae.autoencoder import Autoencoder
-from latentvae.data import spread
-from latentvae.data.split import held_out
-from latentvae.errors import UserError
-from latentvae.latents.opening import open_model
 from latentvae.latents.shard_dataset import TokenDataset
 from latentvae.models import calls
 from latentvae.priors.sampling import Sampling, sample_tokens
@@ -26,7 +21,6 @@ from latentvae.proofs.generator_proof.subject import (
     Subject,
     batches,
     proof_run,
-    read_photos,
 )
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.task import PriorTask
@@ -93,38 +87,9 @@ class TokenSubject(Subject):
         data: str | None = None,
         model: str | None = None,
     ) -> None:
-        self.settings, self.name = settings, name
         shards = TokenDataset(folder)
-        self.content, manifest = shards.content, shards.reader.manifest
+        super().__init__(shards, joined([shards]), settings, name=name, data=data, model=model)
         self.levels, self.num_codes = levels_of(shards.content), shards.num_codes
-        table = joined([shards])
-
-        # the split
-        chosen = held_out(table.names, share=settings.held_out, seed=0)
-        train = [i for i, held in enumerate(chosen) if not held]
-        held = [i for i, held in enumerate(chosen) if held]
-        train = [train[i] for i in spread(len(train), settings.max_images)]
-        held = [held[i] for i in spread(len(held), settings.max_images)]
-        self._tables = table.some(train), table.some(held)
-
-        # the pictures
-        path, given = Path(folder), data or manifest.data
-        self.train, self.held = (
-            read_photos(self.content, given, part.names, part.classes, shards=path)
-            for part in self._tables
-        )
-        known = self._tables[0].classes
-        self.num_classes = int(known.max()) + 1 if self.content.labels else 0
-        if self.content.class_names is not None and self.num_classes:
-            self.num_classes = len(self.content.class_names)
-
-        # the tokenizer
-        self.tokenizer: Autoencoder = open_model(model or manifest.model, device=None)
-        if self.tokenizer.info()["weights_sha256"] != self.content.model_sha256:
-            raise UserError(
-                f"'{self.tokenizer.name}' has other weights than the tokenizer of '{folder}' "
-                f"('{manifest.model}'). Give that one with --models."
-            )
         self._data: dict[str, TokenData] = {}
         draws, orders, start = torch.Generator().manual_seed(0), list[Tensor](), 0
         for size in self._sizes:
@@ -149,7 +114,7 @@ class TokenSubject(Subject):
 
     def _changed(self, variant: str, part: int) -> TokenTable:
         """Return the tokens of a part (0: training, 1: held out) after a control's change."""
-        table = self._tables[part]
+        table = self.tables[part]
         draws = torch.Generator().manual_seed(part)
         if variant == "noise":
             shape = table.sequences.shape
@@ -172,9 +137,9 @@ class TokenSubject(Subject):
         """Decode tokens (n, T) of a variant to pictures in [-1, 1]."""
         if variant == "permuted":
             tokens = tokens[:, torch.argsort(self._order)]
-        device: torch.device = self.tokenizer.net.device
+        device: torch.device = self.autoencoder.net.device
         items = tokens.long().reshape(len(tokens), *self.content.item_shape)
-        images = calls.decode_indices(self.tokenizer.net, items.to(device))
+        images = calls.decode_indices(self.autoencoder.net, items.to(device))
         height, width = self.content.size
         return images.float().clamp(-1, 1)[:, :, :height, :width].cpu()
 
@@ -202,7 +167,7 @@ class TokenSubject(Subject):
         guidance: float = 1.0,
     ) -> Iterator[Tensor]:
         net: Any = TokenTransformer.from_pretrained(generator, use_safetensors=True)
-        net = net.to(self.tokenizer.net.device).eval()
+        net = net.to(self.autoencoder.net.device).eval()
         sampling = Sampling(guidance)
         for numbers in batches(len(classes), self.settings.batch_size):
             drawn = sample_tokens(
@@ -215,7 +180,7 @@ class TokenSubject(Subject):
             yield self.decode(variant, drawn.cpu())
 
     def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
-        tokens = self._tables[held].sequences
+        tokens = self.tables[held].sequences
         for numbers in batches(len(tokens), self.settings.batch_size):
             yield self.decode(CODE, tokens[numbers.start : numbers.stop])
 

@@ -11,15 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentvae.data import spread
-from latentvae.data.split import held_out
 from latentvae.errors import UserError
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.shard_dataset import LatentDataset
 from latentvae.latents.statistics import LatentStatistics
 from latentvae.models.normalization import LatentNormalization
-from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentsConfig
+from latentvae.tasks.shards import ItemTable, annotations, open_split
+
+# Fields of `Content` that must be equal in all folders.
+SAME = {
+    "item_shape": "shape of latents",
+    "model_sha256": "autoencoder weights",
+    "class_names": "class names",
+    "moments": "moments",
+}
 
 
 class Batch(NamedTuple):
@@ -39,36 +45,22 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LatentTable:
+class LatentTable(ItemTable):
     """The latents of images, in memory.
 
     Attributes:
         z: (n, d, h, w), in the type of the shards.
         stds: posterior standard deviations, like `z`, or None.
-        classes: (n,), int64, `NO_CLASS` for an image without a class.
-        names: name of each image.
     """
 
     z: Tensor
     stds: Tensor | None
-    classes: Tensor
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.z)
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """Return the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         stds = None if self.stds is None else self.stds[chosen].float()
         return Batch(self.z[chosen].float(), stds, self.classes[chosen], list(numbers))
-
-    def some(self, numbers: Sequence[int]) -> "LatentTable":
-        """Return a table of the images with these numbers."""
-        chosen = torch.as_tensor(numbers, dtype=torch.int64)
-        stds = None if self.stds is None else self.stds[chosen]
-        names = [self.names[i] for i in numbers]
-        return LatentTable(self.z[chosen], stds, self.classes[chosen], names)
 
     def identity(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their latents, classes and names."""
@@ -104,36 +96,17 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
     Raises:
         UserError: a folder holds no latents or damaged latents, or the folders do not fit together.
     """
-    if not options.latents:
-        raise UserError(
-            "latents is missing. Give a folder that `latentvae encode` wrote, such as "
-            "--latents latents/train."
-        )
-
-    # the folders
-    first, *others = [LatentDataset(folder) for folder in options.latents]
-    for other in others:
-        check_alike(first, other)
-    train = joined([first, *others])
-
-    # validation
-    if options.validation_latents is not None:
-        held = LatentDataset(options.validation_latents)
-        check_alike(first, held)
-        for folder in (first, *others):
-            if folder.content.data_sha256 == held.content.data_sha256:
-                raise UserError(
-                    f"validation_latents '{options.validation_latents}' has the same images as "
-                    f"latents '{folder.reader.folder}'. Give latents of unseen images, or leave "
-                    "validation_latents out."
-                )
-        validation = joined([held])
-    else:
-        chosen = held_out(train.names, share=options.validation_share, seed=seed)
-        parts = [[i for i, held in enumerate(chosen) if held is part] for part in (False, True)]
-        train, validation = train.some(parts[0]), train.some(parts[1])
-    validation = validation.some(spread(len(validation), options.max_validation_images))
-
+    first, train, validation = open_split(
+        LatentDataset,
+        joined,
+        SAME,
+        option="latents",
+        folders=options.latents,
+        validation=options.validation_latents,
+        share=options.validation_share,
+        at_most=options.max_validation_images,
+        seed=seed,
+    )
     normalization = _normalization(first.content, train, options.normalization)
     example = normalization.apply(train.rows([0]).z)
     channels, height, width = example.shape[1:]
@@ -145,25 +118,6 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
         normalization,
         (channels, height, width),
     )
-
-
-def check_alike(first: LatentDataset, other: LatentDataset) -> None:
-    """Raise UserError unless two folders hold latents of one model, size and set of classes."""
-    same = {
-        "item_shape": "shape of latents",
-        "model_sha256": "autoencoder weights",
-        "class_names": "class names",
-        "moments": "moments",
-    }
-    for name, words in same.items():
-        ours, theirs = getattr(first.content, name), getattr(other.content, name)
-        if ours != theirs:
-            shown = name in ("item_shape", "moments")  # hashes and many names say little
-            values = f" ({theirs}, not {ours})" if shown else ""
-            raise UserError(
-                f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
-                "Encode both with the same autoencoder, options and classes."
-            )
 
 
 def _normalization(content: Content, train: LatentTable, kind: str) -> LatentNormalization:
@@ -207,9 +161,8 @@ def joined(folders: Sequence[LatentDataset]) -> LatentTable:
     Raises:
         UserError: a shard is damaged, or latents are not finite.
     """
-    latents, stds, classes, names = [], [], [], list[str]()
-    for folder in folders:
-        reader = folder.reader
+    readers, latents, stds = [folder.reader for folder in folders], list[Tensor](), list[Tensor]()
+    for reader in readers:
         reader.check()
         latents.append(reader.whole(reader.content.payload))
         if not latents[-1].isfinite().all():
@@ -218,8 +171,5 @@ def joined(folders: Sequence[LatentDataset]) -> LatentTable:
                 "again, with --dtype float32."
             )
         stds += [reader.whole("stds")] if reader.content.moments else []
-        none = torch.full((len(reader),), NO_CLASS)
-        classes.append(reader.whole("labels") if reader.content.labels else none)
-        names += reader.names()
     spreads = torch.cat(stds) if stds else None
-    return LatentTable(torch.cat(latents), spreads, torch.cat(classes), names)
+    return LatentTable(**annotations(readers), z=torch.cat(latents), stds=spreads)

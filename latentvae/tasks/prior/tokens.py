@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.data import spread
-from latentvae.data.split import held_out
 from latentvae.errors import UserError
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.shard_dataset import TokenDataset
-from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.prior.config import TokensConfig
+from latentvae.tasks.shards import ItemTable, annotations, open_split
+
+# Fields of `Content` that must be equal in all folders.
+SAME = {
+    "num_codes": "codes K",
+    "item_shape": "shape of tokens",
+    "model_sha256": "tokenizer weights",
+    "class_names": "class names",
+}
 
 
 class Batch(NamedTuple):
@@ -38,38 +44,19 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenTable(ItemTable):
     """The tokens of images, in memory.
 
     Attributes:
         sequences: (n, T), in the integer type of the shards.
-        classes: (n,), int64, `NO_CLASS` for an image without a class.
-        names: name of each image.
-        captions: caption of each image, "" for an image without a caption.
     """
 
     sequences: Tensor
-    classes: Tensor
-    names: list[str]
-    captions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """Return the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
-
-    def some(self, numbers: Sequence[int]) -> "TokenTable":
-        """Return a table of the images with these numbers."""
-        chosen = torch.as_tensor(numbers, dtype=torch.int64)
-        return TokenTable(
-            self.sequences[chosen],
-            self.classes[chosen],
-            [self.names[i] for i in numbers],
-            [self.captions[i] for i in numbers],
-        )
 
     def captioned(self, captions: dict[str, str]) -> "TokenTable":
         """Return the table with other captions, by the images' names."""
@@ -119,35 +106,17 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
     Raises:
         UserError: a folder holds no tokens or damaged tokens, or the folders do not fit together.
     """
-    if not options.tokens:
-        raise UserError(
-            "tokens is missing. Give a folder that `latentvae encode` wrote, such as "
-            "--tokens tokens/train."
-        )
-
-    # the folders
-    first, *others = [TokenDataset(folder) for folder in options.tokens]
-    for other in others:
-        check_alike(first, other)
-    train = joined([first, *others])
-
-    # validation
-    if options.validation_tokens is not None:
-        held = TokenDataset(options.validation_tokens)
-        check_alike(first, held)
-        for folder in (first, *others):
-            if folder.content.data_sha256 == held.content.data_sha256:
-                raise UserError(
-                    f"validation_tokens '{options.validation_tokens}' has the same images as "
-                    f"tokens '{folder.reader.folder}'. Give tokens of unseen images, or leave "
-                    "validation_tokens out."
-                )
-        validation = joined([held])
-    else:
-        chosen = held_out(train.names, share=options.validation_share, seed=seed)
-        parts = [[i for i, held in enumerate(chosen) if held is part] for part in (False, True)]
-        train, validation = train.some(parts[0]), train.some(parts[1])
-    validation = validation.some(spread(len(validation), options.max_validation_images))
+    first, train, validation = open_split(
+        TokenDataset,
+        joined,
+        SAME,
+        option="tokens",
+        folders=options.tokens,
+        validation=options.validation_tokens,
+        share=options.validation_share,
+        at_most=options.max_validation_images,
+        seed=seed,
+    )
 
     content, levels = first.content, levels_of(first.content)
     if options.shuffle_tokens:
@@ -156,25 +125,6 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
         validation = validation.shuffled(seed + 1, level_sizes=sizes)
     model = first.reader.manifest.model
     return TokenData(train, validation, content, model, levels, first.num_codes)
-
-
-def check_alike(first: TokenDataset, other: TokenDataset) -> None:
-    """Raise UserError unless two folders hold tokens of one tokenizer, size and set of classes."""
-    same = {
-        "num_codes": "codes K",
-        "item_shape": "shape of tokens",
-        "model_sha256": "tokenizer weights",
-        "class_names": "class names",
-    }
-    for name, words in same.items():
-        ours, theirs = getattr(first.content, name), getattr(other.content, name)
-        if ours != theirs:
-            shown = name in ("num_codes", "item_shape")  # hashes and many names say little
-            values = f" ({theirs}, not {ours})" if shown else ""
-            raise UserError(
-                f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
-                "Encode both with the same tokenizer, resolution and classes."
-            )
 
 
 def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
@@ -271,13 +221,13 @@ def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
 
 
 def joined(folders: Sequence[TokenDataset]) -> TokenTable:
-    sequences, classes, names, captions = [], [], list[str](), list[str]()
-    for folder in folders:
-        reader = folder.reader
+    """Read the tokens of folders as one table.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+    readers, sequences = [folder.reader for folder in folders], list[Tensor]()
+    for reader in readers:
         reader.check()
         sequences.append(reader.whole(reader.content.payload).flatten(1))
-        none = torch.full((len(reader),), NO_CLASS)
-        classes.append(reader.whole("labels") if reader.content.labels else none)
-        names += reader.names()
-        captions += reader.captions()
-    return TokenTable(torch.cat(sequences), torch.cat(classes), names, captions)
+    return TokenTable(**annotations(readers), sequences=torch.cat(sequences))

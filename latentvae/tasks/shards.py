@@ -1,0 +1,143 @@
+"""Read folders of latents or tokens as one table in memory, and hold out some images.
+
+`n` images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from latentvae.data import spread
+from latentvae.data.split import held_out
+from latentvae.errors import UserError
+from latentvae.latents.shard_dataset import LatentDataset, ShardReader, TokenDataset
+from latentvae.priors.transformer import NO_CLASS
+
+Table = TypeVar("Table", bound="ItemTable")
+Folder = TypeVar("Folder", TokenDataset, LatentDataset)
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """Items of images, in memory. A subclass adds tensors (n, ...), which may be None.
+
+    Attributes:
+        classes: (n,), int64, `NO_CLASS` for an image without a class.
+        names: name of each image.
+        captions: caption of each image, "" for an image without a caption.
+    """
+
+    classes: Tensor
+    names: list[str]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def some(self, numbers: Sequence[int]) -> Self:
+        """Return a table of the images with these numbers."""
+        chosen = torch.as_tensor(numbers, dtype=torch.int64)
+
+        def part(values: Any) -> Any:
+            if isinstance(values, list):
+                return [values[number] for number in numbers]
+            return None if values is None else values[chosen]
+
+        parts = {f.name: part(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return type(self)(**parts)
+
+    def split(self, *, share: float, seed: int) -> tuple[Self, Self]:
+        """Return the images to train on and those to hold out, by a hash of their names."""
+        chosen = held_out(self.names, share=share, seed=seed)
+        train, held = ([i for i, h in enumerate(chosen) if h is part] for part in (False, True))
+        return self.some(train), self.some(held)
+
+    def at_most(self, count: int) -> Self:
+        """Return at most this many images, evenly spread."""
+        return self.some(spread(len(self), count))
+
+
+def annotations(readers: Sequence[ShardReader]) -> dict[str, Any]:
+    """Return the classes, names and captions of all items, as fields of an `ItemTable`."""
+    classes, names, captions = [], list[str](), list[str]()
+    for reader in readers:
+        none = torch.full((len(reader),), NO_CLASS)
+        classes.append(reader.whole("labels") if reader.content.labels else none)
+        names += reader.names()
+        captions += reader.captions()
+    return {"classes": torch.cat(classes), "names": names, "captions": captions}
+
+
+def open_split(
+    kind: type[Folder],
+    joined: Callable[[Sequence[Folder]], Table],
+    same: Mapping[str, str],
+    *,
+    option: str,
+    folders: Sequence[str],
+    validation: str | None,
+    share: float,
+    at_most: int,
+    seed: int,
+) -> tuple[Folder, Table, Table]:
+    """Read folders of items, and choose those for validation.
+
+    Args:
+        kind: class that opens a folder.
+        joined: returns the items of several folders as one table.
+        same: fields of `Content` that must be equal in all folders, with their names in words.
+        option: name of the option with the folders, for messages: tokens or latents.
+        folders: folders to train on.
+        validation: folder to validate on. None holds out a share of the images.
+        share: share of the images that is held out.
+        at_most: largest number of images in a validation.
+        seed: decides which images are held out.
+
+    Returns:
+        The first folder, the items to train on, and the items to validate on.
+
+    Raises:
+        UserError: a folder holds something else or is damaged, or the folders do not fit together.
+    """
+    if not folders:
+        raise UserError(
+            f"{option} is missing. Give a folder that `latentvae encode` wrote, such as "
+            f"--{option} {option}/train."
+        )
+    first, *others = [kind(folder) for folder in folders]
+    for other in others:
+        check_alike(first, other, same)
+    train = joined([first, *others])
+    if validation is None:
+        train, held = train.split(share=share, seed=seed)
+        return first, train, held.at_most(at_most)
+
+    unseen = kind(validation)
+    check_alike(first, unseen, same)
+    for folder in (first, *others):
+        if folder.content.data_sha256 == unseen.content.data_sha256:
+            raise UserError(
+                f"validation_{option} '{validation}' has the same images as {option} "
+                f"'{folder.reader.folder}'. Give {option} of unseen images, or leave "
+                f"validation_{option} out."
+            )
+    return first, train, joined([unseen]).at_most(at_most)
+
+
+def check_alike(first: Folder, other: Folder, same: Mapping[str, str]) -> None:
+    """Raise UserError unless two folders hold items of one model, size and set of classes."""
+    for name, words in same.items():
+        ours, theirs = getattr(first.content, name), getattr(other.content, name)
+        if ours != theirs:
+            shown = name in ("num_codes", "item_shape", "moments")  # hashes and names say little
+            values = f" ({theirs}, not {ours})" if shown else ""
+            raise UserError(
+                f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
+                "Encode both with the same model, resolution and classes."
+            )
