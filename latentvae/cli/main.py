@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
 from latentvae.cli.prior_commands import Sample, train_prior_command
+from latentvae.cli.tiny_commands import train_tiny_command
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -483,20 +484,27 @@ class Preflight:
 
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the flags of training describe, and exit."""
+        from latentvae.proofs.distill_preflight import distill_preflight
         from latentvae.proofs.preflight import preflight
         from latentvae.proofs.prior_preflight import prior_preflight
-        from latentvae.tasks.prior.config import PriorConfig
+        from latentvae.tasks.autoencoder.task import AutoencoderTask
+        from latentvae.tasks.distill.task import DistillTask
+        from latentvae.tasks.prior.task import PriorTask
 
-        _, config = run_of(self.config, flags, also=["json"])
-        if isinstance(config, PriorConfig):
-            raise SystemExit(prior_preflight(config, json=self.json))
-        raise SystemExit(preflight(config, json=self.json))
+        checks: dict[type[Task], Callable[..., int]] = {
+            AutoencoderTask: preflight,
+            PriorTask: prior_preflight,
+            DistillTask: distill_preflight,
+        }
+        task, config = run_of(self.config, flags, also=["json"])
+        raise SystemExit(checks[task](config, json=self.json))
 
 
 def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
     """Return the task and the options of a run, for a command that takes the flags of training.
 
-    The sections of the config decide whether the run trains an autoencoder or a prior.
+    The sections of the config decide which task the run trains. A config that fits several tasks is
+    of an autoencoder.
 
     Args:
         config: preset or YAML file.
@@ -507,15 +515,19 @@ def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[
     from latentvae.cli.train import config_from_arguments
     from latentvae.config.presets import belongs_to
     from latentvae.tasks.autoencoder.task import AutoencoderTask
+    from latentvae.tasks.distill.task import DistillTask
     from latentvae.tasks.prior.task import PriorTask
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
         raise UserError(f"--config is not allowed here, because '{config}' is already the config")
     arguments = ["--config", config, *flags]
-    autoencoder = belongs_to(config, AutoencoderTask.config_class)
-    if belongs_to(config, PriorTask.config_class) and not autoencoder:
-        schema = PriorTask.config_class
-        return PriorTask, config_from_arguments(arguments, description="", schema=schema, also=also)
+    others = (PriorTask, DistillTask)
+    if not belongs_to(config, AutoencoderTask.config_class):
+        for task in others:
+            if belongs_to(config, schema := task.config_class):
+                return task, config_from_arguments(
+                    arguments, description="", schema=schema, also=also
+                )
     return AutoencoderTask, config_from_arguments(arguments, description="", also=also)
 
 
@@ -547,6 +559,7 @@ Scripts of the repository:
   train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
   train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
+  train/train_tiny.py      Distil a small autoencoder: `latentvae train-tiny` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -580,6 +593,7 @@ def train_command(arguments: Sequence[str]) -> None:
 TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "train-prior": train_prior_command,
+    "train-tiny": train_tiny_command,
 }
 
 

@@ -13,6 +13,9 @@ from latentvae.files import read_yaml
 
 Config = TypeVar("Config", bound=JobConfig)
 
+# The command whose presets have a section. Other presets belong to `latentvae train`.
+_COMMANDS = {"prior": "train-prior", "student": "train-tiny"}
+
 
 def presets_folder() -> Path:
     """Return the folder of presets: `presets` of an installed package, or `train/configs`."""
@@ -78,8 +81,9 @@ def load_preset(
 def unknown_config(name_or_path: str, presets: Iterable[str]) -> UserError:
     """Return the error about a config that is neither a file nor one of the presets."""
     names = sorted(presets)
-    if (presets_folder() / f"{name_or_path}.yaml").is_file():
-        command = "train" if "prior_small" in names else "train-prior"
+    if (path := presets_folder() / f"{name_or_path}.yaml").is_file():
+        found = read_yaml(path) or {}
+        command = next((c for name, c in _COMMANDS.items() if name in found), "train")
         return UserError(
             f"the preset '{name_or_path}' is for another command, `latentvae {command}`. The "
             f"presets here are {', '.join(names)}."

@@ -30,8 +30,8 @@ class KLTarget(Mark):
     """
 
 
-class ObjectiveConfig(Section):
-    """Options of the model's loss: its terms and their weights."""
+class PixelLossConfig(Section):
+    """Options of the loss between an image and its reconstruction."""
 
     rec_loss: Literal["l1", "l2"] = Field(
         default="l1",
@@ -61,6 +61,11 @@ class ObjectiveConfig(Section):
             "has them."
         ),
     )
+
+
+class ObjectiveConfig(PixelLossConfig):
+    """Options of the model's loss: its terms and their weights."""
+
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
