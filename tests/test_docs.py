@@ -16,6 +16,7 @@ from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import JobConfig, flat, option_names
 from latentvae.data import open_source
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.prior.config import PriorConfig
 from tests.proofs.mutations import MUTATIONS
 
@@ -24,6 +25,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FAULTS = sorted((ROOT / "docs" / "faults").glob("*.md"))
 SWITCHES = {"config", "preflight", "recipe", "help"}  # of the training scripts, beside the options
+TRAINING: dict[str, type[JobConfig]] = {
+    "train": TrainConfig,
+    "train-prior": PriorConfig,
+    "train-tiny": DistillConfig,
+}
 OTHER_PROGRAMS = set(
     "cpu dynamo_backend gpus-per-node init logdir machine_rank main_process_ip main_process_port "
     "max_restarts multi_gpu nnodes no-deps nproc_per_node ntasks-per-node num_machines "
@@ -109,8 +115,7 @@ def presets() -> frozenset[str]:
 @functools.cache
 def options_of(preset: str, schema: type[JobConfig] = TrainConfig) -> set[str]:
     """Return the options that a preset has, or all that any preset of the task has."""
-    if preset in preset_names(PriorConfig):
-        schema = PriorConfig
+    schema = next((s for s in TRAINING.values() if preset in preset_names(s)), schema)
     known = preset in preset_names(schema)
     return SWITCHES | set(flat(load_preset(preset, schema)) if known else option_names(schema))
 
@@ -130,9 +135,8 @@ def test_commands_of_latentvae_exist_with_their_flags() -> None:
     found = commands(r"(?:^|\s)latentvae(?:\.cli)? ([a-z][a-z-]+)(?=\s)")
     assert {name for _, name, _ in found} >= {"evaluate", "encode", "export", "preflight"}
     for page, name, arguments in found:
-        if name in ("train", "train-prior"):
-            schema = TrainConfig if name == "train" else PriorConfig
-            assert flags_in(arguments) <= options_of("", schema), (page, name, arguments)
+        if name in TRAINING:
+            assert flags_in(arguments) <= options_of("", TRAINING[name]), (page, name, arguments)
             continue
         command = (COMMANDS | COMMANDS_OF_RUNS)[name]
         known = {flag_name(field) for field in dataclasses.fields(command)}
@@ -148,7 +152,7 @@ def test_benchmarks_that_pages_run_exist_with_their_flags() -> None:
 
 
 def test_every_flag_on_a_page_exists() -> None:
-    known = options_of("") | options_of("", PriorConfig) | OTHER_PROGRAMS
+    known = OTHER_PROGRAMS.union(*(options_of("", schema) for schema in TRAINING.values()))
     known |= {
         flag_name(f) for c in (COMMANDS | COMMANDS_OF_RUNS).values() for f in dataclasses.fields(c)
     }

@@ -141,8 +141,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["exprt"],
-            "no command 'exprt', only train, train-prior, reconstruct, evaluate, compare, export, "
-            "convert, encode, decode, sample, preflight, verify-resume; did",
+            "no command 'exprt', only train, train-prior, train-tiny, reconstruct, evaluate, "
+            "compare, export, convert, encode, decode, sample, preflight, verify-resume; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),

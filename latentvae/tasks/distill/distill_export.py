@@ -184,7 +184,7 @@ _USAGE = {
 
 
 def _description(task: "DistillTask") -> str:
-    teacher = public_value(task.config.student.teacher)
+    teacher = markdown_text(task.teacher.name)
     part = {"both": "encoder and decoder", "encoder": "encoder", "decoder": "decoder"}
     text = (
         f"A small {part[task.pair.part]} distilled from {teacher} with latentvae: f = "
