@@ -123,6 +123,11 @@ class TrainConfig(ImageJobConfig):
         return math.lcm(self.model.f, BUCKET_MULTIPLE)
 
     @property
+    def low_rank(self) -> int:
+        """Rank of the adapters that a fine-tuning trains. 0 without adapters."""
+        return self.model.lora_rank if isinstance(self.model, KLModelConfig) else 0
+
+    @property
     def starts_linear(self) -> bool:
         """Whether the run's new network starts at a linear code."""
         return self.model.starts_linear(self.data.image_channels)
@@ -184,6 +189,15 @@ class TrainConfig(ImageJobConfig):
                 )
         if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
             raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
+
+        # adapters
+        if (rank := self.low_rank) and self.optimizer.optimizer == "muon":
+            raise ValueError(
+                f"lora_rank {rank} and optimizer muon exclude each other, because Muon is made for "
+                "whole matrices. Give --optimizer adamw."
+            )
+        if rank and self.run.torch_compile:
+            raise ValueError(f"lora_rank {rank} and torch_compile exclude each other.")
 
         # the run
         if self.run.deterministic_posterior and model.posterior != "gaussian":
