@@ -16,6 +16,7 @@ from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import JobConfig, flat, option_names
 from latentvae.data import open_source
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.prior.config import PriorConfig
 from tests.proofs.mutations import MUTATIONS
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, type[JobConfig]] = {
     "train": TrainConfig,
     "train-prior": PriorConfig,
     "train-flow": LatentFlowConfig,
+    "train-tiny": DistillConfig,
 }
 SWITCHES = {"config", "preflight", "recipe", "help"}  # of the training scripts, beside the options
 OTHER_PROGRAMS = set(

@@ -56,7 +56,7 @@ ALLOWED = {
     "engine": BASE | {"data", "config", "compute", "export"},
     "tasks": BASE
     | {"bottlenecks", "likelihoods", "models", "losses", "metrics", "data", "pictures", "latents"}
-    | {"compute", "config", "export", "engine", "priors"},
+    | {"compute", "config", "export", "engine", "priors", "evaluation", "autoencoder"},
     "proofs": BASE
     | {"models", "losses", "metrics", "data", "compute", "config", "engine", "priors", "tasks"}
     | {"latents", "autoencoder", "report"},

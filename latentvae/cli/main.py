@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
 from latentvae.cli.flow_commands import Prove, train_flow_command
 from latentvae.cli.prior_commands import Sample, train_prior_command
+from latentvae.cli.tiny_commands import train_tiny_command
 from latentvae.cli.trainings import training_of
 from latentvae.errors import UserError, nearest
 
@@ -545,6 +546,7 @@ Scripts of the repository:
   train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
   train/train_flow.py      Train a flow matching model: `latentvae train-flow` as a script.
+  train/train_tiny.py      Distil a small autoencoder: `latentvae train-tiny` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -579,6 +581,7 @@ TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "train-prior": train_prior_command,
     "train-flow": train_flow_command,
+    "train-tiny": train_tiny_command,
 }
 
 

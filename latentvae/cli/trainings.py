@@ -61,11 +61,24 @@ def _check_flow(config: Any, **options: Any) -> int:
     return flow_preflight(config, **options)
 
 
+def _tiny() -> "type[Task]":
+    from latentvae.tasks.distill.task import DistillTask
+
+    return DistillTask
+
+
+def _check_tiny(config: Any, **options: Any) -> int:
+    from latentvae.proofs.distill_preflight import distill_preflight
+
+    return distill_preflight(config, **options)
+
+
 # By command. The first one takes configs that fit several kinds.
 TRAININGS = {
     "train": Training(_autoencoder, _check_autoencoder),
     "train-prior": Training(_prior, _check_prior),
     "train-flow": Training(_flow, _check_flow),
+    "train-tiny": Training(_tiny, _check_tiny),
 }
 
 

@@ -14,7 +14,7 @@ from latentvae.files import read_yaml
 Config = TypeVar("Config", bound=JobConfig)
 
 # The section of a preset that shows its command. Presets of `train` have none of these sections.
-COMMANDS = {"train-prior": "prior", "train-flow": "flow"}
+COMMANDS = {"train-prior": "prior", "train-flow": "flow", "train-tiny": "student"}
 
 
 def presets_folder() -> Path:

@@ -113,7 +113,7 @@ def _measure_sizes(
             side = smallest.shape[3] * size // sizes[0]
             inputs = F.interpolate(smallest.float(), size=(side, side)).to(smallest.dtype)
             try:
-                last = _measure(name, size, partial(call, inputs), smallest.device, budget)
+                last = measure_call(name, size, partial(call, inputs), smallest.device, budget)
                 yield last
                 continue
             except RuntimeError as error:
@@ -144,9 +144,18 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _measure(
+def measure_call(
     name: str, size: int, call: Callable[[], Any], device: torch.device, budget: float
 ) -> SpeedPoint:
+    """Return the speed and the peak memory of a call without arguments.
+
+    Args:
+        name: `"encode"` or `"decode"`.
+        size: pixels on a side of the image.
+        call: what is measured, on inputs that are already on `device`.
+        device: device of the computation.
+        budget: seconds. A call that takes longer than a third of this is timed once.
+    """
     with peak_memory(device) as peak:  # only the first call: later calls may fragment the heap
         first = _time(call, device)
     repeats = _clamp(int(ENOUGH / first), MIN_REPEATS, MAX_REPEATS)

@@ -30,19 +30,12 @@ class KLTarget(Mark):
     """
 
 
-class ObjectiveConfig(Section):
-    """Options of the model's loss: its terms and their weights."""
+class PixelLossConfig(Section):
+    """Options of the loss between an image and its reconstruction."""
 
     rec_loss: Literal["l1", "l2"] = Field(
         default="l1",
         description="Pixel loss: the mean absolute (l1) or squared (l2) error over image elements.",
-    )
-    logit_laplace_scale: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0,
-        description=(
-            "Weight of the logit-Laplace loss, beside the pixel loss: the absolute error of the "
-            "logits of pixels, as in ViT-VQGAN. 0 turns it off."
-        ),
     )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
@@ -66,6 +59,18 @@ class ObjectiveConfig(Section):
         description=(
             "Download the weights of the LPIPS backbone from torchvision's URL if no local file "
             "has them."
+        ),
+    )
+
+
+class ObjectiveConfig(PixelLossConfig):
+    """Options of the model's loss: its terms and their weights."""
+
+    logit_laplace_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description=(
+            "Weight of the logit-Laplace loss, beside the pixel loss: the absolute error of the "
+            "logits of pixels, as in ViT-VQGAN. 0 turns it off."
         ),
     )
     feature_loss: Annotated[str | None, MayChange()] = Field(

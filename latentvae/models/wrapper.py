@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentvae.models.low_rank import trained_weight
+
 
 class TrainingWrapper(nn.Module):
     """A network with the additions that only training needs.
@@ -29,7 +31,7 @@ class TrainingWrapper(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance the adversarial term (arXiv:2012.09841, eq. 7)."""
-        return self.net.decoder.conv_out.weight
+        return trained_weight(self.net.decoder.conv_out)
 
 
 def keep_batch_statistics(net: nn.Module) -> None:

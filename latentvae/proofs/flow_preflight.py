@@ -15,20 +15,21 @@ from latentvae.priors.dit import sample_latents, velocity
 from latentvae.priors.flow_matching import FlowSampling
 from latentvae.priors.transformer import NO_CLASS
 from latentvae.proofs.checks import Check
-from latentvae.proofs.generator_preflight import (
+from latentvae.proofs.first_updates import (
     DRAWS,
-    Rehearsal,
-    check_checkpoint,
-    check_dropped,
-    check_images,
-    check_ranks,
-    check_updates,
-    check_weights,
-    generator_preflight,
+    FirstUpdates,
+    checkpoint_check,
+    dropped_check,
+    equal_ranks_check,
+    items_check,
+    run_checks,
+    updates_check,
+    weights_check,
 )
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.task import FlowTask
 
+LOSS = "loss/flow"
 START_TOLERANCE = 0.05  # relative, of the loss
 ROUND_TRIP = 1e-4  # largest difference of latents that are normalised and brought back
 
@@ -46,41 +47,33 @@ def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int
     Raises:
         UserError: an option is wrong, or the latents cannot be used.
     """
-    return generator_preflight(
-        FlowTask,
-        config,
-        _checks,
-        loss="loss/flow",
-        unit="squared error",
-        metric="validation/loss",
-        json=json,
-    )
+    return run_checks(FlowTask, config, _checks, json=json)
 
 
-def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
+def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
     """Yield the checks in order. All ranks must take all of them."""
-    yield check_updates(rehearsal)
-    yield check_weights(rehearsal)
+    yield updates_check(rehearsal, loss=LOSS, words="squared error")
+    yield weights_check(rehearsal)
     yield _scale(rehearsal)
     yield _start(rehearsal)
-    yield check_images(rehearsal)
-    yield check_ranks(rehearsal)
+    yield items_check(rehearsal)
+    yield equal_ranks_check(rehearsal)
     with rehearsal.training.evaluating():
         yield _direction(rehearsal)
         if rehearsal.task.num_classes:
             yield _condition(rehearsal)
     if rehearsal.task.num_classes:
         yield _dropped(rehearsal)
-    yield check_checkpoint(rehearsal)
+    yield checkpoint_check(rehearsal, loss=LOSS)
 
 
-def _example(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
+def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor]:
     """Return normalised latents and classes of up to 64 validation images, on the device."""
     table = rehearsal.task.data.validation
     return rehearsal.task.moved(table.rows(range(min(len(table), 64))))
 
 
-def _scale(rehearsal: Rehearsal) -> Check:
+def _scale(rehearsal: FirstUpdates) -> Check:
     """Check that normalised latents have about unit variance, and can be brought back."""
     x, _ = _example(rehearsal)
     norm = rehearsal.task.data.normalization
@@ -95,7 +88,7 @@ def _scale(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _start(rehearsal: Rehearsal) -> Check:
+def _start(rehearsal: FirstUpdates) -> Check:
     """Check that the untrained network predicts a velocity of 0.
 
     Its loss is then the mean square of the velocity: 1 plus the mean square of the latents.
@@ -104,15 +97,15 @@ def _start(rehearsal: Rehearsal) -> Check:
     expected = 1 + norm.apply(table.z.float()).square().mean().item()
     return Check(
         name="loss-at-start",
-        passed=math.isclose(rehearsal.start, expected, rel_tol=START_TOLERANCE),
-        value=rehearsal.start,
+        passed=math.isclose(rehearsal.start["validation/loss"], expected, rel_tol=START_TOLERANCE),
+        value=rehearsal.start["validation/loss"],
         expected=f"about {expected:.3f}, the loss of a prediction of 0",
         advice="The output layer must start at zero.",
     )
 
 
 @torch.no_grad()
-def _direction(rehearsal: Rehearsal) -> Check:
+def _direction(rehearsal: FirstUpdates) -> Check:
     """Check with an exact velocity that sampling runs from noise to latents.
 
     A network that returns noise - latent moves the noise onto the latent, whatever the solver does.
@@ -152,7 +145,7 @@ class _Exact(torch.nn.Module):
 
 
 @torch.no_grad()
-def _condition(rehearsal: Rehearsal) -> Check:
+def _condition(rehearsal: FirstUpdates) -> Check:
     """Check that the class changes the velocity."""
     x, classes = _example(rehearsal)
     noise, sigma = torch.randn_like(x), torch.full((len(x),), 0.5, device=x.device)
@@ -169,8 +162,8 @@ def _condition(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _dropped(rehearsal: Rehearsal) -> Check:
+def _dropped(rehearsal: FirstUpdates) -> Check:
     task = rehearsal.task
     classes = torch.zeros(DRAWS, dtype=torch.int64, device=task.device)
     dropped = task.drop_condition(classes) == NO_CLASS
-    return check_dropped(dropped, task.config.flow.condition_dropout)
+    return dropped_check(dropped, task.config.flow.condition_dropout)

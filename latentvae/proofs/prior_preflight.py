@@ -14,20 +14,21 @@ from torch import Tensor
 from latentvae.priors.sampling import Steps
 from latentvae.priors.transformer import NO_CLASS, Text
 from latentvae.proofs.checks import Check
-from latentvae.proofs.generator_preflight import (
+from latentvae.proofs.first_updates import (
     DRAWS,
-    Rehearsal,
-    check_checkpoint,
-    check_dropped,
-    check_images,
-    check_ranks,
-    check_updates,
-    check_weights,
-    generator_preflight,
+    FirstUpdates,
+    checkpoint_check,
+    dropped_check,
+    equal_ranks_check,
+    items_check,
+    run_checks,
+    updates_check,
+    weights_check,
 )
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.task import PriorTask
 
+LOSS = "loss/bits_per_token"
 START_TOLERANCE = 0.05  # bits per token
 CACHE_TOLERANCE = 1e-4  # largest difference of logits
 
@@ -45,24 +46,16 @@ def prior_preflight(config: PriorConfig, *, json: Path | None = None) -> int:
     Raises:
         UserError: an option is wrong, or the tokens cannot be used.
     """
-    return generator_preflight(
-        PriorTask,
-        config,
-        _checks,
-        loss="loss/bits_per_token",
-        unit="bits per token",
-        metric="validation/bits_per_token",
-        json=json,
-    )
+    return run_checks(PriorTask, config, _checks, json=json)
 
 
-def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
+def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
     """Yield the checks in order. All ranks must take all of them."""
-    yield check_updates(rehearsal)
-    yield check_weights(rehearsal)
+    yield updates_check(rehearsal, loss=LOSS, words="bits per token")
+    yield weights_check(rehearsal)
     yield _start(rehearsal)
-    yield check_images(rehearsal)
-    yield check_ranks(rehearsal)
+    yield items_check(rehearsal)
+    yield equal_ranks_check(rehearsal)
     with rehearsal.training.evaluating():
         yield _causal(rehearsal)
         yield _cache(rehearsal)
@@ -72,27 +65,27 @@ def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
         yield _dropped(rehearsal)
     if rehearsal.task.trains_text:
         yield _text_learns(rehearsal)
-    yield check_checkpoint(rehearsal)
+    yield checkpoint_check(rehearsal, loss=LOSS)
 
 
-def _start(rehearsal: Rehearsal) -> Check:
+def _start(rehearsal: FirstUpdates) -> Check:
     uniform = math.log2(rehearsal.task.net.config["num_codes"])
     return Check(
         name="loss-at-start",
-        passed=abs(rehearsal.start - uniform) < START_TOLERANCE,
-        value=f"{rehearsal.start:.3f} bits per token",
+        passed=abs(rehearsal.start["validation/bits_per_token"] - uniform) < START_TOLERANCE,
+        value=f"{rehearsal.start['validation/bits_per_token']:.3f} bits per token",
         expected=f"log2 of the number of codes, {uniform:.3f}",
         advice="The untrained network must find all codes equally likely.",
     )
 
 
-def _example(rehearsal: Rehearsal) -> tuple[Tensor, Tensor | None, Text | None]:
+def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor | None, Text | None]:
     """Return tokens, class and text of the first validation image, on the device."""
     table = rehearsal.task.data.validation
     return rehearsal.task.moved(table.rows([0]), table)
 
 
-def _causal(rehearsal: Rehearsal) -> Check:
+def _causal(rehearsal: FirstUpdates) -> Check:
     """Check by gradients that each token depends on all tokens before it, and on no other."""
     net, device = rehearsal.task.net, rehearsal.task.device
     indices, classes, text = _example(rehearsal)
@@ -124,7 +117,7 @@ def _causal(rehearsal: Rehearsal) -> Check:
 
 
 @torch.no_grad()
-def _cache(rehearsal: Rehearsal) -> Check:
+def _cache(rehearsal: FirstUpdates) -> Check:
     """Check that sampling token by token has the logits of one pass over all tokens."""
     net = rehearsal.task.net
     indices, classes, text = _example(rehearsal)
@@ -143,7 +136,7 @@ def _cache(rehearsal: Rehearsal) -> Check:
 
 
 @torch.no_grad()
-def _condition(rehearsal: Rehearsal) -> Check:
+def _condition(rehearsal: FirstUpdates) -> Check:
     """Check that the condition changes the logits."""
     net = rehearsal.task.net
     indices, classes, text = _example(rehearsal)
@@ -157,7 +150,7 @@ def _condition(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _text_learns(rehearsal: Rehearsal) -> Check:
+def _text_learns(rehearsal: FirstUpdates) -> Check:
     """Check that the gradient of the loss reaches every weight of the text encoder that learns."""
     task, table = rehearsal.task, rehearsal.task.data.train
     numbers = list(range(min(len(table), task.config.run.train_batch_size)))
@@ -177,7 +170,7 @@ def _text_learns(rehearsal: Rehearsal) -> Check:
     )
 
 
-def _dropped(rehearsal: Rehearsal) -> Check:
+def _dropped(rehearsal: FirstUpdates) -> Check:
     """Check the share of dropped conditions, within four standard deviations."""
     task, device = rehearsal.task, rehearsal.task.device
     share = task.config.prior.condition_dropout
@@ -190,4 +183,4 @@ def _dropped(rehearsal: Rehearsal) -> Check:
         _, text = task.drop_condition(None, Text(torch.zeros(DRAWS, 1, 1, device=device), mask))
         assert text is not None
         dropped = ~text.mask[:, 0]
-    return check_dropped(dropped, share)
+    return dropped_check(dropped, share)

@@ -7,11 +7,11 @@ recon (B, C, H, W)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
@@ -22,6 +22,7 @@ from latentvae.models.model_config import SingleFile, levels_with
 from latentvae.models.network import Network
 from latentvae.models.trainable import PROFILES, TrainableFamily
 from latentvae.models.wrapper import TrainingWrapper
+from latentvae.option_marks import Count, OfTheRun
 from latentvae.outputs import AutoencoderOutput, Latent
 
 
@@ -46,6 +47,29 @@ class KLModelConfig(AttentionConfig, SingleFile):
             "decoder sees less noise at first and learns sooner."
         ),
     )
+
+    lora_rank: Annotated[Count, OfTheRun()] = Field(
+        default=0,
+        description=(
+            "Rank of the adapters (LoRA) that a fine-tuning trains in place of the decoder's "
+            "weights. Everything else is frozen. The export has the merged network, and beside it "
+            "the adapters in PEFT's format. 0 trains the weights themselves."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> "KLModelConfig":
+        if self.lora_rank and self.pretrained_model_name_or_path is None:
+            raise ValueError(
+                f"lora_rank {self.lora_rank} needs pretrained_model_name_or_path, because adapters "
+                "change a trained network a little."
+            )
+        if self.lora_rank and not self.freeze_encoder:
+            raise ValueError(
+                f"lora_rank {self.lora_rank} trains adapters of the decoder only. Give "
+                "--freeze_encoder too."
+            )
+        return self
 
     @property
     def bottleneck(self) -> BottleneckConfig:

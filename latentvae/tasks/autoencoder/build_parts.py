@@ -17,6 +17,7 @@ from latentvae.losses.objective import Objective
 from latentvae.losses.objective.build_objective import build_objective
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import FAMILIES, TrainingWrapper, keep_batch_statistics
+from latentvae.models.low_rank import add_adapters
 from latentvae.tasks.autoencoder.codebook import initialise_codebook
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import Base
@@ -87,11 +88,19 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     fold_upsampling(net)
+    adapt_decoder(config, net)
     return family.wrapper(
         net,
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )
+
+
+def adapt_decoder(config: TrainConfig, net: Any) -> None:
+    """Add adapters to the decoder, and freeze everything else, if the run asks for it."""
+    if config.low_rank:
+        decoder = FAMILIES[config.model.architecture].decoder(net)
+        add_adapters(net, decoder, rank=config.low_rank)
 
 
 def start_codebook(

@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 
 from latentvae.config import presets
 from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
-from latentvae.data.buckets import bucket_sizes
 from latentvae.data.data_config import DataConfig
 from latentvae.losses.discriminator_config import DiscriminatorConfig
 from latentvae.losses.objective_config import KLTarget, NeedsKL, ObjectiveConfig
 from latentvae.models.conv.kl import KLModelConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
+from latentvae.tasks.image_config import ImageJobConfig
 
 BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
 
@@ -81,7 +81,7 @@ class AutoencoderRunConfig(RunConfig):
     )
 
 
-class TrainConfig(JobConfig):
+class TrainConfig(ImageJobConfig):
     """All options of a training run."""
 
     config: Annotated[str, MayChange()] = Field(
@@ -119,25 +119,13 @@ class TrainConfig(JobConfig):
         )
 
     @property
-    def batch_multiple(self) -> int:
-        return self.data.crops_per_image
+    def bucket_multiple(self) -> int:
+        return math.lcm(self.model.f, BUCKET_MULTIPLE)
 
     @property
-    def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step. Their crops form the batch."""
-        return self.run.train_batch_size // self.data.crops_per_image
-
-    @property
-    def train_sizes(self) -> tuple[tuple[int, int], ...]:
-        """All image sizes (height, width) that occur in training, in pixels."""
-        return self.sizes_at(self.data.size)
-
-    def sizes_at(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Return the image sizes of training (`train_sizes`) at the resolution `size` (pixels)."""
-        if not self.data.aspect_ratio_buckets:
-            return (size,)
-        multiple = math.lcm(self.model.f, BUCKET_MULTIPLE)
-        return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=multiple)
+    def low_rank(self) -> int:
+        """Rank of the adapters that a fine-tuning trains. 0 without adapters."""
+        return self.model.lora_rank if isinstance(self.model, KLModelConfig) else 0
 
     @property
     def starts_linear(self) -> bool:
@@ -163,13 +151,7 @@ class TrainConfig(JobConfig):
                     f"resolution {side} is not a multiple of the model's f = {self.model.f}. The "
                     f"nearest multiple is {near}."
                 )
-        batch, crops = self.run.train_batch_size, self.data.crops_per_image
-        if batch % crops and self.run.global_batch_size is None:
-            near = max(round(batch / crops), 1) * crops
-            raise ValueError(
-                f"train_batch_size {batch} is not a multiple of crops_per_image {crops}. The "
-                f"nearest multiple is {near}."
-            )
+        self.check_batch()
 
         # the run
         if self.run.mixed_precision == "fp16":
@@ -207,6 +189,15 @@ class TrainConfig(JobConfig):
                 )
         if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
             raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
+
+        # adapters
+        if (rank := self.low_rank) and self.optimizer.optimizer == "muon":
+            raise ValueError(
+                f"lora_rank {rank} and optimizer muon exclude each other, because Muon is made for "
+                "whole matrices. Give --optimizer adamw."
+            )
+        if rank and self.run.torch_compile:
+            raise ValueError(f"lora_rank {rank} and torch_compile exclude each other.")
 
         # the run
         if self.run.deterministic_posterior and model.posterior != "gaussian":

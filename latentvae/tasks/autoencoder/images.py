@@ -28,12 +28,12 @@ from latentvae.data import (
 )
 from latentvae.data.image_folder import SAMPLES
 from latentvae.distributed import from_main, is_main, rank, world_size
-from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.image_config import ImageJobConfig
 
 STREAM_HELD_OUT = 256  # number of images at a stream's start that are kept for validation
 
 
-def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
+def open_data(config: ImageJobConfig) -> tuple[ImageSource | ImageStream, ImageSource]:
     """Open the training and validation images and return both sources."""
     data, spec = config.data, _spec(config)
     # This process reads the image sizes for the aspect-ratio buckets, so it needs `max_pixels`.
@@ -68,7 +68,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSource | ImageStream, ImageSour
     )
 
 
-def _spec(config: TrainConfig) -> str | DatasetSpec:
+def _spec(config: ImageJobConfig) -> str | DatasetSpec:
     """Return a path, or the name of a data set with the options for the package `datasets`."""
     data = config.data
     name = data.dataset_name or data.train_data_dir
@@ -86,7 +86,7 @@ def _spec(config: TrainConfig) -> str | DatasetSpec:
     )
 
 
-def train_transform(config: TrainConfig) -> TrainTransform:
+def train_transform(config: ImageJobConfig) -> TrainTransform:
     data = config.data
     return TrainTransform(
         data.size,
@@ -99,7 +99,7 @@ def train_transform(config: TrainConfig) -> TrainTransform:
     )
 
 
-def eval_transform(config: TrainConfig) -> EvalTransform:
+def eval_transform(config: ImageJobConfig) -> EvalTransform:
     return EvalTransform(config.data.size, interpolation=config.data.image_interpolation_mode)
 
 
@@ -136,7 +136,7 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
 
 
 def batches(
-    config: TrainConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
+    config: ImageJobConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
 ) -> tuple[Iterable[Any], int | None]:
     """Return endless batches of this rank, and the number of micro-steps in an epoch.
 
@@ -167,7 +167,7 @@ def batches(
     return train_loader(dataset, sampler, **loading), sampler.steps_per_epoch
 
 
-def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
+def image_buckets(config: ImageJobConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
     """Return the bucket of every image by its aspect ratio, or None without buckets."""
     if ratios is None:
         return None
@@ -175,7 +175,7 @@ def image_buckets(config: TrainConfig, ratios: Any | None, *, processes: int) ->
 
 
 def image_sampler(
-    config: TrainConfig, num_images: int, buckets: Buckets | None, **place: int
+    config: ImageJobConfig, num_images: int, buckets: Buckets | None, **place: int
 ) -> IndexSampler | BucketSampler:
     """Return the sampler of the images. `place` is rank, world_size, start_step and seed."""
     if buckets is not None:

@@ -38,6 +38,9 @@ def _model(task: "AutoencoderTask") -> str:
     if task.base.discretised:
         return f"{kind}, discretised from {task.base.name}, {_learns(task)}"
     frozen = ", encoder frozen" if model.freeze_encoder else ""
+    if rank := task.config.low_rank:
+        learned = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+        frozen = f", only adapters of rank {rank} learn ({learned:,} numbers)"
     return f"{kind}, fine-tuned from {task.base.name}{frozen}"
 
 

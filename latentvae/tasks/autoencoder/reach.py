@@ -5,6 +5,7 @@ import math
 from latentvae.data.image_folder import SAMPLES
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.image_config import ImageJobConfig
 
 LEAST_VALIDATION_IMAGES = 8
 
@@ -68,7 +69,7 @@ def without_effect(config: TrainConfig) -> list[str]:
     return found
 
 
-def few_validation_images(config: TrainConfig, *, count: int, training: int | None) -> list[str]:
+def few_validation_images(config: ImageJobConfig, *, count: int, training: int | None) -> list[str]:
     """Return a warning if the validation has too few images for reliable metrics.
 
     Args:

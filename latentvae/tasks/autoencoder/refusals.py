@@ -8,16 +8,22 @@ from latentvae.losses.perceptual import MIN_SIZE
 from latentvae.metrics.image import SSIM_MIN_SIZE
 from latentvae.models import FAMILIES
 from latentvae.tasks.autoencoder.config import TrainConfig
+from latentvae.tasks.image_config import ImageJobConfig
 
 
 def check_images(config: TrainConfig) -> None:
     """Check that the run has images, and that they are large enough for metrics and networks."""
+    check_source(config)
+    _check_resolution(config)
+
+
+def check_source(config: ImageJobConfig) -> None:
+    """Check that an option names the training images."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
             "come with scikit-image. Or give dataset_name."
         )
-    _check_resolution(config)
 
 
 def _check_resolution(config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import save_file
 
 from latentvae.config.run_config import flat
 from latentvae.data import ImageSource, ImageStream, some_of, validation_batches
@@ -23,8 +24,9 @@ from latentvae.export.card import public_value
 from latentvae.export.export_folder import is_export
 from latentvae.latents import latent_statistics
 from latentvae.models import Network
+from latentvae.models.low_rank import adapter_tensors, merged
 from latentvae.option_marks import Private, marked
-from latentvae.tasks.autoencoder.build_parts import build_net
+from latentvae.tasks.autoencoder.build_parts import adapt_decoder, build_net
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.fine_tuning import Base, encoder_sha256, read_base, weights_sha256
 from latentvae.tasks.autoencoder.images import eval_transform, open_data
@@ -140,6 +142,7 @@ def checkpoint_network(config: TrainConfig, checkpoint: Path, *, base: Base | No
         UserError: the checkpoint cannot be used.
     """
     net = build_net(config, base)
+    adapt_decoder(config, net)
     load_weights(net, _weights(checkpoint, averaged=config.optimizer.use_ema))
     return net.eval()
 
@@ -182,6 +185,10 @@ def export_of_run(
     Returns:
         Values to log on the first rank.
     """
+    # adapters
+    adapted = adapter_tensors(net)
+    net = merged(net) if adapted else net
+
     # the card
     card = _card(config, folder, update)
     if base is not None:
@@ -225,9 +232,20 @@ def export_of_run(
             overwrite=True,
         )
         print(report.summary())
+        if adapted:
+            write_adapters(adapted, out / "lora")
 
     barrier()
     return {} if report is None else {"export/scaling": report.scaling_factor}
+
+
+def write_adapters(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write adapters as a file that PEFT and diffusers load onto the pretrained network.
+
+    vae.load_lora_adapter("export/lora", prefix=None, use_safetensors=True)
+    """
+    folder.mkdir()
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
@@ -263,6 +281,12 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
         f"(sha256 of its weights {base.encoder_sha256}). Scaling and shift are kept. Latents and "
         "the models that generate them stay valid."
     )
+    if rank := config.low_rank:
+        description += (
+            f" The folder `lora` holds the same change as adapters of rank {rank}: "
+            '`vae.load_lora_adapter("lora", prefix=None, use_safetensors=True)` adds them to the '
+            "base (it needs peft)."
+        )
     return replace(card, description=description)
 
 

@@ -9,17 +9,15 @@ From Python, start a training with this task as follows:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentvae.data import BadImages, Batch, ImageStream, aspect_ratios, some_of
-from latentvae.distributed import gather_objects, rank, world_size
+from latentvae.data import BadImages, Batch, ImageStream
 from latentvae.engine.progress import not_of_a_run
-from latentvae.errors import UserError, printable
 from latentvae.losses.posterior import ActiveUnits
 from latentvae.models import calls
 from latentvae.tasks.autoencoder import plan_rows, reach, refusals
@@ -28,36 +26,22 @@ from latentvae.tasks.autoencoder.collapse_watch import CollapseWatch, Finding, w
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.discretise import check_discretising, warmup_steps
 from latentvae.tasks.autoencoder.fine_tuning import BASE_NAME, open_base, with_shape_of
-from latentvae.tasks.autoencoder.images import (
-    batches,
-    data_identity,
-    eval_transform,
-    image_buckets,
-    image_sampler,
-    open_data,
-)
+from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.run_export import done, export_of_run, is_whole, options_of_export
 from latentvae.tasks.autoencoder.state import AutoencoderState, KLTargetState, RankState
 from latentvae.tasks.autoencoder.update_step import LearningAutoencoder
-from latentvae.tasks.autoencoder.validate import (
-    readable_images,
-    save_grid,
-    validate,
-    validation_line,
-)
+from latentvae.tasks.autoencoder.validate import save_grid, validate, validation_line
+from latentvae.tasks.image_task import ImageTask
 
 
-class AutoencoderTask(LearningAutoencoder):
+class AutoencoderTask(ImageTask, LearningAutoencoder):
     """Train an autoencoder on images."""
 
+    config: TrainConfig
     config_class = TrainConfig
     state_class, rank_state_class = AutoencoderState, RankState
-    title, unit, shown = "Autoencoder", "images", ("loss/rec", "loss/lpips")
+    title, shown = "Autoencoder", ("loss/rec", "loss/lpips")
     files, parts = (BASE_NAME,), {"codebook": "net.quantize."}
-    data_advice = (
-        "store the images smaller, or try --crops_per_image 2 (twice the crops of half as many "
-        "images)"
-    )
     non_finite_advice = ", or a later disc_start"
     launch = ("-m", "latentvae.cli.train")
 
@@ -71,41 +55,19 @@ class AutoencoderTask(LearningAutoencoder):
         self.base = open_base(self.config)
         check_discretising(self.config, self.base)
         self.config = with_shape_of(self.config, self.base)
-        self.train_images, self.validation_images = open_data(self.config)
+        self.open_images()
         self.features = open_features(self.config)
-        self._identity = data_identity(self.train_images)
         if self.features is not None:
             self._identity["feature_loss"] = self.features.weights_id
-        self._ratios: Any = None
 
     def check_processes(self, processes: int) -> None:
-        if not isinstance(self.train_images, ImageStream):
-            # The sampler raises an error if there are more ranks than batches.
-            place = {"rank": 0, "world_size": processes, "start_step": 0, "seed": 0}
-            image_sampler(self.config, len(self.train_images), None, **place)
+        super().check_processes(processes)
         refusals.check_compilation(self.config, processes=processes)
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         super().build(accelerator, resumed=resumed)
-        self.bad, self.bad_validation = BadImages(), BadImages()
-        # bad images of this rank since the last row of the log
-        self._unnamed: list[tuple[str, str]] = []
-        self._micro_steps = 0
+        self.begin_images()
         self._watch_from_here({})
-
-    def batches(self, *, start_step: int) -> Iterable[Batch]:
-        loader, self.steps_per_epoch = batches(
-            self.config,
-            self.train_images,
-            start_step=start_step,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        self._micro_steps = start_step
-        return loader
-
-    def check_ready(self) -> None:
-        validated = some_of(self.validation_images, self.config.data.max_validation_images)
-        readable_images(validated, eval_transform(self.config), count=1)
 
     def write_files(self, folder: Path) -> None:
         if self.base is not None:
@@ -113,17 +75,6 @@ class AutoencoderTask(LearningAutoencoder):
         else:
             # A fine-tuning that ended before its first update may have left this file.
             (folder / BASE_NAME).unlink(missing_ok=True)
-
-    def identity(self) -> dict[str, Any]:
-        return self._identity
-
-    @property
-    def num_workers(self) -> int:
-        return self.config.data.dataloader_num_workers
-
-    @property
-    def items_read(self) -> int:
-        return self.config.images_read
 
     def plan(self) -> dict[str, str]:
         return plan_rows.plan(self)
@@ -135,10 +86,6 @@ class AutoencoderTask(LearningAutoencoder):
             training=None if isinstance(self.train_images, ImageStream) else len(self.train_images),
         )
         return [*reach.without_effect(self.config), *few]
-
-    def step_size(self) -> str:
-        height, width = self.config.data.size
-        return f"train_batch_size {self.config.run.train_batch_size} at {height} x {width} px"
 
     def memory_advice(self) -> list[str]:
         return refusals.memory_advice(self.config, super().memory_advice())
@@ -154,23 +101,13 @@ class AutoencoderTask(LearningAutoencoder):
         self._tell([], update)
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
-        self._unnamed += batch.bad
-        self._micro_steps += 1
+        self.saw(batch)
         return super().micro_step(batch, update)
-
-    def keys(self, batch: Batch) -> Tensor:
-        return batch.indices
-
-    def names(self, keys: Tensor) -> list[str]:
-        images = self.train_images
-        if isinstance(images, ImageStream):
-            return [f"row {number} of process {rank()}'s stream" for number in keys.tolist()]
-        return [printable(images.name(number)) for number in keys.tolist()]
 
     # between updates
 
     def row(self, update: int, means: Mapping[str, float]) -> dict[str, float]:
-        self._name_bad_images()
+        self.name_bad_images()
         own: dict[str, float] = {}
         if (active := self.units.count()) is not None:
             own["latent/active_units"] = active
@@ -178,28 +115,6 @@ class AutoencoderTask(LearningAutoencoder):
         own |= {**self.watch.flags(), "data/bad_images": len(self.bad)}
         self._tell(findings, update)
         return own
-
-    def _name_bad_images(self) -> None:
-        """Print each unreadable file once, over all ranks.
-
-        Raises:
-            UserError: there are more unreadable files than max_bad_share allows.
-        """
-        for found in gather_objects(self._unnamed):
-            for name, reason in self.bad.update(found):
-                self.say(
-                    f"cannot read {printable(name)} ({printable(reason)}). Another image takes its "
-                    "place."
-                )
-        self._unnamed = []
-
-        images = self.train_images
-        if isinstance(images, ImageStream):
-            seen = self._micro_steps * self.config.images_read * world_size()
-            total = images.num_images or max(seen, 1)
-        else:
-            total = len(images)
-        self.bad.check(total, self.config.data.max_bad_share)
 
     def validate(self, update: int) -> dict[str, float]:
         bad = BadImages()
@@ -213,9 +128,7 @@ class AutoencoderTask(LearningAutoencoder):
             device=self.accelerator.device,
             bad=bad,
         )
-        for found in gather_objects(list(bad.reasons.items())):
-            for name, reason in self.bad_validation.update(found):
-                self.say(f"cannot validate on {printable(name)} ({printable(reason)})")
+        self.name_bad_validation_images(bad)
         return values
 
     def save_samples(self, path: Path) -> bool:
@@ -270,7 +183,7 @@ class AutoencoderTask(LearningAutoencoder):
     # checkpoints
 
     def state(self) -> AutoencoderState:
-        self._name_bad_images()
+        self.name_bad_images()
         bad = [list(entry) for entry in self.bad.reasons.items()]
         changes = {"bad_images": bad, "watch": self.watch.state_dict()}
         if (target := self.objective.kl_target) is not None:
@@ -343,20 +256,3 @@ class AutoencoderTask(LearningAutoencoder):
         if steps := warmup_steps(config):
             sections["model"] = {"quantizer_warmup_steps": min(steps, early)}
         return config.with_changes(sections)
-
-    def check_repeatable(self) -> None:
-        if isinstance(self.train_images, ImageStream):
-            raise UserError(
-                "streaming resumes only approximately, so there is nothing to compare. Leave "
-                "--streaming out."
-            )
-
-    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
-        images, config = self.train_images, self.config.for_processes(processes)
-        assert not isinstance(images, ImageStream)
-        if self._ratios is None and config.data.aspect_ratio_buckets:
-            self._ratios = aspect_ratios(images)
-        buckets = image_buckets(config, self._ratios, processes=processes)
-        place = {"rank": rank, "world_size": processes, "start_step": start}
-        sampler = image_sampler(config, len(images), buckets, **place, seed=config.run.seed)
-        return [step for _, step in zip(range(start, stop), sampler, strict=False)]

@@ -195,15 +195,23 @@ def save_grid(
     over mid-grey. Small images are enlarged by an integer factor.
     """
     images = readable_images(source, transform, count=count).to(device)
-    images, recon = _visible(images), _visible(reconstruct_mode(net, images))
-    difference = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
-    rows = [
-        torch.cat(list(row), dim=2) for row in (images, recon, difference)
-    ]  # each (C, R, count * R)
+    images, recon = visible(images), visible(reconstruct_mode(net, images))
+    draw_rows({"original": images, "reconstruction": recon, **difference(images, recon)}, path)
+
+
+def difference(images: Tensor, recon: Tensor) -> dict[str, Tensor]:
+    """Return the enlarged difference of two batches of images by its label. Mid-grey means 0."""
+    enlarged = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
+    return {f"{DIFFERENCE_GAIN:g} x difference": enlarged}
+
+
+def draw_rows(rows: Mapping[str, Tensor], path: Path) -> None:
+    """Write a PNG with a labelled row for each batch of images (count, C, H, W) in [-1, 1]."""
+    wide = [torch.cat(list(row), dim=2) for row in rows.values()]  # each (C, H, count * W)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = to_pil(torch.cat(rows, dim=1)[None])[0]
-    labels = ["original", "reconstruction", f"{DIFFERENCE_GAIN:g} x difference"]
-    _labelled(picture, labels, factor=grid_factor(images)).save(path)
+    picture = to_pil(torch.cat(wide, dim=1)[None])[0]
+    factor = grid_factor(next(iter(rows.values())))
+    _labelled(picture, list(rows), factor=factor).save(path)
 
 
 def grid_factor(images: Tensor) -> int:
@@ -222,6 +230,6 @@ def _labelled(picture: Image.Image, labels: list[str], *, factor: int) -> Image.
     return canvas
 
 
-def _visible(images: Tensor) -> Tensor:
+def visible(images: Tensor) -> Tensor:
     """Return images without alpha channel. Grey images keep their single channel."""
     return to_rgb(images) if images.shape[1] == 4 else images

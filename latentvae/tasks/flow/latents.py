@@ -107,6 +107,7 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
         at_most=options.max_validation_images,
         seed=seed,
     )
+
     normalization = _normalization(first.content, train, options.normalization)
     example = normalization.apply(train.rows([0]).z)
     channels, height, width = example.shape[1:]

@@ -1,7 +1,9 @@
-"""The checks before a run that every generator has, and the rehearsal that they read.
+"""The preflight of a task whose loss is one number: its first updates, and checks of any such task.
 
-A rehearsal makes a few updates with the user's data, precision and processes, in a temporary
-folder. It neither reads nor writes the run's own folder.
+    with ExitStack() as stack:
+        rehearsal = rehearse(PriorTask, config, stack)
+
+`prior_preflight`, `flow_preflight` and `distill_preflight` add the checks of their own task.
 """
 
 import contextlib
@@ -10,12 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
+from latentvae.config.run_config import JobConfig
 from latentvae.distributed import barrier, from_main, gather_objects, is_main
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
@@ -33,91 +36,78 @@ UPDATES = 3
 LOSS_TOLERANCE = 1e-2  # relative difference of a repeated loss on a GPU
 DRAWS = 4096  # conditions that are drawn to measure how many are dropped
 
+T = TypeVar("T", bound=Task)
+
 
 @dataclass(kw_only=True)
-class Rehearsal:
+class FirstUpdates:
     """The first updates of a run, and what was seen of them.
 
     Attributes:
-        start: the first validation metric before the first update.
-        loss: log name of the loss.
-        unit: unit of the loss, in words.
+        task: the task, built.
+        training: its training, after the updates.
+        start: metrics of the validation before the first update.
+        results: result of each update.
+        before, after: fingerprints of all tensors that an update changes.
+        items: numbers of the items that this rank read first.
     """
 
     task: Any
     training: Training
-    start: float
-    loss: str
-    unit: str
+    start: dict[str, float]
     results: list[UpdateResult]
     before: dict[str, str]
     after: dict[str, str]
     items: list[int]
 
+    def losses(self, name: str) -> list[float]:
+        """Return a logged value of each update."""
+        return [result.values[0][name].item() for result in self.results]
 
-Checks = Callable[[Rehearsal], Iterable[Check]]
 
-
-def generator_preflight(
-    kind: type[Task],
-    config: Any,
-    checks: Checks,
+def run_checks(
+    task: type[Task],
+    config: JobConfig,
+    checks: Callable[[FirstUpdates], Iterable[Check]],
     *,
-    loss: str,
-    unit: str,
-    metric: str,
-    json: Path | None = None,
+    json: Path | None,
 ) -> int:
-    """Check the run of a generator, and print a line for each check. All ranks must call this.
+    """Make the first updates of a run and its checks, and print a line for each check.
+
+    All ranks must call this.
 
     Args:
-        kind: class of the task.
+        task: class of the task.
         config: options of the run.
-        checks: makes the checks in order. All ranks must take all of them.
-        loss: log name of the loss.
-        unit: unit of the loss, in words.
-        metric: validation metric that is the same quantity as the loss.
+        checks: yields the checks. All ranks take all of them.
         json: file for the results of the checks.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code on all ranks: 0 if all checks hold, 1 if one failed.
 
     Raises:
         UserError: an option is wrong, or the data cannot be used.
     """
     check_json_file(json)
-
     with contextlib.ExitStack() as stack:
-        rehearsal = _rehearse(kind, config, stack, loss=loss, unit=unit, metric=metric)
-        return _report(rehearsal, checks, json=json)
+        rehearsal = _rehearse(task, config, stack)
+
+        show, found = rehearsal.training.accelerator.print, list[Check]()
+        show(wrapped(f"preflight of {config.config}: made {UPDATES} updates"))
+        for check in checks(rehearsal):
+            found.append(joined(check))
+            show(found[-1], flush=True)
+        code = from_main(conclude(found, json_file=json) if is_main() else 0)
+        barrier()  # no rank may end its process group while another rank still waits
+        return code
 
 
-def _report(rehearsal: Rehearsal, checks: Checks, *, json: Path | None) -> int:
-    """Make the checks and print their results. Return the exit code on all ranks."""
-    show, made = rehearsal.training.accelerator.print, []
-    show(wrapped(f"preflight of {rehearsal.task.config.config}: made {UPDATES} updates"))
-    for check in checks(rehearsal):
-        made.append(joined(check))
-        show(made[-1], flush=True)
-    code = from_main(conclude(made, json_file=json) if is_main() else 0)
-    barrier()  # no rank may end its process group while another rank still waits
-    return code
-
-
-def _rehearse(
-    kind: type[Task],
-    config: Any,
-    stack: contextlib.ExitStack,
-    *,
-    loss: str,
-    unit: str,
-    metric: str,
-) -> Rehearsal:
+def _rehearse(kind: type[Task], config: JobConfig, stack: contextlib.ExitStack) -> FirstUpdates:
     # the run, in a temporary folder
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # there is no run at this path
     config = settle_precision(checked(config), nowhere)
     check_options(config.run)
-    task: Any = kind(
+    task = kind(
         config.with_changes(
             {
                 "run": {"output_dir": str(nowhere), "report_to": "none", "push_to_hub": False},
@@ -125,6 +115,7 @@ def _rehearse(
             }
         )
     )
+    task.check()
     task.open()
     accelerator = start_accelerator(task.config.run, nowhere)
     stack.callback(end_accelerator, accelerator)
@@ -133,38 +124,38 @@ def _rehearse(
 
     # its first updates
     with training.evaluating():
-        start = task.validate(0)[metric]
+        start = task.validate(0)
     before, batches = fingerprints(training), iter(task.batches(start_step=0))
     results = [Updates(training).make(batches) for _ in range(UPDATES)]
     steps = task.order(
         rank=accelerator.process_index, processes=accelerator.num_processes, start=0, stop=1
     )
-    return Rehearsal(
+    return FirstUpdates(
         task=task,
         training=training,
         start=start,
-        loss=loss,
-        unit=unit,
         results=results,
         before=before,
         after=fingerprints(training),
-        items=[index for _, index in steps[0]],
+        items=[] if steps is None else [item[1] for item in steps[0]],
     )
 
 
-def check_updates(rehearsal: Rehearsal) -> Check:
-    """Check that losses and gradients are finite."""
-    losses = [result.values[0][rehearsal.loss].item() for result in rehearsal.results]
+# checks of any task
+
+
+def updates_check(rehearsal: FirstUpdates, *, loss: str, words: str) -> Check:
+    """Check that losses and gradients are finite. `loss` is a log name, shown as `words`."""
     return Check(
         name="updates",
         passed=all(result.finite for result in rehearsal.results),
-        value=", ".join(f"{loss:.3f}" for loss in losses) + f" {rehearsal.unit}",
+        value=", ".join(f"{value:.3f}" for value in rehearsal.losses(loss)) + f" {words}",
         expected="finite losses and gradients",
         advice="Give a lower --learning_rate, or --mixed_precision no.",
     )
 
 
-def check_weights(rehearsal: Rehearsal) -> Check:
+def weights_check(rehearsal: FirstUpdates) -> Check:
     """Check that weights, optimizer and average change."""
     same = [n for n, value in rehearsal.before.items() if rehearsal.after[n] == value]
     return Check(
@@ -176,8 +167,8 @@ def check_weights(rehearsal: Rehearsal) -> Check:
     )
 
 
-def check_images(rehearsal: Rehearsal) -> Check:
-    """Check that processes read different images."""
+def items_check(rehearsal: FirstUpdates) -> Check:
+    """Check that no image is read by two processes in the same update."""
     parts: list[list[int]] = gather_objects(rehearsal.items)
     shared = sum(map(len, parts)) - len(set().union(*parts))
     return Check(
@@ -189,7 +180,7 @@ def check_images(rehearsal: Rehearsal) -> Check:
     )
 
 
-def check_ranks(rehearsal: Rehearsal) -> Check:
+def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
     """Check that all processes have the same weights after the updates."""
     parts: list[dict[str, str]] = gather_objects(rehearsal.after)
     differs = [name for name in parts[0] if any(part[name] != parts[0][name] for part in parts)]
@@ -202,7 +193,7 @@ def check_ranks(rehearsal: Rehearsal) -> Check:
     )
 
 
-def check_dropped(dropped: Tensor, share: float) -> Check:
+def dropped_check(dropped: Tensor, share: float) -> Check:
     """Check the share of dropped conditions, within four standard deviations.
 
     Args:
@@ -219,8 +210,11 @@ def check_dropped(dropped: Tensor, share: float) -> Check:
     )
 
 
-def check_checkpoint(rehearsal: Rehearsal) -> Check:
-    """Check that the training repeats its next update after a checkpoint is restored."""
+def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
+    """Check that the training repeats its next update after a checkpoint is restored.
+
+    On a GPU, only the logged value `loss` is compared.
+    """
     # save, then the next update
     task, training = rehearsal.task, rehearsal.training
     update = training.progress.update
@@ -243,7 +237,7 @@ def check_checkpoint(rehearsal: Rehearsal) -> Check:
     exact = training.accelerator.device.type == "cpu"
     differs = [name for name, value in expected.items() if found[name] != value]
     if not exact:
-        losses = [result.values[0][rehearsal.loss].item() for result in (first, second)]
+        losses = [result.values[0][loss].item() for result in (first, second)]
         differs = [] if math.isclose(*losses, rel_tol=LOSS_TOLERANCE) else ["losses"]
     return Check(
         name="checkpoint",

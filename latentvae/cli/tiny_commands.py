@@ -1,0 +1,29 @@
+"""The command `latentvae train-tiny`."""
+
+import inspect
+from collections.abc import Sequence
+
+
+def train_tiny_command(arguments: Sequence[str]) -> None:
+    """Distil an autoencoder into a small, fast one, and export it for diffusers.
+
+        latentvae train-tiny --teacher runs/vae/export --train_data_dir photos \\
+            --output_dir runs/tiny
+
+    The student is an AutoencoderTiny (the network of TAESD), or a smaller AutoencoderKLFlux2 if the
+    teacher is one. By default only the decoder learns. A single process does not need `accelerate
+    launch`. `--config` takes a YAML file or the name of a preset. Every flag below overrides a
+    value of this config. To resume a run that was interrupted, run the same command again.
+    `--preflight` trains a few updates to check the run, and then exits.
+    """
+    from latentvae.cli.train import run_task
+    from latentvae.proofs.distill_preflight import distill_preflight
+    from latentvae.tasks.distill.task import DistillTask
+
+    run_task(
+        DistillTask,
+        arguments,
+        description=inspect.cleandoc(train_tiny_command.__doc__ or ""),
+        default_config="tiny_small",
+        preflight=distill_preflight,
+    )

@@ -1,0 +1,127 @@
+"""The loss of a small autoencoder (the student) that learns from a given one (the teacher).
+
+    decoder = (1 - t) * distance(recon, images) + t * distance(recon, teacher's recon)
+    distance = pixel error + perceptual_scale * LPIPS
+    encoder = mean squared error of the latents
+    total = decoder + latent_scale * encoder
+
+`t` is `teacher_share`. `B` batch, `C` image channels, `H W` pixels, `d h w` latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentvae.losses.colors import to_rgb
+from latentvae.losses.perceptual import PerceptualLoss
+
+_PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the student learns from, without gradients.
+
+    Attributes:
+        images: (B, C, H, W) in [-1, 1].
+        recon: the teacher's reconstruction in [-1, 1]. None if the loss does not need it.
+        z: the latents of the images in the student's scale, (B, d, h, w).
+    """
+
+    images: Tensor
+    recon: Tensor | None
+    z: Tensor
+
+
+class DistillationLoss(nn.Module):
+    """Compute the student's loss, a scalar, and its unweighted terms for the log.
+
+    Args:
+        rec_loss: pixel error, "l1" or "l2".
+        perceptual: LPIPS, frozen. None leaves LPIPS out.
+        perceptual_scale: weight of LPIPS. The pixel error has weight 1.
+        teacher_share: t, from 0 (compare with the images) to 1 (compare with the teacher's
+            reconstruction).
+        latent_scale: weight of the encoder's loss.
+        autocast_dtype: dtype of the backbone of LPIPS. Default: float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        rec_loss: str,
+        perceptual: PerceptualLoss | None,
+        perceptual_scale: float,
+        teacher_share: float,
+        latent_scale: float,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.pixel_loss = _PIXEL_LOSSES[rec_loss]
+        self.perceptual = perceptual
+        self.perceptual_scale = perceptual_scale
+        self.shares = {"": 1.0 - teacher_share, "_teacher": teacher_share}
+        self.latent_scale = latent_scale
+        self.autocast_dtype = autocast_dtype
+
+    def forward(
+        self, taught: Taught, recon: Tensor | None, z: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the total with its graph, and the terms by log name.
+
+        Args:
+            taught: the images, and the teacher's results for them.
+            recon: the student decoder's output, or None if only the encoder learns.
+            z: the student encoder's output, or None if only the decoder learns.
+        """
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if recon is not None:
+            terms |= self._decoder(taught, recon.float())
+        if z is not None:
+            terms["loss/latent"] = self.latent_scale, F.mse_loss(z.float(), taught.z)
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return total, {name: value.detach() for name, (_, value) in terms.items()}
+
+    def _decoder(self, taught: Taught, recon: Tensor) -> dict[str, tuple[float, Tensor]]:
+        """Return weight and value of the decoder's terms, by log name."""
+        targets = {"": taught.images, "_teacher": taught.recon}
+        used = {
+            name: target
+            for name, target in targets.items()
+            if self.shares[name] > 0 and target is not None
+        }
+        terms = {
+            f"loss/rec{name}": (self.shares[name], self.pixel_loss(recon, target))
+            for name, target in used.items()
+        }
+        if self.perceptual is not None and self.perceptual_scale > 0:
+            distances = self._lpips(self.perceptual, recon, list(used.values()))
+            for name, distance in zip(used, distances, strict=True):
+                terms[f"loss/lpips{name}"] = self.perceptual_scale * self.shares[name], distance
+        return terms
+
+    def _lpips(
+        self, perceptual: PerceptualLoss, recon: Tensor, targets: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the mean LPIPS between a reconstruction and each target."""
+        dtype = self.autocast_dtype
+        with torch.autocast(recon.device.type, dtype=dtype, enabled=dtype is not None):
+            features = perceptual.features(to_rgb(recon))
+            with torch.no_grad():
+                others = [perceptual.features(to_rgb(target)) for target in targets]
+            return [perceptual.distance(other, features).mean() for other in others]
+
+
+def noisy(z: Tensor, strength: float) -> Tensor:
+    """Add Gaussian noise to latents (B, d, h, w), by the global random generator.
+
+    The noise's standard deviation is drawn anew for each image: uniformly from 0 to `strength`
+    times the standard deviation of `z`.
+    """
+    if strength == 0:
+        return z
+    share = torch.rand(len(z), 1, 1, 1, device=z.device, dtype=z.dtype) * strength
+    return z + share * z.std() * torch.randn_like(z)

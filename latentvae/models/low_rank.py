@@ -1,0 +1,97 @@
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) of a decoder's matrices.
+
+    add_adapters(net, net.decoder, rank=8)  # only the adapters learn
+    merged(net)  # a stock network with the same outputs
+    adapter_tensors(net)  # what PEFT loads onto the base
+
+A layer's weight becomes W + B A. A is (r, I k k) and B is (O, r), for a convolution of kernel k. B
+starts at 0, so the network starts as it was. This is the function of PEFT's LoRA with alpha = r.
+
+PEFT would replace the layers by layers of its own. Here a parametrization computes the weight, so
+that folded upsampling, names of other weights and the export stay the same.
+
+`I` and `O` channels in and out, `r` rank.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from latentvae.models.network import Network
+
+
+class LowRank(nn.Module):
+    """Adds B A to a weight.
+
+    Args:
+        weight: the weight of a convolution (O, I, k, k) or a linear layer (O, I).
+        rank: r.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight[0].numel()))  # A
+        self.up = nn.Parameter(torch.zeros(len(weight), rank))  # B
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in PEFT
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # The sum has the precision of the merged weight, also under autocast.
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + (self.up @ self.down).view_as(weight)
+
+
+def add_adapters(net: Network, part: nn.Module, *, rank: int) -> None:
+    """Freeze a network, and give each convolution and linear layer of a part of it an adapter."""
+    net.requires_grad_(False)
+    for layer in list(part.modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+
+
+def adapters(net: Network) -> Iterator[tuple[str, nn.Module, LowRank]]:
+    """Yield name, layer and adapter of each layer that has one."""
+    for name, layer in net.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parts: Any = layer.parametrizations
+            yield name, layer, cast(LowRank, parts.weight[0])
+
+
+def trained_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer that learns: its adapter's B, or the weight itself."""
+    if parametrize.is_parametrized(layer, "weight"):
+        parts: Any = layer.parametrizations
+        return parts.weight[0].up
+    return cast(Tensor, layer.weight)
+
+
+@torch.no_grad()
+def merged(net: Network) -> Any:
+    """Return a stock network in which every adapter is added to its weight.
+
+    torch's `remove_parametrizations` on a copy would break `net`, because a copied layer shares
+    the class that it changes.
+    """
+    weights = {n: v for n, v in net.state_dict().items() if ".parametrizations." not in n}
+    for name, layer, _ in adapters(net):
+        weights[f"{name}.weight"] = cast(Tensor, layer.weight).detach()
+    network: Any = type(net)
+    with torch.device("meta"):  # draws no random numbers
+        found = network.from_config({k: v for k, v in net.config.items() if k[0] != "_"})
+    found.load_state_dict(weights, assign=True)
+    return found.train(net.training)
+
+
+def adapter_tensors(net: Network) -> dict[str, Tensor]:
+    """Return all adapters with the names and shapes of PEFT, on the CPU."""
+    tensors = {}
+    for name, layer, adapter in adapters(net):
+        down, up = (value.detach().cpu().clone() for value in (adapter.down, adapter.up))
+        if isinstance(layer, nn.Conv2d):
+            down = down.view(len(down), *cast(Tensor, layer.weight).shape[1:])
+            up = up[:, :, None, None]
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return tensors

@@ -1,0 +1,160 @@
+"""Check a distillation before it starts (`train_tiny.py --preflight`).
+
+The check makes a few updates with the user's teacher, images, precision and processes, and prints a
+line for each check. It neither reads nor writes the run's own folder.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentvae.distributed import all_reduce_mean
+from latentvae.engine.updates import Updates
+from latentvae.models import calls
+from latentvae.models.students import to_student, to_teacher
+from latentvae.proofs.checks import Check
+from latentvae.proofs.first_updates import (
+    FirstUpdates,
+    checkpoint_check,
+    equal_ranks_check,
+    items_check,
+    run_checks,
+    updates_check,
+    weights_check,
+)
+from latentvae.tasks.distill.config import DistillConfig
+from latentvae.tasks.distill.task import DistillTask
+
+LOSS = "loss/total"
+LATENT_STD = 0.4, 2.5  # range of the standard deviation of scaled latents
+SCALE_TOLERANCE = 1e-4  # relative error of latents that were scaled and scaled back
+REPEATS = 8  # updates on the same images
+
+
+def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int:
+    """Check a run, and print a line for each check. All ranks must call this.
+
+    Args:
+        config: options of the run.
+        json: file for the results of the checks.
+
+    Returns:
+        The exit code: 0 if all checks hold, 1 if one failed.
+
+    Raises:
+        UserError: an option is wrong, or teacher or images cannot be used.
+    """
+    return run_checks(DistillTask, config, _checks, json=json)
+
+
+def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
+    """Yield the checks in order. All ranks must take all of them."""
+    yield updates_check(rehearsal, loss=LOSS, words="total loss")
+    yield weights_check(rehearsal)
+    yield items_check(rehearsal)
+    yield equal_ranks_check(rehearsal)
+    yield _teacher(rehearsal)
+    yield _parts(rehearsal)
+    yield _latents(rehearsal)
+    yield _scale(rehearsal)
+    yield checkpoint_check(rehearsal, loss=LOSS)
+    yield _falls(rehearsal)
+
+
+def _images(rehearsal: FirstUpdates) -> Tensor:
+    task: DistillTask = rehearsal.task
+    return next(iter(task.batches(start_step=0))).on(task.device)
+
+
+def _teacher(rehearsal: FirstUpdates) -> Check:
+    """Check that the updates have changed nothing in the teacher."""
+    task: DistillTask = rehearsal.task
+    same = task.teacher.info()["weights_sha256"] == task.teacher_sha256
+    learns = [p for p in task.teacher.net.parameters() if p.requires_grad or p.grad is not None]
+    mode = "train" if task.teacher.net.training else "eval"
+    changed = "unchanged" if same else "changed"
+    return Check(
+        name="teacher",
+        passed=same and not learns and mode == "eval",
+        value=f"{changed}, {len(learns)} weights with a gradient, {mode}",
+        expected="unchanged, 0 weights with a gradient, eval",
+        advice="The student would learn from a moving target.",
+    )
+
+
+def _parts(rehearsal: FirstUpdates) -> Check:
+    """Check that the gradient of one micro-step reaches all weights that learn, and no others."""
+    task: DistillTask = rehearsal.task
+    batch = next(iter(task.batches(start_step=0)))
+    task.micro_step(batch, 0)
+    missing, wrong = 0, 0
+    for parameter in task.net.parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        missing += parameter.requires_grad and not reached
+        wrong += reached and not parameter.requires_grad
+    task.learners["model"].optimizer.zero_grad()
+    return Check(
+        name="parts",
+        passed=missing == 0 and wrong == 0,
+        value=f"{missing} weights of the {task.pair.part} without a gradient, {wrong} others with",
+        expected="0 and 0",
+        advice="A part would not learn, or a frozen part would.",
+    )
+
+
+@torch.no_grad()
+def _latents(rehearsal: FirstUpdates) -> Check:
+    """Check that the scaled latents are about as wide as a standard normal distribution.
+
+    The latents that a pipeline holds are meant, whichever scale the student reads.
+    """
+    task: DistillTask = rehearsal.task
+    z = task.teacher.normalization.apply(calls.encode(task.teacher.net, _images(rehearsal)))
+    std = all_reduce_mean(z.std()).item()
+    low, high = LATENT_STD
+    return Check(
+        name="latents",
+        passed=low <= std <= high,
+        value=std,
+        expected=f"standard deviation of the scaled latents from {low:g} to {high:g}",
+        advice=(
+            "The teacher's config has no right scaling_factor, and an AutoencoderTiny cuts latents "
+            "off at 3. Export the teacher with latentvae, or correct its config.json."
+        ),
+    )
+
+
+@torch.no_grad()
+def _scale(rehearsal: FirstUpdates) -> Check:
+    """Check that scaling to the student and back gives the teacher's latents again."""
+    task: DistillTask = rehearsal.task
+    teacher, student = task.teacher.net, task.net
+    z = calls.encode(teacher, _images(rehearsal))
+    again = to_teacher(student, teacher, to_student(student, teacher, z))
+    error = ((again - z).abs().max() / z.abs().max()).item()
+    return Check(
+        name="scale",
+        passed=error < SCALE_TOLERANCE,
+        value=error,
+        expected=f"a relative error of scaling and back below {SCALE_TOLERANCE:g}",
+        advice="Student and teacher could not replace each other in a pipeline.",
+    )
+
+
+def _falls(rehearsal: FirstUpdates) -> Check:
+    """Check that the loss falls if the student sees the same images again and again."""
+    task: DistillTask = rehearsal.task
+    batch = next(iter(task.batches(start_step=0)))
+    updates, same = Updates(rehearsal.training), itertools.repeat(batch)
+    losses = [updates.make(same).values[0][LOSS] for _ in range(REPEATS)]
+    first, last = (all_reduce_mean(losses[i]).item() for i in (0, -1))
+    return Check(
+        name="loss-falls",
+        passed=last < first,
+        value=f"{first:.4f} to {last:.4f} in {REPEATS} updates on the same images",
+        expected="the loss falls",
+        advice="Give a lower --learning_rate (with --optimizer muon also --muon_learning_rate).",
+    )

@@ -1,0 +1,122 @@
+"""Options of a run that distils an autoencoder into a small one."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.config.run_config import OptimizerConfig, RunConfig
+from latentvae.data.data_config import DataConfig
+from latentvae.losses.objective_config import PixelLossConfig
+from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share, Weight
+from latentvae.tasks.image_config import ImageJobConfig
+
+BUCKET_MULTIPLE = 64  # heights and widths of buckets are multiples of it, in pixels
+
+
+class StudentConfig(Section):
+    """Options of the teacher and of the student that learns from it."""
+
+    # The folder may change on resume. `DistillTask.identity` compares the teacher's weights.
+    teacher: Annotated[str | None, MayChange(), Elsewhere("teacher_model vae")] = Field(
+        default=None,
+        description=(
+            "Autoencoder to distil: a folder, such as a run's export, a single file, or a name on "
+            "the Hub (owner/name/folder). It must not be a tokenizer."
+        ),
+    )
+    student: Annotated[Literal["decoder", "encoder", "both"], Elsewhere("train_part")] = Field(
+        default="decoder",
+        description=(
+            "Part that learns. `decoder` decodes the teacher's latents. `encoder` learns to make "
+            "the teacher's latents. `both` trains both parts, each from the teacher."
+        ),
+    )
+    student_channels: Annotated[Positive, Elsewhere("width")] = Field(
+        default=64, description="Width of the student (an AutoencoderTiny). TAESD has 64."
+    )
+    student_blocks: Positive = Field(
+        default=3,
+        description="Residual blocks at each resolution of the student, except 1 at the full size.",
+    )
+    decoder_block_out_channels: tuple[int, ...] = Field(
+        default=(),
+        description=(
+            "Widths of the small decoder of a FLUX.2 teacher, from fine to coarse. The default is "
+            "three quarters of the teacher's widths. Other teachers do not have this option."
+        ),
+    )
+    pretrained_model_name_or_path: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            "Small autoencoder to start from, such as TAESD. Its shape is kept. The default is a "
+            "new network."
+        ),
+    )
+
+
+class DistillLossConfig(PixelLossConfig):
+    """Options of the student's loss."""
+
+    teacher_share: Share = Field(
+        default=0.0,
+        description=(
+            "Share of the decoder's loss that compares with the teacher's reconstruction. The rest "
+            "compares with the image. With 0, the teacher's decoder is not needed in training, "
+            "which saves much time."
+        ),
+    )
+    latent_scale: Weight = Field(
+        default=1.0,
+        description="Weight of the encoder's loss, the mean squared error of the scaled latents.",
+    )
+    latent_noise: Weight = Field(
+        default=0.0,
+        description=(
+            "Noise on the latents that the decoder reads in training. Its standard deviation is "
+            "drawn for each image, from 0 to this share of the latents' standard deviation. Noise "
+            "makes a decoder that forgives a generator's errors, but less sharp."
+        ),
+    )
+
+
+class DistillRunConfig(RunConfig):
+    """Options of the run: its length, batch size, precision, files and logs."""
+
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
+        default=6, description="Number of validation images in each grid of sample images."
+    )
+
+
+class DistillConfig(ImageJobConfig):
+    """All options of a run that distils an autoencoder."""
+
+    config: Annotated[str, MayChange()] = Field(
+        default="tiny_small",
+        description=(
+            "YAML file with options, or the name of a preset. Flags override the values in the "
+            "file or preset."
+        ),
+    )
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    objective: DistillLossConfig = DistillLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: DistillRunConfig = DistillRunConfig()
+
+    @property
+    def bucket_multiple(self) -> int:
+        return BUCKET_MULTIPLE
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        self.check_batch()
+        if self.run.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 is not supported. Use bf16 or no instead.")
+        if self.student.student == "encoder":
+            for name in ("teacher_share", "latent_noise"):
+                if value := getattr(self.objective, name):
+                    raise ValueError(
+                        f"{name} {value:g} is for the decoder's loss, but only the encoder learns "
+                        "(student encoder). Leave it out."
+                    )
+        return self

@@ -1,0 +1,181 @@
+"""The teacher and the student of a run, and the module that training calls.
+
+`B` batch, `C` image channels, `H W` pixels, `d h w` latents.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentvae.autoencoder import Autoencoder, load
+from latentvae.errors import UserError
+from latentvae.losses.distillation import Taught
+from latentvae.models import Network, calls, load_network
+from latentvae.models.students import (
+    Part,
+    StudentKind,
+    StudentShape,
+    learn_only,
+    silence,
+    student_of,
+    to_student,
+    to_teacher,
+)
+from latentvae.tasks.distill.config import DistillConfig, StudentConfig
+
+
+def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
+    """Load the teacher, and check that the run's images and the part that learns fit it.
+
+    Raises:
+        UserError: the teacher is missing, is a tokenizer, or an option does not fit it.
+    """
+    # the teacher
+    name, data = config.student.teacher, config.data
+    if name is None:
+        raise UserError(
+            "teacher is missing. Give the autoencoder to distil, such as --teacher runs/vae/export."
+        )
+    teacher = load(name)
+    kind = student_of(teacher.net)
+    if (part := config.student.student) not in kind.parts:
+        raise UserError(
+            f"student {part} does not work with '{name}': the student of a "
+            f"{type(teacher.net).__name__} keeps the teacher's encoder. Give --student "
+            f"{kind.parts[0]}."
+        )
+
+    # the images
+    if teacher.image_channels != data.image_channels:
+        raise UserError(
+            f"'{name}' takes {teacher.image_channels}-channel images, but image_channels is "
+            f"{data.image_channels}. Give --image_channels {teacher.image_channels}."
+        )
+    multiple = teacher.f * teacher.normalization.fold
+    for side in data.size:
+        if side % multiple:
+            near = max(round(side / multiple), 1) * multiple
+            raise UserError(
+                f"resolution {side} is not a multiple of {multiple}, as the teacher needs. The "
+                f"nearest multiple is {near}."
+            )
+    if teacher.fixed_size is not None and set(data.size) != {teacher.fixed_size}:
+        size = teacher.fixed_size
+        raise UserError(f"'{name}' takes {size} x {size} images only. Give --resolution {size}.")
+    return teacher, kind
+
+
+def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -> Any:
+    """Return the student in train mode, in which only the part that learns has gradients.
+
+    A part that neither learns nor was pretrained always returns 0.
+
+    Raises:
+        UserError: the pretrained network does not fit the teacher, or the shape is impossible.
+    """
+    name, part = options.pretrained_model_name_or_path, options.student
+    if name is not None:
+        loaded = load_network(name)
+        kind.check_fits(loaded, teacher, name=name)
+        # The loaded weights are a memory map of the file, whose alignment can change rounding.
+        net: Any = copy.deepcopy(loaded)
+    else:
+        shape = StudentShape(
+            options.student_channels, options.student_blocks, options.decoder_block_out_channels
+        )
+        net = kind.build(teacher, shape)
+        if (other := untrained_part(options, kind)) is not None:
+            silence(net, other)
+    learn_only(net, part)
+    return net.train()
+
+
+def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
+    """Return the part of the student that has no trained weights, or None."""
+    if options.pretrained_model_name_or_path is not None or "encoder" not in kind.parts:
+        return None
+    others: dict[Part, Part] = {"decoder": "encoder", "encoder": "decoder"}
+    return others.get(options.student)
+
+
+class TrainedStudent(nn.Module):
+    """The module that training calls: the student's decoder on latents, and encoder on images.
+
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
+    the network is inside, and validation computes in float32.
+
+    Args:
+        net: the student.
+        part: the part that learns.
+    """
+
+    def __init__(self, net: Any, part: Part) -> None:
+        super().__init__()
+        self.net, self.part = net, part
+
+    def forward(self, images: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the reconstruction (B, C, H, W) and the latents (B, d, h, w).
+
+        One of them is None if its part does not learn.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            z: latents in the student's scale, (B, d, h, w).
+        """
+        recon = None if self.part == "encoder" else calls.decode(self.net, z)
+        latents = None if self.part == "decoder" else calls.encode(self.net, images)
+        return recon, latents
+
+
+class Pair:
+    """A teacher and its student, which encode and decode without gradients.
+
+    Args:
+        teacher: frozen, in eval mode.
+        student: the network that learns.
+        part: the part that learns.
+    """
+
+    def __init__(self, teacher: Network, student: Network, part: Part) -> None:
+        self.teacher, self.student = teacher, student
+        self.part: Part = part
+
+    @torch.no_grad()
+    def teach(
+        self, images: Tensor, *, decode: bool, autocast_dtype: torch.dtype | None = None
+    ) -> Taught:
+        """Return the teacher's latents of images, and with `decode` its reconstructions.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            decode: whether the reconstructions are needed.
+            autocast_dtype: dtype of the teacher's computation. Default: float32.
+        """
+        with torch.autocast(
+            images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
+        ):
+            z = calls.encode(self.teacher, images)
+            recon = calls.decode(self.teacher, z) if decode else None
+        if recon is not None:
+            recon = recon.float().clamp(-1.0, 1.0)
+        return Taught(images, recon, to_student(self.student, self.teacher, z.float()))
+
+    @torch.no_grad()
+    def reconstruct(self, taught: Taught) -> Tensor:
+        """Return images as the trained parts make them. The teacher takes the place of the others.
+
+        - student decoder: from the teacher's latents
+        - student encoder: decoded by the teacher
+        - both: encoded and decoded by the student
+        """
+        if self.part == "decoder":
+            recon = calls.decode(self.student, taught.z)
+        else:
+            z = calls.encode(self.student, taught.images)
+            if self.part == "both":
+                recon = calls.decode(self.student, z)
+            else:
+                recon = calls.decode(self.teacher, to_teacher(self.student, self.teacher, z))
+        return recon.clamp(-1.0, 1.0)
