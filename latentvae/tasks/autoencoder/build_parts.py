@@ -24,13 +24,17 @@ from latentvae.tasks.autoencoder.images import eval_transform
 
 def build_net(config: TrainConfig, base: Base | None) -> Any:
     """Return the pretrained network of a fine-tuning, or a new network."""
+    family = FAMILIES[config.model.architecture]
     if base is not None:
-        return base.net
-    return FAMILIES[config.model.architecture].build(
-        **config.model.shape(),
-        image_channels=config.data.image_channels,
-        sample_size=max(config.data.size),
-    )
+        net = base.net
+    else:
+        net = family.build(
+            **config.model.shape(),
+            image_channels=config.data.image_channels,
+            sample_size=max(config.data.size),
+        )
+    family.write_constants(net, config.model)
+    return net
 
 
 def build_losses(
@@ -74,8 +78,9 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
     if config.run.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     fold_upsampling(net)
-    return family.wrapper(
+    return family.wrap(
         net,
+        config.model,
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )
