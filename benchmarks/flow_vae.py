@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentvae.cli.flags import exit_with, parse_options
+from latentvae.compute.upsampling import fold_upsampling
 from latentvae.data import EvalTransform, open_source, some_of
 from latentvae.data.dataset import validation_batches
 from latentvae.engine.schedule import learning_rate
@@ -67,7 +68,7 @@ class Options:
     arms: tuple[str, ...] = (PLAIN, FLOW)
     """Arms to train: plain, flow, or "flow, fixed variance"."""
 
-    kl_weights: tuple[float, ...] = (0.05, 0.15, 0.45)
+    kl_weights: tuple[float, ...] = (0.02, 0.06, 0.2)
     """Weights of the KL, as `--kl_scale`."""
 
     layers: int = 8
@@ -82,7 +83,7 @@ class Options:
     latent_channels: int = 4
     """Number of latent channels d."""
 
-    block_out_channels: tuple[int, ...] = (16, 32, 64, 64)
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
     """Widths of the network's levels."""
 
     max_images: int = 3000
@@ -97,7 +98,7 @@ class Options:
     batch_size: int = 8
     """Number of images per update."""
 
-    resolution: int = 64
+    resolution: int = 32
     """Side of the images in pixels."""
 
     threads: int = 1
@@ -140,6 +141,7 @@ def train(images: Tensor, options: Options, *, arm: str, kl_weight: float, seed:
     start_encoder(net, codes, d=options.latent_channels, whiten=True)
     z = torch.cat([FAMILY.encode(net, part, sample=True) for part in images[:64].split(16)])
     start_decoder(net, codes, z.detach(), images[:64])
+    fold_upsampling(net)
     wrapper: Any = FAMILY.wrap(net, model).train()
     order = _order(len(images), seed=seed)
 

@@ -59,6 +59,10 @@ class PosteriorConfig(ModelConfig):
         return "gaussian"
 
     @property
+    def draws_noise(self) -> bool:
+        return self.posterior_flow > 0 or super().draws_noise  # a sample for the KL
+
+    @property
     def kl_floor(self) -> float:
         """Smallest KL that the posteriors can have, in nats per latent element."""
         if self.posterior_logvar is None or self.posterior_flow:

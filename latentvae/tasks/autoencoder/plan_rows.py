@@ -54,9 +54,19 @@ def _learns(task: "AutoencoderTask") -> str:
 
 def _bottleneck(task: "AutoencoderTask") -> str:
     if (codes := calls.codes(task.net)) is None:
-        return f"d = {task.config.model.latent_channels}"
+        return f"d = {task.config.model.latent_channels}{_posterior(task)}"
     levels = f", {codes.levels} for each position" if codes.levels > 1 else ""
     return f"K = {codes.number:,} codes of {codes.channels} channels{levels}"
+
+
+def _posterior(task: "AutoencoderTask") -> str:
+    logvar = getattr(task.config.model, "posterior_logvar", None)
+    flow = getattr(task.config.model, "posterior_flow", 0)
+    fixed = "" if logvar is None else f", log-variance {logvar:g}"
+    if not flow:
+        return fixed
+    prior = f"{_millions(task.wrapper.bottleneck)} M parameters"
+    return f"{fixed}, prior a flow of {flow} layers ({prior}, not exported)"
 
 
 def _latent(task: "AutoencoderTask") -> str:
