@@ -11,6 +11,8 @@ positions, so the map works for latents of any size. The monotonic maps are thos
 `B` batch, `d` latent channels, `h w` latent positions, `w` hidden channels, `K` bins of a spline.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -51,7 +53,8 @@ class Coupling(nn.Module):
     def inverse(self, result: Tensor) -> Tensor:
         """Return the latent that `forward` maps to `result`."""
         mapped = self.mapped_part(result)
-        return torch.where(mapped, self._map(result, mapped).inv(result), result)
+        inverse: Any = self._map(result, mapped).inv
+        return torch.where(mapped, inverse(result), result)
 
     def mapped_part(self, z: Tensor) -> Tensor:
         """Return which elements of a latent are mapped, bool, (d, h, w)."""
@@ -66,9 +69,7 @@ class Coupling(nn.Module):
         """Return the elementwise map, which depends on the part of `z` that is not mapped."""
         hidden = F.silu(_convolved(self.first, z.masked_fill(mapped, 0.0)))
         hidden = F.silu(_convolved(self.middle, hidden))
-        numbers = rearrange(
-            _convolved(self.last, hidden), "b (d n) h w -> b d h w n", d=z.shape[1]
-        )
+        numbers = rearrange(_convolved(self.last, hidden), "b (d n) h w -> b d h w n", d=z.shape[1])
         shift, scale, widths, heights, slopes = numbers.split([1, 1, BINS, BINS, BINS - 1], dim=-1)
         return ComposedTransform(
             MonotonicAffineTransform(shift.squeeze(-1), scale.squeeze(-1)),

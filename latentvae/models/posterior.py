@@ -3,7 +3,7 @@
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent positions.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -136,7 +136,7 @@ class PosteriorFamily(TrainableFamily):
     """Family of networks with a Gaussian posterior."""
 
     has_posterior = True
-    wrapper: ClassVar[type[KLTrainingWrapper]] = KLTrainingWrapper
+    wrapper = KLTrainingWrapper
 
     def wrap(
         self,
@@ -146,8 +146,8 @@ class PosteriorFamily(TrainableFamily):
         output_logvar: float = 0.0,
         learn_logvar: bool = False,
     ) -> TrainingWrapper:
-        config = options.bottleneck
-        return self.wrapper(
+        config, wrapper = options.bottleneck, cast("type[KLTrainingWrapper]", self.wrapper)
+        return wrapper(
             net,
             output_logvar=output_logvar,
             learn_logvar=learn_logvar,

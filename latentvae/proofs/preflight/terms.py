@@ -176,7 +176,8 @@ def _difference_to_flow(rehearsal: Rehearsal, found: Probe, latent: Tensor) -> T
 
     The sample is written as mean + standard deviation * noise, so that the result has a gradient.
     """
-    wrapper, (mean, logvar) = rehearsal.task.wrapper, _moments(rehearsal, latent)
+    wrapper: Any = rehearsal.task.wrapper
+    mean, logvar = _moments(rehearsal, latent)
     deviation, z = (logvar / 2).exp(), found.out.latents[0].z.detach().cpu().double()
     noise = ((z - mean) / deviation).detach()
     flow: Any = copy.deepcopy(wrapper.bottleneck.flow).cpu()

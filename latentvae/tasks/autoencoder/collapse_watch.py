@@ -210,8 +210,8 @@ class CollapseWatch:
         arXiv:1911.02469.
         """
         start, d = self.watched.posterior_from, self.watched.num_channels
-        # Gumbel-softmax has no mean, so it has no active units. With a flow as its prior, the KL has
-        # no channels.
+        # Gumbel-softmax has no mean, so it has no active units. A flow mixes channels, so no
+        # channel has its own KL.
         silent, active = values.get("latent/silent_channels"), values.get("latent/active_units")
         if start is None or update <= start or (silent is None and active is None):
             return []

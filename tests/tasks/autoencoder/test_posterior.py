@@ -150,7 +150,11 @@ def test_a_sound_run_passes_preflight(options: dict[str, Any], tmp_path: Path) -
         ),
         ({"posterior_logvar": 30.0}, "posterior_logvar is 30"),
         (
-            {"posterior_logvar": -2.0, "freeze_encoder": True, "pretrained_model_name_or_path": "x"},
+            {
+                "posterior_logvar": -2.0,
+                "freeze_encoder": True,
+                "pretrained_model_name_or_path": "x",
+            },
             "posterior_logvar -2 and freeze_encoder exclude each other",
         ),
         (

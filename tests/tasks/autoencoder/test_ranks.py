@@ -19,7 +19,6 @@ from tests.tasks.autoencoder.ranks import save_gradients
 from tests.tasks.autoencoder.small import small_config
 from tests.tasks.autoencoder.test_resume import tensors
 
-
 SLOW = ("adaptive", "held", "flow")
 
 
