@@ -8,8 +8,9 @@ For each seed, the script trains a small AutoencoderKL at several weights of the
 - "flow": a learned prior, as `--posterior_flow`
 - "flow, fixed variance": a learned prior, and a fixed variance as `--posterior_logvar`
 
-All arms have the same first weights, images, order, noise and number of updates. The loss is the mean squared error
-plus the weighted KL, as in `latentvae.losses.objective`. The script measures on unseen photos:
+All arms have the same first weights, images, order, noise and number of updates. The loss is the
+mean squared error plus the weighted KL, as in `latentvae.losses.objective`. The script measures on
+unseen photos:
 
 - the PSNR of 8-bit reconstructions from posterior samples and from the posterior's mean, from the
   mean squared error over all photos
