@@ -3,6 +3,7 @@
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent positions.
 """
 
+import math
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -67,8 +68,7 @@ class PosteriorConfig(ModelConfig):
         """Smallest KL that the posteriors can have, in nats per latent element."""
         if self.posterior_logvar is None or self.posterior_flow:
             return 0.0
-        logvar = torch.tensor(self.posterior_logvar, dtype=torch.float64)
-        return (0.5 * (logvar.exp() - 1.0 - logvar)).item()
+        return 0.5 * (math.exp(self.posterior_logvar) - 1.0 - self.posterior_logvar)
 
     @model_validator(mode="after")
     def _check_posterior(self) -> "PosteriorConfig":

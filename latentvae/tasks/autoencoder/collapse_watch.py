@@ -383,6 +383,8 @@ def _posterior_remedy(config: TrainConfig) -> str:
     for name in ("kl_target", "kl_capacity", "free_bits"):
         if value := getattr(config.objective, name):
             return f"a higher --{name} than {value:g}"
+    if getattr(config.model, "posterior_flow", 0):  # a flow has no free bits
+        return "a smaller --kl_scale, --kl_warmup_steps or --kl_target"
     return "a smaller --kl_scale, --kl_warmup_steps or --free_bits"
 
 
