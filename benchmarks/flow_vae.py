@@ -223,8 +223,8 @@ def run_arm(
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each run with a flow beside the plain VAE of the same seed at the same PSNR.
 
-    `plain_bits` is interpolated between the weights of the plain VAE, in PSNR of samples. Runs
-    outside the PSNR range of the plain VAE are left out.
+    `plain_bits` is interpolated between the weights of the plain VAE: the logarithm of the bits is
+    linear in the PSNR of samples. Runs outside the PSNR range of the plain VAE are left out.
     """
     rows = []
     for run in runs:
@@ -238,7 +238,7 @@ def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not psnr[0] <= run["psnr_sample"] <= psnr[-1]:
             continue
 
-        at = float(np.interp(run["psnr_sample"], psnr, bits))
+        at = float(np.exp(np.interp(run["psnr_sample"], psnr, np.log(bits))))
         rows.append(
             {
                 "arm": run["arm"],
