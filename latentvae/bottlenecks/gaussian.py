@@ -7,14 +7,18 @@ Everything here is computed in float32, also under autocast.
 `B` batch, `d` latent channels, `h w` latent positions.
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
+import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pydantic import Field
 from torch import Tensor, nn
 
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.option_marks import Positive
+
+# Log-variance of a posterior. diffusers clamps it to this range.
+Logvar = Annotated[float, Field(ge=-30.0, le=20.0)]
 
 
 class GaussianLatent(NamedTuple):
@@ -23,12 +27,14 @@ class GaussianLatent(NamedTuple):
     Attributes:
         z: the latent, (B, d, h, w).
         mean: mean of the posterior, (B, d, h, w).
-        kl: KL divergence from the posterior to N(0, I), (B, d), in nats per image and channel.
+        kl: KL divergence from the posterior to the prior, (B,), in nats per image.
+        kl_per_channel: the KL of each channel, (B, d), or None if it is not defined.
     """
 
     z: Tensor
     mean: Tensor
     kl: Tensor
+    kl_per_channel: Tensor | None
 
 
 class GaussianConfig(BottleneckConfig):
@@ -36,35 +42,38 @@ class GaussianConfig(BottleneckConfig):
 
     type: Literal["gaussian"] = "gaussian"
     latent_channels: Positive = Field(default=4, description="Number of latent channels d.")
+    posterior_logvar: Logvar | None = Field(
+        default=None, description="Log-variance of every posterior. None learns it."
+    )
 
     @property
     def has_kl(self) -> bool:
-        """Whether the latent has a KL divergence to a prior. Always true: the prior is N(0, I)."""
+        """Whether the latent has a KL divergence to a prior. Always true."""
         return True
 
 
 class GaussianBottleneck(nn.Module):
-    """A bottleneck that samples from the encoder's posterior and computes its KL.
+    """A bottleneck that samples from the encoder's posterior and computes its KL to N(0, I).
 
     Args:
         latent_channels: number of latent channels d. The features have 2 d channels: the mean and
             the log-variance.
+        posterior_logvar: constant that replaces the log-variance of the features, as in SimFlow
+            (arXiv:2512.04084).
     """
 
     kind: ClassVar[str] = "gaussian"
 
-    def __init__(self, *, latent_channels: int) -> None:
+    def __init__(self, *, latent_channels: int, posterior_logvar: float | None = None) -> None:
         super().__init__()
         self.in_channels = 2 * latent_channels
         self.code_channels = latent_channels
+        self.posterior_logvar = posterior_logvar
 
     def forward(
         self, moments: Tensor, *, sample: bool = True, temperature: float = 1.0
     ) -> GaussianLatent:
         """Return the latent and its KL.
-
-        The KL has a closed form (arXiv:1312.6114, appendix B): the sum over positions of
-        0.5 * (mean^2 + var - 1 - logvar).
 
         Args:
             moments: mean and log-variance concatenated along the channel axis, (B, 2d, h, w). The
@@ -73,9 +82,26 @@ class GaussianBottleneck(nn.Module):
                 mean.
             temperature: factor on the posterior's standard deviation. 1 is the posterior itself.
         """
-        assert moments.shape[1] == self.in_channels, moments.shape
-        posterior = DiagonalGaussianDistribution(moments.float())
-        mean, var, logvar = posterior.mean, posterior.var, posterior.logvar
-        kl = 0.5 * (mean.square() + var - 1.0 - logvar).sum(dim=(2, 3))  # (B, d)
+        posterior = self.posterior(moments)
+        mean, kl = posterior.mean, gaussian_kl(posterior)
         z = mean + temperature * (posterior.sample() - mean) if sample else mean
-        return GaussianLatent(z, mean, kl)
+        return GaussianLatent(z, mean, kl.sum(dim=1), kl)
+
+    def posterior(self, moments: Tensor) -> DiagonalGaussianDistribution:
+        """Return the posterior that the moments (B, 2d, h, w) describe, in float32."""
+        assert moments.shape[1] == self.in_channels, moments.shape
+        moments = moments.float()
+        if self.posterior_logvar is not None:
+            mean = moments.chunk(2, dim=1)[0]
+            moments = torch.cat([mean, torch.full_like(mean, self.posterior_logvar)], dim=1)
+        return DiagonalGaussianDistribution(moments)
+
+
+def gaussian_kl(posterior: DiagonalGaussianDistribution) -> Tensor:
+    """Return the KL from a posterior to N(0, I), (B, d), in nats per image and channel.
+
+    The KL has a closed form (arXiv:1312.6114, appendix B): the sum over positions of
+    0.5 * (mean^2 + var - 1 - logvar).
+    """
+    mean, var, logvar = posterior.mean, posterior.var, posterior.logvar
+    return 0.5 * (mean.square() + var - 1.0 - logvar).sum(dim=(2, 3))

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Tag
 from torch import nn
 
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
+from latentvae.bottlenecks.flow import FlowBottleneck, FlowConfig
 from latentvae.bottlenecks.fsq import FiniteScalarQuantizer, FSQConfig
 from latentvae.bottlenecks.gaussian import GaussianBottleneck, GaussianConfig
 from latentvae.bottlenecks.gumbel import GumbelConfig, GumbelQuantizer
@@ -48,6 +49,7 @@ class Bottleneck:
 
 BOTTLENECKS: dict[str, Bottleneck] = {
     "gaussian": Bottleneck(GaussianBottleneck, GaussianConfig),
+    "flow": Bottleneck(FlowBottleneck, FlowConfig),
     "vq": Bottleneck(VectorQuantizer, VectorConfig),
     "residual": Bottleneck(ResidualQuantizer, ResidualConfig),
     "fsq": Bottleneck(FiniteScalarQuantizer, FSQConfig),

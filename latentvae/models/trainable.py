@@ -80,6 +80,26 @@ class TrainableFamily(Family, ABC):
     def apply_options(self, net: Network, options: ModelConfig) -> None:
         """Set the run's options on a pretrained network, except those that its config decides."""
 
+    def wrap(
+        self,
+        net: Any,
+        options: ModelConfig,
+        *,
+        output_logvar: float = 0.0,
+        learn_logvar: bool = False,
+    ) -> TrainingWrapper:
+        """Return the training wrapper of a network.
+
+        Args:
+            net: the network, which the wrapper contains.
+            options: options of the network in the run's config.
+            output_logvar, learn_logvar: see `TrainingWrapper`.
+        """
+        return self.wrapper(net, output_logvar=output_logvar, learn_logvar=learn_logvar)
+
+    def write_constants(self, net: Network, options: ModelConfig) -> None:
+        """Write constants that the options give into the network's weights, such as a variance."""
+
     def matrices(self, net: Network) -> list[nn.Parameter]:
         """Return the weights that Muon may train: those of convolutions and linear layers.
 

@@ -28,6 +28,10 @@ class TrainingWrapper(nn.Module):
         else:
             self.register_buffer("output_logvar", value)
 
+    def averaged(self) -> nn.Module:
+        """Return the part whose weights are averaged: all but the output's log-variance."""
+        return self.net
+
     @property
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance the adversarial term (arXiv:2012.09841, eq. 7)."""

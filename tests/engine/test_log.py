@@ -19,7 +19,8 @@ from latentvae.data import EvalTransform, SamplePhotos
 from latentvae.engine.log import RunLog
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
-from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.models.conv.kl import build_autoencoder_kl
+from latentvae.models.posterior import KLTrainingWrapper
 from latentvae.tasks.autoencoder import train
 from latentvae.tasks.autoencoder.backward import backward_model
 from latentvae.tasks.autoencoder.validate import LABEL_WIDTH

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from latentvae.models import build_autoencoder_kl, downsampling_factor
-from latentvae.models.conv.kl import KLTrainingWrapper
+from latentvae.models.posterior import KLTrainingWrapper
 
 
 @pytest.mark.parametrize("quant", [True, False])

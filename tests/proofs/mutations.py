@@ -48,7 +48,7 @@ OBJECTIVE = "latentvae.losses.objective."
 TERMS = OBJECTIVE + "objective:Objective."
 RAMP = OBJECTIVE + "adversarial_weight:AdversarialWeight.factor"
 PERCEPTUAL = "latentvae.losses.perceptual:PerceptualLoss."
-WRAPPER = "latentvae.models.conv.kl:KLTrainingWrapper."
+WRAPPER = "latentvae.models.posterior:KLTrainingWrapper."
 VECTOR = "latentvae.bottlenecks.vector:VectorQuantizer."
 
 SHAPE = {"block_out_channels": [8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4}

@@ -15,18 +15,15 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
-from latentvae.bottlenecks.gaussian import GaussianConfig
 from latentvae.models.conv.conv_config import ENCODER, ConvolutionalConfig, block_types
-from latentvae.models.conv.kl import KLTrainingWrapper
 from latentvae.models.family import LatentShape, Usage
 from latentvae.models.model_config import SingleFile, Widths
 from latentvae.models.network import Network
-from latentvae.models.trainable import TrainableFamily
+from latentvae.models.posterior import KLTrainingWrapper, PosteriorConfig, PosteriorFamily
 from latentvae.option_marks import Positive
 
 
-class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
+class AsymmetricModelConfig(ConvolutionalConfig, SingleFile, PosteriorConfig):
     """Options of the network: diffusers' AsymmetricAutoencoderKL.
 
     The network has Stable Diffusion's encoder and a decoder of another size. Fine-tuning starts
@@ -44,14 +41,6 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile):
     layers_per_up_block: Positive = Field(
         default=3, description="Number of residual blocks per level of the decoder, minus one."
     )
-
-    @property
-    def bottleneck(self) -> BottleneckConfig:
-        return GaussianConfig(latent_channels=self.latent_channels)
-
-    @property
-    def posterior(self) -> Literal["gaussian"]:
-        return "gaussian"
 
     @property
     def draws_noise(self) -> bool:
@@ -147,13 +136,12 @@ def random_masks(images: Tensor) -> Tensor:
     return (box | (whole < 0.5)).to(images.dtype)[:, None]
 
 
-class AsymmetricFamily(TrainableFamily):
+class AsymmetricFamily(PosteriorFamily):
     """Family of `AsymmetricAutoencoderKL`, also with an `AutoencoderKL`'s pretrained encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig
     wrapper = AsymmetricTrainingWrapper
-    has_posterior = True
     why_no_checkpointing = "does not exist for diffusers' AsymmetricAutoencoderKL"
 
     def build(self, **options: Any) -> AsymmetricAutoencoderKL:

@@ -12,21 +12,17 @@ from typing import Annotated, Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
-from latentvae.bottlenecks.gaussian import GaussianBottleneck, GaussianConfig
 from latentvae.models.conv.conv_config import ENCODER, AttentionConfig, block_types
 from latentvae.models.family import LatentShape, Usage
 from latentvae.models.model_config import SingleFile, levels_with
 from latentvae.models.network import Network
-from latentvae.models.trainable import PROFILES, TrainableFamily
-from latentvae.models.wrapper import TrainingWrapper
+from latentvae.models.posterior import PosteriorConfig, PosteriorFamily
+from latentvae.models.trainable import PROFILES
 from latentvae.option_marks import Count, OfTheRun
-from latentvae.outputs import AutoencoderOutput, Latent
 
 
-class KLModelConfig(AttentionConfig, SingleFile):
+class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
     """Options of the network: diffusers' AutoencoderKL.
 
     The downsampling factor f is 2 ** (number of levels - 1).
@@ -71,13 +67,15 @@ class KLModelConfig(AttentionConfig, SingleFile):
             )
         return self
 
-    @property
-    def bottleneck(self) -> BottleneckConfig:
-        return GaussianConfig(latent_channels=self.latent_channels)
-
-    @property
-    def posterior(self) -> Literal["gaussian"]:
-        return "gaussian"
+    @model_validator(mode="after")
+    def _check_variance(self) -> "KLModelConfig":
+        if self.posterior_logvar is not None and self.initial_posterior_logvar != 0:
+            raise ValueError(
+                f"initial_posterior_logvar {self.initial_posterior_logvar:g} has no effect with "
+                f"posterior_logvar {self.posterior_logvar:g}, which is constant. Give "
+                "--initial_posterior_logvar 0."
+            )
+        return self
 
 
 def build_autoencoder_kl(
@@ -136,36 +134,11 @@ def downsampling_factor(net: Network) -> int:
     return 2 ** (len(net.config["block_out_channels"]) - 1)
 
 
-class KLTrainingWrapper(TrainingWrapper):
-    """Training wrapper that encodes, samples the posterior or takes its mode, and decodes."""
-
-    def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:
-        super().__init__(net, output_logvar=output_logvar, learn_logvar=learn_logvar)
-        self.bottleneck = GaussianBottleneck(latent_channels=net.config["latent_channels"])
-
-    def forward(
-        self, images: Tensor, *, sample: bool = True, temperature: float = 1.0
-    ) -> AutoencoderOutput:
-        moments = self.net.encode(images).latent_dist.parameters
-        found = self.bottleneck(moments, sample=sample, temperature=temperature)
-        latent = Latent(z=found.z, kl=found.kl.sum(dim=1), kl_per_channel=found.kl, mean=found.mean)
-        return AutoencoderOutput(
-            recon=self.decode(latent.z, images),
-            latents=(latent,),
-            output_logvar=self.output_logvar,
-        )
-
-    def decode(self, z: Tensor, images: Tensor) -> Tensor:
-        return self.net.decode(z).sample
-
-
-class KLFamily(TrainableFamily):
+class KLFamily(PosteriorFamily):
     """Family of `AutoencoderKL`, the autoencoder class of Stable Diffusion's pipelines."""
 
     network = AutoencoderKL
     options = KLModelConfig
-    wrapper = KLTrainingWrapper
-    has_posterior = True
     profiles = PROFILES
 
     def build(self, **options: Any) -> AutoencoderKL:

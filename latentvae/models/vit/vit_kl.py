@@ -20,31 +20,20 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
-from latentvae.bottlenecks.gaussian import GaussianConfig
-from latentvae.models.conv.kl import KLTrainingWrapper
 from latentvae.models.family import LatentShape, Usage
 from latentvae.models.network import Network
-from latentvae.models.trainable import TrainableFamily
+from latentvae.models.posterior import PosteriorConfig, PosteriorFamily
 from latentvae.models.vit.networks import Head, ViTDecoder, ViTEncoder
 from latentvae.models.vit.vit_config import SHAPE, ViTConfig
 
 
-class ViTKLModelConfig(ViTConfig):
+class ViTKLModelConfig(ViTConfig, PosteriorConfig):
     """Options of the network: a ViT autoencoder with a Gaussian posterior.
 
     The downsampling factor f is patch_size.
     """
 
     architecture: Literal["vit_kl"] = "vit_kl"
-
-    @property
-    def bottleneck(self) -> BottleneckConfig:
-        return GaussianConfig(latent_channels=self.latent_channels)
-
-    @property
-    def posterior(self) -> Literal["gaussian"]:
-        return "gaussian"
 
 
 class ViTAutoencoderKL(ModelMixin, ConfigMixin):
@@ -116,13 +105,11 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
         return self.decode(z, return_dict=return_dict)
 
 
-class ViTKLFamily(TrainableFamily):
+class ViTKLFamily(PosteriorFamily):
     """Family of `ViTAutoencoderKL`, for which diffusers has no class."""
 
     network = ViTAutoencoderKL
     options = ViTKLModelConfig
-    wrapper = KLTrainingWrapper
-    has_posterior = True
 
     def build(self, *, image_channels: int = 3, **options: Any) -> ViTAutoencoderKL:
         return ViTAutoencoderKL(in_channels=image_channels, out_channels=image_channels, **options)

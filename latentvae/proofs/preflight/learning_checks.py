@@ -231,7 +231,7 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
     worst = 0.0
     for name, old in seen.before.items():
         if name.startswith("ema/"):
-            now = seen.after["model/net." + name.removeprefix("ema/")].double()
+            now = seen.after["model/" + name.removeprefix("ema/")].double()
             expected = decay * old.double() + (1 - decay) * now
             apart = (seen.after[name].double() - expected).abs().max()
             step = (now - old.double()).abs().max().clamp(min=1e-30)

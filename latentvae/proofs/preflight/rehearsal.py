@@ -156,10 +156,10 @@ def watched_tensors(training: Training) -> dict[str, Tensor]:
         some = _some(trained(learner.module))
         found |= {f"{kind}/{name}": parameter for name, parameter in some.items()}
     if training.averages:
-        of_weights, net = training.average_of_weights(), training.averaged(MODEL)
-        averages = {name: of_weights[p] for name, p in net.named_parameters()}
-        of_net = (n.removeprefix("model/net.") for n in found if n.startswith("model/net."))
-        found |= {f"ema/{name}": averages[name] for name in of_net}
+        averages = training.average_of_weights()
+        weights = training.task.learners[MODEL].module.named_parameters()
+        watched = {name: p for name, p in weights if f"{MODEL}/{name}" in found and p in averages}
+        found |= {f"ema/{name}": averages[p] for name, p in watched.items()}
     return {name: value.detach().cpu().clone() for name, value in found.items()}
 
 

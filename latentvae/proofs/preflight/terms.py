@@ -3,8 +3,10 @@
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes.
 """
 
+import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +161,10 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
     """
     assert found.latent is not None
     latent = found.latent.cpu().double().requires_grad_()
-    expected = _closed_form_kl(rehearsal, latent).mean() / found.images[0].numel()
+    expected = _closed_form_kl(rehearsal, latent)
+    if getattr(rehearsal.task.config.model, "posterior_flow", 0):
+        expected = expected + _difference_to_flow(rehearsal, found, latent)
+    expected = expected.mean() / found.images[0].numel()
     weight = rehearsal.task.config.objective.kl_scale
     (slope,) = torch.autograd.grad(weight * expected, latent)
     return _reduction(
@@ -194,9 +199,32 @@ def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
     if rehearsal.task.config.model.posterior == "categorical":
         logs = latent.log_softmax(dim=1)
         return (logs.exp() * (logs + math.log(latent.shape[1]))).sum(dim=(1, 2, 3))
-    mean, logvar = latent.chunk(2, dim=1)
-    logvar = logvar.clamp(-30.0, 20.0)  # as in diffusers
+    mean, logvar = _moments(rehearsal, latent)
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def _moments(rehearsal: Rehearsal, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log-variance of the posterior, each (B, d, h, w)."""
+    mean, logvar = latent.chunk(2, dim=1)
+    fixed = getattr(rehearsal.task.config.model, "posterior_logvar", None)
+    if fixed is not None:
+        return mean, torch.full_like(mean, fixed)
+    return mean, logvar.clamp(-30.0, 20.0)  # as in diffusers
+
+
+def _difference_to_flow(rehearsal: Rehearsal, found: Probe, latent: Tensor) -> Tensor:
+    """Return what the flow adds to the KL to N(0, I), (B,), in nats at the probe's own sample.
+
+    The sample is written as mean + standard deviation * noise, so that the result has a gradient.
+    """
+    wrapper: Any = rehearsal.task.wrapper
+    mean, logvar = _moments(rehearsal, latent)
+    deviation, z = (logvar / 2).exp(), found.out.latents[0].z.detach().cpu().double()
+    noise = ((z - mean) / deviation).detach()
+    flow: Any = copy.deepcopy(wrapper.bottleneck.flow).cpu()
+    drawn = mean + deviation * noise
+    mapped, log_determinant = flow(drawn)
+    return 0.5 * (mapped.square() - drawn.square()).sum(dim=(1, 2, 3)) - log_determinant
 
 
 def _reduction(

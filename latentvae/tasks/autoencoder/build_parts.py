@@ -26,13 +26,17 @@ from latentvae.tasks.autoencoder.images import eval_transform
 
 def build_net(config: TrainConfig, base: Base | None) -> Any:
     """Return the pretrained network of a fine-tuning, or a new network."""
+    family = FAMILIES[config.model.architecture]
     if base is not None:
-        return base.net
-    return FAMILIES[config.model.architecture].build(
-        **config.model.shape(),
-        image_channels=config.data.image_channels,
-        sample_size=max(config.data.size),
-    )
+        net = base.net
+    else:
+        net = family.build(
+            **config.model.shape(),
+            image_channels=config.data.image_channels,
+            sample_size=max(config.data.size),
+        )
+    family.write_constants(net, config.model)
+    return net
 
 
 def open_features(config: TrainConfig) -> FeatureLoss | None:
@@ -89,8 +93,9 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
         net.enable_gradient_checkpointing()
     fold_upsampling(net)
     adapt_decoder(config, net)
-    return family.wrapper(
+    return family.wrap(
         net,
+        config.model,
         output_logvar=config.objective.output_logvar,
         learn_logvar=config.objective.learn_logvar,
     )

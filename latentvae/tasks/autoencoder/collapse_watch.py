@@ -208,17 +208,20 @@ class CollapseWatch:
         arXiv:1911.02469.
         """
         start, d = self.watched.posterior_from, self.watched.num_channels
-        if start is None or update <= start or "latent/silent_channels" not in values:
+        # Gumbel-softmax has no mean, so it has no active units. A flow mixes channels, so no
+        # channel has its own KL.
+        silent, active = values.get("latent/silent_channels"), values.get("latent/active_units")
+        if start is None or update <= start or (silent is None and active is None):
             return []
-        silent, active = values["latent/silent_channels"], values.get("latent/active_units")
-        # Gumbel-softmax has no mean, so it has no active units.
-        vary = "" if active is None else f", and {active:.0f} vary with the image"
+        none = "" if silent is None else f"{silent:.3g} of {d} latent channels have nearly no KL"
+        vary = "" if active is None else f"{active:.0f} of {d} vary with the image"
         return self._observe(
             POSTERIOR,
             update,
-            (active is not None and active < ACTIVE_SHARE * d) or silent > (1.0 - ACTIVE_SHARE) * d,
-            f"the posterior collapses: {silent:.3g} of {d} latent channels have nearly no KL"
-            f"{vary}, so the decoder gets little information",
+            (active is not None and active < ACTIVE_SHARE * d)
+            or (silent is not None and silent > (1.0 - ACTIVE_SHARE) * d),
+            f"the posterior collapses: {', and '.join(filter(None, (none, vary)))}, so the decoder "
+            "gets little information",
             f"Try {self.watched.posterior_remedy}",
         )
 
@@ -371,6 +374,8 @@ def _posterior_remedy(config: TrainConfig) -> str:
     for name in ("kl_target", "kl_capacity", "free_bits"):
         if value := getattr(config.objective, name):
             return f"a higher --{name} than {value:g}"
+    if getattr(config.model, "posterior_flow", 0):  # a flow has no free bits
+        return "a smaller --kl_scale, --kl_warmup_steps or --kl_target"
     return "a smaller --kl_scale, --kl_warmup_steps or --free_bits"
 
 

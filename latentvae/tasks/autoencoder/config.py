@@ -17,8 +17,10 @@ from latentvae.data.data_config import DataConfig
 from latentvae.losses.discriminator_config import DiscriminatorConfig
 from latentvae.losses.objective_config import KLTarget, NeedsKL, ObjectiveConfig
 from latentvae.models.conv.kl import KLModelConfig
+from latentvae.models.posterior import PosteriorConfig
 from latentvae.models.table import FAMILIES, AnyModelConfig
 from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
+from latentvae.tasks.autoencoder.posterior_checks import check_posterior
 from latentvae.tasks.image_config import ImageJobConfig
 
 BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
@@ -164,6 +166,8 @@ class TrainConfig(ImageJobConfig):
                 f"export_profile sdxl needs latent_channels 4, not {self.model.latent_channels}"
             )
         self._check_architecture()
+        if isinstance(self.model, PosteriorConfig):
+            check_posterior(self.model, self.objective, self.run.deterministic_posterior)
         return self
 
     def _check_architecture(self) -> None:

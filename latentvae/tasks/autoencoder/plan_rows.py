@@ -1,7 +1,7 @@
 """Describe a run's model, images and losses for the plan that is printed at its start."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -58,9 +58,20 @@ def _learns(task: "AutoencoderTask") -> str:
 
 def _bottleneck(task: "AutoencoderTask") -> str:
     if (codes := calls.codes(task.net)) is None:
-        return f"d = {task.config.model.latent_channels}"
+        return f"d = {task.config.model.latent_channels}{_posterior(task)}"
     levels = f", {codes.levels} for each position" if codes.levels > 1 else ""
     return f"K = {codes.number:,} codes of {codes.channels} channels{levels}"
+
+
+def _posterior(task: "AutoencoderTask") -> str:
+    logvar = getattr(task.config.model, "posterior_logvar", None)
+    flow = getattr(task.config.model, "posterior_flow", 0)
+    fixed = "" if logvar is None else f", log-variance {logvar:g}"
+    if not flow:
+        return fixed
+    bottleneck: Any = task.wrapper.bottleneck
+    prior = f"{_millions(bottleneck)} M parameters"
+    return f"{fixed}, prior a flow of {flow} layers ({prior}, not exported)"
 
 
 def _latent(task: "AutoencoderTask") -> str:

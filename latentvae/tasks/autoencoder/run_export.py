@@ -23,7 +23,7 @@ from latentvae.export import ModelCard, export_network
 from latentvae.export.card import public_value
 from latentvae.export.export_folder import is_export
 from latentvae.latents import latent_statistics
-from latentvae.models import Network
+from latentvae.models import FAMILIES, Network
 from latentvae.models.low_rank import adapter_tensors, merged
 from latentvae.option_marks import Private, marked
 from latentvae.tasks.autoencoder.build_parts import adapt_decoder, build_net
@@ -199,6 +199,7 @@ def export_of_run(
                 print(compared)
 
     # latent statistics
+    FAMILIES[config.model.architecture].write_constants(net, config.model)
     transform = eval_transform(config)
     if is_main():
         count = min(len(images[0]), STATISTICS_IMAGES)

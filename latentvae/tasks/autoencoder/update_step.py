@@ -118,7 +118,7 @@ class LearningAutoencoder(Task):
                 self.wrapper,
                 accelerator,
                 config.optimizer,
-                averaged=net,
+                averaged=self.wrapper.averaged(),
                 matrices=FAMILIES[config.model.architecture].matrices(net),
                 some_wait=bool(self._waiting),
             )

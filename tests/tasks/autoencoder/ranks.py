@@ -76,6 +76,9 @@ def model(quantizer: str | None) -> dict[str, Any] | None:
 
 
 HELD = {"kl_target": 0.1, "kl_target_rate": 1.0, "kl_scale": 1.0}
+# A flow needs samples. With this variance, they are the mean to rounding.
+FLOW = {"posterior_flow": 4, "posterior_flow_channels": 8, "posterior_logvar": -30.0}
+MORE: dict[str, dict[str, Any]] = {"held": HELD, "flow": FLOW | {"kl_scale": 1.0}}
 
 
 def save_gradients(
@@ -84,13 +87,14 @@ def save_gradients(
     """Train to the second update, in `OUT-RANK.safetensors`.
 
     Args:
-        weight: of the adversarial term fixed or "adaptive"; of the KL fixed or "held".
+        weight: of the adversarial term fixed or "adaptive"; of the KL fixed or "held". Or "flow":
+            fixed weights, and a flow.
     """
     config = small_config(
         out.with_suffix(""),
         model(quantizer),
         train_batch_size=batch_size,
-        deterministic_posterior=quantizer is None,
+        deterministic_posterior=quantizer is None and weight != "flow",
         disc_adaptive_weight=weight == "adaptive",
         disc_start=0,
         disc_ramp_steps=1,
@@ -100,7 +104,7 @@ def save_gradients(
         # what is compared is gradients, codebooks and the KL's weight.
         learning_rate=1e-9,
         disc_learning_rate=1e-9,
-        **(HELD if weight == "held" else {}),
+        **MORE.get(weight, {}),
     )
 
     # train to the second update

@@ -53,9 +53,9 @@ def tensors_of(training: Training) -> dict[str, Tensor]:
         found |= {f"{kind}/{name}": p for name, p in learner.module.named_parameters()}
         for i, entries in enumerate(learner.optimizer.state.values()):
             found |= {f"{kind}_optimizer/{i}/{key}": value for key, value in entries.items()}
-    if average := training.averages.get("model"):
-        names = [name for name, _ in training.averaged("model").named_parameters()]
-        found |= dict(zip((f"ema/{n}" for n in names), average.shadow_params, strict=True))
+    averages = training.average_of_weights()
+    weights = training.task.learners["model"].module.named_parameters()
+    found |= {f"ema/{n.removeprefix('net.')}": averages[p] for n, p in weights if p in averages}
     return {name: value.detach().clone() for name, value in found.items()}
 
 

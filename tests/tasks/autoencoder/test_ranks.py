@@ -19,9 +19,11 @@ from tests.tasks.autoencoder.ranks import save_gradients
 from tests.tasks.autoencoder.small import small_config
 from tests.tasks.autoencoder.test_resume import tensors
 
+SLOW = ("adaptive", "held", "flow")
+
 
 @pytest.mark.parametrize(
-    "weight", ["fixed", *(pytest.param(w, marks=pytest.mark.slow) for w in ("adaptive", "held"))]
+    "weight", ["fixed", *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW)]
 )
 def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
     tmp_path: Path, weight: str
@@ -32,6 +34,9 @@ def test_gradients_of_two_ranks_equal_one_process_with_the_joined_batch(
         "model/net.decoder.conv_out.weight",
         "discriminator/layers.0.weight",
     } <= one.keys()
+    flows = [name for name in one if name.startswith("model/bottleneck.flow.")]
+    assert bool(flows) == (weight == "flow")
+    assert weight != "flow" or one["model/bottleneck.flow.layers.3.last.weight"].any()
     log_factor = one["progress/kl_log_factor"].item()
     # After one update by the rate, 1, and the damping; as much as that if the error is clipped.
     if weight == "held":

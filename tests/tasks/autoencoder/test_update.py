@@ -27,7 +27,8 @@ from latentvae.losses.objective import Objective
 from latentvae.losses.objective.adversarial_weight import AdversarialWeight
 from latentvae.losses.objective.kl_forms import WarmUp
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
-from latentvae.models.conv.kl import KLTrainingWrapper, build_autoencoder_kl
+from latentvae.models.conv.kl import build_autoencoder_kl
+from latentvae.models.posterior import KLTrainingWrapper
 from latentvae.tasks.autoencoder.backward import backward_discriminator, backward_model
 from tests.forks import ranks
 

@@ -206,6 +206,17 @@ def test_what_is_asked_for_is_no_collapse_and_remedies_are_open_to_the_run(tmp_p
     assert watched(kl_target=0.01).posterior_from is None
     assert watched(kl_target=2.0).posterior_remedy == "a higher --kl_target than 2"
     assert "--free_bits" in watched().posterior_remedy
+    assert "--free_bits" not in watched(posterior_flow=2).posterior_remedy
+
+
+def test_a_flow_has_active_units_alone() -> None:
+    watching = CollapseWatch(WATCHED)
+    said = [
+        finding.sentence
+        for update in range(200, 1200, 100)
+        for finding in watching.row(update, {"latent/active_units": 0.0})
+    ]
+    assert len(said) == 1 and "collapses: 0 of 4 vary with the image, so" in said[0]
 
 
 def test_silent_channels_by_hand() -> None:

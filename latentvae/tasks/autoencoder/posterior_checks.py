@@ -1,0 +1,60 @@
+"""Check the options of a Gaussian posterior against those of the loss and the run."""
+
+import math
+
+from latentvae.losses.objective_config import ObjectiveConfig, PlacesKL
+from latentvae.models.posterior import PosteriorConfig
+from latentvae.option_marks import marked
+
+
+def check_posterior(
+    model: PosteriorConfig, objective: ObjectiveConfig, deterministic_posterior: bool
+) -> None:
+    """Check that the posterior's variance and flow have a meaning.
+
+    Args:
+        model: options of the network.
+        objective: options of the loss.
+        deterministic_posterior: whether training decodes the posterior's mean.
+
+    Raises:
+        ValueError: an option has no meaning. The message names the option and its value.
+    """
+    if model.posterior_flow:
+        _check_flow(model.posterior_flow, objective)
+    if model.posterior_logvar is not None:
+        _check_variance(model, objective)
+
+    given = {"posterior_logvar": model.posterior_logvar, "posterior_flow": model.posterior_flow}
+    for name, value in given.items():
+        if deterministic_posterior and value != PosteriorConfig.model_fields[name].default:
+            raise ValueError(
+                f"{name} {value:g} and deterministic_posterior exclude each other, because "
+                f"{name} needs samples of the posterior. Leave one of them out."
+            )
+
+
+def _check_flow(layers: int, objective: ObjectiveConfig) -> None:
+    if objective.kl_scale == 0:
+        raise ValueError(
+            f"posterior_flow {layers} learns only from the KL, but kl_scale is 0. Give a kl_scale "
+            "above 0, or leave posterior_flow out."
+        )
+    if objective.free_bits:
+        raise ValueError(
+            f"free_bits {objective.free_bits:g} limits the KL of each channel, but posterior_flow "
+            f"{layers} mixes the channels. Use kl_capacity, kl_target or rec_target instead."
+        )
+
+
+def _check_variance(model: PosteriorConfig, objective: ObjectiveConfig) -> None:
+    """Check that the KL can reach its target although the variance cannot change."""
+    floor = model.kl_floor / math.log(2.0)
+    for name in marked(ObjectiveConfig, PlacesKL):
+        value = getattr(objective, name)
+        if name != "rec_target" and value and value <= floor:
+            raise ValueError(
+                f"{name} {value:g} has no effect with posterior_logvar "
+                f"{model.posterior_logvar:g}: the KL is never below {floor:.3g} bits per latent "
+                f"element. Give a larger {name}, or a posterior_logvar nearer to 0."
+            )
