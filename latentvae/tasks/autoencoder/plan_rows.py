@@ -65,7 +65,7 @@ def _posterior(task: "AutoencoderTask") -> str:
     fixed = "" if logvar is None else f", log-variance {logvar:g}"
     if not flow:
         return fixed
-    prior = f"{_millions(task.wrapper.bottleneck)} M parameters"
+    prior = f"{_millions(task.wrapper.get_submodule('bottleneck'))} M parameters"
     return f"{fixed}, prior a flow of {flow} layers ({prior}, not exported)"
 
 
