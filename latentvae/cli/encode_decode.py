@@ -72,11 +72,13 @@ def summary(manifest: Manifest, out: Path) -> str:
     # bits or scale
     if content.kind == "tokens":
         coded = facts.get("coded_bpp")
+        parts = facts.get("levels", [facts])
+        used = " and ".join(str(part["num_codes_used"]) for part in parts)
+        each = f"{content.num_codes} codes" + (" of each level" if len(parts) > 1 else "")
         true = f", {coded:.4f} coded (mean of {facts['coded_images']} images)" if coded else ""
         lines += [
             f"bits per pixel: {facts['raw_bpp']:.4f} raw{true}",
-            f"{facts['num_codes_used']} of {content.num_codes} codes used, perplexity "
-            f"{facts['perplexity']:.1f}",
+            f"{used} of {each} used, perplexity {facts['perplexity']:.1f}",
         ]
         if coded and coded > facts["raw_bpp"]:
             lines.append(

@@ -1,6 +1,7 @@
 """A prior learns the tokens of images, its export gives pictures, and bad input is named."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from latentvae.cli.encode_decode import summary
 from latentvae.cli.main import main
 from latentvae.config.presets import load_preset
 from latentvae.engine.checkpoint_files import load_checkpoint
@@ -262,9 +264,14 @@ def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_pat
 def test_tokens_of_every_kind_are_learned_and_sampled(name: str, tmp_path: Path) -> None:
     nets = {**TRAINABLE["vqvae2"], **TRAINABLE["vq"], **TRAINABLE["vit_vq"]}
     nets[name]().save_pretrained(tmp_path / "tokenizer")
-    encode_folder(
+    manifest = encode_folder(
         tmp_path / "tokenizer", pictures(tmp_path / "photos"), tmp_path / "tokens", resolution=8
     )
+    assert manifest is not None
+    several = re.search(
+        r"\d+ and \d+ of \d+ codes of each level used", summary(manifest, tmp_path / "tokens")
+    )
+    assert (several is not None) == (name == "vqvae2")
     short = {"max_train_steps": 2, "validation_steps": 2, "train_batch_size": 4}
     train(PriorTask(small_prior(tmp_path / "tokens", tmp_path / "run", **short)))
     levels = {key for key in last(tmp_path / "run") if key.startswith("validation/bits_level")}
