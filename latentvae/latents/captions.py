@@ -80,6 +80,11 @@ def clean(data: bytes) -> str:
     return data.decode(errors="replace").strip()
 
 
+def whole_text(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which cannot be written as UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _metadata(path: Path) -> dict[str, str]:
     """Return the captions in a file of imagefolder by the image's path, {} without a file."""
     found: dict[str, str] = {}
@@ -97,5 +102,5 @@ def _metadata(path: Path) -> dict[str, str]:
             ) from error
         texts = [row[column] for column in COLUMNS if isinstance(row.get(column), str)]
         if texts and isinstance(name, str):
-            found[name] = texts[0].strip()
+            found[name] = whole_text(texts[0]).strip()
     return found

@@ -133,6 +133,12 @@ class FlowPipeline(DiffusionPipeline):
             raise UserError(f"this model has no classes, so it cannot take the class '{label}'.")
         if label in names:
             return names.index(str(label))
+
+        # As in diffusers, each part of a name with commas means the class too.
+        split = [[part.strip() for part in name.split(",")] for name in names]
+        parts = [number for number, found in enumerate(split) if label in found]
+        if len(parts) == 1:
+            return parts[0]
         if isinstance(label, int) or label.isdecimal():
             if 0 <= int(label) < len(names):
                 return int(label)
@@ -183,8 +189,11 @@ class FlowPipeline(DiffusionPipeline):
 def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
     """Return whether diffusers' `DiTPipeline` decodes latents of this normalisation.
 
-    `DiTPipeline` divides latents by `scaling_factor`, and does nothing else.
+    `DiTPipeline` divides latents by `scaling_factor`, and does nothing else. It loads only classes
+    of diffusers.
     """
+    if not type(vae).__module__.startswith("diffusers."):
+        return False
     scaling = vae.config.get("scaling_factor")
     if scaling is None or normalization.fold != 1 or bool((normalization.mean != 0).any()):
         return False

@@ -37,7 +37,7 @@ guidance.</li>
 <li><b>copies</b>: share of the samples that are nearer to a training picture than 99 % of the
 held-out reconstructions are. About 0.01 is normal.</li>
 <li><b>shift</b>: shift of the noise levels. It was chosen by the distance to the training pictures,
-with the first seed.</li>
+with a seed that is not shown.</li>
 </ul>
 </html>
 """

@@ -13,7 +13,7 @@ from latentvae.cli.main import main
 from latentvae.data import DatasetSpec, open_source
 from latentvae.engine.loop import train
 from latentvae.errors import UserError
-from latentvae.latents.captions import find_captions
+from latentvae.latents.captions import find_captions, whole_text
 from latentvae.latents.encode import encode_folder
 from latentvae.latents.items import SomeItems
 from latentvae.latents.shard_dataset import ShardReader, TokenDataset
@@ -57,6 +57,11 @@ def packed(photos: Path, folder: Path) -> Path:
                 if int(path.stem) % 2 == number or path.stem == "00":
                     tar.add(path, name)
     return folder
+
+
+def test_halves_of_surrogate_pairs_are_replaced() -> None:
+    assert whole_text("a \ud83d b") == "a ? b"
+    assert whole_text("ä \U0001f600") == "ä \U0001f600"
 
 
 def test_a_folder_a_tar_file_and_a_table_have_the_same_captions(

@@ -131,6 +131,40 @@ def test_controls_of_latents_change_what_they_say(latents: Path) -> None:
     assert not set(subject.train.names) & set(subject.held.names)
 
 
+def test_controls_fit_the_patches_and_the_classes(
+    latents: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # permuted latents keep the patches that are the generator's tokens
+    from latentvae.proofs.generator_proof import latent_subject
+
+    monkeypatch.setattr(latent_subject, "patch_for", lambda side: 2)
+    subject = LatentSubject(latents, ProofSettings(samples=7), name="latents")
+    z = torch.arange(64.0).view(1, 1, 8, 8)
+    moved = subject._moved(z, subject._order)
+    cells = {tuple(z[0, 0, y : y + 2, x : x + 2].flatten().tolist())
+             for y in range(0, 8, 2) for x in range(0, 8, 2)}  # fmt: skip
+    for y in range(0, 8, 2):
+        for x in range(0, 8, 2):
+            assert tuple(moved[0, 0, y : y + 2, x : x + 2].flatten().tolist()) in cells
+    torch.testing.assert_close(subject._moved(moved, torch.argsort(subject._order)), z)
+
+    # samples have the classes of the data, and for their recognition all classes equally often
+    assert subject.even_classes().tolist() == [0, 1, 0, 1, 0, 1, 0]
+    share = subject.train.classes.double().mean().item()
+    assert subject.own_classes().double().mean().item() == pytest.approx(share, abs=0.1)
+
+    # without classes, nothing can be shuffled
+    (tmp_path / "flat").mkdir()
+    for path in photos.rglob("*.png"):
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+    encode_folder(latents.parent / "autoencoder", tmp_path / "flat", tmp_path / "z", resolution=16)
+    few = ProofSettings(updates=1, depth=1, width=32, samples=4, batch_size=8, seeds=(0,),
+                        shifts=(1.0,))  # fmt: skip
+    found = prove([tmp_path / "z"], tmp_path / "out", settings=few, controls=["labels"])
+    assert found["controls"]["z"] == {}
+    assert "class_accuracy" not in found["latents"]["z"]
+
+
 def test_controls_of_tokens_change_what_they_say(tokens: Path) -> None:
     subject = TokenSubject(tokens, ProofSettings(noise=0.25), name="tokens")
     code = subject.data("code").train.sequences.long()

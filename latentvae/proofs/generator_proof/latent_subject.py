@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiTTransformer2DModel
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,8 @@ class ProofFlow(FlowTask):
         config: options of the run.
         data: the latents.
     """
+
+    most_classes = None
 
     def __init__(self, config: LatentFlowConfig, data: LatentData) -> None:
         super().__init__(config)
@@ -93,8 +96,10 @@ class LatentSubject(Subject):
         table = joined([shards])
         super().__init__(shards, table, settings, name=name, data=data, model=model)
         self._data: dict[str, LatentData] = {}
-        positions = table.z.shape[2] * table.z.shape[3]
-        self._order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
+        side = table.z.shape[3]
+        self._patch = patch_for(side)
+        cells = (side // self._patch) ** 2
+        self._order = torch.randperm(cells, generator=torch.Generator().manual_seed(0))
 
     # the variants
 
@@ -113,7 +118,7 @@ class LatentSubject(Subject):
         """Return the latents of a part (0: training, 1: held out) after a control's change."""
         table = self.tables[part]
         draws = torch.Generator().manual_seed(part)
-        table = dataclasses.replace(table, z=table.z.float(), stds=None)
+        table = dataclasses.replace(table, z=table.z.float())
         if variant == "noise":
             scale = self.settings.noise * self.tables[0].z.float().std(dim=(0, 2, 3))
             noise = torch.randn(table.z.shape, generator=draws) * scale.view(1, -1, 1, 1)
@@ -123,19 +128,35 @@ class LatentSubject(Subject):
             return dataclasses.replace(table, classes=table.classes[order])
         if variant == "blocks":
             images = (self.train, self.held)[part].images
-            return dataclasses.replace(table, z=self._blocks(images))
+            return dataclasses.replace(table, z=self._blocks(images), stds=None)
         if variant == "permuted":
-            z = table.z.flatten(2)[:, :, self._order].view(table.z.shape)
-            return dataclasses.replace(table, z=z)
+            stds = None if table.stds is None else self._moved(table.stds, self._order)
+            return dataclasses.replace(table, z=self._moved(table.z, self._order), stds=stds)
         return table
+
+    def _moved(self, z: Tensor, order: Tensor) -> Tensor:
+        """Return latents whose patches, the generator's tokens, have another order."""
+        side = z.shape[3] // self._patch
+        pattern = "n d (y p) (x q) -> n d p q (y x)"
+        cells = rearrange(z, pattern, p=self._patch, q=self._patch)[..., order]
+        return rearrange(cells, "n d p q (y x) -> n d (y p) (x q)", y=side)
+
+    def facts(self, export: Path) -> dict[str, float]:
+        config: Any = DiTTransformer2DModel.load_config(export)
+        channels = config["in_channels"]
+        height, width = self.tables[0].z.shape[2:]
+        return {**super().facts(export), "values": channels * height * width}
+
+    def forget(self, variant: str) -> None:
+        self._data.pop(variant, None)
 
     def _blocks(self, images: Tensor) -> Tensor:
         """Return mean colours (n, 3 k^2, h, w): k x k blocks of pixels for each position.
 
-        k is the largest number with at most as many values as the latent, and at least 1.
+        k is the number with which these have nearest to as many values as the latent.
         """
         channels, height, width = self.tables[0].z.shape[1:]
-        k = max(int((channels / images.shape[1]) ** 0.5), 1)
+        k = max(round((channels / images.shape[1]) ** 0.5), 1)
         means = F.adaptive_avg_pool2d(images, (k * height, k * width))
         return F.pixel_unshuffle(means, k)
 
@@ -147,8 +168,7 @@ class LatentSubject(Subject):
             images = F.interpolate(means, size=self.content.size, mode="bicubic", antialias=False)
             return images.clamp(-1, 1)
         if variant == "permuted":
-            back = torch.argsort(self._order)
-            z = z.flatten(2)[:, :, back].view(z.shape)
+            z = self._moved(z, torch.argsort(self._order))
         images: Any = self.autoencoder.decode(z, size=self.content.size)
         return images.clamp(-1, 1).cpu()
 

@@ -8,6 +8,7 @@ make the generator better or worse in a known way.
 
 import contextlib
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,13 +92,14 @@ class Subject(ABC):
         # the split, and the pictures
         parts = table.split(share=settings.held_out, seed=0)
         self.tables = tuple(part.at_most(settings.max_images) for part in parts)
+        check_memory(self.content, sum(map(len, self.tables)), folder=folder)
         self.train, self.held = (
             read_photos(self.content, data or manifest.data, part, shards=folder)
             for part in self.tables
         )
         names, known = self.content.class_names, self.tables[0].classes
         self.num_classes = 0
-        if self.content.labels:
+        if bool((known >= 0).any()):
             self.num_classes = int(known.max()) + 1 if names is None else len(names)
 
         # the autoencoder
@@ -165,12 +167,32 @@ class Subject(ABC):
             if name.startswith("validation/") and name != "validation/images"
         }
 
-    def classes(self) -> Tensor:
-        """Return the class of each sample (n,): all classes equally often, or -1."""
-        count = self.settings.samples
+    def own_classes(self) -> Tensor:
+        """Return the class of each sample (n,), as often as in the training images, or -1."""
+        count, known = self.settings.samples, self.tables[0].classes
         if not self.num_classes:
             return torch.full((count,), -1)
-        return torch.arange(count) % self.num_classes
+        return known.sort().values[torch.arange(count) * len(known) // count]
+
+    def even_classes(self) -> Tensor:
+        """Return the class of each sample (n,), all classes equally often."""
+        return torch.arange(self.settings.samples) % self.num_classes
+
+    @abstractmethod
+    def forget(self, variant: str) -> None:
+        """Free the memory of a variant."""
+
+
+def check_memory(content: Content, count: int, *, folder: Path) -> None:
+    """Raise UserError if this many pictures need more than half of the machine's memory."""
+    height, width = content.size
+    each = 4 * content.image_channels * height * width * 2  # twice while they are read
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count * each > memory / 2:
+        raise UserError(
+            f"the {count:,} pictures of '{folder}' need {count * each / 2**30:.1f} GiB, more than "
+            f"half of the memory. Give --max_images {max(int(memory / 2 / each / 1.2), 20)}."
+        )
 
 
 def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) -> Photos:

@@ -132,6 +132,9 @@ class TokenSubject(Subject):
             return dataclasses.replace(table, sequences=tokens)
         return table
 
+    def forget(self, variant: str) -> None:
+        self._data.pop(variant, None)
+
     @torch.inference_mode()
     def decode(self, variant: str, tokens: Tensor) -> Tensor:
         """Decode tokens (n, T) of a variant to pictures in [-1, 1]."""

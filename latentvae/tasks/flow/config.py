@@ -53,8 +53,9 @@ class LatentsConfig(Section):
         description=(
             "How latents are brought to about unit variance. `model` shifts and scales them as the "
             "pipelines of the autoencoder do. `channel` measures mean and standard deviation of "
-            "each channel on the training latents. With `channel`, the export loads with "
-            "latentvae's FlowPipeline, and not with diffusers alone."
+            "each channel on the training latents. With `channel`, and for autoencoders whose "
+            "pipelines shift latents, the export loads with latentvae's FlowPipeline, and not with "
+            "diffusers alone."
         ),
     )
     posterior_sample: bool = Field(

@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
         seed=seed,
     )
 
-    normalization = _normalization(first.content, train, options.normalization)
+    normalization = _normalization(first.content, train, options)
     example = normalization.apply(train.rows([0]).z)
     channels, height, width = example.shape[1:]
     return LatentData(
@@ -121,15 +121,19 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
     )
 
 
-def _normalization(content: Content, train: LatentTable, kind: str) -> LatentNormalization:
+def _normalization(
+    content: Content, train: LatentTable, options: LatentsConfig
+) -> LatentNormalization:
     """Return the normalisation of the autoencoder's pipelines, or one measured on the latents."""
     norm = content.normalization
     assert norm is not None  # every folder of latents has one
-    if kind == "model":
+    if options.normalization == "model":
         return LatentNormalization(
             1.0, 0.0, torch.tensor(norm.mean), torch.tensor(norm.scale), norm.fold
         )
 
+    if not options.posterior_sample:
+        train = replace(train, stds=None)
     return measured_normalization(train, fold=norm.fold)
 
 
@@ -137,7 +141,8 @@ def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalizat
     """Return the normalisation by mean and standard deviation of each channel.
 
     Args:
-        train: the latents that are measured.
+        train: the latents that are measured. If they have posterior standard deviations, the
+            result is for samples of the posteriors.
         fold: number of positions on a side that become channels.
 
     Raises:
@@ -147,7 +152,11 @@ def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalizat
     statistics = LatentStatistics()
     for start in range(0, len(train), 1024):
         statistics.update(folded.apply(train.z[start : start + 1024].float()))
+
     mean, std = statistics.channel_mean, statistics.channel_std
+    if train.stds is not None:
+        noise = [folded.apply(part.float().square()) for part in train.stds.split(1024)]
+        std = (std.square() + torch.cat(noise).double().mean(dim=(0, 2, 3))).sqrt()
     if (constant := (std < 1e-6).nonzero().flatten().tolist()) != []:
         raise UserError(
             f"channel {constant[0]} of the latents is constant, so it has no scale. Give "

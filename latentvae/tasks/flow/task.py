@@ -7,7 +7,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.flow_export import export_flow
 from latentvae.tasks.flow.latents import Batch, LatentData, open_latents
 
-PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
-MAX_ROWS = 10  # largest number of classes in a picture
+PICTURE_BATCH = 40  # images that are sampled at once
+MAX_ROWS = 10  # classes in a picture
+DECODE_BATCH = 4  # a decoder needs much memory
 VALIDATION_DRAWS = 4  # noise levels of each image in a validation
 LEVELS = 1000  # noise levels over which the error of independent Gaussians is averaged
 
@@ -59,6 +60,7 @@ class FlowTask(Task):
     config_class = LatentFlowConfig
     title, unit, shown = "Flow matching", "images", ("loss/flow",)
     launch = ("-m", "latentvae.cli.train_flow")
+    most_classes: ClassVar[int | None] = PIPELINE_CLASSES  # None if there is no export for them
 
     # before the run
 
@@ -131,12 +133,17 @@ class FlowTask(Task):
 
     def _num_classes(self) -> int:
         names, data = self.data.content.class_names, self.data
-        last = max(data.train.classes.max(), data.validation.classes.max())
-        count = int(last) + 1 if names is None else len(names)
-        if count > PIPELINE_CLASSES:
+        count = int(data.train.classes.max()) + 1 if names is None else len(names)
+        if (other := int(data.validation.classes.max())) >= count:
+            raise UserError(
+                f"an image of the validation has class {other}, but the classes of the training "
+                f"end at {count - 1}. Give validation_latents of the same classes."
+            )
+
+        if self.most_classes is not None and count > self.most_classes:
             raise UserError(
                 f"the latents have {count} classes, but diffusers' DiTPipeline takes at most "
-                f"{PIPELINE_CLASSES}. Give --condition none."
+                f"{self.most_classes}. Give --condition none."
             )
         return count
 
@@ -163,13 +170,13 @@ class FlowTask(Task):
         if self.config.run.gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
 
-        blocks: Any = self.net.transformer_blocks
+        linear = [p for p in self.net.transformer_blocks.modules() if isinstance(p, nn.Linear)]
         learner = Learner.with_optimizer(
             TrainedFlow(self.net),
             accelerator,
             self.config.optimizer,
             averaged=self.net,
-            matrices=[p for b in blocks for p in b.parameters() if p.ndim == 2],
+            matrices=[cast("nn.Parameter", part.weight) for part in linear],
         )
         self.learners = {"model": learner}
 
@@ -328,6 +335,7 @@ class FlowTask(Task):
         if self.num_classes:
             classes = torch.tensor(chosen).repeat_interleave(columns)
 
+        self.autoencoder.net.to(self.device)
         options = FlowSampling(
             steps=self.config.flow.sampling_steps, solver=self.config.flow.solver
         )
@@ -342,8 +350,8 @@ class FlowTask(Task):
                 seed=self.config.run.seed,
                 numbers=numbers,
             )
-            z = self.data.normalization.invert(latents.cpu())
-            images.append(self.autoencoder.decode(z).clamp(-1.0, 1.0).cpu())
+            for z in self.data.normalization.invert(latents).split(DECODE_BATCH):
+                images.append(self.autoencoder.decode(z).clamp(-1.0, 1.0).cpu())
         labels = [self.labels[number] for number in chosen] if self.num_classes else None
         save_grid(torch.cat(images), path, labels=labels)
         return True

@@ -78,8 +78,8 @@ class NetworkConfig(Section):
         default="auto",
         description=(
             "Condition that the prior gets with an image. `class` is the image's class. `text` is "
-            "the image's caption (see captions and text_encoder). `auto` is text if the tokens "
-            "have captions or captions is given, else class if they have classes, else none."
+            "the image's caption (see captions and text_encoder). `auto` is text if all "
+            "images have captions, else class if they have classes, else none."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(

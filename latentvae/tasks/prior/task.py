@@ -101,7 +101,8 @@ class PriorTask(Task):
         asked = self.config.prior.condition
         has_classes = bool((self.data.train.classes != NO_CLASS).any())
         if asked == "auto":
-            texts = any(self.data.train.captions)
+            every = [*self.data.train.captions, *self.data.validation.captions]
+            texts = all(every) or (any(every) and not has_classes)
             return "text" if texts else "class" if has_classes else "none"
         if asked == "class" and not has_classes:
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentvae.errors import UserError
+from latentvae.latents.captions import whole_text
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.shard_dataset import TokenDataset
 from latentvae.tasks.prior.config import TokensConfig
@@ -160,7 +161,7 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
                 f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}} with two '
                 f"strings, not {line[:80]!r}"
             )
-        found[name] = text
+        found[name] = whole_text(text)
 
     missing = [name for name in names if name not in found]
     if missing:

@@ -153,6 +153,39 @@ def test_posterior_samples_are_new_in_each_update(tmp_path: Path) -> None:
     assert drawn.std(dim=0).mean().item() == pytest.approx(0.2 * 0.5, rel=0.05)
 
 
+def test_scales_of_channels_count_the_posterior(tmp_path: Path) -> None:
+    _, shards = write_latents(tmp_path, moments=True)
+    channel = {"latents": {"normalization": "channel"}}
+    task = FlowTask(small_flow(shards, tmp_path / "run", **channel))
+    task.open()
+    task.num_classes, task.device = 2, torch.device("cpu")
+    torch.manual_seed(0)
+    batch = task.data.train.rows(range(len(task.data.train)))
+    drawn = torch.cat([task.moved(batch, sample=True)[0] for _ in range(20)])
+    torch.testing.assert_close(drawn.std(dim=(0, 2, 3)), torch.ones(4), atol=0.01, rtol=0)
+
+
+def test_muon_trains_linear_layers_and_no_embeddings(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = {"optimizer": {"optimizer": "muon"}, "max_train_steps": 1}
+    task = FlowTask(small_flow(data[1], tmp_path / "run", **options))
+    train(task)
+    optimizer: Any = task.learners["model"].optimizer
+    named = {id(p): name for name, p in task.net.named_parameters()}
+    groups = [group for group in optimizer.param_groups if group["muon"] is not None]
+    chosen = [named[id(p)] for group in groups for p in group["params"]]
+    assert any(name.endswith("to_q.weight") for name in chosen)
+    assert not any("embedding_table" in name for name in chosen)
+
+
+def test_a_part_of_a_name_is_the_class(run: Path) -> None:
+    pipe = FlowPipeline.from_pretrained(run / "export")
+    pipe.register_to_config(id2label={"0": "tench, Tinca tinca", "1": "goldfish"})
+    assert pipe.class_number("Tinca tinca") == 0
+    assert pipe.class_number("goldfish") == pipe.class_number("1") == 1
+
+
 def test_a_run_resumes_to_the_bit(data: tuple[Path, Path], tmp_path: Path) -> None:
     changes = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6}
     train(FlowTask(small_flow(data[1], tmp_path / "straight", **changes)))
