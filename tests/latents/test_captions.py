@@ -152,8 +152,8 @@ def test_a_prior_reads_the_captions_of_its_tokens(
     few |= {"tokens": {"tokens": [str(tokens)], "validation_share": 0.3}}
 
     with pytest.raises(UserError, match=r"1 of 12 images have no caption.* 'bee/03.png'"):
-        PriorTask(small_prior(tokens, tmp_path / "run", **few)).open()
-    task = PriorTask(small_prior(tokens, tmp_path / "run", prior={"condition": "class"}, **few))
+        PriorTask(small_prior(tokens, tmp_path / "run", prior={"condition": "text"}, **few)).open()
+    task = PriorTask(small_prior(tokens, tmp_path / "run", **few))  # not all have captions
     task.open()
     assert task.condition == "class"
 
