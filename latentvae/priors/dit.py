@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from latentvae.priors.flow_matching import FlowSampling, integrate, noise_of
@@ -65,9 +64,8 @@ def build_dit(
 
 def callers_drop_labels(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """Switch off the dropping of labels inside the blocks."""
-    for part in net.modules():
-        if isinstance(part, LabelEmbedding):
-            part.dropout_prob = 0.0
+    for block in cast("Any", net.transformer_blocks):
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
     return net
 
 
@@ -78,8 +76,6 @@ def _initialise(net: DiTTransformer2DModel) -> None:
             nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        if isinstance(part, LabelEmbedding):
-            nn.init.normal_(part.embedding_table.weight, std=0.02)
 
     patches = cast("nn.Conv2d", net.pos_embed.proj)
     nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
@@ -88,6 +84,7 @@ def _initialise(net: DiTTransformer2DModel) -> None:
 
     blocks: Any = net.transformer_blocks
     for block in blocks:
+        nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
         for linear in (block.norm1.emb.timestep_embedder.linear_1, _second(block)):
             nn.init.normal_(linear.weight, std=0.02)
     zeros = [block.norm1.linear for block in blocks] + [net.proj_out_1, net.proj_out_2]

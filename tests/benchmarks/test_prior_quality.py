@@ -19,15 +19,6 @@ def script() -> Iterator[ModuleType]:
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_the_kernel_distance_is_unbiased(script: ModuleType) -> None:
-    """Its mean over pairs of small sets of one distribution is 0, and it sees another mean."""
-    draws = [torch.randn(2, 40, 8) for _ in range(200)]
-    equal = torch.tensor([script.kernel_distance(x, y) for x, y in draws])
-    assert equal.mean().abs() < 3 * equal.std() / len(equal) ** 0.5
-    moved = torch.tensor([script.kernel_distance(x, y + 0.5) for x, y in draws])
-    assert moved.mean() > 20 * equal.std() / len(equal) ** 0.5
-
-
 def test_neighbours_vote_for_the_class(script: ModuleType) -> None:
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
     classes = torch.arange(2).repeat_interleave(20)

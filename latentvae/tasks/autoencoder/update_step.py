@@ -66,7 +66,7 @@ class LearningAutoencoder(Task):
 
     config: TrainConfig
     base: Base | None
-    features: FeatureLoss | None
+    features: FeatureLoss | None = None
     train_images: ImageSource | ImageStream
     validation_images: ImageSource
 
