@@ -66,7 +66,7 @@ class Prove:
     """Controls to run: noise, labels, blocks and permuted for latents, and noise, labels, shuffled
     and permuted for tokens. By default, all of them."""
 
-    updates: int = 500
+    updates: int = 400
     """Length of each training in updates."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -75,7 +75,7 @@ class Prove:
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """For latents: shifts of the noise levels to try with the first seed."""
 
-    samples: int = 1000
+    samples: int = 500
     """Number of pictures that each generator draws."""
 
     guidance: float = 3.0
@@ -85,7 +85,7 @@ class Prove:
     width: int = 192
     """Number of channels of the generator, a multiple of 32."""
 
-    depth: int = 6
+    depth: int = 4
     """Number of blocks of the generator."""
 
     batch_size: int = 64

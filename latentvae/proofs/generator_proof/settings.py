@@ -30,13 +30,13 @@ class ProofSettings:
         UserError: a value is out of range.
     """
 
-    updates: int = 500
+    updates: int = 400
     seeds: tuple[int, ...] = (0, 1, 2)
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
-    samples: int = 1000
+    samples: int = 500
     guidance: float = 3.0
     width: int = 192
-    depth: int = 6
+    depth: int = 4
     batch_size: int = 64
     learning_rate: float = 1e-3
     sampling_steps: int = 25
