@@ -16,7 +16,7 @@ class ImageJobConfig(JobConfig):
     @property
     def bucket_multiple(self) -> int:
         """Number that divides the height and width of every aspect-ratio bucket, in pixels."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each task knows from its own options what divides its images.
 
     @property
     def batch_multiple(self) -> int:

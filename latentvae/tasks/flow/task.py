@@ -5,7 +5,7 @@
 `B` batch, `d` latent channels, `h w` latent positions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.data import IndexSampler, spread
+from latentvae.data import spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
-from latentvae.engine.task import Learner, Task
+from latentvae.engine.task import Learner
 from latentvae.errors import UserError
 from latentvae.latents.opening import open_model
 from latentvae.priors.dit import PIPELINE_CLASSES, build_dit, sample_latents, velocity
@@ -35,6 +35,7 @@ from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.flow_export import export_flow
 from latentvae.tasks.flow.latents import Batch, LatentData, open_latents
+from latentvae.tasks.generator_task import GeneratorTask
 
 PICTURE_BATCH = 40  # images that are sampled at once
 MAX_ROWS = 10  # classes in a picture
@@ -43,7 +44,7 @@ VALIDATION_DRAWS = 4  # noise levels of each image in a validation
 LEVELS = 1000  # noise levels over which the error of independent Gaussians is averaged
 
 
-class FlowTask(Task):
+class FlowTask(GeneratorTask):
     """Train a DiT by flow matching on latents.
 
     Attributes:
@@ -132,14 +133,7 @@ class FlowTask(Task):
         return asked
 
     def _num_classes(self) -> int:
-        names, data = self.data.content.class_names, self.data
-        count = int(data.train.classes.max()) + 1 if names is None else len(names)
-        if (other := int(data.validation.classes.max())) >= count:
-            raise UserError(
-                f"an image of the validation has class {other}, but the classes of the training "
-                f"end at {count - 1}. Give validation_latents of the same classes."
-            )
-
+        count = self.count_classes()
         if self.most_classes is not None and count > self.most_classes:
             raise UserError(
                 f"the latents have {count} classes, but diffusers' DiTPipeline takes at most "
@@ -152,9 +146,6 @@ class FlowTask(Task):
         z = self.data.normalization.apply(self.data.validation.z.float())
         sigmas = even_sigmas(LEVELS, shift=self.shift)
         return gaussian_loss(z.var(dim=(0, 2, 3)), sigmas).item()
-
-    def check_processes(self, processes: int) -> None:
-        self._sampler(rank=0, processes=processes, start=0)  # raises if a rank has no batch
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         options = self.config.flow
@@ -186,25 +177,6 @@ class FlowTask(Task):
             **self.data.train.identity(),
         }
 
-    def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
-        return IndexSampler(
-            len(self.data.train),
-            self.config.run.train_batch_size,
-            seed=self.config.run.seed,
-            rank=rank,
-            world_size=processes,
-            start_step=start,
-        )
-
-    def batches(self, *, start_step: int) -> Iterable[Batch]:
-        sampler = self._sampler(rank=rank(), processes=world_size(), start=start_step)
-        self.steps_per_epoch = sampler.steps_per_epoch
-        return self._rows(sampler)
-
-    def _rows(self, sampler: IndexSampler) -> Iterator[Batch]:
-        for places in sampler:
-            yield self.data.train.rows([index for _, index in places])
-
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters())
         shape = " x ".join(map(str, self.data.shape))
@@ -231,12 +203,6 @@ class FlowTask(Task):
                 "--normalization channel."
             )
         return found
-
-    def memory_advice(self) -> list[str]:
-        advice = super().memory_advice()
-        if not self.config.run.gradient_checkpointing:
-            advice.append("--gradient_checkpointing (slower)")
-        return advice
 
     # an update
 
@@ -372,12 +338,6 @@ class FlowTask(Task):
         barrier()  # no process may end while the first one still writes
         return values
 
-    def has_export(self, out: Path) -> bool:
-        return (out / "model_index.json").is_file()
-
-    def done(self, out: Path) -> str:
-        return f"done: {out}. `latentvae sample {out} --out pictures` draws pictures."
-
     # proofs
 
     @classmethod
@@ -385,10 +345,6 @@ class FlowTask(Task):
         few = {"max_validation_images": min(config.latents.max_validation_images, 8)}
         short = {"run": {"num_sample_images": 1}, "flow": {"sampling_steps": 2}}
         return config.with_changes({"latents": few, **short})
-
-    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
-        sampler = self._sampler(rank=rank, processes=processes, start=start)
-        return [step for _, step in zip(range(start, stop), sampler, strict=False)]
 
 
 class TrainedFlow(nn.Module):

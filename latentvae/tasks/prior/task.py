@@ -7,7 +7,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentvae.data import IndexSampler, spread
+from latentvae.data import spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
-from latentvae.engine.task import Learner, Task
+from latentvae.engine.task import Learner
 from latentvae.errors import UserError
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.grid import save_grid
@@ -27,6 +27,7 @@ from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import sample_tokens
 from latentvae.priors.text import encode_prompts, load_text_encoder
 from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, Words
+from latentvae.tasks.generator_task import GeneratorTask
 from latentvae.tasks.prior.config import BYTES, PriorConfig
 from latentvae.tasks.prior.prior_export import export_prior, open_tokenizer
 from latentvae.tasks.prior.tokens import (
@@ -46,7 +47,7 @@ AnyText = TypeVar("AnyText", Text, Words)
 MAX_ROWS = 10  # largest number of classes or captions in a picture
 
 
-class PriorTask(Task):
+class PriorTask(GeneratorTask):
     """Train a prior on the tokens of images.
 
     Attributes:
@@ -112,9 +113,6 @@ class PriorTask(Task):
             )
         return asked
 
-    def check_processes(self, processes: int) -> None:
-        self._sampler(rank=0, processes=processes, start=0)  # raises if a rank has no batch
-
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         options, content = self.config.prior, self.data.content
         has_classes, text_channels = self.condition == "class", 0
@@ -130,7 +128,7 @@ class PriorTask(Task):
             num_codes=self.data.num_codes,
             levels=self.data.levels,
             item_shape=content.item_shape,
-            num_classes=self._num_classes() if has_classes else 0,
+            num_classes=self.count_classes() if has_classes else 0,
             text_channels=text_channels,
             width=options.width,
             depth=options.depth,
@@ -153,36 +151,12 @@ class PriorTask(Task):
         )
         self.learners = {"model": learner}
 
-    def _num_classes(self) -> int:
-        if self.data.content.class_names is not None:
-            return len(self.data.content.class_names)
-        return int(max(self.data.train.classes.max(), self.data.validation.classes.max())) + 1
-
     def identity(self) -> dict[str, Any]:
         found = {"tokenizer": self.data.content.model_sha256[:16], **self.data.train.identity()}
         if self.condition == "text":
             texts = "\0".join(self.data.train.captions).encode(errors="surrogateescape")
             found["captions"] = hashlib.sha256(texts).hexdigest()[:16]
         return found
-
-    def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
-        return IndexSampler(
-            len(self.data.train),
-            self.config.run.train_batch_size,
-            seed=self.config.run.seed,
-            rank=rank,
-            world_size=processes,
-            start_step=start,
-        )
-
-    def batches(self, *, start_step: int) -> Iterable[Batch]:
-        sampler = self._sampler(rank=rank(), processes=world_size(), start=start_step)
-        self.steps_per_epoch = sampler.steps_per_epoch
-        return self._rows(sampler)
-
-    def _rows(self, sampler: IndexSampler) -> Iterator[Batch]:
-        for places in sampler:
-            yield self.data.train.rows([index for _, index in places])
 
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters())
@@ -219,12 +193,6 @@ class PriorTask(Task):
         if self.condition != "none" and not self.config.prior.condition_dropout:
             return ["condition_dropout is 0, so sampling with guidance will not work."]
         return []
-
-    def memory_advice(self) -> list[str]:
-        advice = super().memory_advice()
-        if not self.config.run.gradient_checkpointing:
-            advice.append("--gradient_checkpointing (slower)")
-        return advice
 
     # an update
 
@@ -396,19 +364,9 @@ class PriorTask(Task):
         barrier()  # no process may end while the first one still writes
         return values
 
-    def has_export(self, out: Path) -> bool:
-        return (out / "model_index.json").is_file()
-
-    def done(self, out: Path) -> str:
-        return f"done: {out}. `latentvae sample {out} --out pictures` draws pictures."
-
     # proofs
 
     @classmethod
     def shortened(cls, config: PriorConfig, *, updates: int) -> PriorConfig:
         few = {"max_validation_images": min(config.tokens.max_validation_images, 8)}
         return config.with_changes({"tokens": few, "run": {"num_sample_images": 1}})
-
-    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
-        sampler = self._sampler(rank=rank, processes=processes, start=start)
-        return [step for _, step in zip(range(start, stop), sampler, strict=False)]

@@ -1,5 +1,6 @@
 """A flow learns latents, its export is a diffusers pipeline, and bad input is named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -163,6 +164,19 @@ def test_scales_of_channels_count_the_posterior(tmp_path: Path) -> None:
     batch = task.data.train.rows(range(len(task.data.train)))
     drawn = torch.cat([task.moved(batch, sample=True)[0] for _ in range(20)])
     torch.testing.assert_close(drawn.std(dim=(0, 2, 3)), torch.ones(4), atol=0.01, rtol=0)
+
+
+def test_a_class_that_only_the_validation_has_is_named(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    task = FlowTask(small_flow(data[1], tmp_path / "run"))
+    task.open()
+    content = task.data.content.model_copy(update={"class_names": None})
+    task.data = dataclasses.replace(task.data, content=content)
+    assert task.count_classes() == 2
+    task.data.validation.classes[0] = 2
+    with pytest.raises(UserError, match="has class 2, but the classes of the training end at 1"):
+        task.count_classes()
 
 
 def test_muon_trains_linear_layers_and_no_embeddings(

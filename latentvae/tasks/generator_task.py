@@ -1,0 +1,78 @@
+"""What the tasks of generators share: batches of a table in memory, classes, advice and the export.
+
+A generator learns the items of `tasks.shards`. See `tasks.prior` and `tasks.flow`.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from latentvae.data import IndexSampler
+from latentvae.distributed import rank, world_size
+from latentvae.engine.task import Task
+from latentvae.errors import UserError
+
+
+class GeneratorTask(Task):
+    """Base class of a task that trains a generator on the items of a table.
+
+    Attributes:
+        data: items to train on and to validate on, with their `content`.
+    """
+
+    config: Any
+    data: Any
+    unit = "images"
+
+    def count_classes(self) -> int:
+        """Return the number of classes, by their names or by the labels of the training.
+
+        Raises:
+            UserError: an image of the validation has another class.
+        """
+        names, data = self.data.content.class_names, self.data
+        count = int(data.train.classes.max()) + 1 if names is None else len(names)
+        if (other := int(data.validation.classes.max())) >= count:
+            raise UserError(
+                f"an image of the validation has class {other}, but the classes of the training "
+                f"end at {count - 1}. Validate on images of the same classes."
+            )
+        return count
+
+    def check_processes(self, processes: int) -> None:
+        self._sampler(rank=0, processes=processes, start=0)  # raises if a rank has no batch
+
+    def _sampler(self, *, rank: int, processes: int, start: int) -> IndexSampler:
+        return IndexSampler(
+            len(self.data.train),
+            self.config.run.train_batch_size,
+            seed=self.config.run.seed,
+            rank=rank,
+            world_size=processes,
+            start_step=start,
+        )
+
+    def batches(self, *, start_step: int) -> Iterable[Any]:
+        sampler = self._sampler(rank=rank(), processes=world_size(), start=start_step)
+        self.steps_per_epoch = sampler.steps_per_epoch
+        return self._rows(sampler)
+
+    def _rows(self, sampler: IndexSampler) -> Iterator[Any]:
+        for places in sampler:
+            yield self.data.train.rows([index for _, index in places])
+
+    def memory_advice(self) -> list[str]:
+        advice = super().memory_advice()
+        if not self.config.run.gradient_checkpointing:
+            advice.append("--gradient_checkpointing (slower)")
+        return advice
+
+    def has_export(self, out: Path) -> bool:
+        return (out / "model_index.json").is_file()
+
+    def done(self, out: Path) -> str:
+        return f"done: {out}. `latentvae sample {out} --out pictures` draws pictures."
+
+    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any]:
+        sampler = self._sampler(rank=rank, processes=processes, start=start)
+        return [step for _, step in zip(range(start, stop), sampler, strict=False)]
