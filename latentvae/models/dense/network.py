@@ -145,7 +145,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         if self.flow is None:
             units = posteriors[-1].kl(priors[0])
             kl[0] = units.sum(-1).expand_as(ratios[0])
-            unit_kl = units if len(drawn) == 1 else units.mean(0)
+            unit_kl = units.mean(0)
         return Bound(
             log_likelihood=self._log_likelihood(images, drawn[0]),
             kl=torch.stack(kl),
