@@ -82,6 +82,10 @@ class LikelihoodNet(Protocol):
         """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
         ...
 
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of a single Gaussian posterior, or None."""
+        ...
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the mean image (B, C, H, W) in [-1, 1] for the posterior's mean."""
         ...

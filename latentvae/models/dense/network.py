@@ -166,6 +166,13 @@ class VectorVAE(ModelMixin, ConfigMixin):
         """Return q(z_1 | x) before the flow, (B, U)."""
         return Gaussian.from_moments(self.moments(self.encoder(images)))
 
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of q(z_1 | x), or None if that is not all of q."""
+        if self.flow is not None or self.num_groups > 1:
+            return None
+        posterior = self.posterior(images)
+        return posterior.mean, posterior.logvar
+
     def latent(self, images: Tensor) -> Tensor:
         """Return the posterior's mean of z_1 after the flow, (B, U)."""
         features = self.encoder(images)

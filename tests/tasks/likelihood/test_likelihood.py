@@ -77,6 +77,8 @@ def test_the_export_is_the_measured_network(run: Path, bars: Path, tmp_path: Pat
     assert nats["elbo"] == pytest.approx(validations(run)[-1]["validation/nats"], rel=0.2)
     assert found["images"] == 64 and len(found["kl_per_group"]) == 1
     assert sum(found["kl_per_group"]) < nats["elbo"]
+    # The information is a part of the KL.
+    assert 0 < found["mutual_information"] <= min(sum(found["kl_per_group"]) + 0.1, math.log(64))
     again = measure_folder(run, str(bars), samples=20)
     assert again == found
     assert measure_folder(run, str(bars), samples=20, batch_size=7)["images"] == 64
