@@ -157,8 +157,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         """Return ln p(x | z), (S, B)."""
         parameters = self.decoder(z.flatten(0, 1))
-        repeated = images.expand(len(z), *images.shape).flatten(0, 1)
-        return self.pixels.log_prob(repeated, parameters).unflatten(0, z.shape[:2])
+        return self.pixels.log_prob(images, parameters).unflatten(0, z.shape[:2])
 
     # other uses
 
