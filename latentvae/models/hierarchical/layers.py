@@ -1,0 +1,143 @@
+"""Read the strings that describe the blocks of a hierarchical VAE, in the format of Very Deep VAE.
+
+An encoder is a list such as "32x11,32d2,16x6": 11 blocks at resolution 32, then one block whose
+output is pooled by 2, then 6 blocks at resolution 16. A decoder is a list such as "1x1,4m1,4x2":
+one block at resolution 1, then one block at resolution 4 that reads the upsampled maps of
+resolution 1, then 2 more blocks at resolution 4. Each block of a decoder has a group of latents.
+"""
+
+import re
+from typing import NamedTuple
+
+from latentvae.errors import UserError
+
+MAX_BLOCKS = 1000
+
+_ITEM = re.compile(r"(\d+)(?:([xdm])(\d+))?")
+
+
+class Layer(NamedTuple):
+    """One block.
+
+    Attributes:
+        resolution: side of the block's maps.
+        pool: factor by which the output of an encoder's block is pooled, 1 for none.
+        source: resolution that a decoder's block upsamples, or None.
+    """
+
+    resolution: int
+    pool: int = 1
+    source: int | None = None
+
+
+def encoder_layers(text: str, *, side: int) -> list[Layer]:
+    """Return the blocks of an encoder for maps of a given side.
+
+    Raises:
+        UserError: the text has another format, or its resolutions do not follow from each other.
+    """
+    layers: list[Layer] = []
+    for item, resolution, kind, number in _items(text, "enc_blocks", "x, d"):
+        if resolution != side:
+            raise UserError(
+                f"enc_blocks has '{item}' where the maps have side {side}. Write {side} there, or "
+                "change the blocks before it."
+            )
+        if kind == "d":
+            if side % number:
+                raise UserError(
+                    f"enc_blocks has '{item}', but {number} does not divide {side}. Pool by a "
+                    "divisor of the side."
+                )
+            layers.append(Layer(resolution, pool=number))
+            side //= number
+        else:
+            layers += [Layer(resolution)] * number
+    return layers
+
+
+def decoder_layers(text: str, *, side: int) -> list[Layer]:
+    """Return the blocks of a decoder whose last maps have a given side.
+
+    Raises:
+        UserError: the text has another format, or its resolutions do not follow from each other.
+    """
+    layers: list[Layer] = []
+    for item, resolution, kind, number in _items(text, "dec_blocks", "x, m"):
+        seen = {layer.resolution for layer in layers}
+        if kind == "m":
+            if number not in seen or resolution % number or resolution == number:
+                earlier = ", ".join(map(str, sorted(seen))) or "none"
+                raise UserError(
+                    f"dec_blocks has '{item}', which upsamples resolution {number} to {resolution}."
+                    f" The source must be an earlier resolution ({earlier}) that divides the new "
+                    "one."
+                )
+            layers.append(Layer(resolution, source=number))
+        else:
+            if layers and resolution not in seen:
+                raise UserError(
+                    f"dec_blocks has '{item}', but no earlier block has resolution {resolution}. "
+                    f"Put '{resolution}m{layers[-1].resolution}' before it."
+                )
+            layers += [Layer(resolution)] * number
+    if layers[-1].resolution != side:
+        raise UserError(
+            f"dec_blocks must end at resolution {side} (got {layers[-1].resolution} in '{text}')."
+        )
+    return layers
+
+
+def finest(text: str) -> int:
+    """Return the resolution of the last block of a decoder."""
+    return list(_items(text, "dec_blocks", "x, m"))[-1][1]
+
+
+def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[int, int]:
+    """Return the number of channels of each resolution.
+
+    Args:
+        text: such as "64:32,32:64", or "" for the same width everywhere.
+        default: number of channels of the resolutions that the text does not name.
+        resolutions: the resolutions of the network.
+
+    Raises:
+        UserError: the text has another format, or names a resolution that the network lacks.
+    """
+    widths = dict.fromkeys(sorted(resolutions), default)
+    for item in filter(None, text.split(",")):
+        parts = re.fullmatch(r"\s*(\d+):(\d+)\s*", item)
+        if parts is None or int(parts[2]) < 1:
+            raise UserError(
+                f"custom_widths must have items RESOLUTION:WIDTH, such as '32:64,16:128' (got "
+                f"'{item}')."
+            )
+        resolution, width = int(parts[1]), int(parts[2])
+        if resolution not in widths:
+            raise UserError(
+                f"custom_widths names resolution {resolution}, but the network has "
+                f"{', '.join(map(str, widths))}."
+            )
+        widths[resolution] = width
+    return widths
+
+
+def _items(text: str, option: str, kinds: str) -> list[tuple[str, int, str, int]]:
+    """Return (item, resolution, kind, number) of each item. "32" is the same as "32x1"."""
+    found: list[tuple[str, int, str, int]] = []
+    for item in (part.strip() for part in text.split(",")):
+        parts = _ITEM.fullmatch(item)
+        if parts is None or (parts[2] and parts[2] not in kinds):
+            known = {"x, d": "32x11 or 32d2", "x, m": "4x2 or 8m4"}[kinds]
+            raise UserError(
+                f"{option} must be a list of items such as {known}, separated by commas (got "
+                f"'{item}' in '{text}')."
+            )
+        resolution, number = int(parts[1]), int(parts[3] or 1)
+        if resolution < 1 or number < 1:
+            raise UserError(f"{option} needs numbers of 1 or above (got '{item}').")
+        found.append((item, resolution, parts[2] or "x", number))
+    blocks = sum(number if kind == "x" else 1 for _, _, kind, number in found)
+    if blocks > MAX_BLOCKS:
+        raise UserError(f"{option} must have at most {MAX_BLOCKS} blocks (got {blocks}).")
+    return found
