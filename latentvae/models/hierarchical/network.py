@@ -20,7 +20,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -182,7 +182,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         maps, groups = self.decoder(features, batch, [draw_posterior] * self.num_groups)
         log_p = [group.prior.log_prob(group.z) for group in groups]
         judges = self._constant_posteriors(features, groups) if detach_posterior else groups
-        log_q = [judge.posterior.log_prob(group.z) for judge, group in zip(judges, groups)]
+        log_q = [
+            judge.posterior.log_prob(group.z) for judge, group in zip(judges, groups, strict=True)
+        ]
         kl = [group.posterior.kl_to(group.prior) for group in groups]
 
         # pixels
@@ -195,7 +197,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return Bound(
             log_likelihood=log_likelihood.view(samples, -1),
             kl=per_sample(kl),
-            log_ratio=per_sample([q - p for q, p in zip(log_q, log_p)]),
+            log_ratio=per_sample([q - p for q, p in zip(log_q, log_p, strict=True)]),
             unit_kl=self._unit_kl(kl, samples),
         )
 
@@ -203,7 +205,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
         groups = self._with_images(images, [draw_posterior] * self.num_groups)[1]
-        return torch.cat([group.posterior.mean.flatten(1) for group in groups], dim=1)
+        return torch.cat([group.required_posterior.mean.flatten(1) for group in groups], dim=1)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

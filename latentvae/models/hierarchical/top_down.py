@@ -30,6 +30,12 @@ class Group(NamedTuple):
     posterior: Gaussian | None
     z: Tensor
 
+    @property
+    def required_posterior(self) -> Gaussian:
+        """The posterior, in computations that always have an image."""
+        assert self.posterior is not None
+        return self.posterior
+
 
 class Latents(NamedTuple):
     """How latents are described: D, the kind of posterior, and the function to ln(std)."""
