@@ -6,6 +6,7 @@ one block at resolution 1, then one block at resolution 4 that reads the upsampl
 resolution 1, then 2 more blocks at resolution 4. Each block of a decoder has a group of latents.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -30,14 +31,16 @@ class Layer(NamedTuple):
     source: int | None = None
 
 
-def encoder_layers(text: str, *, side: int) -> list[Layer]:
-    """Return the blocks of an encoder for maps of a given side.
+def encoder_layers(text: str) -> list[Layer]:
+    """Return the blocks of an encoder, finest first.
 
     Raises:
         UserError: the text has another format, or its resolutions do not follow from each other.
     """
+    items = _items(text, "enc_blocks", "x, d")
     layers: list[Layer] = []
-    for item, resolution, kind, number in _items(text, "enc_blocks", "x, d"):
+    side = items[0][1]
+    for item, resolution, kind, number in items:
         if resolution != side:
             raise UserError(
                 f"enc_blocks has '{item}' where the maps have side {side}. Write {side} there, or "
@@ -56,8 +59,8 @@ def encoder_layers(text: str, *, side: int) -> list[Layer]:
     return layers
 
 
-def decoder_layers(text: str, *, side: int) -> list[Layer]:
-    """Return the blocks of a decoder whose last maps have a given side.
+def decoder_layers(text: str) -> list[Layer]:
+    """Return the blocks of a decoder, coarsest first.
 
     Raises:
         UserError: the text has another format, or its resolutions do not follow from each other.
@@ -81,16 +84,32 @@ def decoder_layers(text: str, *, side: int) -> list[Layer]:
                     f"Put '{resolution}m{layers[-1].resolution}' before it."
                 )
             layers += [Layer(resolution)] * number
-    if layers[-1].resolution != side:
-        raise UserError(
-            f"dec_blocks must end at resolution {side} (got {layers[-1].resolution} in '{text}')."
-        )
     return layers
 
 
-def finest(text: str) -> int:
-    """Return the resolution of the last block of a decoder."""
-    return list(_items(text, "dec_blocks", "x, m"))[-1][1]
+def fit(side: int, *, encoder: int, decoder: int) -> int:
+    """Return the side of the images with the pixels that are added around them.
+
+    It is the smallest multiple of the finest maps of encoder and decoder, so that each position of
+    these maps is a square of pixels.
+
+    Args:
+        side: side of the images in pixels.
+        encoder: side of the encoder's first maps.
+        decoder: side of the decoder's last maps.
+
+    Raises:
+        UserError: more than an eighth of the side would be added at an edge, or half a pixel.
+    """
+    step = math.lcm(encoder, decoder)
+    extra = -side % step
+    if extra % 2 or extra > side // 4:
+        raise UserError(
+            f"enc_blocks starts at resolution {encoder} and dec_blocks ends at {decoder}, which "
+            f"does not fit images of side {side}. Both must divide the side, or be a little larger "
+            "by an even number."
+        )
+    return side + extra
 
 
 def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[int, int]:

@@ -62,15 +62,15 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         image_channels: C.
         sample_size: side of the images in pixels.
         levels: number of values of a pixel, or None for the default of the likelihood.
-        enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. The first
-            resolution is the side of the images, divided by `patch_size`. If it is larger, black
-            pixels are added around the images.
-        dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". Each has a group of latents.
+        enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. The encoder
+            reads squares of pixels as channels, if its first resolution divides the side of the
+            images. If the resolution is a little larger, black pixels are added at the edges.
+        dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". Each has a group of latents. The
+            last resolution may be coarser than the images, as for the encoder.
         width: number of channels of the maps.
         custom_widths: other numbers of channels for some resolutions, such as "32:64,16:128".
         zdim: D.
         bottleneck_multiple: channels inside a block, as a share of the width.
-        patch_size: side of the squares of pixels that are one position of the finest maps.
         likelihood: distribution of the pixels, a key of `PIXEL_DISTRIBUTIONS`.
         num_mixtures: number of components of the likelihood logistic_mixture.
         block: style of the blocks, "vdvae" or "nvae".
@@ -99,7 +99,6 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         custom_widths: str = "",
         zdim: int = 16,
         bottleneck_multiple: float = 0.25,
-        patch_size: int = 1,
         likelihood: str = "logistic_mixture",
         num_mixtures: int = 10,
         block: str = "vdvae",
@@ -112,13 +111,17 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         super().__init__()
 
         # blocks and their sizes
-        side = strings.finest(dec_blocks)
-        self.padding = _padding(side * patch_size, sample_size)
-        encoder = strings.encoder_layers(enc_blocks, side=side)
-        decoder = strings.decoder_layers(dec_blocks, side=side)
-        made = {layer.resolution for layer in encoder} | {
-            layer.resolution // layer.pool for layer in encoder
-        }
+        encoder = strings.encoder_layers(enc_blocks)
+        decoder = strings.decoder_layers(dec_blocks)
+        first, last = encoder[0].resolution, decoder[-1].resolution
+        side = strings.fit(sample_size, encoder=first, decoder=last)
+        self.padding, self.read, self.written = (
+            (side - sample_size) // 2,
+            side // first,
+            side // last,
+        )
+        made = {layer.resolution for layer in encoder}
+        made |= {layer.resolution // layer.pool for layer in encoder}
         _check_features(decoder, made)
         widths = strings.resolution_widths(custom_widths, width, made)
         style = build_style(block, bottleneck_multiple=bottleneck_multiple, activation=activation)
@@ -127,7 +130,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         # networks
         self.pixels = _pixels(likelihood, levels, num_mixtures)
         maps = self.pixels.num_maps(image_channels)
-        self.encoder = Encoder(image_channels * patch_size**2, encoder, widths, style)
+        self.encoder = Encoder(image_channels * self.read**2, encoder, widths, style)
         self.decoder = Decoder(
             decoder,
             widths,
@@ -136,7 +139,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             no_bias_above=no_bias_above,
             mirrored=links == "mirrored",
         )
-        self.conv_out = convolution(widths[side], maps * patch_size**2, 1)
+        self.conv_out = convolution(widths[last], maps * self.written**2, 1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -290,14 +293,14 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
                 f"{tuple(images.shape)})."
             )
         padded = F.pad(images.to(self.dtype), [self.padding] * 4, value=-1.0)
-        return self.encoder(F.pixel_unshuffle(padded, self.config["patch_size"]))
+        return self.encoder(F.pixel_unshuffle(padded, self.read))
 
     def _with_images(self, images: Tensor, picks: Sequence[Pick]) -> tuple[Tensor, list[Group]]:
         return self.decoder(self._features(images), images.shape[0], picks)
 
     def _pixel_parameters(self, maps: Tensor) -> Tensor:
         """Return the parameters (B, M, H, W) of the pixels for the decoder's maps."""
-        parameters = F.pixel_shuffle(self.conv_out(maps), self.config["patch_size"])
+        parameters = F.pixel_shuffle(self.conv_out(maps), self.written)
         return F.pad(parameters, [-self.padding] * 4)
 
     def _constant_posteriors(self, features: Features, groups: Sequence[Group]) -> list[Group]:
@@ -325,18 +328,6 @@ def _repeated(features: Features, samples: int) -> Features:
     if samples == 1:
         return features
     return {side: [x.repeat(samples, 1, 1, 1) for x in own] for side, own in features.items()}
-
-
-def _padding(side: int, sample_size: int) -> int:
-    """Return the pixels to add on each side of the images, for a network with inputs of `side`."""
-    extra = side - sample_size
-    if extra < 0 or extra % 2 or extra > sample_size // 2:
-        raise UserError(
-            f"dec_blocks ends with maps for images of side {side}, but the images have side "
-            f"{sample_size}. The finest resolution, times patch_size, must be the side of the "
-            "images, or a little larger by an even number."
-        )
-    return extra // 2
 
 
 def _check_features(decoder: Sequence[strings.Layer], made: set[int]) -> None:

@@ -46,7 +46,10 @@ class Scaled(nn.Module):
 
 @dataclass(frozen=True)
 class NvaeStyle:
-    """Residual cells with batch norm, Swish and squeeze and excitation."""
+    """Residual cells with batch norm, Swish and squeeze and excitation.
+
+    A block of the decoder has two cells, as in all networks of the paper.
+    """
 
     has_batch_norm = True
 
@@ -60,6 +63,9 @@ class NvaeStyle:
         return Residual(nn.Sequential(*layers))
 
     def decoder_block(self, width: int, *, resolution: int, gain: float) -> nn.Module:
+        return nn.Sequential(self._decoder_cell(width), self._decoder_cell(width))
+
+    def _decoder_cell(self, width: int) -> nn.Module:
         inner = _EXPANSION * width
         depthwise = nn.Conv2d(inner, inner, 5, padding=2, groups=inner, bias=False)
         layers = [

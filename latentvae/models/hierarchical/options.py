@@ -21,15 +21,17 @@ class HierarchicalConfig(Section):
         default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
         description=(
             "Blocks of the encoder. 32x2 means two blocks at resolution 32. 32d2 means one block "
-            "whose output is pooled by 2. The first resolution is the side of the images, divided "
-            "by patch_size. If it is larger, black pixels are added around the images."
+            "whose output is pooled by 2. The first resolution is the side of the images, or "
+            "divides it. Then the network is faster, because a square of pixels is one position. "
+            "If the resolution is a little larger, black pixels are added at the edges."
         ),
     )
     dec_blocks: str = Field(
         default="1x1,4m1,4x1,8m4,8x2,16m8,16x2,32m16",
         description=(
             "Blocks of the decoder. Each has a group of latents. 4x2 means two blocks at "
-            "resolution 4. 4m1 means one block that reads the upsampled maps of resolution 1."
+            "resolution 4. 4m1 means one block that reads the upsampled maps of resolution 1. The "
+            "last resolution is the side of the images, or divides it."
         ),
     )
     width: Positive = Field(default=64, description="Number of channels of the maps.")
@@ -44,13 +46,6 @@ class HierarchicalConfig(Section):
         default=0.25,
         gt=0.0,
         description="Number of channels inside a block, as a share of the width.",
-    )
-    patch_size: Positive = Field(
-        default=1,
-        description=(
-            "Side of the squares of pixels that become one position of the finest maps. 2 makes "
-            "the network about four times as fast at its finest resolution."
-        ),
     )
     likelihood: LikelihoodName = Field(
         default="logistic_mixture",

@@ -95,8 +95,8 @@ class Decoder(nn.Module):
         latents: what all groups of latents have in common.
         style: what blocks are built from.
         no_bias_above: largest resolution that has a learned bias.
-        mirrored: block k before the end of a resolution reads the features of the encoder's block
-            k of that resolution. Otherwise all read the features of the last one.
+        mirrored: the first block of a resolution reads the features of the encoder's last block
+            there, and the last block those of the first one. Otherwise all read the last features.
     """
 
     def __init__(
@@ -165,11 +165,12 @@ class Decoder(nn.Module):
     def _features(self, features: Features | None, block: int) -> Tensor | None:
         if features is None:
             return None
-        side = self.layers[block].resolution
-        own, place = features[side], -1
-        if self.mirrored:
-            place = -1 - sum(layer.resolution == side for layer in self.layers[:block])
-        return own[max(place, -len(own))]
+        sides = [layer.resolution for layer in self.layers]
+        own = features[sides[block]]
+        if not self.mirrored:
+            return own[-1]
+        place = sides[:block].count(sides[block])
+        return own[-1 - place * len(own) // sides.count(sides[block])]
 
 
 def draw_posterior(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
