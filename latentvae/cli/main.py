@@ -15,6 +15,7 @@ from latentvae.cli.flow_commands import Prove, train_flow_command
 from latentvae.cli.prior_commands import Sample, train_prior_command
 from latentvae.cli.tiny_commands import train_tiny_command
 from latentvae.cli.trainings import training_of
+from latentvae.cli.vae_commands import Likelihood, train_vae_command
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -525,6 +526,7 @@ Command = (
     | type[Decode]
     | type[Sample]
     | type[Prove]
+    | type[Likelihood]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -537,6 +539,7 @@ COMMANDS: dict[str, Command] = {
     "decode": Decode,
     "sample": Sample,
     "prove": Prove,
+    "likelihood": Likelihood,
 }
 
 
@@ -547,6 +550,7 @@ Scripts of the repository:
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
   train/train_flow.py      Train a flow matching model: `latentvae train-flow` as a script.
   train/train_tiny.py      Distil a small autoencoder: `latentvae train-tiny` as a script.
+  train/train_vae.py       Train a VAE by its likelihood: `latentvae train-vae` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -582,6 +586,7 @@ TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
     "train-prior": train_prior_command,
     "train-flow": train_flow_command,
     "train-tiny": train_tiny_command,
+    "train-vae": train_vae_command,
 }
 
 

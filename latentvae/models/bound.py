@@ -29,12 +29,14 @@ class Bound(BaseOutput):
             groups before it where a closed form exists, otherwise it equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
         unit_kl: KL divergence of each latent unit, (B, U), or None if the network has too many.
+        latents: the drawn latents of each group, for gradients that are changed there, or None.
     """
 
     log_likelihood: Tensor = None  # type: ignore[assignment]
     kl: Tensor = None  # type: ignore[assignment]
     log_ratio: Tensor = None  # type: ignore[assignment]
     unit_kl: Tensor | None = None
+    latents: tuple[Tensor, ...] | None = None
 
     def elbo(self) -> Tensor:
         """Return the evidence lower bound of each image, the mean over samples, (B,)."""
@@ -100,4 +102,8 @@ class LikelihoodNet(Protocol):
             generator: random generator on the network's device.
             mean: return the mean of the pixels' distribution instead of drawn pixels.
         """
+        ...
+
+    def start_at(self, mean_image: Tensor) -> None:
+        """Let a new decoder start at the mean image (C, H, W), if this is possible."""
         ...
