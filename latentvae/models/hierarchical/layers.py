@@ -87,6 +87,26 @@ def decoder_layers(text: str) -> list[Layer]:
     return layers
 
 
+def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[int]:
+    """Return the resolutions of a network, after a check that its options fit each other.
+
+    Raises:
+        UserError: an option has another format, or the decoder has a resolution that the encoder
+            lacks.
+    """
+    encoder, decoder = encoder_layers(enc_blocks), decoder_layers(dec_blocks)
+    made = {layer.resolution for layer in encoder}
+    made |= {layer.resolution // layer.pool for layer in encoder}
+    missing = sorted({layer.resolution for layer in decoder} - made)
+    if missing:
+        raise UserError(
+            f"dec_blocks has resolution {missing[0]}, which enc_blocks lacks. The encoder has "
+            f"{', '.join(map(str, sorted(made)))}."
+        )
+    resolution_widths(custom_widths, 1, made)
+    return made
+
+
 def fit(side: int, *, encoder: int, decoder: int) -> int:
     """Return the side of the images with the pixels that are added around them.
 

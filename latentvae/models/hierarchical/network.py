@@ -120,9 +120,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             side // first,
             side // last,
         )
-        made = {layer.resolution for layer in encoder}
-        made |= {layer.resolution // layer.pool for layer in encoder}
-        _check_features(decoder, made)
+        made = strings.check_blocks(enc_blocks, dec_blocks, custom_widths)
         widths = strings.resolution_widths(custom_widths, width, made)
         style = build_style(block, bottleneck_multiple=bottleneck_multiple, activation=activation)
         self._has_batch_norm = style.has_batch_norm
@@ -286,6 +284,17 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             return self.pixels.mean(parameters)
         return self.pixels.sample(parameters, generator=generator)
 
+    @torch.no_grad()
+    def start_at(self, mean_image: Tensor) -> None:
+        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start.
+
+        The last layer has one bias for all positions. So it starts at the mean over them.
+        """
+        padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
+        if (bias := self.pixels.start_bias(padded)) is not None:
+            own: Any = self.conv_out.bias
+            own.copy_(F.pixel_unshuffle(bias, self.written).mean((1, 2)))
+
     def _features(self, images: Tensor) -> Features:
         if tuple(images.shape[1:]) != self.image_shape:
             raise UserError(
@@ -328,15 +337,6 @@ def _repeated(features: Features, samples: int) -> Features:
     if samples == 1:
         return features
     return {side: [x.repeat(samples, 1, 1, 1) for x in own] for side, own in features.items()}
-
-
-def _check_features(decoder: Sequence[strings.Layer], made: set[int]) -> None:
-    missing = sorted({layer.resolution for layer in decoder} - made)
-    if missing:
-        raise UserError(
-            f"dec_blocks has resolution {missing[0]}, which enc_blocks lacks. The encoder has "
-            f"{', '.join(map(str, sorted(made)))}."
-        )
 
 
 def _pixels(likelihood: str, levels: int | None, num_mixtures: int) -> PixelDistribution:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentvae.models.hierarchical.config import HierarchicalConfig
 from latentvae.models.hierarchical.network import HierarchicalVAE
-from latentvae.models.hierarchical.options import HierarchicalConfig
 
 SMALL = {
     "enc_blocks": "8x1,8d2,4x1,4d4,1x1",

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from latentvae.errors import UserError
+from latentvae.models.hierarchical.config import HierarchicalConfig
 from latentvae.models.hierarchical.network import HierarchicalVAE
-from latentvae.models.hierarchical.options import HierarchicalConfig
 from latentvae.models.hierarchical.top_down import draw_posterior, given
 from tests.models.hierarchical.nets import SMALL, binary_images, roughen, small_net
 
@@ -257,6 +257,16 @@ def test_priors_start_at_standard_normals():
         assert not group.prior.mean.any() and not group.prior.log_std.any()
 
 
+def test_a_new_network_starts_at_the_mean_image():
+    torch.manual_seed(0)
+    net = HierarchicalConfig(**(SMALL | {"dec_blocks": "1x1,4m1"})).build((1, 8, 8))
+    mean = torch.full((1, 8, 8), -0.5)
+    mean[:, ::2] = 0.25
+    net.start_at(mean)
+    nn.init.zeros_(net.conv_out.weight)
+    torch.testing.assert_close(net.sample(1)[0], mean)
+
+
 def test_nan_reaches_the_bound():
     net = small_net()
     nn.init.constant_(net.decoder.gain, float("nan"))
@@ -279,8 +289,10 @@ def test_batch_statistics_are_updated_once():
     ],
 )
 def test_blocks_that_do_not_fit_are_named(options: dict[str, str], words: str):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ValueError, match=words):
         small_net(**options)
+    with pytest.raises(UserError, match=words):
+        HierarchicalVAE(image_channels=1, sample_size=8, **(SMALL | options))  # type: ignore[arg-type]
 
 
 def test_images_must_be_square():

@@ -1,22 +1,23 @@
 """Options of hierarchical VAEs, as a section of a preset."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentvae.errors import UserError
-from latentvae.likelihoods.table import LikelihoodName
 from latentvae.models.hierarchical.blocks import ActivationName
 from latentvae.models.hierarchical.gaussian import PosteriorName, StdName
+from latentvae.models.hierarchical.layers import check_blocks
 from latentvae.models.hierarchical.network import HierarchicalVAE
 from latentvae.models.hierarchical.styles import StyleName
-from latentvae.option_marks import ChosenByPreset, OfTheRun, Positive, Section, marked
+from latentvae.models.vae_config import VAEConfig
+from latentvae.option_marks import Positive
 
 
-class HierarchicalConfig(Section):
+class HierarchicalConfig(VAEConfig):
     """Options of the network: a hierarchical VAE with groups of latents at every resolution."""
 
-    architecture: Annotated[Literal["hierarchical"], ChosenByPreset(), OfTheRun()] = "hierarchical"
+    architecture: Literal["hierarchical"] = "hierarchical"  # type: ignore[assignment]
     enc_blocks: str = Field(
         default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
         description=(
@@ -46,10 +47,6 @@ class HierarchicalConfig(Section):
         default=0.25,
         gt=0.0,
         description="Number of channels inside a block, as a share of the width.",
-    )
-    likelihood: LikelihoodName = Field(
-        default="logistic_mixture",
-        description="Distribution of the pixels, whose parameters the decoder returns.",
     )
     num_mixtures: Positive = Field(
         default=10,
@@ -92,19 +89,19 @@ class HierarchicalConfig(Section):
         description="Largest resolution whose maps start at a learned bias for each position.",
     )
 
-    def shape(self) -> dict[str, Any]:
-        """Return the arguments of `HierarchicalVAE` besides the shape of the images."""
-        return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
+    @model_validator(mode="after")
+    def _check(self) -> "HierarchicalConfig":
+        check_blocks(self.enc_blocks, self.dec_blocks, self.custom_widths)
+        return self
 
-    def build(
-        self, image_shape: tuple[int, int, int], *, levels: int | None = None
-    ) -> HierarchicalVAE:
-        """Return a new network for images (C, H, W) whose pixels have `levels` values."""
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `HierarchicalVAE`, without the shape of the images."""
+        return self.model_dump(exclude={"architecture"})
+
+    def build(self, image_shape: tuple[int, int, int]) -> HierarchicalVAE:
         channels, height, width = image_shape
         _check_square(height, width)
-        return HierarchicalVAE(
-            image_channels=channels, sample_size=height, levels=levels, **self.shape()
-        )
+        return HierarchicalVAE(image_channels=channels, sample_size=height, **self.arguments())
 
 
 def _check_square(height: int, width: int) -> None:
