@@ -12,6 +12,8 @@ from latentvae.errors import UserError
 from latentvae.models.bound import LikelihoodNet
 from latentvae.models.dense.config import ConvVAEConfig, DenseVAEConfig
 from latentvae.models.dense.network import VectorVAE
+from latentvae.models.hierarchical.config import HierarchicalConfig
+from latentvae.models.hierarchical.network import HierarchicalVAE
 from latentvae.models.vae_config import VAEConfig
 from latentvae.option_marks import tag_in
 
@@ -19,9 +21,10 @@ from latentvae.option_marks import tag_in
 LIKELIHOOD_OPTIONS: dict[str, type[VAEConfig]] = {
     "dense": DenseVAEConfig,
     "conv": ConvVAEConfig,
+    "hierarchical": HierarchicalConfig,
 }
 # Keys are the class names in the config.json of an export.
-LIKELIHOOD_NETWORKS: dict[str, Any] = {"VectorVAE": VectorVAE}
+LIKELIHOOD_NETWORKS: dict[str, Any] = {"VectorVAE": VectorVAE, "HierarchicalVAE": HierarchicalVAE}
 
 if TYPE_CHECKING:
     AnyVAEConfig = VAEConfig
