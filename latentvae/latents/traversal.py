@@ -20,6 +20,7 @@ Decode = Callable[[Tensor], Tensor]
 VALUES = torch.linspace(-2.0, 2.0, 9).tolist()
 
 
+@torch.no_grad()
 def traverse(
     decode: Decode,
     mean: Tensor,
@@ -85,12 +86,12 @@ def save_traversal(
     if kl is not None and kl.shape != mean.shape:
         raise UserError(f"kl must have one value per dimension, {mean.shape}, not {kl.shape}.")
     order = list(range(len(mean))) if dimensions is None else list(dimensions)
-    nats = None if kl is None else kl.tolist()
-    if nats is not None:
-        order.sort(key=lambda number: -nats[number])
+    labels = [f"z{number}" for number in range(len(mean))]
+    if kl is not None:
+        order.sort(key=lambda number: -kl[number].item())
+        labels = [f"z{number}  {nats:.2f} nats" for number, nats in enumerate(kl.tolist())]
+
     images = traverse(decode, mean, dimensions=order, values=values)
-    labels = [
-        f"z{number}" + ("" if nats is None else f"  {nats[number]:.2f} nats") for number in order
-    ]
-    save_grid(images.flatten(0, 1).float().cpu(), path, labels=labels)
+    rows = [labels[number] for number in order]
+    save_grid(images.flatten(0, 1).float().cpu(), path, labels=rows)
     return order
