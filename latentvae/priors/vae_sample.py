@@ -9,8 +9,7 @@ from latentvae.compute.precision import full_float32
 from latentvae.distributed import launched_device
 from latentvae.errors import UserError
 from latentvae.models.likelihood_models import load_likelihood_net
-from latentvae.pictures import to_pil
-from latentvae.priors.grid import save_grid
+from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
 
 

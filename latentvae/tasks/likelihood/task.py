@@ -19,7 +19,7 @@ from latentvae.distributed import barrier, gather_objects, is_main, rank, world_
 from latentvae.engine.task import Learner, State
 from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
 from latentvae.losses.variational import VariationalLoss
-from latentvae.priors.grid import save_grid
+from latentvae.pictures import save_grid
 from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.reach import few_validation_images
 from latentvae.tasks.autoencoder.refusals import check_source
