@@ -152,6 +152,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
             log_ratio=torch.stack(ratios),
             unit_kl=unit_kl,
             latents=tuple(drawn),
+            posterior=(first.mean, first.logvar) if self._is_single_gaussian else None,
         )
 
     def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
@@ -165,9 +166,13 @@ class VectorVAE(ModelMixin, ConfigMixin):
         """Return q(z_1 | x) before the flow, (B, U)."""
         return Gaussian.from_moments(self.moments(self.encoder(images)))
 
+    @property
+    def _is_single_gaussian(self) -> bool:
+        return self.flow is None and self.num_groups == 1
+
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return mean and log-variance (B, U) of q(z_1 | x), or None if that is not all of q."""
-        if self.flow is not None or self.num_groups > 1:
+        if not self._is_single_gaussian:
             return None
         posterior = self.posterior(images)
         return posterior.mean, posterior.logvar

@@ -10,6 +10,13 @@ from latentvae.config.presets import parse
 from latentvae.tasks.likelihood.config import LikelihoodConfig
 
 SIDE = 8
+HIERARCHY = {
+    "architecture": "hierarchical",
+    "enc_blocks": "8x1,8d2,4x1,4d4,1x1",
+    "dec_blocks": "1x1,4m1,8m4",
+    "width": 16,
+    "zdim": 4,
+}
 
 
 def write_bars(folder: Path, *, count: int = 64) -> Path:
@@ -51,7 +58,9 @@ def small_likelihood(images: Path, out: Path, **changes: Any) -> LikelihoodConfi
     }
     for name, value in changes.items():
         section = sections.get(name)
-        if section is not None and isinstance(value, dict):
+        if name == "vae" and "architecture" in value:
+            sections["vae"] = value
+        elif section is not None and isinstance(value, dict):
             section.update(value)
         else:
             sections["run"][name] = value

@@ -20,6 +20,7 @@ from latentvae.engine.loop import Stopped, train
 from latentvae.engine.resume import write_config
 from latentvae.engine.updates import Updates
 from latentvae.errors import RunError, UserError
+from latentvae.losses.total_correlation import measure_kl_parts
 from latentvae.models.dense.network import VectorVAE
 from latentvae.models.likelihood_models import load_likelihood_net
 from latentvae.proofs.likelihood_preflight import likelihood_preflight
@@ -30,7 +31,7 @@ from latentvae.tasks.likelihood.measure import measure_folder
 from latentvae.tasks.likelihood.task import LikelihoodTask
 from tests.launch import finish, launch
 from tests.tasks.likelihood.fixed_noise import train_fixed
-from tests.tasks.likelihood.small import SIDE, small_likelihood, write_bars
+from tests.tasks.likelihood.small import HIERARCHY, SIDE, small_likelihood, write_bars
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
@@ -136,8 +137,10 @@ def test_wrong_arguments_are_one_sentence(
             "data": {"binarize": "static"},
         },
         {"objective": {"bound": "dreg", "train_samples": 3}},
+        {"objective": {"tc_scale": 5.0}},
+        {"vae": HIERARCHY, "objective": {"free_nats": 0.1}},
     ],
-    ids=["elbo", "two-static", "dreg"],
+    ids=["elbo", "two-static", "dreg", "factor", "hierarchical"],
 )
 def test_a_run_resumes_to_the_bit(changes: dict[str, Any], bars: Path, tmp_path: Path) -> None:
     def config(name: str) -> LikelihoodConfig:
@@ -236,6 +239,20 @@ def test_preflight_holds(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hierarchy_learns_and_its_groups_add_up(bars: Path, tmp_path: Path) -> None:
+    long = {"max_train_steps": 150, "checkpointing_steps": 150, "validation_steps": 150}
+    config = small_likelihood(bars, tmp_path / "run", vae=HIERARCHY, **long)
+    assert config.vae.architecture == "hierarchical"
+    train(LikelihoodTask(config))
+    first, last = validations(tmp_path / "run")
+    assert last["validation/nats"] < first["validation/nats"] - 5
+    found = measure_folder(tmp_path / "run", str(bars), samples=10)
+    assert len(found["kl_per_group"]) == 3
+    assert sum(found["kl_per_group"]) == pytest.approx(last["validation/kl"], rel=0.25)
+    main(["sample", str(tmp_path / "run"), "--num", "2", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
 @pytest.mark.parametrize("fault", ["gradients", "values", "bounds", "loss-falls"])
 def test_preflight_finds_faults(
     fault: str, bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -266,6 +283,36 @@ def test_preflight_finds_faults(
             config = small_likelihood(bars, tmp_path / "run", optimizer={"learning_rate": 50.0})
         assert likelihood_preflight(config) == 1
     assert f"FAILED {fault}" in capsys.readouterr().out
+
+
+# total correlation
+
+
+def correlation_of(run: Path, bars: Path) -> float:
+    """Total correlation of the latents of all images."""
+    net, _ = load_likelihood_net(run)
+    assert isinstance(net, VectorVAE)
+    pixels = [np.asarray(Image.open(path)) for path in sorted(bars.iterdir())]
+    images = torch.tensor(np.stack(pixels))[:, None].float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = net.posterior(images)
+    draws = torch.Generator().manual_seed(0)
+    parts = measure_kl_parts(posterior.mean, posterior.logvar, generator=draws)
+    return parts.total_correlation.item()
+
+
+@pytest.mark.parametrize("estimate", ["minibatch", "discriminator"])
+def test_the_term_makes_the_units_less_dependent(
+    estimate: str, run: Path, bars: Path, tmp_path: Path
+) -> None:
+    options = {"tc_scale": 10.0, "tc_estimate": estimate, "tc_learning_rate": 2e-3}
+    long = {"max_train_steps": 200, "checkpointing_steps": 200, "validation_steps": 200}
+    train(LikelihoodTask(small_likelihood(bars, tmp_path / "run", **long, objective=options)))
+    assert correlation_of(tmp_path / "run", bars) < 0.6 * correlation_of(run, bars)
+    assert validations(tmp_path / "run")[-1]["validation/kl"] > 1  # not by collapse
+    names = {name for row in read_rows(tmp_path / "run" / "log.jsonl") for name in row}
+    assert "loss/total_correlation" in names
+    assert ("loss/tc_discriminator" in names) == (estimate == "discriminator")
 
 
 # images and options
@@ -300,6 +347,12 @@ def test_grey_values_are_the_share_of_white() -> None:
             },
             "dreg needs a single latent vector",
         ),
+        ({"gradient_checkpointing": True}, "not available for architecture dense"),
+        (
+            {"vae": HIERARCHY, "objective": {"bound": "dreg", "train_samples": 2}},
+            "dreg needs architecture dense or conv",
+        ),
+        ({"vae": {"posterior_flow": "iaf"}, "objective": {"tc_scale": 1.0}}, "posterior_flow none"),
     ],
 )
 def test_wrong_options_are_one_sentence_too(
