@@ -98,6 +98,13 @@ class VariationalConfig(Section):
             "beta-TCVAE does."
         ),
     )
+    tc_channels: Positive = Field(
+        default=1000,
+        description=(
+            "Width of the six hidden layers of the discriminator of the total correlation. The "
+            "default is FactorVAE's."
+        ),
+    )
     tc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4, description="Learning rate of the discriminator of the total correlation."
     )

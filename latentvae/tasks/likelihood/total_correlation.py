@@ -95,5 +95,5 @@ def build_discriminator(
     own = optimizer.model_copy(
         update={"adam_beta1": beta1, "adam_beta2": beta2, "adam_weight_decay": 0.0}
     )
-    module: nn.Module = FactorDiscriminator(units)
+    module: nn.Module = FactorDiscriminator(units, width=options.tc_channels)
     return Learner.with_optimizer(module, accelerator, own, rate=options.tc_learning_rate)
