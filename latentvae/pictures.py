@@ -1,4 +1,4 @@
-"""Convert pictures of Pillow, NumPy and PyTorch to tensors and back.
+"""Convert pictures of Pillow, NumPy and PyTorch to tensors and back, and draw grids of pictures.
 
     PIL image, list of PIL images    any mode in, 8-bit L, RGB or RGBA out
     NumPy (H, W, C), (B, H, W, C)    uint8, uint16, or float in [0, 1]
@@ -9,20 +9,27 @@ C is the network's number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 Inside the package images are float32 in [-1, 1], (B, C, H, W).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentvae.errors import UserError, nearest
 
 Images = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
 OutputType = Literal["pt", "np", "pil"]
 OUTPUT_TYPES: tuple[OutputType, ...] = get_args(OutputType)
+
+CELL = 64  # a grid enlarges smaller images to at least this many pixels on a side
+GAP, LABEL_WIDTH = 2, 110  # of a grid, in pixels
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,38 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels) for pixels in arrays
     ]
+
+
+def save_grid(images: Tensor, path: Path, *, labels: Sequence[str] | None = None) -> None:
+    """Write images (B, C, H, W) in [-1, 1] as one PNG.
+
+    With labels, each row has B / len(labels) images and its label on the left, of at most 16
+    letters. Without labels, the grid is about square. Small images are enlarged.
+    """
+    columns = len(images) // len(labels) if labels else math.ceil(len(images) ** 0.5)
+    missing = -len(images) % columns
+    white = F.pad(images, (0, GAP, 0, GAP), value=1.0)
+    white = F.pad(white, (0, 0, 0, 0, 0, 0, 0, missing), value=1.0)
+    joined = rearrange(white, "(row column) c h w -> 1 c (row h) (column w)", column=columns)
+    picture = to_pil(joined)[0]
+
+    # enlarge
+    factor = math.ceil(CELL / min(images.shape[2:]))
+    size = (factor * picture.width, factor * picture.height)
+    picture = picture.resize(size, Image.Resampling.NEAREST)
+
+    # labels
+    if labels:
+        canvas = Image.new(picture.mode, (LABEL_WIDTH + picture.width, picture.height), "white")
+        canvas.paste(picture, (LABEL_WIDTH, 0))
+        pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+        height = picture.height // len(labels)
+        for row, label in enumerate(labels):
+            pen.text((6, row * height + 6), label[:16], fill="black", font=font)
+        picture = canvas
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
 
 
 def to_unit_array(images: Tensor) -> np.ndarray:

@@ -59,10 +59,10 @@ ALLOWED = {
     | {"compute", "config", "export", "engine", "priors", "evaluation", "autoencoder"},
     "proofs": BASE
     | {"models", "losses", "metrics", "data", "compute", "config", "engine", "priors", "tasks"}
-    | {"latents", "autoencoder", "report"},
+    | {"latents", "autoencoder", "report", "pictures"},
     "cli": BASE
     | {"config", "reconstruct", "report", "evaluation", "latents", "export", "engine", "tasks"}
-    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute"},
+    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute", "models"},
     "__init__": {"autoencoder", "latents", "tasks"},
 }
 ACCELERATE = {"engine", "tasks"}

@@ -17,6 +17,7 @@ from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.resampling import normalised
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.split import Subset, open_images, open_source, some_of, spread
+from latentvae.data.sprites import Sprites
 from latentvae.data.stream import ImageStream, stream_loader
 from latentvae.data.tar import TarShards
 from latentvae.data.transforms import EvalTransform, TrainTransform, to_tensor
@@ -38,6 +39,7 @@ __all__ = [
     "Picture",
     "PixelFormat",
     "SamplePhotos",
+    "Sprites",
     "Subset",
     "TarShards",
     "TrainImages",

@@ -39,7 +39,8 @@ class DataConfig(Section):
         description=(
             "Training images: a folder (with sub-folders) of images, of tar files or of parquet "
             "files. You may also give a single tar or parquet file, or a pattern such as "
-            "shards/{000..012}.tar. `samples` means the photos that come with scikit-image."
+            "shards/{000..012}.tar. `samples` means the photos that come with scikit-image, and "
+            "`sprites` means 737,280 drawn images with known factors (grey, 64 x 64 pixels)."
         ),
     )
     dataset_name: Annotated[str | None, MayChange()] = Field(
@@ -285,10 +286,10 @@ class DataConfig(Section):
                 "streaming needs dataset_name, and train_data_dir does not support it. Leave "
                 "streaming out."
             )
-        if self.streaming and self.dataset_name == "samples":
+        if self.streaming and self.dataset_name in ("samples", "sprites"):
             raise ValueError(
-                "streaming is for data sets, but dataset_name 'samples' are 13 photos on this "
-                "machine. Leave streaming out."
+                f"streaming is for downloads, but the images of dataset_name '{self.dataset_name}' "
+                "are on this machine. Leave streaming out."
             )
         if self.streaming and self.aspect_ratio_buckets:
             raise ValueError(

@@ -30,11 +30,13 @@ from latentvae.data.image_folder import (
 )
 from latentvae.data.pages import file_of_page
 from latentvae.data.pixels import Picture, PixelFormat
+from latentvae.data.sprites import SPRITES, Sprites
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
 
 Spec = str | os.PathLike[str] | DatasetSpec
-Form = Literal["samples", "folder", "tar", "table"]
+Form = Literal["samples", "sprites", "folder", "tar", "table"]
+BUILT_IN: tuple[Form, ...] = (SAMPLES, SPRITES)  # names of images that come with the package
 
 
 class Subset:
@@ -84,11 +86,12 @@ def open_source(
 ) -> ImageSource:
     """Open the images that ``spec`` names. The content of a folder decides its form.
 
-    A string or path may be ``"samples"`` (write ``./samples`` for a folder of that name), a folder
-    of images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar
-    file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a
-    folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
-    a folder of images.
+    A string or path may be ``"samples"`` (``SamplePhotos``) or ``"sprites"`` (``Sprites``). Write
+    ``./samples`` for a folder of that name. Other strings and paths are a folder of images, tar
+    files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar file, a folder
+    of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a folder of such
+    files, or a folder written by ``save_to_disk``. A folder that holds any image is a folder of
+    images.
 
     A ``DatasetSpec`` names one of these forms with options or, if there is no such path, a data set
     of the Hub. With a ``DatasetSpec``, a folder of images is a table with the splits that
@@ -116,6 +119,7 @@ def open_source(
 
 SOURCES: dict[Form, Callable[[DatasetSpec, PixelFormat | None], ImageSource]] = {
     "samples": lambda spec, pixels: SamplePhotos(spec.split, pixels=pixels),
+    "sprites": lambda spec, pixels: Sprites(pixels=pixels),
     "folder": lambda spec, pixels: ImageFolder(spec.name, pixels=pixels),
     "tar": lambda spec, pixels: TarShards(spec.name, pixels=pixels),
     "table": lambda spec, pixels: HubImages(spec, pixels=pixels),
@@ -169,6 +173,9 @@ def _kind(name: str) -> Form | None:
     path = Path(name).expanduser()
     if name == SAMPLES:
         return "samples"
+    if name == SPRITES:
+        _check_no_folder(path)
+        return "sprites"
     if name.lower().endswith((".tar", *COMPRESSED_SUFFIXES)):
         return "tar"
     if path.is_dir():
@@ -176,6 +183,19 @@ def _kind(name: str) -> Form | None:
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
         return "table"
     return "folder" if path.exists() else None
+
+
+def _check_no_folder(path: Path) -> None:
+    """Raise UserError if a folder has the name of a built-in data set that a folder may well have.
+
+    Then the name could mean either, and the wrong one would be used silently.
+    """
+    if path.exists():
+        raise UserError(
+            f"'{path}' is the name of a built-in data set, and there is also a folder or file "
+            f"'{path}' here. Write './{path}' for the folder. For the data set, start in another "
+            "folder."
+        )
 
 
 def _kind_with_options(spec: DatasetSpec) -> Form:

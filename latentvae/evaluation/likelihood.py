@@ -19,7 +19,7 @@ ACTIVE = 0.01  # least variance of the mean of an active unit (Burda et al. 2016
 
 @dataclass
 class Sums:
-    """Sums over images, from which `summary` makes means. Sums of several processes may be added.
+    """Sums over images. Sums of several processes may be added.
 
     Attributes:
         images: number of images.
@@ -27,6 +27,7 @@ class Sums:
         kl: KL of each group, (G,), in nats.
         means, squares: sums of the posterior means and of their squares, (U,).
         unit_kl: KL of each unit, (U,), or None.
+        each: both bounds of each image, (2, B) for each batch.
     """
 
     images: int = 0

@@ -38,8 +38,7 @@ class DiscretizedLogisticMixture(PixelDistribution):
     def num_maps(self, channels: int) -> int:
         return self.components * (1 + 2 * channels + channels * (channels - 1) // 2)
 
-    def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        images = images.float()
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         logits, location, log_scale, pairs = self._parts(parameters, images.shape[1])
         values = images.unsqueeze(1).expand_as(location)
         location = location + _from_earlier_channels(values, pairs)

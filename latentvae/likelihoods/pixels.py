@@ -12,6 +12,7 @@ Symbols: `B` batch size, `C` image channels, `H W` image size, `M` parameter map
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,23 @@ class PixelDistribution(ABC):
     def num_maps(self, channels: int) -> int:
         """Return M, the number of parameter maps for images of C channels."""
 
-    @abstractmethod
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return ln p of each image, (B,), in nats, float32.
+        """Return ln p of each image, (S B,), in nats, float32.
 
         Args:
             images: pixels in [-1, 1], each one of the `levels` values, (B, C, H, W).
-            parameters: the decoder's output, (B, M, H, W).
+            parameters: the decoder's output for S samples of each image, (S B, M, H, W). All images
+                of the first sample come first.
         """
+        images = images.float()
+        samples = len(parameters) // len(images)
+        if samples > 1:
+            images = images.expand(samples, *images.shape).flatten(0, 1)
+        return self._log_prob(images, parameters)
+
+    @abstractmethod
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Return ln p of each image, (B,), for one sample, from images in float32."""
 
     @abstractmethod
     def mean(self, parameters: Tensor) -> Tensor:
@@ -83,10 +93,12 @@ class Bernoulli(PixelDistribution):
 
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         # (1 + x) / 2 is the share of white.
-        white = (images.float() + 1.0) / 2.0
-        logits = parameters.float()
-        nats = F.binary_cross_entropy_with_logits(logits, white, reduction="none")
-        return -nats.flatten(1).sum(1)
+        white = (images.float().flatten(1) + 1.0) / 2.0
+        result: Tensor = _BinaryLogProb.apply(parameters.float().flatten(1), white)  # type: ignore[assignment]
+        return result
+
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        return self.log_prob(images, parameters)
 
     def mean(self, parameters: Tensor) -> Tensor:
         return 2.0 * parameters.float().sigmoid() - 1.0
@@ -99,6 +111,30 @@ class Bernoulli(PixelDistribution):
         return torch.logit(share)
 
 
+class _BinaryLogProb(torch.autograd.Function):
+    """sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and shares of white x (B, D).
+
+    The gradient is x - sigmoid(l). Computing it here takes half of the time and memory of torch's
+    binary cross entropy, which needs a slow logarithm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, white: Tensor) -> Tensor:
+        shares = torch.sigmoid(logits)
+        ctx.save_for_backward(shares, white)
+        # ln(1 + e^l) = max(l, 0) - ln(sigmoid(|l|))
+        softplus = torch.relu(logits) - torch.log(torch.maximum(shares, 1.0 - shares))
+        white_logits = torch.einsum("sbd,bd->sb", logits.view(-1, *white.shape), white)
+        return white_logits.flatten() - softplus.sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        shares, white = ctx.saved_tensors
+        difference = white - shares.view(-1, *white.shape)
+        return (difference * gradient.view(-1, len(white), 1)).view_as(shares), None
+
+
 class LocationScale(PixelDistribution):
     """Base class of independent pixels with a location and a scale.
 
@@ -109,9 +145,9 @@ class LocationScale(PixelDistribution):
     def num_maps(self, channels: int) -> int:
         return 2 * channels
 
-    def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         location, log_scale = split(parameters)
-        return self.log_mass(images.float(), location, log_scale).flatten(1).sum(1)
+        return self.log_mass(images, location, log_scale).flatten(1).sum(1)
 
     def log_mass(self, images: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         """Return ln p of each value, for tensors whose shapes fit each other."""

@@ -82,6 +82,26 @@ class VariationalConfig(Section):
         ),
     )
 
+    tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
+        default=0.0,
+        description=(
+            "Additional weight of the total correlation of the latent units, which measures how "
+            "much they depend on each other. This is gamma of FactorVAE, and beta - 1 of "
+            "beta-TCVAE. 0 switches it off."
+        ),
+    )
+    tc_estimate: Literal["discriminator", "minibatch"] = Field(
+        default="discriminator",
+        description=(
+            "How the total correlation is estimated (see tc_scale). `discriminator` trains a "
+            "second network, as FactorVAE does. `minibatch` uses the posteriors of the batch, as "
+            "beta-TCVAE does."
+        ),
+    )
+    tc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-4, description="Learning rate of the discriminator of the total correlation."
+    )
+
     @model_validator(mode="after")
     def _check(self) -> "VariationalConfig":
         changed = [n for n in ("free_nats", "capacity_nats", "kl_balance") if getattr(self, n)]
@@ -99,6 +119,11 @@ class VariationalConfig(Section):
             raise ValueError(
                 f"free_nats {self.free_nats:g} and capacity_nats {self.capacity_nats:g} both "
                 "replace the KL term. Give only one."
+            )
+        if self.tc_scale and (self.bound != "elbo" or self.train_samples > 1):
+            raise ValueError(
+                f"tc_scale {self.tc_scale:g} needs bound elbo and train_samples 1 (got "
+                f"{self.bound} and {self.train_samples})."
             )
         if self.kl_cycles > 1 and not self.kl_warmup_steps:
             raise ValueError(

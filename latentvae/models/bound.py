@@ -29,7 +29,8 @@ class Bound(BaseOutput):
             groups before it where a closed form exists, otherwise it equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
         unit_kl: KL divergence of each latent unit, (B, U), or None if the network has too many.
-        latents: the drawn latents of each group, for gradients that are changed there, or None.
+        latents: the drawn latents of each group, (S, B, U), or None.
+        posterior: mean and log-variance (B, U) of a single Gaussian posterior, or None.
     """
 
     log_likelihood: Tensor = None  # type: ignore[assignment]
@@ -37,6 +38,7 @@ class Bound(BaseOutput):
     log_ratio: Tensor = None  # type: ignore[assignment]
     unit_kl: Tensor | None = None
     latents: tuple[Tensor, ...] | None = None
+    posterior: tuple[Tensor, Tensor] | None = None
 
     def elbo(self) -> Tensor:
         """Return the evidence lower bound of each image, the mean over samples, (B,)."""
@@ -80,6 +82,10 @@ class LikelihoodNet(Protocol):
 
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
+        ...
+
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of a single Gaussian posterior, or None."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Options that all networks with a likelihood have."""
 
 from abc import abstractmethod
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ class VAEConfig(Section):
 
     A subclass has an option `architecture` with its own name as the only value.
     """
+
+    can_checkpoint: ClassVar[bool] = False  # whether the network has gradient checkpointing
 
     architecture: Annotated[Any, ChosenByPreset(), Elsewhere("arch model_type")]
     likelihood: Annotated[LikelihoodName, Elsewhere("decoder_distribution")] = Field(
@@ -32,6 +34,6 @@ class VAEConfig(Section):
     def build(self, image_shape: tuple[int, int, int]) -> LikelihoodNet:
         """Return a new network for images of shape (C, H, W)."""
 
-    def why_no_dreg(self) -> str:
-        """Return what the bound `dreg` needs but this network does not have, or ""."""
+    def why_no_single_gaussian(self) -> str:
+        """Say what must change so that the posterior is a single Gaussian vector, or return ""."""
         return ""

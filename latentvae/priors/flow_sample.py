@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from latentvae.compute.precision import full_float32
 from latentvae.errors import UserError
-from latentvae.pictures import to_pil
+from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.flow_matching import FlowSampling
 from latentvae.priors.flow_pipeline import FlowPipeline
-from latentvae.priors.grid import save_grid
 from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
 from latentvae.priors.transformer import NO_CLASS
 

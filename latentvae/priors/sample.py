@@ -15,8 +15,7 @@ from latentvae.files import read_text
 from latentvae.latents.finishing import finish
 from latentvae.latents.formats.shards import DTYPES, Content, ShardHeader
 from latentvae.latents.writing import save_shard
-from latentvae.pictures import to_pil
-from latentvae.priors.grid import save_grid
+from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import Sampling, sample_tokens
 from latentvae.priors.transformer import NO_CLASS, Text

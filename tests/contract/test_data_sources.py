@@ -124,7 +124,7 @@ WRITERS: dict[str, tuple[Form, Callable[[Path, Files], Any]]] = {
     "saved": ("table", write_saved),
 }
 STREAM = "first rows of a stream"
-OWN_PICTURES: set[Form] = {"samples"}  # forms that hold pictures of their own, no one else's
+OWN_PICTURES: set[Form] = {"samples", "sprites"}  # forms that hold pictures of their own
 WRITTEN = pytest.mark.parametrize("form", [*WRITERS, STREAM])
 
 

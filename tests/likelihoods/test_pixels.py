@@ -107,3 +107,31 @@ def test_far_values_keep_finite_nats_and_gradients() -> None:
         nats.sum().backward()
         assert nats.isfinite().all()
         assert parameters.grad is not None and parameters.grad.isfinite().all()
+
+
+def test_the_gradient_of_binary_pixels_is_that_of_the_cross_entropy() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 2, (3, 1, 4, 5)).float() * 2 - 1
+    logits = (12 * torch.randn(6, 1, 4, 5)).requires_grad_()
+    logits.data[0, 0, 0] = 200.0
+    white = ((images + 1) / 2).repeat(2, 1, 1, 1)
+    ours = pixel_distribution("bernoulli").log_prob(images, logits)
+    theirs = -torch.nn.functional.binary_cross_entropy_with_logits(logits, white, reduction="none")
+    theirs = theirs.flatten(1).sum(1)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    weight = torch.randn(6)
+    found, expected = (
+        torch.autograd.grad((weight * log_p).sum(), logits)[0] for log_p in (ours, theirs)
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PIXEL_DISTRIBUTIONS)
+def test_samples_of_parameters_are_scored_against_their_image(name: str) -> None:
+    pixels = pixel_distribution(name)
+    torch.manual_seed(0)
+    images = pixels.rounded(torch.rand(3, 1, 2, 2) * 2 - 1)
+    parameters = torch.randn(6, pixels.num_maps(1), 2, 2)
+    both = pixels.log_prob(images, parameters)
+    parts = [pixels.log_prob(images, part) for part in parameters.split(3)]
+    assert torch.allclose(both, torch.cat(parts), rtol=1e-5)

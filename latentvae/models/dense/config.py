@@ -54,7 +54,7 @@ class VectorVAEConfig(VAEConfig):
             )
         return self
 
-    def why_no_dreg(self) -> str:
+    def why_no_single_gaussian(self) -> str:
         if len(self.latent_units) > 1:
             return "a single latent vector"
         return "" if self.posterior_flow == "none" else "posterior_flow none"

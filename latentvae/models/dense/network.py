@@ -145,26 +145,37 @@ class VectorVAE(ModelMixin, ConfigMixin):
         if self.flow is None:
             units = posteriors[-1].kl(priors[0])
             kl[0] = units.sum(-1).expand_as(ratios[0])
-            unit_kl = units if len(drawn) == 1 else units.mean(0)
+            unit_kl = units.mean(0)
         return Bound(
             log_likelihood=self._log_likelihood(images, drawn[0]),
             kl=torch.stack(kl),
             log_ratio=torch.stack(ratios),
             unit_kl=unit_kl,
             latents=tuple(drawn),
+            posterior=(first.mean, first.logvar) if self._is_single_gaussian else None,
         )
 
     def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         """Return ln p(x | z), (S, B)."""
         parameters = self.decoder(z.flatten(0, 1))
-        repeated = images.expand(len(z), *images.shape).flatten(0, 1)
-        return self.pixels.log_prob(repeated, parameters).unflatten(0, z.shape[:2])
+        return self.pixels.log_prob(images, parameters).unflatten(0, z.shape[:2])
 
     # other uses
 
     def posterior(self, images: Tensor) -> Gaussian:
         """Return q(z_1 | x) before the flow, (B, U)."""
         return Gaussian.from_moments(self.moments(self.encoder(images)))
+
+    @property
+    def _is_single_gaussian(self) -> bool:
+        return self.flow is None and self.num_groups == 1
+
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of q(z_1 | x), or None if that is not all of q."""
+        if not self._is_single_gaussian:
+            return None
+        posterior = self.posterior(images)
+        return posterior.mean, posterior.logvar
 
     def latent(self, images: Tensor) -> Tensor:
         """Return the posterior's mean of z_1 after the flow, (B, U)."""

@@ -1,6 +1,6 @@
 """Options of hierarchical VAEs, as a section of a preset."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from latentvae.option_marks import Positive
 
 class HierarchicalConfig(VAEConfig):
     """Options of the network: a hierarchical VAE with groups of latents at every resolution."""
+
+    can_checkpoint: ClassVar[bool] = True
 
     architecture: Literal["hierarchical"] = "hierarchical"  # type: ignore[assignment]
     enc_blocks: str = Field(
@@ -93,6 +95,9 @@ class HierarchicalConfig(VAEConfig):
     def _check(self) -> "HierarchicalConfig":
         check_blocks(self.enc_blocks, self.dec_blocks, self.custom_widths)
         return self
+
+    def why_no_single_gaussian(self) -> str:
+        return "architecture dense or conv"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `HierarchicalVAE`, without the shape of the images."""

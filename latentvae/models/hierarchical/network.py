@@ -192,6 +192,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             unit_kl=self._unit_kl(kl, samples),
         )
 
+    def posterior_moments(self, images: Tensor) -> None:
+        """Return None, because the posterior is not a single Gaussian vector."""
+
     @torch.no_grad()
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""

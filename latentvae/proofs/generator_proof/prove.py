@@ -28,7 +28,7 @@ from latentvae.engine.lock import locked
 from latentvae.errors import UserError
 from latentvae.files import read_text
 from latentvae.latents.formats.shards import read_manifest
-from latentvae.priors.grid import save_grid
+from latentvae.pictures import save_grid
 from latentvae.proofs.generator_proof.latent_subject import LatentSubject
 from latentvae.proofs.generator_proof.measures import FEATURES, PictureFeatures, References
 from latentvae.proofs.generator_proof.settings import ProofSettings

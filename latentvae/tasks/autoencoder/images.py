@@ -26,7 +26,7 @@ from latentvae.data import (
     stream_loader,
     train_loader,
 )
-from latentvae.data.image_folder import SAMPLES
+from latentvae.data.split import BUILT_IN
 from latentvae.distributed import from_main, is_main, rank, world_size
 from latentvae.tasks.image_config import ImageJobConfig
 
@@ -75,7 +75,7 @@ def _spec(config: ImageJobConfig) -> str | DatasetSpec:
     assert name is not None
     only_a_name = data.dataset_config_name is data.image_column is data.cache_dir is None
     only_a_name = only_a_name and data.dataset_split == "train"
-    if name == SAMPLES or (data.dataset_name is None and only_a_name):
+    if name in BUILT_IN or (data.dataset_name is None and only_a_name):
         return name
     return DatasetSpec(
         name=name,

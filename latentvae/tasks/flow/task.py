@@ -20,6 +20,7 @@ from latentvae.distributed import barrier, gather_objects, is_main, rank, world_
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
 from latentvae.latents.opening import open_model
+from latentvae.pictures import save_grid
 from latentvae.priors.dit import PIPELINE_CLASSES, build_dit, sample_latents, velocity
 from latentvae.priors.flow_matching import (
     FlowSampling,
@@ -30,7 +31,6 @@ from latentvae.priors.flow_matching import (
     noise_of,
     noised,
 )
-from latentvae.priors.grid import save_grid
 from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.flow_export import export_flow

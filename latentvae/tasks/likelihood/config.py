@@ -95,8 +95,20 @@ class LikelihoodConfig(ImageJobConfig):
         self._check_images()
         if self.run.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 is not supported. Use bf16 or no instead.")
-        if self.objective.bound == "dreg" and (why := self.vae.why_no_dreg()):
+        if self.run.gradient_checkpointing and not self.vae.can_checkpoint:
+            raise ValueError(
+                f"gradient_checkpointing is not available for architecture "
+                f"{self.vae.architecture}. Leave it out."
+            )
+        if self.objective.bound == "dreg" and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"bound dreg needs {why}. Use bound iwae instead.")
+        if self.objective.tc_scale and (why := self.vae.why_no_single_gaussian()):
+            raise ValueError(f"tc_scale needs {why}. Set tc_scale to 0.")
+        if self.objective.tc_scale and self.run.train_batch_size < 4:
+            raise ValueError(
+                f"tc_scale needs a train_batch_size of at least 4 (got "
+                f"{self.run.train_batch_size})."
+            )
         return self
 
     def _check_images(self) -> None:

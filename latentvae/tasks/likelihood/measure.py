@@ -13,10 +13,12 @@ from latentvae.distributed import launched_device
 from latentvae.errors import UserError
 from latentvae.evaluation.likelihood import Sums, bits_per_dim, bounds_of
 from latentvae.evaluation.published import PUBLISHED
+from latentvae.metrics.mutual_information import mutual_information
 from latentvae.models.likelihood_models import ImagesOfModel, load_likelihood_net
 from latentvae.tasks.likelihood.images import binary, binary_bytes, read_all
 
 SHOWN_GROUPS = 12
+MAX_POSTERIORS = 2000  # images for the mutual information, whose time grows with their square
 
 
 @full_float32()
@@ -69,16 +71,20 @@ def measure_folder(
     # bounds
     pixels = _read(data, net.image_shape, about, max_images=max_images)
     pixels = _made_binary(pixels, binarize or about.binarize, seed=seed)
-    total = Sums()
+    total, posteriors = Sums(), list[tuple[torch.Tensor, torch.Tensor]]()
     with torch.random.fork_rng(), tqdm(total=len(pixels), unit="images", disable=None) as bar:
         torch.manual_seed(seed)
         for part in pixels.split(batch_size):
             images = Batch(part, torch.empty(0), []).on(device)
             total.add(bounds_of(net, images, samples=samples))
+            if (moments := net.posterior_moments(images)) is not None:
+                posteriors.append(moments)
             bar.update(len(part))
 
     # results
     result = _summary(total, net.image_shape, samples=samples)
+    if posteriors:
+        result["mutual_information"] = _information(posteriors, seed=seed)
     print(_lines(result, total, about))
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +132,14 @@ def _summary(total: Sums, shape: tuple[int, int, int], *, samples: int) -> dict[
     }
 
 
+def _information(posteriors: list[tuple[torch.Tensor, torch.Tensor]], *, seed: int) -> float:
+    """Return the mutual information of images and latents, in nats."""
+    means, logvars = (
+        torch.cat(parts)[:MAX_POSTERIORS].cpu() for parts in zip(*posteriors, strict=True)
+    )
+    return mutual_information(means, logvars, generator=torch.Generator().manual_seed(seed))
+
+
 def _lines(result: dict[str, Any], total: Sums, about: ImagesOfModel) -> str:
     nats, error, groups = (
         result["nats_per_image"],
@@ -143,6 +157,8 @@ def _lines(result: dict[str, Any], total: Sums, about: ImagesOfModel) -> str:
         f"  KL per group         {shown}{more} nats",
         f"  active units         {result['active_units']:,} of {result['units']:,}",
     ]
+    if (shared := result.get("mutual_information")) is not None:
+        lines.append(f"  mutual information   {shared:.2f} nats of images and latents")
     if (paper := PUBLISHED.get(about.preset)) is not None:
         unit = "nats per image" if paper.unit == "nats" else "bits per dimension"
         lines.append(f"  published            {paper.value:.2f} {unit} ({paper.source})")

@@ -19,7 +19,7 @@ from latentvae.distributed import barrier, gather_objects, is_main, rank, world_
 from latentvae.engine.task import Learner, State
 from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
 from latentvae.losses.variational import VariationalLoss
-from latentvae.priors.grid import save_grid
+from latentvae.pictures import save_grid
 from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.reach import few_validation_images
 from latentvae.tasks.autoencoder.refusals import check_source
@@ -28,6 +28,12 @@ from latentvae.tasks.image_task import ImageTask
 from latentvae.tasks.likelihood.config import LikelihoodConfig
 from latentvae.tasks.likelihood.images import batches_of, binary, binary_bytes, read_all
 from latentvae.tasks.likelihood.likelihood_export import export_network, is_whole
+from latentvae.tasks.likelihood.total_correlation import (
+    BatchEstimate,
+    DiscriminatorEstimate,
+    TotalCorrelation,
+    build_discriminator,
+)
 
 STATIC_SEED = 0  # of images that are made binary once
 
@@ -78,6 +84,22 @@ class LikelihoodTask(ImageTask):
             self.net, accelerator, self.config.optimizer, averaged=self.net
         )
         self.learners = {"model": learner}
+        self.tc = self._build_total_correlation(accelerator)
+
+    def _build_total_correlation(self, accelerator: Accelerator) -> TotalCorrelation | None:
+        options = self.config.objective
+        if not options.tc_scale:
+            return None
+        if options.tc_estimate == "minibatch":
+            return BatchEstimate(self._num_images())
+        units = self.net.config.latent_units[0]
+        learner = build_discriminator(units, options, self.config.optimizer, accelerator)
+        self.learners["tc_discriminator"] = learner
+        return DiscriminatorEstimate(learner)
+
+    def _num_images(self) -> int:
+        images = self.train_images
+        return len(images) if not isinstance(images, ImageStream) else images.num_images or 10**6
 
     def _read_images(self) -> None:
         """Read validation images, and with `cache_images` also training images, into memory."""
@@ -166,8 +188,19 @@ class LikelihoodTask(ImageTask):
             detach_posterior=self.objective.detaches_posterior,
         )
         loss, logged = self.objective(bound, update=update)
-        (loss / self.config.run.gradient_accumulation_steps).backward()
-        return logged
+        if self.tc is None:
+            (loss / self.config.run.gradient_accumulation_steps).backward()
+            return logged
+
+        # total correlation, and the network that estimates it
+        share = 1.0 / self.config.run.gradient_accumulation_steps
+        correlation = self.tc.of(bound)
+        ((loss + self.config.objective.tc_scale * correlation) * share).backward()
+        return {
+            **logged,
+            "loss/total_correlation": correlation.detach(),
+            **self.tc.learn(bound, share=share),
+        }
 
     def prepared_images(self, batch: Batch) -> Tensor:
         """Return the images on the device, mirrored and made binary by the global generator."""

@@ -21,8 +21,8 @@ from latentvae.data import spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
+from latentvae.pictures import save_grid
 from latentvae.priors.byte_encoder import ByteTextEncoder
-from latentvae.priors.grid import save_grid
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import sample_tokens
 from latentvae.priors.text import encode_prompts, load_text_encoder

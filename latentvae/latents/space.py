@@ -1,0 +1,227 @@
+"""Walk through the latent space of any autoencoder: between images, along attributes, around.
+
+    model = latentvae.load("runs/first/export")
+    first, second = model.encode([photo_a, photo_b], scaled=True)
+    steps = slerp(first, second, torch.linspace(0, 1, 7))
+    model.decode(steps, scaled=True, output_type="pil")
+
+All functions take latents of any shape: (d, h, w) or a flat code. Use scaled latents
+(`scaled=True`), whose elements have a standard deviation near 1. Otherwise a shift of the latents
+changes angles.
+
+`N` latents, `S` steps or strengths, `R` directions, `...` the shape of one latent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latentvae.errors import UserError
+
+Kind = Literal["linear", "spherical"]
+
+
+def lerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate on the straight line: (S, ...). Weight 0 is exactly `first`, 1 is `second`.
+
+    Args:
+        first: (...), a latent.
+        second: (...), another latent.
+        weights: (S,).
+
+    Raises:
+        UserError: the latents have different shapes.
+    """
+    _check_alike(first, second)
+    weights = _column(weights, first)
+    return (1 - weights) * first + weights * second
+
+
+def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate on the arc around zero: (S, ...). Weight 0 is exactly `first`, 1 is `second`.
+
+    The direction turns at constant speed (Shoemake 1985), and the norm changes linearly. So latents
+    between two typical samples of a Gaussian are as long as typical samples, which those of `lerp`
+    are not.
+
+    Args:
+        first: (...), a latent.
+        second: (...), another latent.
+        weights: (S,).
+
+    Raises:
+        UserError: the latents have different shapes, or opposite directions, between which there
+            are many arcs.
+    """
+    _check_alike(first, second)
+    a, b = first.double().flatten(), second.double().flatten()
+    norms = torch.stack([a.norm(), b.norm()])
+    if not norms.all():
+        return lerp(first, second, weights)  # zero has no direction
+
+    angle = torch.acos((a / norms[0] @ (b / norms[1])).clamp(-1, 1))
+    if angle > torch.pi - 1e-4:
+        raise UserError(
+            "the two latents have opposite directions, so no arc between them is the shortest. Use "
+            "linear interpolation."
+        )
+    if angle < 1e-4:
+        return lerp(first, second, weights)
+
+    t = weights.double().to(first.device)[:, None]
+    directions = torch.sin((1 - t) * angle) * (a / norms[0]) + torch.sin(t * angle) * (b / norms[1])
+    points = directions / torch.sin(angle) * ((1 - t) * norms[0] + t * norms[1])
+    points = torch.where(t == 0, a, torch.where(t == 1, b, points))
+    return points.to(first.dtype).unflatten(1, first.shape)
+
+
+INTERPOLATIONS: dict[Kind, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lerp,
+    "spherical": slerp,
+}
+
+
+def nearest_latents(
+    queries: Tensor, latents: Tensor, *, count: int, center: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine similarity and the numbers of the nearest latents: (Q, count) each.
+
+    Args:
+        queries: (Q, ...).
+        latents: (N, ...), among which neighbours are searched. A query that is among them finds
+            itself.
+        count: number of neighbours, at most N.
+        center: subtract the mean of `latents` first. Otherwise all latents point in similar
+            directions.
+
+    Raises:
+        UserError: the shapes differ, or `count` is wrong.
+    """
+    if queries.shape[1:] != latents.shape[1:]:
+        raise UserError(f"queries {queries.shape} and latents {latents.shape} differ in shape.")
+    if not 1 <= count <= len(latents):
+        raise UserError(f"the number of neighbours must lie in 1..{len(latents)} (got {count}).")
+    rows, found = (part.float().flatten(1) for part in (queries, latents))
+    middle = found.mean(0) if center else torch.zeros_like(found[0])
+    rows, found = (torch.nn.functional.normalize(part - middle) for part in (rows, found))
+    similarity, numbers = (rows @ found.T).topk(count)
+    return similarity, numbers
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A direction of the latent space along which images gain an attribute, such as a smile.
+
+    Attributes:
+        direction: (...), the mean latent of images with the attribute minus that of the others.
+        middle: (...), the point half-way between both means.
+    """
+
+    direction: Tensor
+    middle: Tensor
+
+    def apply(self, latent: Tensor, strengths: Tensor) -> Tensor:
+        """Return a latent (...) moved by each of the strengths (S,): (S, ...).
+
+        Strength 1 is the distance between the two means. Negative strengths remove the attribute.
+        """
+        return move_along(latent, self.direction[None], strengths)[0]
+
+    def scores(self, latents: Tensor) -> Tensor:
+        """Return how much of the attribute latents (N, ...) have: (N,).
+
+        The mean with the attribute has 0.5, and the mean without it has -0.5.
+        """
+        axis = self.direction.float().flatten()
+        return (latents - self.middle).float().flatten(1) @ axis / axis.square().sum()
+
+
+def attribute_direction(present: Tensor, absent: Tensor) -> Attribute:
+    """Return the direction from one group of latents to another, the difference of their means.
+
+    The groups should differ in the attribute only. Otherwise the direction also holds whatever else
+    differs, such as the background. Objects at the same place in all images work best.
+
+    Args:
+        present: (N, ...), latents of images with the attribute.
+        absent: (M, ...), latents of images without it.
+
+    Raises:
+        UserError: a group is empty, the shapes differ, or both means are equal.
+    """
+    if not len(present) or not len(absent) or present.shape[1:] != absent.shape[1:]:
+        raise UserError(
+            "an attribute needs two groups of latents of one shape (got "
+            f"{tuple(present.shape)} and {tuple(absent.shape)})."
+        )
+    means = present.mean(0), absent.mean(0)
+    direction = means[0] - means[1]
+    if not direction.any():
+        raise UserError("the two groups have the same mean, so there is no direction.")
+    return Attribute(direction, (means[0] + means[1]) / 2)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The principal components of latents, the largest first.
+
+    Attributes:
+        directions: (R, ...), each as long as one standard deviation of the latents along it.
+        shares: (R,), the share of the latents' variance.
+    """
+
+    directions: Tensor
+    shares: Tensor
+
+
+def principal_components(latents: Tensor, *, count: int) -> Components:
+    """Return the directions along which latents (N, ...) vary most.
+
+    The sign of a direction is chosen so that its largest element is positive.
+
+    Raises:
+        UserError: there are too few latents, or they are all equal.
+    """
+    if not 1 <= count < len(latents):
+        raise UserError(
+            f"{len(latents)} latents have 1 to {len(latents) - 1} principal components (got count "
+            f"{count})."
+        )
+    rows = latents.float().flatten(1)
+    _, values, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    if not values.any():
+        raise UserError("all latents are equal, so they have no principal components.")
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    std = values / (len(rows) - 1) ** 0.5
+    directions = axes * largest.sign() * std[:, None]
+    shares = values.square() / values.square().sum()
+    return Components(directions[:count].unflatten(1, latents.shape[1:]), shares[:count])
+
+
+def move_along(latent: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    """Return a latent (...) moved by each strength (S,) along each direction (R, ...): (R, S, ...).
+
+    Raises:
+        UserError: the directions have another shape than the latent.
+    """
+    if directions.shape[1:] != latent.shape:
+        raise UserError(
+            f"directions {tuple(directions.shape)} do not fit a latent {tuple(latent.shape)}."
+        )
+    steps = _column(strengths, latent) * directions[:, None]
+    return (latent + steps).to(latent.dtype)
+
+
+def _column(values: Tensor, latent: Tensor) -> Tensor:
+    """Return values (S,) with one axis more for each axis of the latent."""
+    return values.to(latent).view(-1, *[1] * latent.ndim)
+
+
+def _check_alike(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise UserError(
+            f"latents of one shape are needed (got {tuple(first.shape)} and {tuple(second.shape)})."
+        )

@@ -1,0 +1,97 @@
+"""Draw what each dimension of a code changes in the image.
+
+    save_traversal(decode, mean, Path("traversal.png"), kl=kl_per_dimension)
+
+writes a grid with one row per dimension, sorted by KL, in which this dimension goes from -2 to 2.
+
+`D` dimensions of a code, `R` rows, `V` values in a row, `C` image channels, `H W` image size.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.pictures import save_grid
+
+Decode = Callable[[Tensor], Tensor]
+VALUES = torch.linspace(-2.0, 2.0, 9).tolist()
+
+
+@torch.no_grad()
+def traverse(
+    decode: Decode,
+    mean: Tensor,
+    *,
+    dimensions: Sequence[int],
+    values: Sequence[float] = VALUES,
+) -> Tensor:
+    """Return decoded images in which one dimension of a code has each of the values.
+
+    Args:
+        decode: function from codes (N, D) to images (N, C, H, W) in [-1, 1].
+        mean: (D,), the code of an image. All other dimensions keep its values.
+        dimensions: the dimensions, one for each row.
+        values: the values, one for each column. A code's prior is N(0, 1).
+
+    Returns:
+        (R, V, C, H, W).
+
+    Raises:
+        UserError: there is no such dimension, or nothing to draw.
+    """
+    if mean.ndim != 1:
+        raise UserError(f"a traversal starts at the code of one image, (D,), not {mean.shape}.")
+    wrong = [number for number in dimensions if not 0 <= number < len(mean)]
+    if wrong or not dimensions or not values:
+        raise UserError(
+            f"a traversal needs values and dimensions from 0 to {len(mean) - 1} (got "
+            f"{len(values)} values and dimensions {list(dimensions)})."
+        )
+
+    columns = torch.tensor(list(values)).to(mean)
+    rows = []
+    for number in dimensions:
+        codes = mean.repeat(len(columns), 1)
+        codes[:, number] = columns
+        rows.append(decode(codes))
+    return torch.stack(rows)
+
+
+def save_traversal(
+    decode: Decode,
+    mean: Tensor,
+    path: Path,
+    *,
+    kl: Tensor | None = None,
+    dimensions: Sequence[int] | None = None,
+    values: Sequence[float] = VALUES,
+) -> list[int]:
+    """Write a PNG with one row of `traverse` per dimension, and return the dimensions of the rows.
+
+    Args:
+        decode: function from codes (N, D) to images (N, C, H, W) in [-1, 1].
+        mean: (D,), the mean of an image's posterior.
+        path: the PNG.
+        kl: (D,), mean KL of each dimension in nats, which the labels show. The row with the
+            largest KL is at the top. A dimension with a KL near 0 changes nothing in the image.
+        dimensions: the dimensions to draw. None draws all.
+        values: the values, one for each column.
+
+    Raises:
+        UserError: see `traverse`, or `kl` has not one value per dimension.
+    """
+    if kl is not None and kl.shape != mean.shape:
+        raise UserError(f"kl must have one value per dimension, {mean.shape}, not {kl.shape}.")
+    order = list(range(len(mean))) if dimensions is None else list(dimensions)
+    labels = [f"z{number}" for number in range(len(mean))]
+    if kl is not None:
+        order.sort(key=lambda number: -kl[number].item())
+        labels = [f"z{number}  {nats:.2f} nats" for number, nats in enumerate(kl.tolist())]
+
+    images = traverse(decode, mean, dimensions=order, values=values)
+    rows = [labels[number] for number in order]
+    save_grid(images.flatten(0, 1).float().cpu(), path, labels=rows)
+    return order

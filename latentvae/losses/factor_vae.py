@@ -1,0 +1,80 @@
+"""Estimate the total correlation of a code by a discriminator, as FactorVAE does.
+
+Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator tells codes z ~ q(z) from codes
+whose dimensions were permuted within the batch, which are samples of prod_k q(z_k). Its log-ratio
+estimates the total correlation. Two optimizers take turns:
+
+    tc = density_ratio_tc(discriminator(z))               # z with its graph, discriminator frozen
+    (recon + kl + gamma * tc).backward()                  # the VAE's step
+
+    permuted = permute_dims(other_z)                      # of a second batch
+    loss = factor_discriminator_loss(discriminator(z.detach()), discriminator(permuted.detach()))
+    loss.backward()                                       # the discriminator's step
+
+`B` batch, `D` dimensions of the code.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH, LAYERS, SLOPE = 1000, 6, 0.2  # the paper's, with TensorFlow's slope of the leaky ReLU
+JOINT, PERMUTED = 0, 1  # columns of the logits
+
+
+class FactorDiscriminator(nn.Module):
+    """A fully connected network from codes (B, D) to two logits (B, 2): joint and permuted.
+
+    Args:
+        dimensions: D.
+        width: width of the hidden layers.
+        layers: number of hidden layers, at least 1.
+    """
+
+    def __init__(self, dimensions: int, *, width: int = WIDTH, layers: int = LAYERS) -> None:
+        super().__init__()
+        widths = [dimensions] + [width] * layers
+        parts: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            parts += [nn.Linear(before, after), nn.LeakyReLU(SLOPE)]
+        self.layers = nn.Sequential(*parts, nn.Linear(widths[-1], 2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+def permute_dims(z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Return codes (B, D) with each dimension permuted on its own within the batch.
+
+    Args:
+        z: (B, D).
+        generator: draws the permutations, on the device of `z`. None uses torch's global generator.
+    """
+    order = torch.rand(z.shape, generator=generator, device=z.device).argsort(0)
+    return z.gather(0, order)
+
+
+def density_ratio_tc(logits: Tensor) -> Tensor:
+    """Return the estimate of the total correlation, E[log D(z) / (1 - D(z))], a scalar in nats.
+
+    Args:
+        logits: (B, 2), of codes that were not permuted.
+    """
+    logits = logits.float()
+    return (logits[:, JOINT] - logits[:, PERMUTED]).mean()
+
+
+def factor_discriminator_loss(joint_logits: Tensor, permuted_logits: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the discriminator, a scalar. Guessing gives log 2.
+
+    Args:
+        joint_logits: (B, 2), of codes that were not permuted.
+        permuted_logits: (B, 2), of permuted codes.
+    """
+
+    def cross_entropy(logits: Tensor, column: int) -> Tensor:
+        return -F.log_softmax(logits.float(), dim=1)[:, column].mean()
+
+    return 0.5 * (cross_entropy(joint_logits, JOINT) + cross_entropy(permuted_logits, PERMUTED))

@@ -1,0 +1,187 @@
+"""Split the KL of a Gaussian posterior into three parts, as beta-TCVAE does.
+
+Chen et al. 2018, arXiv:1802.04942. With the aggregate posterior q(z) = E_n[q(z | n)] over all
+images n:
+
+    KL(q(z|n) | p(z))  =  log q(z|n) / q(z)            index-code mutual information
+                       +  log q(z) / prod_k q(z_k)     total correlation
+                       +  sum_k log q(z_k) / p(z_k)    dimension-wise KL
+
+The equation holds in the mean over n and z. beta-TCVAE weights the total correlation by beta. A
+batch gives an estimate of q(z), so the parts are estimates. Their sum does not contain q(z): it is
+log q(z|n) - log p(z), whose mean is the KL.
+
+`B` images of a batch, `M` posteriors that make up the aggregate, `N` images of the data set, `D`
+dimensions of a code.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latentvae.errors import UserError, nearest
+
+Sampling = Literal["stratified", "weighted"]
+CHUNK = 64  # codes that are compared with all posteriors at once
+
+
+@dataclass(frozen=True)
+class KLParts:
+    """The three parts of the KL, in nats per image: (B,), or scalars if they are means.
+
+    Attributes:
+        information: mutual information of the image's number and its code. At most log N for the
+            whole data set.
+        total_correlation: dependence between the dimensions of the code, 0 if they are independent.
+        dimension_kl: how far the distribution of each dimension is from the prior.
+    """
+
+    information: Tensor
+    total_correlation: Tensor
+    dimension_kl: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the three parts, which estimates the KL."""
+        return self.information + self.total_correlation + self.dimension_kl
+
+
+def split_kl(
+    z: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    num_images: int,
+    sampling: Sampling = "stratified",
+) -> KLParts:
+    """Return the parts of the KL for each code of a batch, with their graph.
+
+    Stratified sampling estimates q(z) without bias, and is exact if the batch is the data set.
+    Weighted sampling is the simpler estimate of the paper. It is off by about log N in the parts,
+    not in their gradients: the gradients of both are almost equal for N much larger than B.
+
+    Args:
+        z: (B, D), one sample from the posterior of each image.
+        mean: (B, D), means of the posteriors.
+        logvar: (B, D), their log-variances.
+        num_images: N, at least B.
+        sampling: "stratified" or "weighted".
+
+    Returns:
+        Three tensors (B,), float32 or the dtype of `z` if that is float64.
+
+    Raises:
+        UserError: the shapes differ, `sampling` is unknown, or B is too large or too small.
+    """
+    _check(z, mean, logvar, num_images, sampling)
+    z, mean, logvar = (_float(t) for t in (z, mean, logvar))
+    weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z)
+    return _parts(z, mean, logvar, posterior=(mean, logvar), log_weights=weights)
+
+
+@torch.no_grad()
+def measure_kl_parts(
+    mean: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None
+) -> KLParts:
+    """Return the mean parts of the KL, with all given posteriors as the aggregate, for evaluation.
+
+    The aggregate is that of these M images, and not of all images. So `information` cannot exceed
+    log M. If it comes near log M, the total correlation is too large. Compare models with the same
+    M. One sample of each posterior is used. Time grows with M squared: 5,000 images with 10
+    dimensions take 9 seconds on one core.
+
+    Args:
+        mean: (M, D), means of the posteriors.
+        logvar: (M, D), their log-variances.
+        generator: draws the samples, on the device of `mean`.
+
+    Returns:
+        Three scalars.
+    """
+    _check(mean, mean, logvar, len(mean), "stratified")
+    mean, logvar = _float(mean), _float(logvar)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    z = mean + noise * (logvar / 2).exp()
+    uniform = torch.full((1, len(mean)), -math.log(len(mean))).to(z)
+    parts = [
+        _parts(*rows, posterior=(mean, logvar), log_weights=uniform)
+        for rows in zip(z.split(CHUNK), mean.split(CHUNK), logvar.split(CHUNK), strict=True)
+    ]
+    return KLParts(
+        torch.cat([part.information for part in parts]).mean(),
+        torch.cat([part.total_correlation for part in parts]).mean(),
+        torch.cat([part.dimension_kl for part in parts]).mean(),
+    )
+
+
+def stratified_log_weights(batch: int, num_images: int) -> Tensor:
+    """Return the log-weight of each posterior j in the estimate of q(z_i): (B, B).
+
+    The image's own posterior gets its share 1/N, and the others share the rest equally.
+
+    The paper (appendix C.2) gives the last of the others a different weight. Which image is last is
+    random, so the mean over their orders is the estimate here. It has the same mean and less
+    variance. The authors' first code sets wrong entries of the matrix:
+    https://github.com/rtqichen/beta-tcvae/pull/1.
+    """
+    if batch == 1:
+        return torch.zeros(1, 1)  # N is 1 too, see `_check`
+    others = math.log((num_images - 1) / (num_images * (batch - 1)))
+    weights = torch.full((batch, batch), others, dtype=torch.float64)
+    return weights.fill_diagonal_(-math.log(num_images))
+
+
+def weighted_log_weights(batch: int, num_images: int) -> Tensor:
+    """Return the log-weights -log(B N) of the paper's weighted sampling (section 4.1): (B, B)."""
+    return torch.full((batch, batch), -math.log(batch * num_images), dtype=torch.float64)
+
+
+LOG_WEIGHTS: dict[Sampling, Callable[[int, int], Tensor]] = {
+    "stratified": stratified_log_weights,
+    "weighted": weighted_log_weights,
+}
+
+
+def _parts(
+    z: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    posterior: tuple[Tensor, Tensor],
+    log_weights: Tensor,
+) -> KLParts:
+    """Return the parts for codes z (B, D) of posteriors (B, D), in an aggregate of (M, D)."""
+    own = _log_normal(z, mean, logvar).sum(1)
+    prior = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+
+    # aggregate posterior, jointly and for each dimension
+    densities = _log_normal(z[:, None], posterior[0][None], posterior[1][None])  # (B, M, D)
+    joint = (densities.sum(2) + log_weights).logsumexp(1)
+    marginals = (densities + log_weights[..., None]).logsumexp(1).sum(1)
+    return KLParts(own - joint, joint - marginals, marginals - prior)
+
+
+def _log_normal(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mean).square() * (-logvar).exp())
+
+
+def _float(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _check(z: Tensor, mean: Tensor, logvar: Tensor, num_images: int, sampling: str) -> None:
+    if z.ndim != 2 or not z.shape == mean.shape == logvar.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (z, mean, logvar))
+        raise UserError(f"codes, means and log-variances must all be (B, D) (got {shapes}).")
+    if sampling not in LOG_WEIGHTS:
+        hint = nearest(sampling, LOG_WEIGHTS)
+        raise UserError(f"sampling must be stratified or weighted (got '{sampling}'){hint}")
+    if len(z) > num_images or len(z) < min(2, num_images):
+        raise UserError(
+            f"a batch for the total correlation has 2 to num_images ({num_images}) images (got "
+            f"{len(z)})."
+        )
