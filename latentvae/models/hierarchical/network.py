@@ -111,8 +111,10 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         super().__init__()
 
         # blocks and their sizes
+        self.image_shape = (image_channels, sample_size, sample_size)
         encoder = strings.encoder_layers(enc_blocks)
         decoder = strings.decoder_layers(dec_blocks)
+        self.num_groups = len(decoder)
         first, last = encoder[0].resolution, decoder[-1].resolution
         side = strings.fit(sample_size, encoder=first, decoder=last)
         self.padding, self.read, self.written = (
@@ -138,17 +140,6 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             mirrored=links == "mirrored",
         )
         self.conv_out = convolution(widths[last], maps * self.written**2, 1)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        side = self.config["sample_size"]
-        return self.config["image_channels"], side, side
-
-    @property
-    def num_groups(self) -> int:
-        """G, the number of groups of latents."""
-        return len(self.decoder.layers)
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
@@ -183,10 +174,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         maps, groups = self.decoder(features, batch, [draw_posterior] * self.num_groups)
         log_p = [group.prior.log_prob(group.z) for group in groups]
         judges = self._constant_posteriors(features, groups) if detach_posterior else groups
-        log_q = [
-            judge.posterior.log_prob(group.z) for judge, group in zip(judges, groups, strict=True)
-        ]
-        kl = [group.posterior.kl_to(group.prior) for group in groups]
+        pairs = zip(judges, groups, strict=True)
+        log_q = [judge.required_posterior.log_prob(group.z) for judge, group in pairs]
+        kl = [group.required_posterior.kl_to(group.prior) for group in groups]
 
         # pixels
         targets = images.repeat(samples, 1, 1, 1)

@@ -39,9 +39,10 @@ def _norms(matrices: Tensor, iterations: int) -> Tensor:
     """Return the largest singular value of each matrix, (N,), for matrices (N, out, in)."""
     with torch.no_grad():
         u = _start(matrices)
+        v = F.normalize(u @ matrices, dim=-1)
         for _ in range(iterations):
-            v = F.normalize(u @ matrices, dim=-1)
             u = F.normalize(v @ matrices.transpose(1, 2), dim=-1)
+            v = F.normalize(u @ matrices, dim=-1)
     return (u @ matrices @ v.transpose(1, 2)).flatten()
 
 

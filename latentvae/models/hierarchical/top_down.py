@@ -54,11 +54,10 @@ class TopDownBlock(nn.Module):
         super().__init__()
         self.latents = latents
         D, read = latents.channels, width * (2 if latents.posterior.sees_decoder else 1)
-        side = {"resolution": resolution}
-        self.posterior = style.head(read, width, 2 * D, **side)
-        self.prior = style.head(width, width, 2 * D + width, zero=True, **side)
+        self.posterior = style.head(read, width, 2 * D, resolution=resolution)
+        self.prior = style.head(width, width, 2 * D + width, resolution=resolution, zero=True)
         self.project = convolution(D, width, 1, gain=gain)
-        self.residual = style.decoder_block(width, gain=gain, **side)
+        self.residual = style.decoder_block(width, resolution=resolution, gain=gain)
 
     def forward(self, x: Tensor, features: Tensor | None, pick: Pick) -> tuple[Tensor, Group]:
         """Return the block's maps, and its group of latents.
@@ -148,7 +147,7 @@ class Decoder(nn.Module):
             x, group = run(self, block, x, self._features(features, i), pick)
             maps[layer.resolution] = x
             groups.append(group)
-        return x * self.gain + self.bias, groups
+        return maps[self.layers[-1].resolution] * self.gain + self.bias, groups
 
     def _input(self, maps: Mapping[int, Tensor], layer: Layer, batch: int) -> Tensor:
         side, width = layer.resolution, self.widths[layer.resolution]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from latentvae.models.hierarchical.config import HierarchicalConfig
 from latentvae.models.hierarchical.network import HierarchicalVAE
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "enc_blocks": "8x1,8d2,4x1,4d4,1x1",
     "dec_blocks": "1x1,4m1,4x1,8m4",
     "width": 8,
