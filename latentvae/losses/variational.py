@@ -82,6 +82,14 @@ class VariationalConfig(Section):
         ),
     )
 
+    spectral_scale: Weight = Field(
+        default=0.0,
+        description=(
+            "Weight of the spectral penalty of NVAE: the sum of the largest singular values of all "
+            "convolutions. It keeps deep networks stable. NVAE has 0.01 to 0.1, for a loss in nats "
+            "per image."
+        ),
+    )
     tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
         default=0.0,
         description=(

@@ -19,6 +19,7 @@ from latentvae.distributed import barrier, gather_objects, is_main, rank, world_
 from latentvae.engine.task import Learner, State
 from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
 from latentvae.losses.variational import VariationalLoss
+from latentvae.models.hierarchical.spectral import spectral_penalty
 from latentvae.pictures import save_grid
 from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.reach import few_validation_images
@@ -188,6 +189,10 @@ class LikelihoodTask(ImageTask):
             detach_posterior=self.objective.detaches_posterior,
         )
         loss, logged = self.objective(bound, update=update)
+        if scale := self.config.objective.spectral_scale:
+            penalty = spectral_penalty(self.net)
+            loss = loss + scale * penalty
+            logged["loss/spectral"] = penalty.detach()
         if self.tc is None:
             (loss / self.config.run.gradient_accumulation_steps).backward()
             return logged

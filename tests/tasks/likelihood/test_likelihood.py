@@ -22,6 +22,7 @@ from latentvae.engine.updates import Updates
 from latentvae.errors import RunError, UserError
 from latentvae.losses.total_correlation import measure_kl_parts
 from latentvae.models.dense.network import VectorVAE
+from latentvae.models.hierarchical.spectral import spectral_penalty
 from latentvae.models.likelihood_models import load_likelihood_net
 from latentvae.proofs.likelihood_preflight import likelihood_preflight
 from latentvae.tasks.autoencoder.config import TrainConfig
@@ -138,7 +139,7 @@ def test_wrong_arguments_are_one_sentence(
         },
         {"objective": {"bound": "dreg", "train_samples": 3}},
         {"objective": {"tc_scale": 5.0}},
-        {"vae": HIERARCHY, "objective": {"free_nats": 0.1}},
+        {"vae": HIERARCHY, "objective": {"free_nats": 0.1, "spectral_scale": 0.1}},
     ],
     ids=["elbo", "two-static", "dreg", "factor", "hierarchical"],
 )
@@ -253,6 +254,19 @@ def test_a_hierarchy_learns_and_its_groups_add_up(bars: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+def test_the_spectral_penalty_makes_singular_values_smaller(bars: Path, tmp_path: Path) -> None:
+    found = []
+    for name, scale in (("plain", 0.0), ("smooth", 5.0)):
+        objective = {"spectral_scale": scale}
+        config = small_likelihood(
+            bars, tmp_path / name, vae=HIERARCHY, objective=objective, max_train_steps=30
+        )
+        train(LikelihoodTask(config))
+        net, _ = load_likelihood_net(tmp_path / name)
+        found.append(spectral_penalty(net).item())  # type: ignore[arg-type]
+    assert found[1] < 0.9 * found[0]
+
+
 @pytest.mark.parametrize("fault", ["gradients", "values", "bounds", "loss-falls"])
 def test_preflight_finds_faults(
     fault: str, bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -347,6 +361,7 @@ def test_grey_values_are_the_share_of_white() -> None:
             },
             "dreg needs a single latent vector",
         ),
+        ({"objective": {"spectral_scale": 0.1}}, "architecture dense has none"),
         ({"gradient_checkpointing": True}, "not available for architecture dense"),
         (
             {"vae": HIERARCHY, "objective": {"bound": "dreg", "train_samples": 2}},
