@@ -88,6 +88,22 @@ class LikelihoodNet(Protocol):
         """Return mean and log-variance (B, U) of a single Gaussian posterior, or None."""
         ...
 
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return all latents that the decoder needs as one vector, (B, d).
+
+        Args:
+            images: pixels in [-1, 1], (B, C, H, W).
+            draw: draw from the posterior instead of taking its mean.
+            generator: draws the latents.
+        """
+        ...
+
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
+        ...
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the mean image (B, C, H, W) in [-1, 1] for the posterior's mean."""
         ...

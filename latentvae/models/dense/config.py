@@ -1,6 +1,6 @@
 """Options of networks whose latents are vectors."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,8 @@ class VectorVAEConfig(VAEConfig):
 
 class DenseVAEConfig(VectorVAEConfig):
     """Options of the network: a VAE of dense layers, as in the first papers."""
+
+    has_convolutions: ClassVar[bool] = False
 
     architecture: Literal["dense"] = "dense"  # type: ignore[assignment]
     hidden_layers: Positive = Field(

@@ -183,6 +183,26 @@ class VectorVAE(ModelMixin, ConfigMixin):
         z = Gaussian.from_moments(self.moments(features)).mean
         return z if self.flow is None else self.flow(z, features)[0]
 
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return z_1 of the images, (B, U). See `models.bound.LikelihoodNet`."""
+        if not draw:
+            return self.latent(images)
+        features = self.encoder(images)
+        posterior = Gaussian.from_moments(self.moments(features))
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
+        z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+        return z if self.flow is None else self.flow(z, features)[0]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the posterior's mean of z_1, (B, U)."""
+        return self.latent(images)
+
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return the mean images (B, C, H, W) of latents z_1 (B, U)."""
+        return self.decode(vector)
+
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean images (N, C, H, W) in [-1, 1] of latents z_1 (N, U)."""
         return self.pixels.mean(self.decoder(z))

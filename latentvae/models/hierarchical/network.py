@@ -38,6 +38,7 @@ from latentvae.models.hierarchical.top_down import (
     Group,
     Latents,
     Pick,
+    draw_from_posterior,
     draw_posterior,
     draw_prior,
     given,
@@ -179,8 +180,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         kl = [group.required_posterior.kl_to(group.prior) for group in groups]
 
         # pixels
-        targets = images.repeat(samples, 1, 1, 1)
-        log_likelihood = self.pixels.log_prob(targets, self._pixel_parameters(maps))
+        log_likelihood = self.pixels.log_prob(images, self._pixel_parameters(maps))
 
         def per_sample(values: list[Tensor]) -> Tensor:
             return torch.stack([x.flatten(1).sum(1).view(samples, -1) for x in values])
@@ -222,6 +222,22 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             raise UserError(f"groups must be 0 to {self.num_groups} (got {groups}).")
         picks = [posterior_mean] * groups + [prior_mean] * (self.num_groups - groups)
         return self.pixels.mean(self._pixel_parameters(self._with_images(images, picks)[0]))
+
+    @torch.no_grad()
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the latents of all groups, flattened and joined, (B, d). See `LikelihoodNet`."""
+        picks = [draw_from_posterior(generator) if draw else posterior_mean] * self.num_groups
+        groups = self._with_images(images, picks)[1]
+        return torch.cat([group.z.flatten(1) for group in groups], dim=1)
+
+    @torch.no_grad()
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
+        parts = vector.split([math.prod(shape) for shape in self.latent_shapes], dim=1)
+        shaped = zip(parts, self.latent_shapes, strict=True)
+        return self.decode([part.unflatten(1, shape) for part, shape in shaped])
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, draw: bool = False) -> list[Tensor]:

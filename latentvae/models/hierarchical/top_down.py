@@ -178,6 +178,16 @@ def draw_posterior(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
     return posterior.draw()
 
 
+def draw_from_posterior(generator: torch.Generator | None) -> Pick:
+    """Return a pick that draws latents from the posterior by a generator."""
+
+    def pick(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
+        assert posterior is not None
+        return posterior.draw(generator=generator)
+
+    return pick
+
+
 def posterior_mean(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
     """Return the mean of the posterior."""
     assert posterior is not None

@@ -102,10 +102,10 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if self.objective.bound == "dreg" and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"bound dreg needs {why}. Use bound iwae instead.")
-        if self.objective.spectral_scale and self.vae.architecture == "dense":
+        if self.objective.spectral_scale and not self.vae.has_convolutions:
             raise ValueError(
                 f"spectral_scale {self.objective.spectral_scale:g} is for networks with "
-                "convolutions, but architecture dense has none. Leave it out."
+                f"convolutions, but architecture {self.vae.architecture} has none. Leave it out."
             )
         if self.objective.tc_scale and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"tc_scale needs {why}. Set tc_scale to 0.")

@@ -20,6 +20,7 @@ from latentvae.engine.loop import Stopped, train
 from latentvae.engine.resume import write_config
 from latentvae.engine.updates import Updates
 from latentvae.errors import RunError, UserError
+from latentvae.evaluation.published import PUBLISHED
 from latentvae.losses.total_correlation import measure_kl_parts
 from latentvae.models.dense.network import VectorVAE
 from latentvae.models.hierarchical.spectral import spectral_penalty
@@ -380,7 +381,7 @@ def test_wrong_options_are_one_sentence_too(
 
 def test_every_preset_is_for_this_command() -> None:
     names = preset_names(LikelihoodConfig)
-    assert "vae_mnist" in names and not set(names) & set(preset_names(TrainConfig))
+    assert set(PUBLISHED) <= set(names) and not set(names) & set(preset_names(TrainConfig))
     for name in names:
         config = load_preset(name, LikelihoodConfig)
         assert config.vae.likelihood and flat(config)
