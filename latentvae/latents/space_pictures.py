@@ -190,7 +190,7 @@ def draw_neighbours(
             if number != query
         ][:wanted]
         cells.append(encoded.images[[query, *(number for number, _ in others)]])
-        labels.append(Path(encoded.names[query]).name)
+        labels.append(_label(encoded.names[query]))
         found.append(
             {
                 "image": encoded.names[query],
@@ -259,7 +259,7 @@ def draw_attribute(
     for number in shown:
         moved = direction.apply(encoded.latents[number], strengths)
         cells += [encoded.images[[number]], encoded.decode(moved)]
-    save_grid(torch.cat(cells), path, labels=[Path(encoded.names[n]).name for n in shown])
+    save_grid(torch.cat(cells), path, labels=[_label(encoded.names[number]) for number in shown])
     return {
         "attribute": attribute,
         "against": against,
@@ -295,6 +295,11 @@ def draw_components(
     labels = [f"PC{i + 1}  {100 * share:.1f} %" for i, share in enumerate(components.shares)]
     save_grid(encoded.decode(moved.flatten(0, 1)), path, labels=labels)
     return {"image": encoded.names[start], "variance_shares": components.shares.tolist()}
+
+
+def _label(name: str) -> str:
+    """Return the end of a file's name, which fits beside a row."""
+    return Path(name).stem[-13:]
 
 
 def _of_class(encoded: EncodedImages, name: str) -> list[int]:
