@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
 from latentvae.cli.flow_commands import Prove, train_flow_command
+from latentvae.cli.latents_command import Latents
 from latentvae.cli.prior_commands import Sample, train_prior_command
 from latentvae.cli.tiny_commands import train_tiny_command
 from latentvae.cli.trainings import training_of
@@ -524,6 +525,7 @@ Command = (
     | type[Convert]
     | type[Encode]
     | type[Decode]
+    | type[Latents]
     | type[Sample]
     | type[Prove]
     | type[Likelihood]
@@ -537,6 +539,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Convert,
     "encode": Encode,
     "decode": Decode,
+    "latents": Latents,
     "sample": Sample,
     "prove": Prove,
     "likelihood": Likelihood,

@@ -1,0 +1,321 @@
+"""Draw the latent space of an autoencoder with a user's images: what `latentvae latents` does.
+
+Each function writes one PNG with a labelled row for each image or direction, and returns what it
+found as plain values for a JSON file.
+
+`N` images, `C` image channels, `H W` image size, `d h w` shape of a latent.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from latentvae.autoencoder import Autoencoder
+from latentvae.data import EvalTransform, PixelFormat, UnreadableImage, spread
+from latentvae.errors import UserError, nearest
+from latentvae.latents.items import find_labels, open_items
+from latentvae.latents.space import (
+    INTERPOLATIONS,
+    attribute_direction,
+    lerp,
+    move_along,
+    nearest_latents,
+    principal_components,
+)
+from latentvae.pictures import save_grid
+
+TEST_SHARE = 3  # every third image of a class tests an attribute's direction
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Some of a user's images, with their latents.
+
+    Attributes:
+        model: the autoencoder.
+        names: the names of the images.
+        images: (N, C, H, W) in [-1, 1], on the CPU.
+        latents: (N, d, h, w), scaled as a diffusion model sees them, on the CPU in float32.
+        labels: the class of each image, or None if the data has no classes.
+    """
+
+    model: Autoencoder
+    names: list[str]
+    images: Tensor
+    latents: Tensor
+    labels: list[str] | None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images (N, C, H, W) of scaled latents (N, d, h, w), on the CPU."""
+        size = (self.images.shape[2], self.images.shape[3])
+        parts = [self.model.decode(z, size=size, scaled=True) for z in latents.split(8)]
+        return torch.cat([cast(Tensor, part).cpu() for part in parts])
+
+    def numbers(self, wanted: Sequence[str], *, default: Sequence[int]) -> list[int]:
+        """Return the numbers of the images with the wanted names, or the default if none is wanted.
+
+        Raises:
+            UserError: there is no image of such a name.
+        """
+        places = {name: number for number, name in enumerate(self.names)}
+        for name in wanted:
+            if name not in places:
+                raise UserError(
+                    f"there is no image '{name}' among the {len(places)} images that were "
+                    f"read{nearest(name, places)}. Give names relative to the data, or raise "
+                    "max_images."
+                )
+        return [places[name] for name in wanted] or list(default)
+
+
+def encode_images(
+    model: Autoencoder,
+    data: str,
+    *,
+    resolution: int | tuple[int, int],
+    max_images: int,
+    also: Sequence[str] = (),
+    label_column: str | None = None,
+    batch_size: int = 8,
+) -> EncodedImages:
+    """Read and encode images, evenly spread over the data. Unreadable images are left out.
+
+    Args:
+        model: the autoencoder. Latents are the modes of its posteriors.
+        data: images, see `open_items`.
+        resolution: height and width in pixels, or one number for a square. Each image is resized to
+            cover this size, and the centre is cropped.
+        max_images: largest number of images.
+        also: names of images that are read in any case.
+        label_column: column of a table with the classes. For folders and tar files, the first-level
+            folder of an image is its class.
+        batch_size: number of images that are encoded at once.
+
+    Raises:
+        UserError: the data cannot be opened, or fewer than two images can be read.
+    """
+    source = open_items(data, pixels=PixelFormat(model.image_channels))
+    found = find_labels(source, label_column=label_column)
+    chosen = set(spread(len(source), max_images))
+    if also:
+        chosen |= {i for i in range(len(source)) if source.name(i) in set(also)}
+
+    # read
+    transform = EvalTransform(resolution)
+    names, images, labels = [], [], []
+    for index in sorted(chosen):
+        try:
+            images.append(transform(source.read(index)))
+        except UnreadableImage as error:
+            print(f"left out: {error}")
+            continue
+        names.append(source.name(index))
+        if found is not None:
+            number = found.values[index]
+            labels.append(str(number) if found.class_names is None else found.class_names[number])
+    if len(images) < 2:
+        raise UserError(f"'{data}' has {len(images)} readable images, and at least 2 are needed.")
+
+    # encode
+    pixels = torch.stack(images)
+    parts = [model.encode(part, scaled=True).float().cpu() for part in pixels.split(batch_size)]
+    return EncodedImages(model, names, pixels, torch.cat(parts), labels or None)
+
+
+def draw_interpolations(
+    encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
+) -> dict[str, Any]:
+    """Draw three rows for each two images: linear and spherical in latents, and a fade of pixels.
+
+    The first and last column are the originals. The row of pixels shows what interpolation does
+    without an autoencoder.
+
+    Args:
+        encoded: the images.
+        path: the PNG.
+        images: names of two or more images, which are connected one after the other. Empty takes
+            images that are evenly spread.
+        count: number of pairs, if `images` is empty.
+        steps: number of decoded images in a row.
+    """
+    default = spread(len(encoded.names), count + 1)
+    numbers = encoded.numbers(images, default=default)
+    if len(numbers) < 2:
+        raise UserError(f"an interpolation needs two images (got {len(numbers)}): {images[0]}.")
+    weights = torch.linspace(0, 1, steps)
+
+    cells, labels, pairs = [], [], []
+    for first, second in itertools.pairwise(numbers):
+        originals = encoded.images[first], encoded.images[second]
+        rows = {
+            kind: encoded.decode(walk(encoded.latents[first], encoded.latents[second], weights))
+            for kind, walk in INTERPOLATIONS.items()
+        }
+        rows["pixels"] = lerp(*originals, weights)
+        for kind, row in rows.items():
+            cells += [originals[0][None], row, originals[1][None]]
+            labels.append(kind)
+        pairs.append([encoded.names[first], encoded.names[second]])
+    save_grid(torch.cat(cells), path, labels=labels)
+    return {"pairs": pairs}
+
+
+def draw_neighbours(
+    encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
+) -> dict[str, Any]:
+    """Draw a row for each query image: the image, then its nearest neighbours among the others.
+
+    Args:
+        encoded: the images.
+        path: the PNG.
+        images: names of the query images. Empty takes images that are evenly spread.
+        count: number of query images, if `images` is empty.
+        steps: number of neighbours.
+    """
+    queries = encoded.numbers(images, default=spread(len(encoded.names), count))
+    wanted = min(steps, len(encoded.names) - 1)
+    similarity, numbers = nearest_latents(
+        encoded.latents[queries], encoded.latents, count=wanted + 1
+    )
+    cells, labels, found = [], [], []
+    for row, query in enumerate(queries):
+        others = [
+            (number, value)
+            for number, value in zip(numbers[row].tolist(), similarity[row].tolist(), strict=True)
+            if number != query
+        ][:wanted]
+        cells.append(encoded.images[[query, *(number for number, _ in others)]])
+        labels.append(_label(encoded.names[query]))
+        found.append(
+            {
+                "image": encoded.names[query],
+                "neighbours": [
+                    {"image": encoded.names[number], "similarity": value}
+                    for number, value in others
+                ],
+            }
+        )
+    save_grid(torch.cat(cells), path, labels=labels)
+    return {"queries": found}
+
+
+def draw_attribute(
+    encoded: EncodedImages,
+    path: Path,
+    *,
+    attribute: str,
+    against: str | None,
+    images: Sequence[str],
+    count: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Draw images moved along the direction from one class to another, from -1 to 2 distances.
+
+    Two thirds of the images of each class make the direction. The others test it: the share of them
+    that is on the right side of the middle is printed and returned. It is 0.5 if the direction
+    tells nothing.
+
+    Args:
+        encoded: the images, with classes.
+        path: the PNG.
+        attribute: the class of images with the attribute.
+        against: the class of images without it. None takes all other classes.
+        images: names of the images that are moved. Empty takes images without the attribute.
+        count: number of images, if `images` is empty.
+        steps: number of strengths.
+
+    Raises:
+        UserError: the images have no classes, there is no such class, or it has too few images.
+    """
+    present = _of_class(encoded, attribute)
+    if against is None:
+        absent = [number for number in range(len(encoded.names)) if number not in set(present)]
+    else:
+        absent = _of_class(encoded, against)
+    if attribute == against or min(len(present), len(absent)) < TEST_SHARE:
+        raise UserError(
+            f"an attribute needs two classes of at least {TEST_SHARE} images each (got "
+            f"{len(present)} of '{attribute}' and {len(absent)} of '{against or 'all others'}'). "
+            "Give other classes, or raise max_images."
+        )
+
+    # direction, and its test on other images
+    groups = present, absent
+    learn = [_without_test(rows) for rows in groups]
+    test = [rows[::TEST_SHARE] for rows in groups]
+    direction = attribute_direction(*(encoded.latents[rows] for rows in learn))
+    right = [direction.scores(encoded.latents[rows]) for rows in test]
+    accuracy = ((right[0] > 0).float().mean() + (right[1] < 0).float().mean()).item() / 2
+
+    # pictures
+    shown = encoded.numbers(images, default=test[1][:count])
+    strengths = torch.linspace(-1, 2, steps)
+    cells = []
+    for number in shown:
+        moved = direction.apply(encoded.latents[number], strengths)
+        cells += [encoded.images[[number]], encoded.decode(moved)]
+    save_grid(torch.cat(cells), path, labels=[_label(encoded.names[number]) for number in shown])
+    return {
+        "attribute": attribute,
+        "against": against,
+        "images": [len(rows) for rows in learn],
+        "test_images": [len(rows) for rows in test],
+        "test_accuracy": accuracy,
+        "strengths": strengths.tolist(),
+    }
+
+
+def draw_components(
+    encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
+) -> dict[str, Any]:
+    """Draw a row for each principal component of the latents: an image moved by -2 to 2 deviations.
+
+    Args:
+        encoded: the images.
+        path: the PNG.
+        images: the name of the image that is moved. Empty takes the first image.
+        count: number of components.
+        steps: number of images in a row.
+
+    Raises:
+        UserError: several images are named.
+    """
+    if len(images) > 1:
+        raise UserError(f"a traversal moves one image (got {len(images)}). Give one name.")
+    (start,) = encoded.numbers(images, default=[0])
+    wanted = min(count, len(encoded.names) - 1)
+    components = principal_components(encoded.latents, count=wanted)
+    strengths = torch.linspace(-2, 2, steps)
+    moved = move_along(encoded.latents[start], components.directions, strengths)
+    labels = [f"PC{i + 1}  {100 * share:.1f} %" for i, share in enumerate(components.shares)]
+    save_grid(encoded.decode(moved.flatten(0, 1)), path, labels=labels)
+    return {"image": encoded.names[start], "variance_shares": components.shares.tolist()}
+
+
+def _label(name: str) -> str:
+    """Return the end of a file's name, which fits beside a row."""
+    return Path(name).stem[-13:]
+
+
+def _of_class(encoded: EncodedImages, name: str) -> list[int]:
+    if encoded.labels is None:
+        raise UserError(
+            "an attribute needs images in classes. Put them into two or more folders, such as "
+            "faces/smiling and faces/neutral, and give faces as the data."
+        )
+    numbers = [number for number, label in enumerate(encoded.labels) if label == name]
+    if not numbers:
+        known = sorted(set(encoded.labels))
+        raise UserError(
+            f"there is no class '{name}', only {', '.join(known[:20])}{nearest(name, known)}"
+        )
+    return numbers
+
+
+def _without_test(rows: list[int]) -> list[int]:
+    return [number for place, number in enumerate(rows) if place % TEST_SHARE]
