@@ -79,7 +79,7 @@ def split_kl(
     """
     _check(z, mean, logvar, num_images, sampling)
     z, mean, logvar = (_float(t) for t in (z, mean, logvar))
-    weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z)
+    weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z.dtype).to(z.device)
     return _parts(z, mean, logvar, posterior=(mean, logvar), log_weights=weights)
 
 
