@@ -18,6 +18,7 @@ from latentvae.data import open_source
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.flow.config import LatentFlowConfig
+from latentvae.tasks.likelihood.config import LikelihoodConfig
 from latentvae.tasks.prior.config import PriorConfig
 from tests.proofs.mutations import MUTATIONS
 
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, type[JobConfig]] = {
     "train-prior": PriorConfig,
     "train-flow": LatentFlowConfig,
     "train-tiny": DistillConfig,
+    "train-vae": LikelihoodConfig,
 }
 SWITCHES = {"config", "preflight", "recipe", "help"}  # of the training scripts, beside the options
 OTHER_PROGRAMS = set(

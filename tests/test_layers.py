@@ -62,7 +62,7 @@ ALLOWED = {
     | {"latents", "autoencoder", "report", "pictures"},
     "cli": BASE
     | {"config", "reconstruct", "report", "evaluation", "latents", "export", "engine", "tasks"}
-    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute"},
+    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute", "models"},
     "__init__": {"autoencoder", "latents", "tasks"},
 }
 ACCELERATE = {"engine", "tasks"}

@@ -16,6 +16,7 @@ from latentvae.cli.latents_command import Latents
 from latentvae.cli.prior_commands import Sample, train_prior_command
 from latentvae.cli.tiny_commands import train_tiny_command
 from latentvae.cli.trainings import training_of
+from latentvae.cli.vae_commands import Likelihood, train_vae_command
 from latentvae.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -527,6 +528,7 @@ Command = (
     | type[Latents]
     | type[Sample]
     | type[Prove]
+    | type[Likelihood]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -540,6 +542,7 @@ COMMANDS: dict[str, Command] = {
     "latents": Latents,
     "sample": Sample,
     "prove": Prove,
+    "likelihood": Likelihood,
 }
 
 
@@ -550,6 +553,7 @@ Scripts of the repository:
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
   train/train_flow.py      Train a flow matching model: `latentvae train-flow` as a script.
   train/train_tiny.py      Distil a small autoencoder: `latentvae train-tiny` as a script.
+  train/train_vae.py       Train a VAE by its likelihood: `latentvae train-vae` as a script.
   train/demo_pipeline.py   Run an export inside diffusers' Stable Diffusion pipelines.
 
 To use several processes: accelerate launch --num_processes 8 -m latentvae.cli train ..."""
@@ -585,6 +589,7 @@ TRAINING: dict[str, Callable[[Sequence[str]], None]] = {
     "train-prior": train_prior_command,
     "train-flow": train_flow_command,
     "train-tiny": train_tiny_command,
+    "train-vae": train_vae_command,
 }
 
 

@@ -15,16 +15,16 @@ from latentvae.errors import UserError
 class Sample:
     """Draw pictures from a generator: one PNG for each picture, and a grid of them.
 
-    A generator is a prior on tokens (`latentvae train-prior`) or a flow matching model on latents
-    (`latentvae train-flow`). Its export also holds the autoencoder, which decodes tokens or
-    latents.
+    A generator is a prior on tokens (`latentvae train-prior`), a flow matching model on latents
+    (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The export of
+    the first two also holds the autoencoder, which decodes tokens or latents.
 
         latentvae sample runs/prior --num 16 --class church --guidance 2 --out pictures
     """
 
     prior: Annotated[Path, Positional, arg(name="model")]
-    """Folder of a finished run of `latentvae train-prior` or `latentvae train-flow`, or the folder
-    `export` in it."""
+    """Folder of a finished run of `latentvae train-prior`, `latentvae train-flow` or `latentvae
+    train-vae`, or the folder `export` in it."""
 
     out: Path
     """Folder for the pictures. It must be new or empty."""
@@ -45,7 +45,8 @@ class Sample:
 
     temperature: float | None = None
     """For a prior: divide the logits by this number. Values below 1 prefer likely tokens, and
-    values above 1 give more variety. The default is 1."""
+    values above 1 give more variety. For a variational autoencoder: multiply the standard
+    deviations of its prior by this number. The default is 1."""
 
     top_k: int | None = None
     """For a prior: draw each token from this many most likely codes only. By default, from all."""
@@ -76,10 +77,15 @@ class Sample:
 
     def run(self) -> None:
         """Draw the pictures and write them."""
+        from latentvae.models.likelihood_models import find_likelihood_export
         from latentvae.priors.flow_sample import flow_export
 
-        folder = flow_export(self.prior)
-        pictures = self._from_prior() if folder is None else self._from_flow(folder)
+        if (folder := find_likelihood_export(self.prior)) is not None:
+            pictures = self._from_vae(folder)
+        elif (folder := flow_export(self.prior)) is not None:
+            pictures = self._from_flow(folder)
+        else:
+            pictures = self._from_prior()
         print(f"{len(pictures)} pictures and grid.png in {self.out}")
 
     def _from_prior(self) -> list[Path]:
@@ -118,12 +124,31 @@ class Sample:
             device=self.device,
         )
 
+    def _from_vae(self, folder: Path) -> list[Path]:
+        from latentvae.priors.vae_sample import sample_vae_folder
+
+        others = {"prompt", "class_name", "top_k", "top_p", "steps", "solver", "tokens"}
+        if self.guidance != 1:
+            raise UserError(
+                f"--guidance {self.guidance:g} has no meaning for '{self.prior}', which is a "
+                "variational autoencoder. Leave it out."
+            )
+        return sample_vae_folder(
+            folder,
+            self.out,
+            num=self.num,
+            seed=self.seed,
+            device=self.device,
+            **self._given({"temperature"}, others, kind="a variational autoencoder"),
+        )
+
     def _given(self, names: set[str], others: set[str], *, kind: str) -> dict[str, Any]:
         """Return the given options among `names`. Raise UserError if one of `others` is given."""
         for name in sorted(others):
             if getattr(self, name) not in (None, False):
+                flag = name.removesuffix("_name")
                 raise UserError(
-                    f"--{name} {getattr(self, name)} has no meaning for '{self.prior}', which is "
+                    f"--{flag} {getattr(self, name)} has no meaning for '{self.prior}', which is "
                     f"{kind}. Leave it out."
                 )
         return {name: v for name in names if (v := getattr(self, name)) is not None}

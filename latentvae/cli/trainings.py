@@ -73,12 +73,25 @@ def _check_tiny(config: Any, **options: Any) -> int:
     return distill_preflight(config, **options)
 
 
+def _vae() -> "type[Task]":
+    from latentvae.tasks.likelihood.task import LikelihoodTask
+
+    return LikelihoodTask
+
+
+def _check_vae(config: Any, **options: Any) -> int:
+    from latentvae.proofs.likelihood_preflight import likelihood_preflight
+
+    return likelihood_preflight(config, **options)
+
+
 # By command. The first one takes configs that fit several kinds.
 TRAININGS = {
     "train": Training(_autoencoder, _check_autoencoder),
     "train-prior": Training(_prior, _check_prior),
     "train-flow": Training(_flow, _check_flow),
     "train-tiny": Training(_tiny, _check_tiny),
+    "train-vae": Training(_vae, _check_vae),
 }
 
 

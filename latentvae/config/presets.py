@@ -14,7 +14,12 @@ from latentvae.files import read_yaml
 Config = TypeVar("Config", bound=JobConfig)
 
 # The section of a preset that shows its command. Presets of `train` have none of these sections.
-COMMANDS = {"train-prior": "prior", "train-flow": "flow", "train-tiny": "student"}
+COMMANDS = {
+    "train-prior": "prior",
+    "train-flow": "flow",
+    "train-tiny": "student",
+    "train-vae": "vae",
+}
 
 
 def presets_folder() -> Path:

@@ -94,11 +94,19 @@ class OptimizerConfig(Section):
             "discriminator are clipped separately."
         ),
     )
+    skip_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description=(
+            "Skip an update if the norm of a gradient, before clipping, is above this value. "
+            "Hierarchical VAEs need it, because a single bad batch can destroy them. By default, "
+            "only gradients that are not finite are skipped."
+        ),
+    )
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop the run after this many updates in a row with a gradient that is not finite. "
-            "Until then, the run skips each such update and continues."
+            "Stop the run after this many skipped updates in a row, whose gradient is not finite "
+            "or above skip_grad_norm. Until then, the run skips each such update and continues."
         ),
     )
     use_ema: bool = Field(

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
 from latentvae.config.run_config import JobConfig, flat
-from latentvae.distributed import barrier, from_main, is_main
+from latentvae.distributed import barrier, from_main, gather_objects, is_main
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.engine.data_wait import DataWait
@@ -234,10 +234,10 @@ class _Loop:
         return update % options.validation_steps == 0 or update == options.max_train_steps
 
     def _take(self, result: UpdateResult) -> None:
-        """Add the values of an update to the next log row. Check for repeated non-finite updates.
+        """Add the values of an update to the next log row. Check for repeated skipped updates.
 
         Raises:
-            RunError: too many updates in a row were not finite.
+            RunError: too many updates in a row were skipped.
         """
         if result.finite:
             for values in result.values:
@@ -246,17 +246,27 @@ class _Loop:
 
         progress = self.training.progress
         allowed = self.training.config.optimizer.max_skipped_updates
-        reason = describe(result.values, result.keys, self.task)
+        fault, reason = self._why_skipped(result)
         self.log.say(
-            f"update {progress.update} skipped: its gradient is not finite ({reason}, "
+            f"update {progress.update} skipped: its gradient {fault} ({reason}, "
             f"{progress.skipped} skipped so far)"
         )
         if progress.skipped_in_a_row >= allowed:
             raise RunError(
-                f"{allowed} updates in a row had gradients that are not finite. The last is "
-                f"{progress.update} ({reason}). The checkpoints are untouched. "
+                f"{allowed} updates in a row were skipped, because their gradient {fault}. The "
+                f"last is {progress.update} ({reason}). The checkpoints are untouched. "
                 f"Try a lower learning_rate, --mixed_precision no{self.task.non_finite_advice}."
             )
+
+    def _why_skipped(self, result: UpdateResult) -> tuple[str, str]:
+        """Return what is wrong with a gradient, and why. All ranks call this method."""
+        norms = {name: value.item() for name, value in result.norms.items()}
+        largest = self.training.config.optimizer.skip_grad_norm
+        finite = all(gather_objects(all(map(math.isfinite, norms.values()))))
+        if largest is None or not finite:
+            return "is not finite", describe(result.values, result.keys, self.task)
+        shown = ", ".join(f"{name} {norm:.4g}" for name, norm in norms.items())
+        return f"is above skip_grad_norm {largest:g}", shown
 
     def _row(self) -> None:
         config, progress = self.training.config, self.training.progress

@@ -23,8 +23,9 @@ class UpdateResult:
     """The outcome of one update: finiteness, signals and values to log.
 
     Attributes:
-        finite: whether all gradients of all ranks were finite. If not, the update changed only
-            counters.
+        finite: whether all gradients of all ranks were finite, and none was above skip_grad_norm.
+            If not, the update changed only counters.
+        norms: norms of the gradients of this rank before clipping, by log name.
         signal: number of a signal that some rank has received, or 0.
         values: values to log for each micro-step and for the update: scalars on the device by log
             name.
@@ -32,6 +33,7 @@ class UpdateResult:
     """
 
     finite: bool = True
+    norms: dict[str, Tensor] = field(default_factory=dict)
     signal: int = 0
     values: list[dict[str, Tensor]] = field(default_factory=list)
     keys: list[Any] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Updates:
             with self._synchronised(i == micro_steps - 1):
                 result.values.append(self.micro_step(batch))
             progress.micro_step += 1
-        norms = self._clip(learning)
+        norms = result.norms = self._clip(learning)
 
         # the update's only host synchronisation
         measured = task.measured(result.values, progress.update)
@@ -149,10 +151,13 @@ class Updates:
         """Find out whether the update is finite on all ranks, with one host synchronisation.
 
         Returns:
-            Three values: whether all gradients on all ranks are finite, the signal that a rank has
-            received (or 0), and the means over ranks of what the task measured.
+            Three values: whether all gradients on all ranks are finite and small enough, the
+            signal that a rank has received (or 0), and the means over ranks of what the task
+            measured.
         """
-        finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
+        largest = self.training.config.optimizer.skip_grad_norm or torch.inf
+        every = torch.stack(list(norms.values()))
+        finite = (every.isfinite() & (every <= largest)).all()
         signal = torch.full_like(finite, self.requested(), dtype=torch.float32)
         verdict = all_reduce_max(torch.stack([(~finite).float(), signal]))
         if len(measured):

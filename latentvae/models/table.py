@@ -15,6 +15,8 @@ from latentvae.models.dc.dc import DCFamily
 from latentvae.models.family import Family
 from latentvae.models.flux2.flux2 import Flux2Family
 from latentvae.models.foreign import RAEFamily
+from latentvae.models.likelihood_family import LikelihoodFamily
+from latentvae.models.likelihood_models import LIKELIHOOD_NETWORKS
 from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Network
 from latentvae.models.trainable import TrainableFamily
@@ -34,8 +36,9 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vqvae2": VQVAE2Family(),
 }
 
-# Keys are names of diffusers' classes, because older releases do not have all classes.
+# Keys are names of classes. Older releases of diffusers do not have all of its classes.
 FOREIGN: dict[str, Family] = {
+    **{name: LikelihoodFamily() for name in LIKELIHOOD_NETWORKS},
     "VQModel": StockVQFamily(),
     "AutoencoderKLFlux2": Flux2Family(),
     "AutoencoderRAE": RAEFamily(),
@@ -70,4 +73,6 @@ def class_named(name: str) -> Any | None:
     for kind in FAMILIES.values():
         if kind.network.__name__ == name:
             return kind.network
+    if name in LIKELIHOOD_NETWORKS:
+        return LIKELIHOOD_NETWORKS[name]
     return getattr(diffusers, name, None) if name.isidentifier() else None

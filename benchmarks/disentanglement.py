@@ -1,0 +1,175 @@
+"""Compare beta-VAE, beta-TCVAE and FactorVAE on sprites of known factors.
+
+    python benchmarks/disentanglement.py --out runs --updates 5000 --json out.json
+
+For each seed, the script trains the preset `beta_sprites` with several weights of the KL, and the
+preset `factor_sprites` with several weights of the total correlation. It measures on sprites that
+are drawn at random:
+
+- the reconstruction error (negative log-likelihood in nats) and the KL
+- the total correlation of 2,000 codes, see `losses.total_correlation.measure_kl_parts`
+- the FactorVAE score, MIG, SAP and DCI
+
+The total correlation of a beta-VAE at the reconstruction error of another run is interpolated
+between its weights. Finished runs are kept if you run the command again.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.config.presets import load_preset
+from latentvae.data import EvalTransform, PixelFormat
+from latentvae.data.sprites import SIZES, Sprites, sample_sprite_factors, sprite_indices
+from latentvae.engine.loop import train
+from latentvae.errors import UserError
+from latentvae.losses.total_correlation import measure_kl_parts
+from latentvae.metrics.disentanglement import dci, factor_vae_score, mig, sap
+from latentvae.models.likelihood_models import load_likelihood_net
+from latentvae.tasks.likelihood.config import LikelihoodConfig
+from latentvae.tasks.likelihood.images import binary
+from latentvae.tasks.likelihood.task import LikelihoodTask
+
+BATCH = 200
+CODES = 2000  # images for the total correlation and the scores on codes
+VOTES = 400  # of the FactorVAE score
+SHAPE = 0  # the factor whose values have no order
+MEASURES = ("error", "kl", "tc", "factor_vae_score", "mig", "sap", "dci")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train and to measure."""
+
+    out: Path
+    """Folder for the runs."""
+
+    json: Path
+    """File for the results."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+
+    betas: tuple[float, ...] = (1.0, 4.0, 8.0)
+    """Weights of the KL of the beta-VAE."""
+
+    gammas: tuple[float, ...] = (10.0,)
+    """Weights of the total correlation of FactorVAE."""
+
+    updates: int = 5000
+    """Length of each run."""
+
+    def run(self) -> None:
+        """Train, measure, compare, print a table and write the file."""
+        rows = []
+        for seed in self.seeds:
+            arms = [("beta-VAE", "beta_sprites", {"kl_scale": b}) for b in self.betas]
+            arms += [("FactorVAE", "factor_sprites", {"tc_scale": g}) for g in self.gammas]
+            for name, preset, options in arms:
+                rows.append(self._row(name, preset, options, seed))
+                print(shown(rows[-1]), flush=True)
+        pairs = compared(rows)
+        for pair in pairs:
+            print(
+                f"seed {pair['seed']}: {pair['name']} {pair['weight']:g} has a total correlation "
+                f"of {pair['tc']:.3f}, beta-VAE at the same reconstruction {pair['beta_tc']:.3f}"
+            )
+        options = {k: str(v) for k, v in asdict(self).items()}
+        result = {"options": options, "rows": rows, "compared": pairs}
+        self.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def _row(self, name: str, preset: str, options: dict[str, float], seed: int) -> dict[str, Any]:
+        weight = next(iter(options.values()))
+        folder = self.out / f"{name}-{weight:g}-{seed}"
+        config = load_preset(preset, LikelihoodConfig, max_train_steps=self.updates)
+        run = {"output_dir": str(folder), "seed": seed, "log_steps": 500}
+        run |= {"checkpointing_steps": self.updates, "validation_steps": self.updates}
+        train(LikelihoodTask(config.with_changes({"objective": options, "run": run})))
+        return {"name": name, "weight": weight, "seed": seed, **measure(folder)}
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Return the measures of a finished run."""
+    net: Any = load_likelihood_net(folder)[0]
+    rng = np.random.default_rng(0)
+    factors = sample_sprite_factors(CODES, rng)
+
+    # codes, reconstruction and KL
+    codes, logvars, error, kl = [], [], 0.0, 0.0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for images in batches(factors, net.image_shape[1]):
+            posterior, bound = net.posterior(images), net(images)
+            codes.append(posterior.mean)
+            logvars.append(posterior.logvar)
+            error -= bound.log_likelihood.sum().item() / CODES
+            kl += bound.kl.sum().item() / CODES
+    mean, logvar = torch.cat(codes), torch.cat(logvars)
+    parts = measure_kl_parts(mean, logvar, generator=torch.Generator().manual_seed(0))
+
+    def represent(chosen: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            found = [net.posterior(i).mean for i in batches(chosen, net.image_shape[1])]
+        return torch.cat(found).numpy()
+
+    score = factor_vae_score(represent, SIZES, num_train=VOTES, num_test=VOTES)
+    return {
+        "error": error,
+        "kl": kl,
+        "tc": parts.total_correlation.item(),
+        "information": parts.information.item(),
+        "factor_vae_score": score.score,
+        "mig": mig(mean.numpy(), factors),
+        "sap": sap(mean.numpy(), factors, categorical=(SHAPE,)),
+        "dci": dci(mean.numpy(), factors, categorical=(SHAPE,)).disentanglement,
+    }
+
+
+def batches(factors: np.ndarray, side: int) -> Iterator[Tensor]:
+    """Yield binary images (B, 1, side, side) in [-1, 1] with the given factors."""
+    source, transform = Sprites(pixels=PixelFormat(channels=1)), EvalTransform(side)
+    numbers = sprite_indices(factors)
+    for start in range(0, len(numbers), BATCH):
+        chosen = numbers[start : start + BATCH]
+        yield binary(torch.stack([transform(source.read(int(i))) for i in chosen]), "threshold")
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each FactorVAE beside the beta-VAE of its seed at the same reconstruction error.
+
+    Runs whose error lies outside the errors of the beta-VAEs are left out.
+    """
+    pairs = []
+    for row in rows:
+        betas = sorted(
+            (r["error"], r["tc"])
+            for r in rows
+            if r["name"] == "beta-VAE" and r["seed"] == row["seed"]
+        )
+        errors, correlations = zip(*betas, strict=True)
+        if row["name"] == "beta-VAE" or not errors[0] <= row["error"] <= errors[-1]:
+            continue
+        same = float(np.interp(row["error"], errors, correlations))
+        pairs.append({k: row[k] for k in ("name", "weight", "seed", "tc")} | {"beta_tc": same})
+    return pairs
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return a row of the table as text."""
+    values = ", ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
+    return f"{row['name']} {row['weight']:g}, seed {row['seed']}: {values}"
+
+
+if __name__ == "__main__":
+    try:
+        parse_options(Options, sys.argv[1:], prog="disentanglement.py").run()
+    except UserError as error:
+        exit_with(error)

@@ -1,0 +1,90 @@
+"""The commands of networks with a likelihood: `latentvae train-vae` and `latentvae likelihood`."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Measure the likelihood of images under a variational autoencoder.
+
+        latentvae likelihood runs/vae --data mnist/test.parquet --samples 5000 --json nats.json
+
+    The command prints two lower bounds of ln p(x): the ELBO, and the importance-weighted bound,
+    which comes closer to ln p(x) with more samples. It also prints the KL of each group of latents,
+    and the published number if the preset has one.
+    """
+
+    model: Annotated[Path, Positional]
+    """Folder of a finished run of `latentvae train-vae`, or the folder `export` in it."""
+
+    data: str
+    """Images to measure: a folder, a tar, a table, or anything else that --train_data_dir takes."""
+
+    samples: int = 100
+    """Number of latent samples for each image. Papers use 5,000 for digits."""
+
+    max_images: int | None = None
+    """Measure at most this many images, evenly spread over the data. The default is all images."""
+
+    batch_size: int = 20
+    """Number of images that are computed at once."""
+
+    binarize: Literal["static", "threshold"] | None = None
+    """How grey pixels become black or white: `static` draws each pixel once, and `threshold` cuts
+    at mid-grey. The default is what the model was trained for."""
+
+    seed: int = 0
+    """Seed of the latents and of binary images. The same seed gives the same numbers."""
+
+    json: Path | None = None
+    """File for the results."""
+
+    device: str | None = None
+    """Torch device for the computation. The default is the GPU if there is one."""
+
+    def run(self) -> None:
+        """Measure the images, print the results and write them."""
+        from latentvae.tasks.likelihood.measure import measure_folder
+
+        measure_folder(
+            self.model,
+            self.data,
+            samples=self.samples,
+            max_images=self.max_images,
+            batch_size=self.batch_size,
+            binarize=self.binarize,
+            seed=self.seed,
+            json=self.json,
+            device=self.device,
+        )
+
+
+def train_vae_command(arguments: Sequence[str]) -> None:
+    """Train a variational autoencoder by its likelihood: VAE, IWAE, hierarchical VAEs.
+
+        latentvae train-vae --config vae_mnist --train_data_dir mnist/train.parquet \\
+            --output_dir runs/vae
+        latentvae likelihood runs/vae --data mnist/test.parquet --samples 5000
+
+    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
+    a preset. Every flag below overrides a value of this config. To resume a run that was
+    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
+    and then exits.
+    """
+    from latentvae.cli.train import run_task
+    from latentvae.proofs.likelihood_preflight import likelihood_preflight
+    from latentvae.tasks.likelihood.task import LikelihoodTask
+
+    run_task(
+        LikelihoodTask,
+        arguments,
+        description=inspect.cleandoc(train_vae_command.__doc__ or ""),
+        default_config="vae_mnist",
+        preflight=likelihood_preflight,
+    )

@@ -1,0 +1,121 @@
+"""Measure the likelihood of images under a variational autoencoder.
+
+Symbols: `B` batch, `S` samples per image, `G` groups of latents, `U` latent units.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentvae.models.bound import Bound, LikelihoodNet
+
+# Largest number of pixels, over all samples, that the decoder computes at once.
+MAX_PIXELS = 2**22
+ACTIVE = 0.01  # least variance of the mean of an active unit (Burda et al. 2016)
+
+
+@dataclass
+class Sums:
+    """Sums over images. Sums of several processes may be added.
+
+    Attributes:
+        images: number of images.
+        elbo, importance: the bounds, in nats.
+        kl: KL of each group, (G,), in nats.
+        means, squares: sums of the posterior means and of their squares, (U,).
+        unit_kl: KL of each unit, (U,), or None.
+        each: both bounds of each image, (2, B) for each batch.
+    """
+
+    images: int = 0
+    elbo: float = 0.0
+    importance: float = 0.0
+    kl: Tensor | float = 0.0
+    means: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    unit_kl: Tensor | float | None = None
+    each: list[Tensor] = field(default_factory=list)
+
+    def add(self, other: "Sums") -> None:
+        """Add the sums of other images."""
+        self.images += other.images
+        self.elbo += other.elbo
+        self.importance += other.importance
+        self.kl = self.kl + other.kl
+        self.means = self.means + other.means
+        self.squares = self.squares + other.squares
+        self.each += other.each
+        if other.unit_kl is not None:
+            self.unit_kl = other.unit_kl if self.unit_kl is None else self.unit_kl + other.unit_kl
+
+    def variances(self) -> Tensor:
+        """Return the variance over images of each unit's posterior mean, (U,)."""
+        assert isinstance(self.means, Tensor) and isinstance(self.squares, Tensor)
+        return self.squares / self.images - (self.means / self.images).square()
+
+    def active_units(self) -> int:
+        """Return the number of units whose posterior mean has a variance above 0.01."""
+        return int((self.variances() > ACTIVE).sum())
+
+
+@torch.no_grad()
+def bounds_of(
+    net: LikelihoodNet,
+    images: Tensor,
+    *,
+    samples: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Sums:
+    """Return the bounds of a batch, computed with a few samples at a time.
+
+    Args:
+        net: the network, in eval mode.
+        images: pixels in [-1, 1], (B, C, H, W).
+        samples: S, latent samples per image.
+        progress: is called with the number of samples after each part.
+    """
+    pixels, batch = images[0].numel(), len(images)
+    at_once = max(MAX_PIXELS // (pixels * batch), 1)
+    elbo, log_sum = torch.zeros(batch, dtype=torch.float64), None
+    kl: Tensor | float = 0.0
+    first: Bound | None = None
+    for start in range(0, samples, at_once):
+        count = min(at_once, samples - start)
+        bound = net(images, samples=count)
+        first = bound if first is None else first
+        elbo += bound.elbo().double().cpu() * count / samples
+        kl = kl + bound.kl.double().mean(1).sum(1).cpu() * count / samples  # (G,)
+        part = torch.logsumexp(bound.log_weights().double(), dim=0).cpu()
+        log_sum = part if log_sum is None else torch.logaddexp(log_sum, part)
+        progress(count)
+
+    assert log_sum is not None and first is not None
+    importance = log_sum - math.log(samples)
+    means = net.posterior_means(images).double().cpu()
+    unit_kl = first.unit_kl
+    return Sums(
+        images=batch,
+        elbo=elbo.sum().item(),
+        importance=importance.sum().item(),
+        kl=kl,
+        means=means.sum(0),
+        squares=means.square().sum(0),
+        unit_kl=None if unit_kl is None else unit_kl.double().sum(0).cpu(),
+        each=[torch.stack([elbo, importance])],
+    )
+
+
+def total_of(parts: Iterable[Sums]) -> Sums:
+    """Add the sums of all parts."""
+    total = Sums()
+    for part in parts:
+        total.add(part)
+    return total
+
+
+def bits_per_dim(nats: float, shape: tuple[int, int, int]) -> float:
+    """Convert nats per image of shape (C, H, W) to bits per dimension."""
+    return nats / (math.prod(shape) * math.log(2.0))

@@ -1,0 +1,285 @@
+"""Distributions of discrete pixel values, whose parameters a decoder returns.
+
+Each distribution gives a probability to each of the `levels` values of a pixel, and these
+probabilities sum to 1. So the likelihoods of all models are comparable, in nats per image or in
+bits per dimension. A value k in 0 .. levels - 1 is the pixel 2 k / (levels - 1) - 1 in [-1, 1].
+
+A continuous distribution is made discrete as in PixelCNN++ (arXiv:1701.05517): the probability of a
+value is the integral over its bin. The two outer bins reach to infinity.
+
+Symbols: `B` batch size, `C` image channels, `H W` image size, `M` parameter maps.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The smallest ln(scale). A scale of e^-7 is a ninth of the step between two 8-bit values.
+MIN_LOG_SCALE = -7.0
+# The largest one. A scale of 7.4 is already flat over [-1, 1].
+MAX_LOG_SCALE = 2.0
+
+
+class PixelDistribution(ABC):
+    """A distribution of the pixels of an image, given the decoder's output.
+
+        pixels = pixel_distribution("discretized_logistic")
+        parameters = decoder(z)                        # (B, M, H, W), M = pixels.num_maps(C)
+        nats = -pixels.log_prob(images, parameters)    # (B,)
+
+    Args:
+        levels: number of values that a pixel can have, 2 or above. 256 for 8 bits.
+    """
+
+    def __init__(self, levels: int = 256) -> None:
+        self.levels = levels
+
+    @abstractmethod
+    def num_maps(self, channels: int) -> int:
+        """Return M, the number of parameter maps for images of C channels."""
+
+    def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Return ln p of each image, (S B,), in nats, float32.
+
+        Args:
+            images: pixels in [-1, 1], each one of the `levels` values, (B, C, H, W).
+            parameters: the decoder's output for S samples of each image, (S B, M, H, W). All images
+                of the first sample come first.
+        """
+        images = images.float()
+        samples = len(parameters) // len(images)
+        if samples > 1:
+            images = images.expand(samples, *images.shape).flatten(0, 1)
+        return self._log_prob(images, parameters)
+
+    @abstractmethod
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Return ln p of each image, (B,), for one sample, from images in float32."""
+
+    @abstractmethod
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Return the centre of the distribution as images (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1], with values of the `levels` values."""
+
+    def start_bias(self, mean_image: Tensor) -> Tensor | None:
+        """Return biases (M, ...) of the last layer that predict the mean image, or None."""
+        return None
+
+    def rounded(self, pixels: Tensor) -> Tensor:
+        """Round pixels to the nearest of the `levels` values."""
+        steps = (self.levels - 1) / 2
+        return ((pixels.clamp(-1.0, 1.0) + 1.0) * steps).round() / steps - 1.0
+
+
+class Bernoulli(PixelDistribution):
+    """Independent pixels of two values, black (-1) and white (1). The parameters are logits.
+
+    Images whose pixels lie between must be made binary first. Otherwise `log_prob` is the cross
+    entropy, which is no likelihood.
+    """
+
+    def __init__(self, levels: int = 2) -> None:
+        super().__init__(levels)
+
+    def num_maps(self, channels: int) -> int:
+        return channels
+
+    def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        # (1 + x) / 2 is the share of white.
+        white = (images.float().flatten(1) + 1.0) / 2.0
+        result: Tensor = _BinaryLogProb.apply(parameters.float().flatten(1), white)  # type: ignore[assignment]
+        return result
+
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        return self.log_prob(images, parameters)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return 2.0 * parameters.float().sigmoid() - 1.0
+
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return 2.0 * torch.bernoulli(parameters.float().sigmoid(), generator=generator) - 1.0
+
+    def start_bias(self, mean_image: Tensor) -> Tensor:
+        share = ((mean_image + 1.0) / 2.0).clamp(0.001, 0.999)
+        return torch.logit(share)
+
+
+class _BinaryLogProb(torch.autograd.Function):
+    """sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and shares of white x (B, D).
+
+    The gradient is x - sigmoid(l). Computing it here takes half of the time and memory of torch's
+    binary cross entropy, which needs a slow logarithm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, white: Tensor) -> Tensor:
+        shares = torch.sigmoid(logits)
+        ctx.save_for_backward(shares, white)
+        # ln(1 + e^l) = max(l, 0) - ln(sigmoid(|l|))
+        softplus = torch.relu(logits) - torch.log(torch.maximum(shares, 1.0 - shares))
+        white_logits = torch.einsum("sbd,bd->sb", logits.view(-1, *white.shape), white)
+        return white_logits.flatten() - softplus.sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        shares, white = ctx.saved_tensors
+        difference = white - shares.view(-1, *white.shape)
+        return (difference * gradient.view(-1, len(white), 1)).view_as(shares), None
+
+
+class LocationScale(PixelDistribution):
+    """Base class of independent pixels with a location and a scale.
+
+    The parameters are first C maps of locations, then C maps of ln(scale). ln(scale) is clamped to
+    [-7, 2]. The standard distribution (location 0, scale 1) must be symmetric.
+    """
+
+    def num_maps(self, channels: int) -> int:
+        return 2 * channels
+
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        location, log_scale = split(parameters)
+        return self.log_mass(images, location, log_scale).flatten(1).sum(1)
+
+    def log_mass(self, images: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        """Return ln p of each value, for tensors whose shapes fit each other."""
+        half = 1.0 / (self.levels - 1)
+        inverse = torch.exp(-log_scale)
+        edges = ((images + side).clamp(-1.0, 1.0) for side in (-half, half))
+        lower, upper = ((self._from_pixels(edge) - location) * inverse for edge in edges)
+        # The outer bins have only one finite edge.
+        outer = torch.where(images < 0, self._log_cdf(upper), self._log_cdf(-lower))
+        inside = images.abs() < 1.0 - half
+        return torch.where(inside, self._log_between(lower, upper), outer)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return self._to_pixels(split(parameters)[0]).clamp(-1.0, 1.0)
+
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw(*split(parameters), generator=generator)
+
+    def draw(
+        self, location: Tensor, log_scale: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw a pixel for each location and ln(scale)."""
+        share = torch.rand(location.shape, generator=generator, device=location.device)
+        noise = self._quantile(share.clamp(1e-6, 1.0 - 1e-6))
+        return self.rounded(self._to_pixels(location + log_scale.exp() * noise))
+
+    @abstractmethod
+    def _log_cdf(self, x: Tensor) -> Tensor:
+        """Return ln F(x) of the standard distribution."""
+
+    @abstractmethod
+    def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Return ln(F(upper) - F(lower)) of the standard distribution, for lower < upper."""
+
+    @abstractmethod
+    def _quantile(self, share: Tensor) -> Tensor:
+        """Return x with F(x) = share."""
+
+    def _from_pixels(self, pixels: Tensor) -> Tensor:
+        """Map pixels to the space of the distribution."""
+        return pixels
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
+        """Map back to pixels."""
+        return x
+
+
+class DiscretizedLogistic(LocationScale):
+    """A logistic distribution, made discrete (IAF, arXiv:1606.04934; PixelCNN++)."""
+
+    def _log_cdf(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(x)
+
+    def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u))
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(lower - upper)
+
+    def _quantile(self, share: Tensor) -> Tensor:
+        return torch.logit(share)
+
+
+class DiscretizedGaussian(LocationScale):
+    """A Gaussian, made discrete. The scale is the standard deviation."""
+
+    def _log_cdf(self, x: Tensor) -> Tensor:
+        return log_normal_cdf(x)
+
+    def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        # Both edges on the negative side, where ln F is precise.
+        right = lower + upper > 0
+        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+        log_lower, log_upper = (log_normal_cdf(x) for x in (lower, upper))
+        return log_upper + log1mexp(log_lower - log_upper)
+
+    def _quantile(self, share: Tensor) -> Tensor:
+        return torch.special.ndtri(share)
+
+
+class DiscretizedLogitLaplace(LocationScale):
+    """A Laplace distribution of the logit of a pixel, made discrete.
+
+    This is DALL-E's distribution (arXiv:2102.12092, appendix A.3; `LogitLaplace` has its density).
+    A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before the logit.
+    """
+
+    eps = 0.1
+
+    def _log_cdf(self, x: Tensor) -> Tensor:
+        left = x.clamp(max=0.0) - math.log(2.0)
+        right = torch.log1p(-0.5 * torch.exp(-x.clamp(min=0.0)))
+        return torch.where(x < 0, left, right)
+
+    def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        right = lower + upper > 0
+        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+
+        # both edges on the left of 0, or one on each side
+        left = upper.clamp(max=0.0) - math.log(2.0) + log1mexp(lower - upper)
+        lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
+        across = -0.5 * (torch.expm1(lower) + torch.expm1(-upper))
+        return torch.where(upper > 0, torch.log(across.clamp(min=1e-30)), left)
+
+    def _quantile(self, share: Tensor) -> Tensor:
+        side = share - 0.5
+        return -side.sign() * torch.log1p(-2.0 * side.abs())
+
+    def _from_pixels(self, pixels: Tensor) -> Tensor:
+        return torch.logit(0.5 + (0.5 - self.eps) * pixels)
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
+        return (torch.sigmoid(x) - 0.5) / (0.5 - self.eps)
+
+
+def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Split maps (B, 2 C, ...) into locations and clamped ln(scale), both (B, C, ...)."""
+    location, log_scale = parameters.float().chunk(2, dim=1)
+    return location, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
+
+
+def log_normal_cdf(x: Tensor) -> Tensor:
+    """Return ln F(x) of the standard Gaussian, with gradients that are also right far to the left.
+
+    torch's own gradient in float32 is wrong below about -1,000.
+    """
+    tail = x.clamp(max=-50.0)
+    far = -0.5 * tail * tail - torch.log(-tail) - 0.5 * math.log(2.0 * math.pi)
+    return torch.where(x < -50.0, far, torch.special.log_ndtr(x.clamp(min=-50.0)))
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Return ln(1 - e^x) for x < 0.
+
+    Far in a tail, rounding can make x = 0. The bound keeps value and gradient finite there.
+    """
+    return torch.log(-torch.expm1(x.clamp(max=-1e-6)))

@@ -1,0 +1,268 @@
+"""The loss of a variational autoencoder: a bound of ln p(x), and the forms of its KL term.
+
+Every value is in nats per image. The loss is the negative bound: the ELBO of Kingma and Welling
+(arXiv:1312.6114), the importance-weighted bound of Burda et al. (IWAE, arXiv:1509.00519), or the
+latter with the doubly reparameterised gradient of Tucker et al. (DReG, arXiv:1810.04152).
+
+Symbols: `B` batch, `S` samples per image, `G` groups of latents.
+"""
+
+import math
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from latentvae.distributed import all_reduce_mean
+from latentvae.option_marks import Elsewhere, Positive, Section, UpdatesOrShare, Weight
+
+
+class VariationalConfig(Section):
+    """Options of the loss."""
+
+    bound: Annotated[Literal["elbo", "iwae", "dreg"], Elsewhere("objective loss")] = Field(
+        default="elbo",
+        description=(
+            "Lower bound of ln p(x) that is maximised. `elbo` is the bound of the VAE. `iwae` is "
+            "the importance-weighted bound, which is tighter with more train_samples. `dreg` is "
+            "the same bound with a gradient that has less noise for the encoder."
+        ),
+    )
+    train_samples: Annotated[Positive, Elsewhere("num_samples k iwae_samples")] = Field(
+        default=1, description="Number of latent samples for each image in training."
+    )
+    kl_scale: Annotated[Weight, Elsewhere("beta kl_weight")] = Field(
+        default=1.0,
+        description=(
+            "Weight of the KL term (beta of the beta-VAE). With a value other than 1, the loss is "
+            "no bound of ln p(x) or a looser one. Validation always reports the bound with 1."
+        ),
+    )
+    kl_warmup_steps: UpdatesOrShare = Field(
+        default=0,
+        description=(
+            "Number of updates over which the weight of the KL grows from 0 to kl_scale. A value "
+            "below 1 is a share of max_train_steps."
+        ),
+    )
+    kl_cycles: Positive = Field(
+        default=1,
+        description=(
+            "Number of times that the weight of the KL grows from 0 (a cyclical schedule). Each "
+            "cycle has kl_warmup_steps updates of growth, and the cycles divide the run evenly."
+        ),
+    )
+    free_nats: Weight = Field(
+        default=0.0,
+        description=(
+            "Floor of the KL of each group of latents, in nats per image (free bits). The loss "
+            "does not push a group's mean KL below this floor."
+        ),
+    )
+    kl_balance: bool = Field(
+        default=False,
+        description=(
+            "During the KL warm-up, weight the KL of each group by its share of the total KL, so "
+            "that no group collapses early (NVAE)."
+        ),
+    )
+    capacity_nats: Weight = Field(
+        default=0.0,
+        description=(
+            "Capacity C of the code in nats per image. The KL term is then the weighted distance "
+            "|KL - C|. 0 means no capacity."
+        ),
+    )
+    capacity_steps: UpdatesOrShare = Field(
+        default=0,
+        description=(
+            "Number of updates over which capacity_nats grows from 0 to its value. A value below 1 "
+            "is a share of max_train_steps."
+        ),
+    )
+
+    spectral_scale: Weight = Field(
+        default=0.0,
+        description=(
+            "Weight of the spectral penalty of NVAE: the sum of the largest singular values of all "
+            "convolutions. It keeps deep networks stable. NVAE has 0.01 to 0.1, for a loss in nats "
+            "per image."
+        ),
+    )
+    tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
+        default=0.0,
+        description=(
+            "Additional weight of the total correlation of the latent units, which measures how "
+            "much they depend on each other. This is gamma of FactorVAE, and beta - 1 of "
+            "beta-TCVAE. 0 switches it off."
+        ),
+    )
+    tc_estimate: Literal["discriminator", "minibatch"] = Field(
+        default="discriminator",
+        description=(
+            "How the total correlation is estimated (see tc_scale). `discriminator` trains a "
+            "second network, as FactorVAE does. `minibatch` uses the posteriors of the batch, as "
+            "beta-TCVAE does."
+        ),
+    )
+    tc_channels: Positive = Field(
+        default=1000,
+        description=(
+            "Width of the six hidden layers of the discriminator of the total correlation. The "
+            "default is FactorVAE's."
+        ),
+    )
+    tc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-4, description="Learning rate of the discriminator of the total correlation."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "VariationalConfig":
+        changed = [n for n in ("free_nats", "capacity_nats", "kl_balance") if getattr(self, n)]
+        if self.bound != "elbo" and (self.kl_scale != 1.0 or self.kl_warmup_steps or changed):
+            name = (
+                changed[0] if changed else "kl_scale" if self.kl_scale != 1.0 else "kl_warmup_steps"
+            )
+            raise ValueError(
+                f"{name} {getattr(self, name)} changes the KL, but bound {self.bound} has no "
+                "separate KL. Use bound elbo, or leave it out."
+            )
+        if self.bound == "dreg" and self.train_samples == 1:
+            raise ValueError("bound dreg needs train_samples of at least 2 (got 1).")
+        if self.free_nats and self.capacity_nats:
+            raise ValueError(
+                f"free_nats {self.free_nats:g} and capacity_nats {self.capacity_nats:g} both "
+                "replace the KL term. Give only one."
+            )
+        if self.tc_scale and (self.bound != "elbo" or self.train_samples > 1):
+            raise ValueError(
+                f"tc_scale {self.tc_scale:g} needs bound elbo and train_samples 1 (got "
+                f"{self.bound} and {self.train_samples})."
+            )
+        if self.kl_cycles > 1 and not self.kl_warmup_steps:
+            raise ValueError(
+                f"kl_cycles {self.kl_cycles} repeats the growth of the KL's weight, so it needs "
+                "kl_warmup_steps above 0."
+            )
+        return self
+
+
+class BoundParts(Protocol):
+    """The parts of a bound that the loss needs, see `models.bound.Bound`."""
+
+    log_likelihood: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+    latents: tuple[Tensor, ...] | None
+
+    def log_weights(self) -> Tensor: ...
+    def importance(self) -> Tensor: ...
+
+
+class VariationalLoss:
+    """The loss that the options describe.
+
+        loss, values = VariationalLoss(options, total=10_000)(bound, update=0)
+
+    Args:
+        options: the options.
+        total: length of the run in updates.
+    """
+
+    def __init__(self, options: VariationalConfig, *, total: int) -> None:
+        self.options = options
+        self.total = total
+
+    @property
+    def detaches_posterior(self) -> bool:
+        """Whether the network must compute `log_ratio` with constant parameters of q."""
+        return self.options.bound == "dreg"
+
+    def __call__(self, out: BoundParts, *, update: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, a scalar, and values to log, in nats per image.
+
+        Args:
+            out: parts of the bound of a batch.
+            update: number of updates done.
+        """
+        reported = {
+            "loss/distortion": -out.log_likelihood.detach().mean(),
+            "loss/kl": out.kl.detach().sum(0).mean(),
+        }
+        if self.options.bound == "elbo":
+            loss = -out.log_likelihood.mean() + self._kl_term(out.kl, update)
+        elif self.options.bound == "iwae":
+            loss = -out.importance().mean()
+        else:
+            loss = doubly_reparameterised(out)
+        return loss, reported | {"loss/total": loss.detach()}
+
+    def kl_weight(self, update: int) -> float:
+        """Return the weight of the KL term in an update."""
+        options = self.options
+        if not options.kl_warmup_steps:
+            return options.kl_scale
+        cycle = math.ceil(self.total / options.kl_cycles)
+        return options.kl_scale * min(update % cycle / options.kl_warmup_steps, 1.0)
+
+    def _kl_term(self, kl: Tensor, update: int) -> Tensor:
+        """Return the weighted KL term, a scalar. `kl` is (G, S, B)."""
+        options, weight = self.options, self.kl_weight(update)
+        groups = kl.flatten(1).mean(1)
+        if options.free_nats:
+            return weight * floored(groups, options.free_nats)
+        if options.capacity_nats:
+            target = options.capacity_nats
+            if options.capacity_steps:
+                target *= min(update / options.capacity_steps, 1.0)
+            return weight * distance(groups.sum(), target)
+        if options.kl_balance and weight < options.kl_scale:
+            groups = groups * balance(groups)
+        return weight * groups.sum()
+
+
+def floored(groups: Tensor, floor: float) -> Tensor:
+    """Return sum_g max(floor, KL_g) (free bits, arXiv:1606.04934, equation 15).
+
+    Args:
+        groups: mean KL of each group on this rank, (G,), nats.
+        floor: least value. The mean over all ranks decides, so that several ranks give the same
+            result as one.
+    """
+    above = all_reduce_mean(groups.detach()) > floor
+    return torch.where(above, groups, floor).sum()
+
+
+def distance(kl: Tensor, target: float) -> Tensor:
+    """Return |KL - C| (Burgess et al. 2018, arXiv:1804.03599, equation 8), for a scalar KL."""
+    side = torch.sign(all_reduce_mean(kl.detach()) - target)
+    return side * (kl - target)
+
+
+def balance(groups: Tensor) -> Tensor:
+    """Return a weight for each group, of mean 1, in proportion to its KL (arXiv:2007.03898, A)."""
+    size = all_reduce_mean(groups.detach()).abs() + 0.01
+    return size / size.mean()
+
+
+def doubly_reparameterised(out: BoundParts) -> Tensor:
+    """Return a scalar whose gradient is the DReG estimate of the IWAE gradient, negated.
+
+    The weights w of the samples become constants. The gradient of the decoder has the normalised
+    weight of each sample, and the gradient that reaches the encoder has its square
+    (arXiv:1810.04152, equation 8). The value is the negative bound of the batch.
+
+    Args:
+        out: parts of a bound with one group of latents. `log_ratio` has constant parameters of q.
+    """
+    assert out.latents is not None and len(out.latents) == 1
+    weights = out.log_weights()  # (S, B)
+    shares = weights.detach().softmax(0)
+    (z,) = out.latents
+    if z.requires_grad:
+        z.register_hook(lambda gradient: gradient * shares.unsqueeze(-1))
+
+    surrogate = -(shares * weights).sum(0).mean()
+    value = -out.importance().detach().mean()
+    return surrogate + (value - surrogate.detach())

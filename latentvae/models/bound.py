@@ -1,0 +1,131 @@
+"""Variational bounds of ln p(x), and the interface of networks that have them.
+
+A network draws latents z = (z_1 .. z_G) of G groups from its posterior q(z | x) and returns the
+parts of the bounds (`Bound`). The bounds of Kingma and Welling (ELBO, arXiv:1312.6114) and of Burda
+et al. (IWAE, arXiv:1509.00519) follow from these parts.
+
+Symbols: `B` batch size, `C` image channels, `H W` image size, `S` posterior samples per image, `G`
+groups of latents, `U` latent units.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from latentvae.likelihoods import PixelDistribution
+
+
+@dataclass
+class Bound(BaseOutput):
+    """The parts of a variational bound, in nats per image, float32.
+
+    Attributes:
+        log_likelihood: ln p(x | z), (S, B).
+        kl: KL divergence from posterior to prior of each group, (G, S, B). It is exact given the
+            groups before it where a closed form exists, otherwise it equals `log_ratio`.
+        log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
+        unit_kl: KL divergence of each latent unit, (B, U), or None if the network has too many.
+        latents: the drawn latents of each group, (S, B, U), or None.
+        posterior: mean and log-variance (B, U) of a single Gaussian posterior, or None.
+    """
+
+    log_likelihood: Tensor = None  # type: ignore[assignment]
+    kl: Tensor = None  # type: ignore[assignment]
+    log_ratio: Tensor = None  # type: ignore[assignment]
+    unit_kl: Tensor | None = None
+    latents: tuple[Tensor, ...] | None = None
+    posterior: tuple[Tensor, Tensor] | None = None
+
+    def elbo(self) -> Tensor:
+        """Return the evidence lower bound of each image, the mean over samples, (B,)."""
+        return (self.log_likelihood - self.kl.sum(0)).mean(0)
+
+    def log_weights(self) -> Tensor:
+        """Return ln w = ln p(x, z) - ln q(z | x) of each sample, (S, B)."""
+        return self.log_likelihood - self.log_ratio.sum(0)
+
+    def importance(self) -> Tensor:
+        """Return the importance-weighted bound with S samples, (B,)."""
+        weights = self.log_weights()
+        return torch.logsumexp(weights, dim=0) - math.log(weights.shape[0])
+
+
+class LikelihoodNet(Protocol):
+    """Interface of a network with a variational bound, besides `ModelMixin`.
+
+    Attributes:
+        pixels: the distribution of pixels, given the decoder's output.
+        image_shape: (C, H, W).
+        num_groups: G.
+    """
+
+    pixels: PixelDistribution
+    image_shape: tuple[int, int, int]
+    num_groups: int
+
+    def __call__(
+        self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False
+    ) -> Bound:
+        """Draw latents and return the parts of the bound.
+
+        Args:
+            images: pixels in [-1, 1], (B, C, H, W).
+            samples: S.
+            detach_posterior: compute `log_ratio` with constant parameters of q, so that its
+                gradient reaches the encoder only through the latents (arXiv:1810.04152).
+        """
+        ...
+
+    def posterior_means(self, images: Tensor) -> Tensor:
+        """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
+        ...
+
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of a single Gaussian posterior, or None."""
+        ...
+
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return all latents that the decoder needs as one vector, (B, d).
+
+        Args:
+            images: pixels in [-1, 1], (B, C, H, W).
+            draw: draw from the posterior instead of taking its mean.
+            generator: draws the latents.
+        """
+        ...
+
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
+        ...
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the mean image (B, C, H, W) in [-1, 1] for the posterior's mean."""
+        ...
+
+    def sample(
+        self,
+        num: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        mean: bool = True,
+    ) -> Tensor:
+        """Draw latents from the prior and return images (num, C, H, W) in [-1, 1].
+
+        Args:
+            num: number of images.
+            temperature: factor of the prior's standard deviations.
+            generator: random generator on the network's device.
+            mean: return the mean of the pixels' distribution instead of drawn pixels.
+        """
+        ...
+
+    def start_at(self, mean_image: Tensor) -> None:
+        """Let a new decoder start at the mean image (C, H, W), if this is possible."""
+        ...

@@ -1,0 +1,1 @@
+"""Variational autoencoders with latent vectors: dense (Kingma and Welling) and convolutional."""

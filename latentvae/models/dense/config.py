@@ -1,0 +1,100 @@
+"""Options of networks whose latents are vectors."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.models.dense.network import VectorVAE
+from latentvae.models.dense.posterior_flows import FlowName
+from latentvae.models.vae_config import VAEConfig
+from latentvae.option_marks import Positive
+
+
+class VectorVAEConfig(VAEConfig):
+    """Options of a network whose latents are vectors."""
+
+    latent_units: tuple[Positive, ...] = Field(
+        default=(50,),
+        description=(
+            "Number of units of each latent vector, from the image upwards. Two numbers give two "
+            "layers of latents."
+        ),
+    )
+    hidden_channels: tuple[Positive, ...] = Field(
+        default=(200,),
+        description="Width of the dense layers below each latent vector, one number for each.",
+    )
+    activation: Literal["tanh", "elu", "silu"] = Field(
+        default="tanh", description="Activation function of the layers."
+    )
+    posterior_flow: FlowName = Field(
+        default="none",
+        description=(
+            "Flow that makes the posterior more flexible than a Gaussian: planar (Rezende and "
+            "Mohamed), realnvp, or iaf (inverse autoregressive flow). It needs a single latent "
+            "vector."
+        ),
+    )
+    flow_layers: Positive = Field(default=2, description="Number of layers of the posterior flow.")
+    flow_channels: Positive = Field(
+        default=320, description="Width of the hidden layers in each layer of realnvp and iaf."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "VectorVAEConfig":
+        if len(self.latent_units) != len(self.hidden_channels):
+            raise ValueError(
+                f"hidden_channels must have one number for each of latent_units (got "
+                f"{len(self.hidden_channels)} and {len(self.latent_units)})."
+            )
+        if self.posterior_flow != "none" and len(self.latent_units) > 1:
+            raise ValueError(
+                f"posterior_flow {self.posterior_flow} needs a single latent vector (latent_units "
+                f"has {len(self.latent_units)})."
+            )
+        return self
+
+    def why_no_single_gaussian(self) -> str:
+        if len(self.latent_units) > 1:
+            return "a single latent vector"
+        return "" if self.posterior_flow == "none" else "posterior_flow none"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `VectorVAE`, without the shape of the images."""
+        return self.model_dump(exclude={"architecture"})
+
+    def build(self, image_shape: tuple[int, int, int]) -> VectorVAE:
+        channels, height, width = image_shape
+        return VectorVAE(
+            image_channels=channels, image_height=height, image_width=width, **self.arguments()
+        )
+
+
+class DenseVAEConfig(VectorVAEConfig):
+    """Options of the network: a VAE of dense layers, as in the first papers."""
+
+    has_convolutions: ClassVar[bool] = False
+
+    architecture: Literal["dense"] = "dense"  # type: ignore[assignment]
+    hidden_layers: Positive = Field(
+        default=2, description="Number of dense layers below each latent vector."
+    )
+
+
+class ConvVAEConfig(VectorVAEConfig):
+    """Options of the network: a VAE of residual blocks with convolutions and one dense layer."""
+
+    architecture: Literal["conv"] = "conv"  # type: ignore[assignment]
+    hidden_channels: tuple[Positive, ...] = Field(
+        default=(450,),
+        description="Width of the dense layers below each latent vector, one number for each.",
+    )
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        default=(16, 32, 32),
+        description=(
+            "Number of channels of each residual block. Each block halves the height and width."
+        ),
+    )
+    activation: Literal["tanh", "elu", "silu"] = Field(
+        default="elu", description="Activation function of the layers."
+    )

@@ -1,0 +1,55 @@
+"""Diagonal Gaussians of latent vectors: samples, log-densities and KL divergences.
+
+Symbols: `U` units of a latent vector.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent Gaussians of U units.
+
+    Attributes:
+        mean: (..., U), float32.
+        logvar: log-variance, (..., U), float32.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "Gaussian":
+        """Split (..., 2 U) into mean and log-variance, in float32."""
+        mean, logvar = moments.float().chunk(2, dim=-1)
+        return cls(mean, logvar)
+
+    @classmethod
+    def standard(cls, like: Tensor) -> "Gaussian":
+        """Return N(0, I) of the shape of a tensor."""
+        zero = torch.zeros_like(like, dtype=torch.float32)
+        return cls(zero, zero)
+
+    def detach(self) -> "Gaussian":
+        return Gaussian(self.mean.detach(), self.logvar.detach())
+
+    def sample(self, *, count: int | None = None) -> Tensor:
+        """Draw latents by the global random generator, (count, ..., U) or (..., U)."""
+        shape = self.mean.shape if count is None else (count, *self.mean.shape)
+        noise = torch.randn(shape, device=self.mean.device)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of latents (..., U), summed over units, (...,), in nats."""
+        square = (z - self.mean).square() * (-self.logvar).exp()
+        return -0.5 * (square + self.logvar + math.log(2.0 * math.pi)).sum(-1)
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """Return the KL divergence from this Gaussian to `other`, of each unit, (..., U)."""
+        ratio = self.logvar - other.logvar
+        distance = (self.mean - other.mean).square() * (-other.logvar).exp()
+        return 0.5 * (ratio.exp() + distance - 1.0 - ratio)

@@ -1,0 +1,256 @@
+"""A variational autoencoder with one or more vectors of latents.
+
+images -> encoder -> q(z_1|x), q(z_2|z_1) ... -> p(z_1|z_2) -> decoder -> p(x|z_1)
+
+With one vector, this is the VAE of Kingma and Welling (arXiv:1312.6114). With two, it is the second
+network of Burda et al. (IWAE, arXiv:1509.00519). A flow may follow the posterior of a single vector
+(arXiv:1505.05770, arXiv:1606.04934).
+
+Symbols: `B` batch, `S` samples per image, `C` image channels, `H W` image size, `U` units of a
+latent, `L` latent vectors. z_1 is nearest to the image. Groups are listed from z_L to z_1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from latentvae.likelihoods import pixel_distribution
+from latentvae.models.bound import Bound
+from latentvae.models.dense.gaussians import Gaussian
+from latentvae.models.dense.posterior_flows import FlowName, build_flow
+from latentvae.models.dense.trunks import (
+    ConvDecoder,
+    ConvEncoder,
+    DenseDecoder,
+    DenseEncoder,
+    mlp,
+)
+
+
+class VectorVAE(ModelMixin, ConfigMixin):
+    """A VAE whose latents are vectors.
+
+        net = VectorVAE()
+        bound = net(images, samples=50)
+        nats = -bound.importance()            # (B,)
+        pictures = net.sample(16)             # (16, C, H, W) in [-1, 1]
+
+    Args:
+        image_channels, image_height, image_width: shape of the images.
+        latent_units: units of z_1 .. z_L.
+        hidden_channels: width of the dense layers between x and z_1, between z_1 and z_2, and so
+            on. One number for each latent.
+        hidden_layers: number of dense layers in each of these networks.
+        block_out_channels: channels of the residual blocks of convolutions between image and z_1,
+            each of which halves the size. Without blocks, all layers are dense.
+        activation: "tanh", "elu" or "silu".
+        likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
+        posterior_flow: flow after the Gaussian posterior of z_1: "none", "planar", "realnvp" or
+            "iaf". Only for a single latent.
+        flow_layers, flow_channels: number and width of the flow's layers.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_channels: int = 1,
+        image_height: int = 28,
+        image_width: int = 28,
+        latent_units: Sequence[int] = (50,),
+        hidden_channels: Sequence[int] = (200,),
+        hidden_layers: int = 2,
+        block_out_channels: Sequence[int] = (),
+        activation: str = "tanh",
+        likelihood: str = "bernoulli",
+        posterior_flow: FlowName = "none",
+        flow_layers: int = 2,
+        flow_channels: int = 320,
+    ) -> None:
+        super().__init__()
+        self.pixels = pixel_distribution(likelihood)
+        self.image_shape = (image_channels, image_height, image_width)
+        self.num_groups = len(latent_units)
+        maps = (self.pixels.num_maps(image_channels), image_height, image_width)
+        units, widths = list(latent_units), list(hidden_channels)
+
+        # between x and z_1
+        hidden = [widths[0]] * hidden_layers
+        if block_out_channels:
+            self.encoder: nn.Module = ConvEncoder(
+                self.image_shape, block_out_channels, widths[0], activation
+            )
+            self.decoder: Any = ConvDecoder(
+                units[0], widths[0], block_out_channels, maps, activation
+            )
+        else:
+            self.encoder = DenseEncoder(self.image_shape, hidden, activation)
+            self.decoder = DenseDecoder(units[0], hidden, maps, activation)
+        self.moments = nn.Linear(widths[0], 2 * units[0])
+        self.flow = build_flow(
+            posterior_flow,
+            units=units[0],
+            context=widths[0],
+            layers=flow_layers,
+            width=flow_channels,
+        )
+
+        # q(z_2|z_1) and p(z_1|z_2), and so on
+        self.up = nn.ModuleList(
+            _conditional(units[i], widths[i + 1], units[i + 1], hidden_layers, activation)
+            for i in range(len(units) - 1)
+        )
+        self.down = nn.ModuleList(
+            _conditional(units[i + 1], widths[i + 1], units[i], hidden_layers, activation)
+            for i in range(len(units) - 1)
+        )
+
+    # bounds
+
+    def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
+        """Draw latents and return the parts of the bound. See `models.bound.LikelihoodNet`."""
+        # posterior of z_1
+        features = self.encoder(images)
+        first = Gaussian.from_moments(self.moments(features))
+        drawn = [first.sample(count=samples)]  # (S, B, U)
+        scored = first.detach() if detach_posterior else first
+        log_q = [scored.log_prob(drawn[0])]
+        if self.flow is not None:
+            drawn[0], log_det = self.flow(drawn[0], features)
+            log_q[0] = log_q[0] - log_det
+
+        # posteriors of z_2 .. z_L, each given the latent before it
+        posteriors = [first]
+        for layer in self.up:
+            posterior = Gaussian.from_moments(layer(drawn[-1]))
+            drawn.append(posterior.sample())
+            scored = posterior.detach() if detach_posterior else posterior
+            log_q.append(scored.log_prob(drawn[-1]))
+            posteriors.append(posterior)
+
+        # priors of z_L .. z_1
+        priors = [Gaussian.standard(drawn[-1])]
+        for layer, z in zip(reversed(self.down), reversed(drawn[1:]), strict=True):
+            priors.append(Gaussian.from_moments(layer(z)))
+        ratios = [
+            q - prior.log_prob(z)
+            for q, prior, z in zip(reversed(log_q), priors, reversed(drawn), strict=True)
+        ]
+
+        # z_L has a KL in closed form, because its prior is fixed.
+        kl, unit_kl = list(ratios), None
+        if self.flow is None:
+            units = posteriors[-1].kl(priors[0])
+            kl[0] = units.sum(-1).expand_as(ratios[0])
+            unit_kl = units.mean(0)
+        return Bound(
+            log_likelihood=self._log_likelihood(images, drawn[0]),
+            kl=torch.stack(kl),
+            log_ratio=torch.stack(ratios),
+            unit_kl=unit_kl,
+            latents=tuple(drawn),
+            posterior=(first.mean, first.logvar) if self._is_single_gaussian else None,
+        )
+
+    def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
+        """Return ln p(x | z), (S, B)."""
+        parameters = self.decoder(z.flatten(0, 1))
+        return self.pixels.log_prob(images, parameters).unflatten(0, z.shape[:2])
+
+    # other uses
+
+    def posterior(self, images: Tensor) -> Gaussian:
+        """Return q(z_1 | x) before the flow, (B, U)."""
+        return Gaussian.from_moments(self.moments(self.encoder(images)))
+
+    @property
+    def _is_single_gaussian(self) -> bool:
+        return self.flow is None and self.num_groups == 1
+
+    def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and log-variance (B, U) of q(z_1 | x), or None if that is not all of q."""
+        if not self._is_single_gaussian:
+            return None
+        posterior = self.posterior(images)
+        return posterior.mean, posterior.logvar
+
+    def latent(self, images: Tensor) -> Tensor:
+        """Return the posterior's mean of z_1 after the flow, (B, U)."""
+        features = self.encoder(images)
+        z = Gaussian.from_moments(self.moments(features)).mean
+        return z if self.flow is None else self.flow(z, features)[0]
+
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return z_1 of the images, (B, U). See `models.bound.LikelihoodNet`."""
+        if not draw:
+            return self.latent(images)
+        features = self.encoder(images)
+        posterior = Gaussian.from_moments(self.moments(features))
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
+        z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+        return z if self.flow is None else self.flow(z, features)[0]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the posterior's mean of z_1, (B, U)."""
+        return self.latent(images)
+
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return the mean images (B, C, H, W) of latents z_1 (B, U)."""
+        return self.decode(vector)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the mean images (N, C, H, W) in [-1, 1] of latents z_1 (N, U)."""
+        return self.pixels.mean(self.decoder(z))
+
+    def posterior_means(self, images: Tensor) -> Tensor:
+        """Return the means of z_1 .. z_L, (B, U_1 + .. + U_L)."""
+        means = [self.latent(images)]
+        for layer in self.up:
+            means.append(Gaussian.from_moments(layer(means[-1])).mean)
+        return torch.cat(means, dim=-1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the mean images (B, C, H, W) in [-1, 1] for the posterior's means."""
+        return self.decode(self.latent(images))
+
+    def sample(
+        self,
+        num: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        mean: bool = True,
+    ) -> Tensor:
+        """Draw images from the prior. See `models.bound.LikelihoodNet`."""
+
+        def noise(units: int) -> Tensor:
+            return temperature * torch.randn(num, units, generator=generator, device=self.device)
+
+        units = self.config.latent_units
+        z = noise(units[-1])
+        for layer, size in zip(reversed(self.down), reversed(units[:-1]), strict=True):
+            prior = Gaussian.from_moments(layer(z))
+            z = prior.mean + (0.5 * prior.logvar).exp() * noise(size)
+        parameters = self.decoder(z)
+        if mean:
+            return self.pixels.mean(parameters)
+        return self.pixels.sample(parameters, generator=generator)
+
+    def start_at(self, mean_image: Tensor) -> None:
+        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start."""
+        if (bias := self.pixels.start_bias(mean_image)) is not None:
+            self.decoder.start_at(bias)
+
+
+def _conditional(
+    inputs: int, hidden: int, outputs: int, layers: int, activation: str
+) -> nn.Sequential:
+    """Return a dense network from a latent to the moments of the next one."""
+    return nn.Sequential(
+        *mlp([inputs, *[hidden] * layers], activation), nn.Linear(hidden, 2 * outputs)
+    )

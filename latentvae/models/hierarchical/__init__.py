@@ -1,0 +1,1 @@
+"""Hierarchical VAEs: one top-down network with groups of latents at every resolution."""

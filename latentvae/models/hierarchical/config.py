@@ -1,0 +1,116 @@
+"""Options of hierarchical VAEs, as a section of a preset."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.errors import UserError
+from latentvae.models.hierarchical.blocks import ActivationName
+from latentvae.models.hierarchical.gaussian import PosteriorName, StdName
+from latentvae.models.hierarchical.layers import check_blocks
+from latentvae.models.hierarchical.network import HierarchicalVAE
+from latentvae.models.hierarchical.styles import StyleName
+from latentvae.models.vae_config import VAEConfig
+from latentvae.option_marks import Positive
+
+
+class HierarchicalConfig(VAEConfig):
+    """Options of the network: a hierarchical VAE with groups of latents at every resolution."""
+
+    can_checkpoint: ClassVar[bool] = True
+
+    architecture: Literal["hierarchical"] = "hierarchical"  # type: ignore[assignment]
+    enc_blocks: str = Field(
+        default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
+        description=(
+            "Blocks of the encoder. 32x2 means two blocks at resolution 32. 32d2 means one block "
+            "whose output is pooled by 2. The first resolution is the side of the images, or "
+            "divides it. Then the network is faster, because a square of pixels is one position. "
+            "If the resolution is a little larger, black pixels are added at the edges."
+        ),
+    )
+    dec_blocks: str = Field(
+        default="1x1,4m1,4x1,8m4,8x2,16m8,16x2,32m16",
+        description=(
+            "Blocks of the decoder. Each has a group of latents. 4x2 means two blocks at "
+            "resolution 4. 4m1 means one block that reads the upsampled maps of resolution 1. The "
+            "last resolution is the side of the images, or divides it."
+        ),
+    )
+    width: Positive = Field(default=64, description="Number of channels of the maps.")
+    custom_widths: str = Field(
+        default="",
+        description="Other numbers of channels for some resolutions, such as 32:64,16:128.",
+    )
+    zdim: Positive = Field(
+        default=16, description="Number of latent channels of each group of latents."
+    )
+    bottleneck_multiple: float = Field(
+        default=0.25,
+        gt=0.0,
+        description="Number of channels inside a block, as a share of the width.",
+    )
+    num_mixtures: Positive = Field(
+        default=10,
+        description="Number of components of each pixel, for the likelihood logistic_mixture.",
+    )
+    block: StyleName = Field(
+        default="vdvae",
+        description=(
+            "Style of the blocks: vdvae (bottlenecks without normalisation) or nvae (batch norm, "
+            "depthwise convolutions, squeeze and excitation)."
+        ),
+    )
+    activation: ActivationName = Field(
+        default="gelu", description="Activation of the style vdvae. Very Deep VAE has gelu."
+    )
+    posterior: PosteriorName = Field(
+        default="full",
+        description=(
+            "How the posterior follows from the network's output: full (Very Deep VAE), residual "
+            "(NVAE: relative to the prior) or precision (Ladder VAE: merged with the prior by "
+            "precision)."
+        ),
+    )
+    std: StdName = Field(
+        default="exp",
+        description=(
+            "How a standard deviation follows from the network's output: exp, or softplus with "
+            "Efficient-VDVAE's smooth gradient."
+        ),
+    )
+    links: Literal["last", "mirrored"] = Field(
+        default="last",
+        description=(
+            "Which features of the encoder a block of the decoder reads: the last ones of its "
+            "resolution, or those of the block that mirrors it."
+        ),
+    )
+    no_bias_above: Positive = Field(
+        default=64,
+        description="Largest resolution whose maps start at a learned bias for each position.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "HierarchicalConfig":
+        check_blocks(self.enc_blocks, self.dec_blocks, self.custom_widths)
+        return self
+
+    def why_no_single_gaussian(self) -> str:
+        return "architecture dense or conv"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `HierarchicalVAE`, without the shape of the images."""
+        return self.model_dump(exclude={"architecture"})
+
+    def build(self, image_shape: tuple[int, int, int]) -> HierarchicalVAE:
+        channels, height, width = image_shape
+        _check_square(height, width)
+        return HierarchicalVAE(image_channels=channels, sample_size=height, **self.arguments())
+
+
+def _check_square(height: int, width: int) -> None:
+    if height != width:
+        raise UserError(
+            f"A hierarchical VAE needs square images (got {height} x {width}). Crop the images."
+        )

@@ -1,0 +1,73 @@
+"""The bottom-up half of a hierarchical VAE: features of an image at every resolution.
+
+`B` batch, `C` image channels, `S` side of the images, `W` width of a resolution.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.models.hierarchical.blocks import Style, convolution, residual_gain
+from latentvae.models.hierarchical.layers import Layer
+
+Features = dict[int, list[Tensor]]
+
+
+class Encoder(nn.Module):
+    """Residual blocks, with average pooling between resolutions.
+
+    Args:
+        channels: C, after patches became channels.
+        layers: the blocks, finest first.
+        widths: number of channels of each resolution.
+        style: what blocks are built from.
+    """
+
+    def __init__(
+        self, channels: int, layers: Sequence[Layer], widths: Mapping[int, int], style: Style
+    ) -> None:
+        super().__init__()
+        self.layers, self.widths = tuple(layers), dict(widths)
+        gain = residual_gain(len(layers))
+        self.conv_in = convolution(channels, widths[layers[0].resolution], 3)
+        self.blocks = nn.ModuleList(
+            [
+                style.encoder_block(
+                    widths[layer.resolution], resolution=layer.resolution, gain=gain
+                )
+                for layer in layers
+            ]
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, images: Tensor) -> Features:
+        """Return the features (B, W, side, side) after each block, by resolution."""
+        x = self.conv_in(images)
+        found: Features = {x.shape[-1]: [x]}
+        for layer, block in zip(self.layers, self.blocks, strict=True):
+            x = run(self, block, x)
+            if layer.pool > 1:
+                x = F.avg_pool2d(x, layer.pool)
+            side = layer.resolution // layer.pool
+            x = with_channels(x, self.widths[side])
+            found.setdefault(side, []).append(x)
+        return found
+
+
+def run(parent: nn.Module, block: nn.Module, *args: Any) -> Any:
+    """Call a block, and compute it again for its gradient if the parent saves memory so."""
+    if torch.is_grad_enabled() and parent.gradient_checkpointing:
+        checkpoint: Any = parent._gradient_checkpointing_func
+        return checkpoint(block, *args)
+    return block(*args)
+
+
+def with_channels(x: Tensor, width: int) -> Tensor:
+    """Return maps with `width` channels: the first ones, or all of them and then zeros."""
+    missing = width - x.shape[1]
+    if missing > 0:
+        return F.pad(x, (0, 0, 0, 0, 0, missing))
+    return x[:, :width]

@@ -1,0 +1,104 @@
+"""Diagonal Gaussians of a group of latents, and how a posterior follows from a network's output.
+
+All computations are in float32. ln(std) is kept in [-8, 8], so that neither a KL divergence nor a
+log density overflows. NaN stays NaN, so that a training can see it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_LOG_STD = 8.0
+
+# Efficient-VDVAE's gradient smoothing: softplus(0) = 1 for this beta.
+_BETA = math.log(2.0)
+
+PosteriorName = Literal["full", "residual", "precision"]
+StdName = Literal["exp", "softplus"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent Gaussians, one for each element of `mean` and `log_std`."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def draw(self, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw latents. The temperature is a factor of the standard deviation."""
+        shape, device = self.mean.shape, self.mean.device
+        noise = torch.randn(shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + temperature * self.log_std.exp() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log density of each element."""
+        distance = (z - self.mean) * torch.exp(-self.log_std)
+        return -0.5 * (distance.square() + math.log(2.0 * math.pi)) - self.log_std
+
+    def kl_to(self, other: "Gaussian") -> Tensor:
+        """Return the KL divergence from this Gaussian to another one, for each element."""
+        log_ratio = self.log_std - other.log_std
+        distance = (self.mean - other.mean) * torch.exp(-other.log_std)
+        return 0.5 * (torch.exp(2.0 * log_ratio) + distance.square() - 1.0) - log_ratio
+
+
+def exp_log_std(raw: Tensor) -> Tensor:
+    """Return ln(std) of a network's output that is ln(std) already."""
+    return raw.float().clamp(-MAX_LOG_STD, MAX_LOG_STD)
+
+
+def softplus_log_std(raw: Tensor) -> Tensor:
+    """Return ln(std) for std = softplus(raw) with a smooth gradient (arXiv:2203.13751).
+
+    softplus(x) = ln(1 + e^(beta x)) / beta with beta = ln 2, which is 1 for x = 0.
+    """
+    low, high = math.exp(-MAX_LOG_STD), math.exp(MAX_LOG_STD)
+    return F.softplus(raw.float(), beta=_BETA).clamp(low, high).log()
+
+
+LOG_STD: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": exp_log_std,
+    "softplus": softplus_log_std,
+}
+
+
+class Posterior(NamedTuple):
+    """How the posterior of a group follows from an output of the network.
+
+    Attributes:
+        sees_decoder: the posterior's head reads the decoder's maps besides the encoder's features.
+        combine: returns the posterior for the head's Gaussian and the prior.
+    """
+
+    sees_decoder: bool
+    combine: Callable[[Gaussian, Gaussian], Gaussian]
+
+
+def _full(own: Gaussian, prior: Gaussian) -> Gaussian:
+    return own
+
+
+def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
+    """NVAE (arXiv:2007.03898, section 3.2): N(mu_p + dmu, sigma_p dsigma)."""
+    log_std = (prior.log_std + own.log_std).clamp(-MAX_LOG_STD, MAX_LOG_STD)
+    return Gaussian(prior.mean + own.mean, log_std)
+
+
+def _precision(own: Gaussian, prior: Gaussian) -> Gaussian:
+    """Ladder VAE (arXiv:1602.02282, equation 17): a mean weighted by the precisions."""
+    log_precision = torch.logaddexp(-2.0 * own.log_std, -2.0 * prior.log_std)
+    share = torch.exp(-2.0 * own.log_std - log_precision)
+    log_std = (-0.5 * log_precision).clamp(-MAX_LOG_STD, MAX_LOG_STD)
+    return Gaussian(prior.mean + share * (own.mean - prior.mean), log_std)
+
+
+POSTERIORS: dict[str, Posterior] = {
+    "full": Posterior(sees_decoder=True, combine=_full),
+    "residual": Posterior(sees_decoder=True, combine=_residual),
+    "precision": Posterior(sees_decoder=False, combine=_precision),
+}

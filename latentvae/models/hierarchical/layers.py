@@ -1,0 +1,182 @@
+"""Read the strings that describe the blocks of a hierarchical VAE, in the format of Very Deep VAE.
+
+An encoder is a list such as "32x11,32d2,16x6": 11 blocks at resolution 32, then one block whose
+output is pooled by 2, then 6 blocks at resolution 16. A decoder is a list such as "1x1,4m1,4x2":
+one block at resolution 1, then one block at resolution 4 that reads the upsampled maps of
+resolution 1, then 2 more blocks at resolution 4. Each block of a decoder has a group of latents.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from latentvae.errors import UserError
+
+MAX_BLOCKS = 1000
+
+_ITEM = re.compile(r"(\d+)(?:([xdm])(\d+))?")
+
+
+class Layer(NamedTuple):
+    """One block.
+
+    Attributes:
+        resolution: side of the block's maps.
+        pool: factor by which the output of an encoder's block is pooled, 1 for none.
+        source: resolution that a decoder's block upsamples, or None.
+    """
+
+    resolution: int
+    pool: int = 1
+    source: int | None = None
+
+
+def encoder_layers(text: str) -> list[Layer]:
+    """Return the blocks of an encoder, finest first.
+
+    Raises:
+        UserError: the text has another format, or its resolutions do not follow from each other.
+    """
+    items = _items(text, "enc_blocks", "x, d")
+    layers: list[Layer] = []
+    side = items[0][1]
+    for item, resolution, kind, number in items:
+        if resolution != side:
+            raise UserError(
+                f"enc_blocks has '{item}' where the maps have side {side}. Write {side} there, or "
+                "change the blocks before it."
+            )
+        if kind == "d":
+            if side % number:
+                raise UserError(
+                    f"enc_blocks has '{item}', but {number} does not divide {side}. Pool by a "
+                    "divisor of the side."
+                )
+            layers.append(Layer(resolution, pool=number))
+            side //= number
+        else:
+            layers += [Layer(resolution)] * number
+    return layers
+
+
+def decoder_layers(text: str) -> list[Layer]:
+    """Return the blocks of a decoder, coarsest first.
+
+    Raises:
+        UserError: the text has another format, or its resolutions do not follow from each other.
+    """
+    layers: list[Layer] = []
+    for item, resolution, kind, number in _items(text, "dec_blocks", "x, m"):
+        seen = {layer.resolution for layer in layers}
+        if kind == "m":
+            if number not in seen or resolution % number or resolution == number:
+                earlier = ", ".join(map(str, sorted(seen))) or "none"
+                raise UserError(
+                    f"dec_blocks has '{item}', which upsamples resolution {number} to {resolution}."
+                    f" The source must be an earlier resolution ({earlier}) that divides the new "
+                    "one."
+                )
+            layers.append(Layer(resolution, source=number))
+        else:
+            if layers and resolution not in seen:
+                raise UserError(
+                    f"dec_blocks has '{item}', but no earlier block has resolution {resolution}. "
+                    f"Put '{resolution}m{layers[-1].resolution}' before it."
+                )
+            layers += [Layer(resolution)] * number
+    return layers
+
+
+def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[int]:
+    """Return the resolutions of a network, after a check that its options fit each other.
+
+    Raises:
+        UserError: an option has another format, or the decoder has a resolution that the encoder
+            lacks.
+    """
+    encoder, decoder = encoder_layers(enc_blocks), decoder_layers(dec_blocks)
+    made = {layer.resolution for layer in encoder}
+    made |= {layer.resolution // layer.pool for layer in encoder}
+    missing = sorted({layer.resolution for layer in decoder} - made)
+    if missing:
+        raise UserError(
+            f"dec_blocks has resolution {missing[0]}, which enc_blocks lacks. The encoder has "
+            f"{', '.join(map(str, sorted(made)))}."
+        )
+    resolution_widths(custom_widths, 1, made)
+    return made
+
+
+def fit(side: int, *, encoder: int, decoder: int) -> int:
+    """Return the side of the images with the pixels that are added around them.
+
+    It is the smallest multiple of the finest maps of encoder and decoder, so that each position of
+    these maps is a square of pixels.
+
+    Args:
+        side: side of the images in pixels.
+        encoder: side of the encoder's first maps.
+        decoder: side of the decoder's last maps.
+
+    Raises:
+        UserError: more than an eighth of the side would be added at an edge, or half a pixel.
+    """
+    step = math.lcm(encoder, decoder)
+    extra = -side % step
+    if extra % 2 or extra > side // 4:
+        raise UserError(
+            f"enc_blocks starts at resolution {encoder} and dec_blocks ends at {decoder}, which "
+            f"does not fit images of side {side}. Both must divide the side, or be a little larger "
+            "by an even number."
+        )
+    return side + extra
+
+
+def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[int, int]:
+    """Return the number of channels of each resolution.
+
+    Args:
+        text: such as "64:32,32:64", or "" for the same width everywhere.
+        default: number of channels of the resolutions that the text does not name.
+        resolutions: the resolutions of the network.
+
+    Raises:
+        UserError: the text has another format, or names a resolution that the network lacks.
+    """
+    widths = dict.fromkeys(sorted(resolutions), default)
+    for item in filter(None, text.split(",")):
+        parts = re.fullmatch(r"\s*(\d+):(\d+)\s*", item)
+        if parts is None or int(parts[2]) < 1:
+            raise UserError(
+                f"custom_widths must have items RESOLUTION:WIDTH, such as '32:64,16:128' (got "
+                f"'{item}')."
+            )
+        resolution, width = int(parts[1]), int(parts[2])
+        if resolution not in widths:
+            raise UserError(
+                f"custom_widths names resolution {resolution}, but the network has "
+                f"{', '.join(map(str, widths))}."
+            )
+        widths[resolution] = width
+    return widths
+
+
+def _items(text: str, option: str, kinds: str) -> list[tuple[str, int, str, int]]:
+    """Return (item, resolution, kind, number) of each item. "32" is the same as "32x1"."""
+    found: list[tuple[str, int, str, int]] = []
+    for item in (part.strip() for part in text.split(",")):
+        parts = _ITEM.fullmatch(item)
+        if parts is None or (parts[2] and parts[2] not in kinds):
+            known = {"x, d": "32x11 or 32d2", "x, m": "4x2 or 8m4"}[kinds]
+            raise UserError(
+                f"{option} must be a list of items such as {known}, separated by commas (got "
+                f"'{item}' in '{text}')."
+            )
+        resolution, number = int(parts[1]), int(parts[3] or 1)
+        if resolution < 1 or number < 1:
+            raise UserError(f"{option} needs numbers of 1 or above (got '{item}').")
+        found.append((item, resolution, parts[2] or "x", number))
+    blocks = sum(number if kind == "x" else 1 for _, _, kind, number in found)
+    if blocks > MAX_BLOCKS:
+        raise UserError(f"{option} must have at most {MAX_BLOCKS} blocks (got {blocks}).")
+    return found

@@ -1,0 +1,19 @@
+"""List the styles of blocks by the name that a preset gives as `block`."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from latentvae.models.hierarchical.blocks import Style, VdvaeStyle
+from latentvae.models.hierarchical.nvae import NvaeStyle
+
+StyleName = Literal["vdvae", "nvae"]
+
+STYLES: dict[str, Callable[[float, str], Style]] = {
+    "vdvae": VdvaeStyle,
+    "nvae": lambda bottleneck_multiple, activation: NvaeStyle(),
+}
+
+
+def build_style(name: str, *, bottleneck_multiple: float, activation: str) -> Style:
+    """Return a style of blocks. The style "nvae" has its own widths and activation."""
+    return STYLES[name](bottleneck_multiple, activation)

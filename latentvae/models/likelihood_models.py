@@ -1,0 +1,100 @@
+"""List the networks with a likelihood (`latentvae train-vae`), and load exported ones."""
+
+import functools
+import json
+import operator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+
+from latentvae.errors import UserError
+from latentvae.models.bound import LikelihoodNet
+from latentvae.models.dense.config import ConvVAEConfig, DenseVAEConfig
+from latentvae.models.dense.network import VectorVAE
+from latentvae.models.hierarchical.config import HierarchicalConfig
+from latentvae.models.hierarchical.network import HierarchicalVAE
+from latentvae.models.vae_config import VAEConfig
+from latentvae.option_marks import tag_in
+
+# Keys are the names that a preset gives as `architecture`.
+LIKELIHOOD_OPTIONS: dict[str, type[VAEConfig]] = {
+    "dense": DenseVAEConfig,
+    "conv": ConvVAEConfig,
+    "hierarchical": HierarchicalConfig,
+}
+# Keys are the class names in the config.json of an export.
+LIKELIHOOD_NETWORKS: dict[str, Any] = {"VectorVAE": VectorVAE, "HierarchicalVAE": HierarchicalVAE}
+
+if TYPE_CHECKING:
+    AnyVAEConfig = VAEConfig
+else:
+    _TAGGED = (Annotated[options, Tag(name)] for name, options in LIKELIHOOD_OPTIONS.items())
+    AnyVAEConfig = Annotated[
+        functools.reduce(operator.or_, _TAGGED), Discriminator(tag_in("architecture", "dense"))
+    ]
+
+IMAGES_NAME = "images.json"
+
+
+class ImagesOfModel(BaseModel):
+    """What a network expects of its images. An export holds it as `images.json`.
+
+    Attributes:
+        binarize: "none", "static" (drawn with the grey value as the probability of white) or
+            "threshold".
+        image_interpolation_mode: filter that resizes images.
+        value_range: values of black and white, or None.
+        preset: name of the preset that the network was trained with, or "".
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    binarize: Literal["none", "static", "threshold"] = "none"
+    image_interpolation_mode: str = "lanczos"
+    value_range: tuple[float, float] | None = None
+    preset: str = ""
+
+
+def write_images_file(folder: Path, about: ImagesOfModel) -> None:
+    """Write `images.json` into an export."""
+    (folder / IMAGES_NAME).write_text(about.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def find_likelihood_export(path: Path) -> Path | None:
+    """Return the folder of an exported network, given this folder or its run, or None."""
+    for folder in (path, path / "export"):
+        if _class_name(folder) in LIKELIHOOD_NETWORKS:
+            return folder
+    return None
+
+
+def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]:
+    """Load an exported network in eval mode, and what it expects of its images.
+
+    Args:
+        path: the export's folder, or its run.
+
+    Raises:
+        UserError: there is no such export, or it is damaged.
+    """
+    folder = find_likelihood_export(Path(path))
+    if folder is None:
+        raise UserError(
+            f"'{path}' holds no network with a likelihood. Give a finished run of `latentvae "
+            "train-vae`, or the folder `export` in it."
+        )
+    net = LIKELIHOOD_NETWORKS[_class_name(folder)].from_pretrained(folder, use_safetensors=True)
+    try:
+        about = ImagesOfModel.model_validate_json((folder / IMAGES_NAME).read_text("utf-8"))
+    except (OSError, ValidationError) as error:
+        raise UserError(f"'{folder / IMAGES_NAME}' cannot be read ({error}).") from error
+    return net.eval(), about
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("_class_name", "")) if isinstance(config, dict) else ""

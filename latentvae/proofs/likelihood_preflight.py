@@ -1,0 +1,123 @@
+"""Check the training of a variational autoencoder before it starts (`train_vae.py --preflight`).
+
+The check makes a few updates with the user's images, precision and processes, and prints a line for
+each check. It neither reads nor writes the run's own folder.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from latentvae.distributed import all_reduce_mean
+from latentvae.engine.updates import Updates
+from latentvae.models.bound import Bound
+from latentvae.proofs.checks import Check
+from latentvae.proofs.first_updates import (
+    FirstUpdates,
+    checkpoint_check,
+    equal_ranks_check,
+    items_check,
+    run_checks,
+    updates_check,
+    weights_check,
+)
+from latentvae.tasks.likelihood.config import LikelihoodConfig
+from latentvae.tasks.likelihood.task import LikelihoodTask
+
+LOSS = "loss/total"
+REPEATS = 8  # updates on the same images
+SAMPLES = 8  # latents per image for the comparison of the bounds
+
+
+def likelihood_preflight(config: LikelihoodConfig, *, json: Path | None = None) -> int:
+    """Check a run, and print a line for each check. All ranks must call this.
+
+    Args:
+        config: options of the run.
+        json: file for the results of the checks.
+
+    Returns:
+        The exit code: 0 if all checks hold, 1 if one failed.
+
+    Raises:
+        UserError: an option is wrong, or the images cannot be used.
+    """
+    return run_checks(LikelihoodTask, config, _checks, json=json)
+
+
+def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
+    """Yield the checks in order. All ranks must take all of them."""
+    yield updates_check(rehearsal, loss=LOSS, words="total loss")
+    yield weights_check(rehearsal)
+    yield items_check(rehearsal)
+    yield equal_ranks_check(rehearsal)
+    yield _gradients(rehearsal)
+    yield _values(rehearsal)
+    yield _bounds(rehearsal)
+    yield checkpoint_check(rehearsal, loss=LOSS)
+    yield _falls(rehearsal)
+
+
+def _gradients(rehearsal: FirstUpdates) -> Check:
+    """Check that the gradient of one micro-step reaches all weights."""
+    task: LikelihoodTask = rehearsal.task
+    task.micro_step(next(iter(task.batches(start_step=0))), 1)
+    missing = [n for n, p in task.net.named_parameters() if p.requires_grad and p.grad is None]
+    task.learners["model"].optimizer.zero_grad()
+    return Check(
+        name="gradients",
+        passed=not missing,
+        value=", ".join(missing[:3]) or "all weights",
+        expected="a gradient for all weights",
+        advice="A part of the network would not learn.",
+    )
+
+
+def _values(rehearsal: FirstUpdates) -> Check:
+    """Check that the images have only values that the likelihood has."""
+    task: LikelihoodTask = rehearsal.task
+    images = task.prepared_images(next(iter(task.batches(start_step=0))))
+    error = (images - task.net.pixels.rounded(images)).abs().max().item()
+    return Check(
+        name="values",
+        passed=error < 1e-4,
+        value=error,
+        expected=f"at most 1e-4 from one of {task.net.pixels.levels} values",
+        advice="The likelihood would not be a probability. Check likelihood and binarize.",
+    )
+
+
+@torch.no_grad()
+def _bounds(rehearsal: FirstUpdates) -> Check:
+    """Check that the ELBO of the same latents is not above the importance-weighted bound."""
+    task: LikelihoodTask = rehearsal.task
+    images = task.prepared_images(next(iter(task.batches(start_step=0))))
+    bound: Bound = task.net(images, samples=SAMPLES)
+    elbo = bound.log_weights().mean(0)
+    gap = (bound.importance() - elbo).min().item()
+    return Check(
+        name="bounds",
+        passed=math.isfinite(gap) and gap > -1e-3,
+        value=gap,
+        expected="importance-weighted bound minus ELBO of at least 0 nats",
+        advice="The parts of the bound do not fit each other.",
+    )
+
+
+def _falls(rehearsal: FirstUpdates) -> Check:
+    """Check that the loss falls if the network sees the same images again and again."""
+    task: LikelihoodTask = rehearsal.task
+    batch = next(iter(task.batches(start_step=0)))
+    updates, same = Updates(rehearsal.training), itertools.repeat(batch)
+    losses = [updates.make(same).values[0][LOSS] for _ in range(REPEATS)]
+    first, last = (all_reduce_mean(losses[i]).item() for i in (0, -1))
+    return Check(
+        name="loss-falls",
+        passed=last < first,
+        value=f"{first:.2f} to {last:.2f} in {REPEATS} updates on the same images",
+        expected="the loss falls",
+        advice="Give a lower --learning_rate, or no KL warm-up in the first updates.",
+    )

@@ -1,0 +1,145 @@
+"""Options of a run that trains a variational autoencoder by a bound of its likelihood."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from latentvae.config.run_config import OptimizerConfig, RunConfig
+from latentvae.data.data_config import DataConfig
+from latentvae.losses.variational import VariationalConfig
+from latentvae.models.dense.config import DenseVAEConfig
+from latentvae.models.likelihood_models import AnyVAEConfig
+from latentvae.option_marks import Elsewhere, MayChange, Positive
+from latentvae.tasks.image_config import ImageJobConfig
+
+
+class LikelihoodDataConfig(DataConfig):
+    """Options of the images."""
+
+    image_channels: int = Field(
+        default=1,
+        description=(
+            "Number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA). With 4, the network learns "
+            "the transparency too."
+        ),
+    )
+    binarize: Annotated[
+        Literal["none", "dynamic", "static", "threshold"], Elsewhere("binarization")
+    ] = Field(
+        default="none",
+        description=(
+            "How grey pixels become black or white. `dynamic` draws each pixel anew in each "
+            "update, white with its grey value as the probability. `static` draws each image once. "
+            "`threshold` cuts at mid-grey. Validation images are always drawn once. The likelihood "
+            "bernoulli needs one of these."
+        ),
+    )
+    cache_images: bool = Field(
+        default=True,
+        description=(
+            "Read all images once, at the start, and keep them in memory as bytes. This is much "
+            "faster for small images. It needs crop center."
+        ),
+    )
+
+
+class LikelihoodRunConfig(RunConfig):
+    """Options of the run: its length, batch size, precision, files and logs."""
+
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass. This saves memory but takes more time."
+        ),
+    )
+    validation_samples: Annotated[Positive, MayChange()] = Field(
+        default=1,
+        description=(
+            "Number of latent samples for each image in a validation. More samples make the "
+            "importance-weighted bound tighter."
+        ),
+    )
+    num_sample_images: Annotated[Positive, MayChange()] = Field(
+        default=64, description="Number of sampled images in each PNG of the folder `samples`."
+    )
+
+
+class LikelihoodConfig(ImageJobConfig):
+    """All options of a run that trains a variational autoencoder."""
+
+    config: Annotated[str, MayChange()] = Field(
+        default="vae_mnist",
+        description=(
+            "YAML file with options, or the name of a preset. Flags override the values in the "
+            "file or preset."
+        ),
+    )
+    vae: AnyVAEConfig = DenseVAEConfig()
+    data: LikelihoodDataConfig = LikelihoodDataConfig()
+    objective: VariationalConfig = VariationalConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: LikelihoodRunConfig = LikelihoodRunConfig()
+
+    @property
+    def bucket_multiple(self) -> int:
+        return 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.data.image_channels, *self.data.size)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "LikelihoodConfig":
+        self.check_batch()
+        self._check_images()
+        if self.run.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 is not supported. Use bf16 or no instead.")
+        if self.run.gradient_checkpointing and not self.vae.can_checkpoint:
+            raise ValueError(
+                f"gradient_checkpointing is not available for architecture "
+                f"{self.vae.architecture}. Leave it out."
+            )
+        if self.objective.bound == "dreg" and (why := self.vae.why_no_single_gaussian()):
+            raise ValueError(f"bound dreg needs {why}. Use bound iwae instead.")
+        if self.objective.spectral_scale and not self.vae.has_convolutions:
+            raise ValueError(
+                f"spectral_scale {self.objective.spectral_scale:g} is for networks with "
+                f"convolutions, but architecture {self.vae.architecture} has none. Leave it out."
+            )
+        if self.objective.tc_scale and (why := self.vae.why_no_single_gaussian()):
+            raise ValueError(f"tc_scale needs {why}. Set tc_scale to 0.")
+        if self.objective.tc_scale and self.run.train_batch_size < 4:
+            raise ValueError(
+                f"tc_scale needs a train_batch_size of at least 4 (got "
+                f"{self.run.train_batch_size})."
+            )
+        return self
+
+    def _check_images(self) -> None:
+        data = self.data
+        if data.aspect_ratio_buckets:
+            raise ValueError(
+                f"aspect_ratio_buckets {data.aspect_ratio_buckets} gives images of several sizes, "
+                "but the network needs one size. Leave it out."
+            )
+        if self.vae.likelihood == "bernoulli" and data.binarize == "none":
+            raise ValueError(
+                "likelihood bernoulli is for binary images. Give --binarize dynamic, static or "
+                "threshold, or another likelihood."
+            )
+        if data.binarize != "none" and self.vae.likelihood != "bernoulli":
+            raise ValueError(
+                f"binarize {data.binarize} needs likelihood bernoulli (got {self.vae.likelihood})."
+            )
+        if not data.cache_images:
+            if data.binarize == "static":
+                raise ValueError("binarize static needs the images in memory. Give --cache_images.")
+            return
+        fixed = {"crop": "center", "crops_per_image": 1, "streaming": False}
+        for name, value in fixed.items():
+            if (given := getattr(data, name)) != value:
+                raise ValueError(
+                    f"{name} {given} does not work with cache_images. Give --no-cache_images, or "
+                    f"{name} {value}."
+                )

@@ -1,0 +1,165 @@
+"""Measure the likelihood of images under an exported network (`latentvae likelihood`)."""
+
+import json as json_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from latentvae.compute.precision import full_float32
+from latentvae.data import BadImages, Batch, EvalTransform, PixelFormat, open_source, some_of
+from latentvae.distributed import launched_device
+from latentvae.errors import UserError
+from latentvae.evaluation.likelihood import Sums, bits_per_dim, bounds_of
+from latentvae.evaluation.published import PUBLISHED
+from latentvae.metrics.mutual_information import mutual_information
+from latentvae.models.likelihood_models import ImagesOfModel, load_likelihood_net
+from latentvae.tasks.likelihood.images import binary, binary_bytes, read_all
+
+SHOWN_GROUPS = 12
+MAX_POSTERIORS = 2000  # images for the mutual information, whose time grows with their square
+
+
+@full_float32()
+def measure_folder(
+    model: Path,
+    data: str,
+    *,
+    samples: int,
+    max_images: int | None = None,
+    batch_size: int = 20,
+    binarize: str | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure images, print the results, and write them as JSON.
+
+    Args:
+        model: an exported network, or a finished run.
+        data: images, in any form that `open_source` reads.
+        samples: latent samples per image.
+        max_images: largest number of images.
+        batch_size: images that are computed at once.
+        binarize: "static" or "threshold". None takes what the network expects.
+        seed: seed of latents and binary images.
+        json: file for the results.
+        device: device of the computation. None takes the GPU if there is one.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        UserError: an option is wrong, or model or images cannot be read.
+    """
+    # checks
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1 (got {value}).")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"max_images must be at least 1 (got {max_images}).")
+    device = device or launched_device()
+    net, about = load_likelihood_net(model)
+    net.to(device)  # type: ignore[attr-defined]
+    if binarize is not None and about.binarize == "none":
+        raise UserError(
+            f"--binarize {binarize} is for networks of binary images, but '{model}' has the "
+            "likelihood of grey values. Leave it out."
+        )
+
+    # bounds
+    pixels = _read(data, net.image_shape, about, max_images=max_images)
+    pixels = _made_binary(pixels, binarize or about.binarize, seed=seed)
+    total, posteriors = Sums(), list[tuple[torch.Tensor, torch.Tensor]]()
+    with torch.random.fork_rng(), tqdm(total=len(pixels), unit="images", disable=None) as bar:
+        torch.manual_seed(seed)
+        for part in pixels.split(batch_size):
+            images = Batch(part, torch.empty(0), []).on(device)
+            total.add(bounds_of(net, images, samples=samples))
+            if (moments := net.posterior_moments(images)) is not None:
+                posteriors.append(moments)
+            bar.update(len(part))
+
+    # results
+    result = _summary(total, net.image_shape, samples=samples)
+    if posteriors:
+        result["mutual_information"] = _information(posteriors, seed=seed)
+    print(_lines(result, total, about))
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(json_module.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _read(
+    data: str, shape: tuple[int, int, int], about: ImagesOfModel, *, max_images: int | None
+) -> torch.Tensor:
+    channels, height, width = shape
+    source = open_source(data, pixels=PixelFormat(channels, about.value_range))
+    if max_images is not None:
+        source = some_of(source, max_images)
+    bad = BadImages()
+    transform = EvalTransform((height, width), interpolation=about.image_interpolation_mode)
+    pixels = read_all(source, transform, bad=bad)
+    for name, reason in bad.reasons.items():
+        print(f"leaving out {name}: {reason}")
+    return pixels
+
+
+def _made_binary(pixels: torch.Tensor, kind: str, *, seed: int) -> torch.Tensor:
+    if kind == "none":
+        return pixels
+    if kind == "static":
+        return binary_bytes(pixels, seed=seed)
+    return (binary(pixels.float() - 127.5, "threshold") > 0).to(torch.uint8) * 255
+
+
+def _summary(total: Sums, shape: tuple[int, int, int], *, samples: int) -> dict[str, Any]:
+    each = torch.cat(total.each, dim=1)  # (2, N)
+    error = each.std(dim=1, correction=0) / total.images**0.5
+    elbo, importance = -total.elbo / total.images, -total.importance / total.images
+    return {
+        "images": total.images,
+        "samples": samples,
+        "nats_per_image": {"elbo": elbo, "importance": importance},
+        "standard_error": {"elbo": error[0].item(), "importance": error[1].item()},
+        "bits_per_dim": bits_per_dim(importance, shape),
+        "bits_per_dim_elbo": bits_per_dim(elbo, shape),
+        "kl_per_group": (torch.as_tensor(total.kl) / total.images).tolist(),
+        "active_units": total.active_units(),
+        "units": len(total.variances()),
+    }
+
+
+def _information(posteriors: list[tuple[torch.Tensor, torch.Tensor]], *, seed: int) -> float:
+    """Return the mutual information of images and latents, in nats."""
+    means, logvars = (
+        torch.cat(parts)[:MAX_POSTERIORS].cpu() for parts in zip(*posteriors, strict=True)
+    )
+    return mutual_information(means, logvars, generator=torch.Generator().manual_seed(seed))
+
+
+def _lines(result: dict[str, Any], total: Sums, about: ImagesOfModel) -> str:
+    nats, error, groups = (
+        result["nats_per_image"],
+        result["standard_error"],
+        result["kl_per_group"],
+    )
+    shown = ", ".join(f"{value:.2f}" for value in groups[:SHOWN_GROUPS])
+    more = f" and {len(groups) - SHOWN_GROUPS} more" if len(groups) > SHOWN_GROUPS else ""
+    lines = [
+        f"{result['images']:,} images, {result['samples']:,} samples each",
+        f"  ELBO                 {nats['elbo']:.2f} ± {error['elbo']:.2f} nats per image, "
+        f"{result['bits_per_dim_elbo']:.4f} bits per dimension",
+        f"  importance-weighted  {nats['importance']:.2f} ± {error['importance']:.2f} nats per "
+        f"image, {result['bits_per_dim']:.4f} bits per dimension",
+        f"  KL per group         {shown}{more} nats",
+        f"  active units         {result['active_units']:,} of {result['units']:,}",
+    ]
+    if (shared := result.get("mutual_information")) is not None:
+        lines.append(f"  mutual information   {shared:.2f} nats of images and latents")
+    if (paper := PUBLISHED.get(about.preset)) is not None:
+        unit = "nats per image" if paper.unit == "nats" else "bits per dimension"
+        lines.append(f"  published            {paper.value:.2f} {unit} ({paper.source})")
+    return "\n".join(lines)

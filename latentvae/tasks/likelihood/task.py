@@ -1,0 +1,317 @@
+"""Define the task "likelihood": train a variational autoencoder by a bound of ln p(x).
+
+export = engine.loop.train(LikelihoodTask(config))
+
+Symbols: `B` batch, `N` images, `C` channels, `H W` image size.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+
+from latentvae.data import Batch, ImageStream, IndexSampler, some_of
+from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
+from latentvae.engine.task import Learner, State
+from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
+from latentvae.losses.variational import VariationalLoss
+from latentvae.models.hierarchical.spectral import spectral_penalty
+from latentvae.pictures import save_grid
+from latentvae.tasks.autoencoder.images import eval_transform
+from latentvae.tasks.autoencoder.reach import few_validation_images
+from latentvae.tasks.autoencoder.refusals import check_source
+from latentvae.tasks.autoencoder.state import Named
+from latentvae.tasks.image_task import ImageTask
+from latentvae.tasks.likelihood.config import LikelihoodConfig
+from latentvae.tasks.likelihood.images import batches_of, binary, binary_bytes, read_all
+from latentvae.tasks.likelihood.likelihood_export import export_network, is_whole
+from latentvae.tasks.likelihood.total_correlation import (
+    BatchEstimate,
+    DiscriminatorEstimate,
+    TotalCorrelation,
+    build_discriminator,
+)
+
+STATIC_SEED = 0  # of images that are made binary once
+
+
+class LikelihoodState(State):
+    """State of a run: name and reason of each unreadable file so far."""
+
+    bad_images: list[Named] = Field(default_factory=list)
+
+
+class LikelihoodTask(ImageTask):
+    """Train a network by a bound of its likelihood.
+
+    Attributes:
+        net: the network, not wrapped by DDP.
+        objective: the loss.
+        pixels: all training images as bytes, (N, C, H, W), or None if they are not kept in memory.
+        validation_pixels: all validation images as bytes, made binary if the options say so.
+    """
+
+    config: LikelihoodConfig
+    config_class = LikelihoodConfig
+    state_class = LikelihoodState
+    title, shown = "Variational autoencoder", ("loss/total",)
+    launch = ("-m", "latentvae.cli.train_vae")
+
+    # before the run
+
+    def check(self) -> None:
+        check_source(self.config)
+
+    def open(self) -> None:
+        self.open_images()
+
+    def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        self.begin_images()
+        self._read_images()
+        self.net: Any = self.config.vae.build(self.config.image_shape)
+        if not resumed and self.pixels is not None:
+            self.net.start_at(self.pixels.float().mean(0) / 127.5 - 1.0)
+        if self.config.run.gradient_checkpointing:
+            self.net.enable_gradient_checkpointing()
+
+        self.objective = VariationalLoss(
+            self.config.objective, total=self.config.run.max_train_steps
+        )
+        learner = Learner.with_optimizer(
+            self.net, accelerator, self.config.optimizer, averaged=self.net
+        )
+        self.learners = {"model": learner}
+        self.tc = self._build_total_correlation(accelerator)
+
+    def _build_total_correlation(self, accelerator: Accelerator) -> TotalCorrelation | None:
+        options = self.config.objective
+        if not options.tc_scale:
+            return None
+        if options.tc_estimate == "minibatch":
+            return BatchEstimate(self._num_images())
+        units = self.net.config.latent_units[0]
+        learner = build_discriminator(units, options, self.config.optimizer, accelerator)
+        self.learners["tc_discriminator"] = learner
+        return DiscriminatorEstimate(learner)
+
+    def _num_images(self) -> int:
+        images = self.train_images
+        return len(images) if not isinstance(images, ImageStream) else images.num_images or 10**6
+
+    def _read_images(self) -> None:
+        """Read validation images, and with `cache_images` also training images, into memory."""
+        data, transform = self.config.data, eval_transform(self.config)
+        self.pixels: Tensor | None = None
+        if data.cache_images:
+            assert not isinstance(self.train_images, ImageStream)
+            if is_main():
+                print(f"reading {len(self.train_images):,} images into memory", flush=True)
+            self.pixels = read_all(self.train_images, transform, bad=self.bad)
+            if data.binarize == "static":
+                self.pixels = binary_bytes(self.pixels, seed=STATIC_SEED)
+
+        chosen = some_of(self.validation_images, data.max_validation_images)
+        self.validation_pixels = read_all(chosen, transform, bad=self.bad_validation)
+        if data.binarize in ("dynamic", "static"):
+            self.validation_pixels = binary_bytes(self.validation_pixels, seed=STATIC_SEED)
+
+    def plan(self) -> dict[str, str]:
+        size = sum(p.numel() for p in self.net.parameters()) / 1e6
+        shape, options = " x ".join(map(str, self.config.image_shape)), self.config.objective
+        images = self.train_images
+        known = "a stream" if isinstance(images, ImageStream) else f"{len(images):,}"
+        samples = f", {options.train_samples} samples" if options.train_samples > 1 else ""
+        return {
+            "network": (
+                f"{type(self.net).__name__} ({self.config.vae.architecture}), {size:.2f} M "
+                f"parameters, {self.net.num_groups} groups of latents"
+            ),
+            "images": (
+                f"{known} to train, {len(self.validation_pixels):,} to validate, {shape}"
+                + (f", {self.config.data.binarize}" if self._binary else "")
+            ),
+            "objective": f"{options.bound}{samples}, likelihood {self.config.vae.likelihood}",
+        }
+
+    @property
+    def _binary(self) -> bool:
+        return self.config.data.binarize != "none"
+
+    def warnings(self) -> list[str]:
+        return few_validation_images(
+            self.config,
+            count=len(self.validation_images),
+            training=None if isinstance(self.train_images, ImageStream) else len(self.train_images),
+        )
+
+    def check_processes(self, processes: int) -> None:
+        if not self.config.data.cache_images:
+            super().check_processes(processes)
+        else:
+            self._sampler(len(self.train_images), rank=0, processes=processes, start=0)  # type: ignore[arg-type]
+
+    # batches
+
+    def batches(self, *, start_step: int) -> Iterable[Batch]:
+        if self.pixels is None:
+            return super().batches(start_step=start_step)
+        sampler = self._sampler(
+            len(self.pixels), rank=rank(), processes=world_size(), start=start_step
+        )
+        self.steps_per_epoch = sampler.steps_per_epoch
+        return batches_of(self.pixels, iter(sampler))
+
+    def _sampler(self, count: int, *, rank: int, processes: int, start: int) -> IndexSampler:
+        return IndexSampler(
+            count,
+            self.config.run.train_batch_size,
+            seed=self.config.run.seed,
+            rank=rank,
+            world_size=processes,
+            start_step=start,
+        )
+
+    @property
+    def num_workers(self) -> int:
+        return 0 if self.config.data.cache_images else super().num_workers
+
+    # an update
+
+    def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        self.saw(batch)
+        bound = self.learners["model"].prepared(
+            self.prepared_images(batch),
+            samples=self.config.objective.train_samples,
+            detach_posterior=self.objective.detaches_posterior,
+        )
+        loss, logged = self.objective(bound, update=update)
+        if scale := self.config.objective.spectral_scale:
+            penalty = spectral_penalty(self.net)
+            loss = loss + scale * penalty
+            logged["loss/spectral"] = penalty.detach()
+        if self.tc is None:
+            (loss / self.config.run.gradient_accumulation_steps).backward()
+            return logged
+
+        # total correlation, and the network that estimates it
+        share = 1.0 / self.config.run.gradient_accumulation_steps
+        correlation = self.tc.of(bound)
+        ((loss + self.config.objective.tc_scale * correlation) * share).backward()
+        return {
+            **logged,
+            "loss/total_correlation": correlation.detach(),
+            **self.tc.learn(bound, share=share),
+        }
+
+    def prepared_images(self, batch: Batch) -> Tensor:
+        """Return the images on the device, mirrored and made binary by the global generator."""
+        images, data = batch.on(self.device), self.config.data
+        if self.pixels is not None and data.random_flip:
+            mirrored = torch.rand(len(images), device=self.device) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if data.binarize in ("dynamic", "threshold"):
+            images = binary(images, data.binarize)
+        return images if self._binary else self.net.pixels.rounded(images)
+
+    # between updates
+
+    def row(self, update: int, means: Mapping[str, float]) -> dict[str, float]:
+        self.name_bad_images()
+        return {"data/bad_images": len(self.bad)}
+
+    def validation_batch(self, numbers: range) -> Tensor:
+        """Return validation images on the device."""
+        batch = Batch(
+            self.validation_pixels[numbers.start : numbers.stop : numbers.step], Tensor(), []
+        )
+        images = batch.on(self.device)
+        return binary(images, "threshold") if self._binary else images
+
+    def validate(self, update: int) -> dict[str, float]:
+        options, shape = self.config.run, self.config.image_shape
+        mine = range(rank(), len(self.validation_pixels), world_size())
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(rank())
+            parts = [
+                bounds_of(
+                    self.net,
+                    self.validation_batch(mine[start : start + options.eval_batch_size]),
+                    samples=options.validation_samples,
+                )
+                for start in range(0, len(mine), options.eval_batch_size)
+            ]
+        total = total_of(part for part in gather_objects(total_of(parts)) if part.images)
+        elbo = -total.elbo / total.images
+        values = {
+            "validation/nats": elbo,
+            "validation/bits_per_dim": bits_per_dim(elbo, shape),
+            "validation/kl": float(torch.as_tensor(total.kl).sum()) / total.images,
+            "validation/active_units": total.active_units(),
+            "validation/images": total.images,
+        }
+        if options.validation_samples > 1:
+            values["validation/nats_importance"] = -total.importance / total.images
+        return values
+
+    def validation_line(self, values: Mapping[str, float]) -> str:
+        nats, bits, kl, units, images = (
+            values[f"validation/{name}"]
+            for name in ("nats", "bits_per_dim", "kl", "active_units", "images")
+        )
+        importance = values.get("validation/nats_importance")
+        return (
+            f"{nats:.2f} nats per image ({bits:.3f} bits per dimension)"
+            + (f", importance-weighted {importance:.2f}" if importance is not None else "")
+            + f", KL {kl:.2f}, {units:,.0f} active units, on {images:,.0f} unseen images"
+        )
+
+    @torch.no_grad()
+    def save_samples(self, path: Path) -> bool:
+        draws = torch.Generator(self.device).manual_seed(self.config.run.seed)
+        images = self.net.sample(self.config.run.num_sample_images, generator=draws)
+        save_grid(images.cpu(), path)
+        return True
+
+    # checkpoints
+
+    def state(self) -> LikelihoodState:
+        self.name_bad_images()
+        return LikelihoodState(bad_images=[list(entry) for entry in self.bad.reasons.items()])
+
+    def load_state(self, state: LikelihoodState, *, update: int) -> None:
+        self.bad.update((name, reason) for name, reason in state.bad_images)
+
+    # the end
+
+    def export(self, out: Path, *, update: int, folder: Path) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        if is_main():
+            values = export_network(self, out, update=update, folder=folder)
+        barrier()  # no process may end while the first one still writes
+        return values
+
+    def has_export(self, out: Path) -> bool:
+        return is_whole(out)
+
+    def done(self, out: Path) -> str:
+        return (
+            f"done: {out}. `latentvae likelihood {out} --data IMAGES` measures it, and `latentvae "
+            f"sample {out} --out pictures` draws pictures."
+        )
+
+    # proofs
+
+    def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
+        if self.pixels is None:
+            return super().order(rank=rank, processes=processes, start=start, stop=stop)
+        sampler = self._sampler(len(self.pixels), rank=rank, processes=processes, start=start)
+        return [step for _, step in zip(range(start, stop), sampler, strict=False)]
+
+    @classmethod
+    def shortened(cls, config: LikelihoodConfig, *, updates: int) -> LikelihoodConfig:
+        few = {"max_validation_images": min(config.data.max_validation_images, 8)}
+        return config.with_changes({"data": few, "run": {"num_sample_images": 1}})
