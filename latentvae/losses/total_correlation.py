@@ -64,6 +64,9 @@ def split_kl(
     Weighted sampling is the simpler estimate of the paper. It is off by about log N in the parts,
     not in their gradients: the gradients of both are almost equal for N much larger than B.
 
+    With several processes, give the codes and posteriors of all ranks
+    (`distributed.gather_with_gradient`). Then the estimate is that of one process with all images.
+
     Args:
         z: (B, D), one sample from the posterior of each image.
         mean: (B, D), means of the posteriors.
