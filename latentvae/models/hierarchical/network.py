@@ -168,7 +168,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw latents and return the parts of the bound, see `LikelihoodNet`."""
-        features = _repeated(self._features(images), samples)
+        features = self._features(images)
         batch = samples * images.shape[0]
 
         # latents, and what priors and posteriors say about them
@@ -339,13 +339,6 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             return None
         flat = torch.cat([x.flatten(1) for x in kl], dim=1)
         return rearrange(flat, "(s b) u -> s b u", s=samples).mean(0)
-
-
-def _repeated(features: Features, samples: int) -> Features:
-    """Return features of S copies of the batch, (S B, W, side, side)."""
-    if samples == 1:
-        return features
-    return {side: [x.repeat(samples, 1, 1, 1) for x in own] for side, own in features.items()}
 
 
 def _pixels(likelihood: str, levels: int | None, num_mixtures: int) -> PixelDistribution:

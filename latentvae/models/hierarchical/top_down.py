@@ -136,7 +136,8 @@ class Decoder(nn.Module):
         """Return the finest maps (B, W, side, side), and the groups of latents in their order.
 
         Args:
-            features: the encoder's output, or None without an image.
+            features: the encoder's output, or None without an image. Features of fewer images are
+                repeated.
             batch: B.
             picks: what chooses the latents of each group.
         """
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
         groups: list[Group] = []
         for i, (layer, block, pick) in enumerate(zip(self.layers, self.blocks, picks, strict=True)):
             x = self._input(maps, layer, batch)
-            x, group = run(self, block, x, self._features(features, i), pick)
+            x, group = run(self, block, x, self._features(features, i, batch), pick)
             maps[layer.resolution] = x
             groups.append(group)
         return maps[self.layers[-1].resolution] * self.gain + self.bias, groups
@@ -161,15 +162,16 @@ class Decoder(nn.Module):
             x = x + F.interpolate(coarse, scale_factor=side // layer.source)
         return x
 
-    def _features(self, features: Features | None, block: int) -> Tensor | None:
+    def _features(self, features: Features | None, block: int, batch: int) -> Tensor | None:
+        """Return the features (B, W, side, side) that a block reads, once for each sample."""
         if features is None:
             return None
         sides = [layer.resolution for layer in self.layers]
         own = features[sides[block]]
-        if not self.mirrored:
-            return own[-1]
-        place = sides[:block].count(sides[block])
-        return own[-1 - place * len(own) // sides.count(sides[block])]
+        place = sides[:block].count(sides[block]) if self.mirrored else 0
+        chosen = own[-1 - place * len(own) // sides.count(sides[block])]
+        copies = batch // chosen.shape[0]
+        return chosen if copies == 1 else chosen.repeat(copies, 1, 1, 1)
 
 
 def draw_posterior(prior: Gaussian, posterior: Gaussian | None) -> Tensor:

@@ -140,6 +140,6 @@ class LikelihoodConfig(ImageJobConfig):
         for name, value in fixed.items():
             if (given := getattr(data, name)) != value:
                 raise ValueError(
-                    f"{name} {given} does not work with cache_images. Give --no-cache_images, or "
+                    f"{name} {given} does not work with cache_images. Give --no_cache_images, or "
                     f"{name} {value}."
                 )
