@@ -5,7 +5,7 @@ All functions also work in one process without Accelerate.
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,31 @@ def gather_cat(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, joined along the first axis in rank order, with the graph.
+
+    The gradient of this rank's part is the sum of the gradients that all ranks have for it. So a
+    loss that every rank computes from the gathered tensor has, after DDP's mean over ranks, the
+    gradient of one process with all images. All ranks must call `backward`.
+
+    Args:
+        tensor: a tensor of the same shape on all ranks.
+    """
+    return cast(Tensor, _Gather.apply(tensor)) if is_distributed() else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather_cat(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        start = rank() * ctx.rows
+        return all_reduce_sum(gradients[0])[start : start + ctx.rows]
 
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:

@@ -61,7 +61,7 @@ def sprite_factors(indices: np.ndarray) -> np.ndarray:
 
 def sprite_indices(factors: np.ndarray) -> np.ndarray:
     """Return the numbers of images by their factors (N, 5): (N,), int64."""
-    return np.ravel_multi_index(tuple(_checked(factors).T), SIZES)
+    return np.asarray(np.ravel_multi_index(tuple(_checked(factors).T), SIZES))
 
 
 def sample_sprite_factors(count: int, rng: np.random.Generator) -> np.ndarray:

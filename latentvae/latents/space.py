@@ -57,22 +57,23 @@ def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
             are many arcs.
     """
     _check_alike(first, second)
-    a, b = first.double().flatten(), second.double().flatten()
+    a, b = first.float().flatten(), second.float().flatten()
     norms = torch.stack([a.norm(), b.norm()])
     if not norms.all():
         return lerp(first, second, weights)  # zero has no direction
 
-    angle = torch.acos((a / norms[0] @ (b / norms[1])).clamp(-1, 1))
-    if angle > torch.pi - 1e-4:
+    u, v = a / norms[0], b / norms[1]
+    angle = 2 * torch.atan2((u - v).norm(), (u + v).norm())  # exact also for small angles
+    if angle > torch.pi - 1e-3:
         raise UserError(
             "the two latents have opposite directions, so no arc between them is the shortest. Use "
             "linear interpolation."
         )
-    if angle < 1e-4:
+    if angle < 1e-3:
         return lerp(first, second, weights)
 
-    t = weights.double().to(first.device)[:, None]
-    directions = torch.sin((1 - t) * angle) * (a / norms[0]) + torch.sin(t * angle) * (b / norms[1])
+    t = weights.to(a)[:, None]
+    directions = torch.sin((1 - t) * angle) * u + torch.sin(t * angle) * v
     points = directions / torch.sin(angle) * ((1 - t) * norms[0] + t * norms[1])
     points = torch.where(t == 0, a, torch.where(t == 1, b, points))
     return points.to(first.dtype).unflatten(1, first.shape)

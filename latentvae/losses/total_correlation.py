@@ -64,6 +64,9 @@ def split_kl(
     Weighted sampling is the simpler estimate of the paper. It is off by about log N in the parts,
     not in their gradients: the gradients of both are almost equal for N much larger than B.
 
+    With several processes, give the codes and posteriors of all ranks
+    (`distributed.gather_with_gradient`). Then the estimate is that of one process with all images.
+
     Args:
         z: (B, D), one sample from the posterior of each image.
         mean: (B, D), means of the posteriors.
@@ -79,7 +82,7 @@ def split_kl(
     """
     _check(z, mean, logvar, num_images, sampling)
     z, mean, logvar = (_float(t) for t in (z, mean, logvar))
-    weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z)
+    weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z.dtype).to(z.device)
     return _parts(z, mean, logvar, posterior=(mean, logvar), log_weights=weights)
 
 

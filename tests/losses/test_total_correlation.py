@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch.distributions import (
     Normal,
 )
 
+from latentvae.distributed import all_reduce_mean, gather_with_gradient, rank
 from latentvae.errors import UserError
 from latentvae.losses.total_correlation import (
     measure_kl_parts,
     split_kl,
     stratified_log_weights,
 )
+from tests.forks import ranks
 
 
 def make_posteriors(count: int, dimensions: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,3 +156,36 @@ def test_wrong_arguments_are_named(shape, options, said) -> None:
     z = torch.zeros(shape)
     with pytest.raises(UserError, match=said):
         split_kl(z, z, z, **options)
+
+
+def loss_of(weight: Tensor, images: Tensor, noise: Tensor) -> Tensor:
+    """beta-TCVAE's term of a linear encoder, over the images of all ranks."""
+    mean = images @ weight
+    logvar = mean.sin() - 1
+    z = mean + noise * (logvar / 2).exp()
+    parts = split_kl(*map(gather_with_gradient, (z, mean, logvar)), num_images=100)
+    return parts.information.mean() + 6 * parts.total_correlation.mean()
+
+
+def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, images, noise = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 3), (8, 5), (8, 3))
+    )
+    weight.requires_grad_()
+    loss = loss_of(weight, images, noise)
+    loss.backward()
+
+    def on_a_rank() -> None:
+        torch.distributed.init_process_group("gloo")
+        own = slice(4 * rank(), 4 * rank() + 4)
+        copy = weight.detach().clone().requires_grad_()
+        found = loss_of(copy, images[own], noise[own])
+        found.backward()
+        assert torch.allclose(found, loss)
+        assert torch.allclose(all_reduce_mean(copy.grad), weight.grad)  # as DDP does
+        assert not torch.allclose(copy.grad, weight.grad)
+        torch.distributed.destroy_process_group()
+
+    ranks(on_a_rank, output=tmp_path / "output.txt")

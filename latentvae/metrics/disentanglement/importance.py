@@ -120,4 +120,4 @@ def _fit(
     kind = GradientBoostingClassifier if categorical else GradientBoostingRegressor
     model = kind(random_state=seed).fit(codes[train], factor[train])
     score = model.score(codes[test], factor[test])  # accuracy, or R^2
-    return model.feature_importances_, max(float(score), 0.0)
+    return np.asarray(model.feature_importances_), max(float(score), 0.0)

@@ -87,4 +87,4 @@ def _accuracy(code: np.ndarray, factor: np.ndarray, train: np.ndarray, test: np.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(code[train, None], factor[train])
-    return float((model.predict(code[test, None]) == factor[test]).mean())
+    return float(np.mean(model.predict(code[test, None]) == factor[test]))

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentvae.config.run_config import OptimizerConfig
+from latentvae.distributed import gather_with_gradient
 from latentvae.engine.task import Learner
 from latentvae.losses.factor_vae import (
     FactorDiscriminator,
@@ -48,7 +49,8 @@ class BatchEstimate:
 
     def of(self, bound: Bound) -> Tensor:
         assert bound.latents is not None and bound.posterior is not None
-        z, (mean, logvar) = bound.latents[0][0], bound.posterior
+        own = (bound.latents[0][0], *bound.posterior)
+        z, mean, logvar = (gather_with_gradient(values) for values in own)  # of all ranks
         return split_kl(z, mean, logvar, num_images=self.num_images).total_correlation.mean()
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
