@@ -68,6 +68,7 @@ class Updates:
         self.set_learning_rates()
 
         # gradients
+        statistics = [buffer.clone() for buffer in self._batch_norm_buffers()]
         micro_steps = self.training.config.run.gradient_accumulation_steps
         for i in range(micro_steps):
             batch = next(batches)
@@ -91,6 +92,9 @@ class Updates:
                 averages=self.training.average_of_weights(),
             )
             result.values += [norms, moved]
+        else:
+            for buffer, before in zip(self._batch_norm_buffers(), statistics, strict=True):
+                buffer.copy_(before)
         task.end_update()
         for learner in task.learners.values():
             learner.optimizer.zero_grad()
@@ -100,6 +104,16 @@ class Updates:
         progress.skipped_in_a_row = 0 if result.finite else progress.skipped_in_a_row + 1
         progress.update += 1
         return result
+
+    def _batch_norm_buffers(self) -> list[Tensor]:
+        """Return the running statistics of all batch norms, which a forward pass changes."""
+        return [
+            buffer
+            for learner in self.training.task.learners.values()
+            for module in learner.module.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
         """Seed the random generators, add the gradients of one batch, and return values to log.

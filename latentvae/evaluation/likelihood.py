@@ -14,7 +14,7 @@ from latentvae.models.bound import Bound, LikelihoodNet
 
 # Largest number of pixels, over all samples, that the decoder computes at once.
 MAX_PIXELS = 2**22
-ACTIVE = 0.01  # least variance of the mean of an active unit (Burda et al. 2016)
+ACTIVE = 0.01  # least activity of an active unit, see `Sums.activity`
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Sums:
         images: number of images.
         elbo, importance: the bounds, in nats.
         kl: KL of each group, (G,), in nats.
-        means, squares: sums of the posterior means and of their squares, (U,).
+        means, squares: sums of the posterior means and of their squares, (U,), or 0.0 if a network
+            has no such means.
         unit_kl: KL of each unit, (U,), or None.
         each: both bounds of each image, (2, B) for each batch.
     """
@@ -51,14 +52,20 @@ class Sums:
         if other.unit_kl is not None:
             self.unit_kl = other.unit_kl if self.unit_kl is None else self.unit_kl + other.unit_kl
 
-    def variances(self) -> Tensor:
-        """Return the variance over images of each unit's posterior mean, (U,)."""
-        assert isinstance(self.means, Tensor) and isinstance(self.squares, Tensor)
-        return self.squares / self.images - (self.means / self.images).square()
+    def activity(self) -> Tensor | None:
+        """Return how active each unit is, (U,): a unit above 0.01 counts as active.
 
-    def active_units(self) -> int:
-        """Return the number of units whose posterior mean has a variance above 0.01."""
-        return int((self.variances() > ACTIVE).sum())
+        This is the variance over images of the unit's posterior mean (Burda et al. 2016). If a
+        network has no such means, it is the unit's KL in nats. None if that is unknown too.
+        """
+        if isinstance(self.means, Tensor):
+            return self.squares / self.images - (self.means / self.images).square()
+        return None if self.unit_kl is None else torch.as_tensor(self.unit_kl) / self.images
+
+    def active_units(self) -> int | None:
+        """Return the number of active units, or None if it is unknown."""
+        activity = self.activity()
+        return None if activity is None else int((activity > ACTIVE).sum())
 
 
 @torch.no_grad()
@@ -94,15 +101,15 @@ def bounds_of(
 
     assert log_sum is not None and first is not None
     importance = log_sum - math.log(samples)
-    means = net.posterior_means(images).double().cpu()
-    unit_kl = first.unit_kl
+    means, unit_kl = net.posterior_means(images), first.unit_kl
+    means = None if means is None else means.double().cpu()
     return Sums(
         images=batch,
         elbo=elbo.sum().item(),
         importance=importance.sum().item(),
         kl=kl,
-        means=means.sum(0),
-        squares=means.square().sum(0),
+        means=0.0 if means is None else means.sum(0),
+        squares=0.0 if means is None else means.square().sum(0),
         unit_kl=None if unit_kl is None else unit_kl.double().sum(0).cpu(),
         each=[torch.stack([elbo, importance])],
     )

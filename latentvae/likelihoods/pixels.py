@@ -124,7 +124,9 @@ class _BinaryLogProb(torch.autograd.Function):
         ctx.save_for_backward(shares, white)
         # ln(1 + e^l) = max(l, 0) - ln(sigmoid(|l|))
         softplus = torch.relu(logits) - torch.log(torch.maximum(shares, 1.0 - shares))
-        white_logits = torch.einsum("sbd,bd->sb", logits.view(-1, *white.shape), white)
+        # An einsum would compute in bfloat16 under autocast.
+        with torch.autocast(logits.device.type, enabled=False):
+            white_logits = torch.einsum("sbd,bd->sb", logits.view(-1, *white.shape), white)
         return white_logits.flatten() - softplus.sum(1)
 
     @staticmethod

@@ -8,6 +8,7 @@ Symbols: `B` batch, `S` samples per image, `G` groups of latents.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -63,8 +64,8 @@ class VariationalConfig(Section):
     kl_balance: bool = Field(
         default=False,
         description=(
-            "During the KL warm-up, weight the KL of each group by its share of the total KL, so "
-            "that no group collapses early (NVAE)."
+            "During the KL warm-up, weight the KL of each group by its KL per latent value (NVAE). "
+            "Then no group collapses early."
         ),
     )
     capacity_nats: Weight = Field(
@@ -140,6 +141,20 @@ class VariationalConfig(Section):
                 f"tc_scale {self.tc_scale:g} needs bound elbo and train_samples 1 (got "
                 f"{self.bound} and {self.train_samples})."
             )
+        if self.kl_balance and not self.kl_warmup_steps:
+            raise ValueError(
+                "kl_balance works during the KL warm-up only. Give kl_warmup_steps above 0."
+            )
+        if self.kl_balance and (self.free_nats or self.capacity_nats):
+            name = "free_nats" if self.free_nats else "capacity_nats"
+            raise ValueError(
+                f"kl_balance and {name} {getattr(self, name):g} both change the KL of the groups. "
+                "Give only one."
+            )
+        if self.capacity_steps and not self.capacity_nats:
+            raise ValueError(
+                f"capacity_steps {self.capacity_steps} has no effect without capacity_nats."
+            )
         if self.kl_cycles > 1 and not self.kl_warmup_steps:
             raise ValueError(
                 f"kl_cycles {self.kl_cycles} repeats the growth of the KL's weight, so it needs "
@@ -168,11 +183,15 @@ class VariationalLoss:
     Args:
         options: the options.
         total: length of the run in updates.
+        group_sizes: number of latent values of each group, for `kl_balance`.
     """
 
-    def __init__(self, options: VariationalConfig, *, total: int) -> None:
+    def __init__(
+        self, options: VariationalConfig, *, total: int, group_sizes: Sequence[int] = ()
+    ) -> None:
         self.options = options
         self.total = total
+        self.group_sizes = group_sizes
 
     @property
     def detaches_posterior(self) -> bool:
@@ -218,7 +237,7 @@ class VariationalLoss:
                 target *= min(update / options.capacity_steps, 1.0)
             return weight * distance(groups.sum(), target)
         if options.kl_balance and weight < options.kl_scale:
-            groups = groups * balance(groups)
+            groups = groups * balance(groups, self.group_sizes)
         return weight * groups.sum()
 
 
@@ -240,10 +259,19 @@ def distance(kl: Tensor, target: float) -> Tensor:
     return side * (kl - target)
 
 
-def balance(groups: Tensor) -> Tensor:
-    """Return a weight for each group, of mean 1, in proportion to its KL (arXiv:2007.03898, A)."""
-    size = all_reduce_mean(groups.detach()).abs() + 0.01
-    return size / size.mean()
+def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return a weight for each group, of mean 1, in proportion to its KL per latent value.
+
+    NVAE (arXiv:2007.03898, appendix A) divides by the size of a group. Its paper says the opposite,
+    which its author calls an error (github.com/NVlabs/NVAE/issues/26).
+
+    Args:
+        groups: mean KL of each group on this rank, (G,), nats.
+        sizes: number of latent values of each group.
+    """
+    share = all_reduce_mean(groups.detach()).abs() + 0.01
+    share = share / torch.tensor(sizes).to(share)
+    return share / share.mean()
 
 
 def doubly_reparameterised(out: BoundParts) -> Tensor:

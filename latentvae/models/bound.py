@@ -16,6 +16,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from latentvae.errors import UserError
 from latentvae.likelihoods import PixelDistribution
 
 
@@ -61,11 +62,13 @@ class LikelihoodNet(Protocol):
         pixels: the distribution of pixels, given the decoder's output.
         image_shape: (C, H, W).
         num_groups: G.
+        group_sizes: number of latent values of each group.
     """
 
     pixels: PixelDistribution
     image_shape: tuple[int, int, int]
     num_groups: int
+    group_sizes: list[int]
 
     def __call__(
         self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False
@@ -80,8 +83,11 @@ class LikelihoodNet(Protocol):
         """
         ...
 
-    def posterior_means(self, images: Tensor) -> Tensor:
-        """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
+    def posterior_means(self, images: Tensor) -> Tensor | None:
+        """Return the mean of each latent unit given the image, (B, U).
+
+        None means that this mean is unknown. Then the KL of a unit decides whether it is active.
+        """
         ...
 
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -129,3 +135,12 @@ class LikelihoodNet(Protocol):
     def start_at(self, mean_image: Tensor) -> None:
         """Let a new decoder start at the mean image (C, H, W), if this is possible."""
         ...
+
+
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise UserError unless the images are (B, C, H, W) with the given (C, H, W)."""
+    if tuple(images.shape[1:]) != shape:
+        raise UserError(
+            f"images must have shape (B, C, H, W) with (C, H, W) = {shape} (got "
+            f"{tuple(images.shape)})."
+        )

@@ -29,13 +29,15 @@ class LikelihoodFamily(Family):
         computation: Computation | None = None,
     ) -> Tensor:
         module: Any = net
+        # A network of binary images gets black and white pixels.
+        images = module.pixels.rounded(images)
         return module.encode_vector(images, draw=sample, generator=generator)[:, :, None, None]
 
     def posterior(
         self, net: Network, images: Tensor, *, computation: Computation | None = None
     ) -> tuple[Tensor, Tensor | None]:
         module: Any = net
-        moments = module.posterior_moments(images)
+        moments = module.posterior_moments(module.pixels.rounded(images))
         if moments is None:
             return self.encode(net, images), None
         mean, logvar = (values[:, :, None, None] for values in moments)

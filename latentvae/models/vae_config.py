@@ -31,6 +31,11 @@ class VAEConfig(Section):
         ),
     )
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the network has batch norm, whose statistics all processes must share."""
+        return False
+
     @abstractmethod
     def build(self, image_shape: tuple[int, int, int]) -> LikelihoodNet:
         """Return a new network for images of shape (C, H, W)."""

@@ -41,6 +41,8 @@ def sample_vae_folder(
     """
     if num < 1:
         raise UserError(f"num must be at least 1 (got {num}).")
+    if not 0 <= seed < 2**30:
+        raise UserError(f"seed must be from 0 to {2**30 - 1} (got {seed}).")
     if temperature < 0:
         raise UserError(f"temperature must be at least 0 (got {temperature:g}).")
     net, _ = load_likelihood_net(model)

@@ -135,3 +135,14 @@ def test_samples_of_parameters_are_scored_against_their_image(name: str) -> None
     both = pixels.log_prob(images, parameters)
     parts = [pixels.log_prob(images, part) for part in parameters.split(3)]
     assert torch.allclose(both, torch.cat(parts), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PIXEL_DISTRIBUTIONS)
+def test_autocast_does_not_change_the_likelihood(name: str) -> None:
+    pixels = pixel_distribution(name)
+    torch.manual_seed(0)
+    images = pixels.rounded(torch.rand(3, 1, 9, 9) * 2 - 1)
+    parameters = 3 * torch.randn(6, pixels.num_maps(1), 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pixels.log_prob(images, parameters)
+    assert torch.equal(found, pixels.log_prob(images, parameters))

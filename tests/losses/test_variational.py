@@ -76,10 +76,13 @@ def test_a_capacity_pulls_from_both_sides(value: float, sign: float) -> None:
 
 
 def test_balance_weights_have_mean_one_and_follow_the_kl() -> None:
-    weights = balance(torch.tensor([0.0, 1.0, 5.0]))
+    weights = balance(torch.tensor([0.0, 1.0, 5.0]), [1, 1, 1])
     assert weights.mean().item() == pytest.approx(1.0)
     assert weights[0] < weights[1] < weights[2]
-    assert not balance(torch.ones(2, requires_grad=True)).requires_grad
+    assert not balance(torch.ones(2, requires_grad=True), [1, 1]).requires_grad
+    # The same KL in a group of 49 times as many values counts 49 times less.
+    small, large = balance(torch.tensor([5.0, 5.0]), [16, 49 * 16])
+    assert (small / large).item() == pytest.approx(49)
 
 
 def test_dreg_is_the_iwae_gradient_with_less_noise() -> None:
@@ -114,6 +117,9 @@ def test_dreg_is_the_iwae_gradient_with_less_noise() -> None:
         ({"bound": "dreg"}, "at least 2"),
         ({"free_nats": 1.0, "capacity_nats": 3.0}, "Give only one"),
         ({"kl_cycles": 4}, "needs kl_warmup_steps"),
+        ({"kl_balance": True}, "during the KL warm-up only"),
+        ({"kl_balance": True, "kl_warmup_steps": 5, "free_nats": 1.0}, "Give only one"),
+        ({"capacity_steps": 5}, "no effect without capacity_nats"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:

@@ -30,7 +30,7 @@ def test_encode_and_decode_are_the_reconstruction(kind: str, tmp_path: Path) -> 
     net = network(kind)
     net.save_pretrained(tmp_path)
     model = latentvae.load(tmp_path, device="cpu")
-    images = torch.rand(3, 1, SIDE, SIDE) * 2 - 1
+    images = torch.randint(0, 2, (3, 1, SIDE, SIDE)).float() * 2 - 1
     z = model.encode(images)
     assert z.shape == (3, model.latent_channels, 1, 1) and model.f == SIDE
     with torch.no_grad():

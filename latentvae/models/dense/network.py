@@ -19,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from latentvae.likelihoods import pixel_distribution
-from latentvae.models.bound import Bound
+from latentvae.models.bound import Bound, check_images
 from latentvae.models.dense.gaussians import Gaussian
 from latentvae.models.dense.posterior_flows import FlowName, build_flow
 from latentvae.models.dense.trunks import (
@@ -29,6 +29,8 @@ from latentvae.models.dense.trunks import (
     DenseEncoder,
     mlp,
 )
+
+MEAN_DRAWS = 16  # draws for the mean of a latent that depends on another latent
 
 
 class VectorVAE(ModelMixin, ConfigMixin):
@@ -74,6 +76,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         self.pixels = pixel_distribution(likelihood)
         self.image_shape = (image_channels, image_height, image_width)
         self.num_groups = len(latent_units)
+        self.group_sizes = list(latent_units)[::-1]
         maps = (self.pixels.num_maps(image_channels), image_height, image_width)
         units, widths = list(latent_units), list(hidden_channels)
 
@@ -113,6 +116,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw latents and return the parts of the bound. See `models.bound.LikelihoodNet`."""
         # posterior of z_1
+        check_images(images, self.image_shape)
         features = self.encoder(images)
         first = Gaussian.from_moments(self.moments(features))
         drawn = [first.sample(count=samples)]  # (S, B, U)
@@ -177,7 +181,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         posterior = self.posterior(images)
         return posterior.mean, posterior.logvar
 
-    def latent(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Return the posterior's mean of z_1 after the flow, (B, U)."""
         features = self.encoder(images)
         z = Gaussian.from_moments(self.moments(features)).mean
@@ -188,16 +192,12 @@ class VectorVAE(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Return z_1 of the images, (B, U). See `models.bound.LikelihoodNet`."""
         if not draw:
-            return self.latent(images)
+            return self.encode(images)
         features = self.encoder(images)
         posterior = Gaussian.from_moments(self.moments(features))
         noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
         z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
         return z if self.flow is None else self.flow(z, features)[0]
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the posterior's mean of z_1, (B, U)."""
-        return self.latent(images)
 
     def decode_vector(self, vector: Tensor) -> Tensor:
         """Return the mean images (B, C, H, W) of latents z_1 (B, U)."""
@@ -209,15 +209,25 @@ class VectorVAE(ModelMixin, ConfigMixin):
 
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the means of z_1 .. z_L, (B, U_1 + .. + U_L)."""
-        means = [self.latent(images)]
+        features = self.encoder(images)
+        first = Gaussian.from_moments(self.moments(features))
+        if not self.up:
+            return self.encode(images)
+
+        # E[u | x] of the later latents is a mean over draws of the earlier ones.
+        means, z = [first.mean], first.sample(count=MEAN_DRAWS)
         for layer in self.up:
-            means.append(Gaussian.from_moments(layer(means[-1])).mean)
+            posterior = Gaussian.from_moments(layer(z))
+            means.append(posterior.mean.mean(0))
+            z = posterior.sample()
         return torch.cat(means, dim=-1)
 
+    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return the mean images (B, C, H, W) in [-1, 1] for the posterior's means."""
-        return self.decode(self.latent(images))
+        return self.decode(self.encode(images))
 
+    @torch.no_grad()
     def sample(
         self,
         num: int,

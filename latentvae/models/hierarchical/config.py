@@ -96,6 +96,10 @@ class HierarchicalConfig(VAEConfig):
         check_blocks(self.enc_blocks, self.dec_blocks, self.custom_widths)
         return self
 
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.block == "nvae"
+
     def why_no_single_gaussian(self) -> str:
         return "architecture dense or conv"
 

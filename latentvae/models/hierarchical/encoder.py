@@ -27,7 +27,13 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, layers: Sequence[Layer], widths: Mapping[int, int], style: Style
+        self,
+        channels: int,
+        layers: Sequence[Layer],
+        widths: Mapping[int, int],
+        style: Style,
+        *,
+        keep_all: bool,
     ) -> None:
         super().__init__()
         self.layers, self.widths = tuple(layers), dict(widths)
@@ -42,9 +48,10 @@ class Encoder(nn.Module):
             ]
         )
         self.gradient_checkpointing = False
+        self.keep_all = keep_all
 
     def forward(self, images: Tensor) -> Features:
-        """Return the features (B, W, side, side) after each block, by resolution."""
+        """Return the features (B, W, side, side) after blocks, by resolution."""
         x = self.conv_in(images)
         found: Features = {x.shape[-1]: [x]}
         for layer, block in zip(self.layers, self.blocks, strict=True):
@@ -53,7 +60,7 @@ class Encoder(nn.Module):
                 x = F.avg_pool2d(x, layer.pool)
             side = layer.resolution // layer.pool
             x = with_channels(x, self.widths[side])
-            found.setdefault(side, []).append(x)
+            found[side] = [*found.get(side, []), x] if self.keep_all else [x]
         return found
 
 

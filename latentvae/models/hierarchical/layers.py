@@ -103,6 +103,12 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
             f"dec_blocks has resolution {missing[0]}, which enc_blocks lacks. The encoder has "
             f"{', '.join(map(str, sorted(made)))}."
         )
+    if (coarsest := min(made)) < decoder[0].resolution:
+        raise UserError(
+            f"enc_blocks goes down to resolution {coarsest}, but dec_blocks starts at "
+            f"{decoder[0].resolution}, so the last blocks would not learn. Start dec_blocks at "
+            f"{coarsest}, or end enc_blocks at {decoder[0].resolution}."
+        )
     resolution_widths(custom_widths, 1, made)
     return made
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from latentvae.errors import UserError
 from latentvae.likelihoods import PixelDistribution, pixel_distribution
 from latentvae.likelihoods.mixture import DiscretizedLogisticMixture
-from latentvae.models.bound import Bound
+from latentvae.models.bound import Bound, check_images
 from latentvae.models.hierarchical import layers as strings
 from latentvae.models.hierarchical.blocks import convolution
 from latentvae.models.hierarchical.encoder import Encoder, Features
@@ -131,7 +131,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         # networks
         self.pixels = _pixels(likelihood, levels, num_mixtures)
         maps = self.pixels.num_maps(image_channels)
-        self.encoder = Encoder(image_channels * self.read**2, encoder, widths, style)
+        self.encoder = Encoder(
+            image_channels * self.read**2, encoder, widths, style, keep_all=links == "mirrored"
+        )
         self.decoder = Decoder(
             decoder,
             widths,
@@ -141,6 +143,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             mirrored=links == "mirrored",
         )
         self.conv_out = convolution(widths[last], maps * self.written**2, 1)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of latent values of each group."""
+        return [math.prod(shape) for shape in self.latent_shapes]
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
@@ -195,11 +202,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def posterior_moments(self, images: Tensor) -> None:
         """Return None, because the posterior is not a single Gaussian vector."""
 
-    @torch.no_grad()
-    def posterior_means(self, images: Tensor) -> Tensor:
-        """Return the mean of each latent unit, (B, U), for drawn latents of earlier groups."""
-        groups = self._with_images(images, [draw_posterior] * self.num_groups)[1]
-        return torch.cat([group.required_posterior.mean.flatten(1) for group in groups], dim=1)
+    def posterior_means(self, images: Tensor) -> None:
+        """Return None: a latent's mean depends on the latents before it, not on the image alone."""
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -235,7 +239,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def decode_vector(self, vector: Tensor) -> Tensor:
         """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
-        parts = vector.split([math.prod(shape) for shape in self.latent_shapes], dim=1)
+        parts = vector.split(self.group_sizes, dim=1)
         shaped = zip(parts, self.latent_shapes, strict=True)
         return self.decode([part.unflatten(1, shape) for part, shape in shaped])
 
@@ -305,11 +309,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             own.copy_(F.pixel_unshuffle(bias, self.written).mean((1, 2)))
 
     def _features(self, images: Tensor) -> Features:
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise UserError(
-                f"images must have shape (B, C, H, W) with (C, H, W) = {self.image_shape} (got "
-                f"{tuple(images.shape)})."
-            )
+        check_images(images, self.image_shape)
         padded = F.pad(images.to(self.dtype), [self.padding] * 4, value=-1.0)
         return self.encoder(F.pixel_unshuffle(padded, self.read))
 
@@ -335,7 +335,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return functional_call(self.decoder, (weights, buffers), arguments)[1]
 
     def _unit_kl(self, kl: Sequence[Tensor], samples: int) -> Tensor | None:
-        if sum(math.prod(shape) for shape in self.latent_shapes) > MAX_UNITS:
+        if sum(self.group_sizes) > MAX_UNITS:
             return None
         flat = torch.cat([x.flatten(1) for x in kl], dim=1)
         return rearrange(flat, "(s b) u -> s b u", s=samples).mean(0)

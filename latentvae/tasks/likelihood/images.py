@@ -3,29 +3,62 @@
 Symbols: `N` images, `B` batch, `C` channels, `H W` image size.
 """
 
+import math
 from collections.abc import Iterator
 
+import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from latentvae.data import BadImages, Batch, EvalTransform, ImageSource, validation_batches
+from latentvae.data import BadImages, Batch, EvalTransform, ImageSource, UnreadableImage
+from latentvae.errors import UserError, printable
 
-READ_BATCH = 256
+MEMORY_SHARE = 0.8  # of the free memory that images may take
+
+DRAWN_AT_ONCE = 1024  # images that are made binary at once
 
 
-def read_all(source: ImageSource, transform: EvalTransform, *, bad: BadImages) -> Tensor:
-    """Return all readable images as bytes, (N, C, H, W), uint8.
+def read_all(
+    source: ImageSource, transform: EvalTransform, *, bad: BadImages, progress: str | None = None
+) -> tuple[Tensor, list[int]]:
+    """Return all readable images as bytes, (N, C, H, W), uint8, and their numbers in the source.
 
     Args:
         source: the images.
         transform: gives every image the same size.
         bad: collects the unreadable files, which are left out.
+        progress: label of a progress bar. None shows none.
+
+    Raises:
+        UserError: no image can be read.
     """
-    parts = [
-        to_bytes(images)
-        for images, _ in validation_batches(source, transform, batch_size=READ_BATCH, bad=bad)
-    ]
-    return torch.cat(parts)
+    pixels, kept = torch.empty(0, dtype=torch.uint8), list[int]()
+    for index in tqdm(range(len(source)), desc=progress, disable=progress is None or None):
+        try:
+            image = to_bytes(transform(source.read(index)))
+        except UnreadableImage as error:
+            bad.update([(source.name(index), error.reason)])
+            continue
+        if not kept:
+            pixels = torch.empty((len(source), *image.shape), dtype=torch.uint8)
+        pixels[len(kept)] = image
+        kept.append(index)
+
+    if not kept:
+        name, reason = next(iter(bad.reasons.items()), ("the data", "it is empty"))
+        raise UserError(f"no image can be read. The first is {printable(name)} ({reason}).")
+    return pixels[: len(kept)], kept
+
+
+def check_memory(count: int, shape: tuple[int, int, int], *, processes: int) -> None:
+    """Raise UserError if the images of all processes on this machine do not fit into its memory."""
+    needed, free = count * math.prod(shape) * processes, psutil.virtual_memory().available
+    if needed > MEMORY_SHARE * free:
+        raise UserError(
+            f"{count:,} images in memory need {needed / 2**30:.1f} GiB for {processes} processes, "
+            f"but {free / 2**30:.1f} GiB are free. Give --no_cache_images."
+        )
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -56,6 +89,7 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
 
 def binary_bytes(pixels: Tensor, *, seed: int) -> Tensor:
     """Draw binary images once, as bytes 0 and 255. `pixels` are bytes, (N, C, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    shares = pixels.float() / 255.0
-    return (torch.bernoulli(shares, generator=generator) * 255.0).to(torch.uint8)
+    generator, result = torch.Generator().manual_seed(seed), torch.empty_like(pixels)
+    for part, drawn in zip(pixels.split(DRAWN_AT_ONCE), result.split(DRAWN_AT_ONCE), strict=True):
+        drawn.copy_(torch.bernoulli(part.float() / 255.0, generator=generator) * 255.0)
+    return result

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import flat
 from latentvae.engine.log import read_rows, sample_path
 from latentvae.export.card import public_value
@@ -91,7 +92,7 @@ def export_network(
         binarize="static" if data.binarize == "dynamic" else data.binarize,
         image_interpolation_mode=data.image_interpolation_mode,
         value_range=data.value_range,
-        preset=Path(task.config.config).stem,
+        preset=_unchanged_preset(task.config),
     )
 
     with written_whole(out) as part:
@@ -104,6 +105,15 @@ def export_network(
         (part / "README.md").write_text(_card(task, row, **values), encoding="utf-8")
         _check_equal(task, part)
     return {"export/nats": row["validation/nats"]} if row else {}
+
+
+def _unchanged_preset(config: LikelihoodConfig) -> str:
+    """Return the name of the run's preset, or "" if the run has another network or loss."""
+    if config.config not in preset_names(LikelihoodConfig) or Path(config.config).is_file():
+        return ""
+    preset = load_preset(config.config, LikelihoodConfig)
+    same = preset.vae == config.vae and preset.objective == config.objective
+    return config.config if same and preset.data.binarize == config.data.binarize else ""
 
 
 def _check_equal(task: "LikelihoodTask", folder: Path) -> None:

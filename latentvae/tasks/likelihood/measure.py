@@ -8,14 +8,22 @@ import torch
 from tqdm import tqdm
 
 from latentvae.compute.precision import full_float32
-from latentvae.data import BadImages, Batch, EvalTransform, PixelFormat, open_source, some_of
+from latentvae.data import (
+    BadImages,
+    Batch,
+    EvalTransform,
+    PixelFormat,
+    open_source,
+    some_of,
+    spread,
+)
 from latentvae.distributed import launched_device
-from latentvae.errors import UserError
+from latentvae.errors import UserError, printable
 from latentvae.evaluation.likelihood import Sums, bits_per_dim, bounds_of
-from latentvae.evaluation.published import PUBLISHED
+from latentvae.evaluation.published import PUBLISHED, Published
 from latentvae.metrics.mutual_information import mutual_information
 from latentvae.models.likelihood_models import ImagesOfModel, load_likelihood_net
-from latentvae.tasks.likelihood.images import binary, binary_bytes, read_all
+from latentvae.tasks.likelihood.images import binary_bytes, read_all
 
 SHOWN_GROUPS = 12
 MAX_POSTERIORS = 2000  # images for the mutual information, whose time grows with their square
@@ -69,8 +77,9 @@ def measure_folder(
         )
 
     # bounds
-    pixels = _read(data, net.image_shape, about, max_images=max_images)
-    pixels = _made_binary(pixels, binarize or about.binarize, seed=seed)
+    pixels, resized = _read(data, net.image_shape, about, max_images=max_images)
+    kind = binarize or about.binarize
+    pixels = _made_binary(pixels, kind, seed=seed)
     total, posteriors = Sums(), list[tuple[torch.Tensor, torch.Tensor]]()
     with torch.random.fork_rng(), tqdm(total=len(pixels), unit="images", disable=None) as bar:
         torch.manual_seed(seed)
@@ -83,9 +92,11 @@ def measure_folder(
 
     # results
     result = _summary(total, net.image_shape, samples=samples)
+    result["protocol"] = {"binarize": kind, "seed": seed, "resized_from": resized}
     if posteriors:
         result["mutual_information"] = _information(posteriors, seed=seed)
-    print(_lines(result, total, about))
+    paper = PUBLISHED.get(about.preset) if resized is None else None
+    print(_lines(result, paper))
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_module.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -94,17 +105,19 @@ def measure_folder(
 
 def _read(
     data: str, shape: tuple[int, int, int], about: ImagesOfModel, *, max_images: int | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, str | None]:
+    """Return the images as bytes, and the size of the first one if they were resized."""
     channels, height, width = shape
     source = open_source(data, pixels=PixelFormat(channels, about.value_range))
     if max_images is not None:
         source = some_of(source, max_images)
     bad = BadImages()
     transform = EvalTransform((height, width), interpolation=about.image_interpolation_mode)
-    pixels = read_all(source, transform, bad=bad)
+    pixels, kept = read_all(source, transform, bad=bad, progress="reading images")
     for name, reason in bad.reasons.items():
-        print(f"leaving out {name}: {reason}")
-    return pixels
+        print(f"leaving out {printable(name)}: {printable(reason)}")
+    across, down = source.read(kept[0]).size
+    return pixels, None if (down, across) == (height, width) else f"{down} x {across}"
 
 
 def _made_binary(pixels: torch.Tensor, kind: str, *, seed: int) -> torch.Tensor:
@@ -112,7 +125,7 @@ def _made_binary(pixels: torch.Tensor, kind: str, *, seed: int) -> torch.Tensor:
         return pixels
     if kind == "static":
         return binary_bytes(pixels, seed=seed)
-    return (binary(pixels.float() - 127.5, "threshold") > 0).to(torch.uint8) * 255
+    return (pixels > 127).to(torch.uint8) * 255
 
 
 def _summary(total: Sums, shape: tuple[int, int, int], *, samples: int) -> dict[str, Any]:
@@ -124,23 +137,23 @@ def _summary(total: Sums, shape: tuple[int, int, int], *, samples: int) -> dict[
         "samples": samples,
         "nats_per_image": {"elbo": elbo, "importance": importance},
         "standard_error": {"elbo": error[0].item(), "importance": error[1].item()},
-        "bits_per_dim": bits_per_dim(importance, shape),
-        "bits_per_dim_elbo": bits_per_dim(elbo, shape),
+        "bits_per_dim": bits_per_dim(elbo, shape),
+        "bits_per_dim_importance": bits_per_dim(importance, shape),
         "kl_per_group": (torch.as_tensor(total.kl) / total.images).tolist(),
         "active_units": total.active_units(),
-        "units": len(total.variances()),
+        "units": None if (activity := total.activity()) is None else len(activity),
     }
 
 
 def _information(posteriors: list[tuple[torch.Tensor, torch.Tensor]], *, seed: int) -> float:
     """Return the mutual information of images and latents, in nats."""
-    means, logvars = (
-        torch.cat(parts)[:MAX_POSTERIORS].cpu() for parts in zip(*posteriors, strict=True)
-    )
+    means, logvars = (torch.cat(parts).cpu() for parts in zip(*posteriors, strict=True))
+    chosen = spread(len(means), min(len(means), MAX_POSTERIORS))
+    means, logvars = means[chosen], logvars[chosen]
     return mutual_information(means, logvars, generator=torch.Generator().manual_seed(seed))
 
 
-def _lines(result: dict[str, Any], total: Sums, about: ImagesOfModel) -> str:
+def _lines(result: dict[str, Any], paper: Published | None) -> str:
     nats, error, groups = (
         result["nats_per_image"],
         result["standard_error"],
@@ -151,15 +164,18 @@ def _lines(result: dict[str, Any], total: Sums, about: ImagesOfModel) -> str:
     lines = [
         f"{result['images']:,} images, {result['samples']:,} samples each",
         f"  ELBO                 {nats['elbo']:.2f} ± {error['elbo']:.2f} nats per image, "
-        f"{result['bits_per_dim_elbo']:.4f} bits per dimension",
+        f"{result['bits_per_dim']:.4f} bits per dimension",
         f"  importance-weighted  {nats['importance']:.2f} ± {error['importance']:.2f} nats per "
-        f"image, {result['bits_per_dim']:.4f} bits per dimension",
+        f"image, {result['bits_per_dim_importance']:.4f} bits per dimension",
         f"  KL per group         {shown}{more} nats",
-        f"  active units         {result['active_units']:,} of {result['units']:,}",
     ]
+    if result["active_units"] is not None:
+        lines.append(f"  active units         {result['active_units']:,} of {result['units']:,}")
     if (shared := result.get("mutual_information")) is not None:
         lines.append(f"  mutual information   {shared:.2f} nats of images and latents")
-    if (paper := PUBLISHED.get(about.preset)) is not None:
+    if (size := result["protocol"]["resized_from"]) is not None:
+        lines.append(f"  note                 images were resized (the first from {size})")
+    if paper is not None:
         unit = "nats per image" if paper.unit == "nats" else "bits per dimension"
         lines.append(f"  published            {paper.value:.2f} {unit} ({paper.source})")
     return "\n".join(lines)

@@ -5,6 +5,8 @@ export = engine.loop.train(LikelihoodTask(config))
 Symbols: `B` batch, `N` images, `C` channels, `H W` image size.
 """
 
+import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentvae.data import Batch, ImageStream, IndexSampler, some_of
+from latentvae.data import BadImages, Batch, ImageStream, IndexSampler, some_of
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner, State
+from latentvae.errors import UserError, printable
 from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
 from latentvae.losses.variational import VariationalLoss
 from latentvae.models.hierarchical.spectral import spectral_penalty
@@ -27,7 +30,13 @@ from latentvae.tasks.autoencoder.refusals import check_source
 from latentvae.tasks.autoencoder.state import Named
 from latentvae.tasks.image_task import ImageTask
 from latentvae.tasks.likelihood.config import LikelihoodConfig
-from latentvae.tasks.likelihood.images import batches_of, binary, binary_bytes, read_all
+from latentvae.tasks.likelihood.images import (
+    batches_of,
+    binary,
+    binary_bytes,
+    check_memory,
+    read_all,
+)
 from latentvae.tasks.likelihood.likelihood_export import export_network, is_whole
 from latentvae.tasks.likelihood.total_correlation import (
     BatchEstimate,
@@ -37,6 +46,7 @@ from latentvae.tasks.likelihood.total_correlation import (
 )
 
 STATIC_SEED = 0  # of images that are made binary once
+START_IMAGES = 1000  # training images whose mean is the start of the decoder
 
 
 class LikelihoodState(State):
@@ -73,13 +83,17 @@ class LikelihoodTask(ImageTask):
         self.begin_images()
         self._read_images()
         self.net: Any = self.config.vae.build(self.config.image_shape)
-        if not resumed and self.pixels is not None:
-            self.net.start_at(self.pixels.float().mean(0) / 127.5 - 1.0)
+        if self.config.vae.has_batch_norm and world_size() > 1:
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        if not resumed and (mean := self._mean_image()) is not None:
+            self.net.start_at(mean)
         if self.config.run.gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
 
         self.objective = VariationalLoss(
-            self.config.objective, total=self.config.run.max_train_steps
+            self.config.objective,
+            total=self.config.run.max_train_steps,
+            group_sizes=self.net.group_sizes,
         )
         learner = Learner.with_optimizer(
             self.net, accelerator, self.config.optimizer, averaged=self.net
@@ -106,24 +120,42 @@ class LikelihoodTask(ImageTask):
         """Read validation images, and with `cache_images` also training images, into memory."""
         data, transform = self.config.data, eval_transform(self.config)
         self.pixels: Tensor | None = None
+        self.kept: list[int] = []
         if data.cache_images:
             assert not isinstance(self.train_images, ImageStream)
-            if is_main():
-                print(f"reading {len(self.train_images):,} images into memory", flush=True)
-            self.pixels = read_all(self.train_images, transform, bad=self.bad)
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            check_memory(len(self.train_images), self.config.image_shape, processes=local)
+            self.pixels, self.kept = read_all(
+                self.train_images,
+                transform,
+                bad=self.bad,
+                progress="reading images into memory" if is_main() else None,
+            )
+            _tell_unreadable(self.bad, "train")
+            self.bad.check(len(self.train_images), data.max_bad_share)
             if data.binarize == "static":
                 self.pixels = binary_bytes(self.pixels, seed=STATIC_SEED)
 
         chosen = some_of(self.validation_images, data.max_validation_images)
-        self.validation_pixels = read_all(chosen, transform, bad=self.bad_validation)
+        self.validation_pixels, _ = read_all(chosen, transform, bad=self.bad_validation)
+        _tell_unreadable(self.bad_validation, "validate")
         if data.binarize in ("dynamic", "static"):
             self.validation_pixels = binary_bytes(self.validation_pixels, seed=STATIC_SEED)
+
+    def _mean_image(self) -> Tensor | None:
+        """Return the mean of some training images, (C, H, W), or None for a stream."""
+        if isinstance(self.train_images, ImageStream):
+            return None
+        chosen = some_of(self.train_images, START_IMAGES)
+        pixels, _ = read_all(chosen, eval_transform(self.config), bad=BadImages())
+        return pixels.float().mean(0) / 127.5 - 1.0
 
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters()) / 1e6
         shape, options = " x ".join(map(str, self.config.image_shape)), self.config.objective
         images = self.train_images
-        known = "a stream" if isinstance(images, ImageStream) else f"{len(images):,}"
+        stream = isinstance(images, ImageStream)
+        known = "a stream" if stream else f"{len(images) - len(self.bad):,}"
         samples = f", {options.train_samples} samples" if options.train_samples > 1 else ""
         return {
             "network": (
@@ -142,13 +174,25 @@ class LikelihoodTask(ImageTask):
         return self.config.data.binarize != "none"
 
     def warnings(self) -> list[str]:
-        return few_validation_images(
+        options, updates = self.config.objective, self.config.run.max_train_steps
+        found = []
+        if options.kl_warmup_steps > (cycle := math.ceil(updates / options.kl_cycles)):
+            found.append(
+                f"kl_warmup_steps {options.kl_warmup_steps} is longer than a cycle of {cycle} "
+                "updates, so the weight of the KL never reaches kl_scale."
+            )
+        return found + few_validation_images(
             self.config,
             count=len(self.validation_images),
             training=None if isinstance(self.train_images, ImageStream) else len(self.train_images),
         )
 
     def check_processes(self, processes: int) -> None:
+        if processes > 1 and self.config.vae.has_batch_norm and not torch.cuda.is_available():
+            raise UserError(
+                f"this network has batch norm, which only GPUs share between processes (got "
+                f"{processes} processes). Use one process, or --block vdvae."
+            )
         if not self.config.data.cache_images:
             super().check_processes(processes)
         else:
@@ -178,6 +222,9 @@ class LikelihoodTask(ImageTask):
     @property
     def num_workers(self) -> int:
         return 0 if self.config.data.cache_images else super().num_workers
+
+    def names(self, keys: Tensor) -> list[str]:
+        return super().names(keys if not self.kept else torch.tensor(self.kept)[keys])
 
     # an update
 
@@ -250,23 +297,26 @@ class LikelihoodTask(ImageTask):
             "validation/nats": elbo,
             "validation/bits_per_dim": bits_per_dim(elbo, shape),
             "validation/kl": float(torch.as_tensor(total.kl).sum()) / total.images,
-            "validation/active_units": total.active_units(),
             "validation/images": total.images,
         }
+        if (active := total.active_units()) is not None:
+            values["validation/active_units"] = active
         if options.validation_samples > 1:
             values["validation/nats_importance"] = -total.importance / total.images
         return values
 
     def validation_line(self, values: Mapping[str, float]) -> str:
-        nats, bits, kl, units, images = (
-            values[f"validation/{name}"]
-            for name in ("nats", "bits_per_dim", "kl", "active_units", "images")
+        nats, bits, kl, images = (
+            values[f"validation/{name}"] for name in ("nats", "bits_per_dim", "kl", "images")
         )
         importance = values.get("validation/nats_importance")
+        units = values.get("validation/active_units")
         return (
             f"{nats:.2f} nats per image ({bits:.3f} bits per dimension)"
             + (f", importance-weighted {importance:.2f}" if importance is not None else "")
-            + f", KL {kl:.2f}, {units:,.0f} active units, on {images:,.0f} unseen images"
+            + f", KL {kl:.2f}"
+            + (f", {units:,.0f} active units" if units is not None else "")
+            + f", on {images:,.0f} unseen images"
         )
 
     @torch.no_grad()
@@ -315,3 +365,9 @@ class LikelihoodTask(ImageTask):
     def shortened(cls, config: LikelihoodConfig, *, updates: int) -> LikelihoodConfig:
         few = {"max_validation_images": min(config.data.max_validation_images, 8)}
         return config.with_changes({"data": few, "run": {"num_sample_images": 1}})
+
+
+def _tell_unreadable(bad: BadImages, use: str) -> None:
+    """Print the unreadable files. All ranks have read all files."""
+    for name, reason in bad.reasons.items() if is_main() else ():
+        print(f"cannot {use} on {printable(name)} ({printable(reason)})")

@@ -5,6 +5,7 @@ import pytest
 from latentvae.errors import UserError
 from latentvae.models.hierarchical.layers import (
     Layer,
+    check_blocks,
     decoder_layers,
     encoder_layers,
     fit,
@@ -86,3 +87,8 @@ def test_widths_of_some_resolutions_differ():
 def test_wrong_widths_are_named(text: str):
     with pytest.raises(UserError, match="custom_widths"):
         resolution_widths(text, 16, {32, 16, 4})
+
+
+def test_encoder_blocks_that_nothing_reads_are_named():
+    with pytest.raises(UserError, match="goes down to resolution 1, but dec_blocks starts at 4"):
+        check_blocks("8x1,8d2,4x1,4d4,1x2", "4x1,8m4", "")

@@ -1,5 +1,6 @@
 """A VAE learns, its export is measured and sampled, and resumes are exact."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from latentvae.cli.main import main, run_of
 from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import flat
+from latentvae.data import Batch
 from latentvae.engine.checkpoint_files import load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import Stopped, train
@@ -231,6 +233,73 @@ def test_a_bad_batch_is_skipped_and_leaves_no_trace(
     assert [row["optimizer/skipped"] for row in rows if "optimizer/skipped" in row][-1] == 1
 
 
+def test_a_skipped_update_restores_batch_norm(bars: Path, tmp_path: Path) -> None:
+    """One batch has a pixel that is not a number."""
+    step, found = LikelihoodTask.micro_step, []
+
+    def bad(self: LikelihoodTask, batch: Batch, update: int) -> dict[str, Tensor]:
+        found.append([b.clone() for b in self.net.buffers()])
+        images = batch.images.float() / 127.5 - 1.0
+        if update == 2:
+            images[0, 0, 0, 0] = float("nan")
+        return step(self, batch._replace(images=images), update)
+
+    changes = {"vae": HIERARCHY | {"block": "nvae"}, "data": {"binarize": "threshold"}}
+    config = small_likelihood(bars, tmp_path / "run", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LikelihoodTask, "micro_step", bad)
+        patch.setattr("latentvae.tasks.likelihood.task.binary", lambda images, _: images)
+        train(LikelihoodTask(config))
+    kept = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(found)]
+    assert kept == [False, False, True, False, False]
+    assert math.isfinite(validations(tmp_path / "run")[-1]["validation/nats"])
+
+
+def test_batch_norm_needs_one_process_on_a_cpu(bars: Path, tmp_path: Path) -> None:
+    config = small_likelihood(bars, tmp_path / "run", vae=HIERARCHY | {"block": "nvae"})
+    task = LikelihoodTask(config)
+    task.open()
+    task.check_processes(1)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="batch norm, which only GPUs share"):
+            task.check_processes(2)
+
+
+def test_unreadable_images_are_named_and_limited(
+    bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_bars(tmp_path / "images")
+    names = sorted(folder.iterdir())
+    for path in names[:8]:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"At most 1\.0% are allowed"):
+        train(LikelihoodTask(small_likelihood(folder, tmp_path / "run")))
+
+    task = LikelihoodTask(small_likelihood(folder, tmp_path / "run", data={"max_bad_share": 0.5}))
+    train(task)
+    out = capsys.readouterr().out
+    assert f"cannot train on {names[0].name}" in out or f"validate on {names[0].name}" in out
+    # The place in memory is not the number in the folder.
+    assert task.pixels is not None and task.names(torch.tensor([len(task.pixels) - 1])) == [
+        task.train_images.name(len(task.train_images) - 1)  # type: ignore[arg-type, union-attr]
+    ]
+
+    for path in names:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image can be read"):
+        measure_folder(tmp_path / "run", str(folder), samples=1)
+
+
+def test_resized_images_are_noted_and_compared_with_no_paper(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (20, 30)).save(tmp_path / "large" / "a.png")
+    found = measure_folder(run, str(tmp_path / "large"), samples=1)
+    assert found["protocol"] == {"binarize": "static", "seed": 0, "resized_from": "30 x 20"}
+    assert "images were resized (the first from 30 x 20)" in capsys.readouterr().out
+
+
 def test_a_run_of_bad_batches_ends(bars: Path, tmp_path: Path) -> None:
     options = {"optimizer": {"skip_grad_norm": 1e-9, "max_skipped_updates": 3}}
     with pytest.raises(RunError, match=r"3 updates in a row were skipped.*above skip_grad_norm"):
@@ -261,6 +330,7 @@ def test_a_hierarchy_learns_and_its_groups_add_up(bars: Path, tmp_path: Path) ->
     assert last["validation/nats"] < first["validation/nats"] - 5
     found = measure_folder(tmp_path / "run", str(bars), samples=10)
     assert len(found["kl_per_group"]) == 3
+    assert 0 < found["active_units"] <= found["units"] == 4 * (1 + 16 + 64)
     assert sum(found["kl_per_group"]) == pytest.approx(last["validation/kl"], rel=0.25)
     main(["sample", str(tmp_path / "run"), "--num", "2", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").iterdir())) == 3
