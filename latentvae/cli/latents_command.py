@@ -40,9 +40,10 @@ class Latents:
     out: Path
     """Folder for the PNG and the JSON file."""
 
-    resolution: Annotated[tuple[int, ...], arg(metavar="PIXELS|HEIGHT WIDTH")] = (256,)
+    resolution: Annotated[tuple[int, ...] | None, arg(metavar="PIXELS|HEIGHT WIDTH")] = None
     """Size in pixels: one number for a square, or height and width. Each image is resized to cover
-    this size, and the centre is cropped."""
+    this size, and the centre is cropped. The default is the model's size if it supports only one
+    size, and 256 for all other models."""
 
     max_images: int = 200
     """Largest number of images to encode. If there are more, they are chosen at equal distances in
@@ -84,7 +85,7 @@ class Latents:
         from latentvae.latents.opening import open_model
 
         model = open_model(self.model, device=self.device, variant=self.variant)
-        side = self.resolution
+        side = self.resolution or (model.fixed_size or space_pictures.SIDE,)
         encoded = space_pictures.encode_images(
             model,
             self.data,
@@ -117,10 +118,11 @@ class Latents:
         for name, least in (("max_images", 2), ("count", 1), ("steps", 2)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least} (got {getattr(self, name)}).")
-        if len(self.resolution) not in (1, 2) or min(self.resolution) < 1:
+        sides = self.resolution
+        if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
             raise UserError(
                 "resolution must be one number of pixels, or height and width, each at least 1 "
-                f"(got {' '.join(map(str, self.resolution))})."
+                f"(got {' '.join(map(str, sides))})."
             )
         if self.use == "attribute" and self.attribute is None:
             raise UserError(

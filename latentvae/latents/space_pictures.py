@@ -29,6 +29,7 @@ from latentvae.latents.space import (
 )
 from latentvae.pictures import save_grid
 
+SIDE = 256  # default side of images in pixels, for models that support any size
 TEST_SHARE = 3  # every third image of a class tests an attribute's direction
 
 

@@ -14,6 +14,7 @@ from latentvae.cli.main import main
 from latentvae.data import ImageFolder, to_tensor
 from latentvae.errors import UserError
 from latentvae.latents.space_pictures import EncodedImages, draw_attribute, encode_images
+from tests.models.dense.test_vector_vae import vae
 
 CLASSES = {"bright": 200, "dark": 40}
 LABELS, CELL = (
@@ -184,3 +185,12 @@ def test_images_without_classes_have_no_attribute(
     options = {"against": None, "images": [], "count": 1, "steps": 2}
     with pytest.raises(UserError, match="images in classes"):
         draw_attribute(flat, tmp_path / "a.png", attribute="bright", **options)
+
+
+def test_a_model_of_one_size_needs_no_resolution(pictures: Path, tmp_path: Path) -> None:
+    """A dense VAE of grey images of 8 x 8 pixels, whose latents have no positions."""
+    vae("one", height=8, width=8).save_pretrained(tmp_path / "vae")
+    arguments = ["latents", str(tmp_path / "vae"), "traverse", "--data", str(pictures)]
+    main([*arguments, "--out", str(tmp_path), "--count", "2", "--steps", "5"])
+    picture = Image.open(tmp_path / "traverse.png")
+    assert picture.mode == "L" and picture.size == (LABELS + 5 * 8 * 10, 2 * 8 * 10)
