@@ -7,7 +7,8 @@ preset `factor_sprites` with several weights of the total correlation. It measur
 are drawn at random:
 
 - the reconstruction error (negative log-likelihood in nats) and the KL
-- the total correlation of 2,000 codes, see `losses.total_correlation.measure_kl_parts`
+- the total correlation of 400 codes in an aggregate of 100,000 posteriors, see
+  `losses.total_correlation.measure_kl_parts`. A KL of 10 nats needs that many.
 - the FactorVAE score, MIG, SAP and DCI
 
 The total correlation of a beta-VAE at the reconstruction error of another run is interpolated
@@ -39,7 +40,8 @@ from latentvae.tasks.likelihood.images import binary
 from latentvae.tasks.likelihood.task import LikelihoodTask
 
 BATCH = 200
-CODES = 2000  # images for the total correlation and the scores on codes
+CODES = 2000  # images for the reconstruction error and the scores on codes
+AGGREGATE, TC_CODES = 100_000, 400  # posteriors, and codes, for the total correlation
 VOTES = 400  # of the FactorVAE score
 SHAPE = 0  # the factor whose values have no order
 MEASURES = ("error", "kl", "tc", "factor_vae_score", "mig", "sap", "dci")
@@ -113,7 +115,16 @@ def measure(folder: Path) -> dict[str, float]:
             error -= bound.log_likelihood.sum().item() / CODES
             kl += bound.kl.sum().item() / CODES
     mean, logvar = torch.cat(codes), torch.cat(logvars)
-    parts = measure_kl_parts(mean, logvar, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        more = sample_sprite_factors(AGGREGATE - CODES, rng)
+        found = [net.posterior(images) for images in batches(more, net.image_shape[1])]
+    draws = torch.Generator().manual_seed(0)
+    parts = measure_kl_parts(
+        torch.cat([mean, *(posterior.mean for posterior in found)]),
+        torch.cat([logvar, *(posterior.logvar for posterior in found)]),
+        codes=TC_CODES,
+        generator=draws,
+    )
 
     def represent(chosen: np.ndarray) -> np.ndarray:
         with torch.no_grad():

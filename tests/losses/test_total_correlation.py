@@ -189,3 +189,14 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
     ranks(on_a_rank, output=tmp_path / "output.txt")
+
+
+def test_a_few_codes_give_the_parts_of_all_in_the_mean():
+    """Also with more images than are compared at once."""
+    torch.manual_seed(0)
+    mean, logvar = torch.randn(5000, 2), torch.full((5000, 2), -2.0)
+    draws = torch.Generator().manual_seed(1)
+    few = measure_kl_parts(mean, logvar, codes=400, generator=draws)
+    exact = 2 * 0.5 * math.log(1 + math.exp(2.0))  # of N(0, 1) plus noise
+    assert few.information.item() == pytest.approx(exact, abs=0.15)
+    assert few.total_correlation.item() == pytest.approx(0.0, abs=0.05)
