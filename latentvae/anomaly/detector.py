@@ -92,6 +92,25 @@ class Detector(OutlierMixin, BaseEstimator):
         """Return 1 for normal rows and -1 for anomalies, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
+    def learned(self) -> dict[str, torch.Tensor]:
+        """Return everything that `fit` and `calibrate` learned, as tensors."""
+        check_is_fitted(self)
+        return self._tensors() | {
+            "columns.shift": torch.from_numpy(self.shift_),
+            "columns.scale": torch.from_numpy(self.scale_),
+            "offset": torch.tensor(self.offset_, dtype=torch.float64),
+        }
+
+    def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
+        """Take over what `learned` of a detector with the same options returned."""
+        own = {"columns.shift", "columns.scale", "offset"}
+        self.shift_ = tensors["columns.shift"].numpy()
+        self.scale_ = tensors["columns.scale"].numpy()
+        self.offset_ = tensors["offset"].item()
+        self.n_features_in_ = len(self.shift_)
+        self._restore({name: value for name, value in tensors.items() if name not in own})
+        return self
+
     def _checked(self, X: Any) -> np.ndarray:
         """Return the scaled rows of a fitted detector."""
         check_is_fitted(self)
@@ -109,7 +128,7 @@ class Detector(OutlierMixin, BaseEstimator):
         raise NotImplementedError
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return what training learned, for `save_detector`."""
+        """Return what training learned."""
         raise NotImplementedError
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.utils.validation import check_is_fitted
 
 from latentvae.anomaly.dagmm import DAGMM
 from latentvae.anomaly.detector import Detector
@@ -31,7 +29,6 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
         detector: the fitted detector. A `random_state` that is no number is not stored.
         folder: folder for both files, created if it does not exist.
     """
-    check_is_fitted(detector)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = getattr(detector, "feature_names_in_", None)
@@ -40,14 +37,8 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
         "class": type(detector).__name__,
         "options": {name: _plain(value) for name, value in detector.get_params().items()},
         "columns": None if names is None else list(names),
-        "num_columns": detector.n_features_in_,
-        "threshold": -detector.offset_,
     }
-    tensors = {name: value.contiguous() for name, value in detector._tensors().items()}
-    tensors |= {
-        "columns.shift": torch.from_numpy(detector.shift_),
-        "columns.scale": torch.from_numpy(detector.scale_),
-    }
+    tensors = {name: value.contiguous() for name, value in detector.learned().items()}
     save_file(tensors, folder / TENSORS_NAME)
     (folder / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -69,24 +60,13 @@ def load_detector(folder: str | Path) -> Detector:
         )
     try:
         tensors = load_file(folder / TENSORS_NAME)
-        detector = CLASSES[name](**content["options"])
-        return _restored(detector, content, tensors)
+        detector = CLASSES[name](**content["options"]).relearn(tensors)
+        if content["columns"] is not None:
+            detector.feature_names_in_ = np.array(content["columns"], dtype=object)
+        return detector
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the detector in '{folder}' cannot be read: {reason}") from error
-
-
-def _restored(
-    detector: Detector, content: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> Detector:
-    detector.shift_ = tensors.pop("columns.shift").numpy()
-    detector.scale_ = tensors.pop("columns.scale").numpy()
-    detector.n_features_in_ = int(content["num_columns"])
-    detector.offset_ = -float(content["threshold"])
-    if content["columns"] is not None:
-        detector.feature_names_in_ = np.array(content["columns"], dtype=object)
-    detector._restore(tensors)
-    return detector
 
 
 def _plain(value: Any) -> Any:
