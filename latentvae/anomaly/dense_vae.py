@@ -33,15 +33,25 @@ class DenseVAE(nn.Module):
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns D of z.
         min_std: smallest standard deviation of p(x|z), in units of the scaled columns.
+        std_per_row: whether the decoder computes the standard deviations of each row. If not, each
+            column has one, which training learns.
     """
 
     def __init__(
-        self, num_features: int, *, hidden: Sequence[int], latent_dim: int, min_std: float
+        self,
+        num_features: int,
+        *,
+        hidden: Sequence[int],
+        latent_dim: int,
+        min_std: float,
+        std_per_row: bool,
     ) -> None:
         super().__init__()
         self.encoder = tanh_layers([num_features, *hidden, 2 * latent_dim])
-        self.decoder = tanh_layers([latent_dim, *hidden[::-1], 2 * num_features])
-        self.latent_dim, self.min_log_std = latent_dim, math.log(min_std)
+        outputs = 2 * num_features if std_per_row else num_features
+        self.decoder = tanh_layers([latent_dim, *hidden[::-1], outputs])
+        self.log_std = None if std_per_row else nn.Parameter(torch.zeros(num_features))
+        self.min_log_std = math.log(min_std)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log standard deviation of q(z|x), each (N, D)."""
@@ -50,7 +60,11 @@ class DenseVAE(nn.Module):
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log standard deviation of p(x|z), each (..., F)."""
-        mean, log_std = self.decoder(z).chunk(2, dim=-1)
+        out = self.decoder(z)
+        if self.log_std is None:
+            mean, log_std = out.chunk(2, dim=-1)
+        else:
+            mean, log_std = out, self.log_std.expand_as(out)
         return mean, log_std.clamp(self.min_log_std, MAX_LOG_STD)
 
     def elbo(self, x: Tensor, noise: Tensor) -> Tensor:

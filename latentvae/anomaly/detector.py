@@ -22,6 +22,7 @@ from latentvae.anomaly.checks import (
 )
 
 SCALINGS = ("standard", "minmax", "none")
+SLACK = 1e-9  # relative distance of a threshold from the score that sets it
 
 
 class Detector(OutlierMixin, BaseEstimator):
@@ -158,14 +159,16 @@ def clean_threshold(scores: np.ndarray, rate: float) -> float:
 
     This is the conformal quantile: with n clean scores, the floor(rate (n + 1))-th smallest. A new
     row of the same distribution is equally likely to have any rank among n + 1 scores. If the
-    rows are too few for the rate, the threshold is the smallest score.
+    rows are too few for the rate, it is the smallest score. The threshold lies just below, so that
+    rounding never flags the row that set it.
 
     Args:
         scores: `score_samples` of clean rows, (N,).
         rate: false-alarm rate in (0, 0.5].
     """
     rank = max(int(rate * (len(scores) + 1)), 1)
-    return float(np.partition(scores, rank - 1)[rank - 1])
+    score = float(np.partition(scores, rank - 1)[rank - 1])
+    return score - SLACK * (1 + abs(score))
 
 
 def seed_of(random_state: Any) -> int:

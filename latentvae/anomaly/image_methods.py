@@ -122,9 +122,7 @@ class PooledDensity:
     def restore(self, tensors: dict[str, Tensor]) -> Self:
         """Take over what `tensors` returned."""
         for name, part in (("image", self.image), ("local", self.local)):
-            part.relearn(
-                {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-            )
+            part.relearn(part_of(tensors, f"{name}."))
         return self
 
 

@@ -60,7 +60,10 @@ def train_network(
     for epoch in range(epochs):
         total = torch.zeros((), dtype=torch.float64)
         for picked in torch.randperm(len(data), generator=generator).tensor_split(batches):
-            value = loss(data[picked])
+            try:
+                value = loss(data[picked])
+            except torch.linalg.LinAlgError as error:  # a covariance of infinite values
+                raise UserError(_diverged(epoch)) from error
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
@@ -68,12 +71,16 @@ def train_network(
 
         means.append(total.item())
         if not math.isfinite(means[-1]):
-            raise UserError(
-                f"the loss is {means[-1]} after {epoch + 1} epochs. Use a smaller learning_rate "
-                "or scaling='standard'."
-            )
+            raise UserError(_diverged(epoch))
     network.eval()
     return means
+
+
+def _diverged(epoch: int) -> str:
+    return (
+        f"the loss is no number after {epoch + 1} epoch(s). Use a smaller learning_rate, or "
+        "scaling='standard'."
+    )
 
 
 @torch.no_grad()

@@ -57,6 +57,8 @@ class VAEDetector(Detector):
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns of z.
         min_std: smallest standard deviation of the decoder, in units of the scaled columns.
+        decoder_std: "column" learns one standard deviation for each column. "row" computes them
+            for each row, as An and Cho do: then unusual rows may get large ones, which excuse them.
         criterion: "reconstruction_probability", "elbo" or "importance". May change after `fit`.
         num_samples: number L of samples of z for a score.
         epochs: passes over the training rows.
@@ -78,6 +80,7 @@ class VAEDetector(Detector):
         hidden: Sequence[int] = (64, 32),
         latent_dim: int = 4,
         min_std: float = 0.1,
+        decoder_std: str = "column",
         criterion: str = "reconstruction_probability",
         num_samples: int = 64,
         epochs: int = 200,
@@ -91,6 +94,7 @@ class VAEDetector(Detector):
         self.hidden = hidden
         self.latent_dim = latent_dim
         self.min_std = min_std
+        self.decoder_std = decoder_std
         self.criterion = criterion
         self.num_samples = num_samples
         self.epochs = epochs
@@ -145,10 +149,12 @@ class VAEDetector(Detector):
             hidden=tuple(self.hidden),
             latent_dim=self.latent_dim,
             min_std=self.min_std,
+            std_per_row=self.decoder_std == "row",
         )
 
     def _check_options(self) -> None:
         check_choice("criterion", self.criterion, tuple(SCORES))
+        check_choice("decoder_std", self.decoder_std, ("column", "row"))
         for name in ("latent_dim", "num_samples", "epochs", "batch_size"):
             check_range(name, getattr(self, name), low=1)
         for name in ("learning_rate", "min_std"):
