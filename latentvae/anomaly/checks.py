@@ -92,5 +92,5 @@ def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
             f"{num_rows} clean rows are too few for a false-alarm rate of {rate:g}: the threshold "
             f"is their largest score, which stands for a rate of {1 / (num_rows + 1):.3g}. Give "
             f"at least {int(np.ceil(1 / rate)) - 1} held-out rows.",
-            stacklevel=3,
+            stacklevel=3,  # the caller of `calibrate`
         )

@@ -54,9 +54,7 @@ def likelihood_ratio(
     return own - other
 
 
-def input_complexity(
-    log_likelihood: np.ndarray | Tensor, bits: np.ndarray | Tensor
-) -> np.ndarray:
+def input_complexity(log_likelihood: np.ndarray | Tensor, bits: np.ndarray | Tensor) -> np.ndarray:
     """Return log p(x) + L(x) log 2 of each image in nats, (N,).
 
     The log-likelihood must be that of 8-bit pixels (a probability, not a density), so that both

@@ -8,12 +8,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentvae.errors import printable
 from latentvae.losses.colors import to_rgb
 from latentvae.pictures import to_uint8
 
 GAP, LINE = 8, 14  # pixels between pictures, and height of a line of text
+LEGIBLE = 256  # side of pictures on a sheet, in pixels
 OPACITY = 0.55  # of a heat map that lies over its image
 
 
@@ -39,6 +41,7 @@ def sheet(
         texts: a line of text for each row.
         low, high: ends of the colour scale.
     """
+    images, maps = legible(images), legible(maps[:, None])[:, 0]
     height, width = images.shape[2:]
     page = Image.new("RGB", (3 * width + 2 * GAP, len(images) * (height + LINE + GAP)), "white")
     draw = ImageDraw.Draw(page)
@@ -52,6 +55,12 @@ def sheet(
         for column, part in enumerate((picture, heat, both)):
             page.paste(part, (column * (width + GAP), top + LINE))
     return page
+
+
+def legible(pixels: Tensor) -> Tensor:
+    """Return small images (N, C, H, W) enlarged to sides of about `LEGIBLE` pixels."""
+    factor = max(LEGIBLE // max(pixels.shape[2:]), 1)
+    return pixels if factor == 1 else F.interpolate(pixels, scale_factor=factor, mode="nearest")
 
 
 def shortened(text: str, *, width: int) -> str:

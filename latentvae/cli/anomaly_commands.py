@@ -1,11 +1,13 @@
 """The commands `latentvae anomaly fit` and `latentvae anomaly score`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
+from latentvae.cli.flags import say_once
 from latentvae.errors import UserError
 
 TABLE_METHODS = ("dagmm", "vae", "latent_density")
@@ -72,10 +74,19 @@ class AnomalyFit:
 
     def run(self) -> None:
         """Fit the detector, save it, and print its threshold."""
-        if self.data.is_dir():
-            print(self._fit_images())
-            return
-        from latentvae.anomaly.table_runs import fit_table, read_run
+        from latentvae.anomaly.table_runs import read_run
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: say_once(f"warning: {message}")
+            if self.data.is_dir():
+                self._fit_images()
+            else:
+                self._fit_table()
+        print(self._said(read_run(self.out)))
+
+    def _fit_table(self) -> None:
+        from latentvae.anomaly.table_runs import fit_table
 
         method = self._method(TABLE_METHODS, default="vae", kind="a table")
         if self.model is not None:
@@ -91,7 +102,6 @@ class AnomalyFit:
             false_alarm_rate=self.false_alarm_rate,
             seed=self.seed,
         )
-        print(self._said(read_run(self.out)))
 
     def _options(self, method: str) -> dict[str, Any]:
         """Return the options of the detector's class that were given."""
@@ -112,9 +122,8 @@ class AnomalyFit:
             )
         return method
 
-    def _fit_images(self) -> str:
+    def _fit_images(self) -> None:
         from latentvae.anomaly.image_runs import fit_images
-        from latentvae.anomaly.table_runs import read_run
 
         method = self._method(IMAGE_METHODS, default="positions", kind="a folder of images")
         if self.model is None:
@@ -135,7 +144,6 @@ class AnomalyFit:
             false_alarm_rate=self.false_alarm_rate,
             seed=self.seed,
         )
-        return self._said(read_run(self.out))
 
     def _said(self, content: dict[str, Any]) -> str:
         return (
