@@ -81,7 +81,7 @@ class VAEDetector(Detector):
         latent_dim: int = 4,
         min_std: float = 0.1,
         decoder_std: str = "column",
-        criterion: str = "reconstruction_probability",
+        criterion: str = "elbo",
         num_samples: int = 64,
         epochs: int = 200,
         batch_size: int = 256,

@@ -49,9 +49,7 @@ class AnomalyFit:
     density: Literal["gmm", "knn"] = "gmm"
     """For `latent_density`: a Gaussian mixture, or the distance to the nearest clean items."""
 
-    criterion: Literal["reconstruction_probability", "elbo", "importance"] = (
-        "reconstruction_probability"
-    )
+    criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
     """For `vae`: the score of a row. All three are in nats."""
 
     epochs: int | None = None
