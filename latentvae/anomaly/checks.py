@@ -26,6 +26,7 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
         checked = validate_data(
             detector, rows, reset=reset, dtype=np.float64, ensure_min_samples=minimum
         )
+
     except ValueError as error:
         if "could not convert string" not in str(error):
             raise

@@ -106,12 +106,14 @@ class DAGMM(Detector):
         self.estimation_width = estimation_width
         self.num_components = num_components
         self.dropout = dropout
+
         self.energy_weight = energy_weight
         self.diagonal_weight = diagonal_weight
         self.variance_floor = variance_floor
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+
         self.scaling = scaling
         self.constant_columns = constant_columns
         self.false_alarm_rate = false_alarm_rate

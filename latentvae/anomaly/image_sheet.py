@@ -46,6 +46,7 @@ def sheet(
     page = Image.new("RGB", (3 * width + 2 * GAP, len(images) * (height + LINE + GAP)), "white")
     draw = ImageDraw.Draw(page)
     rgb = to_rgb(images)
+
     for i, text in enumerate(texts):
         top = i * (height + LINE + GAP)
         draw.text((2, top), shortened(printable(text), width=3 * width), fill="black")

@@ -46,6 +46,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"there is no file '{path}'{nearest(path.name, siblings)}")
+
     try:
         table = _READERS[path.suffix.lower()](path)
     except UserError:
@@ -54,6 +55,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{path}' cannot be read as a table: {reason}") from error
+
     if table.empty:
         raise UserError(f"'{path}' holds no rows.")
     table.columns = [str(name) for name in table.columns]

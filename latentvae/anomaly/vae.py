@@ -95,11 +95,13 @@ class VAEDetector(Detector):
         self.latent_dim = latent_dim
         self.min_std = min_std
         self.decoder_std = decoder_std
+
         self.criterion = criterion
         self.num_samples = num_samples
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+
         self.scaling = scaling
         self.constant_columns = constant_columns
         self.false_alarm_rate = false_alarm_rate
