@@ -6,8 +6,8 @@ For each table and seed, half of all rows (drawn at random) are for training, an
 rows are used. The other half is the test set. The test rows with the largest scores are called
 anomalies: their share is the share of anomalies that the paper states (20 % for KDDCUP, 2.5 % for
 Thyroid, 15 % for Arrhythmia), or that of the whole table. The script prints mean and standard
-deviation over the seeds and the mean rank of each detector, and writes every single result as JSON.
-After an interruption, the same command continues.
+deviation over the seeds and the mean rank of each detector among those measured. It writes every
+single result as JSON. After an interruption, the same command continues.
 """
 
 import json
@@ -255,11 +255,18 @@ def show(results: list[dict[str, Any]]) -> None:
                 if found:
                     means[i, j] = np.mean(found)
                     cells[i][j] = f"{means[i, j]:.3f} ± {np.std(found):.3f} ({len(found)})"
-        complete = [j for j in range(len(tables)) if np.isfinite(means[:, j]).all()]
-        ranks = np.stack([rankdata(-means[:, j]) for j in complete], axis=1) if complete else None
+        ranks = np.stack([ranks_of(means[:, j]) for j in range(len(tables))], axis=1)
         for i, name in enumerate(names):
-            page.add_row(name, *cells[i], "" if ranks is None else f"{ranks[i].mean():.2f}")
+            found = ranks[i][np.isfinite(ranks[i])]
+            page.add_row(name, *cells[i], f"{found.mean():.2f} of {len(found)}")
         Console(width=160).print(page)
+
+
+def ranks_of(means: np.ndarray) -> np.ndarray:
+    """Return the rank of each detector on one table, 1 for the largest mean. NaN stays NaN."""
+    ranks, known = np.full(len(means), np.nan), np.isfinite(means)
+    ranks[known] = rankdata(-means[known])
+    return ranks
 
 
 def run(options: Options) -> None:

@@ -23,7 +23,7 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
             too few rows.
     """
     try:
-        checked = validate_data(
+        checked: Any = validate_data(
             detector, rows, reset=reset, dtype=np.float64, ensure_min_samples=minimum
         )
 

@@ -14,7 +14,7 @@ Symbols: `N` images, `C` channels, `H W` pixels.
 
 import io
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from latentvae.errors import UserError
 from latentvae.pictures import to_uint8
 
 Codec = Literal["png", "webp"]
-CODECS: dict[str, dict[str, object]] = {
+CODECS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "optimize": True},
     "webp": {"format": "WEBP", "lossless": True, "quality": 100, "method": 4},
 }

@@ -20,9 +20,9 @@ from latentvae.anomaly.mixture import Mixture, check_rows_for_components, fit_mi
 from latentvae.anomaly.training import in_batches, own_randomness, part_of, train_network
 
 # Networks, training lengths and batches of the paper, section 4.3. The paper does not say how
-# columns are scaled. For KDDCUP, the weight of the energy is multiplied by the 118 columns: relative
-# to it, the squared error is then a mean over the columns, as in public implementations, and not a
-# sum. With the paper's weights, a sum does not find the anomalies (docs/experiments/anomaly.md).
+# columns are scaled. For KDDCUP, the weight of the energy is multiplied by the 118 columns. The
+# squared error is then a mean over the columns relative to it, as in public implementations. With
+# the paper's weights, the anomalies are not found (docs/experiments/anomaly.md).
 PAPER_OPTIONS: dict[str, dict[str, Any]] = {
     "kddcup": {
         "hidden": (60, 30, 10),

@@ -41,6 +41,7 @@ class Detector(OutlierMixin, BaseEstimator):
     scaling: str
     constant_columns: str
     random_state: Any
+    feature_names_in_: np.ndarray  # set by scikit-learn for tables with named columns
     min_rows = 2
 
     def fit(self, X: Any, y: Any = None) -> Self:

@@ -50,7 +50,7 @@ class Results:
         return {
             "auroc": float(roc_auc_score(labels, self.scores)),
             "average_precision": float(average_precision_score(labels, self.scores)),
-            "f1": float(f1_score(labels, self.flagged, zero_division=0)),
+            "f1": float(f1_score(labels, self.flagged)),
         }
 
     def write(self, out: Path, json_file: Path | None) -> None:
@@ -83,7 +83,7 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
         )
 
 
-def held_out(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out(num_items: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the numbers of the items for training and of those held out, both sorted.
 
     Raises:
@@ -95,4 +95,4 @@ def held_out(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.nd
     if num_items - num_held_out < 2:
         raise UserError(f"{num_items} clean item(s) are too few: give at least 4.")
     order = np.random.default_rng(seed).permutation(num_items)
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return sorted(order[num_held_out:].tolist()), sorted(order[:num_held_out].tolist())

@@ -1,7 +1,7 @@
 """Fit a detector on a table file, and score another table with it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from latentvae.errors import UserError
 from latentvae.files import read_json
 
 RUN_NAME, RUN_FORMAT = "anomaly.json", 1
-METHODS: dict[str, type[Detector]] = {
+METHODS: dict[str, Callable[..., Detector]] = {
     "dagmm": DAGMM,
     "vae": VAEDetector,
     "latent_density": LatentDensity,
@@ -56,7 +56,7 @@ def fit_table(
     """
     table = read_table(data)
     if labels is not None:
-        table = without(table[labels_of(table, labels) == 0], [labels])
+        table = without(table.loc[labels_of(table, labels) == 0], [labels])
     table = without(table, drop)
     _check_columns(table)
 
@@ -140,7 +140,7 @@ def _check_columns(table: pd.DataFrame) -> None:
     if len(table) < 2:
         raise UserError(f"{len(table)} clean row(s) are too few: give at least 4.")
     for name in table.columns:
-        values = table[name]
+        values: Any = table[name]
         if not values.isna().any() and values.nunique() == 1:
             raise UserError(
                 f"column '{name}' has the value {np.asarray(values)[0]!s} in all {len(table)} "

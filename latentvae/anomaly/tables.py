@@ -11,7 +11,8 @@ becomes zeros in all of these columns. The encoder is stored as JSON.
 Symbols: `N` rows, `F` columns of numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,10 +59,10 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     if table.empty:
         raise UserError(f"'{path}' holds no rows.")
-    table.columns = [str(name) for name in table.columns]
-    if not table.columns.is_unique:
-        twice = table.columns[table.columns.duplicated()][0]
-        raise UserError(f"'{path}' has two columns named '{twice}'. Rename one of them.")
+    table = table.rename(columns=str)
+    names = [str(name) for name in table.columns]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"'{path}' has two columns named '{twice[0]}'. Rename one of them.")
     return table
 
 
@@ -91,7 +92,7 @@ def _numbered(array: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(array, columns=[f"x{i}" for i in range(array.shape[1])])
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": pd.read_csv,
     ".parquet": pd.read_parquet,
     ".npz": _read_npz,
@@ -108,7 +109,8 @@ def without(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     columns = list(columns)
     for name in columns:
         if name not in table.columns:
-            near = nearest(name, table.columns) or f", only {_listed(table.columns)}"
+            known = list(table.columns)
+            near = nearest(name, known) or f", only {_listed(known)}"
             raise UserError(f"the table has no column '{name}'{near}")
     return table.drop(columns=columns)
 
@@ -120,9 +122,11 @@ def labels_of(table: pd.DataFrame, column: str) -> np.ndarray:
         UserError: there is no such column, it holds other values, or it holds only one of them.
     """
     without(table, [column])
-    values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
+    found: Any = table[column]
+    numbers: Any = pd.to_numeric(found, errors="coerce")
+    values = numbers.to_numpy(dtype=float, na_value=np.nan)
     if not np.isin(values, (0.0, 1.0)).all():
-        wrong = table[column].to_numpy()[~np.isin(values, (0.0, 1.0))][0]
+        wrong = found.to_numpy()[~np.isin(values, (0.0, 1.0))][0]
         raise UserError(
             f"the labels in column '{column}' must be 0 (normal) or 1 (anomaly), not {wrong!r}."
         )
@@ -166,7 +170,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
                 categories[name] = self._values(table[name])
         return self._prepare(categories)
 
-    def _values(self, column: pd.Series) -> list[str]:
+    def _values(self, column: Any) -> list[str]:
         values = sorted(column.astype(str).unique())
         if len(values) > self.max_categories:
             raise UserError(
@@ -181,8 +185,9 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         self.names_ = [*self.numbers_]
         self.names_ += [f"{name}={v}" for name, values in categories.items() for v in values]
         if categories:
+            known: Any = [np.array(values, dtype=object) for values in categories.values()]
             self.encoder_ = OneHotEncoder(
-                categories=[np.array(values, dtype=object) for values in categories.values()],
+                categories=known,
                 handle_unknown="ignore",
                 sparse_output=False,
             )
@@ -201,7 +206,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         if missing := [name for name in wanted if name not in table.columns]:
             near = nearest(missing[0], table.columns)
             raise UserError(f"the table has no column '{missing[0]}', which fit had{near}")
-        _check_complete(table[wanted])
+        _check_complete(table.loc[:, wanted])
 
         parts = [self._numbers(table)]
         if self.categories_:
@@ -211,9 +216,11 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 
     def _numbers(self, table: pd.DataFrame) -> np.ndarray:
         for name in self.numbers_:
-            if not pd.api.types.is_numeric_dtype(table[name]):
-                wrong = pd.to_numeric(table[name], errors="coerce").isna()
-                value = table[name][wrong].iloc[0] if wrong.any() else table[name].iloc[0]
+            column: Any = table[name]
+            if not pd.api.types.is_numeric_dtype(column):
+                numbers: Any = pd.to_numeric(column, errors="coerce")
+                wrong = column[numbers.isna()] if numbers.isna().any() else column
+                value = wrong.iloc[0]
                 raise UserError(f"column '{name}' must hold numbers, but holds {value!r}.")
         return table[self.numbers_].to_numpy(dtype=np.float64)
 
@@ -249,7 +256,7 @@ def _check_complete(table: pd.DataFrame) -> None:
         UserError: a value is. The message names the column and the first row.
     """
     for name in table.columns:
-        column = table[name]
+        column: Any = table[name]
         bad = column.isna().to_numpy()
         if pd.api.types.is_float_dtype(column):
             bad = bad | ~np.isfinite(column.to_numpy(dtype=np.float64, na_value=np.nan))
