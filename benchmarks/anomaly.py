@@ -186,7 +186,7 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix == ".mat":
         content = loadmat(path)
         return content["X"].astype(float), content["y"].ravel().astype(int)
-    with np.load(path) as content:
+    with np.load(path, allow_pickle=False) as content:
         if "kdd" in content:
             return content["kdd"][:, :-1], content["kdd"][:, -1].astype(int)
         return content["X"].astype(float), content["y"].astype(int)
