@@ -51,6 +51,7 @@ ALLOWED = {
     "evaluation": BASE
     | {"losses", "metrics", "data", "pictures", "models", "compute", "coding", "latents", "export"}
     | {"autoencoder", "report"},
+    "anomaly": BASE | {"data", "losses", "pictures", "autoencoder"},
     "reconstruct": BASE
     | {"losses", "metrics", "data", "pictures", "models", "compute", "autoencoder"},
     "engine": BASE | {"data", "config", "compute", "export"},
@@ -62,7 +63,8 @@ ALLOWED = {
     | {"latents", "autoencoder", "report", "pictures"},
     "cli": BASE
     | {"config", "reconstruct", "report", "evaluation", "latents", "export", "engine", "tasks"}
-    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute", "models"},
+    | {"proofs", "priors", "autoencoder", "data", "losses", "metrics", "compute", "models"}
+    | {"anomaly"},
     "__init__": {"autoencoder", "latents", "tasks"},
 }
 ACCELERATE = {"engine", "tasks"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from latentvae.cli.anomaly_commands import AnomalyFit, AnomalyScore
 from latentvae.cli.flags import exit_with, parse_known, parse_options, say_once, settled_output
 from latentvae.cli.flow_commands import Prove, train_flow_command
 from latentvae.cli.latents_command import Latents
@@ -529,6 +530,8 @@ Command = (
     | type[Sample]
     | type[Prove]
     | type[Likelihood]
+    | type[AnomalyFit]
+    | type[AnomalyScore]
 )
 
 COMMANDS: dict[str, Command] = {
@@ -543,6 +546,8 @@ COMMANDS: dict[str, Command] = {
     "sample": Sample,
     "prove": Prove,
     "likelihood": Likelihood,
+    "anomaly fit": AnomalyFit,
+    "anomaly score": AnomalyScore,
 }
 
 
@@ -600,34 +605,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    if arguments and arguments[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(arguments[:2]) and " ".join(arguments[:1]) not in _one_word_names():
         print(_overview())
         raise SystemExit(0)
     try:
-        name = _name(arguments)
+        name, others = _name(arguments)
         prog = f"latentvae {name}"
         if name in TRAINING:
-            TRAINING[name](arguments[1:])
+            TRAINING[name](others)
         elif name in COMMANDS_OF_RUNS:
-            options, flags = parse_known(COMMANDS_OF_RUNS[name], arguments[1:], prog=prog)
+            options, flags = parse_known(COMMANDS_OF_RUNS[name], others, prog=prog)
             options.run(flags)
         else:
-            parse_options(COMMANDS[name], arguments[1:], prog=prog).run()
+            parse_options(COMMANDS[name], others, prog=prog).run()
     except UserError as error:
         exit_with(error)
 
 
-def _name(arguments: Sequence[str]) -> str:
+def _name(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the name of the command, of one or two words, and the arguments after it."""
     known = [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
             f"a command is missing. Give one of {', '.join(known)}. `latentvae --help` explains "
             "the commands."
         )
-    if arguments[0] not in known:
-        close = nearest(arguments[0], known)
-        raise UserError(f"there is no command '{arguments[0]}', only {', '.join(known)}{close}")
-    return arguments[0]
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in known:
+            return name, arguments[words:]
+
+    inside = any(command.startswith(f"{arguments[0]} ") for command in known)
+    name = " ".join(arguments[: 2 if inside else 1])
+    raise UserError(f"there is no command '{name}', only {', '.join(known)}{nearest(name, known)}")
+
+
+def _one_word_names() -> set[str]:
+    """Return the commands of one word. `latentvae anomaly --help` has no options of its own."""
+    return {name for name in [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS] if " " not in name}
 
 
 def _overview() -> str:

@@ -121,6 +121,25 @@ class PerceptualLoss(nn.Module):
             levels = zip(targets, features, _heads(self.lpips), strict=True)
             return torch.stack([_distance(*level) for level in levels]).sum(dim=0)
 
+    @torch.no_grad()
+    def maps(self, images: Tensor, recon: Tensor) -> Tensor:
+        """Return where images and reconstructions differ, (B, H, W), at least 0.
+
+        The five levels are enlarged to the size of the images and added. The mean of a map is
+        close to the distance of `forward`, up to the enlargement at the border.
+
+        Args:
+            images, recon: as in `forward`.
+        """
+        _check_shapes(images, recon, minimum=MIN_SIZE[self.lpips.pnet_type])
+        pairs = zip(self.features(to_rgb(images)), self.features(to_rgb(recon)), strict=True)
+        total = images.new_zeros(len(images), 1, *images.shape[2:], dtype=torch.float32)
+        for (target, features), head in zip(pairs, _heads(self.lpips), strict=True):
+            difference = (unit_features(features) - unit_features(target)).square()
+            level = F.conv2d(difference, head)
+            total += F.interpolate(level, images.shape[2:], mode="bilinear", align_corners=False)
+        return total[:, 0]
+
 
 def _heads(model: LPIPS) -> list[Tensor]:
     """Return the weight of each level's channels, (1, C, 1, 1)."""

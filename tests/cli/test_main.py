@@ -143,7 +143,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["exprt"],
             "no command 'exprt', only train, train-prior, train-flow, train-tiny, train-vae, "
             "reconstruct, evaluate, compare, export, convert, encode, decode, latents, sample, "
-            "prove, likelihood, preflight, verify-resume; did",
+            "prove, likelihood, anomaly fit, anomaly score, preflight, verify-resume; did",
         ),
         (["export", "{}/rn", "--out", "{}/out"], "rn"),
         (["export", "{}/photos", "--out", "{}/out"], "photos' is not a run"),

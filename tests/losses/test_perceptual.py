@@ -111,6 +111,17 @@ def test_is_zero_for_equal_images_and_symmetric(alex: LPIPS) -> None:
     torch.testing.assert_close(loss(x, y), loss(y, x))
 
 
+def test_maps_show_where_images_differ(alex: LPIPS) -> None:
+    loss = PerceptualLoss(alex)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    recon = images.clone()
+    recon[0, :, :24, :24] = 0
+    maps = loss.maps(images, recon)
+    assert maps.shape == (2, 64, 64) and (maps[1] == 0).all()
+    assert maps[0, :24, :24].mean() > 3 * maps[0, 40:, 40:].mean()
+    assert maps[0].mean().item() == pytest.approx(loss(images, recon)[0].item(), rel=0.25)
+
+
 def test_an_image_does_not_depend_on_its_batch(alex: LPIPS) -> None:
     loss, x, y = PerceptualLoss(alex), images(3), images(3, seed=1)
     alone = torch.cat([loss(x[i : i + 1], y[i : i + 1]) for i in range(3)])

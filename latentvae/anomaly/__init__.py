@@ -1,0 +1,21 @@
+"""Detect anomalies in tables and images, with the outlier interface of scikit-learn.
+
+detector = DAGMM().fit(clean)
+detector.score_samples(new)  # larger means more normal
+detector.predict(new)  # 1 for normal rows, -1 for anomalies
+"""
+
+from latentvae.anomaly.dagmm import DAGMM
+from latentvae.anomaly.detector import Detector
+from latentvae.anomaly.latent_density import LatentDensity
+from latentvae.anomaly.saving import load_detector, save_detector
+from latentvae.anomaly.vae import VAEDetector
+
+__all__ = [
+    "DAGMM",
+    "Detector",
+    "LatentDensity",
+    "VAEDetector",
+    "load_detector",
+    "save_detector",
+]

@@ -1,0 +1,190 @@
+"""DAGMM, the deep autoencoding Gaussian mixture model of Zong et al. (ICLR 2018).
+
+The anomaly score of a row is its energy: -log of its density under a Gaussian mixture over the
+latent of an autoencoder and two features of the reconstruction. Autoencoder and mixture are
+trained together:
+
+    mean |x - x'|^2 + energy_weight * mean E(z) + diagonal_weight * sum 1 / Sigma_kjj
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from latentvae.anomaly.checks import check_range
+from latentvae.anomaly.dagmm_network import DAGMMNetwork
+from latentvae.anomaly.detector import Detector
+from latentvae.anomaly.mixture import Mixture, check_rows_for_components, fit_mixture
+from latentvae.anomaly.training import in_batches, own_randomness, part_of, train_network
+
+# Networks, training lengths and batches of the paper, section 4.3. The paper does not say how
+# columns are scaled. For KDDCUP, the weight of the energy is multiplied by the 118 columns. The
+# squared error is then a mean over the columns relative to it, as in public implementations. With
+# the paper's weights, the anomalies are not found (docs/experiments/anomaly.md).
+PAPER_OPTIONS: dict[str, dict[str, Any]] = {
+    "kddcup": {
+        "hidden": (60, 30, 10),
+        "latent_dim": 1,
+        "num_components": 4,
+        "epochs": 200,
+        "batch_size": 1024,
+        "energy_weight": 0.1 * 118,
+        "diagonal_weight": 0.06,
+        "scaling": "none",
+    },
+    "thyroid": {
+        "hidden": (12, 4),
+        "latent_dim": 1,
+        "num_components": 2,
+        "epochs": 20_000,
+        "batch_size": 1024,
+        "scaling": "minmax",
+    },
+    "arrhythmia": {
+        "hidden": (10,),
+        "latent_dim": 2,
+        "num_components": 2,
+        "epochs": 10_000,
+        "batch_size": 128,
+        "scaling": "minmax",
+    },
+}
+
+
+class DAGMM(Detector):
+    """Deep autoencoding Gaussian mixture model.
+
+        detector = DAGMM(num_components=2).fit(clean)
+        anomalies = detector.predict(new) == -1
+
+    Args:
+        hidden: widths of the encoder's hidden layers. The decoder mirrors them.
+        latent_dim: number of columns of the latent.
+        estimation_width: width of the hidden layer of the estimation network.
+        num_components: number of components of the mixture.
+        dropout: share of the hidden units of the estimation network that training drops.
+        energy_weight: weight of the mean energy (lambda 1 of the paper).
+        diagonal_weight: weight of the sum of inverse variances (lambda 2).
+        variance_floor: variance added to each diagonal of the covariances.
+        epochs: passes over the training rows.
+        batch_size: largest number of rows of an update.
+        learning_rate: learning rate of Adam.
+        scaling: "standard" (mean 0, variance 1), "minmax" ([0, 1]) or "none", from training rows.
+        constant_columns: "error", or "keep" to allow columns with one value in the training rows.
+        false_alarm_rate: share of clean rows that the threshold may flag.
+        random_state: seed, NumPy RandomState, or None for another seed in each fit.
+
+    Attributes:
+        network_: the trained networks, in float64.
+        mixture_: the mixture of all training rows.
+        losses_: mean loss of each epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (60, 30, 10),
+        latent_dim: int = 1,
+        estimation_width: int = 10,
+        num_components: int = 4,
+        dropout: float = 0.5,
+        energy_weight: float = 0.1,
+        diagonal_weight: float = 0.005,
+        variance_floor: float = 1e-6,
+        epochs: int = 200,
+        batch_size: int = 1024,
+        learning_rate: float = 1e-4,
+        scaling: str = "minmax",
+        constant_columns: str = "error",
+        false_alarm_rate: float = 0.01,
+        random_state: Any = 0,
+    ) -> None:
+        self.hidden = hidden
+        self.latent_dim = latent_dim
+        self.estimation_width = estimation_width
+        self.num_components = num_components
+        self.dropout = dropout
+
+        self.energy_weight = energy_weight
+        self.diagonal_weight = diagonal_weight
+        self.variance_floor = variance_floor
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+
+        self.scaling = scaling
+        self.constant_columns = constant_columns
+        self.false_alarm_rate = false_alarm_rate
+        self.random_state = random_state
+
+    def latents(self, X: Any) -> np.ndarray:
+        """Return z of each row: the latent, the relative distance and the cosine, (N, D)."""
+        rows = self._checked(X)
+        return in_batches(rows, lambda batch: self.network_(batch).z).numpy()
+
+    def _train(self, rows: np.ndarray, *, seed: int) -> None:
+        self._check_options(len(rows))
+        with own_randomness(seed) as generator:
+            network = self._new_network(rows.shape[1])
+            self.losses_ = train_network(
+                network,
+                rows,
+                lambda batch: self._loss(network, batch),
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                generator=generator,
+            )
+
+        # The mixture of all training rows replaces those of the batches.
+        self.network_ = network.double()
+        z = in_batches(rows, lambda batch: self.network_(batch).z)
+        assignments = in_batches(rows, lambda batch: self.network_(batch).assignments)
+        self.mixture_ = fit_mixture(z, assignments, floor=self.variance_floor)[0]
+
+    def _loss(self, network: DAGMMNetwork, batch: Tensor) -> Tensor:
+        out = network(batch)
+        mixture, covariances = fit_mixture(out.z, out.assignments, floor=self.variance_floor)
+
+        distortion = (batch - out.recon).square().sum(dim=1).mean()
+        inverse = covariances.diagonal(dim1=1, dim2=2).reciprocal().sum()
+        energy = mixture.energy(out.z).mean()
+        return distortion + self.energy_weight * energy + self.diagonal_weight * inverse
+
+    def _anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
+        def energy(batch: Tensor) -> Tensor:
+            return self.mixture_.energy(self.network_(batch).z)
+
+        return in_batches(rows, energy).numpy()
+
+    def _new_network(self, num_features: int) -> DAGMMNetwork:
+        return DAGMMNetwork(
+            num_features,
+            hidden=tuple(self.hidden),
+            latent_dim=self.latent_dim,
+            estimation_width=self.estimation_width,
+            num_components=self.num_components,
+            dropout=self.dropout,
+        )
+
+    def _check_options(self, num_rows: int) -> None:
+        for name in ("latent_dim", "estimation_width", "num_components", "epochs", "batch_size"):
+            check_range(name, getattr(self, name), low=1)
+        for name in ("learning_rate", "variance_floor"):
+            check_range(name, getattr(self, name), low=0, open_low=True)
+        for name in ("energy_weight", "diagonal_weight"):
+            check_range(name, getattr(self, name), low=0)
+        check_range("dropout", self.dropout, low=0, high=0.95)
+        check_rows_for_components(num_rows, self.num_components)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        network = {f"network.{name}": v for name, v in self.network_.state_dict().items()}
+        return network | {f"mixture.{name}": v for name, v in vars(self.mixture_).items()}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        network = self._new_network(self.n_features_in_).double().eval()
+        network.load_state_dict(part_of(tensors, "network."))
+        self.network_ = network
+        self.mixture_ = Mixture(**part_of(tensors, "mixture."))

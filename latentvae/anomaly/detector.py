@@ -1,0 +1,181 @@
+"""The base of all detectors of tables: checks, scaling, threshold, scikit-learn's methods.
+
+    fit:            check rows -> scale columns -> train -> threshold from the training rows
+    score_samples:  check rows -> scale columns -> score, larger is more normal
+
+Symbols: `N` rows, `F` columns.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils.validation import check_is_fitted
+
+from latentvae.anomaly.checks import (
+    check_choice,
+    check_constant_columns,
+    check_range,
+    checked_rows,
+    warn_if_rate_is_unreachable,
+)
+
+SCALINGS = ("standard", "minmax", "none")
+SLACK = 1e-9  # relative distance of a threshold from the score that sets it
+
+
+class Detector(OutlierMixin, BaseEstimator):
+    """A detector of anomalous rows. Subclasses train and score scaled rows.
+
+    Subclasses have the options `false_alarm_rate`, `scaling`, `constant_columns` and
+    `random_state`, and define `_train`, `_anomaly_scores`, `_tensors` and `_restore`.
+
+    Attributes:
+        offset_: threshold of `score_samples`. Rows with a lower score are anomalies.
+        n_features_in_: number of columns F.
+        shift_, scale_: scaled rows are (rows - shift_) / scale_, each (F,).
+    """
+
+    false_alarm_rate: float
+    scaling: str
+    constant_columns: str
+    random_state: Any
+    feature_names_in_: np.ndarray  # set by scikit-learn for tables with named columns
+    min_rows = 2
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Learn what normal rows look like.
+
+        Args:
+            X: rows without anomalies, or with few of them, (N, F).
+            y: ignored.
+
+        Raises:
+            ValueError: the rows or the options are wrong.
+        """
+        check_range("false_alarm_rate", self.false_alarm_rate, low=0, high=0.5, open_low=True)
+        rows = checked_rows(self, X, reset=True, minimum=self.min_rows)
+        names = getattr(self, "feature_names_in_", None)
+        check_constant_columns(rows, names, action=self.constant_columns)
+        self.shift_, self.scale_ = column_scaling(rows, self.scaling)
+
+        scaled = self._scaled(rows)
+        self._train(scaled, seed=seed_of(self.random_state))
+        self.offset_ = clean_threshold(-self._anomaly_scores(scaled), self.false_alarm_rate)
+        return self
+
+    def calibrate(self, X: Any, *, false_alarm_rate: float | None = None) -> Self:
+        """Set the threshold from held-out rows without anomalies.
+
+        The training rows look more normal than new rows do, so a threshold from held-out rows
+        keeps the false-alarm rate, and one from the training rows is exceeded more often.
+
+        Args:
+            X: clean rows that were not in `fit`, (N, F).
+            false_alarm_rate: share of clean rows that may be flagged. None keeps the option.
+        """
+        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        check_range("false_alarm_rate", rate, low=0, high=0.5, open_low=True)
+        scores = self.score_samples(X)
+        warn_if_rate_is_unreachable(len(scores), rate)
+        self.offset_ = clean_threshold(scores, rate)
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return how normal each row is, (N,). Larger is more normal."""
+        return -self._anomaly_scores(self._checked(X))
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return `score_samples` minus the threshold, (N,). Negative rows are anomalies."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return 1 for normal rows and -1 for anomalies, (N,)."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """Return everything that `fit` and `calibrate` learned, as tensors."""
+        check_is_fitted(self)
+        return self._tensors() | {
+            "columns.shift": torch.from_numpy(self.shift_),
+            "columns.scale": torch.from_numpy(self.scale_),
+            "offset": torch.tensor(self.offset_, dtype=torch.float64),
+        }
+
+    def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
+        """Take over what `learned` of a detector with the same options returned."""
+        own = {"columns.shift", "columns.scale", "offset"}
+        self.shift_ = tensors["columns.shift"].numpy()
+        self.scale_ = tensors["columns.scale"].numpy()
+        self.offset_ = tensors["offset"].item()
+        self.n_features_in_ = len(self.shift_)
+        self._restore({name: value for name, value in tensors.items() if name not in own})
+        return self
+
+    def _checked(self, X: Any) -> np.ndarray:
+        """Return the scaled rows of a fitted detector."""
+        check_is_fitted(self)
+        return self._scaled(checked_rows(self, X, reset=False))
+
+    def _scaled(self, rows: np.ndarray) -> np.ndarray:
+        return (rows - self.shift_) / self.scale_
+
+    def _train(self, rows: np.ndarray, *, seed: int) -> None:
+        """Train on scaled rows (N, F). Use no random numbers but those of `seed`."""
+        raise NotImplementedError
+
+    def _anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
+        """Return the anomaly score of each scaled row, (N,). Larger is more anomalous."""
+        raise NotImplementedError
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what training learned."""
+        raise NotImplementedError
+
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over the tensors of `_tensors`."""
+        raise NotImplementedError
+
+
+def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return shift and scale of each column, each (F,). A constant column has scale 1.
+
+    Raises:
+        UserError: `scaling` is unknown.
+    """
+    check_choice("scaling", scaling, SCALINGS)
+    if scaling == "none":
+        return np.zeros(rows.shape[1]), np.ones(rows.shape[1])
+    if scaling == "minmax":
+        shift, scale = rows.min(axis=0), np.ptp(rows, axis=0)
+    else:
+        shift, scale = rows.mean(axis=0), rows.std(axis=0)
+    constant = np.ptp(rows, axis=0) == 0
+    return shift, np.where(constant, 1.0, scale)
+
+
+def clean_threshold(scores: np.ndarray, rate: float) -> float:
+    """Return the threshold below which a new clean row falls with probability at most `rate`.
+
+    This is the conformal quantile: with n clean scores, the floor(rate (n + 1))-th smallest. A new
+    row of the same distribution is equally likely to have any rank among n + 1 scores. If the
+    rows are too few for the rate, it is the smallest score. The threshold lies just below, so that
+    rounding never flags the row that set it.
+
+    Args:
+        scores: `score_samples` of clean rows, (N,).
+        rate: false-alarm rate in (0, 0.5].
+    """
+    rank = max(int(rate * (len(scores) + 1)), 1)
+    score = float(np.partition(scores, rank - 1)[rank - 1])
+    return score - SLACK * (1 + abs(score))
+
+
+def seed_of(random_state: Any) -> int:
+    """Return a seed from an int, a NumPy RandomState, or None (a new seed each time)."""
+    if random_state is None:
+        return int(np.random.default_rng().integers(2**31))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31 - 1))
+    return int(random_state)

@@ -1,0 +1,192 @@
+"""Three ways to score images with an autoencoder, each with a heat map.
+
+    reconstruction   error of the reconstruction, L1 or LPIPS. Nothing is fitted.
+    latent_density   density of the whole image's pooled latents: a mixture or neighbours
+    positions        a Gaussian of the latents at each position (PaDiM, arXiv:2011.08785), for
+                     images taken the same way, such as parts on a belt
+
+Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
+"""
+
+from typing import NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentvae.anomaly.latent_density import LatentDensity
+from latentvae.anomaly.training import part_of
+from latentvae.autoencoder import Autoencoder
+from latentvae.errors import UserError
+from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+
+MAX_POSITIONS = 20_000  # latent vectors that the local density of `latent_density` learns from
+
+
+class Scored(NamedTuple):
+    """Anomaly scores (B,) and heat maps (B, H, W) of images. Larger is more anomalous."""
+
+    scores: Tensor
+    maps: Tensor
+
+
+class ImageMethod(Protocol):
+    """A way to score images. `fit` takes the latents of all clean images, (N, d, h, w)."""
+
+    def fit(self, latents: Tensor) -> Self: ...
+
+    def score(self, model: Autoencoder, images: Tensor) -> Scored: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> Self: ...
+
+
+class Reconstruction:
+    """Score images by the error of their reconstruction.
+
+    Args:
+        distance: "l1", the mean absolute error of images in [-1, 1], or "lpips".
+    """
+
+    def __init__(self, distance: str = "l1") -> None:
+        self.distance = distance
+        self.lpips = None if distance == "l1" else PerceptualLoss(load_lpips("alex"))
+
+    def fit(self, latents: Tensor) -> Self:
+        """Learn nothing."""
+        return self
+
+    def score(self, model: Autoencoder, images: Tensor) -> Scored:
+        """Return the distance of each image and its reconstruction, and the same per pixel."""
+        recon = model.reconstruct(images)
+        if self.lpips is None:
+            maps = (recon - images).abs().mean(dim=1)
+            return Scored(maps.mean(dim=(1, 2)), maps)
+        lpips = self.lpips.to(images.device)
+        with torch.no_grad():
+            return Scored(lpips(images, recon), lpips.maps(images, recon))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing: this method learns nothing."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> Self:
+        """Restore nothing."""
+        return self
+
+
+class PooledDensity:
+    """Score images by the density of their pooled latents, mean and spread of each channel.
+
+    The heat map shows the same kind of density for single positions: where the latent itself is
+    rare, in any place.
+
+    Args:
+        density: "gmm" or "knn", see `LatentDensity`.
+        seed: seed of the mixtures and of the choice of positions.
+    """
+
+    def __init__(self, density: str = "gmm", seed: int = 0) -> None:
+        options = {"constant_columns": "keep", "random_state": seed}
+        self.image = LatentDensity(density=density, **options)
+        self.local = LatentDensity(density="gmm", num_components=4, **options)
+        self.seed = seed
+
+    def fit(self, latents: Tensor) -> Self:
+        """Fit the density of images and that of positions."""
+        self.image.fit(pooled(latents).double().numpy())
+        vectors = latents.movedim(1, -1).flatten(0, 2)
+        order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(self.seed))
+        self.local.fit(vectors[order[:MAX_POSITIONS]].double().numpy())
+        return self
+
+    def score(self, model: Autoencoder, images: Tensor) -> Scored:
+        """Return -log density of each image (or its distance), and of each position."""
+        latents = model.encode(images).float().cpu()
+        batch, _, height, width = latents.shape
+        vectors = latents.movedim(1, -1).flatten(0, 2).double().numpy()
+        energies = torch.from_numpy(-self.local.score_samples(vectors))
+        maps = energies.float().view(batch, height, width)
+        scores = torch.from_numpy(-self.image.score_samples(pooled(latents).double().numpy()))
+        return Scored(scores, enlarged(maps, images))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what both densities learned."""
+        return {
+            f"{name}.{key}": value
+            for name, part in (("image", self.image), ("local", self.local))
+            for key, value in part.learned().items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> Self:
+        """Take over what `tensors` returned."""
+        for name, part in (("image", self.image), ("local", self.local)):
+            part.relearn(part_of(tensors, f"{name}."))
+        return self
+
+
+class Positions:
+    """Score images by the Mahalanobis distance of each latent from those at the same position.
+
+    The latent of a position is put together with its eight neighbours. The score of an image is
+    the largest distance, after an average over neighbouring positions.
+
+    Args:
+        floor: share of the mean variance that is added to each variance.
+    """
+
+    def __init__(self, floor: float = 0.1) -> None:
+        self.floor = floor
+
+    def fit(self, latents: Tensor) -> Self:
+        """Fit mean and covariance of each position."""
+        vectors = neighbourhoods(latents).double()  # (N, D, h, w)
+        self.means = vectors.mean(dim=0)
+        offset = (vectors - self.means).permute(2, 3, 1, 0)  # (h, w, D, N)
+        covariances = offset @ offset.mT / len(vectors)
+        variance = covariances.diagonal(dim1=-2, dim2=-1).mean()
+        ridge = self.floor * variance.clamp_min(1e-12) * torch.eye(len(self.means)).double()
+        self.factors = torch.linalg.cholesky(covariances + ridge)
+        return self
+
+    def score(self, model: Autoencoder, images: Tensor) -> Scored:
+        """Return the largest distance of each image, and the distance of each position."""
+        vectors = neighbourhoods(model.encode(images).float().cpu()).double()
+        if vectors.shape[1:] != self.means.shape:
+            raise UserError(
+                f"these images have latents {tuple(vectors.shape[2:])}, but the clean images had "
+                f"{tuple(self.means.shape[1:])}: use the same resolution."
+            )
+        offset = (vectors - self.means).permute(2, 3, 1, 0)  # (h, w, D, B)
+        white = torch.linalg.solve_triangular(self.factors, offset, upper=False)
+        maps = white.square().mean(dim=2).sqrt().permute(2, 0, 1).float()  # (B, h, w)
+        smooth = F.avg_pool2d(maps[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+        return Scored(smooth.amax(dim=(1, 2)).double(), enlarged(smooth, images))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return means and Cholesky factors of all positions."""
+        return {"means": self.means, "factors": self.factors}
+
+    def restore(self, tensors: dict[str, Tensor]) -> Self:
+        """Take over what `tensors` returned."""
+        self.means, self.factors = tensors["means"], tensors["factors"]
+        return self
+
+
+def pooled(latents: Tensor) -> Tensor:
+    """Return mean and standard deviation of each channel over the positions, (N, 2 d)."""
+    flat = latents.float().flatten(2)
+    return torch.cat([flat.mean(dim=2), flat.std(dim=2, correction=0)], dim=1)
+
+
+def neighbourhoods(latents: Tensor) -> Tensor:
+    """Return each latent together with its eight neighbours, (N, 9 d, h, w)."""
+    padded = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
+    return F.unfold(padded, 3).unflatten(2, latents.shape[2:])
+
+
+def enlarged(maps: Tensor, images: Tensor) -> Tensor:
+    """Return maps (B, h, w) at the size of the images, (B, H, W)."""
+    size = images.shape[2:]
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

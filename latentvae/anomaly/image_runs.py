@@ -1,0 +1,258 @@
+"""Fit a detector on a folder of clean images, and score other images with it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from latentvae.anomaly.checks import check_choice, check_range, warn_if_rate_is_unreachable
+from latentvae.anomaly.detector import clean_threshold
+from latentvae.anomaly.image_methods import (
+    ImageMethod,
+    PooledDensity,
+    Positions,
+    Reconstruction,
+    Scored,
+)
+from latentvae.anomaly.image_sheet import colour_scale, heat_sample, sheet, write_heat_map
+from latentvae.anomaly.results import Results, check_both_classes, held_out
+from latentvae.anomaly.table_runs import RUN_FORMAT, read_run, write_run
+from latentvae.autoencoder import Autoencoder, load
+from latentvae.data import EvalTransform, ImageFolder, PixelFormat, UnreadableImage
+from latentvae.errors import UserError
+
+TENSORS_NAME = "images.safetensors"
+BATCH = 16
+METHODS: dict[str, Callable[..., ImageMethod]] = {
+    "reconstruction": lambda distance, density, seed: Reconstruction(distance),
+    "latent_density": lambda distance, density, seed: PooledDensity(density, seed),
+    "positions": lambda distance, density, seed: Positions(),
+}
+
+
+class Pictures:
+    """The images of a folder as batches for an autoencoder. Damaged files are left out.
+
+    Args:
+        folder: folder of images.
+        model: the autoencoder, which decides the number of channels.
+        resolution: side in pixels, a multiple of the downsampling factor.
+    """
+
+    def __init__(self, folder: Path, model: Autoencoder, resolution: int) -> None:
+        if resolution < model.f or resolution % model.f:
+            raise UserError(
+                f"resolution must be a multiple of {model.f}, the downsampling factor of "
+                f"'{model.name}' (got {resolution})."
+            )
+        channels = model.image_channels
+        pixels = PixelFormat(channels, keep_depth=channels != 3)
+        self.source = ImageFolder(folder, pixels=pixels)
+        self.transform = EvalTransform(resolution)
+        self.left_out: list[str] = []
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and images, (B, C, R, R) in [-1, 1]."""
+        names: list[str] = []
+        images: list[Tensor] = []
+        for index in tqdm(indices, unit="image", leave=False):
+            try:
+                images.append(self.transform(self.source.read(index)))
+                names.append(self.source.name(index))
+            except UnreadableImage as error:
+                self.left_out.append(str(error))
+                tqdm.write(f"left out: {error}")
+            if len(images) == BATCH:
+                yield names, torch.stack(images)
+                names, images = [], []
+        if images:
+            yield names, torch.stack(images)
+
+
+def fit_images(
+    data: Path,
+    out: Path,
+    *,
+    model: str,
+    method: str = "positions",
+    resolution: int = 128,
+    distance: str = "l1",
+    density: str = "gmm",
+    held_out_share: float = 0.2,
+    false_alarm_rate: float = 0.01,
+    seed: int = 0,
+) -> ImageMethod:
+    """Fit a detector on clean images, take the threshold from held-out images, and save both.
+
+    Args:
+        data: folder of clean images.
+        out: folder for the detector.
+        model: folder or Hub id of an autoencoder. Only its name is stored, not its weights.
+        method: "reconstruction", "latent_density" or "positions", see `image_methods`.
+        resolution: side in pixels.
+        distance: "l1" or "lpips", for "reconstruction".
+        density: "gmm" or "knn", for "latent_density".
+        held_out_share: share of the clean images that only set the threshold.
+        false_alarm_rate: share of clean images that may be flagged.
+        seed: decides the held-out images and the fit.
+
+    Raises:
+        UserError: the images, the model or an option is wrong.
+    """
+    check_choice("method", method, tuple(METHODS))
+    check_range("false_alarm_rate", false_alarm_rate, low=0, high=0.5, open_low=True)
+    network = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    pictures = Pictures(data, network, resolution)
+    train, clean = held_out(len(pictures.source), held_out_share, seed)
+
+    # fit
+    fitted = METHODS[method](distance, density, seed)
+    if method != "reconstruction":
+        found = [network.encode(images).float().cpu() for _, images in pictures.batches(train)]
+        fitted.fit(_joined(found, data))
+
+    # threshold
+    scored = [fitted.score(network, images) for _, images in pictures.batches(clean)]
+    if not scored:
+        raise UserError(f"none of the held-out images of '{data}' can be read.")
+    scores = torch.cat([part.scores for part in scored]).double().numpy()
+    warn_if_rate_is_unreachable(len(scores), false_alarm_rate)
+    threshold = -clean_threshold(-scores, false_alarm_rate)
+
+    # save
+    out.mkdir(parents=True, exist_ok=True)
+    heat = heat_sample(torch.cat([part.maps for part in scored]))
+    tensors = {name: value.contiguous() for name, value in fitted.tensors().items()}
+    save_file(tensors | {"clean_heat": heat}, out / TENSORS_NAME)
+    content = {
+        "format": RUN_FORMAT,
+        "kind": "image",
+        "method": method,
+        "model": str(model),
+        "weights_sha256": network.info()["weights_sha256"],
+        "resolution": resolution,
+        "distance": distance,
+        "density": density,
+        "seed": seed,
+        "false_alarm_rate": false_alarm_rate,
+        "threshold": threshold,
+        "training_items": len(train),
+        "held_out_items": len(scores),
+        "held_out_flagged": int((scores > threshold).sum()),
+    }
+    write_run(out, content)
+    return fitted
+
+
+def score_images(
+    folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    normal_folder: str | None = None,
+    num_pictures: int = 8,
+    heat_maps: bool = False,
+) -> Results:
+    """Score images, and write a sheet of the most anomalous ones with their heat maps.
+
+    Args:
+        folder: folder that `fit_images` wrote.
+        data: folder of images.
+        out: folder for the pictures.
+        normal_folder: first-level folder of `data` with the normal images. All others are
+            anomalies. None if the truth is unknown.
+        num_pictures: number of images on the sheet.
+        heat_maps: write the heat map of every image too.
+
+    Raises:
+        UserError: a folder, the model or an option is wrong.
+    """
+    run = read_run(folder)
+    if run["kind"] != "image":
+        raise UserError(f"the detector in '{folder}' is for tables, not for images.")
+    check_range("num_pictures", num_pictures, low=1)
+    network = _same_model(run, folder)
+    try:
+        tensors = load_file(folder / TENSORS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{folder / TENSORS_NAME}' cannot be read: {error}") from error
+    clean_heat = tensors.pop("clean_heat")
+    fitted = METHODS[run["method"]](run["distance"], run["density"], run["seed"]).restore(tensors)
+
+    # labels, before any computation
+    pictures = Pictures(data, network, run["resolution"])
+    if normal_folder is not None:
+        check_both_classes(_labels(pictures.source.names, normal_folder, data), f"'{data}'")
+
+    # scores
+    names, parts, top = [], [], _Top(num_pictures)
+    for batch_names, images in pictures.batches(range(len(pictures.source))):
+        scored = fitted.score(network, images)
+        names += batch_names
+        parts.append(scored.scores.double())
+        top.add(batch_names, images, scored)
+        if heat_maps:
+            low, high = colour_scale(clean_heat, scored.maps)
+            for name, heat in zip(batch_names, scored.maps, strict=True):
+                write_heat_map(out / "heat_maps" / f"{name}.png", heat, low=low, high=high)
+    scores = torch.cat(parts).numpy() if parts else np.zeros(0)
+    if not len(scores):
+        raise UserError(f"none of the images in '{data}' can be read.")
+
+    top.write(out / "most_anomalous.png", clean_heat)
+    labels = None if normal_folder is None else _labels(names, normal_folder, data)
+    return Results(names, scores, float(run["threshold"]), labels)
+
+
+class _Top:
+    """The most anomalous images so far, so that not all images are kept in memory."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rows: list[tuple[float, str, Tensor, Tensor]] = []
+
+    def add(self, names: Sequence[str], images: Tensor, scored: Scored) -> None:
+        rows = zip(scored.scores.tolist(), names, images, scored.maps.cpu(), strict=True)
+        self.rows = sorted([*self.rows, *rows], key=lambda row: -row[0])[: self.number]
+
+    def write(self, path: Path, clean_heat: Tensor) -> None:
+        maps = torch.stack([row[3] for row in self.rows])
+        low, high = colour_scale(clean_heat, maps)
+        texts = [f"{score:.4g}  {name}" for score, name, _, _ in self.rows]
+        images = torch.stack([row[2] for row in self.rows])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(images, maps, texts, low=low, high=high).save(path)
+
+
+def _joined(latents: list[Tensor], data: Path) -> Tensor:
+    if not latents:
+        raise UserError(f"none of the images in '{data}' can be read.")
+    return torch.cat(latents)
+
+
+def _same_model(run: dict, folder: Path) -> Autoencoder:
+    """Load the autoencoder, and check that its weights are those of the fit.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights changed.
+    """
+    network = load(run["model"], device="cuda" if torch.cuda.is_available() else "cpu")
+    if network.info()["weights_sha256"] != run["weights_sha256"]:
+        raise UserError(
+            f"the weights of '{run['model']}' are not those that '{folder}' was fitted with. Run "
+            "the fit again."
+        )
+    return network
+
+
+def _labels(names: Sequence[str], normal_folder: str, data: Path) -> np.ndarray:
+    """Return 0 for images in the normal folder and 1 for all others."""
+    labels = np.array([0 if name.split("/")[0] == normal_folder else 1 for name in names])
+    if not (labels == 0).any():
+        raise UserError(f"'{data}' has no folder '{normal_folder}' of normal images.")
+    return labels

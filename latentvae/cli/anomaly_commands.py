@@ -1,0 +1,212 @@
+"""The commands `latentvae anomaly fit` and `latentvae anomaly score`."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional
+
+from latentvae.cli.flags import say_once
+from latentvae.errors import UserError
+
+TABLE_METHODS = ("dagmm", "vae", "latent_density")
+MEASURES = ("auroc", "average_precision", "f1")
+IMAGE_METHODS = ("reconstruction", "latent_density", "positions")
+
+
+@dataclass(frozen=True)
+class AnomalyFit:
+    """Learn what clean rows of a table, or clean images, look like.
+
+        latentvae anomaly fit --data clean.csv --out detector
+        latentvae anomaly fit --data photos/good --model runs/kl/export --out detector
+
+    A part of the clean items is held out. It sets the threshold, so that about one clean item in a
+    hundred is flagged (`--false_alarm_rate`).
+    """
+
+    data: Path
+    """Clean data: a table (.csv, .parquet, .npz or .npy), or a folder of images."""
+
+    out: Path
+    """Folder for the detector. The folder is created if it does not exist."""
+
+    method: Literal["dagmm", "vae", "latent_density", "reconstruction", "positions"] | None = None
+    """How to detect. Tables: `vae` (default), `dagmm`, or `latent_density` (density of the columns
+    themselves). Images: `positions` (default, for images taken the same way), `latent_density`
+    (density of the whole image) or `reconstruction` (error of the autoencoder)."""
+
+    model: str | None = None
+    """For images: folder or Hub id of an autoencoder, such as a run's export."""
+
+    resolution: int = 128
+    """For images: side in pixels. The shorter side is resized to it, and the centre is cropped."""
+
+    distance: Literal["l1", "lpips"] = "l1"
+    """For `reconstruction`: mean absolute error, or the perceptual distance LPIPS."""
+
+    density: Literal["gmm", "knn"] = "gmm"
+    """For `latent_density`: a Gaussian mixture, or the distance to the nearest clean items."""
+
+    criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
+    """For `vae`: the score of a row. All three are in nats."""
+
+    epochs: int | None = None
+    """For `vae` and `dagmm`: passes over the clean rows. The default depends on the method."""
+
+    false_alarm_rate: float = 0.01
+    """Share of clean items that may be flagged."""
+
+    held_out: float = 0.2
+    """Share of the clean items that only set the threshold."""
+
+    labels: str | None = None
+    """For tables: a column of 0 and 1. Rows with 1 are left out."""
+
+    drop: tuple[str, ...] = ()
+    """For tables: columns that are not used, such as names and dates."""
+
+    seed: int = 0
+    """Seed of the training and of the choice of the held-out items."""
+
+    def run(self) -> None:
+        """Fit the detector, save it, and print its threshold."""
+        from latentvae.anomaly.table_runs import read_run
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: say_once(f"warning: {message}")
+            if self.data.is_dir():
+                self._fit_images()
+            else:
+                self._fit_table()
+        print(self._said(read_run(self.out)))
+
+    def _fit_table(self) -> None:
+        from latentvae.anomaly.table_runs import fit_table
+
+        method = self._method(TABLE_METHODS, default="vae", kind="a table")
+        if self.model is not None:
+            raise UserError(f"--model is for folders of images, but '{self.data}' is a file.")
+        fit_table(
+            self.data,
+            self.out,
+            method=method,
+            options=self._options(method),
+            labels=self.labels,
+            drop=self.drop,
+            held_out_share=self.held_out,
+            false_alarm_rate=self.false_alarm_rate,
+            seed=self.seed,
+        )
+
+    def _options(self, method: str) -> dict[str, Any]:
+        """Return the options of the detector's class that were given."""
+        chosen: dict[str, Any] = {
+            "dagmm": {"epochs": self.epochs},
+            "vae": {"epochs": self.epochs, "criterion": self.criterion},
+            "latent_density": {"density": self.density},
+        }[method]
+        if self.epochs is not None and "epochs" not in chosen:
+            raise UserError(f"--epochs has no meaning for --method {method}. Leave it out.")
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def _method(self, allowed: tuple[str, ...], *, default: str, kind: str) -> str:
+        method = self.method or default
+        if method not in allowed:
+            raise UserError(
+                f"--method {method} is not for {kind}. Give one of {', '.join(allowed)}."
+            )
+        return method
+
+    def _fit_images(self) -> None:
+        from latentvae.anomaly.image_runs import fit_images
+
+        method = self._method(IMAGE_METHODS, default="positions", kind="a folder of images")
+        if self.model is None:
+            raise UserError(
+                f"'{self.data}' is a folder of images, which needs an autoencoder: give --model."
+            )
+        if self.epochs is not None or self.labels is not None or self.drop:
+            raise UserError("--epochs, --labels and --drop are for tables. Leave them out.")
+        fit_images(
+            self.data,
+            self.out,
+            model=self.model,
+            method=method,
+            resolution=self.resolution,
+            distance=self.distance,
+            density=self.density,
+            held_out_share=self.held_out,
+            false_alarm_rate=self.false_alarm_rate,
+            seed=self.seed,
+        )
+
+    def _said(self, content: dict[str, Any]) -> str:
+        return (
+            f"{content['training_items']} items learned, {content['held_out_items']} held out: "
+            f"threshold {content['threshold']:.6g} at a false-alarm rate of "
+            f"{self.false_alarm_rate:g}, in {self.out}"
+        )
+
+
+@dataclass(frozen=True)
+class AnomalyScore:
+    """Score new rows or images with a detector, and flag those above its threshold.
+
+        latentvae anomaly score detector --data new.csv --out result --json result.json
+
+    The command writes OUT/scores.csv. For images, it also writes OUT/most_anomalous.png with heat
+    maps.
+    """
+
+    detector: Annotated[Path, Positional]
+    """Folder that `latentvae anomaly fit` wrote."""
+
+    data: Path
+    """New data of the same kind: a table with the same columns, or a folder of images."""
+
+    out: Path
+    """Folder for scores.csv and pictures. The folder is created if it does not exist."""
+
+    labels: str | None = None
+    """Truth, for AUROC, average precision and F1. For tables: the column of labels, 0 for normal
+    rows and 1 for anomalies. For images: the first-level folder whose images are normal."""
+
+    json: Path | None = None
+    """JSON file for the number of items, the threshold, the number of flagged items, and with
+    labels the measures."""
+
+    num_pictures: int = 8
+    """For images: number of images in most_anomalous.png."""
+
+    heat_maps: bool = False
+    """For images: write the heat map of every image to OUT/heat_maps."""
+
+    def run(self) -> None:
+        """Score the items and write the results."""
+        from latentvae.anomaly.table_runs import read_run, score_table
+
+        if read_run(self.detector)["kind"] == "image":
+            from latentvae.anomaly.image_runs import score_images
+
+            results = score_images(
+                self.detector,
+                self.data,
+                self.out,
+                normal_folder=self.labels,
+                num_pictures=self.num_pictures,
+                heat_maps=self.heat_maps,
+            )
+        else:
+            results = score_table(self.detector, self.data, labels=self.labels)
+        results.write(self.out, self.json)
+        summary = results.summary()
+        measures = [f"{n} {v:.4f}" for n, v in summary.items() if n in MEASURES]
+        print(
+            f"{summary['flagged']} of {summary['items']} items flagged (threshold "
+            f"{summary['threshold']:.6g}), in {self.out / 'scores.csv'}"
+        )
+        if measures:
+            print(", ".join(measures))
