@@ -26,7 +26,8 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
         raise UserError("X has rows of different lengths; give a table of numbers.") from error
     if values.dtype.kind not in "biuf":
         raise UserError(
-            f"X must hold numbers (got values of type {values.dtype}); turn text into numbers first."
+            f"X must hold numbers (got values of type {values.dtype}); turn text into "
+            "numbers first."
         )
     if values.ndim != 2 or not values.size:
         raise UserError(
@@ -48,7 +49,9 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
     return values
 
 
-def checked_labels(labels: Any, *, count: int, classes: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def checked_labels(
+    labels: Any, *, count: int, classes: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted classes (K,), and the place of each row's class among them, (N,).
 
     Args:

@@ -1,5 +1,6 @@
 """M2 on the latents of M1 (M1+M2, arXiv:1406.5298, section 2.3)."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +30,8 @@ class M1M2Classifier(ClassModel, LatentModel):
         hidden_units: width of the dense layers of both stages.
         hidden_layers: number of dense layers in each network of M2.
         epochs: number of passes over the rows without a label for M2.
-        batch_size: rows per update.
-        learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
+        batch_size: rows per update, in both stages.
+        learning_rate: first learning rate of Adam in each stage. It falls to 0 along half a cosine.
         bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
         classes: all classes that must have a labelled row. None takes those that `y` holds.
         random_state: seed. The same seed gives the same result.
@@ -86,7 +87,7 @@ class M1M2Classifier(ClassModel, LatentModel):
         )
 
     def _vae_size(self) -> tuple[int, int, int, Schedule]:
-        schedule = Schedule(self.vae_epochs, 200, 1e-3, bf16=self.bf16)
+        schedule = replace(self._schedule(), epochs=self.vae_epochs)
         return self.vae_units, self.hidden_units, self.vae_layers, schedule
 
     def _train(self, rows: Tensor, places: Tensor) -> None:

@@ -40,7 +40,7 @@ class RowImages:
         """Return the scaling for training rows (N, F). A constant column has scale 1."""
         if likelihood == "bernoulli":
             half = torch.full(rows.shape[1:], 0.5)
-            return cls(likelihood, shape, half, half)
+            return cls(likelihood, shape, half, half.clone())
         deviation = rows.std(0, correction=0)
         constant = rows.amax(0) == rows.amin(0)
         return cls(likelihood, shape, rows.mean(0), torch.where(constant, 1.0, deviation))

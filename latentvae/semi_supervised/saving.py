@@ -1,8 +1,8 @@
 """Save and load classifiers: options as JSON, what was learned as safetensors. No pickle.
 
-    classifier.json            options, labels, shape
-    classifier.safetensors     scaling, networks
-    vae/                       the VAE of M1 and M1+M2, as diffusers saves a model
+classifier.json            options, labels, shape
+classifier.safetensors     scaling, networks
+vae/                       the VAE of M1 and M1+M2, as diffusers saves a model
 """
 
 import json

@@ -12,11 +12,11 @@ from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.dense.gaussians import Gaussian
 
 
-def small(pixels: PixelDistribution, *, classes: int = 3, units: int = 2, columns: int = 4) -> ClassVAE:
+def small(
+    pixels: PixelDistribution, *, classes: int = 3, units: int = 2, columns: int = 4
+) -> ClassVAE:
     torch.manual_seed(0)
-    net = ClassVAE(
-        (1, 1, columns), classes, pixels=pixels, latent_units=units, hidden_units=8
-    )
+    net = ClassVAE((1, 1, columns), classes, pixels=pixels, latent_units=units, hidden_units=8)
     with torch.no_grad():
         for weight in net.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
@@ -37,9 +37,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unlabelled_bound_is_the_weighted_sum_and_entropy() -> None:
     net, x = small(pixel_distribution("bernoulli")), binary(5)
     q = net.logits(x).softmax(-1)
-    labelled = torch.stack(
-        [net.labelled_bound(x, torch.full((5,), k)) for k in range(3)], dim=-1
-    )
+    labelled = torch.stack([net.labelled_bound(x, torch.full((5,), k)) for k in range(3)], dim=-1)
     expected = (q * labelled).sum(-1) + torch.distributions.Categorical(q).entropy()
     torch.testing.assert_close(net.unlabelled_bound(x), expected)
 
@@ -52,9 +50,7 @@ def test_skipped_classes_leave_a_normalised_posterior() -> None:
     assert 0 < (q < least).sum() < q.numel()
     kept = torch.where(q >= least, q, 0.0)
     kept = kept / kept.sum(-1, keepdim=True)
-    labelled = torch.stack(
-        [net.labelled_bound(x, torch.full((6,), k)) for k in range(3)], dim=-1
-    )
+    labelled = torch.stack([net.labelled_bound(x, torch.full((6,), k)) for k in range(3)], dim=-1)
     expected = (kept * labelled - torch.special.xlogy(kept, kept)).sum(-1)
     torch.testing.assert_close(net.unlabelled_bound(x, least=least), expected)
 
@@ -76,9 +72,9 @@ def test_labelled_bound_by_hand() -> None:
 def test_bounds_lie_below_the_integrated_likelihood() -> None:
     net = small(pixel_distribution("bernoulli"), classes=2, units=1)
     x = binary(8)
-    z = torch.linspace(-8.0, 8.0, 4001)[:, None]
+    z = torch.linspace(-8.0, 8.0, 1001)[:, None]
     prior = Gaussian.standard(z).log_prob(z)
-    step = math.log(16.0 / 4000)
+    step = math.log(16.0 / 1000)
 
     joint = []  # ln p(x, y), (8,) for each class
     for k in range(2):
@@ -87,13 +83,18 @@ def test_bounds_lie_below_the_integrated_likelihood() -> None:
         joint.append(torch.logsumexp(log_p + prior[:, None] + step, 0) - math.log(2.0))
     exact = torch.logsumexp(torch.stack(joint), 0)
 
-    drawn = torch.stack([net.unlabelled_bound(x) for _ in range(2000)])
-    error = drawn.std(0) / math.sqrt(2000)
-    assert (drawn.mean(0) < exact + 4 * error).all()
+    many = x.repeat(1000, 1, 1, 1)
+    check_below(net.unlabelled_bound(many), exact)
     for k in range(2):
-        bounds = torch.stack([net.labelled_bound(x, torch.full((8,), k)) for _ in range(2000)])
-        error = bounds.std(0) / math.sqrt(2000)
-        assert (bounds.mean(0) < joint[k] + 4 * error).all()
+        check_below(net.labelled_bound(many, torch.full((8000,), k)), joint[k])
+
+
+def check_below(bounds: Tensor, exact: Tensor) -> None:
+    """Check the mean of 1,000 drawn bounds of each of 8 images, within 4 standard errors."""
+    drawn = bounds.unflatten(0, (1000, 8))
+    error = drawn.std(0) / math.sqrt(1000)
+    assert (drawn.mean(0) < exact + 4 * error).all()
+    assert (drawn.mean(0) > exact - 20.0).all()
 
 
 @torch.no_grad()
