@@ -67,7 +67,8 @@ def checked_labels(
     if values.ndim != 1 or len(values) != count:
         raise UserError(f"y must hold one label for each of {count} rows (got {values.shape}).")
     whole = values.dtype.kind in "biu" or (
-        values.dtype.kind == "f" and bool(np.all(values == np.floor(values)))
+        values.dtype.kind == "f"
+        and bool(np.all(np.isfinite(values) & (values == np.floor(values))))
     )
     if not whole:
         raise UserError(

@@ -24,7 +24,8 @@ class ClassModel(SemiSupervisedClassifier):
 
     def _check_options(self) -> None:
         super()._check_options()
-        check_counts(warmup=self.warmup)
+        if self.warmup != 0:
+            check_counts(warmup=self.warmup)
         check_above("alpha", self.alpha, low=0.0)
         if not 0.0 <= self.skip_below < 1.0:
             raise UserError(f"skip_below must be in [0, 1) (got {self.skip_below!r}).")
@@ -64,7 +65,8 @@ class M2Classifier(ClassModel):
             0.1.
         skip_below: an update leaves out the classes of a row whose probability is below this
             share of 1 / K. 0 sums over all classes, as the paper does, and takes much longer.
-        warmup: number of passes over the labelled rows alone, before all rows are used.
+        warmup: number of passes over the labelled rows alone, before all rows are used. 0 leaves
+            them out.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of each network.
         epochs: number of passes over the rows without a label.

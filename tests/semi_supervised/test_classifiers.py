@@ -99,9 +99,11 @@ def test_saved_classifier_predicts_the_same(name: str, kind: str, tmp_path: Path
     assert loaded.get_params() == model.get_params()
 
 
-def test_skipping_no_class_trains_too() -> None:
+def test_the_papers_sum_without_warmup_trains_too() -> None:
     x, truth, known = rows()
-    assert MAKERS["m2"](random_state=0, skip_below=0.0).fit(x, known).score(x, truth) > 0.9
+    assert (
+        MAKERS["m2"](random_state=0, skip_below=0.0, warmup=0).fit(x, known).score(x, truth) > 0.9
+    )
 
 
 def test_rows_without_labels_are_used() -> None:
@@ -161,6 +163,7 @@ def _with(x: np.ndarray, value: float) -> np.ndarray:
         (lambda x, y: (x, np.full_like(y, -1)), r"at least 2 classes \(got 0"),
         (lambda x, y: (x, np.where(y == 7, "dog", "cat")), "whole numbers"),
         (lambda x, y: (x, y + 0.5), "whole numbers"),
+        (lambda x, y: (x, np.where(y == 7, np.inf, y)), "whole numbers"),
     ],
 )
 def test_wrong_rows_and_labels_are_one_sentence(
@@ -180,6 +183,7 @@ def test_wrong_rows_and_labels_are_one_sentence(
         ({"likelihood": "poisson"}, "likelihood must be one of"),
         ({"epochs": 0}, "epochs must be a whole number of at least 1"),
         ({"learning_rate": 0}, "learning_rate must be a number above 0"),
+        ({"warmup": -1}, "warmup must be a whole number of at least 1"),
         ({"alpha": -1}, "alpha must be a number above 0"),
         ({"skip_below": 1.0}, r"skip_below must be in \[0, 1\)"),
         ({"random_state": "a"}, "random_state must be"),

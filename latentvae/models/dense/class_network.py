@@ -102,7 +102,7 @@ class ClassVAE(nn.Module):
 
     def labelled_bound(self, images: Tensor, classes: Tensor) -> Tensor:
         """Return L(x, y) of images (B, C, H, W) and their classes (B,), in nats, (B,)."""
-        return self.pair_bound(images, torch.arange(len(images)), classes)
+        return self.pair_bound(images, torch.arange(len(images), device=images.device), classes)
 
     def unlabelled_bound(self, images: Tensor, *, least: float = 0.0) -> Tensor:
         """Return U(x) of images (B, C, H, W), in nats, (B,).
@@ -120,4 +120,4 @@ class ClassVAE(nn.Module):
         rows, classes = kept.nonzero(as_tuple=True)
         log_q = log_q[rows, classes]
         parts = log_q.exp() * (self.pair_bound(images, rows, classes) - log_q)
-        return torch.zeros(len(images)).index_add(0, rows, parts)
+        return parts.new_zeros(len(images)).index_add(0, rows, parts)
