@@ -21,6 +21,7 @@ class ClassModel(SemiSupervisedClassifier):
     alpha: float
     skip_below: float
     warmup: int
+    network_: ClassVAE
 
     def _check_options(self) -> None:
         super()._check_options()

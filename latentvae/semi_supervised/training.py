@@ -125,6 +125,7 @@ def run(
     optimizer = torch.optim.Adam(net.parameters(), schedule.learning_rate, fused=True)
     batches = -(-len(rows) // schedule.batch_size)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * batches)
+    value = torch.zeros(())
     net.train()
 
     for epoch in range(schedule.epochs):

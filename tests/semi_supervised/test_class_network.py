@@ -1,6 +1,7 @@
 """The bounds of M2 against sums by hand and against the exact likelihood."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_the_class_reaches_the_decoder() -> None:
     assert torch.pdist(parameters).min() > 1e-3
 
     # its columns of the first weight are what differs
-    first = next(net.decoder.layers.children())
+    first: Any = next(net.decoder.layers.children())
     with torch.no_grad():
         first.weight[:, 2:] = 0.0
     same = net.decode(z, torch.arange(3)).flatten(1)
