@@ -45,6 +45,7 @@ ALLOWED = {
     "autoencoder": BASE | {"models", "compute", "pictures"},
     "latents": BASE
     | {"bottlenecks", "models", "compute", "data", "metrics", "pictures", "coding", "autoencoder"},
+    "semi_supervised": BASE | {"likelihoods", "models", "data", "latents"},
     "priors": BASE | {"models", "compute", "pictures", "latents", "autoencoder"},
     "export": BASE | {"bottlenecks", "models", "compute", "latents"},
     "report": {"errors", "files", "text"},  # it reads report.json alone, and measures nothing

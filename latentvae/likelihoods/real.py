@@ -1,0 +1,33 @@
+"""Gaussian densities of real values, for tables and for the latents of another network.
+
+The distributions of `pixels` give probabilities to 8-bit values. This one is a density of any real
+value. It is not in the table of `train-vae`, because its nats cannot be compared with the others.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from latentvae.likelihoods.pixels import PixelDistribution, split
+
+
+class RealGaussian(PixelDistribution):
+    """Independent Gaussians. The parameters are C maps of means, then C maps of ln(deviation)."""
+
+    def num_maps(self, channels: int) -> int:
+        return 2 * channels
+
+    def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        mean, log_scale = split(parameters)
+        square = ((images - mean) * torch.exp(-log_scale)).square()
+        logs = -0.5 * square - log_scale - 0.5 * math.log(2.0 * math.pi)
+        return logs.flatten(1).sum(1)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return split(parameters)[0]
+
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        mean, log_scale = split(parameters)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + log_scale.exp() * noise

@@ -1,0 +1,117 @@
+"""The base of the semi-supervised classifiers: checks, classes, scikit-learn's methods.
+
+    fit:      check rows and labels -> scale columns -> train
+    predict:  check rows -> probabilities of the classes -> most probable class
+
+Symbols: `N` rows, `F` columns, `K` classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from latentvae.semi_supervised.checks import (
+    check_above,
+    check_choice,
+    check_counts,
+    checked_labels,
+    checked_rows,
+    seed_of,
+)
+from latentvae.semi_supervised.rows import LIKELIHOODS, READ_ROWS, RowImages
+from latentvae.semi_supervised.training import Schedule, own_randomness
+
+
+class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier that also learns from rows without a label. See its subclasses.
+
+    Attributes:
+        classes_: the labels in ascending order, (K,).
+        n_features_in_: number of columns F.
+    """
+
+    likelihood: str
+    latent_units: int
+    hidden_units: int
+    hidden_layers: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    bf16: bool
+    classes: Any
+    random_state: Any
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Learn from rows with and without labels.
+
+        Args:
+            X: all rows, (N, F), in [0, 1] for `bernoulli`.
+            y: label of each row, a whole number, and -1 for a row without a label, (N,).
+
+        Raises:
+            ValueError: rows, labels or options are wrong.
+        """
+        self._check_options()
+        rows = torch.from_numpy(checked_rows(X, likelihood=self.likelihood))
+        self.classes_, places = checked_labels(y, count=len(rows), classes=self.classes)
+        self.n_features_in_ = rows.shape[1]
+
+        self.rows_ = RowImages.of(rows, self.likelihood, self._image_shape())
+        with own_randomness(seed_of(self.random_state)):
+            self._train(rows, torch.from_numpy(places))
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each class, (N, K)."""
+        return self._by_batches(X, self._probabilities)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the most probable label of each row, (N,)."""
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
+    @torch.no_grad()
+    def _by_batches(self, X: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """Return the results of a function of images."""
+        check_is_fitted(self, "classes_")
+        rows = checked_rows(X, likelihood=self.likelihood, columns=self.n_features_in_)
+        parts = torch.from_numpy(rows).split(READ_ROWS)
+        return torch.cat([function(self.rows_.images(part)) for part in parts]).numpy()
+
+    def _check_options(self) -> None:
+        check_choice("likelihood", self.likelihood, LIKELIHOODS)
+        check_counts(
+            latent_units=self.latent_units,
+            hidden_units=self.hidden_units,
+            hidden_layers=self.hidden_layers,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+        )
+        check_above("learning_rate", self.learning_rate, low=0.0)
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) that the first network takes, with C H W = F."""
+        return (1, 1, self.n_features_in_)
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self.epochs, self.batch_size, self.learning_rate, bf16=self.bf16)
+
+    def _train(self, rows: Tensor, places: Tensor) -> None:
+        """Train on rows (N, F) and places of their classes (N,), with torch's generator seeded."""
+        raise NotImplementedError
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """Return the probabilities (B, K) of images."""
+        raise NotImplementedError
+
+    def _learned(self) -> dict[str, Tensor]:
+        """Return what training learned, besides a network of `vae`."""
+        raise NotImplementedError
+
+    def _relearn(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of `_learned`."""
+        raise NotImplementedError

@@ -1,0 +1,95 @@
+"""The first stage of M1 and M1+M2: a VAE whose posterior describes each row.
+
+Symbols: `N` rows, `F` columns, `U` latent units.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.models.dense.gaussians import Gaussian
+from latentvae.models.dense.network import VectorVAE
+from latentvae.models.likelihood_models import load_likelihood_net
+from latentvae.semi_supervised.rows import READ_ROWS, RowImages, row_distribution
+from latentvae.semi_supervised.training import Schedule, train_vae
+
+ACTIVE = 0.1  # least standard deviation of the mean of a unit that says something about the rows
+
+
+def new_vae(columns: int, *, likelihood: str, units: int, hidden: int, layers: int) -> VectorVAE:
+    """Return an untrained VAE of dense layers for rows of F columns."""
+    net = VectorVAE(
+        image_channels=1,
+        image_height=1,
+        image_width=columns,
+        latent_units=(units,),
+        hidden_channels=(hidden,),
+        hidden_layers=layers,
+        activation="silu",
+        likelihood=likelihood,
+    )
+    net.pixels = row_distribution(likelihood)
+    return net
+
+
+def fitted_vae(net: VectorVAE, images: RowImages, rows: Tensor, schedule: Schedule) -> VectorVAE:
+    """Train a VAE on rows (N, F)."""
+    net.start_at(images.images(rows.mean(0, keepdim=True))[0])
+    train_vae(net, lambda picked: images.drawn(rows[picked]), count=len(rows), schedule=schedule)
+    return net
+
+
+def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
+    """Load a VAE that `latentvae train-vae` exported, for rows in [0, 1].
+
+    Raises:
+        UserError: its posterior is not a single Gaussian vector, or the rows are real values.
+    """
+    if likelihood != "bernoulli":
+        raise UserError(
+            f"vae='{path}' takes images in [0, 1], so likelihood must be 'bernoulli' (got "
+            f"{likelihood!r})."
+        )
+    net: Any = load_likelihood_net(path)[0]
+    if net.num_groups > 1 or net.posterior_moments(torch.zeros(1, *net.image_shape)) is None:
+        raise UserError(
+            f"the posterior of vae='{path}' is not one Gaussian vector; train one with a single "
+            "entry in latent_units and posterior_flow none."
+        )
+    return net
+
+
+def check_columns(net: VectorVAE, columns: int) -> None:
+    """Check that rows of F columns are images of a given network.
+
+    Raises:
+        UserError: they are not.
+    """
+    if math.prod(net.image_shape) != columns:
+        shape = " x ".join(map(str, net.image_shape))
+        raise UserError(
+            f"vae takes images of {shape} = {math.prod(net.image_shape)} values, but X has "
+            f"{columns} columns."
+        )
+
+
+@torch.no_grad()
+def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
+    """Return q(z|x) of rows (N, F), without drawing binary values, (N, U)."""
+    found = [net.posterior(images.images(part)) for part in rows.split(READ_ROWS)]
+    return Gaussian(torch.cat([q.mean for q in found]), torch.cat([q.logvar for q in found]))
+
+
+def active_units(posterior: Gaussian) -> Tensor:
+    """Return the indices of the units whose mean differs between rows, at least one."""
+    deviation = posterior.mean.std(0, correction=0)
+    return (deviation > min(ACTIVE, deviation.max().item() / 2)).nonzero().squeeze(1)
+
+
+def chosen(posterior: Gaussian, units: Tensor) -> Gaussian:
+    """Return the posterior of some of the units."""
+    return Gaussian(posterior.mean[:, units], posterior.logvar[:, units])

@@ -1,0 +1,171 @@
+"""A classifier of the latents of a VAE that saw all rows (M1, arXiv:1406.5298)."""
+
+from typing import Any
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.models.dense.network import VectorVAE
+from latentvae.semi_supervised.checks import check_choice, check_counts
+from latentvae.semi_supervised.classifier import SemiSupervisedClassifier
+from latentvae.semi_supervised.latents import (
+    active_units,
+    check_columns,
+    chosen,
+    fitted_vae,
+    given_vae,
+    new_vae,
+    posteriors,
+)
+from latentvae.semi_supervised.training import Schedule
+
+FINAL_CLASSIFIERS = ("logistic", "neighbours")
+
+
+class LatentModel(SemiSupervisedClassifier):
+    """The first stage of M1 and M1+M2: a VAE, new or given.
+
+    Attributes:
+        vae_: the VAE.
+        units_: indices of the latent units that say something about the rows.
+    """
+
+    vae: Any
+    vae_: VectorVAE
+    units_: Tensor
+
+    def _vae_size(self) -> tuple[int, int, int, Schedule]:
+        """Return latent units, hidden units, hidden layers and schedule of a new VAE."""
+        raise NotImplementedError
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        if self.vae is None:
+            return super()._image_shape()
+        self.vae_ = given_vae(self.vae, likelihood=self.likelihood)
+        check_columns(self.vae_, self.n_features_in_)
+        return self.vae_.image_shape
+
+    def _train_vae(self, rows: Tensor) -> Any:
+        """Train the VAE unless it is given, and return the posterior of the active units."""
+        if self.vae is None:
+            units, hidden, layers, schedule = self._vae_size()
+            net = new_vae(
+                rows.shape[1],
+                likelihood=self.likelihood,
+                units=units,
+                hidden=hidden,
+                layers=layers,
+            )
+            self.vae_ = fitted_vae(net, self.rows_, rows, schedule)
+        posterior = posteriors(self.vae_, self.rows_, rows)
+        self.units_ = active_units(posterior)
+        return chosen(posterior, self.units_)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """Return the posterior means of the active units, (B, U)."""
+        return self.vae_.posterior(images).mean[:, self.units_]
+
+
+class M1Classifier(LatentModel):
+    """A VAE trained on all rows, and a simple classifier of the latents of the labelled rows.
+
+        model = M1Classifier(random_state=0).fit(X, y)      # y = -1: no label
+        labels = model.predict(X_new)
+
+    Args:
+        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
+            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
+        classifier: "logistic" regression, or the nearest "neighbours".
+        neighbours: number of neighbours, at most the number of labelled rows.
+        vae: folder of a VAE that `latentvae train-vae` exported, or None to train one.
+        latent_units: size of the latent vector.
+        hidden_units, hidden_layers: width and number of dense layers of encoder and decoder.
+        epochs: number of passes over the rows.
+        batch_size: rows per update.
+        learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
+        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        random_state: seed. The same seed gives the same result.
+
+    Attributes:
+        vae_: the VAE.
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "bernoulli",
+        classifier: str = "logistic",
+        neighbours: int = 5,
+        vae: Any = None,
+        latent_units: int = 50,
+        hidden_units: int = 500,
+        hidden_layers: int = 2,
+        epochs: int = 30,
+        batch_size: int = 200,
+        learning_rate: float = 1e-3,
+        bf16: bool = False,
+        classes: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.likelihood = likelihood
+        self.classifier = classifier
+        self.neighbours = neighbours
+        self.vae = vae
+        self.latent_units = latent_units
+        self.hidden_units = hidden_units
+        self.hidden_layers = hidden_layers
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.bf16 = bf16
+        self.classes = classes
+        self.random_state = random_state
+
+    def transform(self, X: Any) -> Any:
+        """Return the latents of rows, (N, number of active units)."""
+        return self._by_batches(X, self._latents)
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        check_choice("classifier", self.classifier, FINAL_CLASSIFIERS)
+        check_counts(neighbours=self.neighbours)
+
+    def _vae_size(self) -> tuple[int, int, int, Schedule]:
+        return self.latent_units, self.hidden_units, self.hidden_layers, self._schedule()
+
+    def _train(self, rows: Tensor, places: Tensor) -> None:
+        known = (places >= 0).nonzero().squeeze(1)
+        if self.classifier == "neighbours" and self.neighbours > len(known):
+            raise UserError(
+                f"neighbours must be at most the {len(known)} labelled rows (got "
+                f"{self.neighbours})."
+            )
+        self.known_latents_ = self._train_vae(rows).mean[known]
+        self.known_places_ = places[known]
+        self._fit_classifier()
+
+    def _fit_classifier(self) -> None:
+        if self.classifier == "logistic":
+            self.classifier_: Any = LogisticRegression(max_iter=1000)
+        else:
+            self.classifier_ = KNeighborsClassifier(self.neighbours)
+        self.classifier_.fit(self.known_latents_.numpy(), self.known_places_.numpy())
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.classifier_.predict_proba(self._latents(images).numpy()))
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {
+            "units": self.units_,
+            "known_latents": self.known_latents_,
+            "known_places": self.known_places_,
+        }
+
+    def _relearn(self, tensors: dict[str, Tensor]) -> None:
+        self.units_ = tensors["units"]
+        self.known_latents_, self.known_places_ = tensors["known_latents"], tensors["known_places"]
+        self._fit_classifier()

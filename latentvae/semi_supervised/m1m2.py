@@ -1,0 +1,116 @@
+"""M2 on the latents of M1 (M1+M2, arXiv:1406.5298, section 2.3)."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from latentvae.models.dense.gaussians import Gaussian
+from latentvae.semi_supervised.checks import check_counts
+from latentvae.semi_supervised.m1 import LatentModel
+from latentvae.semi_supervised.m2 import ClassModel
+from latentvae.semi_supervised.training import Schedule
+
+
+class M1M2Classifier(ClassModel, LatentModel):
+    """A VAE trained on all rows, and M2 trained on its latents, which each update draws anew.
+
+        model = M1M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
+        labels = model.predict(X_new)
+
+    Args:
+        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
+            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
+        vae: folder of a VAE that `latentvae train-vae` exported, or None to train one.
+        vae_epochs: number of passes over the rows for the VAE.
+        vae_layers: number of dense layers of the VAE's encoder and decoder.
+        vae_units: size of the VAE's latent vector.
+        alpha, skip_below, warmup: see `M2Classifier`.
+        latent_units: size of M2's latent vector.
+        hidden_units: width of the dense layers of both stages.
+        hidden_layers: number of dense layers in each network of M2.
+        epochs: number of passes over the rows without a label for M2.
+        batch_size: rows per update, in both stages.
+        learning_rate: first learning rate of Adam in each stage. It falls to 0 along half a cosine.
+        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        random_state: seed. The same seed gives the same result.
+
+    Attributes:
+        vae_: the VAE.
+        network_: the trained `ClassVAE` of its latents.
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "bernoulli",
+        vae: Any = None,
+        vae_epochs: int = 30,
+        vae_layers: int = 2,
+        vae_units: int = 50,
+        alpha: float = 0.1,
+        skip_below: float = 0.1,
+        warmup: int = 50,
+        latent_units: int = 50,
+        hidden_units: int = 500,
+        hidden_layers: int = 1,
+        epochs: int = 50,
+        batch_size: int = 500,
+        learning_rate: float = 1e-3,
+        bf16: bool = False,
+        classes: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.likelihood = likelihood
+        self.vae = vae
+        self.vae_epochs = vae_epochs
+        self.vae_layers = vae_layers
+        self.vae_units = vae_units
+        self.alpha = alpha
+        self.skip_below = skip_below
+        self.warmup = warmup
+        self.latent_units = latent_units
+        self.hidden_units = hidden_units
+        self.hidden_layers = hidden_layers
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.bf16 = bf16
+        self.classes = classes
+        self.random_state = random_state
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        check_counts(
+            vae_epochs=self.vae_epochs, vae_layers=self.vae_layers, vae_units=self.vae_units
+        )
+
+    def _vae_size(self) -> tuple[int, int, int, Schedule]:
+        schedule = replace(self._schedule(), epochs=self.vae_epochs)
+        return self.vae_units, self.hidden_units, self.vae_layers, schedule
+
+    def _train(self, rows: Tensor, places: Tensor) -> None:
+        posterior = self._train_vae(rows)
+        self.network_ = self._new_network("gaussian", (1, 1, len(self.units_)))
+
+        def draw(picked: Tensor) -> Tensor:
+            some = Gaussian(posterior.mean[picked], posterior.logvar[picked])
+            return some.sample()[:, None, None]
+
+        self._fit_network(draw, places)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return self.network_.logits(self._latents(images)[:, None, None]).softmax(-1)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {"units": self.units_} | {
+            f"network.{name}": value for name, value in self.network_.state_dict().items()
+        }
+
+    def _relearn(self, tensors: dict[str, Tensor]) -> None:
+        self.units_ = tensors["units"]
+        self.network_ = self._new_network("gaussian", (1, 1, len(self.units_)))
+        state = {k.removeprefix("network."): v for k, v in tensors.items() if k != "units"}
+        self.network_.load_state_dict(state)
+        self.network_.eval()

@@ -1,0 +1,144 @@
+"""A semi-supervised VAE whose class is a variable of the model (M2, arXiv:1406.5298)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.models.dense.class_network import ClassVAE
+from latentvae.semi_supervised.checks import check_above, check_counts, seed_of
+from latentvae.semi_supervised.classifier import SemiSupervisedClassifier
+from latentvae.semi_supervised.rows import row_distribution
+from latentvae.semi_supervised.training import own_randomness, train_classes
+
+
+class ClassModel(SemiSupervisedClassifier):
+    """The options and checks that M2 and M1+M2 share."""
+
+    alpha: float
+    skip_below: float
+    warmup: int
+    network_: ClassVAE
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.warmup != 0:
+            check_counts(warmup=self.warmup)
+        check_above("alpha", self.alpha, low=0.0)
+        if not 0.0 <= self.skip_below < 1.0:
+            raise UserError(f"skip_below must be in [0, 1) (got {self.skip_below!r}).")
+
+    def _new_network(self, likelihood: str, shape: tuple[int, int, int]) -> ClassVAE:
+        return ClassVAE(
+            shape,
+            len(self.classes_),
+            pixels=row_distribution(likelihood),
+            latent_units=self.latent_units,
+            hidden_units=self.hidden_units,
+            hidden_layers=self.hidden_layers,
+        )
+
+    def _fit_network(self, draw: Any, places: Tensor) -> None:
+        train_classes(
+            self.network_,
+            draw,
+            places,
+            schedule=self._schedule(),
+            alpha=self.alpha,
+            least=self.skip_below / len(self.classes_),
+            warmup=self.warmup,
+        )
+
+
+class M2Classifier(ClassModel):
+    """A VAE with a class beside its latent vector, trained on rows with and without a label.
+
+        model = M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
+        labels = model.predict(X_new)
+
+    Args:
+        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
+            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
+        alpha: weight of the labels' cross entropy, in units of the number of rows N. The paper has
+            0.1.
+        skip_below: an update leaves out the classes of a row whose probability is below this
+            share of 1 / K. 0 sums over all classes, as the paper does, and takes much longer.
+        warmup: number of passes over the labelled rows alone, before all rows are used. 0 leaves
+            them out.
+        latent_units: size of the latent vector.
+        hidden_units, hidden_layers: width and number of dense layers of each network.
+        epochs: number of passes over the rows without a label.
+        batch_size: rows per update.
+        learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
+        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        random_state: seed. The same seed gives the same result.
+
+    Attributes:
+        network_: the trained `ClassVAE`.
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "bernoulli",
+        alpha: float = 0.1,
+        skip_below: float = 0.1,
+        warmup: int = 50,
+        latent_units: int = 50,
+        hidden_units: int = 500,
+        hidden_layers: int = 1,
+        epochs: int = 30,
+        batch_size: int = 500,
+        learning_rate: float = 1e-3,
+        bf16: bool = False,
+        classes: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.likelihood = likelihood
+        self.alpha = alpha
+        self.skip_below = skip_below
+        self.warmup = warmup
+        self.latent_units = latent_units
+        self.hidden_units = hidden_units
+        self.hidden_layers = hidden_layers
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.bf16 = bf16
+        self.classes = classes
+        self.random_state = random_state
+
+    @torch.no_grad()
+    def generate(self, labels: Any, *, random_state: Any = None) -> np.ndarray:
+        """Draw a latent vector for each label and return the mean row of its class, (N, F)."""
+        check_is_fitted(self, "classes_")
+        wanted = np.asarray(labels)
+        if len(unknown := np.setdiff1d(wanted, self.classes_)):
+            raise UserError(f"label {unknown[0]} is not one of {self.classes_.tolist()}.")
+        places = torch.from_numpy(np.searchsorted(self.classes_, wanted))
+        with own_randomness(seed_of(random_state)):
+            z = torch.randn(len(places), self.latent_units)
+        images = self.network_.pixels.mean(self.network_.decode(z, places))
+        return self.rows_.rows(images).numpy()
+
+    def _train(self, rows: Tensor, places: Tensor) -> None:
+        self.network_ = self._new_network(self.likelihood, self.rows_.shape)
+        mean = self.rows_.images(rows.mean(0, keepdim=True))[0]
+        if (bias := self.network_.pixels.start_bias(mean)) is not None:
+            self.network_.decoder.start_at(bias)
+        self._fit_network(lambda picked: self.rows_.drawn(rows[picked]), places)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return self.network_.logits(images).softmax(-1)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return dict(self.network_.state_dict())
+
+    def _relearn(self, tensors: dict[str, Tensor]) -> None:
+        self.network_ = self._new_network(self.likelihood, self.rows_.shape)
+        self.network_.load_state_dict(tensors)
+        self.network_.eval()

@@ -1,0 +1,58 @@
+"""Turn rows of numbers into what the networks take, and fresh draws of it for training.
+
+Symbols: `N` rows, `F` columns, `B` batch, `C H W` shape of an image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentvae.likelihoods import PixelDistribution, pixel_distribution
+from latentvae.likelihoods.real import RealGaussian
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+READ_ROWS = 4096  # rows per batch of a computation without gradients
+
+
+def row_distribution(likelihood: str) -> PixelDistribution:
+    """Return the distribution of rows: binary values in -1 and 1, or real values."""
+    return RealGaussian() if likelihood == "gaussian" else pixel_distribution("bernoulli")
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """Rows as images of shape (B, C, H, W).
+
+    Attributes:
+        likelihood: "bernoulli": [0, 1] becomes [-1, 1]. "gaussian": columns are standardised.
+        shape: (C, H, W) with C H W = F.
+        shift, scale: each column becomes (x - shift) / scale, (F,).
+    """
+
+    likelihood: str
+    shape: tuple[int, int, int]
+    shift: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
+        """Return the scaling for training rows (N, F). A constant column has scale 1."""
+        if likelihood == "bernoulli":
+            half = torch.full(rows.shape[1:], 0.5)
+            return cls(likelihood, shape, half, half.clone())
+        deviation = rows.std(0, correction=0)
+        constant = rows.amax(0) == rows.amin(0)
+        return cls(likelihood, shape, rows.mean(0), torch.where(constant, 1.0, deviation))
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Return rows (B, F) as images."""
+        return ((rows - self.shift) / self.scale).unflatten(1, self.shape)
+
+    def drawn(self, rows: Tensor) -> Tensor:
+        """Return rows for one update. `bernoulli` draws each value as 0 or 1 anew."""
+        return self.images(torch.bernoulli(rows) if self.likelihood == "bernoulli" else rows)
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Return images (B, C, H, W) as rows (B, F)."""
+        return images.flatten(1) * self.scale + self.shift

@@ -1,0 +1,146 @@
+"""Train the networks of the classifiers on rows in memory, without touching global randomness.
+
+Symbols: `N` rows, `F` columns, `B` batch, `K` classes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.errors import UserError
+from latentvae.models.dense.class_network import ClassVAE
+from latentvae.models.dense.network import VectorVAE
+
+LABELLED_ROWS = 100  # largest number of labelled rows of an update
+
+Draw = Callable[[Tensor], Tensor]
+"""Returns fresh images (B, C, H, W) of the rows with these indices (B,)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and speed of a training.
+
+    Attributes:
+        epochs: number of passes over the rows.
+        batch_size: rows per update.
+        learning_rate: first learning rate of Adam. It falls to 0 along half a cosine.
+        bf16: multiply in bfloat16. Densities stay in float32.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    bf16: bool = False
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed torch inside the block, and give its global generator back unchanged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def train_vae(net: VectorVAE, draw: Draw, *, count: int, schedule: Schedule) -> None:
+    """Train a VAE on N = `count` rows by its ELBO. It ends in eval mode."""
+
+    def loss(picked: Tensor) -> Tensor:
+        return -net(draw(picked)).elbo().mean()
+
+    run(net, loss, torch.arange(count), schedule=schedule)
+
+
+def train_classes(
+    net: ClassVAE,
+    draw: Draw,
+    classes: Tensor,
+    *,
+    schedule: Schedule,
+    alpha: float,
+    least: float,
+    warmup: int,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """Train M2 by the bounds of all rows and the cross entropy of the labelled ones.
+
+    The loss is the objective of the paper (equation 9), negated and divided by N. Its weight of the
+    mean cross entropy is alpha N, so that here it is `alpha`.
+
+    Args:
+        net: the network, changed in place. It ends in eval mode.
+        draw: returns images.
+        classes: class of each row, -1 without a label, (N,), int64.
+        schedule: length and speed.
+        alpha: weight of the cross entropy. It is 1 where no row lacks a label.
+        least: see `ClassVAE.unlabelled_bound`.
+        warmup: number of passes over the labelled rows alone, at the start. They give each class
+            its meaning before the other rows are sorted into classes.
+        after_epoch: called with the number of each finished epoch.
+    """
+    labelled = (classes >= 0).nonzero().squeeze(1)
+    unlabelled = (classes < 0).nonzero().squeeze(1)
+    share = len(labelled) / len(classes)
+
+    def labelled_terms(picked: Tensor) -> tuple[Tensor, Tensor]:
+        images = draw(picked)
+        bound = net.labelled_bound(images, classes[picked]).mean()
+        return bound, F.cross_entropy(net.logits(images), classes[picked])
+
+    def loss(picked: Tensor) -> Tensor:
+        few = labelled[torch.randperm(len(labelled))[:LABELLED_ROWS]]
+        bound, cross_entropy = labelled_terms(few)
+        free = net.unlabelled_bound(draw(picked), least=least).mean()
+        return alpha * cross_entropy - share * bound - (1.0 - share) * free
+
+    def labelled_loss(picked: Tensor) -> Tensor:
+        bound, cross_entropy = labelled_terms(picked)
+        return cross_entropy - bound
+
+    if not len(unlabelled):
+        run(net, labelled_loss, labelled, schedule=schedule, after_epoch=after_epoch)
+        return
+    short = replace(schedule, epochs=warmup, batch_size=LABELLED_ROWS)
+    run(net, labelled_loss, labelled, schedule=short)
+    run(net, loss, unlabelled, schedule=schedule, after_epoch=after_epoch)
+
+
+def run(
+    net: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    *,
+    schedule: Schedule,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """Minimise a loss of picked rows by Adam.
+
+    Raises:
+        UserError: the loss becomes NaN or infinite.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), schedule.learning_rate, fused=True)
+    batches = -(-len(rows) // schedule.batch_size)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * batches)
+    value = torch.zeros(())
+    net.train()
+
+    for epoch in range(schedule.epochs):
+        for picked in rows[torch.randperm(len(rows))].tensor_split(batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bf16):
+                value = loss(picked)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            falling.step()
+        if not value.isfinite():
+            raise UserError(
+                f"the loss is no number after {epoch + 1} epoch(s); use a learning_rate below "
+                f"{schedule.learning_rate:g}."
+            )
+        if after_epoch is not None:
+            after_epoch(epoch + 1)
+    net.eval()
