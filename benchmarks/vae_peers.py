@@ -13,6 +13,7 @@ Both have the dense network of Burda et al. (784-200-200-50) and Adam. The scrip
   batch is not part of it.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -71,7 +72,7 @@ class Options:
 
     def _images(self) -> Tensor:
         source = some_of(open_source(self.data, pixels=PixelFormat(1)), self.batch_size)
-        pixels = read_all(source, EvalTransform(28), bad=BadImages())
+        pixels, _ = read_all(source, EvalTransform(28), bad=BadImages())
         torch.manual_seed(0)
         return binary(pixels / 127.5 - 1.0, "dynamic")
 
@@ -115,9 +116,9 @@ class Options:
 def import_peer() -> Any:
     """Return pythae's modules. Raise UserError if pythae is not installed."""
     try:
-        import pythae.models
-        import pythae.models.base.base_utils
-        import pythae.models.nn
+        pythae: Any = importlib.import_module("pythae")
+        for name in ("models", "models.base.base_utils", "models.nn"):
+            importlib.import_module(f"pythae.{name}")
     except ImportError as error:
         raise UserError(
             f"pythae cannot be imported ({error}). Install it: pip install --no-deps --target "

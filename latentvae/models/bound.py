@@ -68,7 +68,10 @@ class LikelihoodNet(Protocol):
     pixels: PixelDistribution
     image_shape: tuple[int, int, int]
     num_groups: int
-    group_sizes: list[int]
+
+    @property
+    def group_sizes(self) -> list[int]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
     def __call__(
         self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False

@@ -76,14 +76,13 @@ class VectorVAE(ModelMixin, ConfigMixin):
         self.pixels = pixel_distribution(likelihood)
         self.image_shape = (image_channels, image_height, image_width)
         self.num_groups = len(latent_units)
-        self.group_sizes = list(latent_units)[::-1]
         maps = (self.pixels.num_maps(image_channels), image_height, image_width)
         units, widths = list(latent_units), list(hidden_channels)
 
         # between x and z_1
         hidden = [widths[0]] * hidden_layers
         if block_out_channels:
-            self.encoder: nn.Module = ConvEncoder(
+            self.encoder: Any = ConvEncoder(
                 self.image_shape, block_out_channels, widths[0], activation
             )
             self.decoder: Any = ConvDecoder(
@@ -171,6 +170,11 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return Gaussian.from_moments(self.moments(self.encoder(images)))
 
     @property
+    def group_sizes(self) -> list[int]:
+        """Number of latent values of each group."""
+        return list(self.config["latent_units"])[::-1]
+
+    @property
     def _is_single_gaussian(self) -> bool:
         return self.flow is None and self.num_groups == 1
 
@@ -241,7 +245,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         def noise(units: int) -> Tensor:
             return temperature * torch.randn(num, units, generator=generator, device=self.device)
 
-        units = self.config.latent_units
+        units = self.config["latent_units"]
         z = noise(units[-1])
         for layer, size in zip(reversed(self.down), reversed(units[:-1]), strict=True):
             prior = Gaussian.from_moments(layer(z))

@@ -114,7 +114,7 @@ def _planar(number: int, units: int, context: int, width: int) -> nn.Module:
 
 
 def _realnvp(number: int, units: int, context: int, width: int) -> nn.Module:
-    mask = torch.arange(units) % 2 == number % 2
+    mask: Any = torch.arange(units) % 2 == number % 2
     return ZukoLayer(
         GeneralCouplingTransform(units, mask=mask, context=context, hidden_features=(width, width))
     )
@@ -122,7 +122,7 @@ def _realnvp(number: int, units: int, context: int, width: int) -> nn.Module:
 
 def _iaf(number: int, units: int, context: int, width: int) -> nn.Module:
     # The order of the units is reversed in every second layer.
-    order = torch.arange(units)
+    order: Any = torch.arange(units)
     order = order.flip(0) if number % 2 else order
     return ZukoLayer(
         MaskedAutoregressiveTransform(

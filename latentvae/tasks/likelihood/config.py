@@ -75,7 +75,7 @@ class LikelihoodConfig(ImageJobConfig):
         ),
     )
     vae: AnyVAEConfig = DenseVAEConfig()
-    data: LikelihoodDataConfig = LikelihoodDataConfig()
+    data: LikelihoodDataConfig = LikelihoodDataConfig()  # type: ignore[assignment]
     objective: VariationalConfig = VariationalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: LikelihoodRunConfig = LikelihoodRunConfig()
