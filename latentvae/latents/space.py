@@ -105,6 +105,7 @@ def nearest_latents(
         raise UserError(f"queries {queries.shape} and latents {latents.shape} differ in shape.")
     if not 1 <= count <= len(latents):
         raise UserError(f"the number of neighbours must lie in 1..{len(latents)} (got {count}).")
+
     rows, found = (part.float().flatten(1) for part in (queries, latents))
     middle = found.mean(0) if center else torch.zeros_like(found[0])
     rows, found = (torch.nn.functional.normalize(part - middle) for part in (rows, found))

@@ -184,6 +184,7 @@ def draw_neighbours(
         encoded.latents[queries], encoded.latents, count=wanted + 1
     )
     cells, labels, found = [], [], []
+
     for row, query in enumerate(queries):
         others = [
             (number, value)
@@ -290,6 +291,7 @@ def draw_components(
         raise UserError(f"a traversal moves one image (got {len(images)}). Give one name.")
     (start,) = encoded.numbers(images, default=[0])
     wanted = min(count, len(encoded.names) - 1)
+
     components = principal_components(encoded.latents, count=wanted)
     strengths = torch.linspace(-2, 2, steps)
     moved = move_along(encoded.latents[start], components.directions, strengths)

@@ -81,6 +81,7 @@ def split_kl(
         UserError: the shapes differ, `sampling` is unknown, or B is too large or too small.
     """
     _check(z, mean, logvar, num_images, sampling)
+
     z, mean, logvar = (_float(t) for t in (z, mean, logvar))
     weights = LOG_WEIGHTS[sampling](len(z), num_images).to(z.dtype).to(z.device)
     return _parts(z, mean, logvar, posterior=(mean, logvar), log_weights=weights)
@@ -118,6 +119,7 @@ def measure_kl_parts(
     z = own_mean + noise * (own_logvar / 2).exp()
     chunk = max(CHUNK * CHUNK // len(mean), 1) if len(mean) > CHUNK**2 else CHUNK
     uniform = torch.full((1, len(mean)), -math.log(len(mean))).to(z)
+
     parts = [
         _parts(*rows, posterior=(mean, logvar), log_weights=uniform)
         for rows in zip(z.split(chunk), own_mean.split(chunk), own_logvar.split(chunk), strict=True)

@@ -141,6 +141,7 @@ class VariationalConfig(Section):
                 f"tc_scale {self.tc_scale:g} needs bound elbo and train_samples 1 (got "
                 f"{self.bound} and {self.train_samples})."
             )
+
         if self.kl_balance and not self.kl_warmup_steps:
             raise ValueError(
                 "kl_balance works during the KL warm-up only. Give kl_warmup_steps above 0."

@@ -117,6 +117,7 @@ class M1Classifier(LatentModel):
         self.vae = vae
         self.latent_units = latent_units
         self.hidden_units = hidden_units
+
         self.hidden_layers = hidden_layers
         self.epochs = epochs
         self.batch_size = batch_size

@@ -70,6 +70,7 @@ class M1M2Classifier(ClassModel, LatentModel):
         self.alpha = alpha
         self.skip_below = skip_below
         self.warmup = warmup
+
         self.latent_units = latent_units
         self.hidden_units = hidden_units
         self.hidden_layers = hidden_layers

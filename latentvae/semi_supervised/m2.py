@@ -104,6 +104,7 @@ class M2Classifier(ClassModel):
         self.warmup = warmup
         self.latent_units = latent_units
         self.hidden_units = hidden_units
+
         self.hidden_layers = hidden_layers
         self.epochs = epochs
         self.batch_size = batch_size

@@ -49,6 +49,7 @@ def sap(
     scores = predictability(
         codes, factors, categorical=categorical, test_share=test_share, seed=seed
     )
+
     return float(top_gap(scores).mean())
 
 

@@ -40,6 +40,7 @@ def encoder_layers(text: str) -> list[Layer]:
     items = _items(text, "enc_blocks", "x, d")
     layers: list[Layer] = []
     side = items[0][1]
+
     for item, resolution, kind, number in items:
         if resolution != side:
             raise UserError(
@@ -66,6 +67,7 @@ def decoder_layers(text: str) -> list[Layer]:
         UserError: the text has another format, or its resolutions do not follow from each other.
     """
     layers: list[Layer] = []
+
     for item, resolution, kind, number in _items(text, "dec_blocks", "x, m"):
         seen = {layer.resolution for layer in layers}
         if kind == "m":
@@ -150,6 +152,7 @@ def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[in
         UserError: the text has another format, or names a resolution that the network lacks.
     """
     widths = dict.fromkeys(sorted(resolutions), default)
+
     for item in filter(None, text.split(",")):
         parts = re.fullmatch(r"\s*(\d+):(\d+)\s*", item)
         if parts is None or int(parts[2]) < 1:

@@ -118,6 +118,7 @@ class Decoder(nn.Module):
                 for side in (layer.resolution for layer in layers)
             ]
         )
+
         sides = dict.fromkeys(layer.resolution for layer in layers)
         self.bias_of = nn.ParameterDict(
             {

@@ -102,6 +102,7 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if self.objective.bound == "dreg" and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"bound dreg needs {why}. Use bound iwae instead.")
+
         if self.objective.spectral_scale and not self.vae.has_convolutions:
             raise ValueError(
                 f"spectral_scale {self.objective.spectral_scale:g} is for networks with "
@@ -128,6 +129,7 @@ class LikelihoodConfig(ImageJobConfig):
                 "likelihood bernoulli is for binary images. Give --binarize dynamic, static or "
                 "threshold, or another likelihood."
             )
+
         if data.binarize != "none" and self.vae.likelihood != "bernoulli":
             raise ValueError(
                 f"binarize {data.binarize} needs likelihood bernoulli (got {self.vae.likelihood})."

@@ -169,6 +169,7 @@ def _lines(result: dict[str, Any], paper: Published | None) -> str:
         f"image, {result['bits_per_dim_importance']:.4f} bits per dimension",
         f"  KL per group         {shown}{more} nats",
     ]
+
     if result["active_units"] is not None:
         lines.append(f"  active units         {result['active_units']:,} of {result['units']:,}")
     if (shared := result.get("mutual_information")) is not None:

@@ -291,6 +291,7 @@ class LikelihoodTask(ImageTask):
                 )
                 for start in range(0, len(mine), options.eval_batch_size)
             ]
+
         total = total_of(part for part in gather_objects(total_of(parts)) if part.images)
         elbo = -total.elbo / total.images
         values = {
