@@ -78,6 +78,8 @@ class LikelihoodTask(ImageTask):
 
     def open(self) -> None:
         self.open_images()
+        self.pixels: Tensor | None = None  # `build` reads them
+        self.kept: list[int] = []
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         self.begin_images()
@@ -119,8 +121,6 @@ class LikelihoodTask(ImageTask):
     def _read_images(self) -> None:
         """Read validation images, and with `cache_images` also training images, into memory."""
         data, transform = self.config.data, eval_transform(self.config)
-        self.pixels: Tensor | None = None
-        self.kept: list[int] = []
         if data.cache_images:
             assert not isinstance(self.train_images, ImageStream)
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -357,9 +357,10 @@ class LikelihoodTask(ImageTask):
     # proofs
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
-        if self.pixels is None:
+        if not self.config.data.cache_images:
             return super().order(rank=rank, processes=processes, start=start, stop=stop)
-        sampler = self._sampler(len(self.pixels), rank=rank, processes=processes, start=start)
+        count = len(self.train_images if self.pixels is None else self.pixels)  # type: ignore[arg-type]
+        sampler = self._sampler(count, rank=rank, processes=processes, start=start)
         return [step for _, step in zip(range(start, stop), sampler, strict=False)]
 
     @classmethod

@@ -146,7 +146,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         small_config(tmp_path, dataset_name="a/b")
     with pytest.raises(UserError, match="streaming needs dataset_name"):
         small_config(tmp_path, streaming=True)
-    with pytest.raises(UserError, match="streaming is for downloads, but the images of dataset_name 'samples'"):
+    with pytest.raises(
+        UserError, match="streaming is for downloads, but the images of dataset_name 'samples'"
+    ):
         small_config(tmp_path, train_data_dir=None, dataset_name="samples", streaming=True)
     with pytest.raises(UserError, match="does not work with streaming"):
         stream: dict[str, Any] = {"train_data_dir": None, "dataset_name": "a/b", "streaming": True}

@@ -202,6 +202,16 @@ def test_two_processes_equal_one_with_the_joined_batch(
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-3), name
 
 
+def test_the_order_is_known_before_the_images_are_read(bars: Path, tmp_path: Path) -> None:
+    """`verify-resume` compares the order of tasks that were opened, but not built."""
+    task = LikelihoodTask(small_likelihood(bars, tmp_path / "run"))
+    task.open()
+    whole = task.order(rank=0, processes=1, start=0, stop=4)
+    parts = [task.order(rank=r, processes=2, start=0, stop=4) for r in (0, 1)]
+    assert whole is not None and len(whole) == 4 and parts[0] != parts[1]
+    assert task.order(rank=0, processes=1, start=2, stop=4) == whole[2:]
+
+
 def test_a_bad_batch_is_skipped_and_leaves_no_trace(
     bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
