@@ -123,19 +123,19 @@ class Detector(OutlierMixin, BaseEstimator):
 
     def _train(self, rows: np.ndarray, *, seed: int) -> None:
         """Train on scaled rows (N, F). Use no random numbers but those of `seed`."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each detector defines its own.
 
     def _anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
         """Return the anomaly score of each scaled row, (N,). Larger is more anomalous."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each detector defines its own.
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what training learned."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each detector defines its own.
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over the tensors of `_tensors`."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each detector defines its own.
 
 
 def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:

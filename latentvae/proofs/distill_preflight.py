@@ -4,7 +4,6 @@ The check makes a few updates with the user's teacher, images, precision and pro
 line for each check. It neither reads nor writes the run's own folder.
 """
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from latentvae.distributed import all_reduce_mean
-from latentvae.engine.updates import Updates
 from latentvae.models import calls
 from latentvae.models.students import to_student, to_teacher
 from latentvae.proofs.checks import Check
@@ -20,6 +18,7 @@ from latentvae.proofs.first_updates import (
     FirstUpdates,
     checkpoint_check,
     equal_ranks_check,
+    falls_check,
     items_check,
     run_checks,
     updates_check,
@@ -31,7 +30,6 @@ from latentvae.tasks.distill.task import DistillTask
 LOSS = "loss/total"
 LATENT_STD = 0.4, 2.5  # range of the standard deviation of scaled latents
 SCALE_TOLERANCE = 1e-4  # relative error of latents that were scaled and scaled back
-REPEATS = 8  # updates on the same images
 
 
 def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int:
@@ -61,7 +59,11 @@ def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
     yield _latents(rehearsal)
     yield _scale(rehearsal)
     yield checkpoint_check(rehearsal, loss=LOSS)
-    yield _falls(rehearsal)
+    yield falls_check(
+        rehearsal,
+        loss=LOSS,
+        advice="Give a lower --learning_rate (with --optimizer muon also --muon_learning_rate).",
+    )
 
 
 def _images(rehearsal: FirstUpdates) -> Tensor:
@@ -141,20 +143,4 @@ def _scale(rehearsal: FirstUpdates) -> Check:
         value=error,
         expected=f"a relative error of scaling and back below {SCALE_TOLERANCE:g}",
         advice="Student and teacher could not replace each other in a pipeline.",
-    )
-
-
-def _falls(rehearsal: FirstUpdates) -> Check:
-    """Check that the loss falls if the student sees the same images again and again."""
-    task: DistillTask = rehearsal.task
-    batch = next(iter(task.batches(start_step=0)))
-    updates, same = Updates(rehearsal.training), itertools.repeat(batch)
-    losses = [updates.make(same).values[0][LOSS] for _ in range(REPEATS)]
-    first, last = (all_reduce_mean(losses[i]).item() for i in (0, -1))
-    return Check(
-        name="loss-falls",
-        passed=last < first,
-        value=f"{first:.4f} to {last:.4f} in {REPEATS} updates on the same images",
-        expected="the loss falls",
-        advice="Give a lower --learning_rate (with --optimizer muon also --muon_learning_rate).",
     )

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from torch import Tensor
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
 from latentvae.config.run_config import JobConfig
-from latentvae.distributed import barrier, from_main, gather_objects, is_main
+from latentvae.distributed import all_reduce_mean, barrier, from_main, gather_objects, is_main
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.engine.processes import end_accelerator, start_accelerator
@@ -33,6 +34,7 @@ from latentvae.proofs.preflight.preflight import joined, temporary_folder
 from latentvae.proofs.preflight.rehearsal import fingerprints
 
 UPDATES = 3
+REPEATS = 8  # updates on the same items, in which the loss must fall
 LOSS_TOLERANCE = 1e-2  # relative difference of a repeated loss on a GPU
 DRAWS = 4096  # conditions that are drawn to measure how many are dropped
 
@@ -245,4 +247,26 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
         value=f"{', '.join(differs)} differ" if differs else "next update repeated",
         expected="a restored run repeats the next update" + " to the bit" * exact,
         advice="A resumed run would give other weights. `latentvae verify-resume` shows more.",
+    )
+
+
+def falls_check(rehearsal: FirstUpdates, *, loss: str, advice: str) -> Check:
+    """Check that the loss falls if the network sees the same items again and again.
+
+    Args:
+        rehearsal: the first updates.
+        loss: log name of the loss.
+        advice: what to do if the loss does not fall.
+    """
+    task = rehearsal.task
+    batch = next(iter(task.batches(start_step=0)))
+    updates, same = Updates(rehearsal.training), itertools.repeat(batch)
+    losses = [updates.make(same).values[0][loss] for _ in range(REPEATS)]
+    first, last = (all_reduce_mean(losses[i]).item() for i in (0, -1))
+    return Check(
+        name="loss-falls",
+        passed=last < first,
+        value=f"{first:.4f} to {last:.4f} in {REPEATS} updates on the same {task.unit}",
+        expected="the loss falls",
+        advice=advice,
     )

@@ -4,21 +4,19 @@ The check makes a few updates with the user's images, precision and processes, a
 each check. It neither reads nor writes the run's own folder.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from latentvae.distributed import all_reduce_mean
-from latentvae.engine.updates import Updates
 from latentvae.models.bound import Bound
 from latentvae.proofs.checks import Check
 from latentvae.proofs.first_updates import (
     FirstUpdates,
     checkpoint_check,
     equal_ranks_check,
+    falls_check,
     items_check,
     run_checks,
     updates_check,
@@ -28,7 +26,6 @@ from latentvae.tasks.likelihood.config import LikelihoodConfig
 from latentvae.tasks.likelihood.task import LikelihoodTask
 
 LOSS = "loss/total"
-REPEATS = 8  # updates on the same images
 SAMPLES = 8  # latents per image for the comparison of the bounds
 
 
@@ -58,7 +55,11 @@ def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
     yield _values(rehearsal)
     yield _bounds(rehearsal)
     yield checkpoint_check(rehearsal, loss=LOSS)
-    yield _falls(rehearsal)
+    yield falls_check(
+        rehearsal,
+        loss=LOSS,
+        advice="Give a lower --learning_rate, or no KL warm-up in the first updates.",
+    )
 
 
 def _gradients(rehearsal: FirstUpdates) -> Check:
@@ -104,20 +105,4 @@ def _bounds(rehearsal: FirstUpdates) -> Check:
         value=gap,
         expected="importance-weighted bound minus ELBO of at least 0 nats",
         advice="The parts of the bound do not fit each other.",
-    )
-
-
-def _falls(rehearsal: FirstUpdates) -> Check:
-    """Check that the loss falls if the network sees the same images again and again."""
-    task: LikelihoodTask = rehearsal.task
-    batch = next(iter(task.batches(start_step=0)))
-    updates, same = Updates(rehearsal.training), itertools.repeat(batch)
-    losses = [updates.make(same).values[0][LOSS] for _ in range(REPEATS)]
-    first, last = (all_reduce_mean(losses[i]).item() for i in (0, -1))
-    return Check(
-        name="loss-falls",
-        passed=last < first,
-        value=f"{first:.2f} to {last:.2f} in {REPEATS} updates on the same images",
-        expected="the loss falls",
-        advice="Give a lower --learning_rate, or no KL warm-up in the first updates.",
     )

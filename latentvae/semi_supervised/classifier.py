@@ -102,16 +102,16 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, rows: Tensor, places: Tensor) -> None:
         """Train on rows (N, F) and places of their classes (N,), with torch's generator seeded."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each classifier defines its own.
 
     def _probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities (B, K) of images."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each classifier defines its own.
 
     def _learned(self) -> dict[str, Tensor]:
         """Return what training learned, besides a network of `vae`."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each classifier defines its own.
 
     def _relearn(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of `_learned`."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each classifier defines its own.
