@@ -6,6 +6,7 @@ The caller logs and saves. The command `preflight` uses this module for its upda
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Updates:
         self.set_learning_rates()
 
         # gradients
-        statistics = [buffer.clone() for buffer in self._batch_norm_buffers()]
+        statistics = [buffer.clone() for buffer in self._batch_norm_buffers]
         micro_steps = self.training.config.run.gradient_accumulation_steps
         for i in range(micro_steps):
             batch = next(batches)
@@ -93,7 +94,7 @@ class Updates:
             )
             result.values += [norms, moved]
         else:
-            for buffer, before in zip(self._batch_norm_buffers(), statistics, strict=True):
+            for buffer, before in zip(self._batch_norm_buffers, statistics, strict=True):
                 buffer.copy_(before)
         task.end_update()
         for learner in task.learners.values():
@@ -105,6 +106,7 @@ class Updates:
         progress.update += 1
         return result
 
+    @cached_property
     def _batch_norm_buffers(self) -> list[Tensor]:
         """Return the running statistics of all batch norms, which a forward pass changes."""
         return [
