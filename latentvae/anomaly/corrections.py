@@ -17,7 +17,6 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +36,8 @@ def likelihood_ratio(
     """Return log p(x) - log p_background(x) of each image in nats, (N,).
 
     The background model is trained on images whose pixels were changed at random
-    (`perturbed`), so that it learns colours and textures but not what the images show.
+    (`latentvae train-vae --perturb_rate 0.2`), so that it learns colours and textures but not
+    what the images show.
 
     Args:
         log_likelihood: log-likelihood of each image under the model, in nats, (N,).
@@ -96,27 +96,6 @@ def lossless_bits(images: Tensor, *, codec: Codec = "png", headerless: bool = Tr
         raise UserError(f"images are (N, 1 | 3 | 4, H, W), not {tuple(images.shape)}.")
     empty = _size(np.zeros((1, 1, images.shape[1]), np.uint8), codec) if headerless else 0
     return np.array([8.0 * max(_size(i, codec) - empty, 0) for i in to_uint8(images)])
-
-
-def perturbed(images: Tensor, *, rate: float, generator: torch.Generator) -> Tensor:
-    """Return images in which random pixels have random values, to train a background model.
-
-    Each value is replaced with probability `rate` by a uniform 8-bit value (arXiv:1906.02845, which
-    uses rates of 0.1 to 0.3).
-
-    Args:
-        images: (N, C, H, W) in [-1, 1].
-        rate: probability in [0, 1].
-        generator: random generator on the CPU.
-
-    Raises:
-        UserError: `rate` is not a probability.
-    """
-    if not 0 <= rate <= 1:
-        raise UserError(f"rate must be a probability between 0 and 1 (got {rate:g}).")
-    replaced = torch.rand(images.shape, generator=generator) < rate
-    levels = torch.randint(0, 256, images.shape, generator=generator) / 127.5 - 1
-    return torch.where(replaced.to(images.device), levels.to(images), images)
 
 
 def _size(pixels: np.ndarray, codec: str) -> int:

@@ -1,24 +1,30 @@
-"""Three ways to score images with an autoencoder, each with a heat map.
+"""Four ways to score images with an autoencoder, each with a heat map.
 
     reconstruction   error of the reconstruction, L1 or LPIPS. Nothing is fitted.
     latent_density   density of the whole image's pooled latents: a mixture or neighbours
     positions        a Gaussian of the latents at each position (PaDiM, arXiv:2011.08785), for
                      images taken the same way, such as parts on a belt
+    likelihood       -log-likelihood under a VAE, with or without a correction. Nothing is fitted.
 
 Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
 
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentvae.anomaly.corrections import input_complexity, likelihood_ratio, lossless_bits
 from latentvae.anomaly.latent_density import LatentDensity
 from latentvae.anomaly.training import part_of
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
+from latentvae.models.bound import LikelihoodNet
+from latentvae.models.likelihood_models import likelihood_net_of, load_likelihood_net
 
 MAX_POSITIONS = 20_000  # latent vectors that the local density of `latent_density` learns from
 
@@ -40,6 +46,27 @@ class ImageMethod(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
 
     def restore(self, tensors: dict[str, Tensor]) -> Self: ...
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Options of all methods. Each method reads its own.
+
+    Attributes:
+        distance: of `reconstruction`, "l1" or "lpips".
+        density: of `latent_density`, "gmm" or "knn".
+        correction: of `likelihood`, "none", "complexity" or "ratio", see `corrections`.
+        background: folder of the background model, for the correction "ratio".
+        samples: of `likelihood`, latent samples per image.
+        seed: seed of all draws.
+    """
+
+    distance: Literal["l1", "lpips"] = "l1"
+    density: Literal["gmm", "knn"] = "gmm"
+    correction: Literal["none", "complexity", "ratio"] = "none"
+    background: str | None = None
+    samples: int = 10
+    seed: int = 0
 
 
 class Reconstruction:
@@ -172,6 +199,75 @@ class Positions:
         """Take over what `tensors` returned."""
         self.means, self.factors = tensors["means"], tensors["factors"]
         return self
+
+
+class Likelihood:
+    """Score images by their likelihood under a VAE, in nats. The heat map shows the pixel errors.
+
+    The log-likelihood is the importance-weighted bound (arXiv:1509.00519).
+
+    Args:
+        options: the options `correction`, `background`, `samples` and `seed`.
+
+    Raises:
+        UserError: a background model is missing, or has no use.
+    """
+
+    def __init__(self, options: ImageOptions) -> None:
+        self.options = options
+        self.background: LikelihoodNet | None = None
+        if (options.correction == "ratio") != (options.background is not None):
+            raise UserError(
+                "correction ratio and background belong together. Give both or none (got "
+                f"correction {options.correction} and background {options.background})."
+            )
+        if options.samples < 1:
+            raise UserError(f"samples must be at least 1 (got {options.samples}).")
+        if options.background is not None:
+            self.background, _ = load_likelihood_net(options.background)
+
+    def fit(self, latents: Tensor) -> Self:
+        """Learn nothing."""
+        return self
+
+    def score(self, model: Autoencoder, images: Tensor) -> Scored:
+        """Return the negative corrected log-likelihood of each image, and errors of its pixels."""
+        net = likelihood_net_of(model.net, name=model.name)
+        images = net.pixels.rounded(images).to(model.net.device)
+        nats = self._log_likelihood(net, images)
+        if self.background is not None:
+            nats = likelihood_ratio(nats, self._log_likelihood(self.background, images))
+        elif self.options.correction == "complexity":
+            nats = input_complexity(nats, lossless_bits(images.cpu()))
+        maps = (net.reconstruct(images) - images).abs().mean(dim=1)
+        return Scored(-torch.as_tensor(nats), maps.float())
+
+    @torch.no_grad()
+    def _log_likelihood(self, net: LikelihoodNet, images: Tensor) -> Tensor:
+        """Return the bound of each image, (B,). All images get the same draws."""
+        bounds = []
+        with torch.random.fork_rng():
+            for image in images:
+                torch.manual_seed(self.options.seed)
+                bounds.append(net(image[None], samples=self.options.samples).importance())
+        return torch.cat(bounds).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing: this method learns nothing."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> Self:
+        """Restore nothing."""
+        return self
+
+
+METHODS: dict[str, Callable[[ImageOptions], ImageMethod]] = {
+    "reconstruction": lambda options: Reconstruction(options.distance),
+    "latent_density": lambda options: PooledDensity(options.density, options.seed),
+    "positions": lambda options: Positions(),
+    "likelihood": Likelihood,
+}
+LEARN_NOTHING = ("reconstruction", "likelihood")
 
 
 def pooled(latents: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Fit a detector on a folder of clean images, and score other images with it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from tqdm import tqdm
 from latentvae.anomaly.checks import check_choice, check_range, warn_if_rate_is_unreachable
 from latentvae.anomaly.detector import clean_threshold
 from latentvae.anomaly.image_methods import (
+    LEARN_NOTHING,
+    METHODS,
     ImageMethod,
-    PooledDensity,
-    Positions,
-    Reconstruction,
+    ImageOptions,
     Scored,
 )
 from latentvae.anomaly.image_sheet import colour_scale, heat_sample, sheet, write_heat_map
@@ -28,11 +29,7 @@ from latentvae.errors import UserError
 
 TENSORS_NAME = "images.safetensors"
 BATCH = 16
-METHODS: dict[str, Callable[..., ImageMethod]] = {
-    "reconstruction": lambda distance, density, seed: Reconstruction(distance),
-    "latent_density": lambda distance, density, seed: PooledDensity(density, seed),
-    "positions": lambda distance, density, seed: Positions(),
-}
+DEFAULT_SIDE = 128  # px
 
 
 class Pictures:
@@ -80,12 +77,10 @@ def fit_images(
     *,
     model: str,
     method: str = "positions",
-    resolution: int = 128,
-    distance: str = "l1",
-    density: str = "gmm",
+    resolution: int | None = None,
+    options: ImageOptions | None = None,
     held_out_share: float = 0.2,
     false_alarm_rate: float = 0.01,
-    seed: int = 0,
 ) -> ImageMethod:
     """Fit a detector on clean images, take the threshold from held-out images, and save both.
 
@@ -93,13 +88,11 @@ def fit_images(
         data: folder of clean images.
         out: folder for the detector.
         model: folder or Hub id of an autoencoder. Only its name is stored, not its weights.
-        method: "reconstruction", "latent_density" or "positions", see `image_methods`.
-        resolution: side in pixels.
-        distance: "l1" or "lpips", for "reconstruction".
-        density: "gmm" or "knn", for "latent_density".
+        method: a key of `image_methods.METHODS`.
+        resolution: side in pixels. None takes the only size of the model, or 128.
+        options: options of the method. Their seed also decides the held-out images.
         held_out_share: share of the clean images that only set the threshold.
         false_alarm_rate: share of clean images that may be flagged.
-        seed: decides the held-out images and the fit.
 
     Raises:
         UserError: the images, the model or an option is wrong.
@@ -107,12 +100,14 @@ def fit_images(
     check_choice("method", method, tuple(METHODS))
     check_range("false_alarm_rate", false_alarm_rate, low=0, high=0.5, open_low=True)
     network = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    pictures = Pictures(data, network, resolution)
-    train, clean = held_out(len(pictures.source), held_out_share, seed)
+    options = options or ImageOptions()
+    side = resolution or network.fixed_size or DEFAULT_SIDE
+    pictures = Pictures(data, network, side)
+    train, clean = held_out(len(pictures.source), held_out_share, options.seed)
 
     # fit
-    fitted = METHODS[method](distance, density, seed)
-    if method != "reconstruction":
+    fitted = METHODS[method](options)
+    if method not in LEARN_NOTHING:
         found = [network.encode(images).float().cpu() for _, images in pictures.batches(train)]
         fitted.fit(_joined(found, data))
 
@@ -135,10 +130,8 @@ def fit_images(
         "method": method,
         "model": str(model),
         "weights_sha256": network.info()["weights_sha256"],
-        "resolution": resolution,
-        "distance": distance,
-        "density": density,
-        "seed": seed,
+        "resolution": side,
+        "options": asdict(options),
         "false_alarm_rate": false_alarm_rate,
         "threshold": threshold,
         "training_items": len(train),
@@ -182,7 +175,7 @@ def score_images(
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{folder / TENSORS_NAME}' cannot be read: {error}") from error
     clean_heat = tensors.pop("clean_heat")
-    fitted = METHODS[run["method"]](run["distance"], run["density"], run["seed"]).restore(tensors)
+    fitted = METHODS[run["method"]](ImageOptions(**run["options"])).restore(tensors)
 
     # labels, before any computation
     pictures = Pictures(data, network, run["resolution"])

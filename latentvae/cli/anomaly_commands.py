@@ -12,7 +12,7 @@ from latentvae.errors import UserError
 
 TABLE_METHODS = ("dagmm", "vae", "latent_density")
 MEASURES = ("auroc", "average_precision", "f1")
-IMAGE_METHODS = ("reconstruction", "latent_density", "positions")
+IMAGE_METHODS = ("reconstruction", "latent_density", "positions", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,37 @@ class AnomalyFit:
     out: Path
     """Folder for the detector. The folder is created if it does not exist."""
 
-    method: Literal["dagmm", "vae", "latent_density", "reconstruction", "positions"] | None = None
+    method: (
+        Literal["dagmm", "vae", "latent_density", "reconstruction", "positions", "likelihood"]
+        | None
+    ) = None
     """How to detect. Tables: `vae` (default), `dagmm`, or `latent_density` (density of the columns
     themselves). Images: `positions` (default, for images taken the same way), `latent_density`
-    (density of the whole image) or `reconstruction` (error of the autoencoder)."""
+    (density of the whole image), `reconstruction` (error of the autoencoder) or `likelihood` (for
+    models of `latentvae train-vae`)."""
 
     model: str | None = None
     """For images: folder or Hub id of an autoencoder, such as a run's export."""
 
-    resolution: int = 128
-    """For images: side in pixels. The shorter side is resized to it, and the centre is cropped."""
+    resolution: int | None = None
+    """For images: side in pixels. The shorter side is resized to it, and the centre is cropped.
+    The default is 128, or the only size that the model takes."""
 
     distance: Literal["l1", "lpips"] = "l1"
     """For `reconstruction`: mean absolute error, or the perceptual distance LPIPS."""
 
     density: Literal["gmm", "knn"] = "gmm"
     """For `latent_density`: a Gaussian mixture, or the distance to the nearest clean items."""
+
+    correction: Literal["none", "complexity", "ratio"] = "none"
+    """For `likelihood`: correct the likelihood for what any model can explain. `complexity`
+    subtracts the size of the image as PNG, `ratio` the likelihood under --background."""
+
+    background: str | None = None
+    """For `--correction ratio`: a model that `latentvae train-vae --perturb_rate 0.2` trained."""
+
+    samples: int = 10
+    """For `likelihood`: latent samples per image. More samples give a tighter bound."""
 
     criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
     """For `vae`: the score of a row. All three are in nats."""
@@ -121,6 +136,7 @@ class AnomalyFit:
         return method
 
     def _fit_images(self) -> None:
+        from latentvae.anomaly.image_methods import ImageOptions
         from latentvae.anomaly.image_runs import fit_images
 
         method = self._method(IMAGE_METHODS, default="positions", kind="a folder of images")
@@ -136,11 +152,16 @@ class AnomalyFit:
             model=self.model,
             method=method,
             resolution=self.resolution,
-            distance=self.distance,
-            density=self.density,
+            options=ImageOptions(
+                distance=self.distance,
+                density=self.density,
+                correction=self.correction,
+                background=self.background,
+                samples=self.samples,
+                seed=self.seed,
+            ),
             held_out_share=self.held_out,
             false_alarm_rate=self.false_alarm_rate,
-            seed=self.seed,
         )
 
     def _said(self, content: dict[str, Any]) -> str:

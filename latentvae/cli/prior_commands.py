@@ -127,7 +127,7 @@ class Sample:
     def _from_vae(self, folder: Path) -> list[Path]:
         from latentvae.priors.vae_sample import sample_vae_folder
 
-        others = {"prompt", "class_name", "top_k", "top_p", "steps", "solver", "tokens"}
+        others = {"prompt", "top_k", "top_p", "steps", "solver", "tokens"}
         if self.guidance != 1:
             raise UserError(
                 f"--guidance {self.guidance:g} has no meaning for '{self.prior}', which is a "
@@ -139,7 +139,7 @@ class Sample:
             num=self.num,
             seed=self.seed,
             device=self.device,
-            **self._given({"temperature"}, others, kind="a variational autoencoder"),
+            **self._given({"temperature", "class_name"}, others, kind="a variational autoencoder"),
         )
 
     def _given(self, names: set[str], others: set[str], *, kind: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
     Raises:
         UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
     """
-    if isinstance(source, SomeItems):
+    if isinstance(source, Subset):
         labels = find_labels(source.source, label_column=label_column)
         if labels is None:
             return None

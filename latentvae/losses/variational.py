@@ -118,6 +118,29 @@ class VariationalConfig(Section):
         default=1e-4, description="Learning rate of the discriminator of the total correlation."
     )
 
+    label_scale: Annotated[Weight, Elsewhere("alpha")] = Field(
+        default=0.5,
+        description=(
+            "Weight of the labels' cross entropy, for architecture classes. It is alpha of M2, for "
+            "a loss that is divided by the number of images. The paper has 0.1."
+        ),
+    )
+    class_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.1,
+        description=(
+            "For architecture classes: an update leaves out the classes of an image whose "
+            "probability is below this share of 1 / number of classes. 0 sums over all classes, "
+            "which takes longer."
+        ),
+    )
+    label_warmup_steps: UpdatesOrShare = Field(
+        default=0,
+        description=(
+            "For architecture classes: number of updates on images with a label alone, at the "
+            "start. A value below 1 is a share of max_train_steps."
+        ),
+    )
+
     @model_validator(mode="after")
     def _check(self) -> "VariationalConfig":
         changed = [n for n in ("free_nats", "capacity_nats", "kl_balance") if getattr(self, n)]

@@ -63,11 +63,13 @@ class LikelihoodNet(Protocol):
         image_shape: (C, H, W).
         num_groups: G.
         group_sizes: number of latent values of each group.
+        outer_layers: names of the first and last layers, which Muon leaves out.
     """
 
     pixels: PixelDistribution
     image_shape: tuple[int, int, int]
     num_groups: int
+    outer_layers: tuple[str, ...]
 
     @property
     def group_sizes(self) -> list[int]: ...

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, nearest
 from latentvae.models.bound import LikelihoodNet
-from latentvae.models.dense.config import ConvVAEConfig, DenseVAEConfig
+from latentvae.models.dense.class_network import ClassVAE
+from latentvae.models.dense.config import ClassVAEConfig, ConvVAEConfig, DenseVAEConfig
 from latentvae.models.dense.network import VectorVAE
 from latentvae.models.hierarchical.config import HierarchicalConfig
 from latentvae.models.hierarchical.network import HierarchicalVAE
@@ -22,9 +23,12 @@ LIKELIHOOD_OPTIONS: dict[str, type[VAEConfig]] = {
     "dense": DenseVAEConfig,
     "conv": ConvVAEConfig,
     "hierarchical": HierarchicalConfig,
+    "classes": ClassVAEConfig,
 }
 # Keys are the class names in the config.json of an export.
-LIKELIHOOD_NETWORKS: dict[str, Any] = {"VectorVAE": VectorVAE, "HierarchicalVAE": HierarchicalVAE}
+LIKELIHOOD_NETWORKS: dict[str, Any] = {
+    kind.__name__: kind for kind in (VectorVAE, HierarchicalVAE, ClassVAE)
+}
 
 if TYPE_CHECKING:
     AnyVAEConfig = VAEConfig
@@ -90,6 +94,42 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
     except (OSError, ValidationError) as error:
         raise UserError(f"'{folder / IMAGES_NAME}' cannot be read ({error}).") from error
     return net.eval(), about
+
+
+def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:
+    """Return a network of `load_network` if it has a likelihood.
+
+    Args:
+        net: any network.
+        name: its name in the error.
+
+    Raises:
+        UserError: it has no likelihood.
+    """
+    if not isinstance(net, tuple(LIKELIHOOD_NETWORKS.values())):
+        raise UserError(
+            f"'{name}' is a {type(net).__name__}, which has no likelihood. Give a model that "
+            "`latentvae train-vae` trained."
+        )
+    return net
+
+
+def class_number(net: LikelihoodNet, name: str) -> int:
+    """Return the number of a class of images, given its name or its number.
+
+    Raises:
+        UserError: the network has no classes, or no such class.
+    """
+    if not isinstance(net, ClassVAE):
+        raise UserError(f"this model has no classes, so it cannot take the class '{name}'.")
+    names = net.config["class_names"] or [str(k) for k in range(net.num_classes)]
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    raise UserError(
+        f"there is no class '{name}'. The classes are {', '.join(names)}{nearest(name, names)}"
+    )
 
 
 def _class_name(folder: Path) -> str:

@@ -8,12 +8,13 @@ line in `models.table`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from latentvae.bottlenecks import Quantizer
 from latentvae.models.family import Codes, Family
+from latentvae.models.matrices import muon_matrices
 from latentvae.models.model_config import ModelConfig
 from latentvae.models.network import Computation, Network
 from latentvae.models.wrapper import TrainingWrapper
@@ -109,12 +110,7 @@ class TrainableFamily(Family, ABC):
         """
         module: Any = net
         outer = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "quantize")
-        return [
-            cast("nn.Parameter", part.weight)
-            for name, part in module.named_modules()
-            if isinstance(part, nn.Conv2d | nn.Linear)
-            and not f"{name}.".startswith(tuple(f"{layer}." for layer in outer))
-        ]
+        return muon_matrices(module, outer=outer)
 
     # Export.
 

@@ -18,6 +18,7 @@ class VAEConfig(Section):
 
     can_checkpoint: ClassVar[bool] = False  # whether the network has gradient checkpointing
     has_convolutions: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = False  # whether the network learns the classes of the images
 
     architecture: Annotated[Any, ChosenByPreset(), Elsewhere("arch model_type")]
     likelihood: Annotated[LikelihoodName, Elsewhere("decoder_distribution")] = Field(

@@ -1,6 +1,7 @@
 """Write sampled pictures of an exported variational autoencoder (`latentvae sample`)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from latentvae.compute.precision import full_float32
 from latentvae.distributed import launched_device
 from latentvae.errors import UserError
-from latentvae.models.likelihood_models import load_likelihood_net
+from latentvae.models.likelihood_models import class_number, load_likelihood_net
 from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
 
@@ -21,6 +22,7 @@ def sample_vae_folder(
     *,
     num: int,
     temperature: float = 1.0,
+    class_name: str | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> list[Path]:
@@ -30,6 +32,8 @@ def sample_vae_folder(
         model: an exported network, or a run that has finished.
         num: number of pictures.
         temperature: factor of the prior's standard deviations.
+        class_name: name or number of the pictures' class, for a network with classes. By default,
+            its classes are drawn at random.
         seed: seed of the random numbers. A picture does not depend on `num`.
         device: device of the computation. None takes the GPU if there is one.
 
@@ -48,12 +52,15 @@ def sample_vae_folder(
     net, _ = load_likelihood_net(model)
     device = device or launched_device()
     net.to(device)  # type: ignore[attr-defined]
+    chosen: dict[str, Any] = {}
+    if class_name is not None:
+        chosen = {"classes": torch.tensor([class_number(net, class_name)], device=device)}
     check_new_folder(out)
 
     paths, shown = list[Path](), []
     for number in tqdm(range(num), desc=model.name, unit="pictures", disable=None):
         draws = torch.Generator(device).manual_seed(seed * 2**32 + number)
-        image = net.sample(1, temperature=temperature, generator=draws)
+        image = net.sample(1, temperature=temperature, generator=draws, **chosen)
         paths.append(out / f"{number:05d}.png")
         to_pil(image)[0].save(paths[-1])
         if number < GRID_IMAGES:

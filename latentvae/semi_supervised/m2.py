@@ -32,9 +32,12 @@ class ClassModel(SemiSupervisedClassifier):
             raise UserError(f"skip_below must be in [0, 1) (got {self.skip_below!r}).")
 
     def _new_network(self, likelihood: str, shape: tuple[int, int, int]) -> ClassVAE:
+        channels, height, width = shape
         return ClassVAE(
-            shape,
-            len(self.classes_),
+            image_channels=channels,
+            image_height=height,
+            image_width=width,
+            num_classes=len(self.classes_),
             pixels=row_distribution(likelihood),
             latent_units=self.latent_units,
             hidden_units=self.hidden_units,
@@ -123,14 +126,13 @@ class M2Classifier(ClassModel):
         places = torch.from_numpy(np.searchsorted(self.classes_, wanted))
         with own_randomness(seed_of(random_state)):
             z = torch.randn(len(places), self.latent_units)
-        images = self.network_.pixels.mean(self.network_.decode(z, places))
+        images = self.network_.pixels.mean(self.network_.pixel_parameters(z, places))
         return self.rows_.rows(images).numpy()
 
     def _train(self, rows: Tensor, places: Tensor) -> None:
         self.network_ = self._new_network(self.likelihood, self.rows_.shape)
         mean = self.rows_.images(rows.mean(0, keepdim=True))[0]
-        if (bias := self.network_.pixels.start_bias(mean)) is not None:
-            self.network_.decoder.start_at(bias)
+        self.network_.start_at(mean)
         self._fit_network(lambda picked: self.rows_.drawn(rows[picked]), places)
 
     def _probabilities(self, images: Tensor) -> Tensor:

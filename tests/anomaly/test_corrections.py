@@ -11,7 +11,6 @@ from latentvae.anomaly.corrections import (
     input_complexity,
     likelihood_ratio,
     lossless_bits,
-    perturbed,
 )
 from latentvae.errors import UserError
 
@@ -65,14 +64,6 @@ def test_ratio_removes_what_the_background_explains() -> None:
     assert likelihood_ratio(torch.tensor(shared + own), shared) == pytest.approx(own)
 
 
-def test_perturbed_changes_the_given_share_of_values() -> None:
-    images, draw = noise(4, 3, 64, 64), torch.Generator().manual_seed(1)
-    changed = perturbed(images, rate=0.2, generator=draw)
-    assert (changed != images).float().mean().item() == pytest.approx(0.2 * 255 / 256, abs=0.01)
-    assert changed.aminmax().min >= -1 and changed.aminmax().max <= 1
-    assert torch.equal(perturbed(images, rate=0.0, generator=draw), images)
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -82,7 +73,6 @@ def test_perturbed_changes_the_given_share_of_values() -> None:
         (lambda: input_complexity(np.zeros((1, 2)), np.zeros(1)), "one finite value per image"),
         (lambda: lossless_bits(torch.zeros(1, 2, 4, 4)), "images are"),
         (lambda: lossless_bits(torch.zeros(1, 1, 4, 4), codec="gif"), "png, webp"),  # type: ignore
-        (lambda: perturbed(torch.zeros(1), rate=2, generator=torch.Generator()), "probability"),
     ],
 )
 def test_wrong_values_are_one_sentence(call, said: str) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 import latentvae
 from latentvae.cli.main import main
 from latentvae.errors import UserError
+from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.hierarchical.network import HierarchicalVAE
 from tests.models.dense.test_vector_vae import vae
 from tests.tasks.likelihood.small import HIERARCHY, SIDE, write_bars
@@ -17,6 +18,8 @@ from tests.tasks.likelihood.small import HIERARCHY, SIDE, write_bars
 
 def network(kind: str) -> Any:
     torch.manual_seed(0)
+    if kind == "classes":
+        return ClassVAE(image_height=SIDE, image_width=SIDE, num_classes=3, latent_units=4).eval()
     if kind != "hierarchical":
         return vae(kind, height=SIDE, width=SIDE)
     options = {k: v for k, v in HIERARCHY.items() if k != "architecture"}
@@ -25,7 +28,7 @@ def network(kind: str) -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize("kind", ["one", "two", "iaf", "hierarchical"])
+@pytest.mark.parametrize("kind", ["one", "two", "iaf", "hierarchical", "classes"])
 def test_encode_and_decode_are_the_reconstruction(kind: str, tmp_path: Path) -> None:
     net = network(kind)
     net.save_pretrained(tmp_path)

@@ -17,7 +17,9 @@ def small(
     pixels: PixelDistribution, *, classes: int = 3, units: int = 2, columns: int = 4
 ) -> ClassVAE:
     torch.manual_seed(0)
-    net = ClassVAE((1, 1, columns), classes, pixels=pixels, latent_units=units, hidden_units=8)
+    shape = {"image_channels": 1, "image_height": 1, "image_width": columns}
+    sizes = {"num_classes": classes, "latent_units": units, "hidden_units": 8}
+    net = ClassVAE(**shape, **sizes, pixels=pixels)  # type: ignore[arg-type]
     with torch.no_grad():
         for weight in net.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
@@ -63,7 +65,7 @@ def test_labelled_bound_by_hand() -> None:
     q = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1)
 
-    mean, log_scale = net.decode(posterior.mean, y).chunk(2, dim=1)
+    mean, log_scale = net.pixel_parameters(posterior.mean, y).chunk(2, dim=1)
     assert log_scale.abs().max() < 2.0
     log_p = torch.distributions.Normal(mean, log_scale.exp()).log_prob(x).flatten(1).sum(1)
     torch.testing.assert_close(net.labelled_bound(x, y), log_p - math.log(3.0) - kl)
@@ -79,7 +81,7 @@ def test_bounds_lie_below_the_integrated_likelihood() -> None:
 
     joint = []  # ln p(x, y), (8,) for each class
     for k in range(2):
-        parameters = net.decode(z, torch.full((len(z),), k))
+        parameters = net.pixel_parameters(z, torch.full((len(z),), k))
         log_p = torch.stack([net.pixels.log_prob(x[i : i + 1], parameters) for i in range(8)], 1)
         joint.append(torch.logsumexp(log_p + prior[:, None] + step, 0) - math.log(2.0))
     exact = torch.logsumexp(torch.stack(joint), 0)
@@ -99,13 +101,28 @@ def check_below(bounds: Tensor, exact: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_the_parts_with_drawn_classes_average_to_the_bound() -> None:
+    """The mean of the ELBO over drawn classes is U(x), and k samples come nearer to ln p(x)."""
+    net, x = small(pixel_distribution("bernoulli"), classes=3, units=1), binary(6)
+    bound = net(x, samples=20_000)
+    sums = net.unlabelled_bound(x.repeat(20_000, 1, 1, 1)).unflatten(0, (20_000, 6))
+    with_ratio = bound.log_weights()
+    for drawn in (bound.log_likelihood - bound.kl.sum(0), with_ratio):
+        error = (drawn.var(0) + sums.var(0)).sqrt() / math.sqrt(20_000)
+        assert ((drawn.mean(0) - sums.mean(0)).abs() < 5 * error).all()
+    assert (bound.importance() > bound.elbo()).all()
+    assert bound.kl.shape == (2, 20_000, 6) and bound.unit_kl.shape == (6, 2)
+    torch.testing.assert_close(bound.unit_kl.sum(1), bound.kl.mean(1).sum(0))
+
+
+@torch.no_grad()
 def test_all_probabilities_of_binary_images_sum_to_one() -> None:
     """The exact likelihood that the bounds are compared with is one: it sums to 1 over images."""
     net = small(pixel_distribution("bernoulli"), classes=2, units=1)
     every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)[:, None, None]
     z = torch.randn(50, 1)
     for k in range(2):
-        parameters = net.decode(z, torch.full((50,), k))
+        parameters = net.pixel_parameters(z, torch.full((50,), k))
         sums = sum(net.pixels.log_prob(x[None], parameters).exp() for x in every)
         torch.testing.assert_close(sums, torch.ones(50))
 
@@ -123,14 +140,14 @@ def test_gradients_are_finite_and_reach_every_weight(pixels: PixelDistribution) 
 def test_the_class_reaches_the_decoder() -> None:
     net = small(pixel_distribution("bernoulli"))
     z = torch.randn(1, 2).expand(3, 2)
-    parameters = net.decode(z, torch.arange(3)).flatten(1)
+    parameters = net.pixel_parameters(z, torch.arange(3)).flatten(1)
     assert torch.pdist(parameters).min() > 1e-3
 
     # its columns of the first weight are what differs
     first: Any = next(net.decoder.layers.children())
     with torch.no_grad():
         first.weight[:, 2:] = 0.0
-    same = net.decode(z, torch.arange(3)).flatten(1)
+    same = net.pixel_parameters(z, torch.arange(3)).flatten(1)
     torch.testing.assert_close(same[0], same[2])
 
 

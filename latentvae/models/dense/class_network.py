@@ -18,50 +18,72 @@ class.
 import math
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from latentvae.likelihoods import PixelDistribution
+from latentvae.errors import UserError
+from latentvae.likelihoods import PixelDistribution, pixel_distribution
+from latentvae.models.bound import Bound, check_images
 from latentvae.models.dense.gaussians import Gaussian
 from latentvae.models.dense.trunks import ACTIVATIONS, DenseDecoder, DenseEncoder, mlp
 
 
-class ClassVAE(nn.Module):
-    """The three networks of M2, and its bounds.
+class ClassVAE(ModelMixin, ConfigMixin):
+    """The three networks of M2, and its bounds. It is a `LikelihoodNet` of two groups: y and z.
+
+        net = ClassVAE(num_classes=10)
+        bound = net(images)                        # parts of U(x), with drawn classes
+        chances = net.logits(images).softmax(-1)   # (B, 10)
 
     Args:
-        image_shape: (C, H, W).
+        image_channels, image_height, image_width: shape of the images.
         num_classes: K.
-        pixels: distribution of the images, given the decoder's output.
+        class_names: their names, or None.
         latent_units: U.
         hidden_units: width of the dense layers.
         hidden_layers: number of dense layers in each of the networks.
         activation: "tanh", "elu" or "silu".
+        likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
+        pixels: another distribution, which the config does not hold.
     """
 
+    ignore_for_config = ("pixels",)
+    num_groups = 2
+    outer_layers: tuple[str, ...] = (
+        *("classifier.0.layers.0", "classifier.1"),
+        *("from_image", "decoder.last"),
+    )
+
+    @register_to_config
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        pixels: PixelDistribution,
+        image_channels: int = 1,
+        image_height: int = 28,
+        image_width: int = 28,
+        num_classes: int = 10,
+        class_names: list[str] | None = None,
         latent_units: int = 50,
         hidden_units: int = 500,
         hidden_layers: int = 1,
         activation: str = "silu",
+        likelihood: str = "bernoulli",
+        pixels: PixelDistribution | None = None,
     ) -> None:
         super().__init__()
-        self.pixels = pixels
+        self.pixels = pixels or pixel_distribution(likelihood)
         self.num_classes, self.latent_units = num_classes, latent_units
-        channels, height, width = image_shape
+        self.image_shape = (image_channels, image_height, image_width)
         hidden = [hidden_units] * hidden_layers
 
         # q(y|x)
         self.classifier = nn.Sequential(
-            DenseEncoder(image_shape, hidden, activation), nn.Linear(hidden_units, num_classes)
+            DenseEncoder(self.image_shape, hidden, activation), nn.Linear(hidden_units, num_classes)
         )
 
         # q(z|x,y): the first layer is a sum, so that its large part is computed once per image
-        self.from_image = nn.Linear(math.prod(image_shape), hidden_units)
+        self.from_image = nn.Linear(math.prod(self.image_shape), hidden_units)
         self.from_class = nn.Embedding(num_classes, hidden_units)
         self.moments = nn.Sequential(
             ACTIVATIONS[activation](),
@@ -70,17 +92,21 @@ class ClassVAE(nn.Module):
         )
 
         # p(x|y,z)
-        maps = (pixels.num_maps(channels), height, width)
+        maps = (self.pixels.num_maps(image_channels), image_height, image_width)
         self.decoder = DenseDecoder(latent_units + num_classes, hidden, maps, activation)
+
+    # bounds
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits of q(y|x), (B, K), float32."""
         return self.classifier(images).float()
 
-    def decode(self, z: Tensor, classes: Tensor) -> Tensor:
+    def pixel_parameters(self, z: Tensor, classes: Tensor) -> Tensor:
         """Return the parameters of p(x|y,z), (P, M, H, W), for z (P, U) and classes (P,)."""
-        one_hot = nn.functional.one_hot(classes, self.num_classes).to(z.dtype)
-        return self.decoder(torch.cat([z, one_hot], dim=-1))
+        return self.decoder(torch.cat([z, self._one_hot(classes).to(z.dtype)], dim=-1))
+
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        return F.one_hot(classes, self.num_classes).float()
 
     def posterior(self, images: Tensor, rows: Tensor, classes: Tensor) -> Gaussian:
         """Return q(z|x,y), (P, U), of the pairs (images[rows], classes)."""
@@ -96,7 +122,7 @@ class ClassVAE(nn.Module):
             classes: class of each pair, (P,), int64.
         """
         posterior = self.posterior(images, rows, classes)
-        parameters = self.decode(posterior.sample(), classes)
+        parameters = self.pixel_parameters(posterior.sample(), classes)
         kl = posterior.kl(Gaussian.standard(posterior.mean)).sum(-1)
         return self.pixels.log_prob(images[rows], parameters) - math.log(self.num_classes) - kl
 
@@ -121,3 +147,105 @@ class ClassVAE(nn.Module):
         log_q = log_q[rows, classes]
         parts = log_q.exp() * (self.pair_bound(images, rows, classes) - log_q)
         return parts.new_zeros(len(images)).index_add(0, rows, parts)
+
+    def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
+        """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
+
+        The mean of the bound over draws is U(x).
+        """
+        check_images(images, self.image_shape)
+        if detach_posterior:
+            raise UserError("bound dreg needs latents without classes. Use bound iwae instead.")
+
+        # y, and its exact KL to the uniform prior
+        log_q = torch.log_softmax(self.logits(images), dim=-1)
+        surprise = log_q + math.log(self.num_classes)
+        class_kl = (log_q.exp() * surprise).sum(-1)
+        classes = torch.multinomial(log_q.exp(), samples, replacement=True).T  # (S, B)
+        class_ratio = surprise.T.gather(0, classes)
+
+        # z
+        rows = torch.arange(len(images), device=images.device).repeat(samples)
+        posterior = self.posterior(images, rows, classes.flatten())
+        prior, z = Gaussian.standard(posterior.mean), posterior.sample()
+        units = posterior.kl(prior)
+        ratio = posterior.log_prob(z) - prior.log_prob(z)
+        log_likelihood = self.pixels.log_prob(images, self.pixel_parameters(z, classes.flatten()))
+
+        shape = (samples, len(images))
+        unit_kl = units.unflatten(0, shape).mean(0)
+        return Bound(
+            log_likelihood=log_likelihood.view(shape),
+            kl=torch.stack([class_kl.expand(shape), units.sum(-1).view(shape)]),
+            log_ratio=torch.stack([class_ratio, ratio.view(shape)]),
+            unit_kl=torch.cat([class_kl[:, None], unit_kl], dim=1),
+        )
+
+    # other uses
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of latent values of y and z."""
+        return [1, self.latent_units]
+
+    def posterior_means(self, images: Tensor) -> None:
+        """Return None: the mean of a class has no meaning."""
+
+    def posterior_moments(self, images: Tensor) -> None:
+        """Return None: a class is no Gaussian."""
+
+    def encode_vector(
+        self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the most probable class, one-hot, and z, (B, K + U). See `LikelihoodNet`."""
+        classes = self.logits(images).argmax(-1)
+        rows = torch.arange(len(images), device=images.device)
+        posterior = self.posterior(images, rows, classes)
+        z = posterior.mean
+        if draw:
+            noise = torch.randn(z.shape, generator=generator, device=z.device)
+            z = z + (0.5 * posterior.logvar).exp() * noise
+        return torch.cat([self._one_hot(classes), z], dim=1)
+
+    def decode_vector(self, vector: Tensor) -> Tensor:
+        """Return mean images (B, C, H, W) of vectors (B, K + U)."""
+        one_hot, z = vector.split([self.num_classes, self.latent_units], dim=1)
+        return self.pixels.mean(self.decoder(torch.cat([z, one_hot], dim=1)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the most probable class, one-hot, and the mean of z, (B, K + U)."""
+        return self.encode_vector(images)
+
+    def decode(self, vector: Tensor) -> Tensor:
+        """Return mean images (B, C, H, W) of the results of `encode`."""
+        return self.decode_vector(vector)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the mean image (B, C, H, W) for the most probable class and the mean of z."""
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        mean: bool = True,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Draw images, of the given classes (num,) or of random ones. See `LikelihoodNet`."""
+        device = self.device
+        if classes is None:
+            classes = torch.randint(0, self.num_classes, (num,), generator=generator, device=device)
+        z = torch.randn(num, self.latent_units, generator=generator, device=device)
+        parameters = self.pixel_parameters(temperature * z, classes)
+        if mean:
+            return self.pixels.mean(parameters)
+        return self.pixels.sample(parameters, generator=generator)
+
+    def start_at(self, mean_image: Tensor) -> None:
+        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start."""
+        if (bias := self.pixels.start_bias(mean_image)) is not None:
+            self.decoder.start_at(bias)

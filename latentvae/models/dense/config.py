@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.dense.network import VectorVAE
 from latentvae.models.dense.posterior_flows import FlowName
 from latentvae.models.vae_config import VAEConfig
@@ -98,3 +99,44 @@ class ConvVAEConfig(VectorVAEConfig):
     activation: Literal["tanh", "elu", "silu"] = Field(
         default="elu", description="Activation function of the layers."
     )
+
+
+class ClassVAEConfig(VAEConfig):
+    """Options of the network: a VAE with a class beside its latent vector (M2)."""
+
+    has_convolutions: ClassVar[bool] = False
+    has_classes: ClassVar[bool] = True
+
+    architecture: Literal["classes"] = "classes"  # type: ignore[assignment]
+    num_classes: int = Field(
+        default=0,
+        ge=0,
+        description="Number of classes. 0 means the number of classes of the training images.",
+    )
+    latent_units: tuple[Positive] = Field(default=(50,), description="Size of the latent vector.")
+    hidden_channels: tuple[Positive] = Field(
+        default=(500,), description="Width of the dense layers."
+    )
+    hidden_layers: Positive = Field(
+        default=1, description="Number of dense layers in each of the three networks."
+    )
+    activation: Literal["tanh", "elu", "silu"] = Field(
+        default="silu", description="Activation function of the layers."
+    )
+
+    def why_no_single_gaussian(self) -> str:
+        return "architecture dense or conv"
+
+    def build(self, image_shape: tuple[int, int, int]) -> ClassVAE:
+        channels, height, width = image_shape
+        return ClassVAE(
+            image_channels=channels,
+            image_height=height,
+            image_width=width,
+            num_classes=self.num_classes,
+            latent_units=self.latent_units[0],
+            hidden_units=self.hidden_channels[0],
+            hidden_layers=self.hidden_layers,
+            activation=self.activation,
+            likelihood=self.likelihood,
+        )

@@ -56,6 +56,12 @@ class VectorVAE(ModelMixin, ConfigMixin):
         flow_layers, flow_channels: number and width of the flow's layers.
     """
 
+    # Masked layers of a flow are no whole matrices.
+    outer_layers: tuple[str, ...] = (
+        *("encoder.layers.0", "encoder.blocks.0.first", "encoder.blocks.0.skip"),
+        *("decoder.last", "flow"),
+    )
+
     @register_to_config
     def __init__(
         self,

@@ -87,6 +87,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    outer_layers: tuple[str, ...] = ("encoder.conv_in", "conv_out")
 
     @register_to_config
     def __init__(

@@ -34,6 +34,22 @@ class LikelihoodDataConfig(DataConfig):
             "bernoulli needs one of these."
         ),
     )
+    labels_per_class: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "For architecture classes: number of labels of each class that the training sees, "
+            "drawn by the seed. 0 means all. Images in a folder `unlabelled` have no label."
+        ),
+    )
+    perturb_rate: Annotated[float, Field(ge=0.0, le=1.0), Elsewhere("mutation_rate")] = Field(
+        default=0.0,
+        description=(
+            "Share of the pixel values in training that become random. A value of 0.1 to 0.3 gives "
+            "a background model, which corrects the likelihoods of another model (`latentvae "
+            "anomaly fit --correction ratio`)."
+        ),
+    )
     cache_images: bool = Field(
         default=True,
         description=(
@@ -110,12 +126,31 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if self.objective.tc_scale and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"tc_scale needs {why}. Set tc_scale to 0.")
+        self._check_classes()
         if self.objective.tc_scale and self.run.train_batch_size < 4:
             raise ValueError(
                 f"tc_scale needs a train_batch_size of at least 4 (got "
                 f"{self.run.train_batch_size})."
             )
         return self
+
+    def _check_classes(self) -> None:
+        if not self.vae.has_classes:
+            if self.data.labels_per_class:
+                raise ValueError(
+                    f"labels_per_class {self.data.labels_per_class} needs architecture classes "
+                    f"(got {self.vae.architecture}). Give --config m2_mnist."
+                )
+            return
+        if not self.data.cache_images:
+            raise ValueError(
+                "architecture classes needs the images in memory. Give --cache_images."
+            )
+        if self.objective.bound != "elbo" or self.objective.train_samples > 1:
+            raise ValueError(
+                "architecture classes needs bound elbo and train_samples 1 (got "
+                f"{self.objective.bound} and {self.objective.train_samples})."
+            )
 
     def _check_images(self) -> None:
         data = self.data

@@ -87,6 +87,21 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
     return 2.0 * torch.bernoulli(shares.clamp(0.0, 1.0), generator=generator) - 1.0
 
 
+def perturbed(images: Tensor, *, rate: float) -> Tensor:
+    """Return images in which random values are replaced, to train a background model.
+
+    Each value is replaced with probability `rate` by a uniform 8-bit value (arXiv:1906.02845, which
+    uses rates of 0.1 to 0.3). The global generator draws.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        rate: probability in [0, 1].
+    """
+    replaced = torch.rand_like(images) < rate
+    levels = torch.randint(0, 256, images.shape, device=images.device) / 127.5 - 1.0
+    return torch.where(replaced, levels, images)
+
+
 def binary_bytes(pixels: Tensor, *, seed: int) -> Tensor:
     """Draw binary images once, as bytes 0 and 255. `pixels` are bytes, (N, C, H, W)."""
     generator, result = torch.Generator().manual_seed(seed), torch.empty_like(pixels)

@@ -66,6 +66,7 @@ NAMES = {
     "validation/bits_per_dim": "negative ELBO, bits per dimension",
     "validation/nats_importance": "importance-weighted bound, nats per image",
     "validation/kl": "KL, nats per image",
+    "validation/class_error": "wrong classes, percent",
 }
 
 

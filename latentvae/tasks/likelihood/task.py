@@ -23,6 +23,7 @@ from latentvae.errors import UserError, printable
 from latentvae.evaluation.likelihood import bits_per_dim, bounds_of, total_of
 from latentvae.losses.variational import VariationalLoss
 from latentvae.models.hierarchical.spectral import spectral_penalty
+from latentvae.models.matrices import muon_matrices
 from latentvae.pictures import save_grid
 from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.reach import few_validation_images
@@ -30,11 +31,13 @@ from latentvae.tasks.autoencoder.refusals import check_source
 from latentvae.tasks.autoencoder.state import Named
 from latentvae.tasks.image_task import ImageTask
 from latentvae.tasks.likelihood.config import LikelihoodConfig
+from latentvae.tasks.likelihood.few_labels import Classes, ClassLoss, ClassTraining, count_errors
 from latentvae.tasks.likelihood.images import (
     batches_of,
     binary,
     binary_bytes,
     check_memory,
+    perturbed,
     read_all,
 )
 from latentvae.tasks.likelihood.likelihood_export import export_network, is_whole
@@ -78,8 +81,30 @@ class LikelihoodTask(ImageTask):
 
     def open(self) -> None:
         self.open_images()
+        self.classes = self._find_classes()
         self.pixels: Tensor | None = None  # `build` reads them
         self.kept: list[int] = []
+
+    def _find_classes(self) -> Classes | None:
+        """Return the classes of the images, and set their number as an option, if they matter."""
+        vae, data = self.config.vae, self.config.data
+        if not vae.has_classes:
+            return None
+        if isinstance(self.train_images, ImageStream):
+            raise UserError("architecture classes does not work with streaming. Leave it out.")
+        found = Classes(
+            self.train_images,
+            self.validation_images,
+            per_class=data.labels_per_class,
+            seed=self.config.run.seed,
+        )
+        count = vae.model_dump()["num_classes"] or len(found.names)
+        if count < len(found.names):
+            raise UserError(
+                f"num_classes {count} is too small: the images have {len(found.names)} classes."
+            )
+        self.config = self.config.with_changes({"vae": {"num_classes": count}})
+        return found
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         self.begin_images()
@@ -97,8 +122,19 @@ class LikelihoodTask(ImageTask):
             total=self.config.run.max_train_steps,
             group_sizes=self.net.group_sizes,
         )
+        self.class_loss: ClassLoss | None = None
+        module = self.net
+        if self.classes is not None:
+            kept = self.classes.train[torch.tensor(self.kept)]
+            self.class_loss = ClassLoss(kept, self.config.objective, self.net.num_classes)
+            self.net.register_to_config(class_names=self.classes.names)
+            module = ClassTraining(self.net)
         learner = Learner.with_optimizer(
-            self.net, accelerator, self.config.optimizer, averaged=self.net
+            module,
+            accelerator,
+            self.config.optimizer,
+            averaged=self.net,
+            matrices=muon_matrices(self.net, outer=self.net.outer_layers),
         )
         self.learners = {"model": learner}
         self.tc = self._build_total_correlation(accelerator)
@@ -137,7 +173,8 @@ class LikelihoodTask(ImageTask):
                 self.pixels = binary_bytes(self.pixels, seed=STATIC_SEED)
 
         chosen = some_of(self.validation_images, data.max_validation_images)
-        self.validation_pixels, _ = read_all(chosen, transform, bad=self.bad_validation)
+        self.validation_pixels, kept = read_all(chosen, transform, bad=self.bad_validation)
+        self.validation_kept = torch.tensor(chosen.indices)[torch.tensor(kept)]
         _tell_unreadable(self.bad_validation, "validate")
         if data.binarize in ("dynamic", "static"):
             self.validation_pixels = binary_bytes(self.validation_pixels, seed=STATIC_SEED)
@@ -167,7 +204,14 @@ class LikelihoodTask(ImageTask):
                 + (f", {self.config.data.binarize}" if self._binary else "")
             ),
             "objective": f"{options.bound}{samples}, likelihood {self.config.vae.likelihood}",
+            **self._class_plan(),
         }
+
+    def _class_plan(self) -> dict[str, str]:
+        if self.class_loss is None or self.classes is None:
+            return {}
+        labels, images = len(self.class_loss.labelled), len(self.class_loss.classes)
+        return {"labels": f"{labels:,} of {images:,} images, {len(self.classes.names)} classes"}
 
     @property
     def _binary(self) -> bool:
@@ -230,6 +274,8 @@ class LikelihoodTask(ImageTask):
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
         self.saw(batch)
+        if self.class_loss is not None:
+            return self._class_step(self.class_loss, batch, update)
         bound = self.learners["model"].prepared(
             self.prepared_images(batch),
             samples=self.config.objective.train_samples,
@@ -254,12 +300,29 @@ class LikelihoodTask(ImageTask):
             **self.tc.learn(bound, share=share),
         }
 
+    def _class_step(self, objective: ClassLoss, batch: Batch, update: int) -> dict[str, Tensor]:
+        """Add the gradients of a micro-step with classes. Return values to log."""
+        assert self.pixels is not None
+        drawn = objective.draw()
+        labelled = Batch(self.pixels[drawn], drawn, [])
+        loss, logged = objective(
+            self.learners["model"].prepared,
+            self.prepared_images(batch),
+            self.prepared_images(labelled),
+            drawn,
+            update=update,
+        )
+        (loss / self.config.run.gradient_accumulation_steps).backward()
+        return logged
+
     def prepared_images(self, batch: Batch) -> Tensor:
-        """Return the images on the device, mirrored and made binary by the global generator."""
+        """Return the images on the device. The global generator changes them as options say."""
         images, data = batch.on(self.device), self.config.data
         if self.pixels is not None and data.random_flip:
             mirrored = torch.rand(len(images), device=self.device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if data.perturb_rate:
+            images = perturbed(images, rate=data.perturb_rate)
         if data.binarize in ("dynamic", "threshold"):
             images = binary(images, data.binarize)
         return images if self._binary else self.net.pixels.rounded(images)
@@ -304,7 +367,23 @@ class LikelihoodTask(ImageTask):
             values["validation/active_units"] = active
         if options.validation_samples > 1:
             values["validation/nats_importance"] = -total.importance / total.images
+        if self.classes is not None:
+            values |= self._class_errors(mine)
         return values
+
+    def _class_errors(self, mine: range) -> dict[str, float]:
+        """Return the share of validation images with a wrong class, in percent."""
+        assert self.classes is not None
+        classes = self.classes.validation[self.validation_kept]
+        wrong = known = 0
+        for start in range(0, len(mine), self.config.run.eval_batch_size):
+            numbers = mine[start : start + self.config.run.eval_batch_size]
+            part = classes[numbers.start : numbers.stop : numbers.step]
+            found = count_errors(self.net, self.validation_batch(numbers), part)
+            wrong, known = wrong + found[0], known + found[1]
+        found = gather_objects((wrong, known))
+        wrong, known = (sum(values) for values in zip(*found, strict=True))
+        return {"validation/class_error": 100.0 * wrong / known} if known else {}
 
     def validation_line(self, values: Mapping[str, float]) -> str:
         nats, bits, kl, images = (
@@ -312,11 +391,13 @@ class LikelihoodTask(ImageTask):
         )
         importance = values.get("validation/nats_importance")
         units = values.get("validation/active_units")
+        error = values.get("validation/class_error")
         return (
             f"{nats:.2f} nats per image ({bits:.3f} bits per dimension)"
             + (f", importance-weighted {importance:.2f}" if importance is not None else "")
             + f", KL {kl:.2f}"
             + (f", {units:,.0f} active units" if units is not None else "")
+            + (f", {error:.2f} % wrong classes" if error is not None else "")
             + f", on {images:,.0f} unseen images"
         )
 

@@ -10,6 +10,11 @@ from latentvae.config.presets import parse
 from latentvae.tasks.likelihood.config import LikelihoodConfig
 
 SIDE = 8
+CLASSES = {
+    "architecture": "classes",
+    "latent_units": (4,),
+    "hidden_channels": (24,),
+}
 HIERARCHY = {
     "architecture": "hierarchical",
     "enc_blocks": "8x1,8d2,4x1,4d4,1x1",
@@ -29,6 +34,19 @@ def write_bars(folder: Path, *, count: int = 64) -> Path:
         bar = (slice(place, place + 2), slice(None))
         pixels[bar if i % 2 else bar[::-1]] = 240
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_classes(folder: Path, *, count: int = 64) -> Path:
+    """Write pictures with a bright bar at the left or right, some without the folder of a class."""
+    draws = np.random.default_rng(0)
+    for name in ("left", "right", "unlabelled"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        pixels = np.full((SIDE, SIDE), 10, dtype=np.uint8)
+        top, kind = draws.integers(0, SIDE // 2), ("left", "right")[i % 2]
+        pixels[top : top + SIDE // 2, slice(0, 3) if kind == "left" else slice(5, 8)] = 240
+        Image.fromarray(pixels).save(folder / ("unlabelled" if i < 6 else kind) / f"{i:03d}.png")
     return folder
 
 

@@ -35,7 +35,14 @@ from latentvae.tasks.likelihood.measure import measure_folder
 from latentvae.tasks.likelihood.task import LikelihoodTask
 from tests.launch import finish, launch
 from tests.tasks.likelihood.fixed_noise import train_fixed
-from tests.tasks.likelihood.small import HIERARCHY, SIDE, small_likelihood, write_bars
+from tests.tasks.likelihood.small import (
+    CLASSES,
+    HIERARCHY,
+    SIDE,
+    small_likelihood,
+    write_bars,
+    write_classes,
+)
 
 pytestmark = pytest.mark.usefixtures("own_accelerate")
 
@@ -43,6 +50,11 @@ pytestmark = pytest.mark.usefixtures("own_accelerate")
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bars(tmp_path_factory.mktemp("bars") / "images")
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classes(tmp_path_factory.mktemp("classes") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +125,7 @@ def test_the_commands_measure_and_sample(
         (["likelihood", "RUN", "--data", "BARS", "--samples", "0"], "samples must be at least 1"),
         (["likelihood", "BARS", "--data", "BARS"], "holds no network with a likelihood"),
         (["sample", "RUN", "--out", "OUT", "--top_k", "3"], "--top_k 3 has no meaning"),
-        (["sample", "RUN", "--out", "OUT", "--class", "a"], "--class a has no meaning"),
+        (["sample", "RUN", "--out", "OUT", "--class", "a"], "this model has no classes"),
         (["sample", "RUN", "--out", "OUT", "--temperature", "-1"], "must be at least 0"),
     ],
 )
@@ -143,12 +155,17 @@ def test_wrong_arguments_are_one_sentence(
         {"objective": {"bound": "dreg", "train_samples": 3}},
         {"objective": {"tc_scale": 5.0}},
         {"vae": HIERARCHY, "objective": {"free_nats": 0.1, "spectral_scale": 0.1}},
+        {"vae": CLASSES, "data": {"labels_per_class": 3}},
     ],
-    ids=["elbo", "two-static", "dreg", "factor", "hierarchical"],
+    ids=["elbo", "two-static", "dreg", "factor", "hierarchical", "classes"],
 )
-def test_a_run_resumes_to_the_bit(changes: dict[str, Any], bars: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_bit(
+    changes: dict[str, Any], bars: Path, classes: Path, tmp_path: Path
+) -> None:
+    images = classes if changes.get("vae") == CLASSES else bars
+
     def config(name: str) -> LikelihoodConfig:
-        return small_likelihood(bars, tmp_path / name, **changes)
+        return small_likelihood(images, tmp_path / name, **changes)
 
     train(LikelihoodTask(config("straight")))
     make = Updates.make
@@ -174,19 +191,26 @@ def test_a_run_resumes_to_the_bit(changes: dict[str, Any], bars: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective", [{"free_nats": 0.5}, {"tc_scale": 3.0, "tc_estimate": "minibatch"}]
+    "special",
+    [
+        {"objective": {"free_nats": 0.5}},
+        {"objective": {"tc_scale": 3.0, "tc_estimate": "minibatch"}},
+        {"vae": CLASSES, "objective": {"class_floor": 0.0}},
+    ],
+    ids=["free bits", "joined codes", "classes"],
 )
 def test_two_processes_equal_one_with_the_joined_batch(
-    objective: dict[str, Any], bars: Path, tmp_path: Path
+    special: dict[str, Any], bars: Path, classes: Path, tmp_path: Path
 ) -> None:
     """With free bits, whose floor is decided by the mean over ranks, and with the joined codes."""
     changes = {
         "data": {"binarize": "threshold"},
-        "objective": objective,
         "optimizer": {"learning_rate": 1e-4},
+        **special,
     }
-    train_fixed(small_likelihood(bars, tmp_path / "one", **changes))
-    config = small_likelihood(bars, tmp_path / "two", train_batch_size=4, **changes)
+    images = classes if "vae" in special else bars
+    train_fixed(small_likelihood(images, tmp_path / "one", **changes))
+    config = small_likelihood(images, tmp_path / "two", train_batch_size=4, **changes)
     write_config(config, tmp_path / "two.yaml")
     arguments = ["-m", "tests.tasks.likelihood.fixed_noise", str(tmp_path / "two.yaml")]
     finish(launch(arguments, processes=2))
@@ -480,3 +504,34 @@ def test_every_preset_is_for_this_command() -> None:
 
 def test_a_command_finds_the_task_by_its_config() -> None:
     assert run_of("vae_mnist", [], also=[])[0] is LikelihoodTask
+
+
+@pytest.mark.parametrize(
+    ("vae", "left_out"),
+    [
+        (
+            {"architecture": "dense", "latent_units": (4,), "hidden_channels": (24,)},
+            ("encoder.layers.0", "decoder.last"),
+        ),
+        (
+            {"architecture": "conv", "latent_units": (4,), "hidden_channels": (24,)},
+            ("encoder.blocks.0.first", "encoder.blocks.0.skip", "decoder.last"),
+        ),
+        (HIERARCHY, ("encoder.conv_in", "conv_out")),
+    ],
+    ids=["dense", "conv", "hierarchical"],
+)
+def test_muon_trains_the_matrices_inside(
+    vae: dict[str, Any], left_out: tuple[str, ...], bars: Path, tmp_path: Path
+) -> None:
+    changes = {"vae": vae, "optimizer": {"optimizer": "muon"}, "max_train_steps": 1}
+    task = LikelihoodTask(small_likelihood(bars, tmp_path / "run", **changes))
+    train(task)
+    groups = task.learners["model"].optimizer.param_groups
+    (trained,) = ({id(p) for p in g["params"]} for g in groups if g["muon"] is not None)
+    others = {
+        name.removesuffix(".weight")
+        for name, p in task.net.named_parameters()
+        if p.ndim > 1 and name.endswith(".weight") and id(p) not in trained
+    }
+    assert others == set(left_out) and trained

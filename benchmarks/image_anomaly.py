@@ -1,0 +1,262 @@
+"""Measure how well likelihoods under a VAE tell one kind of images from another.
+
+    python benchmarks/image_anomaly.py pairs --model runs/vae --background runs/vae-perturbed \
+        --normal cifar/validation.parquet --others mnist/test.parquet --out out
+
+    python benchmarks/image_anomaly.py classes --train mnist/train.parquet \
+        --test mnist/test.parquet --out out
+
+`pairs` scores the images of other data sets beside normal ones that the model did not see.
+`classes` leaves out one class after the other: it trains a VAE on all other classes, and scores
+test images of all classes. Both print the AUROC of the likelihood alone and of the corrected
+likelihoods. Finished runs are kept if you run the command again.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from tqdm import tqdm
+
+import latentvae
+from latentvae.anomaly.image_methods import ImageOptions, Likelihood
+from latentvae.cli.flags import exit_with, parse_options
+from latentvae.config.presets import load_preset
+from latentvae.data import BadImages, EvalTransform, ImageSource, PixelFormat, some_of
+from latentvae.data.split import Subset
+from latentvae.engine.loop import train
+from latentvae.errors import UserError
+from latentvae.latents.items import find_labels, open_items
+from latentvae.models.likelihood_models import find_likelihood_export
+from latentvae.tasks.likelihood.config import LikelihoodConfig
+from latentvae.tasks.likelihood.images import read_all
+from latentvae.tasks.likelihood.task import LikelihoodTask
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Compare data sets under a model that exists."""
+
+    model: Path
+    """Model or run of `latentvae train-vae`."""
+
+    normal: str
+    """Images of the kind that the model learned from, but not the same images."""
+
+    others: tuple[str, ...]
+    """Images of other kinds. They are resized to the images of the model."""
+
+    out: Path
+    """Folder for results.json."""
+
+    background: Path | None = None
+    """Model that was trained with --perturb_rate. Without it, there is no likelihood ratio."""
+
+    max_images: int = 1000
+    """Number of images of each data set."""
+
+    samples: int = 10
+    """Latent samples per image."""
+
+    def run(self) -> None:
+        """Score all images and print the table."""
+        scores = {
+            data: scores_of(
+                self.model,
+                self.background,
+                open_items(data, pixels=PixelFormat(channels_of(self.model))),
+                max_images=self.max_images,
+                samples=self.samples,
+            )
+            for data in (self.normal, *self.others)
+        }
+
+        # results
+        rows = [
+            {
+                "other": other,
+                "images": self.max_images,
+                **aurocs(scores[self.normal], scores[other]),
+            }
+            for other in self.others
+        ]
+        means = {
+            data: {name: float(values.mean()) for name, values in found.items()}
+            for data, found in scores.items()
+        }
+        write(self.out, {"rows": rows, "mean_scores": means})
+        for row in rows:
+            print(shown(row, "other"))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Leave out one class after the other."""
+
+    train: str
+    """Training images with classes."""
+
+    test: str
+    """Test images of the same classes."""
+
+    out: Path
+    """Folder for the runs and results.json."""
+
+    preset: str = "vae_mnist"
+    """Preset of the VAE."""
+
+    updates: int = 10000
+    """Length of each training."""
+
+    left_out: tuple[int, ...] = tuple(range(10))
+    """Numbers of the classes to leave out."""
+
+    max_images: int = 1000
+    """Number of test images."""
+
+    samples: int = 10
+    """Latent samples per image."""
+
+    perturb_rate: float = 0.2
+    """Share of random pixels in the training of the background models. 0 leaves them out."""
+
+    seed: int = 0
+    """Seed of the trainings."""
+
+    def run(self) -> None:
+        """Train, score and print the table."""
+        rows = []
+        for label in self.left_out:
+            model = self._trained(label, 0.0)
+            background = self._trained(label, self.perturb_rate) if self.perturb_rate else None
+            source, labels = labelled(self.test, channels_of(model))
+            picked = some_of(source, self.max_images)
+            found = scores_of(
+                model, background, picked, max_images=self.max_images, samples=self.samples
+            )
+            is_other = labels[picked.indices] == label
+            normal = {name: values[~is_other] for name, values in found.items()}
+            other = {name: values[is_other] for name, values in found.items()}
+            rows.append({"left_out": label, "images": int(is_other.sum()), **aurocs(normal, other)})
+            print(shown(rows[-1], "left_out"), flush=True)
+            write(self.out, {"rows": rows})
+        names = [n for n in ("none", "complexity", "ratio") if n in rows[0]]
+        print("mean " + ", ".join(f"{n} {np.mean([r[n] for r in rows]):.3f}" for n in names))
+
+    def _trained(self, label: int, perturb_rate: float) -> Path:
+        """Train without a class, unless the run exists, and return the run."""
+        folder = self.out / f"without-{label}{'-perturbed' if perturb_rate else ''}"
+        if find_likelihood_export(folder) is not None:
+            return folder
+        images = self.out / f"images-without-{label}"
+        if not images.is_dir():
+            write_others(self.train, images, label)
+        config = load_preset(self.preset, LikelihoodConfig, max_train_steps=self.updates)
+        run = {"output_dir": str(folder), "seed": self.seed, "log_steps": 1000}
+        run |= {"checkpointing_steps": self.updates, "validation_steps": self.updates}
+        data = {"train_data_dir": str(images), "perturb_rate": perturb_rate}
+        train(LikelihoodTask(config.with_changes({"data": data, "run": run})))
+        return folder
+
+
+def channels_of(model: Path) -> int:
+    """Return the number of image channels of a model."""
+    return latentvae.load(str(find_likelihood_export(model) or model)).image_channels
+
+
+def labelled(data: str, channels: int) -> tuple[ImageSource, np.ndarray]:
+    """Return images and the numbers of their classes."""
+    source = open_items(data, pixels=PixelFormat(channels))
+    found = find_labels(source, label_column=None)
+    if found is None:
+        raise UserError(f"'{data}' has no classes.")
+    return source, np.array(found.values)
+
+
+def write_others(data: str, folder: Path, label: int) -> None:
+    """Write the images of all other classes as PNG."""
+    source, labels = labelled(data, 1)
+    folder.mkdir(parents=True)
+    others = Subset(source, np.flatnonzero(labels != label).tolist())
+    for index in tqdm(range(len(others)), desc=f"images without class {label}"):
+        picture: Any = others.read(index)
+        picture.save(folder / f"{index:06d}.png", compress_level=1)
+
+
+def scores_of(
+    model: Path,
+    background: Path | None,
+    source: ImageSource,
+    *,
+    max_images: int,
+    samples: int,
+) -> dict[str, np.ndarray]:
+    """Return anomaly scores of images by correction, (N,), in nats."""
+    network = latentvae.load(str(find_likelihood_export(model) or model))
+    side = network.fixed_size or network.f
+    pixels, _ = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())
+    choices: dict[str, Any] = {"none": {}, "complexity": {"correction": "complexity"}}
+    if background is not None:
+        choices["ratio"] = {"correction": "ratio", "background": str(background)}
+    found = {}
+    for name, options in choices.items():
+        method = Likelihood(ImageOptions(samples=samples, **options))
+        parts = [method.score(network, batch).scores for batch in batches(pixels)]
+        found[name] = torch.cat(parts).numpy()
+    return found
+
+
+def batches(pixels: Tensor) -> Sequence[Tensor]:
+    """Return images in [-1, 1] in batches."""
+    return [part.float() / 127.5 - 1.0 for part in pixels.split(BATCH)]
+
+
+def aurocs(normal: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the AUROC of each score. 1 means that all other images have the larger scores."""
+    truth = np.repeat([0, 1], [len(normal["none"]), len(other["none"])])
+    return {
+        name: float(roc_auc_score(truth, np.concatenate([normal[name], other[name]])))
+        for name in normal
+    }
+
+
+def shown(row: dict[str, Any], key: str) -> str:
+    """Return a row of the table as text."""
+    values = [f"{n} {row[n]:.3f}" for n in ("none", "complexity", "ratio") if n in row]
+    return f"{row[key]}: AUROC {', '.join(values)}"
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+COMMANDS: dict[str, Any] = {"pairs": Pairs, "classes": Classes}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command that the first argument names."""
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in COMMANDS:
+        raise UserError(f"the command must be one of {', '.join(COMMANDS)} (got '{name}').")
+    parse_options(COMMANDS[name], arguments[1:], prog=f"image_anomaly.py {name}").run()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        exit_with(error)
