@@ -117,6 +117,19 @@ class Updates:
             for buffer in module.buffers(recurse=False)
         ]
 
+    @cached_property
+    def _parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each learner, found once."""
+        learners = self.training.task.learners
+        return {name: list(learner.module.parameters()) for name, learner in learners.items()}
+
+    @cached_property
+    def _averaged(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that each learner averages, found once."""
+        return {
+            name: list(self.training.averaged(name).parameters()) for name in self.training.averages
+        }
+
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
         """Seed the random generators, add the gradients of one batch, and return values to log.
 
@@ -143,7 +156,7 @@ class Updates:
             learners[name].optimizer.step()
         for name, average in self.training.averages.items():
             if name in learning:
-                average.step(self.training.averaged(name).parameters())
+                average.step(self._averaged[name])
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -157,10 +170,8 @@ class Updates:
     def _clip(self, learning: Sequence[str]) -> dict[str, Tensor]:
         """Clip the gradients. Return their norms before clipping, by log name."""
         largest = self.training.config.optimizer.max_grad_norm
-        learners = self.training.task.learners
         return {
-            f"grad/{name}": clip_gradients(learners[name].module.parameters(), largest)
-            for name in learning
+            f"grad/{name}": clip_gradients(self._parameters[name], largest) for name in learning
         }
 
     def _verdict(self, norms: dict[str, Tensor], measured: Tensor) -> tuple[bool, int, list[float]]:
