@@ -1,4 +1,4 @@
-"""Compare whole trainings with pythae: which reaches a bound of the likelihood first?
+"""Compare whole trainings with pythae by the time to a bound of the likelihood.
 
     pip install --no-deps --target peers pythae==0.1.2
     PYTHONPATH=peers python benchmarks/vae_trainers.py --data mnist/test.parquet --out out
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,9 @@ def measure(net: VectorVAE, task: LikelihoodTask, samples: int) -> float:
         torch.manual_seed(0)
         count = len(task.validation_pixels)
         parts = [
-            bounds_of(net, task.validation_batch(range(start, min(start + BATCH, count))), samples=samples)
+            bounds_of(
+                net, task.validation_batch(range(start, min(start + BATCH, count))), samples=samples
+            )
             for start in range(0, count, BATCH)
         ]
     net.train()
@@ -243,7 +246,7 @@ def ours_of(model: Any) -> VectorVAE:
 
 def seconds_to(curve: Sequence[tuple[float, float]], bound: float) -> float | None:
     """Return the CPU seconds at which the bound is reached, interpolated, or None."""
-    for (early, above), (late, nats) in zip(curve, curve[1:], strict=False):
+    for (early, above), (late, nats) in pairwise(curve):
         if nats <= bound:
             return float(np.interp(bound, [nats, above], [late, early]))
     return None
@@ -256,7 +259,9 @@ def shown(row: dict[str, Any]) -> str:
         f"{row['last'][name][1]:.2f} nats after {row['last'][name][0]:.1f} s)"
         for name, value in row["seconds"].items()
     ]
-    return f"{row['samples']} samples, seed {row['seed']}, {row['bound']:g} nats: {'; '.join(parts)}"
+    return (
+        f"{row['samples']} samples, seed {row['seed']}, {row['bound']:g} nats: {'; '.join(parts)}"
+    )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Reconstruction:
         self.lpips = None if distance == "l1" else PerceptualLoss(load_lpips("alex"))
 
     def fit(self, latents: Tensor) -> Self:
-        """Learn nothing."""
+        """Do nothing, because this way to score has nothing to learn."""
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
@@ -95,11 +95,11 @@ class Reconstruction:
             return Scored(lpips(images, recon), lpips.maps(images, recon))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: this method learns nothing."""
+        """Return an empty dict: this way to score has nothing to learn."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Restore nothing."""
+        """Do nothing, because there is nothing to restore."""
         return self
 
 
@@ -227,7 +227,7 @@ class Likelihood:
             self.background, _ = load_likelihood_net(options.background)
 
     def fit(self, latents: Tensor) -> Self:
-        """Learn nothing."""
+        """Do nothing, because this way to score has nothing to learn."""
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
@@ -253,11 +253,11 @@ class Likelihood:
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: this method learns nothing."""
+        """Return an empty dict: this way to score has nothing to learn."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Restore nothing."""
+        """Do nothing, because there is nothing to restore."""
         return self
 
 

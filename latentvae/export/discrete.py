@@ -94,13 +94,16 @@ class TokenizerReport:
         lines = [
             f"{self.quantizer}: {self.size}",
             f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before "
-            f"quantisation, on {self.num_images} images. A frozen encoder keeps the base's)",
+            f"quantisation, on {self.num_images} images. With a frozen encoder, it is the value of "
+            "the pretrained model)",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
-            f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices equal, "
+            f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices are "
+            "the same, "
             + (
-                "images of equal indices equal to rounding"
+                "and images of the same indices are equal except for rounding"
                 if self.unit_range
-                else f"{self.ties} ties, images of equal indices equal, bit for bit"
+                else f"{self.ties} features have two codes at the same distance, and images of the "
+                "same indices are equal, bit for bit"
             ),
         ]
 

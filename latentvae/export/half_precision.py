@@ -83,7 +83,11 @@ class HalfPrecision:
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
-        close = "not finite" if math.isnan(self.psnr) else f"{self.psnr:.1f} dB from float32's"
+        close = (
+            "not finite"
+            if math.isnan(self.psnr)
+            else f"with a PSNR of {self.psnr:.1f} dB to float32's"
+        )
         if self.flipped and not math.isnan(self.psnr):
             cost = f"{self.psnr_cost:.2f} dB worse against the images"
             close += f", because {self.flipped:.2%} of the indices differ: {cost}"

@@ -58,7 +58,7 @@ class ActiveUnits:
             self._moments.load_state_dict({"count": counts[0], "mean": mean, "scatter": squares})
 
     def add(self, mean: Tensor) -> None:
-        """Add the posterior means of a batch, (B, d, h, w)."""
+        """Add the posterior means of a batch, (B, d, h, w), to the moments of the window."""
         self._moments.update(mean, axis=1)
 
     def count(self) -> int | None:

@@ -143,7 +143,7 @@ def _precision(verdict: dict[str, Any] | None) -> str:
         return ABSENT
     if not verdict["finite"]:
         return "overflows"
-    close = f"{float(verdict['psnr']):.1f} dB from float32's"
+    close = f"PSNR {float(verdict['psnr']):.1f} dB to float32's"
     return f"{'safe' if verdict['safe'] else 'not safe'}, {close}"
 
 

@@ -251,7 +251,7 @@ def test_other_codes_that_are_worse_are_not_safe(two_codes) -> None:
 def test_codes_that_stay_are_safe(two_codes) -> None:
     result = check_half_precision(two_codes, torch.full((1, 3, 8, 8), 0.3))
     assert (result.flipped, result.psnr, result.safe) == (0.0, math.inf, True)
-    assert str(result).endswith("reconstruction inf dB from float32's")
+    assert str(result).endswith("reconstruction with a PSNR of inf dB to float32's")
 
 
 @pytest.mark.parametrize(

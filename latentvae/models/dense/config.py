@@ -113,8 +113,10 @@ class ClassVAEConfig(VAEConfig):
         ge=0,
         description="Number of classes. 0 means the number of classes of the training images.",
     )
-    latent_units: tuple[Positive] = Field(default=(50,), description="Size of the latent vector.")
-    hidden_channels: tuple[Positive] = Field(
+    latent_units: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1)] = Field(
+        default=(50,), description="Size of the latent vector."
+    )
+    hidden_channels: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1)] = Field(
         default=(500,), description="Width of the dense layers."
     )
     hidden_layers: Positive = Field(

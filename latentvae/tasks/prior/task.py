@@ -210,9 +210,9 @@ class PriorTask(GeneratorTask):
 
         Args:
             batch: rows of the table.
-            table: the table, which has the captions.
-            encode: return the states of the text (`Text`). Otherwise return its `Words`, from
-                which a text encoder can learn.
+            table: the table of tokens and captions that the batch comes from.
+            encode: return the hidden states that the text encoder computes from the captions
+                (`Text`). Otherwise return the captions as `Words`, from which it can learn.
         """
         indices = batch.indices.to(self.device)
         if self.condition != "text":
@@ -286,7 +286,7 @@ class PriorTask(GeneratorTask):
 
     @cached_property
     def _other_captions(self) -> dict[str, str]:
-        """A wrong caption for each caption of validation: the one half of all captions away."""
+        """A wrong caption for each validation caption: the one that is half the list further on."""
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 

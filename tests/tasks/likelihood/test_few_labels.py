@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentvae.cli.main import main
+from latentvae.cli.main import main, run_of
 from latentvae.config.presets import load_preset
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import train
@@ -111,6 +111,13 @@ def test_options_that_do_not_fit_are_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=said):
         small_likelihood(images, tmp_path / "run", **changes)
+
+
+def test_sizes_are_given_on_the_command_line() -> None:
+    flags = ["--train_data_dir", "x", "--latent_units", "7", "--hidden_channels", "30"]
+    _, config = run_of("m2_mnist", flags, also=[])
+    net: Any = config.vae.model_copy(update={"num_classes": 2}).build((1, 8, 8))
+    assert net.latent_units == 7 and net.from_image.out_features == 30
 
 
 def test_images_without_classes_are_refused(tmp_path: Path) -> None:
