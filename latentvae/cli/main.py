@@ -190,7 +190,11 @@ class Compare:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's newest checkpoint as a diffusers folder, with measured scaling and shift."""
+    """Write a run's newest checkpoint as a diffusers folder.
+
+    The run may be of any kind of training, and it may still be going on. For an autoencoder, the
+    command measures scaling and shift of the latents. The data of the run must still exist.
+    """
 
     folder: Annotated[Path, Positional]
     """Folder of a training run."""
@@ -218,14 +222,46 @@ class Export:
 
     def run(self) -> None:
         """Write the diffusers folder, and upload it if `push_to_hub` is set."""
+        from latentvae.cli.trainings import TRAININGS, training_of
         from latentvae.engine.publishing import UploadError
         from latentvae.tasks.autoencoder.run_export import export_folder
 
+        config = self.folder / "config.yaml"
+        training = training_of(str(config)) if config.is_file() else TRAININGS["train"]
         try:
-            export_folder(**vars(self))
+            if training is TRAININGS["train"]:
+                export_folder(**vars(self))
+            else:
+                self._export(training.task())
         except UploadError as error:
             say_once(f"error: {error}")
             raise SystemExit(1) from None
+
+    def _export(self, kind: "type[Task]") -> None:
+        """Export a run that trains something else than an autoencoder."""
+        from latentvae.engine.finished_export import export_checkpoint
+        from latentvae.engine.publishing import check_push, push_export, repository
+        from latentvae.engine.resume import read_config
+
+        # checks
+        if self.lookup_from_codebook:
+            raise UserError(
+                f"lookup_from_codebook needs a tokenizer, but '{self.folder}' is a run of another "
+                "kind. Leave it out."
+            )
+        if self.out.exists() and not self.overwrite:
+            raise UserError(f"'{self.out}' exists. Give another folder, or --overwrite.")
+        name = repository(self.hub_model_id, self.folder) if self.push_to_hub else ""
+        if self.push_to_hub:
+            check_push(name, private=self.hub_private_repo)
+
+        # export and upload
+        task = kind(read_config(self.folder / "config.yaml", kind.config_class))
+        update = export_checkpoint(task, self.folder, self.out)
+        print(f"exported update {update:,}: {self.out}")
+        if self.push_to_hub:
+            message = f"{task.title} after update {update:,}"
+            push_export(self.out, repo_id=name, private=self.hub_private_repo, message=message)
 
 
 @dataclass(frozen=True)

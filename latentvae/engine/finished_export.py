@@ -1,10 +1,14 @@
-"""Export a finished run once, and record the export in the log."""
+"""Export a finished run once, and record the export in the log. Or export a checkpoint."""
 
 from pathlib import Path
 
+from latentvae.engine.checkpoint_content import restore
+from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable
 from latentvae.engine.log import append_row, read_rows
+from latentvae.engine.processes import end_accelerator, start_accelerator
 from latentvae.engine.task import Task
-from latentvae.engine.training import Training
+from latentvae.engine.training import Training, build_training
+from latentvae.errors import UserError
 
 
 def export(training: Training) -> Path:
@@ -28,3 +32,34 @@ def is_exported(task: Task, folder: Path, *, update: int) -> bool:
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())
     return bool(same) and task.has_export(folder / "export")
+
+
+def export_checkpoint(task: Task, folder: Path, out: Path) -> int:
+    """Export the newest usable checkpoint of a run, and return its number of updates.
+
+    The data of the run must still exist. Nothing in the run's folder changes.
+
+    Args:
+        task: the task with the options of the run, not opened.
+        folder: the run's folder.
+        out: the export's folder. An export that is there is replaced.
+
+    Raises:
+        UserError: there is no checkpoint that can be used, or the data are not there any more.
+    """
+    checkpoint, faults = newest_usable(folder)
+    if checkpoint is None:
+        reasons = "".join(f". {fault}" for fault in faults)
+        raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
+    task.check()
+    task.open()
+    accelerator = start_accelerator(task.config.run, folder)
+    try:
+        training = build_training(task, folder=folder, accelerator=accelerator, resumed=True)
+        restore(training, load_checkpoint(checkpoint))
+        update = training.progress.update
+        with training.evaluating():
+            task.export(out, update=update, folder=folder)
+    finally:
+        end_accelerator(accelerator)
+    return update

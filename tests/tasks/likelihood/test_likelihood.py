@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -535,3 +536,35 @@ def test_muon_trains_the_matrices_inside(
         if p.ndim > 1 and name.endswith(".weight") and id(p) not in trained
     }
     assert others == set(left_out) and trained
+
+
+def test_a_run_that_was_stopped_is_exported(bars: Path, tmp_path: Path) -> None:
+    """`latentvae export` writes the newest checkpoint, with averaged weights, of any training."""
+    config = small_likelihood(bars, tmp_path / "run", max_train_steps=4, checkpointing_steps=4)
+    train(LikelihoodTask(config))
+    shutil.move(tmp_path / "run" / "export", tmp_path / "expected")
+    before = sorted((tmp_path / "run").rglob("*"))
+    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    found, expected = (load_likelihood_net(tmp_path / n)[0] for n in ("out", "expected"))
+    weights = expected.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+    command = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(command)  # it exists
+    main([*command, "--overwrite"])
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "export",
+                str(tmp_path / "run"),
+                "--out",
+                str(tmp_path / "o"),
+                "--lookup_from_codebook",
+            ]
+        )
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
