@@ -13,6 +13,7 @@ likelihoods. Finished runs are kept if you run the command again.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Pairs:
                 open_items(data, pixels=PixelFormat(channels_of(self.model))),
                 max_images=self.max_images,
                 samples=self.samples,
-            )
+            )[0]
             for data in (self.normal, *self.others)
         }
 
@@ -84,7 +85,7 @@ class Pairs:
         rows = [
             {
                 "other": other,
-                "images": self.max_images,
+                "images": len(scores[other]["none"]),
                 **aurocs(scores[self.normal], scores[other]),
             }
             for other in self.others
@@ -140,10 +141,10 @@ class Classes:
             background = self._trained(label, self.perturb_rate) if self.perturb_rate else None
             source, labels = labelled(self.test, channels_of(model))
             picked = some_of(source, self.max_images)
-            found = scores_of(
+            found, kept = scores_of(
                 model, background, picked, max_images=self.max_images, samples=self.samples
             )
-            is_other = labels[picked.indices] == label
+            is_other = labels[np.array(picked.indices)[kept]] == label
             normal = {name: values[~is_other] for name, values in found.items()}
             other = {name: values[is_other] for name, values in found.items()}
             rows.append({"left_out": label, "images": int(is_other.sum()), **aurocs(normal, other)})
@@ -185,11 +186,14 @@ def labelled(data: str, channels: int) -> tuple[ImageSource, np.ndarray]:
 def write_others(data: str, folder: Path, label: int) -> None:
     """Write the images of all other classes as PNG."""
     source, labels = labelled(data, 1)
-    folder.mkdir(parents=True)
+    unfinished = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     others = Subset(source, np.flatnonzero(labels != label).tolist())
     for index in tqdm(range(len(others)), desc=f"images without class {label}"):
         picture: Any = others.read(index)
-        picture.save(folder / f"{index:06d}.png", compress_level=1)
+        picture.save(unfinished / f"{index:06d}.png", compress_level=1)
+    unfinished.rename(folder)
 
 
 def scores_of(
@@ -199,11 +203,11 @@ def scores_of(
     *,
     max_images: int,
     samples: int,
-) -> dict[str, np.ndarray]:
-    """Return anomaly scores of images by correction, (N,), in nats."""
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Return anomaly scores by correction, (N,), in nats, and the numbers of the images."""
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f
-    pixels, _ = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())
+    pixels, kept = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())
     choices: dict[str, Any] = {"none": {}, "complexity": {"correction": "complexity"}}
     if background is not None:
         choices["ratio"] = {"correction": "ratio", "background": str(background)}
@@ -212,7 +216,7 @@ def scores_of(
         method = Likelihood(ImageOptions(samples=samples, **options))
         parts = [method.score(network, batch).scores for batch in batches(pixels)]
         found[name] = torch.cat(parts).numpy()
-    return found
+    return found, kept
 
 
 def batches(pixels: Tensor) -> Sequence[Tensor]:

@@ -52,7 +52,7 @@ ALLOWED = {
     "evaluation": BASE
     | {"losses", "metrics", "data", "pictures", "models", "compute", "coding", "latents", "export"}
     | {"autoencoder", "report"},
-    "anomaly": BASE | {"data", "losses", "models", "pictures", "autoencoder"},
+    "anomaly": BASE | {"data", "losses", "models", "compute", "pictures", "autoencoder"},
     "reconstruct": BASE
     | {"losses", "metrics", "data", "pictures", "models", "compute", "autoencoder"},
     "engine": BASE | {"data", "config", "compute", "export"},

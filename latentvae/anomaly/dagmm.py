@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from latentvae.anomaly.checks import check_range
+from latentvae.anomaly.checks import check_choice, check_range
 from latentvae.anomaly.dagmm_network import DAGMMNetwork
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.mixture import Mixture, check_rows_for_components, fit_mixture
@@ -71,6 +71,8 @@ class DAGMM(Detector):
         epochs: passes over the training rows.
         batch_size: largest number of rows of an update.
         learning_rate: learning rate of Adam.
+        schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0.
+            Then the result depends less on the seed.
         scaling: "standard" (mean 0, variance 1), "minmax" ([0, 1]) or "none", from training rows.
         constant_columns: "error", or "keep" to allow columns with one value in the training rows.
         false_alarm_rate: share of clean rows that the threshold may flag.
@@ -96,6 +98,7 @@ class DAGMM(Detector):
         epochs: int = 200,
         batch_size: int = 1024,
         learning_rate: float = 1e-4,
+        schedule: str = "constant",
         scaling: str = "minmax",
         constant_columns: str = "error",
         false_alarm_rate: float = 0.01,
@@ -113,6 +116,7 @@ class DAGMM(Detector):
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.schedule = schedule
 
         self.scaling = scaling
         self.constant_columns = constant_columns
@@ -136,6 +140,7 @@ class DAGMM(Detector):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 generator=generator,
+                cosine=self.schedule == "cosine",
             )
 
         # The mixture of all training rows replaces those of the batches.
@@ -176,6 +181,7 @@ class DAGMM(Detector):
             check_range(name, getattr(self, name), low=0, open_low=True)
         for name in ("energy_weight", "diagonal_weight"):
             check_range(name, getattr(self, name), low=0)
+        check_choice("schedule", self.schedule, ("constant", "cosine"))
         check_range("dropout", self.dropout, low=0, high=0.95)
         check_rows_for_components(num_rows, self.num_components)
 

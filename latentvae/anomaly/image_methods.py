@@ -11,7 +11,8 @@ Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,10 +22,17 @@ from latentvae.anomaly.corrections import input_complexity, likelihood_ratio, lo
 from latentvae.anomaly.latent_density import LatentDensity
 from latentvae.anomaly.training import part_of
 from latentvae.autoencoder import Autoencoder
+from latentvae.compute.precision import full_float32
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models.bound import LikelihoodNet
-from latentvae.models.likelihood_models import likelihood_net_of, load_likelihood_net
+from latentvae.models.likelihood_models import (
+    ImagesOfModel,
+    find_likelihood_export,
+    likelihood_net_of,
+    load_likelihood_net,
+    read_images_file,
+)
 
 MAX_POSITIONS = 20_000  # latent vectors that the local density of `latent_density` learns from
 
@@ -215,7 +223,7 @@ class Likelihood:
 
     def __init__(self, options: ImageOptions) -> None:
         self.options = options
-        self.background: LikelihoodNet | None = None
+        self.background: tuple[Any, ImagesOfModel] | None = None
         if (options.correction == "ratio") != (options.background is not None):
             raise UserError(
                 "correction ratio and background belong together. Give both or none (got "
@@ -224,41 +232,90 @@ class Likelihood:
         if options.samples < 1:
             raise UserError(f"samples must be at least 1 (got {options.samples}).")
         if options.background is not None:
-            self.background, _ = load_likelihood_net(options.background)
+            self.background = load_likelihood_net(options.background)
 
     def fit(self, latents: Tensor) -> Self:
         """Do nothing, because this way to score has nothing to learn."""
         return self
 
+    @full_float32()
+    @torch.no_grad()
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the negative corrected log-likelihood of each image, and errors of its pixels."""
-        net = likelihood_net_of(model.net, name=model.name)
-        images = net.pixels.rounded(images).to(model.net.device)
+        """Return the negative corrected log-likelihood of each image, and errors of its pixels.
+
+        Raises:
+            UserError: the model has no likelihood, or the background model is of another kind.
+        """
+        net, about = likelihood_net_of(model.net, name=model.name), images_of(model)
+        images = self._as_expected(net, about, images.to(model.net.device))
         nats = self._log_likelihood(net, images)
         if self.background is not None:
-            nats = likelihood_ratio(nats, self._log_likelihood(self.background, images))
+            other = self.background[0].to(model.net.device)
+            self._check_background(net, about)
+            nats = likelihood_ratio(nats, self._log_likelihood(other, images))
         elif self.options.correction == "complexity":
             nats = input_complexity(nats, lossless_bits(images.cpu()))
         maps = (net.reconstruct(images) - images).abs().mean(dim=1)
         return Scored(-torch.as_tensor(nats), maps.float())
 
-    @torch.no_grad()
+    def _as_expected(self, net: LikelihoodNet, about: ImagesOfModel, images: Tensor) -> Tensor:
+        """Return images of values that the model knows. The same draws make each image binary."""
+        if about.binarize != "static":
+            return net.pixels.rounded(images)
+        draws = torch.Generator().manual_seed(self.options.seed)
+        levels = torch.rand(images.shape[1:], generator=draws).to(images.device)
+        return torch.where(levels < (images + 1.0) / 2.0, 1.0, -1.0)
+
+    def _check_background(self, net: LikelihoodNet, about: ImagesOfModel) -> None:
+        assert self.background is not None
+        other, expected = self.background
+        same = type(other.pixels) is type(net.pixels) and expected.binarize == about.binarize
+        if not same or other.image_shape != net.image_shape:
+            raise UserError(
+                f"the background model '{self.options.background}' has another likelihood, binary "
+                "images or image size than the model. Train it with the same options, and "
+                "--perturb_rate."
+            )
+
     def _log_likelihood(self, net: LikelihoodNet, images: Tensor) -> Tensor:
         """Return the bound of each image, (B,). All images get the same draws."""
         bounds = []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
             for image in images:
                 torch.manual_seed(self.options.seed)
                 bounds.append(net(image[None], samples=self.options.samples).importance())
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return an empty dict: this way to score has nothing to learn."""
-        return {}
+        """Return the weights' sums of the background model, so that a change is noticed."""
+        if self.background is None:
+            return {}
+        return {"background": fingerprint(self.background[0])}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Do nothing, because there is nothing to restore."""
+        """Check that the background model is that of the fit.
+
+        Raises:
+            UserError: it has other weights.
+        """
+        if self.background is not None:
+            if not torch.equal(tensors["background"], fingerprint(self.background[0])):
+                raise UserError(
+                    f"the background model '{self.options.background}' has other weights than in "
+                    "the fit. Run the fit again."
+                )
         return self
+
+
+def images_of(model: Autoencoder) -> ImagesOfModel:
+    """Return what a model with a likelihood expects of its images."""
+    folder = find_likelihood_export(Path(model.path)) if model.path else None
+    return ImagesOfModel() if folder is None else read_images_file(folder)
+
+
+def fingerprint(net: Any) -> Tensor:
+    """Return the sum of absolute values of each weight, float64."""
+    return torch.stack([value.double().abs().sum().cpu() for value in net.state_dict().values()])
 
 
 METHODS: dict[str, Callable[[ImageOptions], ImageMethod]] = {

@@ -19,6 +19,7 @@ from latentvae.anomaly.image_methods import (
     ImageMethod,
     ImageOptions,
     Scored,
+    images_of,
 )
 from latentvae.anomaly.image_sheet import colour_scale, heat_sample, sheet, write_heat_map
 from latentvae.anomaly.results import Results, check_both_classes, held_out
@@ -47,10 +48,10 @@ class Pictures:
                 f"resolution must be a multiple of {model.f}, the downsampling factor of "
                 f"'{model.name}' (got {resolution})."
             )
-        channels = model.image_channels
-        pixels = PixelFormat(channels, keep_depth=channels != 3)
+        channels, about = model.image_channels, images_of(model)
+        pixels = PixelFormat(channels, about.value_range, keep_depth=channels != 3)
         self.source = ImageFolder(folder, pixels=pixels)
-        self.transform = EvalTransform(resolution)
+        self.transform = EvalTransform(resolution, interpolation=about.image_interpolation_mode)
         self.left_out: list[str] = []
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[str], Tensor]]:
@@ -91,7 +92,8 @@ def fit_images(
         method: a key of `image_methods.METHODS`.
         resolution: side in pixels. None takes the only size of the model, or 128.
         options: options of the method. Their seed also decides the held-out images.
-        held_out_share: share of the clean images that only set the threshold.
+        held_out_share: share of the clean images that only set the threshold. A method that learns
+            nothing takes all of them for that.
         false_alarm_rate: share of clean images that may be flagged.
 
     Raises:
@@ -103,7 +105,10 @@ def fit_images(
     options = options or ImageOptions()
     side = resolution or network.fixed_size or DEFAULT_SIDE
     pictures = Pictures(data, network, side)
-    train, clean = held_out(len(pictures.source), held_out_share, options.seed)
+    if method in LEARN_NOTHING:
+        train, clean = [], list(range(len(pictures.source)))
+    else:
+        train, clean = held_out(len(pictures.source), held_out_share, options.seed)
 
     # fit
     fitted = METHODS[method](options)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from latentvae.errors import UserError
 
@@ -33,6 +34,7 @@ def train_network(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
+    cosine: bool = False,
 ) -> list[float]:
     """Train by Adam in float32. Return the mean loss of each epoch.
 
@@ -47,6 +49,7 @@ def train_network(
         batch_size: largest number of rows of a batch.
         learning_rate: Adam's learning rate.
         generator: draws the order of the rows.
+        cosine: let the learning rate fall to 0 along half a cosine.
 
     Raises:
         UserError: the loss becomes NaN or infinite.
@@ -54,6 +57,7 @@ def train_network(
     data = torch.from_numpy(rows).float()
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, fused=True)
     batches = math.ceil(len(data) / batch_size)
+    falling = CosineAnnealingLR(optimizer, epochs * batches) if cosine else None
     network.train()
 
     means = []
@@ -67,6 +71,8 @@ def train_network(
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
+            if falling is not None:
+                falling.step()
             total += value.detach() / batches
 
         means.append(total.item())

@@ -55,8 +55,8 @@ class AnomalyFit:
     """For `latent_density`: a Gaussian mixture, or the distance to the nearest clean items."""
 
     correction: Literal["none", "complexity", "ratio"] = "none"
-    """For `likelihood`: correct the likelihood for what any model can explain. `complexity`
-    subtracts the size of the image as PNG, `ratio` the likelihood under --background."""
+    """For `likelihood`: correct the score, -ln p(x), for what any model can explain. `complexity`
+    subtracts the size of the image as PNG, and `ratio` subtracts the score under --background."""
 
     background: str | None = None
     """For `--correction ratio`: a model that `latentvae train-vae --perturb_rate 0.2` trained."""
@@ -104,6 +104,8 @@ class AnomalyFit:
         method = self._method(TABLE_METHODS, default="vae", kind="a table")
         if self.model is not None:
             raise UserError(f"--model is for folders of images, but '{self.data}' is a file.")
+        if self.correction != "none" or self.background is not None:
+            raise UserError("--correction and --background are for images. Leave them out.")
         fit_table(
             self.data,
             self.out,
@@ -146,6 +148,11 @@ class AnomalyFit:
             )
         if self.epochs is not None or self.labels is not None or self.drop:
             raise UserError("--epochs, --labels and --drop are for tables. Leave them out.")
+        if method != "likelihood" and (self.correction != "none" or self.background is not None):
+            raise UserError(
+                f"--correction and --background are for --method likelihood (got {method}). Give "
+                "it, or leave them out."
+            )
         fit_images(
             self.data,
             self.out,

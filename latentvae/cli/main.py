@@ -242,6 +242,7 @@ class Export:
         from latentvae.engine.finished_export import export_checkpoint
         from latentvae.engine.publishing import check_push, push_export, repository
         from latentvae.engine.resume import read_config
+        from latentvae.export.export_folder import check_folder
 
         # checks
         if self.lookup_from_codebook:
@@ -249,8 +250,7 @@ class Export:
                 f"lookup_from_codebook needs a tokenizer, but '{self.folder}' is a run of another "
                 "kind. Leave it out."
             )
-        if self.out.exists() and not self.overwrite:
-            raise UserError(f"'{self.out}' exists. Give another folder, or --overwrite.")
+        check_folder(self.out, overwrite=self.overwrite)
         name = repository(self.hub_model_id, self.folder) if self.push_to_hub else ""
         if self.push_to_hub:
             check_push(name, private=self.hub_private_repo)

@@ -100,6 +100,30 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     return values.windows[rank()]
 
 
+def load_for_export(training: Training, snapshot: Snapshot) -> None:
+    """Load the weights of a snapshot, their averages and the values of the task.
+
+    Nothing else is loaded, so the number of processes, the precision and the data may differ from
+    those of the run.
+
+    Raises:
+        UserError: the snapshot is of another network, or no run has written it.
+    """
+    values = checked_values(SavedValues, snapshot.values)
+    task, tensors = training.task, snapshot.tensors
+    state = checked_values(task.state_class, values.task)
+    _check_tensors(training, tensors, values)
+
+    for name, learner in task.learners.items():
+        load_weights(learner.module, tensors[name])
+    for name in training.averages:
+        for key, shadow in _average_tensors(training, name).items():
+            shadow.copy_(tensors[f"{name}_average"][key])
+    task.load_tensors({name: tensors[name] for name in task.tensors()})
+    task.load_state(state, update=values.progress.update)
+    training.progress = values.progress
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a checkpoint's weights into a module.
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from latentvae.engine.checkpoint_content import restore
+from latentvae.engine.checkpoint_content import load_for_export
 from latentvae.engine.checkpoint_files import load_checkpoint, newest_usable
 from latentvae.engine.log import append_row, read_rows
 from latentvae.engine.processes import end_accelerator, start_accelerator
@@ -37,7 +37,8 @@ def is_exported(task: Task, folder: Path, *, update: int) -> bool:
 def export_checkpoint(task: Task, folder: Path, out: Path) -> int:
     """Export the newest usable checkpoint of a run, and return its number of updates.
 
-    The data of the run must still exist. Nothing in the run's folder changes.
+    The data of the run must still exist. Nothing in the run's folder changes. The run may have had
+    another precision and another number of processes.
 
     Args:
         task: the task with the options of the run, not opened.
@@ -51,12 +52,15 @@ def export_checkpoint(task: Task, folder: Path, out: Path) -> int:
     if checkpoint is None:
         reasons = "".join(f". {fault}" for fault in faults)
         raise UserError(f"'{folder}' has no checkpoint that can be used{reasons}")
+
+    # the task, in full precision
+    task.config = task.config.with_changes({"run": {"mixed_precision": "no"}})
     task.check()
     task.open()
     accelerator = start_accelerator(task.config.run, folder)
     try:
         training = build_training(task, folder=folder, accelerator=accelerator, resumed=True)
-        restore(training, load_checkpoint(checkpoint))
+        load_for_export(training, load_checkpoint(checkpoint))
         update = training.progress.update
         with training.evaluating():
             task.export(out, update=update, folder=folder)

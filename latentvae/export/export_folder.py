@@ -27,6 +27,22 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
 
 
 def is_export(folder: Path) -> bool:
+    """Return whether a folder holds an export: an autoencoder, or anything with our model card."""
+    return _has_card(folder) or _is_autoencoder(folder)
+
+
+def _has_card(folder: Path) -> bool:
+    """Return whether a folder holds a network or a pipeline with a model card of latentvae."""
+    if not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
+        return False
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1:2]
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(head) and "latentvae" in head[0]
+
+
+def _is_autoencoder(folder: Path) -> bool:
     """Return whether a folder's config.json names a class of network that latentvae exports."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

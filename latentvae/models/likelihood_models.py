@@ -89,11 +89,19 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
             "train-vae`, or the folder `export` in it."
         )
     net = LIKELIHOOD_NETWORKS[_class_name(folder)].from_pretrained(folder, use_safetensors=True)
+    return net.eval(), read_images_file(folder)
+
+
+def read_images_file(folder: Path) -> ImagesOfModel:
+    """Return what the network in an export expects of its images.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
-        about = ImagesOfModel.model_validate_json((folder / IMAGES_NAME).read_text("utf-8"))
+        return ImagesOfModel.model_validate_json((folder / IMAGES_NAME).read_text("utf-8"))
     except (OSError, ValidationError) as error:
         raise UserError(f"'{folder / IMAGES_NAME}' cannot be read ({error}).") from error
-    return net.eval(), about
 
 
 def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:

@@ -13,24 +13,29 @@ import latentvae
 from latentvae.anomaly.corrections import lossless_bits
 from latentvae.anomaly.image_methods import ImageOptions, Likelihood
 from latentvae.cli.main import main
+from latentvae.data import Batch
+from latentvae.engine.loop import train
 from latentvae.errors import UserError
 from latentvae.models.dense.network import VectorVAE
 from latentvae.models.likelihood_models import ImagesOfModel, write_images_file
 from latentvae.tasks.likelihood.images import perturbed
+from latentvae.tasks.likelihood.task import LikelihoodTask
 from tests import tiny
+from tests.tasks.likelihood.small import small_likelihood, write_bars
 
 SIDE = 8
+pytestmark = pytest.mark.usefixtures("own_accelerate")
 
 
-def write_vae(folder: Path, *, scale: float) -> Path:
+def write_vae(folder: Path, *, scale: float, side: int = SIDE) -> Path:
     """Save a VAE of grey images that predicts mid-grey with the given scale of its pixels."""
     torch.manual_seed(0)
-    shape = {"image_channels": 1, "image_height": SIDE, "image_width": SIDE}
+    shape = {"image_channels": 1, "image_height": side, "image_width": side}
     size = {"latent_units": (2,), "hidden_channels": (8,)}
     net = VectorVAE(**shape, **size, likelihood="discretized_logistic")
     with torch.no_grad():
         net.decoder.last.weight.mul_(0.01)
-        location, log_scale = net.decoder.last.bias.view(2, SIDE, SIDE)
+        location, log_scale = net.decoder.last.bias.view(2, side, side)
         location.zero_()
         log_scale.fill_(math.log(scale))
     net.save_pretrained(folder)
@@ -122,8 +127,32 @@ def test_wrong_models_are_one_sentence(model: Path, tmp_path: Path) -> None:
         Likelihood(ImageOptions(correction="ratio"))
     with pytest.raises(UserError, match="Give both or none"):
         Likelihood(ImageOptions(background=str(model)))
+    small = write_vae(tmp_path / "small", scale=0.1, side=4)
+    options = ImageOptions(correction="ratio", background=str(small))
+    with pytest.raises(UserError, match="has another likelihood, binary images or image size"):
+        Likelihood(options).score(latentvae.load(model), some_images())
+    fitted = Likelihood(ImageOptions(correction="ratio", background=str(model)))
+    other = Likelihood(options)
+    with pytest.raises(UserError, match="has other weights than in the fit"):
+        other.restore(fitted.tensors())
     with pytest.raises(UserError, match="samples must be at least 1"):
         Likelihood(ImageOptions(samples=0))
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic", "static", "threshold"])
+def test_perturbed_images_have_the_values_of_the_likelihood(binarize: str, tmp_path: Path) -> None:
+    bars = write_bars(tmp_path / "bars", count=20)
+    data = {"binarize": binarize, "perturb_rate": 0.5}
+    vae = {"likelihood": "bernoulli" if binarize != "none" else "discretized_logistic"}
+    config = small_likelihood(bars, tmp_path / "run", vae=vae, data=data, max_train_steps=1)
+    task = LikelihoodTask(config)
+    train(task)
+    images = task.prepared_images(Batch(task.pixels[:8], torch.arange(8), []))
+    levels = ((images + 1.0) * 127.5).round() / 127.5 - 1.0
+    torch.testing.assert_close(levels, images)
+    assert (images.abs() == 1.0).all() == (binarize != "none")
+    plain = task.pixels[:8] / 127.5 - 1.0
+    assert (images.sign() != plain.sign()).float().mean() > 0.1
 
 
 def test_perturbed_changes_the_given_share_of_values() -> None:

@@ -155,7 +155,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         """
         check_images(images, self.image_shape)
         if detach_posterior:
-            raise UserError("bound dreg needs latents without classes. Use bound iwae instead.")
+            raise UserError("bound dreg needs latents without classes. Use bound elbo instead.")
 
         # y, and its exact KL to the uniform prior
         log_q = torch.log_softmax(self.logits(images), dim=-1)
@@ -173,12 +173,11 @@ class ClassVAE(ModelMixin, ConfigMixin):
         log_likelihood = self.pixels.log_prob(images, self.pixel_parameters(z, classes.flatten()))
 
         shape = (samples, len(images))
-        unit_kl = units.unflatten(0, shape).mean(0)
         return Bound(
             log_likelihood=log_likelihood.view(shape),
             kl=torch.stack([class_kl.expand(shape), units.sum(-1).view(shape)]),
             log_ratio=torch.stack([class_ratio, ratio.view(shape)]),
-            unit_kl=torch.cat([class_kl[:, None], unit_kl], dim=1),
+            unit_kl=units.unflatten(0, shape).mean(0),
         )
 
     # other uses

@@ -116,6 +116,7 @@ class LikelihoodConfig(ImageJobConfig):
                 f"gradient_checkpointing is not available for architecture "
                 f"{self.vae.architecture}. Leave it out."
             )
+        self._check_classes()
         if self.objective.bound == "dreg" and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"bound dreg needs {why}. Use bound iwae instead.")
 
@@ -126,7 +127,6 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if self.objective.tc_scale and (why := self.vae.why_no_single_gaussian()):
             raise ValueError(f"tc_scale needs {why}. Set tc_scale to 0.")
-        self._check_classes()
         if self.objective.tc_scale and self.run.train_batch_size < 4:
             raise ValueError(
                 f"tc_scale needs a train_batch_size of at least 4 (got "
@@ -135,6 +135,16 @@ class LikelihoodConfig(ImageJobConfig):
         return self
 
     def _check_classes(self) -> None:
+        fields = VariationalConfig.model_fields
+        changed = [n for n, f in fields.items() if getattr(self.objective, n) != f.default]
+        own = {"label_scale", "class_floor", "label_warmup_steps"}
+        for name in changed:
+            if (name in own) != self.vae.has_classes and name not in ("bound", "train_samples"):
+                raise ValueError(
+                    f"{name} {getattr(self.objective, name)} has no effect with architecture "
+                    f"{self.vae.architecture}. Leave it out."
+                )
+
         if not self.vae.has_classes:
             if self.data.labels_per_class:
                 raise ValueError(

@@ -6,11 +6,14 @@ number of images N:
     alpha E[-ln q(y|x)] - share E[L(x, y)] - (1 - share) E[U(x)]
 
 The first two means are over the images with a label, whose share of N is `share`. The last mean is
-over the batch, which may hold images with a label too.
+over the batch, which may hold images with a label too. In the warm-up, and if all images have a
+label, the loss is E[-ln q(y|x)] - E[L(x, y)].
 
 Symbols: `B` batch, `C` channels, `H W` image size.
 """
 
+import hashlib
+import sys
 from typing import Any
 
 import torch
@@ -53,35 +56,61 @@ class ClassTraining(nn.Module):
 
 
 class Classes:
-    """The classes of training and validation images, and which labels the training sees.
+    """The classes of training and validation images.
 
     Attributes:
         names: names of the classes.
-        train: class of each training image that the training sees, -1 for all others.
+        train: class of each training image, -1 without one.
         validation: class of each validation image, -1 without one.
+
+    Raises:
+        UserError: the training images have no classes, or a validation image has another class.
     """
 
-    def __init__(
-        self, train: ImageSource, validation: ImageSource, *, per_class: int, seed: int
-    ) -> None:
-        found = [find_labels(source, label_column=None) for source in (train, validation)]
-        if found[0] is None or found[1] is None:
+    def __init__(self, train: ImageSource, validation: ImageSource) -> None:
+        own = class_names_of(train)
+        if own is None:
             raise UserError(
-                "this network needs images with classes. Put the images of each class into a "
-                f"folder of its own, and those without a class into a folder '{UNLABELLED_FOLDER}'."
+                "this network needs training images with classes. Put the images of each class "
+                f"into a folder of its own, and the others into a folder '{UNLABELLED_FOLDER}'."
             )
-        names = found[0].class_names or [str(k) for k in range(max(found[0].values) + 1)]
-        given = [
-            [NO_LABEL if k < 0 or k >= len(names) else k for k in part.values]
-            for part in found
-            if part is not None
-        ]
-        self.names = [name for name in names if name != UNLABELLED_FOLDER]
-        place = {name: k for k, name in enumerate(self.names)}
-        numbers = torch.tensor([*(place.get(name, NO_LABEL) for name in names), NO_LABEL])
-        self.train, self.validation = (numbers[torch.tensor(part)] for part in given)
-        if per_class:
-            self.train = some_labels(self.train, self.names, per_class=per_class, seed=seed)
+        others = class_names_of(validation) or [None] * len(validation)
+        self.names = sorted({name for name in own if name is not None}, key=_by_number)
+        place: dict[str | None, int] = {name: k for k, name in enumerate(self.names)}
+        place[None] = NO_LABEL
+        if unknown := next((name for name in others if name not in place), None):
+            raise UserError(
+                f"validation images have the class '{unknown}', which no training image has. The "
+                f"classes are {', '.join(self.names)}."
+            )
+        self.train, self.validation = (
+            torch.tensor([place[name] for name in part]) for part in (own, others)
+        )
+
+    def identity(self) -> str:
+        """Return a hash of the classes of the training images."""
+        return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()[:16]
+
+
+def class_names_of(source: ImageSource) -> list[str | None] | None:
+    """Return the name of each image's class, None without one. None if there are no classes."""
+    found = find_labels(source, label_column=None)
+    if found is None:
+        return None
+    names = found.class_names
+
+    def name_of(number: int) -> str | None:
+        if number < 0 or (names is not None and number >= len(names)):
+            return None
+        name = str(number) if names is None else names[number]
+        return None if name == UNLABELLED_FOLDER else name
+
+    return [name_of(number) for number in found.values]
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Sort names that are numbers by their number."""
+    return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
 def some_labels(classes: Tensor, names: list[str], *, per_class: int, seed: int) -> Tensor:
@@ -96,7 +125,7 @@ def some_labels(classes: Tensor, names: list[str], *, per_class: int, seed: int)
         if len(places) < per_class:
             raise UserError(
                 f"labels_per_class {per_class} is more than class '{name}' has ({len(places)} "
-                "images)."
+                "images that can be read)."
             )
         kept[places[torch.randperm(len(places), generator=generator)[:per_class]]] = number
     return kept
@@ -114,11 +143,19 @@ class ClassLoss:
     def __init__(self, classes: Tensor, options: VariationalConfig, num_classes: int) -> None:
         self.classes, self.options = classes, options
         self.labelled = (classes != NO_LABEL).nonzero().squeeze(1)
+        if not len(self.labelled):
+            raise UserError("none of the training images that can be read has a label.")
         self.share = len(self.labelled) / len(classes)
         self.least = options.class_floor / num_classes
 
-    def draw(self) -> Tensor:
-        """Draw numbers of images with a label, by the global generator."""
+    def draw(self, batch: Tensor) -> Tensor:
+        """Draw numbers of images with a label, by the global generator.
+
+        Args:
+            batch: numbers of the images of the batch. If all images have a label, these are taken.
+        """
+        if self.share == 1.0:
+            return batch
         order = torch.randperm(len(self.labelled))[:LABELLED_IMAGES]
         return self.labelled[order]
 
@@ -135,7 +172,7 @@ class ClassLoss:
             update: number of updates done.
         """
         classes = self.classes[drawn].to(labelled.device)
-        all_images = update >= self.options.label_warmup_steps
+        all_images = self.share < 1.0 and update >= self.options.label_warmup_steps
         error, bound, free = prepared(
             images, labelled, classes, least=self.least, all_images=all_images
         )

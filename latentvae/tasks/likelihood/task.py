@@ -31,7 +31,13 @@ from latentvae.tasks.autoencoder.refusals import check_source
 from latentvae.tasks.autoencoder.state import Named
 from latentvae.tasks.image_task import ImageTask
 from latentvae.tasks.likelihood.config import LikelihoodConfig
-from latentvae.tasks.likelihood.few_labels import Classes, ClassLoss, ClassTraining, count_errors
+from latentvae.tasks.likelihood.few_labels import (
+    Classes,
+    ClassLoss,
+    ClassTraining,
+    count_errors,
+    some_labels,
+)
 from latentvae.tasks.likelihood.images import (
     batches_of,
     binary,
@@ -87,17 +93,12 @@ class LikelihoodTask(ImageTask):
 
     def _find_classes(self) -> Classes | None:
         """Return the classes of the images, and set their number as an option, if they matter."""
-        vae, data = self.config.vae, self.config.data
+        vae = self.config.vae
         if not vae.has_classes:
             return None
         if isinstance(self.train_images, ImageStream):
             raise UserError("architecture classes does not work with streaming. Leave it out.")
-        found = Classes(
-            self.train_images,
-            self.validation_images,
-            per_class=data.labels_per_class,
-            seed=self.config.run.seed,
-        )
+        found = Classes(self.train_images, self.validation_images)
         count = vae.model_dump()["num_classes"] or len(found.names)
         if count < len(found.names):
             raise UserError(
@@ -125,7 +126,10 @@ class LikelihoodTask(ImageTask):
         self.class_loss: ClassLoss | None = None
         module = self.net
         if self.classes is not None:
-            kept = self.classes.train[torch.tensor(self.kept)]
+            kept, per_class = self.classes.train[self.kept], self.config.data.labels_per_class
+            if per_class:
+                seed = self.config.run.seed
+                kept = some_labels(kept, self.classes.names, per_class=per_class, seed=seed)
             self.class_loss = ClassLoss(kept, self.config.objective, self.net.num_classes)
             self.net.register_to_config(class_names=self.classes.names)
             module = ClassTraining(self.net)
@@ -186,6 +190,10 @@ class LikelihoodTask(ImageTask):
         chosen = some_of(self.train_images, START_IMAGES)
         pixels, _ = read_all(chosen, eval_transform(self.config), bad=BadImages())
         return pixels.float().mean(0) / 127.5 - 1.0
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        return found if self.classes is None else {**found, "classes": self.classes.identity()}
 
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters()) / 1e6
@@ -303,7 +311,7 @@ class LikelihoodTask(ImageTask):
     def _class_step(self, objective: ClassLoss, batch: Batch, update: int) -> dict[str, Tensor]:
         """Add the gradients of a micro-step with classes. Return values to log."""
         assert self.pixels is not None
-        drawn = objective.draw()
+        drawn = objective.draw(batch.indices)
         labelled = Batch(self.pixels[drawn], drawn, [])
         loss, logged = objective(
             self.learners["model"].prepared,
@@ -321,10 +329,12 @@ class LikelihoodTask(ImageTask):
         if self.pixels is not None and data.random_flip:
             mirrored = torch.rand(len(images), device=self.device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        kind = data.binarize
         if data.perturb_rate:
             images = perturbed(images, rate=data.perturb_rate)
-        if data.binarize in ("dynamic", "threshold"):
-            images = binary(images, data.binarize)
+            kind = "dynamic" if kind == "static" else kind  # draws the random values
+        if kind in ("dynamic", "threshold"):
+            images = binary(images, kind)
         return images if self._binary else self.net.pixels.rounded(images)
 
     # between updates

@@ -1,5 +1,6 @@
 """A VAE with classes learns from few labels, and its export names and draws classes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 
 from latentvae.cli.main import main, run_of
 from latentvae.config.presets import load_preset
+from latentvae.data.image_folder import ImageFolder
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import train
 from latentvae.errors import UserError
 from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.likelihood_models import load_likelihood_net
 from latentvae.tasks.likelihood.config import LikelihoodConfig
-from latentvae.tasks.likelihood.few_labels import NO_LABEL, ClassLoss, some_labels
+from latentvae.tasks.likelihood.few_labels import NO_LABEL, Classes, ClassLoss, some_labels
 from latentvae.tasks.likelihood.measure import measure_folder
 from latentvae.tasks.likelihood.task import LikelihoodTask
 from tests.tasks.likelihood.small import CLASSES, small_likelihood, write_bars, write_classes
@@ -95,7 +97,47 @@ def test_some_labels_of_each_class_are_kept() -> None:
 def test_only_images_with_a_label_are_drawn() -> None:
     options = load_preset("m2_mnist", LikelihoodConfig).objective
     loss = ClassLoss(torch.tensor([-1, 0, -1, 1, -1, -1]), options, num_classes=2)
-    assert sorted(loss.draw().tolist()) == [1, 3] and loss.share == pytest.approx(1 / 3)
+    batch = torch.tensor([0, 4])
+    assert sorted(loss.draw(batch).tolist()) == [1, 3] and loss.share == pytest.approx(1 / 3)
+    every = ClassLoss(torch.tensor([1, 0, 1]), options, num_classes=2)
+    assert every.draw(batch) is batch
+    with pytest.raises(UserError, match="none of the training images that can be read has a label"):
+        ClassLoss(torch.tensor([-1, -1]), options, num_classes=2)
+
+
+def write_folders(folder: Path, *names: str) -> ImageFolder:
+    for name in names:
+        write_bars(folder / name, count=2)
+    return ImageFolder(folder)
+
+
+def test_classes_of_another_folder_are_found_by_name(tmp_path: Path) -> None:
+    """Train and validation folders have other numbers for the same class."""
+    train = write_folders(tmp_path / "train", "cat", "dog", "unlabelled", "zebra")
+    found = Classes(train, write_folders(tmp_path / "validation", "dog", "zebra"))
+    assert found.names == ["cat", "dog", "zebra"]
+    assert found.train.tolist() == [0, 0, 1, 1, -1, -1, 2, 2]
+    assert found.validation.tolist() == [1, 1, 2, 2]
+    without = write_bars(tmp_path / "plain", count=2)
+    assert Classes(train, ImageFolder(without)).validation.tolist() == [-1, -1]
+    with pytest.raises(UserError, match="have the class 'emu', which no training image has"):
+        Classes(train, write_folders(tmp_path / "other", "dog", "emu"))
+
+
+def test_all_labels_train_on_the_batch(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(images, folder)
+    shutil.rmtree(folder / "unlabelled")
+    long = {"max_train_steps": 60, "validation_steps": 60, "checkpointing_steps": 60}
+    train(LikelihoodTask(small_likelihood(folder, tmp_path / "run", vae=CLASSES, **long)))
+    rows = read_rows(tmp_path / "run" / "log.jsonl")
+    assert all("loss/unlabelled_nats" not in row for row in rows)
+    (error,) = [
+        row["validation/class_error"]
+        for row in rows
+        if row.get("update") == 60 and "validation/nats" in row
+    ]
+    assert error <= 10.0
 
 
 @pytest.mark.parametrize(
@@ -103,6 +145,12 @@ def test_only_images_with_a_label_are_drawn() -> None:
     [
         ({"data": {"labels_per_class": 3}}, "labels_per_class 3 needs architecture classes"),
         ({"vae": CLASSES, "objective": {"bound": "iwae"}}, "needs bound elbo"),
+        (
+            {"vae": CLASSES, "objective": {"bound": "dreg", "train_samples": 2}},
+            "needs bound elbo and train_samples 1",
+        ),
+        ({"vae": CLASSES, "objective": {"free_nats": 1.0}}, "free_nats 1.0 has no effect"),
+        ({"objective": {"label_scale": 1.0}}, "label_scale 1.0 has no effect with architecture"),
         ({"vae": CLASSES, "data": {"cache_images": False}}, "needs the images in memory"),
     ],
 )
@@ -122,7 +170,7 @@ def test_sizes_are_given_on_the_command_line() -> None:
 
 def test_images_without_classes_are_refused(tmp_path: Path) -> None:
     bars = write_bars(tmp_path / "bars", count=12)
-    with pytest.raises(UserError, match="needs images with classes"):
+    with pytest.raises(UserError, match="needs training images with classes"):
         train(LikelihoodTask(small_likelihood(bars, tmp_path / "run", vae=CLASSES)))
 
 

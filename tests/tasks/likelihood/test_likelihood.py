@@ -17,6 +17,7 @@ from latentvae.cli.main import main, run_of
 from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import flat
 from latentvae.data import Batch
+from latentvae.engine import checkpoint_content
 from latentvae.engine.checkpoint_files import load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import Stopped, train
@@ -65,6 +66,20 @@ def run(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = {"max_train_steps": 200, "checkpointing_steps": 200, "validation_steps": 100}
     train(LikelihoodTask(small_likelihood(bars, folder, **long, validation_samples=5)))
     return folder
+
+
+def stopped_at(update: int, config: LikelihoodConfig) -> None:
+    """Train until a signal arrives in this update."""
+    make = Updates.make
+
+    def stop(self: Updates, batches: Any) -> Any:
+        found = make(self, batches)
+        found.signal = 15 if self.progress.update == update else 0
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Updates, "make", stop)
+        train(LikelihoodTask(config))
 
 
 def validations(folder: Path) -> list[dict[str, float]]:
@@ -169,16 +184,8 @@ def test_a_run_resumes_to_the_bit(
         return small_likelihood(images, tmp_path / name, **changes)
 
     train(LikelihoodTask(config("straight")))
-    make = Updates.make
-
-    def stop(self: Updates, batches: Any) -> Any:
-        found = make(self, batches)
-        found.signal = 15 if self.progress.update == 3 else 0
-        return found
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Updates, "make", stop)
-        train(LikelihoodTask(config("resumed")))
+    stopped_at(3, config("resumed"))
+    train(LikelihoodTask(config("resumed")))
     train(LikelihoodTask(config("resumed")))
 
     one, other = (
@@ -519,14 +526,21 @@ def test_a_command_finds_the_task_by_its_config() -> None:
             ("encoder.blocks.0.first", "encoder.blocks.0.skip", "decoder.last"),
         ),
         (HIERARCHY, ("encoder.conv_in", "conv_out")),
+        (
+            CLASSES,
+            (
+                *("classifier.0.layers.0", "classifier.1", "from_image", "from_class"),
+                "decoder.last",
+            ),
+        ),
     ],
-    ids=["dense", "conv", "hierarchical"],
+    ids=["dense", "conv", "hierarchical", "classes"],
 )
 def test_muon_trains_the_matrices_inside(
-    vae: dict[str, Any], left_out: tuple[str, ...], bars: Path, tmp_path: Path
+    vae: dict[str, Any], left_out: tuple[str, ...], classes: Path, tmp_path: Path
 ) -> None:
     changes = {"vae": vae, "optimizer": {"optimizer": "muon"}, "max_train_steps": 1}
-    task = LikelihoodTask(small_likelihood(bars, tmp_path / "run", **changes))
+    task = LikelihoodTask(small_likelihood(classes, tmp_path / "run", **changes))
     train(task)
     groups = task.learners["model"].optimizer.param_groups
     (trained,) = ({id(p) for p in g["params"]} for g in groups if g["muon"] is not None)
@@ -538,33 +552,37 @@ def test_muon_trains_the_matrices_inside(
     assert others == set(left_out) and trained
 
 
-def test_a_run_that_was_stopped_is_exported(bars: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_is_exported(
+    bars: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """`latentvae export` writes the newest checkpoint, with averaged weights, of any training."""
-    config = small_likelihood(bars, tmp_path / "run", max_train_steps=4, checkpointing_steps=4)
-    train(LikelihoodTask(config))
-    shutil.move(tmp_path / "run" / "export", tmp_path / "expected")
-    before = sorted((tmp_path / "run").rglob("*"))
-    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
-    found, expected = (load_likelihood_net(tmp_path / n)[0] for n in ("out", "expected"))
-    weights = expected.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
-    assert sorted((tmp_path / "run").rglob("*")) == before
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = small_likelihood(bars, run, max_train_steps=6, checkpointing_steps=100)
+    stopped_at(3, config)
+    # a run of two processes on another machine
+    monkeypatch.setattr(checkpoint_content, "world_size", lambda: 2)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = ["export", str(run), "--out"]
+    main([*command, str(out)])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    averages = load_checkpoint(run / "checkpoint-3").tensors["model_average"]
+    weights = load_likelihood_net(out)[0].state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in averages.items())
+    main([*command, str(out), "--overwrite"])
 
-    command = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        main(command)  # it exists
-    main([*command, "--overwrite"])
-    with pytest.raises(SystemExit):
-        main(
-            [
-                "export",
-                str(tmp_path / "run"),
-                "--out",
-                str(tmp_path / "o"),
-                "--lookup_from_codebook",
-            ]
-        )
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    with pytest.raises(SystemExit):
-        main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "o")])
-    assert not (tmp_path / "o").exists()
+    shutil.copytree(run, tmp_path / "empty")
+    shutil.rmtree(tmp_path / "empty" / "checkpoint-3")
+    capsys.readouterr()
+    for arguments, said in (
+        ([*command, str(out)], "holds an export"),
+        ([*command, str(run), "--overwrite"], "is not an export"),
+        ([*command, str(tmp_path / "o"), "--lookup_from_codebook"], "needs a tokenizer"),
+        (["export", str(tmp_path / "empty"), "--out", str(tmp_path / "o")], "has no checkpoint"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "o").exists() and (run / "checkpoint-3").is_dir()
