@@ -22,7 +22,7 @@ from latentvae.pictures import save_grid
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import sample_tokens
-from latentvae.priors.text import encode_prompts, load_text_encoder
+from latentvae.priors.text import describe_encoder, encode_prompts, load_text_encoder
 from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, Words
 from latentvae.tasks.generator_task import GeneratorTask
 from latentvae.tasks.prior.config import BYTES, PriorConfig
@@ -179,9 +179,8 @@ class PriorTask(GeneratorTask):
         """Return the text encoder in words."""
         if self.encoder is None:
             return ""
-        size = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         learns = "learns with the prior" if self.trains_text else "frozen"
-        return f"read by {type(self.encoder).__name__}, {size:.1f} M parameters, {learns}"
+        return f"read by {describe_encoder(self.encoder)}, {learns}"
 
     def warnings(self) -> list[str]:
         if self.condition != "none" and not self.config.prior.condition_dropout:
