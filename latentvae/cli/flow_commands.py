@@ -16,6 +16,9 @@ def train_flow_command(arguments: Sequence[str]) -> None:
         latentvae train-flow --latents latents --output_dir runs/flow
         latentvae sample runs/flow --num 16 --out pictures
 
+    With `--text_encoder`, the network learns the captions of the images, and `latentvae sample`
+    takes a `--prompt`.
+
     A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
     a preset. Every flag below overrides a value of this config. To resume a run that was
     interrupted, run the same command again. `--preflight` trains a few updates to check the run,

@@ -37,7 +37,8 @@ class Sample:
     turn."""
 
     prompt: str | None = None
-    """Text that describes the pictures, for a prior with a text encoder."""
+    """Text that describes the pictures, for a prior or a flow matching model that learned
+    captions. Such a flow matching model always needs a prompt."""
 
     guidance: float = 1.0
     """Weight of classifier-free guidance. 1 is no guidance. Higher values, such as 2, give pictures
@@ -111,13 +112,14 @@ class Sample:
         from latentvae.priors.flow_matching import FlowSampling
         from latentvae.priors.flow_sample import sample_flow_folder
 
-        others = {"prompt", "temperature", "top_k", "top_p", "tokens"}
+        others = {"temperature", "top_k", "top_p", "tokens"}
         given = self._given({"steps", "solver"}, others, kind="a flow matching model")
         return sample_flow_folder(
             folder,
             self.out,
             num=self.num,
             class_name=self.class_name,
+            prompt=self.prompt,
             options=FlowSampling(self.guidance, **given),
             seed=self.seed,
             batch_size=self.batch_size,

@@ -10,18 +10,22 @@ what diffusers builds:
 - `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, of which those
   above the last class are copies of "no class".
 
+`velocity` and `sample_latents` also take the network with text of `pixart`.
+
 `B` batch, `d` latent channels, `h w` latent positions.
 """
 
 from typing import Any, cast
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from latentvae.priors.flow_matching import FlowSampling, integrate, noise_of
-from latentvae.priors.transformer import NO_CLASS
+from latentvae.priors.text import join_texts, repeat_text
+from latentvae.priors.transformer import NO_CLASS, Text
 
+Condition = Tensor | Text  # classes (B,) of a DiT, or the texts of a PixArt network
 PIPELINE_CLASSES = 1000  # number of classes that diffusers' `DiTPipeline` assumes
 TIME_SCALE = 1000  # sigma 1 is timestep 1000, as in diffusers' schedulers
 
@@ -102,25 +106,36 @@ def num_classes_of(net: DiTTransformer2DModel) -> int:
     return int(cast("Any", net.config).num_embeds_ada_norm)
 
 
-def velocity(net: nn.Module, x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+def velocity(net: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     """Return the predicted velocity (B, d, h, w).
 
     Args:
-        net: the DiT.
+        net: the DiT, or for texts the PixArt network.
         x: noised latents, (B, d, h, w).
         sigma: noise levels in [0, 1], (B,).
-        classes: (B,), int64. `NO_CLASS` means "no class".
+        condition: classes (B,), int64, where `NO_CLASS` means "no class". Or texts, where the
+            encoding of "" means "no text".
     """
+    time = sigma * TIME_SCALE
+    if isinstance(condition, Text):
+        return net(
+            x,
+            encoder_hidden_states=condition.states,
+            timestep=time,
+            encoder_attention_mask=condition.mask,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
     none = cast("Any", net).config.num_embeds_ada_norm
-    labels = torch.where(classes == NO_CLASS, none, classes)
-    return net(x, timestep=sigma * TIME_SCALE, class_labels=labels).sample
+    labels = torch.where(condition == NO_CLASS, none, condition)
+    return net(x, timestep=time, class_labels=labels).sample
 
 
 @torch.no_grad()
 def sample_latents(
-    net: DiTTransformer2DModel,
-    classes: Tensor,
+    net: DiTTransformer2DModel | PixArtTransformer2DModel,
+    condition: Condition,
     *,
+    unconditional: Text | None = None,
     options: FlowSampling | None = None,
     shift: float,
     seed: int = 0,
@@ -129,8 +144,9 @@ def sample_latents(
     """Draw normalised latents (B, d, h, w) on the network's device.
 
     Args:
-        net: the DiT, in eval mode.
-        classes: class of each image, (B,). `NO_CLASS` means "no class".
+        net: the DiT or PixArt network, in eval mode.
+        condition: class of each image, (B,), where `NO_CLASS` means "no class", or their texts.
+        unconditional: the encoding of "", one row, which guidance needs for texts.
         options: solver, steps and guidance.
         shift: shift of the noise levels.
         seed: seed of the noise.
@@ -139,19 +155,30 @@ def sample_latents(
     """
     options, config = options or FlowSampling(), cast("Any", net.config)
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    numbers = range(len(classes)) if numbers is None else numbers
+    condition = condition.to(net.device)
+    numbers = range(len(condition)) if numbers is None else numbers
     noise = noise_of(shape, seed=seed, numbers=numbers).to(net.device)
-    classes = classes.to(net.device)
-    none = torch.full_like(classes, NO_CLASS)
+    guides = options.guidance != 1
+    both = _with_unconditional(condition, unconditional) if guides else condition
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        if options.guidance == 1:
-            return velocity(net, x, sigma, classes)
-        both = velocity(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([classes, none]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + options.guidance * (conditional - unconditional)
+        if not guides:
+            return velocity(net, x, sigma, condition)
+        found = velocity(net, x.repeat(2, 1, 1, 1), sigma.repeat(2), both)
+        conditional, without = found.chunk(2)
+        return without + options.guidance * (conditional - without)
 
     return integrate(guided, noise, options=options, shift=shift)
+
+
+def _with_unconditional(condition: Condition, unconditional: Text | None) -> Condition:
+    """Return the conditions (2 B) of guidance: those of the images, then B times "none"."""
+    if not isinstance(condition, Text):
+        return torch.cat([condition, torch.full_like(condition, NO_CLASS)])
+    if unconditional is None:
+        raise ValueError("guidance with texts needs the encoding of an empty text")
+    empty = repeat_text(unconditional.to(condition.states.device), len(condition))
+    return join_texts([condition, empty])
 
 
 def for_pipeline(net: DiTTransformer2DModel) -> DiTTransformer2DModel:

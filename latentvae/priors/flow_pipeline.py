@@ -1,16 +1,18 @@
-"""A diffusers pipeline that turns classes into pictures: flow matching model and autoencoder.
+"""A diffusers pipeline that turns classes or prompts into pictures, by flow matching.
 
 noise, class -> DiT, step by step -> normalised latent -> latent -> autoencoder's decoder -> picture
+noise, prompt -> PixArt network, step by step -> ...
 
-Most exports are folders of diffusers' own `DiTPipeline`, which samples where only diffusers is
-installed. `DiTPipeline` only divides latents by the autoencoder's `scaling_factor`. If that is not
-the normalisation of the latents, the folder names `FlowPipeline`, which reads both kinds.
+Most exports are folders of diffusers' own `DiTPipeline`, or for text of `PixArtSigmaPipeline`. They
+sample where only diffusers is installed. These pipelines only divide latents by the autoencoder's
+`scaling_factor`. If that is not the normalisation of the latents, or if the text encoder is no T5,
+the folder names `FlowPipeline`, which reads all kinds.
 
 `B` batch, `T` sampling steps.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -18,6 +20,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    PixArtTransformer2DModel,
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
@@ -26,12 +29,14 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError, nearest
 from latentvae.models.normalization import LatentNormalization
 from latentvae.pictures import OutputType, convert
-from latentvae.priors.dit import for_pipeline, sample_latents
+from latentvae.priors.dit import Condition, for_pipeline, sample_latents
 from latentvae.priors.flow_matching import FlowSampling
 from latentvae.priors.pipeline import spread_over
-from latentvae.priors.transformer import NO_CLASS
+from latentvae.priors.pixart import encode_captions
+from latentvae.priors.transformer import NO_CLASS, Text
 
 MAX_DIFFERENCE = 1e-6  # relative, between a pipeline's scale and the scale of the latents
+PIXART_STEP = 8  # `PixArtSigmaPipeline` draws pictures whose sides are multiples of this
 
 
 class FlowPipeline(DiffusionPipeline):
@@ -39,31 +44,43 @@ class FlowPipeline(DiffusionPipeline):
 
         pipe = FlowPipeline.from_pretrained("runs/flow/export")
         pictures = pipe(["church", "church"], guidance_scale=2.0, seed=0).images
+        pictures = pipe(prompt=["a church"], seed=0).images  # for a model with text
 
     Args:
-        transformer: the DiT.
+        transformer: the DiT, or for text the PixArt network.
         vae: the autoencoder.
         scheduler: the sampler of diffusers. Here, only its `flow_shift` is read.
         id2label: names of the classes by number, separated by commas if a class has several.
         latents_mean, latents_scale: normalised latents are (z - mean) * scale, with a value for
             each channel or one for all. None takes the autoencoder's own normalisation.
         fold: number of positions on a side that become channels.
+        text_encoder: encoder of prompts, for a model with text.
+        tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
     """
 
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]
     config: Any  # diffusers sets it
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        transformer: DiTTransformer2DModel | PixArtTransformer2DModel,
         vae: Any,
         scheduler: DPMSolverMultistepScheduler,
         id2label: Mapping[str, str] | None = None,
         latents_mean: Sequence[float] | None = None,
         latents_scale: Sequence[float] | None = None,
         fold: int = 1,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
         self.register_to_config(
             id2label=id2label, latents_mean=latents_mean, latents_scale=latents_scale, fold=fold
         )
@@ -83,6 +100,7 @@ class FlowPipeline(DiffusionPipeline):
     def __call__(
         self,
         classes: str | int | Sequence[str | int] | None = None,
+        prompt: str | Sequence[str] | None = None,
         *,
         num_images: int | None = None,
         guidance_scale: float = 1.0,
@@ -91,30 +109,71 @@ class FlowPipeline(DiffusionPipeline):
         seed: int = 0,
         output_type: OutputType = "pil",
     ) -> ImagePipelineOutput:
-        """Return pictures, one for each class.
+        """Return pictures, one for each class or prompt.
 
         Args:
-            classes: names or numbers of classes. None takes all classes in turn.
-            num_images: number of pictures. One class is then used for all of them.
+            classes: names or numbers of classes, for a model with classes. None takes all classes
+                in turn.
+            prompt: texts, for a model with text.
+            num_images: number of pictures. One class or prompt is then used for all of them.
             guidance_scale, num_inference_steps, solver: see `FlowSampling`.
             seed: seed of the noise. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the model has no such class, or an option is out of range.
+            UserError: the model has no such class, has no classes, or reads no text or only text.
+                Or an option is out of range.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
-        count = max(len(labels), 1) if num_images is None else num_images
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        count = max(len(labels), len(prompts), 1) if num_images is None else num_images
         if count < 1:
             raise UserError(f"num_images must be at least 1 (got {count}).")
 
-        numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
+        condition = self.condition(labels, prompts, count)
         options: Any = FlowSampling(guidance_scale, num_inference_steps, solver)  # type: ignore
-        chosen = torch.tensor(numbers) if numbers else self.all_classes(count)
-        images: Any = convert(
-            self.decode(self.sample(chosen, options=options, seed=seed)), output_type
-        )
+        latents = self.sample(condition, options=options, seed=seed)
+        images: Any = convert(self.decode(latents), output_type)
         return ImagePipelineOutput(images=images)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model draws pictures of prompts."""
+        return self.text_encoder is not None
+
+    def condition(
+        self, labels: Sequence[str | int], prompts: Sequence[str], count: int
+    ) -> Condition:
+        """Return the conditions of `count` images.
+
+        Args:
+            labels: one class, or a class for each image, or none for all classes in turn.
+            prompts: one prompt, or a prompt for each image.
+            count: number of images.
+
+        Raises:
+            UserError: the model has no such class, has no classes, or reads no text or only text.
+        """
+        numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
+        if prompts:
+            return self.encode(spread_over(list(prompts), count, "prompts"))
+        if self.reads_text:
+            raise UserError("this model draws pictures of a text, so it needs a prompt. Give one.")
+        return torch.tensor(numbers) if numbers else self.all_classes(count)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Return the states of prompts.
+
+        Raises:
+            UserError: the model has no text encoder.
+        """
+        if not self.reads_text:
+            instead = "Give a class, or train" if self.class_names else "Train"
+            raise UserError(
+                f"this model has no text encoder, so it cannot take the prompt '{prompts[0]}'. "
+                f"{instead} a model with --text_encoder."
+            )
+        return encode_captions(prompts, self.tokenizer, self.text_encoder)
 
     def all_classes(self, count: int) -> Tensor:
         """Return the class of each of `count` images: all classes in turn, or `NO_CLASS`."""
@@ -130,7 +189,10 @@ class FlowPipeline(DiffusionPipeline):
         """
         names = self.class_names
         if not names:
-            raise UserError(f"this model has no classes, so it cannot take the class '{label}'.")
+            raise UserError(
+                f"this model has no classes, so it cannot take the class '{label}'."
+                + " Give a prompt." * self.reads_text
+            )
         if label in names:
             return names.index(str(label))
 
@@ -149,7 +211,7 @@ class FlowPipeline(DiffusionPipeline):
 
     def sample(
         self,
-        classes: Tensor,
+        condition: Condition,
         *,
         options: FlowSampling | None = None,
         seed: int = 0,
@@ -161,16 +223,27 @@ class FlowPipeline(DiffusionPipeline):
             UserError: the options ask for guidance, but an image has no class.
         """
         options = options or FlowSampling()
-        if options.guidance != 1 and int(classes.max()) == NO_CLASS:
-            raise UserError("guidance needs a class. Give one, or leave guidance out.")
+        self.check_guidance(condition, options)
+        empty = None
+        if isinstance(condition, Text) and options.guidance != 1:
+            empty = self.encode([""])
+
         return sample_latents(
             self.transformer,
-            classes,
+            condition,
+            unconditional=empty,
             options=options,
             shift=self.shift,
             seed=seed,
             numbers=numbers,
         )
+
+    def check_guidance(self, condition: Condition, options: FlowSampling) -> None:
+        """Raise UserError if the options ask for guidance, but an image has no condition."""
+        if options.guidance == 1 or isinstance(condition, Text):
+            return
+        if int(condition.max()) == NO_CLASS:
+            raise UserError("guidance needs a class. Give one, or leave guidance out.")
 
     @torch.no_grad()
     def decode(self, normalised: Tensor) -> Tensor:
@@ -187,10 +260,10 @@ class FlowPipeline(DiffusionPipeline):
 
 
 def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
-    """Return whether diffusers' `DiTPipeline` decodes latents of this normalisation.
+    """Return whether diffusers' stock pipelines decode latents of this normalisation.
 
-    `DiTPipeline` divides latents by `scaling_factor`, and does nothing else. It loads only classes
-    of diffusers.
+    `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, and do nothing else.
+    They load only classes of diffusers.
     """
     if not type(vae).__module__.startswith("diffusers."):
         return False
@@ -198,6 +271,22 @@ def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
     if scaling is None or normalization.fold != 1 or bool((normalization.mean != 0).any()):
         return False
     return bool(((normalization.scale / scaling - 1).abs() <= MAX_DIFFERENCE).all())
+
+
+def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
+    """Return whether diffusers' `PixArtSigmaPipeline` can use a text encoder and an autoencoder.
+
+    It takes T5, and learns the size of a picture from the autoencoder's `block_out_channels`.
+
+    Args:
+        encoder: the text encoder.
+        vae: the autoencoder's network.
+        side: height and width of the latents.
+    """
+    blocks = vae.config.get("block_out_channels")
+    if encoder.config.model_type != "t5" or blocks is None:
+        return False
+    return side * 2 ** (len(blocks) - 1) % PIXART_STEP == 0
 
 
 def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
@@ -215,30 +304,41 @@ def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
 
 
 def build_pipeline(
-    net: DiTTransformer2DModel,
+    net: Any,
     vae: Any,
     *,
     shift: float,
     labels: Sequence[str],
     normalization: LatentNormalization,
+    text: tuple[Any, Any] | None = None,
 ) -> DiffusionPipeline:
-    """Return the pipeline to export: `DiTPipeline` if it can decode the latents.
+    """Return the pipeline to export: one of diffusers if it can decode the latents.
 
     Args:
-        net: the trained DiT.
+        net: the trained DiT, or for text the trained PixArt network.
         vae: the autoencoder's network.
         shift: shift of the noise levels.
         labels: names of the classes, empty for a model without classes.
         normalization: normalisation of the latents.
+        text: tokenizer and encoder of prompts, for a model with text.
     """
     parts: Any = {
-        "transformer": for_pipeline(net),
+        "transformer": for_pipeline(net) if text is None else net,
         "vae": vae,
         "scheduler": flow_scheduler(shift),
     }
 
+    # diffusers' own pipelines
     id2label: Any = {str(number): name for number, name in enumerate(labels)} or None
-    if stock_decodes(vae, normalization):
+    stock = stock_decodes(vae, normalization)
+    if text is not None:
+        words, encoder = text
+        parts |= {"tokenizer": words, "text_encoder": encoder}
+        if stock and stock_reads(encoder, vae, side=net.config.sample_size):
+            from diffusers import PixArtSigmaPipeline  # it needs the package transformers
+
+            return PixArtSigmaPipeline(**parts)
+    elif stock:
         pipeline = DiTPipeline(**parts, id2label=id2label)
         pipeline.register_to_config(id2label=id2label)
         return pipeline

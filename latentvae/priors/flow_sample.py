@@ -13,7 +13,8 @@ from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.flow_matching import FlowSampling
 from latentvae.priors.flow_pipeline import FlowPipeline
 from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
-from latentvae.priors.transformer import NO_CLASS
+from latentvae.priors.text import repeat_text
+from latentvae.priors.transformer import Text
 
 LATENTS_NAME = "latents.json"  # file of an export: the content of the latents that it learned
 
@@ -30,8 +31,9 @@ def open_flow(folder: Path, *, device: str | None = None) -> FlowPipeline:
     """Load an exported flow matching model in eval mode."""
     logging.disable_progress_bar()
     pipeline = FlowPipeline.from_pretrained(folder, use_safetensors=True)
-    for part in (pipeline.transformer, pipeline.vae):
-        part.eval()
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        if part is not None:
+            part.eval()
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -42,6 +44,7 @@ def sample_flow_folder(
     *,
     num: int,
     class_name: str | None = None,
+    prompt: str | None = None,
     options: FlowSampling,
     seed: int = 0,
     batch_size: int = 32,
@@ -54,6 +57,7 @@ def sample_flow_folder(
         num: number of pictures.
         class_name: name or number of their class. By default, a model with classes takes all
             classes in turn.
+        prompt: their text, for a model with text.
         options: solver, steps and guidance.
         seed: seed of the noise. Except for rounding, a picture depends neither on `num` nor on
             `batch_size`.
@@ -70,22 +74,22 @@ def sample_flow_folder(
     if num < 1 or batch_size < 1:
         raise UserError(f"num and batch_size must be at least 1 (got {num} and {batch_size}).")
     pipeline = open_flow(folder, device=device)
-    if class_name is None:
-        classes = pipeline.all_classes(num)
-    else:
-        classes = torch.full((num,), pipeline.class_number(class_name))
-    if options.guidance != 1 and int(classes.max()) == NO_CLASS:
-        raise UserError("guidance needs a class. Give one, or leave guidance out.")
+    labels = [] if class_name is None else [class_name]
+    prompts = [] if prompt is None else [prompt]
+    condition = pipeline.condition(labels, prompts, 1 if prompts else num)
+    pipeline.check_guidance(condition, options)
     check_new_folder(out)
 
     # pictures
     paths, shown = list[Path](), list[Tensor]()
     for start in tqdm(range(0, num, batch_size), desc=folder.name, unit="batch", disable=None):
         numbers = range(start, min(start + batch_size, num))
-        chosen = classes[start : numbers.stop]
-        images = pipeline.decode(
-            pipeline.sample(chosen, options=options, seed=seed, numbers=numbers)
-        )
+        if isinstance(condition, Text):
+            chosen = repeat_text(condition, len(numbers))
+        else:
+            chosen = condition[start : numbers.stop]
+        latents = pipeline.sample(chosen, options=options, seed=seed, numbers=numbers)
+        images = pipeline.decode(latents)
         for number, picture in zip(numbers, to_pil(images), strict=True):
             paths.append(out / f"{number:05d}.png")
             picture.save(paths[-1])

@@ -18,7 +18,8 @@ from latentvae.latents.writing import save_shard
 from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import Sampling, sample_tokens
-from latentvae.priors.transformer import NO_CLASS, Text
+from latentvae.priors.text import repeat_text
+from latentvae.priors.transformer import NO_CLASS
 
 TOKENS_NAME = "tokens.json"  # file of an export: the content of the tokens that the prior learned
 GRID_NAME = "grid.png"
@@ -82,7 +83,7 @@ def sample_folder(
         sequences = sample_tokens(
             pipeline.transformer,
             classes[start : numbers.stop],
-            text=_repeated(text, len(numbers)),
+            text=None if text is None else repeat_text(text, len(numbers)),
             options=options,
             seed=seed,
             numbers=numbers,
@@ -144,12 +145,6 @@ def read_content(folder: Path) -> Content:
         return Content.model_validate_json(read_text(path))
     except ValidationError as error:
         raise UserError(f"'{path}' was not written by train_prior.py.") from error
-
-
-def _repeated(text: Text | None, count: int) -> Text | None:
-    if text is None:
-        return None
-    return Text(text.states.expand(count, -1, -1), text.mask.expand(count, -1))
 
 
 def write_samples(

@@ -1,6 +1,6 @@
-"""Encode prompts with a text encoder, for a prior with text.
+"""Encode prompts with a text encoder, for a generator with text.
 
-The encoder is one of `transformers`, or a `ByteTextEncoder`, which learned with the prior.
+The encoder is one of `transformers`, or a `ByteTextEncoder`, which learned with a prior.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from latentvae.errors import UserError
 from latentvae.priors.transformer import Text
@@ -64,9 +66,39 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text
     if tokenizer is None:
         text = encoder(encoder.split(prompts))
         return Text(text.states.float(), text.mask)
-    longest = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
     words = tokenizer(
-        list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        list(prompts),
+        padding=True,
+        truncation=True,
+        max_length=longest_text(tokenizer),
+        return_tensors="pt",
     ).to(encoder.device)
     states = encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)
     return Text(states.last_hidden_state.float(), words.attention_mask.bool())
+
+
+def longest_text(tokenizer: Any) -> int:
+    """Return the number of tokens after which a text is cut."""
+    return min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+
+
+def repeat_text(text: Text, count: int) -> Text:
+    """Return the states of one text for `count` images."""
+    return Text(text.states.expand(count, -1, -1), text.mask.expand(count, -1))
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """Return the texts of several batches as one batch. Shorter texts get padding."""
+    slots = max(text.states.shape[1] for text in texts)
+    states, masks = [], []
+    for text in texts:
+        missing = slots - text.states.shape[1]
+        states.append(F.pad(text.states, (0, 0, 0, missing)))
+        masks.append(F.pad(text.mask, (0, missing)))
+    return Text(torch.cat(states), torch.cat(masks))
+
+
+def describe_encoder(encoder: nn.Module) -> str:
+    """Return the class and the size of a text encoder, for the plan of a run."""
+    size = sum(p.numel() for p in encoder.parameters())
+    return f"{type(encoder).__name__}, {size / 1e6:.1f} M parameters"

@@ -52,6 +52,13 @@ class Text:
     states: Tensor
     mask: Tensor
 
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def to(self, device: torch.device) -> "Text":
+        """Return the texts on a device."""
+        return Text(self.states.to(device), self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class Words:

@@ -60,15 +60,15 @@ def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
     yield equal_ranks_check(rehearsal)
     with rehearsal.training.evaluating():
         yield _direction(rehearsal)
-        if rehearsal.task.num_classes:
+        if rehearsal.task.condition != "none":
             yield _condition(rehearsal)
-    if rehearsal.task.num_classes:
+    if rehearsal.task.condition != "none":
         yield _dropped(rehearsal)
     yield checkpoint_check(rehearsal, loss=LOSS)
 
 
-def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor]:
-    """Return normalised latents and classes of up to 64 validation images, on the device."""
+def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor | list[str]]:
+    """Return normalised latents of up to 64 validation images, and their classes or captions."""
     table = rehearsal.task.data.validation
     return rehearsal.task.moved(table.rows(range(min(len(table), 64))))
 
@@ -146,24 +146,30 @@ class _Exact(torch.nn.Module):
 
 @torch.no_grad()
 def _condition(rehearsal: FirstUpdates) -> Check:
-    """Check that the class changes the velocity."""
-    x, classes = _example(rehearsal)
+    """Check that the class or the caption changes the velocity."""
+    task = rehearsal.task
+    x, known = _example(rehearsal)
     noise, sigma = torch.randn_like(x), torch.full((len(x),), 0.5, device=x.device)
-    none = torch.full_like(classes, NO_CLASS)
-    net = rehearsal.task.net
-    with_class, without = (velocity(net, noise, sigma, labels) for labels in (classes, none))
-    difference = (with_class - without).abs().max().item()
+    right, without = (
+        velocity(task.net, noise, sigma, task.read(part)) for part in (known, task.nothing(len(x)))
+    )
+    difference = (right - without).abs().max().item()
     return Check(
         name="condition",
         passed=difference > 0,
         value=difference,
-        expected="the class changes the velocity",
-        advice="The model would ignore its class.",
+        expected="the condition changes the velocity",
+        advice="The model would ignore its condition.",
     )
 
 
 def _dropped(rehearsal: FirstUpdates) -> Check:
+    """Check the share of dropped classes or captions, within four standard deviations."""
     task = rehearsal.task
-    classes = torch.zeros(DRAWS, dtype=torch.int64, device=task.device)
-    dropped = task.drop_condition(classes) == NO_CLASS
+    if task.condition == "text":
+        texts = task.drop_condition(["a"] * DRAWS)
+        dropped = torch.tensor([text == "" for text in texts])
+    else:
+        classes = torch.zeros(DRAWS, dtype=torch.int64, device=task.device)
+        dropped = task.drop_condition(classes) == NO_CLASS
     return dropped_check(dropped, task.config.flow.condition_dropout)

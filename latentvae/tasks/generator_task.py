@@ -4,13 +4,34 @@ A generator learns the items of `tasks.shards`. See `tasks.prior` and `tasks.flo
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from latentvae.data import IndexSampler
+import torch
+from torch import Tensor
+
+from latentvae.data import IndexSampler, spread
 from latentvae.distributed import rank, world_size
 from latentvae.engine.task import Task
 from latentvae.errors import UserError
+from latentvae.priors.transformer import NO_CLASS
+
+MAX_ROWS = 10  # largest number of classes or captions in a picture of samples
+
+
+class SampleRows(NamedTuple):
+    """Conditions of sampled images. A row of a picture has several images of one condition.
+
+    Attributes:
+        classes: class of each image, `NO_CLASS` without classes.
+        captions: caption of each image, empty without text.
+        labels: label of each row, or None without condition.
+    """
+
+    classes: Tensor
+    captions: list[str]
+    labels: list[str] | None
 
 
 class GeneratorTask(Task):
@@ -18,10 +39,12 @@ class GeneratorTask(Task):
 
     Attributes:
         data: items to train on and to validate on, with their `content`.
+        condition: the condition that the model gets with an image: "class", "text" or "none".
     """
 
     config: Any
     data: Any
+    condition: str
     unit = "images"
 
     def count_classes(self) -> int:
@@ -60,6 +83,36 @@ class GeneratorTask(Task):
     def _rows(self, sampler: IndexSampler) -> Iterator[Any]:
         for places in sampler:
             yield self.data.train.rows([index for _, index in places])
+
+    @cached_property
+    def other_captions(self) -> dict[str, str]:
+        """A wrong caption for each validation caption: the one that is half the list further on."""
+        texts = sorted(set(self.data.validation.captions))
+        return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
+
+    def sample_rows(self, num_classes: int) -> SampleRows:
+        """Return the conditions of the sampled images of a picture.
+
+        Classes and captions are spread over all classes and all captions of validation images.
+
+        Args:
+            num_classes: number of classes of the model.
+        """
+        count, names = self.config.run.num_sample_images, self.data.content.class_names
+        none = torch.full((count,), NO_CLASS)
+        if self.condition == "none":
+            return SampleRows(none, [], None)
+
+        held = list(dict.fromkeys(self.data.validation.captions))  # each text once
+        total = num_classes if self.condition == "class" else len(held)
+        chosen = spread(total, min(MAX_ROWS, count))
+        columns = count // len(chosen)
+        if self.condition == "class":
+            labels = [names[i] if names else f"class {i}" for i in chosen]
+            return SampleRows(torch.tensor(chosen).repeat_interleave(columns), [], labels)
+        captions = [held[i] for i in chosen]
+        repeated = [caption for caption in captions for _ in range(columns)]
+        return SampleRows(none[: len(repeated)], repeated, captions)
 
     def memory_advice(self) -> list[str]:
         advice = super().memory_advice()

@@ -4,8 +4,11 @@
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -14,10 +17,12 @@ from torch import Tensor
 from latentvae.data import spread
 from latentvae.data.split import held_out
 from latentvae.errors import UserError
+from latentvae.latents.captions import whole_text
 from latentvae.latents.shard_dataset import LatentDataset, ShardReader, TokenDataset
 from latentvae.priors.transformer import NO_CLASS
 
 Table = TypeVar("Table", bound="ItemTable")
+Data = TypeVar("Data")
 Folder = TypeVar("Folder", TokenDataset, LatentDataset)
 
 
@@ -59,6 +64,15 @@ class ItemTable:
     def at_most(self, count: int) -> Self:
         """Return at most this many images, evenly spread."""
         return self.some(spread(len(self), count))
+
+    def captioned(self, captions: Mapping[str, str]) -> Self:
+        """Return the table with other captions, by the images' names."""
+        return replace(self, captions=[captions[name] for name in self.names])
+
+    def captions_hash(self) -> str:
+        """Return a hash of all captions, which a resume compares."""
+        texts = "\0".join(self.captions).encode(errors="surrogateescape")
+        return hashlib.sha256(texts).hexdigest()[:16]
 
 
 def annotations(readers: Sequence[ShardReader]) -> dict[str, Any]:
@@ -139,3 +153,76 @@ def check_alike(first: Folder, other: Folder, same: Mapping[str, str]) -> None:
                 f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
                 "Encode both with the same model, resolution and classes."
             )
+
+
+def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the captions of images by name, from a JSON Lines file of {"id": ..., "text": ...}.
+
+    Raises:
+        UserError: the file cannot be read, or an image has no caption.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"captions '{path}' cannot be read: {error}") from error
+
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["id"], row["text"]
+        except (ValueError, TypeError, KeyError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(
+                f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}} with two '
+                f"strings, not {line[:80]!r}"
+            )
+        found[name] = whole_text(text)
+
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"captions '{path}' has no text for {len(missing):,} of {len(names):,} images. The "
+            f"first is '{missing[0]}'."
+        )
+    return {name: found[name] for name in names}
+
+
+def with_captions(data: Data, path: str) -> Data:
+    """Return the data with the captions of a file (`read_captions`) in place of their own.
+
+    Args:
+        data: a dataclass whose fields `train` and `validation` are tables.
+        path: the file.
+    """
+    given: Any = data
+    captions = read_captions(path, [*given.train.names, *given.validation.names])
+    tables = given.train.captioned(captions), given.validation.captioned(captions)
+    return replace(given, train=tables[0], validation=tables[1])
+
+
+def check_captions(train: ItemTable, validation: ItemTable, *, option: str) -> None:
+    """Raise UserError unless every image has a caption.
+
+    Args:
+        train: images to train on.
+        validation: images to validate on.
+        option: name of the option with the folders, for messages: tokens or latents.
+    """
+    tables = (train, validation)
+    named = [pair for t in tables for pair in zip(t.names, t.captions, strict=True)]
+    missing = [name for name, caption in named if not caption]
+    if len(missing) == len(named):
+        raise UserError(
+            f"condition text needs captions, but the {option} have none. Give --captions FILE, or "
+            "encode images that have captions: .txt files beside them, or a column of a table."
+        )
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {len(named):,} images have no caption. The first is "
+            f"'{missing[0]}'. Give every image a caption and encode again, or give --captions FILE "
+            "or --condition none."
+        )

@@ -86,11 +86,12 @@ class FlowConfig(Section):
             "side of the latent. Larger patches compute faster."
         ),
     )
-    condition: Literal["auto", "class", "none"] = Field(
+    condition: Literal["auto", "class", "text", "none"] = Field(
         default="auto",
         description=(
-            "Condition that the model gets with an image. `class` is the image's class. `auto` is "
-            "class if the latents have classes, else none."
+            "Condition that the model gets with an image. `class` is the image's class. `text` is "
+            "the image's caption (see captions and text_encoder). `auto` is text if text_encoder "
+            "is given, else class if the latents have classes, else none."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
@@ -98,6 +99,22 @@ class FlowConfig(Section):
         description=(
             "Probability with which an image loses its condition, drawn anew in each update. "
             "Sampling with guidance needs a value above 0."
+        ),
+    )
+    text_encoder: str | None = Field(
+        default=None,
+        description=(
+            "Frozen encoder of captions, for condition text: a folder or Hub id that the package "
+            "transformers loads, such as google-t5/t5-base. The export of a T5 encoder loads "
+            "with diffusers alone. Other encoders need latentvae's FlowPipeline."
+        ),
+    )
+    captions: Annotated[str | None, MayChange()] = Field(
+        default=None,
+        description=(
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is '
+            "the name of an image in the latents. By default, captions are those that `latentvae "
+            "encode` found beside the images."
         ),
     )
     shift: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
@@ -127,6 +144,18 @@ class FlowConfig(Section):
                 f"width {self.width} is not a multiple of head_dim ({self.head_dim}). The nearest "
                 f"multiple is {near}."
             )
+        texts = {"captions": self.captions, "text_encoder": self.text_encoder}
+        given = [name for name, value in texts.items() if value is not None]
+        if self.condition in ("class", "none") and given:
+            raise ValueError(
+                f"{given[0]} has no meaning with condition {self.condition}. Leave one of them out."
+            )
+        if self.text_encoder is None and (self.condition == "text" or given):
+            asks = "captions" if given else "condition text"
+            raise ValueError(
+                f"{asks} needs a text_encoder. Give a folder or Hub id of a frozen text encoder, "
+                "such as --text_encoder google-t5/t5-base."
+            )
         return self
 
 
@@ -143,7 +172,7 @@ class FlowRunConfig(RunConfig):
         default=40,
         description=(
             "Number of sampled images in each PNG of the run's folder `samples`. A PNG shows at "
-            "most 10 classes."
+            "most 10 classes or captions."
         ),
     )
 

@@ -5,23 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from latentvae.config.run_config import flat
 from latentvae.engine.log import read_rows, sample_path
+from latentvae.errors import UserError
 from latentvae.export.card import public_value
 from latentvae.export.export_folder import written_whole
 from latentvae.latents.opening import open_model
 from latentvae.option_marks import Private, marked
-from latentvae.priors.dit import velocity
-from latentvae.priors.flow_pipeline import build_pipeline
+from latentvae.priors.dit import Condition, velocity
+from latentvae.priors.flow_pipeline import FlowPipeline, build_pipeline
 from latentvae.priors.flow_sample import LATENTS_NAME
+from latentvae.priors.pixart import encode_captions
+from latentvae.priors.text import longest_text
 from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentFlowConfig
+from latentvae.tasks.flow.latents import LatentData
 
 if TYPE_CHECKING:
     from latentvae.tasks.flow.task import FlowTask
 
+CHECKED = 8  # classes or captions whose velocities are compared
 TOLERANCE = 1e-4  # largest difference of velocities between the trained network and the export
 
 CARD = """---
@@ -32,7 +37,7 @@ tags: [latentvae, flow-matching, image-generation]
 # {name}
 
 A flow matching model on the latents of an autoencoder, trained with latentvae. The network is a
-`DiTTransformer2DModel` of {millions} M parameters. It makes latents of {shape}. Condition:
+`{network}` of {millions} M parameters. It makes latents of {shape}. Condition:
 {condition}.
 
 {samples}## Use
@@ -41,7 +46,7 @@ A flow matching model on the latents of an autoencoder, trained with latentvae. 
 {example}
 ```
 
-`latentvae sample path/to/this/folder --num 16 --out pictures` writes pictures.
+`latentvae sample path/to/this/folder {flags}--num 16 --out pictures` writes pictures.
 
 ## Metrics
 
@@ -69,10 +74,51 @@ STOCK_EXAMPLE = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
 pictures = pipe({classes}, guidance_scale=1.5, num_inference_steps=25).images"""
 
+STOCK_TEXT_EXAMPLE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pictures = pipe(
+    ["a photo"] * 4,
+    guidance_scale=1.5,
+    num_inference_steps=25,
+    use_resolution_binning=False,  # the latents are smaller than PixArt's
+    clean_caption=False,  # prompts are prepared as in the training
+    max_sequence_length={longest},
+).images"""
+
 OWN_EXAMPLE = """from latentvae.priors import FlowPipeline
 
 pipe = FlowPipeline.from_pretrained("path/to/this/folder")
-pictures = pipe(num_images=4, guidance_scale={guidance}).images"""
+pictures = pipe({condition}num_images=4, guidance_scale={guidance}).images"""
+
+
+def open_autoencoder(path: str | None, data: LatentData) -> Any:
+    """Return the autoencoder that made the latents.
+
+    Args:
+        path: the autoencoder's folder. None takes the folder that the latents' manifest names.
+        data: the latents.
+
+    Raises:
+        UserError: there is no such autoencoder, or it has other weights.
+    """
+    try:
+        autoencoder = open_model(path or data.model, device="cpu")
+    except UserError as error:
+        if path is not None:
+            raise
+        raise UserError(
+            f"{error} (The manifest of the latents names this autoencoder. Give another with "
+            "--autoencoder.)"
+        ) from error
+
+    if autoencoder.info()["weights_sha256"] != data.content.model_sha256:
+        raise UserError(
+            f"autoencoder '{path or data.model}' has other weights than the autoencoder that "
+            f"made the latents ('{data.model}'). Give that autoencoder, or encode the images "
+            "again."
+        )
+    return autoencoder
 
 
 def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> float | None:
@@ -92,6 +138,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
         shift=task.shift,
         labels=task.labels,
         normalization=task.data.normalization,
+        text=None if task.encoder is None else (task.words, task.encoder),
     )
 
     with written_whole(out) as part:
@@ -100,7 +147,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
         grid = sample_path(folder, update)
         if grid.is_file():
             (part / "samples.png").write_bytes(grid.read_bytes())
-        stock = isinstance(pipeline, DiTPipeline)
+        stock = not isinstance(pipeline, FlowPipeline)
         values = {"update": update, "name": folder.resolve().name, "samples": grid.is_file()}
         (part / "README.md").write_text(_card(task, row, stock=stock, **values), encoding="utf-8")
         _check_equal(task, part)
@@ -109,26 +156,42 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
 
 def _check_equal(task: "FlowTask", folder: Path) -> None:
     """Load network and autoencoder, and compare them with those of the task."""
-    # the network: the same velocities for every class and for none
-    loaded: Any = DiTTransformer2DModel.from_pretrained(
-        folder / "transformer", use_safetensors=True
-    )
-    device, count = task.net.device, task.num_classes
+    # the network: the same velocities for some classes or captions, and for none
+    text = task.condition == "text"
+    kind: Any = PixArtTransformer2DModel if text else DiTTransformer2DModel
+    loaded = kind.from_pretrained(folder / "transformer", use_safetensors=True)
+    device = task.net.device
     loaded = loaded.to(device).eval()
-    classes = torch.tensor([NO_CLASS, *range(min(count, 8))], device=device)
+    ours, theirs = _texts(task, folder) if text else _classes(task)
     draws = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(classes), *task.data.shape, generator=draws).to(device)
-    sigma = torch.linspace(0.1, 1.0, len(classes), device=device)
+    noise = torch.randn(len(ours), *task.data.shape, generator=draws).to(device)
+    sigma = torch.linspace(0.1, 1.0, len(ours), device=device)
     with torch.no_grad():
-        ours = velocity(task.net, noise, sigma, classes)
-        theirs = velocity(loaded, noise, sigma, classes)
-    if not torch.allclose(ours, theirs, atol=TOLERANCE):
+        found = velocity(task.net, noise, sigma, ours), velocity(loaded, noise, sigma, theirs)
+    if not torch.allclose(*found, atol=TOLERANCE):
         raise RuntimeError("the export's velocities differ from those of the trained network")
 
     # the autoencoder
     autoencoder = open_model(folder / "vae", device="cpu")
     if autoencoder.info()["weights_sha256"] != task.data.content.model_sha256:
         raise RuntimeError("the export's autoencoder differs from the autoencoder of the latents")
+
+
+def _classes(task: "FlowTask") -> tuple[Condition, Condition]:
+    """Return no class and some classes, twice."""
+    numbers = [NO_CLASS, *range(min(task.num_classes, CHECKED))]
+    classes = torch.tensor(numbers, device=task.net.device)
+    return classes, classes
+
+
+def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
+    """Return some captions, encoded by the task's text encoder and by the exported one."""
+    captions = ["", *dict.fromkeys(task.data.validation.captions)][: CHECKED + 1]
+    kind = type(task.encoder)
+    encoder = kind.from_pretrained(folder / "text_encoder", use_safetensors=True)
+    words = type(task.words).from_pretrained(folder / "tokenizer")
+    loaded = encode_captions(captions, words, encoder.to(task.encoder.device).eval())
+    return task.states(captions), loaded
 
 
 def _card(
@@ -138,22 +201,23 @@ def _card(
     names = {
         "validation/loss": "this model",
         "validation/loss_wrong_class": "this model, given a wrong class",
+        "validation/loss_wrong_text": "this model, given a wrong caption",
         "validation/loss_gaussian": "the best model of independent Gaussian values",
     }
     options = {k: public_value(v) for k, v in flat(config).items() if k not in private}
     options["latents"] = [public_value(folder) for folder in config.latents.latents]
 
     labels, shape = task.labels, " x ".join(map(str, task.data.shape))
-    classes = list(range(min(len(labels), 4))) or [0] * 4
+    text = task.condition == "text"
     return CARD.format(
         name=name,
         samples=SAMPLES if samples else "",
         millions=f"{sum(p.numel() for p in task.net.parameters()) / 1e6:.1f}",
         shape=shape,
-        condition=f"{len(labels)} classes" if labels else "none",
-        example=STOCK_EXAMPLE.format(classes=classes)
-        if stock
-        else OWN_EXAMPLE.format(guidance=1.5 if labels else 1),
+        network=type(task.net).__name__,
+        condition=f"{len(labels)} classes" if labels else task.condition,
+        example=_example(task, stock=stock),
+        flags='--prompt "a photo" ' if text else "",
         rows="\n".join(
             f"| {words} | {row[key]:.4f} |" for key, words in names.items() if key in row
         ),
@@ -162,3 +226,14 @@ def _card(
         shift=task.shift,
         options=yaml.safe_dump(options, sort_keys=False),
     )
+
+
+def _example(task: "FlowTask", *, stock: bool) -> str:
+    """Return code that draws four pictures with the export."""
+    labels, text = task.labels, task.condition == "text"
+    if stock and text:
+        return STOCK_TEXT_EXAMPLE.format(longest=longest_text(task.words))
+    if stock:
+        return STOCK_EXAMPLE.format(classes=list(range(min(len(labels), 4))) or [0] * 4)
+    prompt = 'prompt="a photo", ' if text else ""
+    return OWN_EXAMPLE.format(condition=prompt, guidance=1.5 if labels or text else 1)

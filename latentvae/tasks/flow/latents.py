@@ -35,12 +35,14 @@ class Batch(NamedTuple):
         z: latents as stored, (B, d, h, w), float32.
         stds: their posterior standard deviations, or None.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
+        captions: caption of each image, "" for an image without a caption.
         numbers: number of each image in the table.
     """
 
     z: Tensor
     stds: Tensor | None
     classes: Tensor
+    captions: list[str]
     numbers: list[int]
 
 
@@ -60,7 +62,8 @@ class LatentTable(ItemTable):
         """Return the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         stds = None if self.stds is None else self.stds[chosen].float()
-        return Batch(self.z[chosen].float(), stds, self.classes[chosen], list(numbers))
+        captions = [self.captions[number] for number in numbers]
+        return Batch(self.z[chosen].float(), stds, self.classes[chosen], captions, list(numbers))
 
     def identity(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their latents, classes and names."""

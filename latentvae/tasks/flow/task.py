@@ -7,21 +7,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from latentvae.data import spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
-from latentvae.latents.opening import open_model
 from latentvae.pictures import save_grid
-from latentvae.priors.dit import PIPELINE_CLASSES, build_dit, sample_latents, velocity
+from latentvae.priors.dit import (
+    PIPELINE_CLASSES,
+    Condition,
+    build_dit,
+    sample_latents,
+)
 from latentvae.priors.flow_matching import (
     FlowSampling,
     default_shift,
@@ -29,30 +31,35 @@ from latentvae.priors.flow_matching import (
     even_sigmas,
     gaussian_loss,
     noise_of,
-    noised,
 )
-from latentvae.priors.transformer import NO_CLASS
+from latentvae.priors.pixart import build_pixart, encode_captions, load_caption_encoder
+from latentvae.priors.text import describe_encoder
+from latentvae.priors.transformer import NO_CLASS, Text
 from latentvae.tasks.flow.config import LatentFlowConfig
-from latentvae.tasks.flow.flow_export import export_flow
+from latentvae.tasks.flow.flow_export import export_flow, open_autoencoder
 from latentvae.tasks.flow.latents import Batch, LatentData, open_latents
+from latentvae.tasks.flow.trained_flow import TrainedFlow, flow_loss
 from latentvae.tasks.generator_task import GeneratorTask
+from latentvae.tasks.shards import check_captions, with_captions
 
+Known = TypeVar("Known", Tensor, list[str])  # what is known of images: classes (B,) or captions
 PICTURE_BATCH = 40  # images that are sampled at once
-MAX_ROWS = 10  # classes in a picture
 DECODE_BATCH = 4  # a decoder needs much memory
+WRONG = ("wrong_class", "wrong_text")
 VALIDATION_DRAWS = 4  # noise levels of each image in a validation
 LEVELS = 1000  # noise levels over which the error of independent Gaussians is averaged
 
 
 class FlowTask(GeneratorTask):
-    """Train a DiT by flow matching on latents.
+    """Train a DiT, or for text a PixArt network, by flow matching on latents.
 
     Attributes:
         data: latents to train on and to validate on.
         autoencoder: the autoencoder that made the latents.
-        net: the DiT, not wrapped by DDP.
-        condition: the condition that the model gets with an image: "class" or "none".
-        num_classes: number of classes, 0 without condition.
+        net: the network, not wrapped by DDP.
+        condition: the condition that the model gets with an image: "class", "text" or "none".
+        num_classes: number of classes, 0 with another condition.
+        words, encoder: tokenizer and frozen encoder of captions, or None.
         shift: shift of the noise levels.
         gaussian: validation loss of the best model of independent Gaussian values.
     """
@@ -68,8 +75,15 @@ class FlowTask(GeneratorTask):
     def open(self) -> None:
         options = self.config.flow
         self.data = self.open_data()
+        if options.captions is not None:
+            self.data = with_captions(self.data, options.captions)
         self.autoencoder = self.open_autoencoder()
         self.condition = self._condition()
+        self.words: Any = None
+        self.encoder: Any = None
+        if self.condition == "text":
+            assert options.text_encoder is not None  # the options are checked
+            self.words, self.encoder = load_caption_encoder(options.text_encoder)
         self.num_classes = self._num_classes() if self.condition == "class" else 0
 
         # the network
@@ -95,32 +109,22 @@ class FlowTask(GeneratorTask):
         return open_latents(self.config.latents, seed=self.config.run.seed)
 
     def open_autoencoder(self) -> Any:
-        """Return the autoencoder that made the latents.
-
-        Raises:
-            UserError: there is no such autoencoder, or it has other weights.
-        """
-        path, data = self.config.latents.autoencoder, self.data
-        try:
-            autoencoder = open_model(path or data.model, device="cpu")
-        except UserError as error:
-            if path is not None:
-                raise
-            raise UserError(
-                f"{error} (The manifest of the latents names this autoencoder. Give another with "
-                "--autoencoder.)"
-            ) from error
-        if autoencoder.info()["weights_sha256"] != data.content.model_sha256:
-            raise UserError(
-                f"autoencoder '{path or data.model}' has other weights than the autoencoder that "
-                f"made the latents ('{data.model}'). Give that autoencoder, or encode the images "
-                "again."
-            )
-        return autoencoder
+        """Return the autoencoder that made the latents."""
+        return open_autoencoder(self.config.latents.autoencoder, self.data)
 
     def _condition(self) -> str:
         """Return the condition that `condition auto` stands for, after a check."""
-        asked = self.config.flow.condition
+        asked, encoder = self.config.flow.condition, self.config.flow.text_encoder
+        if encoder is not None:
+            train, held = self.data.train, self.data.validation
+            if not any([*train.captions, *held.captions]):
+                raise UserError(
+                    f"text_encoder '{encoder}' needs captions, but the latents have none. Give "
+                    "--captions FILE, or leave text_encoder out."
+                )
+            check_captions(train, held, option="latents")
+            return "text"
+
         has_classes = bool((self.data.train.classes != NO_CLASS).any())
         if asked == "auto":
             return "class" if has_classes else "none"
@@ -149,15 +153,21 @@ class FlowTask(GeneratorTask):
 
     def build(self, accelerator: Accelerator, *, resumed: bool) -> None:
         options = self.config.flow
-        self.net = build_dit(
-            channels=self.data.shape[0],
-            side=self.data.shape[1],
-            num_classes=self.num_classes,
-            width=options.width,
-            depth=options.depth,
-            head_dim=options.head_dim,
-            patch_size=options.patch_size,
-        )
+        shape: dict[str, int] = {
+            "channels": self.data.shape[0],
+            "side": self.data.shape[1],
+            "width": options.width,
+            "depth": options.depth,
+            "head_dim": options.head_dim,
+            "patch_size": options.patch_size,
+        }
+        self.net: Any
+        if self.encoder is None:
+            self.net = build_dit(num_classes=self.num_classes, **shape)
+        else:
+            self.encoder.to(accelerator.device)
+            text_channels = self.states([""]).states.shape[2]
+            self.net = build_pixart(text_channels=text_channels, **shape)
         if self.config.run.gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
 
@@ -172,22 +182,28 @@ class FlowTask(GeneratorTask):
         self.learners = {"model": learner}
 
     def identity(self) -> dict[str, Any]:
-        return {
+        found = {
             "autoencoder": self.data.content.model_sha256[:16],
             **self.data.train.identity(),
         }
+        if self.condition == "text":
+            found["captions"] = self.data.train.captions_hash()
+        return found
 
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters())
         shape = " x ".join(map(str, self.data.shape))
         dropped = f"dropped for {self.config.flow.condition_dropout:.0%} of the images"
+        kinds = {"class": f"{self.num_classes} classes, {dropped}", "none": "none"}
+        if self.encoder is not None:
+            kinds["text"] = f"captions, {dropped}, read by {describe_encoder(self.encoder)}, frozen"
         return {
-            "network": f"DiTTransformer2DModel, {size / 1e6:.1f} M parameters",
+            "network": f"{type(self.net).__name__}, {size / 1e6:.1f} M parameters",
             "latents": (
                 f"{shape}, {len(self.data.train):,} images to train, "
                 f"{len(self.data.validation):,} to validate"
             ),
-            "condition": f"{self.num_classes} classes, {dropped}" if self.num_classes else "none",
+            "condition": kinds[self.condition],
             "noise levels": f"shift {self.shift:g}",
             "to beat": f"loss {self.gaussian:.4f}, of independent Gaussian values",
         }
@@ -207,9 +223,10 @@ class FlowTask(GeneratorTask):
     # an update
 
     def micro_step(self, batch: Batch, update: int) -> dict[str, Tensor]:
-        x, classes = self.moved(batch, sample=self.config.latents.posterior_sample)
+        x, known = self.moved(batch, sample=self.config.latents.posterior_sample)
         noise, sigma = self.draw(x, batch)
-        loss = self.learners["model"].prepared(x, noise, sigma, self.drop_condition(classes))
+        condition = self.read(self.drop_condition(known))
+        loss = self.learners["model"].prepared(x, noise, sigma, condition)
         (loss / self.config.run.gradient_accumulation_steps).backward()
         return {"loss/flow": loss.detach()}
 
@@ -217,8 +234,10 @@ class FlowTask(GeneratorTask):
         """Return noise like `x` and noise levels (B,) by the global random generator."""
         return torch.randn_like(x), draw_sigmas(len(x), shift=self.shift, device=self.device)
 
-    def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Tensor]:
+    def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
         """Return normalised latents (B, d, h, w) and classes (B,) on the device.
+
+        With condition text, return the captions in place of classes.
 
         Args:
             batch: images of a table.
@@ -229,13 +248,36 @@ class FlowTask(GeneratorTask):
         if sample and batch.stds is not None:
             z = z + batch.stds * torch.randn_like(z)
         x = self.data.normalization.apply(z.to(self.device))
+        if self.condition == "text":
+            return x, batch.captions
         classes = batch.classes.to(self.device)
         return x, classes if self.num_classes else torch.full_like(classes, NO_CLASS)
 
-    def drop_condition(self, classes: Tensor) -> Tensor:
-        """Drop the class of some images, chosen by the global random generator."""
-        dropped = torch.rand(classes.shape, device=classes.device)
-        return classes.masked_fill(dropped < self.config.flow.condition_dropout, NO_CLASS)
+    def drop_condition(self, known: Known) -> Known:
+        """Drop the class or caption of some images, chosen by the global random generator.
+
+        A dropped caption becomes "".
+        """
+        share = self.config.flow.condition_dropout
+        if isinstance(known, Tensor):
+            dropped = torch.rand(known.shape, device=known.device) < share
+            return known.masked_fill(dropped, NO_CLASS)
+        lost = (torch.rand(len(known)) < share).tolist()  # on the CPU, where the texts are
+        return ["" if drop else text for drop, text in zip(lost, known, strict=True)]
+
+    def read(self, known: Tensor | list[str]) -> Condition:
+        """Return the condition that the network takes: classes as they are, captions encoded."""
+        return known if isinstance(known, Tensor) else self.states(known)
+
+    def states(self, captions: list[str]) -> Text:
+        """Return the states of captions, without a gradient."""
+        return encode_captions(captions, self.words, self.encoder)
+
+    def nothing(self, count: int) -> Tensor | list[str]:
+        """Return what is known of `count` images whose condition is dropped."""
+        if self.condition == "text":
+            return [""] * count
+        return torch.full((count,), NO_CLASS, device=self.device)
 
     # between updates
 
@@ -253,24 +295,20 @@ class FlowTask(GeneratorTask):
         # means over all ranks
         parts: list[dict[str, float]] = [part for part in gather_objects(sums) if part]
         means = {name: sum(part[name] for part in parts) / len(table) for name in parts[0]}
-        wrong = means.get("wrong")
         return {
             "validation/loss": means["right"],
-            **({} if wrong is None else {"validation/loss_wrong_class": wrong}),
+            **{f"validation/loss_{name}": means[name] for name in WRONG if name in means},
             "validation/loss_gaussian": self.gaussian,
             "validation/images": len(table),
         }
 
     def _losses(self, batch: Batch, numbers: range) -> dict[str, Tensor]:
-        """Return the loss (B,) of each image, for its own and for a wrong class.
+        """Return the loss (B,) of each image, for its own and for a wrong condition.
 
         Noise and noise levels depend only on the image's number.
         """
-        x, classes = self.moved(batch)
-        wrong = (classes + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)
-        conditions = {"right": classes}
-        if self.num_classes > 1:
-            conditions["wrong"] = wrong.where(classes >= 0, NO_CLASS)
+        x, known = self.moved(batch)
+        conditions = {"right": self.read(known), **self._wrong(known)}
 
         # Each image has evenly spread noise levels, with another start than its neighbours.
         levels = even_sigmas(VALIDATION_DRAWS * 64, shift=self.shift)
@@ -279,38 +317,46 @@ class FlowTask(GeneratorTask):
         for draw in range(VALIDATION_DRAWS):
             sigma = levels[draw * 64 + offsets].to(self.device)
             noise = noise_of(x.shape[1:], seed=draw, numbers=numbers).to(self.device)
-            for name, labels in conditions.items():
-                found = flow_loss(self.net, x, noise, sigma, labels)
+            for name, condition in conditions.items():
+                found = flow_loss(self.net, x, noise, sigma, condition)
                 losses[name] += found / VALIDATION_DRAWS
         return losses
 
+    def _wrong(self, known: Tensor | list[str]) -> dict[str, Condition]:
+        """Return a wrong condition for each image, or {} if there is only one class or caption."""
+        if isinstance(known, Tensor):
+            wrong = (known + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)
+            several = self.num_classes > 1
+            return {"wrong_class": wrong.where(known >= 0, NO_CLASS)} if several else {}
+        if len(self.other_captions) == 1:
+            return {}
+        return {"wrong_text": self.states([self.other_captions[text] for text in known])}
+
     def validation_line(self, values: Mapping[str, float]) -> str:
-        wrong = values.get("validation/loss_wrong_class")
+        named = {
+            "a wrong class": values.get("validation/loss_wrong_class"),
+            "a wrong caption": values.get("validation/loss_wrong_text"),
+        }
+        wrong = [f" ({loss:.4f} with {name})" for name, loss in named.items() if loss is not None]
         return (
-            f"loss {values['validation/loss']:.4f}"
-            + (f" ({wrong:.4f} with a wrong class)" if wrong is not None else "")
-            + f" on {values['validation/images']:,} unseen images"
+            f"loss {values['validation/loss']:.4f}{''.join(wrong)}"
+            f" on {values['validation/images']:,} unseen images"
         )
 
     def save_samples(self, path: Path) -> bool:
-        """Draw a picture of samples, the same number for each class."""
-        count = self.config.run.num_sample_images
-        chosen = spread(max(self.num_classes, 1), min(MAX_ROWS, count))
-        columns = count // len(chosen)
-        classes = torch.full((count,), NO_CLASS)
-        if self.num_classes:
-            classes = torch.tensor(chosen).repeat_interleave(columns)
-
+        """Draw a picture of samples, the same number for each class or caption."""
+        rows = self.sample_rows(self.num_classes)
         self.autoencoder.net.to(self.device)
         options = FlowSampling(
             steps=self.config.flow.sampling_steps, solver=self.config.flow.solver
         )
         images = []
-        for start in range(0, len(classes), PICTURE_BATCH):
-            numbers = range(start, min(start + PICTURE_BATCH, len(classes)))
+        for start in range(0, len(rows.classes), PICTURE_BATCH):
+            numbers = range(start, min(start + PICTURE_BATCH, len(rows.classes)))
+            known = rows.captions if self.condition == "text" else rows.classes
             latents = sample_latents(
                 self.net,
-                classes[start : numbers.stop],
+                self.read(known[start : numbers.stop]),
                 options=options,
                 shift=self.shift,
                 seed=self.config.run.seed,
@@ -318,8 +364,7 @@ class FlowTask(GeneratorTask):
             )
             for z in self.data.normalization.invert(latents).split(DECODE_BATCH):
                 images.append(self.autoencoder.decode(z).clamp(-1.0, 1.0).cpu())
-        labels = [self.labels[number] for number in chosen] if self.num_classes else None
-        save_grid(torch.cat(images), path, labels=labels)
+        save_grid(torch.cat(images), path, labels=rows.labels)
         return True
 
     @property
@@ -345,33 +390,3 @@ class FlowTask(GeneratorTask):
         few = {"max_validation_images": min(config.latents.max_validation_images, 8)}
         short = {"run": {"num_sample_images": 1}, "flow": {"sampling_steps": 2}}
         return config.with_changes({"latents": few, **short})
-
-
-class TrainedFlow(nn.Module):
-    """The module that training calls. It returns the loss: a mean squared error, a scalar.
-
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
-    the network is inside, and validation computes in float32.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, noise: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
-        return flow_loss(self.net, x, noise, sigma, classes).mean()
-
-
-def flow_loss(net: nn.Module, x: Tensor, noise: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
-    """Return the squared error of the predicted velocity, the mean for each image, (B,), float32.
-
-    Args:
-        net: the DiT.
-        x: normalised latents, (B, d, h, w).
-        noise: like `x`.
-        sigma: noise level of each image in [0, 1], (B,).
-        classes: (B,), int64. `NO_CLASS` means "no class".
-    """
-    predicted = velocity(net, noised(x, noise, sigma), sigma, classes)
-    errors = F.mse_loss(predicted.float(), noise - x, reduction="none")
-    return errors.mean(dim=(1, 2, 3))

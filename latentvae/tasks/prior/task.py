@@ -5,11 +5,9 @@
 `B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentvae.data import spread
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
@@ -25,7 +22,7 @@ from latentvae.pictures import save_grid
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sampling import sample_tokens
-from latentvae.priors.text import encode_prompts, load_text_encoder
+from latentvae.priors.text import describe_encoder, encode_prompts, load_text_encoder
 from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer, Words
 from latentvae.tasks.generator_task import GeneratorTask
 from latentvae.tasks.prior.config import BYTES, PriorConfig
@@ -34,17 +31,15 @@ from latentvae.tasks.prior.tokens import (
     Batch,
     TokenData,
     TokenTable,
-    check_captions,
     mean_unigram_bits,
     open_tokens,
-    with_captions,
 )
 from latentvae.tasks.prior.trained_prior import TrainedPrior, token_bits
+from latentvae.tasks.shards import check_captions, with_captions
 
 PICTURE_BATCH = 40  # largest number of images that are sampled at once for a picture
 WRONG = ("wrong_class", "wrong_text")
 AnyText = TypeVar("AnyText", Text, Words)
-MAX_ROWS = 10  # largest number of classes or captions in a picture
 
 
 class PriorTask(GeneratorTask):
@@ -74,7 +69,7 @@ class PriorTask(GeneratorTask):
         self.words: Any = None
         self.encoder: Any = None
         if self.condition == "text":
-            check_captions(self.data)
+            check_captions(self.data.train, self.data.validation, option="tokens")
             if not self.trains_text:
                 self.words, self.encoder = load_text_encoder(options.text_encoder)
         elif options.text_encoder != BYTES:
@@ -154,8 +149,7 @@ class PriorTask(GeneratorTask):
     def identity(self) -> dict[str, Any]:
         found = {"tokenizer": self.data.content.model_sha256[:16], **self.data.train.identity()}
         if self.condition == "text":
-            texts = "\0".join(self.data.train.captions).encode(errors="surrogateescape")
-            found["captions"] = hashlib.sha256(texts).hexdigest()[:16]
+            found["captions"] = self.data.train.captions_hash()
         return found
 
     def plan(self) -> dict[str, str]:
@@ -185,9 +179,8 @@ class PriorTask(GeneratorTask):
         """Return the text encoder in words."""
         if self.encoder is None:
             return ""
-        size = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         learns = "learns with the prior" if self.trains_text else "frozen"
-        return f"read by {type(self.encoder).__name__}, {size:.1f} M parameters, {learns}"
+        return f"read by {describe_encoder(self.encoder)}, {learns}"
 
     def warnings(self) -> list[str]:
         if self.condition != "none" and not self.config.prior.condition_dropout:
@@ -276,19 +269,13 @@ class PriorTask(GeneratorTask):
             wrong = (classes + count // 2) % count
             wrong = wrong.where(classes >= 0, NO_CLASS)
             bits["wrong_class"] = token_bits(self.net, indices, wrong, None)
-        if text is not None and len(self._other_captions) > 1:
+        if text is not None and len(self.other_captions) > 1:
             prompts = [
-                self._other_captions[self.data.validation.captions[number]]
+                self.other_captions[self.data.validation.captions[number]]
                 for number in batch.numbers
             ]
             bits["wrong_text"] = token_bits(self.net, indices, None, self.states(prompts))
         return bits
-
-    @cached_property
-    def _other_captions(self) -> dict[str, str]:
-        """A wrong caption for each validation caption: the one that is half the list further on."""
-        texts = sorted(set(self.data.validation.captions))
-        return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 
     def _level_bits(self, bits: Tensor) -> dict[str, float]:
         """Return the mean bits of each level, if there are several. `bits` are (T,)."""
@@ -310,7 +297,7 @@ class PriorTask(GeneratorTask):
 
     def save_samples(self, path: Path) -> bool:
         """Draw a picture of samples, the same number for each class or caption."""
-        classes, captions, labels = self._sample_conditions()
+        classes, captions, labels = self.sample_rows(self.net.config["num_classes"])
         pipeline = TokenPipeline(self.net, self.tokenizer.net.to(self.device))
         images = []
         for start in range(0, len(classes), PICTURE_BATCH):
@@ -328,28 +315,6 @@ class PriorTask(GeneratorTask):
             images.append(pipeline.decode(tokens).cpu())
         save_grid(torch.cat(images), path, labels=labels)
         return True
-
-    def _sample_conditions(self) -> tuple[Tensor, list[str], list[str] | None]:
-        """Return classes and captions of the sampled images, and the labels of the rows.
-
-        Classes and captions are spread over all classes and all captions of validation images. A
-        row has several images of one class or caption.
-        """
-        count, names = self.config.run.num_sample_images, self.data.content.class_names
-        none = torch.full((count,), NO_CLASS)
-        if self.condition == "none":
-            return none, [], None
-
-        held = list(dict.fromkeys(self.data.validation.captions))  # each text once
-        total = self.net.config["num_classes"] if self.condition == "class" else len(held)
-        chosen = spread(total, min(MAX_ROWS, count))
-        columns = count // len(chosen)
-        if self.condition == "class":
-            labels = [names[i] if names else f"class {i}" for i in chosen]
-            return torch.tensor(chosen).repeat_interleave(columns), [], labels
-        captions = [held[i] for i in chosen]
-        repeated = [caption for caption in captions for _ in range(columns)]
-        return none[: len(repeated)], repeated, captions
 
     # the end
 

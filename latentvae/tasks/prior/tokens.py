@@ -4,18 +4,14 @@
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.errors import UserError
-from latentvae.latents.captions import whole_text
 from latentvae.latents.formats.shards import Content
 from latentvae.latents.shard_dataset import TokenDataset
 from latentvae.tasks.prior.config import TokensConfig
@@ -58,10 +54,6 @@ class TokenTable(ItemTable):
         """Return the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
-
-    def captioned(self, captions: dict[str, str]) -> "TokenTable":
-        """Return the table with other captions, by the images' names."""
-        return replace(self, captions=[captions[name] for name in self.names])
 
     def shuffled(self, seed: int, *, level_sizes: Sequence[int]) -> "TokenTable":
         """Return a table in which each image has an order of its own for the tokens of a level."""
@@ -134,67 +126,6 @@ def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
         return content.levels
     *repeated, height, width = content.item_shape
     return ((height, width),) * (repeated[0] if repeated else 1)
-
-
-def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the captions of images by name, from a JSON Lines file of {"id": ..., "text": ...}.
-
-    Raises:
-        UserError: the file cannot be read, or an image has no caption.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"captions '{path}' cannot be read: {error}") from error
-
-    found: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["id"], row["text"]
-        except (ValueError, TypeError, KeyError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(
-                f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}} with two '
-                f"strings, not {line[:80]!r}"
-            )
-        found[name] = whole_text(text)
-
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(
-            f"captions '{path}' has no text for {len(missing):,} of {len(names):,} images. The "
-            f"first is '{missing[0]}'."
-        )
-    return {name: found[name] for name in names}
-
-
-def with_captions(data: TokenData, path: str) -> TokenData:
-    """Return the data with the captions of a file (`read_captions`) in place of their own."""
-    captions = read_captions(path, [*data.train.names, *data.validation.names])
-    tables = data.train.captioned(captions), data.validation.captioned(captions)
-    return replace(data, train=tables[0], validation=tables[1])
-
-
-def check_captions(data: TokenData) -> None:
-    """Raise UserError unless every image has a caption."""
-    tables = (data.train, data.validation)
-    named = [pair for t in tables for pair in zip(t.names, t.captions, strict=True)]
-    missing = [name for name, caption in named if not caption]
-    if len(missing) == len(named):
-        raise UserError(
-            "condition text needs captions, but the tokens have none. Give --captions FILE, or "
-            "encode images that have captions: .txt files beside them, or a column of a table."
-        )
-    if missing:
-        raise UserError(
-            f"{len(missing):,} of {len(named):,} images have no caption. The first is "
-            f"'{missing[0]}'. Give every image a caption and encode again, or give --captions FILE "
-            "or --condition none."
-        )
 
 
 def mean_unigram_bits(data: TokenData) -> float:

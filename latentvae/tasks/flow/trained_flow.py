@@ -1,0 +1,42 @@
+"""The module that training calls, and the loss of flow matching.
+
+`B` batch, `d` latent channels, `h w` latent positions.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentvae.priors.dit import Condition, velocity
+from latentvae.priors.flow_matching import noised
+
+
+class TrainedFlow(nn.Module):
+    """The module that training calls. It returns the loss: a mean squared error, a scalar.
+
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
+    the network is inside, and validation computes in float32.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        return flow_loss(self.net, x, noise, sigma, condition).mean()
+
+
+def flow_loss(
+    net: nn.Module, x: Tensor, noise: Tensor, sigma: Tensor, condition: Condition
+) -> Tensor:
+    """Return the squared error of the predicted velocity, the mean for each image, (B,), float32.
+
+    Args:
+        net: the DiT or PixArt network.
+        x: normalised latents, (B, d, h, w).
+        noise: like `x`.
+        sigma: noise level of each image in [0, 1], (B,).
+        condition: classes (B,) or texts, see `velocity`.
+    """
+    predicted = velocity(net, noised(x, noise, sigma), sigma, condition)
+    errors = F.mse_loss(predicted.float(), noise - x, reduction="none")
+    return errors.mean(dim=(1, 2, 3))
