@@ -90,8 +90,8 @@ class Quantizer(nn.Module):
         Args:
             features: (N, C).
             generator: random generator on the CPU.
-            batch_vectors: number of vectors in one update over all ranks. The first counts of the
-                moving averages are scaled to this number. Default: N.
+            batch_vectors: number of vectors in one update over all ranks. The moving averages start
+                with counts (vectors per code) whose sum is this number. Default: N.
         """
 
     def update(

@@ -69,8 +69,9 @@ class OptimizerConfig(Section):
     ] = Field(
         default=1000,
         description=(
-            "Number of updates over which the learning rate grows linearly to its peak. The count "
-            "starts at the model's first update. A value below 1 is a share of max_train_steps."
+            "Number of updates over which the learning rate grows linearly to its peak, from the "
+            "first update of the model. If the discriminator learns alone at first, these updates "
+            "do not count. A value below 1 is a share of max_train_steps."
         ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(

@@ -42,10 +42,10 @@ class Tokenizer(ModelMixin, ConfigMixin):
     A subclass makes the parts in its constructor.
 
     Attributes:
-        encoder: maps images (B, C, H, W) to maps (B, *, h, w).
-        quant_conv: maps these maps to features (B, c, h, w).
+        encoder: turns images (B, C, H, W) into maps (B, *, h, w) of any number of channels.
+        quant_conv: turns these maps into the c features of the quantiser, (B, c, h, w).
         quantize: a `bottlenecks.Quantizer`.
-        post_quant_conv: maps codes (B, D, h, w) to the input of the decoder.
+        post_quant_conv: turns the D numbers of each code, (B, D, h, w), into the decoder's input.
         decoder: returns images, or the parameters of `likelihood`.
         likelihood: the likelihood of pixels, or None.
     """

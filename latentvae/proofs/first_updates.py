@@ -147,7 +147,12 @@ def _rehearse(kind: type[Task], config: JobConfig, stack: contextlib.ExitStack) 
 
 
 def updates_check(rehearsal: FirstUpdates, *, loss: str, words: str) -> Check:
-    """Check that losses and gradients are finite. `loss` is a log name, shown as `words`."""
+    """Check that losses and gradients are finite.
+
+    Args:
+        loss: key of the loss in the training log.
+        words: its name in the line that is printed.
+    """
     return Check(
         name="updates",
         passed=all(result.finite for result in rehearsal.results),

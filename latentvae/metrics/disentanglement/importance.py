@@ -53,9 +53,10 @@ def dci(
         codes: (N, D), one code per image, D at least 2.
         factors: (N, F), integers, the true factors of the images, F at least 2.
         categorical: the factors whose values have no order, by their numbers. Trees classify them,
-            and accuracy counts. All other factors are predicted by regression trees, and R^2
-            counts. disentanglement_lib treats all factors as categorical: `range(F)`. That takes
-            much longer, because each value of a factor needs trees of its own.
+            and their score is the accuracy. All other factors are predicted by regression trees,
+            and their score is R^2. disentanglement_lib treats all factors as categorical:
+            `range(F)`. That takes much longer, because each value of a factor needs trees of its
+            own.
         test_share: share of the rows on which informativeness is measured.
         seed: seed of the split and of the trees.
 

@@ -98,7 +98,7 @@ def from_autoencoder_kl(
 def start_adapter(
     net: Any, images: Tensor, *, whiten: bool, on_sphere: bool, generator: torch.Generator
 ) -> None:
-    """Set `quant_conv` so that near features are near images, and most variance is kept.
+    """Set `quant_conv` so that near features decode to near images, and little is lost.
 
     The nearest code should give the nearest image, not the nearest latent. So the features are
     measured in pixels: M = E[J' J] is the mean squared change of the pixels for a change of `y`

@@ -196,7 +196,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the most probable class, one-hot, and z, (B, K + U). See `LikelihoodNet`."""
+        """Return the most probable of the K classes as one-hot values, and then z, (B, K + U)."""
         classes = self.logits(images).argmax(-1)
         rows = torch.arange(len(images), device=images.device)
         posterior = self.posterior(images, rows, classes)
@@ -212,7 +212,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.mean(self.decoder(torch.cat([z, one_hot], dim=1)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the most probable class, one-hot, and the mean of z, (B, K + U)."""
+        """Return the most probable class as K one-hot values, then the mean of z, (B, K + U)."""
         return self.encode_vector(images)
 
     def decode(self, vector: Tensor) -> Tensor:

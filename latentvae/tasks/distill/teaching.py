@@ -103,8 +103,9 @@ def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
 class TrainedStudent(nn.Module):
     """The module that training calls: the student's decoder on latents, and encoder on images.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
-    the network is inside, and validation computes in float32.
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
+    prepares this module, and not the network inside. So validation, which calls the network
+    itself, computes in float32.
 
     Args:
         net: the student.

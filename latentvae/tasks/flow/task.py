@@ -146,7 +146,10 @@ class FlowTask(GeneratorTask):
         return count
 
     def _gaussian(self) -> float:
-        """Return the loss of independent Gaussian values with the variances of the channels."""
+        """Return the least loss that is possible if all latent values were independent Gaussians.
+
+        A model that learned anything about images has a lower loss.
+        """
         z = self.data.normalization.apply(self.data.validation.z.float())
         sigmas = even_sigmas(LEVELS, shift=self.shift)
         return gaussian_loss(z.var(dim=(0, 2, 3)), sigmas).item()

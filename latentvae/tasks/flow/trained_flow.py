@@ -13,8 +13,9 @@ from latentvae.priors.flow_matching import noised
 class TrainedFlow(nn.Module):
     """The module that training calls. It returns the loss: a mean squared error, a scalar.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
-    the network is inside, and validation computes in float32.
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
+    prepares this module, and not the network inside. So validation, which calls the network
+    itself, computes in float32.
     """
 
     def __init__(self, net: nn.Module) -> None:

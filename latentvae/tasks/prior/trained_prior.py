@@ -17,8 +17,9 @@ from latentvae.priors.transformer import Text, TokenTransformer, Words
 class TrainedPrior(nn.Module):
     """The module that training calls. It returns the loss: the mean nats per token, a scalar.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. So
-    the network is inside, and validation computes in float32.
+    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
+    prepares this module, and not the network inside. So validation, which calls the network
+    itself, computes in float32.
 
     Args:
         net: the prior.
