@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -262,7 +262,7 @@ class Autoencoder:
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
             "sample_size": self.net.config.get("sample_size"),
-            "weights_sha256": _sha256(self.net),
+            "weights_sha256": hash_of_weights(self.net),
         }
 
     def _read(self, images: Images) -> tuple[Tensor, Kind]:
@@ -453,7 +453,7 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name in _GENERIC_NAMES and path.parent.name else path.name
 
 
-def _sha256(net: Network) -> str:
+def hash_of_weights(net: nn.Module) -> str:
     """Return the sha256 of all weights, sorted by their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):

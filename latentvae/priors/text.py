@@ -45,7 +45,8 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
         encoders = AutoModelForTextEncoding._model_mapping
         kind: Any = AutoModelForTextEncoding if type(config) in encoders else AutoModel
         kind = CLIPTextModel if isinstance(config, CLIPConfig) else kind
-        encoder = kind.from_pretrained(path, use_safetensors=True, **here).eval()
+        # In float32, because pipelines load it so, whatever the type of the files is.
+        encoder = kind.from_pretrained(path, use_safetensors=True, **here).eval().float()
         tokenizer = AutoTokenizer.from_pretrained(path, use_safetensors=True, **here)
         encode_prompts(["a", "two words"], tokenizer, encoder)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

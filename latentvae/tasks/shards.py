@@ -180,7 +180,7 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
                 f'captions \'{path}\', line {number}: expected {{"id": ..., "text": ...}} with two '
                 f"strings, not {line[:80]!r}"
             )
-        found[name] = whole_text(text)
+        found[name] = whole_text(text).strip()
 
     missing = [name for name in names if name not in found]
     if missing:
@@ -204,13 +204,14 @@ def with_captions(data: Data, path: str) -> Data:
     return replace(given, train=tables[0], validation=tables[1])
 
 
-def check_captions(train: ItemTable, validation: ItemTable, *, option: str) -> None:
+def check_captions(train: ItemTable, validation: ItemTable, *, option: str, instead: str) -> None:
     """Raise UserError unless every image has a caption.
 
     Args:
         train: images to train on.
         validation: images to validate on.
         option: name of the option with the folders, for messages: tokens or latents.
+        instead: how to train without captions, for messages.
     """
     tables = (train, validation)
     named = [pair for t in tables for pair in zip(t.names, t.captions, strict=True)]
@@ -224,5 +225,5 @@ def check_captions(train: ItemTable, validation: ItemTable, *, option: str) -> N
         raise UserError(
             f"{len(missing):,} of {len(named):,} images have no caption. The first is "
             f"'{missing[0]}'. Give every image a caption and encode again, or give --captions FILE "
-            "or --condition none."
+            f"with a text for every image, or {instead}."
         )

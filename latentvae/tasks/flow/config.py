@@ -105,8 +105,8 @@ class FlowConfig(Section):
         default=None,
         description=(
             "Frozen encoder of captions, for condition text: a folder or Hub id that the package "
-            "transformers loads, such as google-t5/t5-base. The export of a T5 encoder loads "
-            "with diffusers alone. Other encoders need latentvae's FlowPipeline."
+            "transformers loads, such as google-t5/t5-base. With a T5 encoder and most "
+            "autoencoders (see docs/flow.md), the export loads without latentvae."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(

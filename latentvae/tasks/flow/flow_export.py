@@ -17,7 +17,6 @@ from latentvae.option_marks import Private, marked
 from latentvae.priors.dit import Condition, velocity
 from latentvae.priors.flow_pipeline import FlowPipeline, build_pipeline
 from latentvae.priors.flow_sample import LATENTS_NAME
-from latentvae.priors.pixart import encode_captions
 from latentvae.priors.text import longest_text
 from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentFlowConfig
@@ -81,7 +80,7 @@ pictures = pipe(
     ["a photo"] * 4,
     guidance_scale=1.5,
     num_inference_steps=25,
-    use_resolution_binning=False,  # the latents are smaller than PixArt's
+    use_resolution_binning=False,  # draw at the size of the training
     clean_caption=False,  # prompts are prepared as in the training
     max_sequence_length={longest},
 ).images"""
@@ -185,13 +184,25 @@ def _classes(task: "FlowTask") -> tuple[Condition, Condition]:
 
 
 def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
-    """Return some captions, encoded by the task's text encoder and by the exported one."""
+    """Return the states of some captions, twice, after a check of the exported text encoder.
+
+    The encoder is loaded on the CPU, so that a large one needs no second place on the GPU.
+
+    Raises:
+        RuntimeError: it has other weights, or its tokenizer splits captions in another way.
+    """
+    kind, ours = type(task.encoder), task.encoder.state_dict()
+    theirs = kind.from_pretrained(folder / "text_encoder", use_safetensors=True).state_dict()
+    if ours.keys() != theirs.keys() or any(
+        not torch.equal(value.cpu(), theirs[name].float()) for name, value in ours.items()
+    ):
+        raise RuntimeError("the export's text encoder differs from that of the training")
     captions = ["", *dict.fromkeys(task.data.validation.captions)][: CHECKED + 1]
-    kind = type(task.encoder)
-    encoder = kind.from_pretrained(folder / "text_encoder", use_safetensors=True)
     words = type(task.words).from_pretrained(folder / "tokenizer")
-    loaded = encode_captions(captions, words, encoder.to(task.encoder.device).eval())
-    return task.states(captions), loaded
+    if words(captions).input_ids != task.words(captions).input_ids:
+        raise RuntimeError("the export's tokenizer differs from that of the training")
+    states = task.states(captions)
+    return states, states
 
 
 def _card(

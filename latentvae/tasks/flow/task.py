@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentvae.autoencoder import hash_of_weights
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
@@ -122,7 +123,7 @@ class FlowTask(GeneratorTask):
                     f"text_encoder '{encoder}' needs captions, but the latents have none. Give "
                     "--captions FILE, or leave text_encoder out."
                 )
-            check_captions(train, held, option="latents")
+            check_captions(train, held, option="latents", instead="leave text_encoder out")
             return "text"
 
         has_classes = bool((self.data.train.classes != NO_CLASS).any())
@@ -191,7 +192,12 @@ class FlowTask(GeneratorTask):
         }
         if self.condition == "text":
             found["captions"] = self.data.train.captions_hash()
+            found["text_encoder"] = hash_of_weights(self.encoder)[:16]
         return found
+
+    def done(self, out: Path) -> str:
+        prompt = '--prompt "TEXT" ' if self.condition == "text" else ""
+        return f"done: {out}. `latentvae sample {out} {prompt}--out pictures` draws pictures."
 
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters())

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentvae.autoencoder import hash_of_weights
 from latentvae.distributed import barrier, gather_objects, is_main, rank, world_size
 from latentvae.engine.task import Learner
 from latentvae.errors import UserError
@@ -69,7 +70,12 @@ class PriorTask(GeneratorTask):
         self.words: Any = None
         self.encoder: Any = None
         if self.condition == "text":
-            check_captions(self.data.train, self.data.validation, option="tokens")
+            check_captions(
+                self.data.train,
+                self.data.validation,
+                option="tokens",
+                instead="give --condition none",
+            )
             if not self.trains_text:
                 self.words, self.encoder = load_text_encoder(options.text_encoder)
         elif options.text_encoder != BYTES:
@@ -150,6 +156,8 @@ class PriorTask(GeneratorTask):
         found = {"tokenizer": self.data.content.model_sha256[:16], **self.data.train.identity()}
         if self.condition == "text":
             found["captions"] = self.data.train.captions_hash()
+            if not self.trains_text:
+                found["text_encoder"] = hash_of_weights(self.encoder)[:16]
         return found
 
     def plan(self) -> dict[str, str]:
