@@ -198,7 +198,7 @@ def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
     ):
         raise RuntimeError("the export's text encoder differs from that of the training")
     captions = ["", *dict.fromkeys(task.data.validation.captions)][: CHECKED + 1]
-    words = type(task.words).from_pretrained(folder / "tokenizer")
+    words = type(task.words).from_pretrained(folder / "tokenizer", use_safetensors=True)
     if words(captions).input_ids != task.words(captions).input_ids:
         raise RuntimeError("the export's tokenizer differs from that of the training")
     states = task.states(captions)
