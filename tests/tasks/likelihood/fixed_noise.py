@@ -19,7 +19,8 @@ from latentvae.tasks.likelihood.task import LikelihoodTask
 def fixed_sample(self: Gaussian, *, count: int | None = None) -> Tensor:
     """Noise that is a function of the posterior itself."""
     noise = torch.sin(1e3 * self.mean.detach())
-    return (self.mean + (0.5 * self.logvar).exp() * noise).expand(count or 1, *self.mean.shape)
+    drawn = self.mean + (0.5 * self.logvar).exp() * noise
+    return drawn if count is None else drawn.expand(count, *self.mean.shape)
 
 
 def train_fixed(config: LikelihoodConfig) -> None:
