@@ -453,7 +453,7 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name in _GENERIC_NAMES and path.parent.name else path.name
 
 
-def hash_of_weights(net: nn.Module) -> str:
+def hash_of_weights(net: Network | nn.Module) -> str:
     """Return the sha256 of all weights, sorted by their names."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
