@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from latentvae.anomaly.corrections import input_complexity, likelihood_ratio, lossless_bits
 from latentvae.anomaly.latent_density import LatentDensity
 from latentvae.anomaly.training import part_of
-from latentvae.autoencoder import Autoencoder
+from latentvae.autoencoder import Autoencoder, hash_of_weights
 from latentvae.compute.precision import full_float32
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -287,7 +287,7 @@ class Likelihood:
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights' sums of the background model, so that a change is noticed."""
+        """Return a hash of the background model's weights, so that a change is noticed."""
         if self.background is None:
             return {}
         return {"background": fingerprint(self.background[0])}
@@ -314,8 +314,8 @@ def images_of(model: Autoencoder) -> ImagesOfModel:
 
 
 def fingerprint(net: Any) -> Tensor:
-    """Return the sum of absolute values of each weight, float64."""
-    return torch.stack([value.double().abs().sum().cpu() for value in net.state_dict().values()])
+    """Return a hash of the weights as bytes, (32,), uint8."""
+    return torch.tensor(list(bytes.fromhex(hash_of_weights(net))), dtype=torch.uint8)
 
 
 METHODS: dict[str, Callable[[ImageOptions], ImageMethod]] = {

@@ -30,8 +30,8 @@ def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
 def _seed_torch(seed: int, *, in_update: bool) -> None:
     """Seed torch on all devices, or in an update on those that are in use.
 
-    For each kind of device that is not in use, `torch.manual_seed` keeps a stack trace. This can
-    take a fifth of the time of a small update.
+    For each kind of device that is not in use, `torch.manual_seed` keeps a stack trace. This took
+    about a tenth of the time of an update of 5 ms.
     """
     if not in_update:
         torch.manual_seed(seed)

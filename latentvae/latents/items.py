@@ -25,6 +25,8 @@ from latentvae.data import (
 from latentvae.data.split import Subset
 from latentvae.errors import UserError
 
+UNLABELLED_FOLDER = "unlabelled"  # images in it have no class, for trainings with few labels
+
 
 @dataclass(frozen=True)
 class Labels:

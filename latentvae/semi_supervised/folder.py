@@ -14,10 +14,8 @@ import numpy as np
 
 from latentvae.data import EvalTransform, PixelFormat
 from latentvae.errors import UserError
-from latentvae.latents.items import Pictures, find_labels, open_items
+from latentvae.latents.items import UNLABELLED_FOLDER, Pictures, find_labels, open_items
 from latentvae.semi_supervised.checks import UNLABELLED
-
-UNLABELLED_FOLDER = "unlabelled"
 
 
 @dataclass(frozen=True)

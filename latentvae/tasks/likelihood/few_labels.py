@@ -22,11 +22,10 @@ from torch.nn import functional as F
 
 from latentvae.data.image_folder import ImageSource
 from latentvae.errors import UserError
-from latentvae.latents.items import find_labels
+from latentvae.latents.items import UNLABELLED_FOLDER, find_labels
 from latentvae.losses.variational import VariationalConfig
 
 NO_LABEL = -1
-UNLABELLED_FOLDER = "unlabelled"
 LABELLED_IMAGES = 100  # largest number of images with a label in an update
 
 
