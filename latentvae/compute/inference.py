@@ -4,13 +4,13 @@
     z = encode(exact, images)
 
 The copy shares the storage of unchanged parameters. Two kinds of tensors belong only to the copy:
-parameters that it converts (to bfloat16, or to channels-last order on a GPU or outside float32) and
-folded kernels. So build a new copy after a change of `net`'s weights.
+parameters that it converts (to bfloat16, or to channels-last order) and folded kernels. So build a
+new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
 Winograd's algorithm, which needs fewer multiplications (`winograd`). Where Winograd is not
-available, upsampling is folded into these convolutions (`upsampling`). Activations and residual
-sums are computed in place.
+available or not faster, maps are in channels-last order and upsampling is folded into these
+convolutions (`upsampling`). Activations and residual sums are computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
@@ -83,13 +83,22 @@ def _make_exact(half: Any) -> None:
     parameter = next(half.parameters())
     winograd = parameter.device.type == "cpu" and parameter.dtype == torch.float32
     _swap_blocks(half)
-    if not (winograd and has_winograd()):
+    if not (winograd and _winograd_pays()):
         _freeze_upsampling(half)
         half.to(memory_format=torch.channels_last)
         return
     unfold_upsampling(half)  # Winograd on the upsampled map needs fewer products than folding
     swap_convolutions(half)
     _freeze_upsampling(half)  # for layers that Winograd does not support
+
+
+def _winograd_pays() -> bool:
+    """Return whether Winograd's algorithm is faster than plain convolutions on this processor.
+
+    It is not faster on processors with AMX, which also multiply float32 twice as fast as others
+    (docs/experiments/speed.md).
+    """
+    return has_winograd() and not has_instructions("amx_bf16")
 
 
 def _make_fast(half: Any) -> None:
@@ -122,7 +131,7 @@ def _wide_parts(half: Any) -> Iterator[nn.Module]:
     """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
-    if not (known and on_cpu and has_winograd()) or has_instructions("amx_bf16"):
+    if not (known and on_cpu and _winograd_pays()):
         return
     for module in half.modules():
         if type(module) is InPlaceResnetBlock2D and module.out_channels >= WIDE:

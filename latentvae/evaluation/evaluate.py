@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,13 +32,14 @@ from latentvae.compute.precision import full_float32
 from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.data.buckets import bucket_sizes
 from latentvae.errors import UserError
+from latentvae.evaluation.codec_rows import codec_rows, encode_picture
 from latentvae.evaluation.curves import Curves, bd_rates
 from latentvae.evaluation.linear_baseline import baselines, verdict
-from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row, codec_rows
-from latentvae.evaluation.model_evaluation import ModelMeasures
+from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row
+from latentvae.evaluation.model_evaluation import Encoded, ModelMeasures
 from latentvae.evaluation.passport import passport
 from latentvae.evaluation.phases import Phases
-from latentvae.evaluation.picture_source import Pictures, Seen, center_crop
+from latentvae.evaluation.picture_source import Pictures, Seen, center_crop, to_picture
 from latentvae.evaluation.protocol import protocol
 from latentvae.evaluation.saved_progress import Accumulator, Progress
 from latentvae.evaluation.settings import FULL, Plan
@@ -149,6 +151,7 @@ class _Evaluation:
         on_device = {net: loss.to(self.device) for net, loss in lpips.items()}
         self.judge = Judge(on_device, None if inception is None else inception.to(self.device))
         self.codecs = available_codecs(plan.qualities) if plan.qualities else {}
+        self.thread = ThreadPoolExecutor(max_workers=1)
 
         # results
         self.seen, self.codec_means, self.curves = Seen(), Means(), Curves()
@@ -310,23 +313,39 @@ class _Evaluation:
             self.seen.leave_out(name, error)
             return []
         original = self.judge.original(name, position, images.to(self.device))
+
+        # The codecs encode in a thread beside the models.
+        encoded: dict[str, Encoded] = {}
+        for measures in self._working():
+            with _failing(measures, name):
+                encoded[measures.name] = measures.encode(original)
+        rates = {model: found.raw_bpp for model, found in encoded.items()}
+        files = self.thread.submit(
+            encode_picture, to_picture(images), self.codecs, rates=set(rates.values())
+        )
+
+        # models and linear codes
         rows: list[Row] = []
-        for measures in self.measures.values():
-            if measures.failure is None:
-                with _failing(measures, name):
-                    rows += measures.update(original)
+        for measures in self._working():
+            with _failing(measures, name):
+                rows += measures.update(original, encoded[measures.name])
         for linear in self.linear.values():
             rows += linear.update(original)
 
         # codecs at their own qualities, and at each model's rate
-        rates = {name: m.raw_bpp for name, m in self.measures.items() if m.failure is None}
-        of_codecs, at_rates = codec_rows(self.judge, original, self.codecs, rates=rates)
+        rates = {measures.name: rates[measures.name] for measures in self._working()}
+        of_codecs, at_rates = codec_rows(
+            self.judge, original, self.codecs, files.result(), rates=rates
+        )
         self.codec_means.update(of_codecs, position=position)
         self.curves.update(rows + of_codecs)
         for name_of_model, found in at_rates.items():
             self.measures[name_of_model].update_codecs(found, position=position)
         self.seen.add(images)
         return rows + of_codecs + [entry for found in at_rates.values() for entry in found]
+
+    def _working(self) -> Iterator[ModelMeasures]:
+        return (measures for measures in self.measures.values() if measures.failure is None)
 
     def _examine(self, progress: Progress) -> None:
         """Check each model in half precision and in tiles, and measure its speed and memory.

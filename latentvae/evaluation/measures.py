@@ -6,16 +6,13 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.coding.image_codecs import Codec, encode_at_rate
-from latentvae.data import to_tensor
-from latentvae.evaluation.picture_source import to_picture
 from latentvae.evaluation.saved_progress import Arrays
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss
 from latentvae.metrics import psnr
@@ -165,70 +162,6 @@ class Judge:
 
     def _lpips(self, original: Original, net: str, levels: Sequence[Tensor]) -> float:
         return self.lpips[net].distance(original.levels[net], levels).item()
-
-
-def codec_rows(
-    judge: Judge, original: Original, codecs: Mapping[str, Codec], *, rates: Mapping[str, float]
-) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Encode and decode a picture with every codec, and return rows with the metrics.
-
-    A codec is skipped if the picture is too large for its format.
-
-    Args:
-        rates: raw bits per pixel of each model, by the model's name.
-
-    Returns:
-        First, the rows of all codecs at their own qualities. Second, for each model, one row per
-        codec at the lowest quality that reaches the model's rate.
-    """
-    rows: list[Row] = []
-    matched: dict[str, list[Row]] = {model: [] for model in rates}
-    picture = to_picture(original.images)
-    for name, codec in codecs.items():
-        if max(picture.size) > codec.max_side:
-            continue
-
-        # files at the codec's own qualities, then at each model's rate
-        files = {quality: codec.encode(picture, quality=quality) for quality in codec.qualities}
-        at_rate = {
-            rate: encode_at_rate(codec, picture, bpp=rate, files=files)[1]
-            for rate in set(rates.values())
-        }
-
-        # one row for each quality, shared by the models
-        measured = _codec_rows(
-            judge,
-            original,
-            name,
-            {quality: files[quality] for quality in {*codec.qualities, *at_rate.values()}},
-            codec,
-        )
-        rows += [measured[quality] for quality in codec.qualities]
-        for model, rate in rates.items():
-            found = measured[at_rate[rate]]
-            label = f"{name} at {model}"
-            matched[model].append(replace(found, kind="codec_at_rate", coder=label))
-    return rows, matched
-
-
-def _codec_rows(
-    judge: Judge, original: Original, name: str, files: Mapping[int, bytes], codec: Codec
-) -> dict[int, Row]:
-    """Decode the `files` of one codec, and return their rows with metrics by quality."""
-    device = original.images.device
-    recons = [to_tensor(codec.decode(content))[None].to(device) for content in files.values()]
-    metrics = judge.compare_points(original, recons)
-    return {
-        quality: row(
-            original,
-            "codec",
-            name,
-            setting=quality,
-            bpp=8 * len(content) / original.pixels,
-            **found,
-        )
-        for (quality, content), found in zip(files.items(), metrics, strict=True)
-    }
 
 
 def row(

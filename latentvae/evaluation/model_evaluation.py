@@ -1,6 +1,5 @@
 """Measure one model picture by picture: distortion, rate, latents and tokens."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +59,23 @@ class Shown:
     bpp: float
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A picture in a model's latent space.
+
+    Attributes:
+        mean: the posterior's mean, (1, d, h, w).
+        z: the latent that is decoded.
+        raw_bpp: raw rate in bits per pixel.
+        seconds: time that encoding took.
+    """
+
+    mean: Tensor
+    z: Tensor
+    raw_bpp: float
+    seconds: float
+
+
 class Cost:
     """Measures how many seconds per pixel a model needs to encode and decode a picture."""
 
@@ -85,7 +101,6 @@ class ModelMeasures:
     Attributes:
         priors: entropy models of a continuous latent. None if its bitstream is not measured.
         failure: why the model is no longer measured, or None.
-        raw_bpp: raw rate of the last picture.
         shown: reconstructions for sheet.png by the picture's position. None until the picture is
             measured.
         cost: time of encoding and decoding.
@@ -102,7 +117,6 @@ class ModelMeasures:
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
         self.failure: str | None = None
-        self.raw_bpp = math.nan
         self.shown: dict[int, Shown | None] = {}
         self.cost = Cost()
 
@@ -136,35 +150,48 @@ class ModelMeasures:
         return {name: part for name, part in kept.items() if part is not None}
 
     @torch.no_grad()
-    def update(self, original: Original) -> list[Row]:
-        """Measure one picture and return its rows.
+    def encode(self, original: Original) -> Encoded:
+        """Return the latent of a picture, for `update`.
 
         Raises:
-            NotFiniteError: latents or reconstructions are not finite in the model's dtype.
+            NotFiniteError: latents are not finite in the model's dtype.
         """
-        # reconstruct and compare
         start = time.perf_counter()
-        mean, logvar = self._encode(original)
+        mean, logvar = self.encoded.pop(original.position, None) or self.model.encode_posterior(
+            original.images
+        )
+        if not mean.isfinite().all():
+            raise NotFiniteError(self.name, mean.dtype)
         z = mean if logvar is None else self._latent(mean, logvar, original.position)
         if self.latent is not None:
             self.latent.update(mean, logvar=logvar)
-        self.raw_bpp = raw_bits(self.model, z) / original.pixels
+        raw_bpp = raw_bits(self.model, z) / original.pixels
+        return Encoded(mean, z, raw_bpp, time.perf_counter() - start)
 
+    @torch.no_grad()
+    def update(self, original: Original, encoded: Encoded) -> list[Row]:
+        """Measure one picture and return its rows.
+
+        Raises:
+            NotFiniteError: reconstructions are not finite in the model's dtype.
+        """
         # reconstruction
         metrics: dict[str, float | None] = {}
         if "distortion" in self.plan.sections:
-            recon = self._decode(z, original)
-            self.cost.update(time.perf_counter() - start, original.pixels)
+            start = time.perf_counter()
+            recon = self._decode(encoded.z, original)
+            seconds = encoded.seconds + time.perf_counter() - start
+            self.cost.update(seconds, original.pixels)
             metrics = self._compare(original, recon)
             if original.position in self.shown:
-                self.shown[original.position] = Shown(recon.cpu(), self.raw_bpp)
-        rows = [row(original, "model", self.name, bpp=self.raw_bpp, **metrics)]
+                self.shown[original.position] = Shown(recon.cpu(), encoded.raw_bpp)
+        rows = [row(original, "model", self.name, bpp=encoded.raw_bpp, **metrics)]
 
         # bitstream
         if self.tokens is not None:
-            rows += self._token_rows(original, z, self.tokens)
+            rows += self._token_rows(original, encoded.z, self.tokens)
         elif self.priors is not None:
-            rows += self._bitstream_rows(original, mean, self.priors)
+            rows += self._bitstream_rows(original, encoded.mean, self.priors)
         self.means.update(rows, position=original.position)
         return rows
 
@@ -175,14 +202,6 @@ class ModelMeasures:
         setting to reach the rate.
         """
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
-
-    def _encode(self, original: Original) -> Posterior:
-        mean, logvar = self.encoded.pop(original.position, None) or self.model.encode_posterior(
-            original.images
-        )
-        if not mean.isfinite().all():
-            raise NotFiniteError(self.name, mean.dtype)
-        return mean, logvar
 
     def _compare(self, original: Original, recon: Tensor) -> dict[str, float | None]:
         """Return the metrics of `recon`. Update the pooled error and the distribution distances."""

@@ -14,14 +14,11 @@ Images are float in [-1, 1]. To measure images as saved, round them with `to_8bi
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from latentvae.errors import UserError
 
 SIGMA = 1.5  # pixels
+C1, C2 = 0.01**2, 0.03**2  # SSIM's constants for images in [0, 1]
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
 SSIM_MIN_SIZE = 11  # pixels a side, for one window
 MS_SSIM_MIN_SIZE = 161  # pixels a side, for one window at the fifth scale
@@ -58,9 +55,8 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
     equals the PSNR of 8-bit images with peak 255. Equal images give infinity.
     """
     _check_shapes(images, recon, minimum=1, metric="PSNR")
-    return peak_signal_noise_ratio(
-        recon.float(), images.float(), data_range=2.0, reduction="none", dim=(1, 2, 3)
-    )
+    mse = (recon.float() - images.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / mse)
 
 
 @torch.no_grad()
@@ -70,7 +66,7 @@ def ssim(images: Tensor, recon: Tensor) -> Tensor:
     Images need sides of at least 11 pixels.
     """
     _check_shapes(images, recon, minimum=SSIM_MIN_SIZE, metric="SSIM")
-    return _similarity(_unit_range(images), _unit_range(recon))
+    return _similarity(_unit_range(images), _unit_range(recon))[0]
 
 
 @torch.no_grad()
@@ -85,29 +81,32 @@ def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
     x, y = _unit_range(images), _unit_range(recon)
     product = torch.ones(len(images), device=images.device)
     for exponent in MS_SSIM_EXPONENTS[:-1]:
-        product *= _contrast(x, y).relu() ** exponent
+        product *= _similarity(x, y)[1].relu() ** exponent
         x, y = _halve(x), _halve(y)
-    return product * _similarity(x, y).relu() ** MS_SSIM_EXPONENTS[-1]
+    return product * _similarity(x, y)[0].relu() ** MS_SSIM_EXPONENTS[-1]
 
 
-def _similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean SSIM without the border, (B,).
+def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means over valid windows, each (B,): SSIM, and only its contrast and structure terms.
 
-    The mean of torchmetrics includes the border, where it pads images by reflection.
+    Args:
+        x, y: images in [0, 1]. The constants of SSIM belong to this range.
     """
-    _, maps = structural_similarity_index_measure(
-        y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_full_image=True
-    )
-    inner = slice(SSIM_MIN_SIZE // 2, -(SSIM_MIN_SIZE // 2))
-    return maps[..., inner, inner].mean(dim=(1, 2, 3))
+    moments = _window_means(torch.cat([x, y, x * x, y * y, x * y], dim=1))
+    mean_x, mean_y, xx, yy, xy = moments.chunk(5, dim=1)
+    var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    contrast = (2 * cov + C2) / (var_x + var_y + C2)
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    return (luminance * contrast).mean(dim=(1, 2, 3)), contrast.mean(dim=(1, 2, 3))
 
 
-def _contrast(x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean of SSIM's contrast and structure terms without the border, (B,)."""
-    _, contrast = structural_similarity_index_measure(
-        y, x, sigma=SIGMA, data_range=1.0, reduction="none", return_contrast_sensitivity=True
-    )
-    return contrast.reshape(len(x))
+def _window_means(maps: Tensor) -> Tensor:
+    """Return the mean of each channel in each window, (B, C, H - 10, W - 10)."""
+    offsets = torch.arange(SSIM_MIN_SIZE, device=maps.device) - SSIM_MIN_SIZE // 2
+    weights = (-(offsets.float() ** 2) / (2 * SIGMA**2)).exp()
+    weights = weights / weights.sum()
+    window = torch.outer(weights, weights).expand(maps.shape[1], 1, -1, -1)
+    return F.conv2d(maps, window, groups=maps.shape[1])
 
 
 def _halve(images: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def _halve(images: Tensor) -> Tensor:
 
 
 def _unit_range(images: Tensor) -> Tensor:
-    """Return images in [0, 1]. SSIM needs this range, because its constants depend on it."""
+    """Return images in [0, 1], the range of SSIM's constants."""
     return (images.float() + 1) / 2
 
 

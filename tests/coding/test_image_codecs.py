@@ -16,7 +16,8 @@ from latentvae.coding.image_codecs import (
     bits_per_pixel,
     encode_at_rate,
 )
-from latentvae.evaluation.measures import Judge, codec_rows
+from latentvae.evaluation.codec_rows import codec_rows, encode_picture
+from latentvae.evaluation.measures import Judge
 from tests.evaluation.conftest import photo
 
 
@@ -61,7 +62,9 @@ def test_rows_are_of_real_files() -> None:
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     judge = Judge({})
     original = judge.original("a", 0, images)
-    (row,), _ = codec_rows(judge, original, {"jpeg": Codec("JPEG", (20,))}, rates={})
+    codecs = {"jpeg": Codec("JPEG", (20,))}
+    files = encode_picture(photo(), codecs, rates=[])
+    (row,), _ = codec_rows(judge, original, codecs, files, rates={})
     buffer = io.BytesIO()
     photo().save(buffer, format="JPEG", quality=20)
     error = np.mean((np.asarray(Image.open(buffer), dtype=np.float64) - pixels) ** 2)

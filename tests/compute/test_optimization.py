@@ -65,7 +65,9 @@ def test_the_network_stays_as_it_is(name: str, mode: Any) -> None:
     assert all(parameter.is_contiguous() for parameter in net.parameters())
 
 
-def test_exact_shares_the_parameters() -> None:
+@needs_winograd
+def test_exact_shares_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: False)
     net = kl()
     exact = optimize_network(net, mode="exact").net
     pairs = zip(net.parameters(), exact.parameters(), strict=True)
@@ -73,7 +75,8 @@ def test_exact_shares_the_parameters() -> None:
 
 
 @needs_winograd
-def test_exact_uses_winograd_where_it_serves() -> None:
+def test_exact_uses_winograd_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: False)
     exact = optimize_network(kl(), mode="exact").net
     assert sum(type(m) is WinogradConv2d for m in exact.modules()) > 10
     assert convolutions.LIMITS.positions <= 72 * 64  # the images above are large enough for it
@@ -85,6 +88,7 @@ def test_exact_uses_winograd_where_it_serves() -> None:
 def test_exact_folds_the_upsampling_that_winograd_does_not_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: False)
     monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX2"))
     net: Any = kl()  # narrower than 128 channels
     exact = optimize_network(net, mode="exact").net
@@ -94,10 +98,12 @@ def test_exact_folds_the_upsampling_that_winograd_does_not_serve(
     assert largest(calls.decode(exact, z), recon) <= 1e-5 * recon.abs().max()
 
 
+@pytest.mark.parametrize("reason", ["without NNPACK", "with AMX"])
 @pytest.mark.parametrize("name", ["kl", "stock_vq", "fsq", "dc"])
 @torch.inference_mode()
-def test_exact_without_winograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "has_winograd", lambda: False)
+def test_exact_without_winograd(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_winograd", lambda: reason != "without NNPACK")
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: reason == "with AMX")
     net: Any = TINY[name]()
     exact = inference.build_exact(net)
     assert not any(type(m) is WinogradConv2d for m in exact.modules())

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentvae.compute import inference
 from latentvae.compute.inference import build_exact
 from latentvae.compute.stock_layers import restore_stock_layers
 from latentvae.compute.winograd import convolutions, nnpack, tiles
@@ -139,6 +140,7 @@ def test_the_layer_gives_the_gradients_of_a_plain_one(
 def test_inference_is_plain_under_autocast_and_in_other_precisions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(inference, "has_instructions", lambda *names: False)
     monkeypatch.setattr(convolutions, "LIMITS", convolutions.limits_of("AVX512"))
     net: Any = kl(layers_per_block=1)
     exact, x = build_exact(net), images(40, 36)

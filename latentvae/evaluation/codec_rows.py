@@ -1,0 +1,99 @@
+"""Measure image codecs on one picture: at their own qualities, and at the raw rates of models.
+
+Encoding runs on one core and needs no metrics, so it can run in a thread beside the models:
+
+    files = thread.submit(encode_picture, picture, codecs, rates=[1.0])
+    rows, at_rates = codec_rows(judge, original, codecs, files.result(), rates={"mine": 1.0})
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from latentvae.coding.image_codecs import Codec, encode_at_rate
+from latentvae.data import to_tensor
+from latentvae.evaluation.measures import Judge, Original, Row, row
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a picture by one codec.
+
+    Attributes:
+        by_quality: complete files by quality.
+        at_rate: for each raw rate of a model, the lowest quality that reaches it.
+    """
+
+    by_quality: Mapping[int, bytes]
+    at_rate: Mapping[float, int]
+
+
+def encode_picture(
+    picture: Image.Image, codecs: Mapping[str, Codec], *, rates: Collection[float]
+) -> dict[str, Files]:
+    """Encode a picture with every codec whose format supports its size.
+
+    Args:
+        rates: raw rates of the models in bits per pixel.
+    """
+    found: dict[str, Files] = {}
+    for name, codec in codecs.items():
+        if max(picture.size) > codec.max_side:
+            continue
+        files = {quality: codec.encode(picture, quality=quality) for quality in codec.qualities}
+        at_rate = {
+            rate: encode_at_rate(codec, picture, bpp=rate, files=files)[1] for rate in set(rates)
+        }
+        kept = {*codec.qualities, *at_rate.values()}
+        found[name] = Files({quality: files[quality] for quality in kept}, at_rate)
+    return found
+
+
+def codec_rows(
+    judge: Judge,
+    original: Original,
+    codecs: Mapping[str, Codec],
+    encoded: Mapping[str, Files],
+    *,
+    rates: Mapping[str, float],
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Decode the files of a picture, and return rows with the metrics.
+
+    Args:
+        encoded: the result of `encode_picture`.
+        rates: raw bits per pixel of each model, by the model's name.
+
+    Returns:
+        First, the rows of all codecs at their own qualities. Second, for each model, one row per
+        codec at the lowest quality that reaches the model's rate.
+    """
+    rows: list[Row] = []
+    matched: dict[str, list[Row]] = {model: [] for model in rates}
+
+    for name, files in encoded.items():
+        measured = _rows_by_quality(judge, original, name, codecs[name], files.by_quality)
+        rows += [measured[quality] for quality in codecs[name].qualities]
+        for model, rate in rates.items():
+            found, label = measured[files.at_rate[rate]], f"{name} at {model}"
+            matched[model].append(replace(found, kind="codec_at_rate", coder=label))
+    return rows, matched
+
+
+def _rows_by_quality(
+    judge: Judge, original: Original, name: str, codec: Codec, files: Mapping[int, bytes]
+) -> dict[int, Row]:
+    device = original.images.device
+    recons = [to_tensor(codec.decode(content))[None].to(device) for content in files.values()]
+    metrics = judge.compare_points(original, recons)
+    return {
+        quality: row(
+            original,
+            "codec",
+            name,
+            setting=quality,
+            bpp=8 * len(content) / original.pixels,
+            **found,
+        )
+        for (quality, content), found in zip(files.items(), metrics, strict=True)
+    }
