@@ -148,11 +148,28 @@ def test_dagmms_mixture_is_that_of_all_training_rows() -> None:
     fitted = clone(QUICK[0]).fit(rows)
     z = fitted.latents(rows)
     with torch.no_grad():
-        share = fitted.network_(torch.from_numpy(fitted._scaled(rows))).assignments.numpy()
+        share = fitted.networks_[0](torch.from_numpy(fitted._scaled(rows))).assignments.numpy()
     mean = (share[:, :1] * z).sum(axis=0) / share[:, 0].sum()
-    np.testing.assert_allclose(fitted.mixture_.means[0], mean, rtol=1e-10)
-    energy = fitted.mixture_.energy(torch.from_numpy(z)).numpy()
+    np.testing.assert_allclose(fitted.mixtures_[0].means[0], mean, rtol=1e-10)
+    energy = fitted.mixtures_[0].energy(torch.from_numpy(z)).numpy()
     np.testing.assert_allclose(-fitted.score_samples(rows), energy, rtol=1e-12)
+
+
+def test_several_networks_score_by_the_mean_of_their_energies(tmp_path: Path) -> None:
+    rows = line(60)
+    fitted = clone(QUICK[0]).set_params(num_networks=3).fit(rows)
+    first = clone(QUICK[0]).fit(rows)
+    torch.testing.assert_close(fitted.networks_[0].state_dict(), first.networks_[0].state_dict())
+    z = np.split(fitted.latents(rows), 3, axis=1)
+    assert not np.allclose(z[0], z[1])  # other random weights
+    energies = [
+        mixture.energy(torch.from_numpy(own)).numpy()
+        for mixture, own in zip(fitted.mixtures_, z, strict=True)
+    ]
+    np.testing.assert_allclose(-fitted.score_samples(rows), np.mean(energies, axis=0), rtol=1e-12)
+    save_detector(fitted, tmp_path)
+    again = load_detector(tmp_path).score_samples(rows)
+    np.testing.assert_array_equal(again, fitted.score_samples(rows))
 
 
 def test_vae_scores_have_the_known_order() -> None:

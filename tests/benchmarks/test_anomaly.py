@@ -36,6 +36,21 @@ def test_the_given_share_of_the_test_rows_is_flagged(script: ModuleType) -> None
     assert ranks[0] == 2 and ranks[2] == 1 and np.isnan(ranks[1])
 
 
+def test_dagmm_has_a_row_for_one_network_and_one_for_the_mean(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(script.SHORTER, "thyroid", {"epochs": 2})
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(200, 6)), (np.arange(200) % 10 == 0).astype(int)
+    mean, one = script.measure("thyroid", "dagmm", 0, (rows, labels), full=False)
+    assert (mean["detector"], one["detector"]) == ("dagmm_mean", "dagmm")
+    train, test, truth = script.split(rows, labels, seed=0)
+    train = train[np.random.default_rng(0).permutation(len(train))]
+    alone = script.dagmm("thyroid", 0).set_params(num_networks=1).fit(train)
+    scores = -alone.score_samples(test)
+    assert one["auroc"] == script.roc_auc_score(truth, scores) != mean["auroc"]
+
+
 def test_results_are_kept_and_continued(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
